@@ -1,0 +1,163 @@
+"""Read a RunConfig from YAML and `key=value` overrides, and write one back; all faults are reported together."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+
+from finlora.config import RunConfig
+from finlora.errors import ConfigError
+
+_KIND_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Build the resolved config: class defaults < YAML file < overrides.
+
+    Args:
+        path: YAML file with the sections of RunConfig; None starts from the defaults.
+        overrides: texts `section.key=value` with the value in YAML, e.g. `train.global_batch_size=32`, `data.tasks=[fpb]`.
+
+    Raises:
+        ConfigError: every unknown key (with near names), wrong type and value out of range, all in one error.
+    """
+    faults: list[str] = []
+    tree = _read_yaml(path) if path is not None else {}
+    for override in overrides:
+        _apply_override(tree, override, faults)
+    config = _build(RunConfig, tree, "", faults)
+    if faults:
+        raise ConfigError(faults)
+    return cast(RunConfig, config)
+
+
+def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:
+    """Rebuild a config from `config_to_tree`, checking it like a YAML file."""
+    faults: list[str] = []
+    config = _build(RunConfig, tree, "", faults)
+    if faults:
+        raise ConfigError(faults)
+    return cast(RunConfig, config)
+
+
+def config_to_tree(config: RunConfig) -> dict[str, Any]:
+    """Return plain dicts, lists and scalars, ready for YAML or JSON."""
+    return cast(dict[str, Any], _plain(dataclasses.asdict(config)))
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Write the resolved config as YAML; `load_config` reads it back equal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config_to_tree(config), sort_keys=False), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist: see jobs/configs/ for one YAML a row of the paper.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read ({error}): expected a UTF-8 YAML file.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not valid YAML: {error}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path} holds a {type(tree).__name__}: expected sections like `model:` and `train:`.")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        faults.append(f"override {override!r}: expected section.key=value, for example train.epochs=2")
+        return
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        faults.append(f"override {override!r}: the value is not valid YAML")
+        return
+    *sections, leaf = key.strip().split(".")
+    for section in sections:
+        child = tree.setdefault(section, {})
+        if not isinstance(child, dict):
+            faults.append(f"override {override!r}: {section} is not a section")
+            return
+        tree = child
+    tree[leaf] = value
+
+
+def _build(cls: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -> Any:
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]
+    values: dict[str, Any] = {}
+    before = len(faults)
+    for key, raw in tree.items():
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=2, cutoff=0.5) or names
+            faults.append(f"{prefix}{key} is not a setting: did you mean {' or '.join(near)}?")
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(raw, Mapping):
+                values[key] = _build(cast(type, hints[key]), raw, f"{prefix}{key}.", faults)
+            else:
+                faults.append(f"{prefix}{key}={raw!r}: expected a section with keys")
+        else:
+            values[key] = _convert(hints[key], raw, prefix + key, faults)
+    # A wrong section is replaced by its default here, so that relations between the good ones are still checked.
+    good = {key: value for key, value in values.items() if value is not _WRONG}
+    try:
+        built = cls(**good)
+    except ConfigError as error:
+        faults.extend(error.faults)
+        return _WRONG
+    return built if len(faults) == before else _WRONG
+
+
+class _Wrong:
+    """Marks a value that already has its fault."""
+
+
+_WRONG = _Wrong()
+
+
+def _convert(hint: Any, raw: Any, name: str, faults: list[str]) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if raw is None and type(None) in args:
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), raw, name, faults)
+    if origin is Literal:
+        if raw in args and type(raw) in {type(arg) for arg in args}:
+            return raw
+        faults.append(f"{name}={raw!r}: expected one of {', '.join(str(arg) for arg in args)}")
+        return _WRONG
+    if origin is tuple:
+        if not isinstance(raw, list | tuple):
+            faults.append(f"{name}={raw!r}: expected a list such as [{'q_proj, k_proj' if 'target' in name else 'fpb, tfns'}]")
+            return _WRONG
+        items = [_convert(args[0], item, f"{name}[{index}]", faults) for index, item in enumerate(raw)]
+        return _WRONG if any(item is _WRONG for item in items) else tuple(items)
+    if hint is float and isinstance(raw, str):
+        try:
+            return float(raw)  # YAML 1.1 reads 1e-4 (no dot) as text
+        except ValueError:
+            pass
+    if hint is float and isinstance(raw, int) and not isinstance(raw, bool):
+        return float(raw)
+    if not isinstance(raw, hint) or (isinstance(raw, bool) and hint is not bool):
+        faults.append(f"{name}={raw!r}: expected {_KIND_NAMES[hint]}")
+        return _WRONG
+    return raw

@@ -1,0 +1,37 @@
+"""One training or test item, before any token: what every data module makes and everything else reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """A prompt in the raw completion form and the answer the model must give.
+
+    `answer` is what the model is trained to write. `label` is the class that metrics compare, after folding (NWGI
+    answers "mildly positive", its label is "positive"); for a free-text task label equals answer. `choices` are the
+    allowed answers of a closed-label task, empty for free text.
+    """
+
+    id: str
+    """Stable over runs and machines: `<task>-<split>-<running number>`."""
+    task: str
+    prompt: str
+    answer: str
+    label: str
+    choices: tuple[str, ...]
+    source: str
+    """`file:line` of the raw row, so that a defect can be traced."""
+    group: str
+    """What must not cross the split: the sentence, headline, (sentence, entity) pair or filing the item came from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Splits:
+    """Both splits of one task, with what a reader found out on the way."""
+
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+    notes: tuple[str, ...] = ()
+    """Defects and choices to show to the user: one sentence each."""

@@ -1,0 +1,75 @@
+"""Every error that FinLoRA raises on purpose.
+
+    FinloraError                  exit code 1, or the code named below
+    ├── ConfigError         (2)   a setting, an override or a YAML file is wrong; lists every fault found
+    ├── DatasetError        (3)   a raw row, a prepared set or an encoded example is wrong; names file, line, column
+    ├── ModelError          (4)   a base model, its tokenizer or its weights cannot be used as asked
+    │   └── AdapterError          an adapter folder is missing, incomplete or made for something else
+    ├── ResourceError       (5)   GPUs, memory or disk that the run needs are not there
+    ├── CheckpointError     (6)   a checkpoint is missing, incomplete or of another run
+    └── ResultError         (7)   a results file cannot be read
+
+A message has three parts: what was found, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FinloraError(Exception):
+    """Root of the tree: catch this to catch everything that FinLoRA raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(FinloraError):
+    """One or more settings are wrong. `faults` holds a line for each, so that all are mended at once."""
+
+    exit_code = 2
+
+    def __init__(self, faults: str | Sequence[str]) -> None:
+        self.faults = [faults] if isinstance(faults, str) else list(faults)
+        if len(self.faults) == 1:
+            message = self.faults[0]
+        else:
+            message = f"{len(self.faults)} settings are wrong:\n" + "\n".join(f"  - {fault}" for fault in self.faults)
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[list[str]]]:
+        # Ray pickles errors across processes; the default would pass the joined message back as one fault.
+        return (type(self), (self.faults,))
+
+
+class DatasetError(FinloraError):
+    """Raw data, a prepared set or an encoded example is not as the task needs it."""
+
+    exit_code = 3
+
+
+class ModelError(FinloraError):
+    """A base model, tokenizer or weight file cannot be used as asked."""
+
+    exit_code = 4
+
+
+class AdapterError(ModelError):
+    """An adapter folder is missing, incomplete or was made for another base, bits or template."""
+
+
+class ResourceError(FinloraError):
+    """The machine or cluster lacks what the run asks for."""
+
+    exit_code = 5
+
+
+class CheckpointError(FinloraError):
+    """A checkpoint is missing, incomplete or belongs to another run."""
+
+    exit_code = 6
+
+
+class ResultError(FinloraError):
+    """A results file cannot be read back."""
+
+    exit_code = 7

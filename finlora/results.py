@@ -1,0 +1,123 @@
+"""One Result record a measurement, appended as a JSON line; `finlora report` reads them back.
+
+A line is written whole with one write and fsync, so that a crash leaves at most one broken last line, which reading
+names instead of hiding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from finlora.errors import ResultError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What one evaluation or one training run brought. Units stand in the names; GiB = 2**30 bytes; None: not measured."""
+
+    kind: Literal["evaluation", "training"]
+    task: str
+    """Task evaluated, or the trained tasks joined by `+`."""
+    variant: str
+    """`base`, or the adapter as the tables name it: `4bit-r4`."""
+    base: str
+    bits: int
+    """Bits of the base weights during this measurement."""
+    adapter: str | None = None
+    """Adapter folder, None for the base model."""
+    method: str | None = None
+    """`labels` or `generate` for evaluations."""
+    num_examples: int = 0
+    is_partial: bool = False
+    """True when max_test_examples or skipped examples made the split smaller than the prepared one."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Evaluation: accuracy, accuracy_low, accuracy_high, strict_accuracy(+_low, _high), weighted_f1(+_low, _high),
+    unparsable. Training: loss_first, loss_last."""
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Confusion counts: label -> prediction -> number of test examples."""
+    loss_curve: list[list[float]] = field(default_factory=list)
+    """Training: [step, mean loss] points."""
+    seconds_per_example: float | None = None
+    tokens_per_second: float | None = None
+    wall_seconds: float | None = None
+    gpu_hours: float | None = None
+    """Wall time x GPUs, None on CPU."""
+    peak_memory_gib: float | None = None
+    """Peak device memory summed over workers; on CPU the peak resident memory of the processes."""
+    adapter_mib: float | None = None
+    data_hash: str | None = None
+    """Hash of the prepared split."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The resolved config: alone it reruns the measurement."""
+    environment: dict[str, str] = field(default_factory=dict)
+    created: str = ""
+
+
+def describe_environment() -> dict[str, str]:
+    """Versions and device of this process, for a Result. Reads only what is already imported for torch."""
+    import importlib.metadata
+
+    environment = {"python": platform.python_version(), "machine": platform.machine()}
+    for package in ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "ray"):
+        try:
+            environment[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            environment[package] = "absent"
+    import torch
+
+    environment["device"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu"
+    return environment
+
+
+def append_result(path: Path, result: Result) -> None:
+    """Append one line to a results file, creating folder and file. Concurrent writers on one host do not interleave."""
+    record = dataclasses.asdict(result)
+    record["created"] = record["created"] or datetime.now(UTC).isoformat(timespec="seconds")
+    line = (json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_results(path: Path) -> list[Result]:
+    """Read every Result of a file, or of all *.jsonl files below a folder, in file and line order.
+
+    Raises:
+        ResultError: the path is missing or empty of results, or a line is not a Result; names file and line.
+    """
+    if path.is_dir():
+        files = sorted(path.rglob("*.jsonl"))
+    elif path.is_file():
+        files = [path]
+    else:
+        raise ResultError(f"{path} does not exist: give a results file, or a folder that `finlora evaluate` wrote to.")
+    results = [result for file in files for result in _read_file(file)]
+    if not results:
+        raise ResultError(f"{path} holds no results: run `finlora train` or `finlora evaluate` first.")
+    return results
+
+
+def _read_file(file: Path) -> list[Result]:
+    results = []
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            results.append(Result(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ResultError(
+                f"{file} line {number} is not a result ({error}): expected one JSON object a line as written by "
+                "`finlora evaluate`. Remove that line if a crash cut it short."
+            ) from error
+    return results

@@ -104,7 +104,6 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     values: dict[str, Any] = {}
-    before = len(faults)
     for key, raw in tree.items():
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=2, cutoff=0.5) or names
@@ -123,7 +122,7 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -
     except ConfigError as error:
         faults.extend(error.faults)
         return _WRONG
-    return built if len(faults) == before else _WRONG
+    return built
 
 
 class _Wrong:

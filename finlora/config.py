@@ -27,8 +27,8 @@ def _refuse(section: str, checks: Sequence[tuple[bool, str]]) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    base: str = "demo"
-    """Hub id, local folder with config.json, tokenizer and *.safetensors, or `demo` (the small model FinLoRA pretrains)."""
+    base: str = "meta-llama/Llama-3.1-8B-Instruct"
+    """Hub id, or local folder with config.json, tokenizer and *.safetensors."""
     revision: str | None = None
     """Hub commit or tag. None: the hub's default branch, whose commit is then recorded."""
     tokenizer: str | None = None
@@ -50,7 +50,7 @@ class ModelConfig:
         _refuse(
             "model",
             [
-                (bool(self.base.strip()), "base is empty: name a hub id, a local folder or `demo`"),
+                (bool(self.base.strip()), "base is empty: name a hub id or a local folder"),
                 (self.max_seq_len >= 8, f"max_seq_len={self.max_seq_len}: expected at least 8 tokens"),
             ],
         )
@@ -85,8 +85,8 @@ class LoraConfig:
 class DataConfig:
     tasks: tuple[str, ...] = ("synthetic",)
     """Prepared tasks to train on together, or to evaluate one after the other (names: `finlora prepare --help`)."""
-    dir: str = "data"
-    """Folder that `finlora prepare` wrote: DIR/<task>/train.parquet and test.parquet."""
+    dir: str = "~/finlora/data"
+    """Folder that `finlora prepare` wrote: DIR/<task>/train.parquet and test.parquet. All nodes must see it."""
     too_long: Literal["error", "skip"] = "error"
     """What an example over model.max_seq_len does: stop the run, or be skipped and counted. Never truncated."""
     max_train_examples: int | None = None
@@ -171,6 +171,8 @@ class TrainConfig:
     """bf16: DeepSpeed runs the forward pass under bf16 autocast, adapter and optimiser state stay float32."""
     max_failures: int = 3
     """How often Ray Train restarts failed workers from the last checkpoint before the run fails."""
+    checkpoint_every_steps: int | None = None
+    """Write a checkpoint each so many optimiser steps, besides the one an epoch. None: only the one an epoch."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept on disk; the adapter of the last step is always exported beside them."""
     log_every_steps: int = 10
@@ -184,6 +186,10 @@ class TrainConfig:
             [
                 *((value >= 1, f"{key}={value}: expected at least 1") for key, value in values.items()),
                 (self.max_steps is None or self.max_steps >= 1, f"max_steps={self.max_steps}: expected at least 1, or null"),
+                (
+                    self.checkpoint_every_steps is None or self.checkpoint_every_steps >= 1,
+                    f"checkpoint_every_steps={self.checkpoint_every_steps}: expected at least 1, or null",
+                ),
                 (self.max_failures >= 0, f"max_failures={self.max_failures}: expected at least 0"),
                 (self.gpus_per_worker > 0, f"gpus_per_worker={self.gpus_per_worker}: expected more than 0"),
                 (self.cpus_per_worker > 0, f"cpus_per_worker={self.cpus_per_worker}: expected more than 0"),
@@ -222,8 +228,8 @@ class EvalConfig:
 class RunConfig:
     name: str = "run"
     """Name of the run: folder under output_dir, Ray Train run and dashboard entry."""
-    output_dir: str = "runs"
-    """Folder of all runs. Several nodes need a shared one (NFS)."""
+    output_dir: str = "~/finlora/runs"
+    """Folder of all runs, on storage that all nodes see."""
     seed: int = 42
     """Seed of sampling, dropout and adapter initialisation."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -1,0 +1,77 @@
+"""Reach a Ray cluster, or start a local one that only this machine can talk to, and check what it can give."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import ray
+
+from finlora.errors import ResourceError
+
+_TOKEN_FILE = Path("~/.config/finlora/ray-token")
+
+
+def connect() -> None:
+    """Join the cluster of RAY_ADDRESS or the running job; start a local one on the loopback interface otherwise.
+
+    A local one is guarded by a token of FinLoRA's own, never by one in Ray's default place, since that file would
+    change how other Ray programs of this user behave.
+
+    Raises:
+        ResourceError: RAY_ADDRESS is set but no cluster answers there.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(log_to_driver=False)
+        else:
+            _guard_local()
+            ray.init(address="local", log_to_driver=False, _node_ip_address="127.0.0.1", logging_level="WARNING")
+    except ConnectionError as error:
+        raise ResourceError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): start one (`ray start --head`), mend the address, "
+            "or unset RAY_ADDRESS to run on this machine alone."
+        ) from error
+
+
+def require(num_workers: int, cpus: float, gpus: float) -> None:
+    """Check that the cluster could ever hold the workers, instead of waiting for what cannot come.
+
+    Args:
+        num_workers: workers wanted at once.
+        cpus: CPU cores a worker.
+        gpus: GPUs a worker.
+
+    Raises:
+        ResourceError: says what the cluster has in all, what is free, and what was asked for.
+    """
+    total, free = ray.cluster_resources(), ray.available_resources()
+    for kind, each in (("GPU", gpus), ("CPU", cpus)):
+        need = num_workers * each
+        if need > total.get(kind, 0.0) + 1e-6:
+            mend = (
+                "choose fewer workers, or the CPU with train.device=cpu eval.device=cpu"
+                if kind == "GPU"
+                else "choose fewer workers or lower train.cpus_per_worker"
+            )
+            raise ResourceError(
+                f"the config asks for {need:g} {kind} ({num_workers} workers x {each:g}), but the cluster has "
+                f"{total.get(kind, 0.0):g} ({free.get(kind, 0.0):g} free now): {mend}."
+            )
+
+
+def _guard_local() -> None:
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    token_file = _TOKEN_FILE.expanduser()
+    if not token_file.is_file():
+        token_file.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(secrets.token_hex(32))
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)

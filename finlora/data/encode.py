@@ -1,0 +1,162 @@
+"""Turn an Example into token ids: one function for training, evaluation and serving.
+
+Shapes: B examples of a batch, T the longest of them in tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from finlora.data.example import Example
+from finlora.errors import DatasetError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+IGNORED = -100
+"""Label of places that carry no loss, as torch.nn.functional.cross_entropy ignores it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of one example: the prompt with BOS once in front, the answer with one end token."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Right-padded examples. `labels` is IGNORED on prompt and padding, and not shifted: position t is token t."""
+
+    input_ids: torch.Tensor
+    """(B, T) int64."""
+    attention_mask: torch.Tensor
+    """(B, T) int64, 1 on real tokens."""
+    labels: torch.Tensor
+    """(B, T) int64."""
+    num_tokens: int
+    """Real tokens, padding not counted."""
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.num_tokens
+        )
+
+
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"]) -> tuple[int, ...]:
+    """Render a prompt to token ids, BOS exactly once in front.
+
+    Text that looks like a special token (`<|eot_id|>` inside a tweet) is encoded as plain characters, so that no
+    document can end or open a turn.
+
+    Raises:
+        ModelError: template is `chat` and the tokenizer has no chat template.
+    """
+    bos = tokenizer.bos_token_id
+    if template == "raw":
+        return (bos, *_plain_ids(prompt, tokenizer))
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            "model.template=chat, but the tokenizer has no chat template: use an instruct model's tokenizer, or template=raw."
+        )
+    # A placeholder marks where the prompt goes: the frame is encoded with its special tokens, the prompt without.
+    marker = "\ue000prompt\ue000"
+    frame = tokenizer.apply_chat_template(
+        [{"role": "user", "content": marker}], add_generation_prompt=True, tokenize=False
+    )
+    before, _, after = frame.partition(marker)
+    ids = [
+        *tokenizer.encode(before, add_special_tokens=False),
+        *_plain_ids(prompt.strip(), tokenizer),
+        *tokenizer.encode(after, add_special_tokens=False),
+    ]
+    return tuple(ids) if ids[0] == bos else (bos, *ids)
+
+
+def encode_answer(answer: str, tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"]) -> tuple[int, ...]:
+    """Render an answer to token ids, closed by the end token: EOS, or the end of turn under a chat template."""
+    return (*_plain_ids(answer, tokenizer), end_token_id(tokenizer, template))
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"]) -> int:
+    """Return the id that ends an answer."""
+    if template == "chat":
+        end_of_turn = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+        if end_of_turn is not None and end_of_turn != tokenizer.unk_token_id:
+            return int(end_of_turn)
+    return int(tokenizer.eos_token_id)
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    template: Literal["raw", "chat"],
+    max_seq_len: int,
+    too_long: Literal["error", "skip"],
+    reserve: int = 0,
+) -> tuple[list[Encoded], list[int]]:
+    """Encode examples, never truncating: an XBRL question stands last, after thousands of tokens.
+
+    Args:
+        max_seq_len: longest prompt + answer in tokens.
+        reserve: tokens kept free for generation; the answer then counts for at least as many.
+
+    Returns:
+        The encoded examples, and the indices of those kept (all of them under too_long="error").
+
+    Raises:
+        DatasetError: an example is too long and too_long is `error`; names it, its length and the limit.
+    """
+    kept: list[int] = []
+    encoded: list[Encoded] = []
+    longest: tuple[int, Example] | None = None
+    for index, example in enumerate(examples):
+        item = Encoded(
+            encode_prompt(example.prompt, tokenizer, template), encode_answer(example.answer, tokenizer, template)
+        )
+        length = max(item.num_tokens, len(item.prompt_ids) + reserve)
+        if length <= max_seq_len:
+            encoded.append(item)
+            kept.append(index)
+        elif longest is None or length > longest[0]:
+            longest = (length, example)
+    if longest is not None and too_long == "error":
+        num_too_long = len(examples) - len(kept)
+        raise DatasetError(
+            f"{num_too_long} of {len(examples)} examples are longer than model.max_seq_len={max_seq_len} tokens; the longest "
+            f"is {longest[1].id} ({longest[1].source}) with {longest[0]}. Nothing is truncated, since the question may stand "
+            "last: raise model.max_seq_len, or set data.too_long=skip to leave them out and count them."
+        )
+    if not encoded:
+        raise DatasetError(f"none of {len(examples)} examples is left: every one is over max_seq_len={max_seq_len} tokens.")
+    return encoded, kept
+
+
+def collate(items: Sequence[Encoded], pad_token_id: int) -> Batch:
+    """Pad a batch on the right to its longest example."""
+    import torch
+
+    longest = max(item.num_tokens for item in items)
+    input_ids = torch.full((len(items), longest), pad_token_id, dtype=torch.long)
+    labels = torch.full((len(items), longest), IGNORED, dtype=torch.long)
+    mask = torch.zeros((len(items), longest), dtype=torch.long)
+    for row, item in enumerate(items):
+        start, end = len(item.prompt_ids), item.num_tokens
+        input_ids[row, :end] = torch.tensor(item.prompt_ids + item.answer_ids)
+        labels[row, start:end] = torch.tensor(item.answer_ids)
+        mask[row, :end] = 1
+    return Batch(input_ids, mask, labels, sum(item.num_tokens for item in items))
+
+
+def _plain_ids(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return list(ids)

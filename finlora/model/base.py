@@ -1,0 +1,215 @@
+"""Load a Llama base at 16, 8 or 4 bit, tensor by tensor, so that the load peak stays within one layer of the final size.
+
+Quantisation is bitsandbytes': NF4 with double quantisation (QLoRA, arXiv:2305.14314, sections 3) and LLM.int8()
+(arXiv:2208.07339). Embedding, norms and the output head stay in the compute type, as in both papers.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from finlora.config import Bits, ModelConfig
+from finlora.errors import ModelError, ResourceError
+from finlora.model.source import ModelSource, find_source, fingerprint_weights
+from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_Reader = Callable[[str, torch.Size], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A frozen base with its tokenizer and what an adapter must know of it."""
+
+    model: LlamaForCausalLM
+    tokenizer: PreTrainedTokenizerFast
+    bits: Bits
+    weights_hash: str
+    tokenizer_hash: str
+    revision: str | None
+    weights_gib: float
+    """GiB of all weights on the device, quantisation statistics included."""
+    load_peak_gib: float | None
+    """Highest device memory while loading; None on CPU."""
+
+
+def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int) -> BaseModel:
+    """Load tokenizer and weights; every parameter is frozen and the model is in eval mode.
+
+    Args:
+        model: what to load; `model.bits` is not read, since evaluation may run at other bits than training.
+        bits: 16, 8 or 4.
+        device: where the weights go. They pass through it one tensor at a time.
+        seed: seed of random weights (`model.weights=random`), not used otherwise.
+
+    Raises:
+        ModelError: the files are not a complete Llama model, or tensors are missing or of another shape.
+        ResourceError: the device is not there, or out of memory.
+    """
+    check_device(device)
+    source = find_source(model)
+    tokenizer = load_tokenizer(source.tokenizer_path)
+    if len(tokenizer) > source.config.vocab_size:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model embeds {source.config.vocab_size}: "
+            "model.tokenizer does not belong to model.base."
+        )
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        net = _build(source, model, bits, device, seed)
+    except torch.cuda.OutOfMemoryError as error:
+        raise ResourceError(
+            f"out of GPU memory while loading {model.base} at {bits} bit ({error}): use fewer bits or a larger GPU."
+        ) from error
+    return BaseModel(
+        model=net,
+        tokenizer=tokenizer,
+        bits=bits,
+        weights_hash=fingerprint_weights(source),
+        tokenizer_hash=hash_tokenizer(tokenizer),
+        revision=source.revision,
+        weights_gib=measure_weights(net) / 2**30,
+        load_peak_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+    )
+
+
+def check_device(device: torch.device) -> None:
+    """Refuse a device that this process does not see, instead of running elsewhere.
+
+    Raises:
+        ResourceError: no such GPU; says how to choose the CPU.
+    """
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(
+            "the config asks for a GPU (device=cuda), but torch sees none here: run on a GPU node, or choose the CPU "
+            "yourself with train.device=cpu eval.device=cpu."
+        )
+
+
+def measure_weights(net: nn.Module) -> int:
+    """Return the bytes of all parameters and buffers, with bitsandbytes' scales and code tables."""
+    total = sum(tensor.numel() * tensor.element_size() for tensor in [*net.parameters(), *net.buffers()])
+    for module in net.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            parts = [state.absmax, state.code, *([state.state2.absmax, state.state2.code] if state.nested else [])]
+            total += sum(part.numel() * part.element_size() for part in parts)
+        scales = getattr(getattr(module, "weight", None), "SCB", None)
+        scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
+        if isinstance(scales, torch.Tensor):
+            total += scales.numel() * scales.element_size()
+    return total
+
+
+@contextmanager
+def quiet_bitsandbytes() -> Iterator[None]:
+    """Drop bitsandbytes' line a layer ("inputs will be cast ... during quantization") while inside."""
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _build(source: ModelSource, model: ModelConfig, bits: Bits, device: torch.device, seed: int) -> LlamaForCausalLM:
+    from transformers import LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    dtype = _DTYPES[model.compute_dtype]
+    source.config._attn_implementation = model.attention
+    source.config.dtype = dtype
+    with torch.device("meta"):
+        net = LlamaForCausalLM(source.config)
+    with _open_reader(source, device, dtype, seed) as read:
+        for name, parameter in list(net.named_parameters()):
+            owner_name, _, leaf = name.rpartition(".")
+            owner = net.get_submodule(owner_name)
+            if name == "lm_head.weight" and source.config.tie_word_embeddings:
+                continue
+            weight = read(name, parameter.shape)
+            if bits < 16 and isinstance(owner, nn.Linear) and ".layers." in name:
+                net.set_submodule(owner_name, _quantise(weight, bits, dtype))
+            else:
+                setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
+            del weight
+    if source.config.tie_word_embeddings:
+        net.lm_head.weight = net.model.embed_tokens.weight
+    net.model.rotary_emb = LlamaRotaryEmbedding(source.config).to(device)
+    net.is_loaded_in_8bit, net.is_loaded_in_4bit = bits == 8, bits == 4  # PEFT chooses its layers by these
+    net.requires_grad_(False)
+    return net.eval()
+
+
+def _quantise(weight: torch.Tensor, bits: Bits, dtype: torch.dtype) -> nn.Module:
+    """Make the bitsandbytes layer of one (out, in) weight, quantised on the weight's own device."""
+    import bitsandbytes as bnb
+
+    num_out, num_in = weight.shape
+    if bits == 4:
+        layer = bnb.nn.Linear4bit(
+            num_in, num_out, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta"
+        )
+        parameter = bnb.nn.Params4bit(
+            weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
+        )
+        layer.weight = parameter.to(weight.device)
+        return layer
+    layer = bnb.nn.Linear8bitLt(num_in, num_out, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
+    quantised, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+    layer.weight = bnb.nn.Int8Params(
+        quantised, requires_grad=False, has_fp16_weights=False, CB=quantised, SCB=scales
+    )
+    return layer
+
+
+@contextmanager
+def _open_reader(source: ModelSource, device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[_Reader]:
+    """Yield a function that brings one named tensor to the device."""
+    if not source.shards:
+        generator = torch.Generator(device=device).manual_seed(seed)
+        std = source.config.initializer_range
+
+        def read_random(name: str, shape: torch.Size) -> torch.Tensor:
+            if name.endswith("norm.weight"):
+                return torch.ones(shape, dtype=dtype, device=device)
+            return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
+
+        yield read_random
+        return
+    from safetensors import safe_open
+
+    # One shard is open at a time and tensors are read through its memory map, so host memory stays at one tensor.
+    opened: dict[str, object] = {}
+
+    def read_tensor(name: str, shape: torch.Size) -> torch.Tensor:
+        path = source.shards.get(name)
+        if path is None:
+            raise ModelError(f"{source.folder} has no tensor {name}: its config.json describes another model.")
+        if str(path) not in opened:
+            opened.clear()
+            opened[str(path)] = safe_open(str(path), framework="pt", device="cpu")
+        tensor: torch.Tensor = opened[str(path)].get_tensor(name)  # type: ignore[attr-defined]
+        if tensor.shape != shape:
+            raise ModelError(f"{path} holds {name} as {list(tensor.shape)} where config.json says {list(shape)}.")
+        return tensor.to(device=device, dtype=dtype, copy=True)
+
+    try:
+        yield read_tensor
+    finally:
+        opened.clear()

@@ -1,0 +1,98 @@
+"""Attach, save and load LoRA adapters through PEFT; an adapter folder is PEFT's own two files and our config beside it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from finlora.config import LoraConfig
+from finlora.errors import AdapterError
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def attach_lora(net: LlamaForCausalLM, lora: LoraConfig, base: str, seed: int) -> PeftModel:
+    """Put fresh adapters on the base: W x + (alpha / rank) B A x with B = 0, so that the first output equals the base's.
+
+    The trainable A (rank, in) and B (out, rank) are float32; the base is untouched.
+
+    Source: LoRA, arXiv:2106.09685, section 4.1.
+    """
+    import peft
+
+    torch.manual_seed(seed)  # A is drawn here: every worker must start from the same
+    settings = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+    return peft.get_peft_model(net, settings, autocast_adapter_dtype=True)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> float:
+    """Write PEFT's adapter_model.safetensors (bf16) and adapter_config.json; the config is written last.
+
+    The weights pass through a temporary folder beside the target, so that a crash leaves the old adapter or none.
+
+    Returns:
+        Size of the weights file in MiB.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        state = get_peft_model_state_dict(model)
+        tensors = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
+        save_file(tensors, str(staging / ADAPTER_WEIGHTS), metadata={"format": "pt"})
+        settings = model.peft_config["default"]
+        settings.inference_mode = True
+        settings.save_pretrained(str(staging))
+        settings.inference_mode = False
+        size = (staging / ADAPTER_WEIGHTS).stat().st_size / 2**20
+        folder.mkdir(exist_ok=True)
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            os.replace(staging / name, folder / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return size
+
+
+def load_adapter(net: LlamaForCausalLM, folder: Path) -> PeftModel:
+    """Put a saved adapter on its base, frozen and in eval mode.
+
+    Raises:
+        AdapterError: the folder is missing or incomplete, or its tensors do not fit this base.
+    """
+    from peft import PeftModel
+
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise AdapterError(
+                f"{folder} has no {name}: expected an adapter folder as `finlora train` writes it (RUN/adapter)."
+            )
+    try:
+        model = PeftModel.from_pretrained(net, str(folder), is_trainable=False)
+    except Exception as error:  # PEFT and safetensors raise many kinds; each means that the folder is not usable here
+        raise AdapterError(f"{folder} cannot be loaded on this base ({type(error).__name__}: {error}).") from error
+    return model.eval()
+
+
+def trainable_parameters(model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """Return the adapter's parameters by name, in model order."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

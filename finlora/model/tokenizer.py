@@ -1,0 +1,108 @@
+"""Load the tokenizer of a Llama base: a Hugging Face tokenizer.json, or Llama 3's own tiktoken file.
+
+Source of the tiktoken pattern and of the special ids: the Llama 3 reference tokenizer,
+https://github.com/meta-llama/llama-models/blob/a9c89c471f793423afd4cc3ca8671d6e56fe64cb/models/llama3/tokenizer.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finlora.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_NUM_RESERVED = 256
+_NAMED_SPECIALS = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    4: "<|finetune_right_pad_id|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+    10: "<|python_tag|>",
+}
+
+# The header form of a Llama 3 conversation, without a default system turn: what stands in the prompt is all there is.
+LLAMA3_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>"
+    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a folder, or from a Llama 3 `tokenizer.model` file. It has BOS, EOS and a padding token.
+
+    Raises:
+        ModelError: nothing loadable stands at `path`, or it lacks a BOS or EOS token.
+    """
+    from transformers import AutoTokenizer
+
+    if path.is_file():
+        tokenizer = _from_tiktoken(path)
+    elif (path / "tokenizer.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    elif (path / "tokenizer.model").is_file():
+        tokenizer = _from_tiktoken(path / "tokenizer.model")
+    else:
+        raise ModelError(
+            f"{path} holds no tokenizer: expected tokenizer.json or Llama 3's tokenizer.model. "
+            "Copy it beside the weights, or set model.tokenizer to it."
+        )
+    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer at {path} has no BOS or no EOS token: expected a Llama tokenizer with both.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padded places are masked, so any existing id serves
+    return tokenizer
+
+
+def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return 16 hex digits that change with vocabulary, merges, special tokens or chat template."""
+    text = tokenizer.backend_tokenizer.to_str() + (tokenizer.chat_template or "")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _from_tiktoken(path: Path) -> PreTrainedTokenizerFast:
+    """Convert tiktoken BPE ranks (128,000 base tokens + 256 reserved specials) to a fast tokenizer with equal ids."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    specials = _special_tokens()
+    try:
+        # The converter's default pattern is Llama 3's own.
+        backend = TikTokenConverter(vocab_file=str(path), extra_special_tokens=specials).converted()
+    except (ValueError, IndexError, OSError) as error:
+        raise ModelError(
+            f"{path} is not a tiktoken file ({error}): expected lines of a base64 token and its rank, as Llama 3 ships it."
+        ) from error
+    bos = specials[0]
+    backend.post_processor = TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, backend.token_to_id(bos))]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=bos,
+        eos_token=_NAMED_SPECIALS[1],
+        pad_token=_NAMED_SPECIALS[4],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = LLAMA3_CHAT_TEMPLATE
+    return tokenizer
+
+
+def _special_tokens() -> list[str]:
+    """List the 256 special tokens in id order, as the Llama 3.1 tokenizer numbers them."""
+    tokens, reserved = [], 0
+    for index in range(_NUM_RESERVED):
+        if index in _NAMED_SPECIALS:
+            tokens.append(_NAMED_SPECIALS[index])
+        else:
+            tokens.append(f"<|reserved_special_token_{reserved}|>")
+            reserved += 1
+    return tokens

@@ -1,0 +1,117 @@
+"""Checkpoints of a training run: adapter in float32, optimiser state a worker, position; verified when read.
+
+Layout of a checkpoint folder, for worker ranks r:
+    adapter.safetensors        trainable parameters, float32 (rank 0; equal on all workers)
+    optimizer-r.pt             optimiser state of worker r, read with weights_only=True
+    manifest-r.json            written last by worker r: size and SHA-256 of its files, step, world size, run hash
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from finlora.errors import CheckpointError
+
+_ADAPTER = "adapter.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointInfo:
+    """What a manifest says of its checkpoint."""
+
+    step: int
+    """Optimiser steps done."""
+    world_size: int
+    run_hash: str
+    """Hash of the settings and data that must not change over a resume."""
+
+
+def save_checkpoint(
+    folder: Path,
+    worker: int,
+    info: CheckpointInfo,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer_state: dict[str, Any],
+) -> None:
+    """Write this worker's part of a checkpoint into `folder`; the manifest comes last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"optimizer-{worker}.pt"]
+    torch.save(optimizer_state, folder / names[0])
+    if worker == 0:
+        names.append(_ADAPTER)
+        tensors = {name: p.detach().to("cpu", torch.float32).contiguous() for name, p in parameters.items()}
+        save_file(tensors, str(folder / _ADAPTER))
+    manifest = {
+        "step": info.step,
+        "world_size": info.world_size,
+        "run_hash": info.run_hash,
+        "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": _hash(folder / name)} for name in names},
+    }
+    temporary = folder / f".manifest-{worker}.json"
+    temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    os.replace(temporary, folder / f"manifest-{worker}.json")
+
+
+def read_info(folder: Path, run_hash: str, world_size: int) -> CheckpointInfo:
+    """Check that a checkpoint is whole and of this run.
+
+    Raises:
+        CheckpointError: a part is missing or damaged, or it belongs to other settings or another number of workers.
+    """
+    info: CheckpointInfo | None = None
+    for worker in range(world_size):
+        path = folder / f"manifest-{worker}.json"
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            info = CheckpointInfo(**{key: manifest[key] for key in ("step", "world_size", "run_hash")})
+            files = dict(manifest["files"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"checkpoint {folder} is incomplete: {path.name} cannot be read ({type(error).__name__}). Delete that "
+                "folder to go on from the one before."
+            ) from error
+        if info.world_size != world_size:
+            raise CheckpointError(
+                f"checkpoint {folder} was written by {info.world_size} workers, this run has {world_size}: set "
+                f"train.num_workers={info.world_size}, or choose another `name` to start anew."
+            )
+        if info.run_hash != run_hash:
+            raise CheckpointError(
+                f"checkpoint {folder} is of a run with other settings or data: restore them, or choose another `name`."
+            )
+        for name, expected in files.items():
+            file = folder / Path(name).name
+            if not file.is_file() or file.stat().st_size != expected["bytes"] or _hash(file) != expected["sha256"]:
+                raise CheckpointError(
+                    f"checkpoint {folder} is damaged: {name} is missing or differs from its manifest (expected "
+                    f"{expected['bytes']} bytes). Delete that folder to go on from the one before."
+                )
+    assert info is not None
+    return info
+
+
+def load_checkpoint(
+    folder: Path, worker: int, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Restore adapter and optimiser state exactly, after `read_info` found the checkpoint whole."""
+    saved = load_file(str(folder / _ADAPTER))
+    if saved.keys() != parameters.keys():
+        raise CheckpointError(f"checkpoint {folder} holds other adapter tensors than lora.target_modules asks for.")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    state = torch.load(folder / f"optimizer-{worker}.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,205 @@
+"""The folder of one training run and what must hold before any GPU is taken. No Ray here.
+
+Layout of OUTPUT_DIR/NAME:
+    config.yaml        the resolved config: alone it reruns the run
+    progress.jsonl     one Progress a line, appended by worker 0
+    tensorboard/       the same numbers as TensorBoard events
+    checkpoint_*/      Ray Train's checkpoints (finlora/train/checkpoint.py)
+    adapter/           PEFT's two files and config.yaml; finlora.yaml is written last and marks the run as finished
+    results.jsonl      one Result of this training
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finlora.config import RunConfig
+from finlora.configfile import config_to_tree, load_config, save_config
+from finlora.data.encode import Encoded, encode_examples
+from finlora.data.prepared import read_prepared
+from finlora.errors import ConfigError
+from finlora.model.source import find_source
+from finlora.model.tokenizer import load_tokenizer
+from finlora.train.loop import Progress
+
+# What may differ between a run and its resumption: it changes where and how often, never what is computed.
+_FREE_SETTINGS = {
+    "": ("output_dir", "eval"),
+    "data": ("dir", "max_test_examples"),
+    "train": ("max_failures", "keep_checkpoints", "checkpoint_every_steps", "log_every_steps", "cpus_per_worker"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSet:
+    """Encoded examples of all trained tasks, and what was left out."""
+
+    encoded: list[Encoded]
+    hashes: dict[str, str]
+    """Task -> hash of its prepared train split."""
+    num_skipped: int
+    """Examples over model.max_seq_len, left out by data.too_long=skip."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run."""
+
+    root: Path
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def progress(self) -> Path:
+        return self.root / "progress.jsonl"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results.jsonl"
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+
+def resolve_paths(config: RunConfig) -> RunConfig:
+    """Make every local path absolute, as workers run in other folders.
+
+    Raises:
+        ConfigError: a path is relative inside a submitted Ray job, whose working directory is deleted afterwards.
+    """
+    faults: list[str] = []
+
+    def resolve(key: str, value: str) -> str:
+        path = Path(value).expanduser()
+        in_job_copy = "runtime_resources" in Path.cwd().parts
+        if in_job_copy and not path.is_absolute() and not path.exists():
+            faults.append(
+                f"{key}={value} is relative, but this Ray job runs in a temporary copy of your folder: give an absolute "
+                f"path on the cluster's storage, for example {key}=~/finlora/{path.name}"
+            )
+        return str(path.absolute())
+
+    is_local_base = Path(config.model.base).expanduser().exists()
+    resolved = dataclasses.replace(
+        config,
+        output_dir=resolve("output_dir", config.output_dir),
+        data=dataclasses.replace(config.data, dir=resolve("data.dir", config.data.dir)),
+        model=dataclasses.replace(
+            config.model,
+            base=resolve("model.base", config.model.base) if is_local_base else config.model.base,
+            tokenizer=config.model.tokenizer and resolve("model.tokenizer", config.model.tokenizer),
+        ),
+    )
+    if faults:
+        raise ConfigError(faults)
+    return resolved
+
+
+def load_training_set(config: RunConfig) -> TrainingSet:
+    """Read the prepared train splits, take the seeded first N, and encode them.
+
+    Raises:
+        DatasetError: a split is missing, damaged, or an example is too long.
+        ModelError: the base or its tokenizer is not usable.
+    """
+    import numpy as np
+
+    splits = [read_prepared(Path(config.data.dir), task, "train") for task in config.data.tasks]
+    examples = [example for split in splits for example in split.examples]
+    limit = config.data.max_train_examples
+    if limit is not None and limit < len(examples):
+        order = np.random.default_rng(config.seed).permutation(len(examples))[:limit]
+        examples = [examples[index] for index in sorted(order)]
+    tokenizer = load_tokenizer(find_source(config.model).tokenizer_path)
+    encoded, kept = encode_examples(
+        examples,
+        tokenizer,
+        template=config.model.template,
+        max_seq_len=config.model.max_seq_len,
+        too_long=config.data.too_long,
+    )
+    hashes = {task: split.hash for task, split in zip(config.data.tasks, splits, strict=True)}
+    return TrainingSet(encoded=encoded, hashes=hashes, num_skipped=len(examples) - len(kept))
+
+
+def hash_run(config: RunConfig, hashes: dict[str, str]) -> str:
+    """Return 16 hex digits over everything that decides what the run computes."""
+    tree = config_to_tree(config)
+    for section, keys in _FREE_SETTINGS.items():
+        for key in keys:
+            (tree[section] if section else tree).pop(key)
+    text = json.dumps([tree, hashes], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def open_run(config: RunConfig) -> RunFolder:
+    """Create or reopen the run's folder.
+
+    Raises:
+        ConfigError: a run of that name exists with other settings; names each that differs.
+    """
+    folder = RunFolder(Path(config.output_dir) / config.name)
+    if folder.config.is_file():
+        differing = _differences(config_to_tree(load_config(folder.config)), config_to_tree(config))
+        if differing:
+            raise ConfigError(
+                f"{folder.root} already holds a run with other settings ({'; '.join(differing)}): restore them to resume "
+                "it, or choose another `name`."
+            )
+    save_config(config, folder.config)
+    return folder
+
+
+def append_progress(folder: RunFolder, progress: Progress) -> None:
+    """Append one line; a reader sees whole lines only."""
+    line = json.dumps(dataclasses.asdict(progress)) + "\n"
+    descriptor = os.open(folder.progress, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_progress(folder: RunFolder) -> list[Progress]:
+    """Return the records in step order; of a step run twice (after a crash) the later one counts."""
+    if not folder.progress.is_file():
+        return []
+    by_step: dict[int, Progress] = {}
+    for line in folder.progress.read_text(encoding="utf-8").splitlines():
+        record = Progress(**json.loads(line))
+        by_step[record.step] = record
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def mark_finished(adapter: Path, contents: dict[str, Any]) -> None:
+    """Write finlora.yaml, the last file of an adapter folder."""
+    temporary = adapter / ".finlora.yaml"
+    temporary.write_text(yaml.safe_dump(contents, sort_keys=False), encoding="utf-8")
+    os.replace(temporary, adapter / "finlora.yaml")
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    found = []
+    for section, value in new.items():
+        free = _FREE_SETTINGS.get("", ())
+        if section in free:
+            continue
+        if not isinstance(value, dict):
+            if old.get(section) != value:
+                found.append(f"{section}: {old.get(section)} there, {value} here")
+            continue
+        for key, inner in value.items():
+            if key not in _FREE_SETTINGS.get(section, ()) and old[section].get(key) != inner:
+                found.append(f"{section}.{key}: {old[section].get(key)} there, {inner} here")
+    return found

@@ -1,0 +1,44 @@
+"""Which examples each worker sees when: a pure function of seed, epoch and step, so that a resumed run needs no state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampler:
+    """Deterministic sharded sampling without replacement.
+
+    An epoch is one permutation of all examples; step s takes its s-th slice of `global_batch_size`. The slice does not
+    depend on the number of workers, so neither does the sequence of optimiser updates. The last batch of an epoch may
+    be smaller; no example is dropped or seen twice in an epoch.
+    """
+
+    num_examples: int
+    global_batch_size: int
+    micro_batch_size: int
+    world_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.num_examples // self.global_batch_size)
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes a worker, a full step: the gradient accumulation steps."""
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def global_batch(self, step: int) -> list[int]:
+        """Return the example indices of an optimiser step, counted from 0 over the whole run."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
+        start = position * self.global_batch_size
+        return [int(index) for index in order[start : start + self.global_batch_size]]
+
+    def micro_batches(self, batch: list[int], worker: int) -> list[list[int]]:
+        """Return one worker's share of a global batch, cut into micro-batches; empty when the batch ran out before it."""
+        share = batch[worker :: self.world_size]
+        return [share[start : start + self.micro_batch_size] for start in range(0, len(share), self.micro_batch_size)]

@@ -1,0 +1,220 @@
+"""Raw rows from text, CSV, JSON lines and Arrow files: each knows the file and line it came from.
+
+Every reader here stops at the first malformed row with a DatasetError that names file, line and column. Nothing is
+skipped: what a task leaves out on purpose, the task counts in its notes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from finlora.errors import DatasetError
+
+SplitChoice = Literal["all", "test"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What the user asked a task's reader for."""
+
+    source: Path | None
+    """Folder (or single file) of raw files. None: the task's dataset on the hub."""
+    variant: str
+    """One of the task's variants: `as_published` keeps the published defects, `corrected` mends them."""
+    splits: SplitChoice
+    """`test` reads the test split alone, where the training file cannot be had."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One raw record: a value a column, and where it stands."""
+
+    fields: Mapping[str, Any]
+    source: str
+    """`file:line`, or `hub-id/split:row` for the hub."""
+
+    def text(self, column: str) -> str:
+        """Return a column's text as it stands, white space included.
+
+        Raises:
+            DatasetError: the value is not a text, or is blank.
+        """
+        value = self.fields[column]
+        if not isinstance(value, str) or not value.strip():
+            raise self.fault(column, value, "a text that is not blank")
+        return value
+
+    def number(self, column: str) -> float:
+        """Return a column's number; texts that spell one are read."""
+        value = self.fields[column]
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise self.fault(column, value, "a number") from None
+
+    def one_of(self, column: str, meanings: Mapping[str, str]) -> str:
+        """Return what a raw label means.
+
+        Args:
+            column: the label's column.
+            meanings: raw label, written as text, to the answer it stands for.
+
+        Raises:
+            DatasetError: the label is not among `meanings`.
+        """
+        value = self.fields[column]
+        answer = meanings.get(str(value).strip())
+        if answer is None:
+            raise self.fault(column, value, f"one of {', '.join(meanings)}")
+        return answer
+
+    def fault(self, column: str, found: object, expected: str) -> DatasetError:
+        """Return the error for a value of this row."""
+        return DatasetError(
+            f"{self.source}, column {column}: found {shorten(found)}, expected {expected}. "
+            "Mend the row in the raw file, or fetch the published file again."
+        )
+
+
+def shorten(value: object) -> str:
+    """Return a value as it looks in a message, cut to 60 characters."""
+    shown = repr(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+def find_file(source: Path, names: Sequence[str], task: str) -> Path:
+    """Return the first of `names` in the folder `source`; a source that is a file itself is taken as it is.
+
+    Raises:
+        DatasetError: there is no such folder, or none of the names is in it.
+    """
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise DatasetError(f"{source} does not exist: expected the folder of {task}'s raw files. Mend --source.")
+    for name in names:
+        if (source / name).is_file():
+            return source / name
+    found = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "no file"
+    raise DatasetError(
+        f"{source} holds {found}: expected {' or '.join(names)} for {task}. Put that file there, or mend --source."
+    )
+
+
+def read_text(path: Path, encoding: str) -> str:
+    """Return a file's text; a wrong encoding is an error that names line and byte."""
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read ({error}): expected a readable {encoding} file.") from error
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DatasetError(
+            f"{path}:{line}: byte 0x{raw[error.start]:02x} is not valid {encoding}. Expected the file as published, "
+            f"in {encoding}: fetch it again without converting it."
+        ) from error
+    if not text.strip():
+        raise DatasetError(f"{path} is empty: expected at least one row. Fetch the file again.")
+    return text
+
+
+def read_lines(path: Path, encoding: str) -> list[str]:
+    """Return the lines of a file without their ends; only `\\n` ends a line, as in an editor's line numbers."""
+    lines = [line.removesuffix("\r") for line in read_text(path, encoding).split("\n")]
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def read_csv(path: Path, encoding: str, required: Sequence[str]) -> list[Row]:
+    """Read a CSV with a header line; quoted fields may span lines.
+
+    Args:
+        path: the file.
+        encoding: `utf-8-sig` also takes a byte order mark.
+        required: columns that must be there; others are kept too.
+    """
+    reader = csv.reader(io.StringIO(read_text(path, encoding), newline=""), strict=True)
+    rows: list[Row] = []
+    header: list[str] = []
+    line = 1
+    try:
+        for values in reader:
+            if not header:
+                header = values
+                _require_columns(header, required, f"{path.name}:1")
+            elif len(values) != len(header):
+                raise DatasetError(
+                    f"{path.name}:{line}, column {header[min(len(values), len(header) - 1)]}: "
+                    f"found {len(values)} fields, expected {len(header)} ({', '.join(header)}). Quote fields that hold a comma or a line break."
+                )
+            else:
+                rows.append(Row(fields=dict(zip(header, values, strict=True)), source=f"{path.name}:{line}"))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DatasetError(
+            f"{path.name}:{line}: not valid CSV ({error}). Expected quotes doubled inside and closed at the end."
+        ) from error
+    return _refuse_empty(rows, path.name)
+
+
+def read_jsonl(path: Path, required: Sequence[str]) -> list[Row]:
+    """Read one JSON object a line, in UTF-8."""
+    rows = []
+    for number, line in enumerate(read_lines(path, "utf-8"), start=1):
+        place = f"{path.name}:{number}"
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DatasetError(
+                f"{place}: not valid JSON ({error.msg} at character {error.colno}). Expected one object a line with "
+                f"{', '.join(required)}: the file may be cut short, so fetch it again."
+            ) from error
+        if not isinstance(fields, dict):
+            raise DatasetError(f"{place}: found {shorten(fields)}, expected an object with {', '.join(required)}.")
+        _require_columns(list(fields), required, place)
+        rows.append(Row(fields=fields, source=place))
+    return _refuse_empty(rows, path.name)
+
+
+def read_arrow(path: Path, required: Sequence[str]) -> list[Row]:
+    """Read an Arrow table in stream form, as the hub's cache stores it, or in file form."""
+    import pyarrow as pa
+
+    with pa.OSFile(str(path), "rb") as file:
+        try:
+            table = pa.ipc.open_stream(file).read_all()
+        except (pa.ArrowInvalid, OSError):
+            file.seek(0)
+            try:
+                table = pa.ipc.open_file(file).read_all()
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DatasetError(
+                    f"{path} is not an Arrow stream or file ({error}): it may be cut short, so fetch it again."
+                ) from error
+    _require_columns(table.column_names, required, path.name)
+    rows = [
+        Row(fields=fields, source=f"{path.name}:{number}") for number, fields in enumerate(table.to_pylist(), start=1)
+    ]
+    return _refuse_empty(rows, path.name)
+
+
+def _require_columns(found: Sequence[str], required: Sequence[str], place: str) -> None:
+    missing = [column for column in required if column not in found]
+    if missing:
+        raise DatasetError(
+            f"{place}: found columns {', '.join(map(str, found))}, but {', '.join(missing)} is missing. "
+            f"Expected {', '.join(required)}: check that this is the published file."
+        )
+
+
+def _refuse_empty(rows: list[Row], place: str) -> list[Row]:
+    if not rows:
+        raise DatasetError(f"{place} holds no row: expected at least one. Fetch the file again.")
+    return rows

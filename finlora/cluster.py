@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar, cast
 
 import ray
 
-from finlora.errors import ResourceError
+from finlora.errors import FinloraError, ResourceError
+
+_T = TypeVar("_T")
 
 _TOKEN_FILE = Path("~/.config/finlora/ray-token")
 
 
-def connect() -> None:
+def connect(log_to_driver: bool) -> None:
     """Join the cluster of RAY_ADDRESS or the running job; start a local one on the loopback interface otherwise.
 
     A local one is guarded by a token of FinLoRA's own, never by one in Ray's default place, since that file would
     change how other Ray programs of this user behave.
+
+    Args:
+        log_to_driver: show what workers print.
 
     Raises:
         ResourceError: RAY_ADDRESS is set but no cluster answers there.
@@ -27,10 +34,15 @@ def connect() -> None:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
-            ray.init(log_to_driver=False)
+            ray.init(log_to_driver=log_to_driver)
         else:
             _guard_local()
-            ray.init(address="local", log_to_driver=False, _node_ip_address="127.0.0.1", logging_level="WARNING")
+            ray.init(
+                address="local",
+                log_to_driver=log_to_driver,
+                _node_ip_address="127.0.0.1",
+                logging_level="WARNING",
+            )
     except ConnectionError as error:
         raise ResourceError(
             f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): start one (`ray start --head`), mend the address, "
@@ -62,6 +74,18 @@ def require(num_workers: int, cpus: float, gpus: float) -> None:
                 f"the config asks for {need:g} {kind} ({num_workers} workers x {each:g}), but the cluster has "
                 f"{total.get(kind, 0.0):g} ({free.get(kind, 0.0):g} free now): {mend}."
             )
+
+
+def call(function: Callable[..., _T], *arguments: object, num_cpus: float, num_gpus: float) -> _T:
+    """Run a function as a Ray task with reserved CPU cores and GPUs; an error of ours comes back as it was raised."""
+    require(1, num_cpus, num_gpus)
+    task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=0)(function)
+    try:
+        return cast(_T, ray.get(task.remote(*arguments)))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, FinloraError):
+            raise error.cause from error
+        raise
 
 
 def _guard_local() -> None:

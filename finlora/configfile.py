@@ -8,13 +8,14 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import yaml
 
 from finlora.config import RunConfig
 from finlora.errors import ConfigError
 
+_Settings = TypeVar("_Settings")
 _KIND_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -36,6 +37,18 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     if faults:
         raise ConfigError(faults)
     return cast(RunConfig, config)
+
+
+def build_settings(cls: type[_Settings], overrides: Sequence[str]) -> _Settings:
+    """Build any flat settings class from `key=value` texts over its defaults, with the same checks and errors."""
+    faults: list[str] = []
+    tree: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(tree, override, faults)
+    built = _build(cls, tree, "", faults)
+    if faults:
+        raise ConfigError(faults)
+    return cast(_Settings, built)
 
 
 def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:

@@ -115,16 +115,18 @@ def measure_weights(net: nn.Module) -> int:
 
 @contextmanager
 def quiet_bitsandbytes() -> Iterator[None]:
-    """Drop bitsandbytes' line a layer ("inputs will be cast ... during quantization") while inside."""
-    logger = logging.getLogger("bitsandbytes.autograd._functions")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Drop bitsandbytes' remarks inside: a line a layer on input casts, and one on optional kernels from a hub."""
+    loggers = [logging.getLogger(f"bitsandbytes.{name}") for name in ("autograd._functions", "backends.cpu.ops")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
 
 
 def _build(source: ModelSource, model: ModelConfig, bits: Bits, device: torch.device, seed: int) -> LlamaForCausalLM:
@@ -151,6 +153,7 @@ def _build(source: ModelSource, model: ModelConfig, bits: Bits, device: torch.de
     if source.config.tie_word_embeddings:
         net.lm_head.weight = net.model.embed_tokens.weight
     net.model.rotary_emb = LlamaRotaryEmbedding(source.config).to(device)
+    net.name_or_path = net.config.name_or_path = model.base
     net.is_loaded_in_8bit, net.is_loaded_in_4bit = bits == 8, bits == 4  # PEFT chooses its layers by these
     net.requires_grad_(False)
     return net.eval()

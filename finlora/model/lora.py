@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,7 +41,9 @@ def attach_lora(net: LlamaForCausalLM, lora: LoraConfig, base: str, seed: int) -
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
     )
-    return peft.get_peft_model(net, settings, autocast_adapter_dtype=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        return peft.get_peft_model(net, settings, autocast_adapter_dtype=True)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> float:
@@ -87,9 +90,16 @@ def load_adapter(net: LlamaForCausalLM, folder: Path) -> PeftModel:
                 f"{folder} has no {name}: expected an adapter folder as `finlora train` writes it (RUN/adapter)."
             )
     try:
-        model = PeftModel.from_pretrained(net, str(folder), is_trainable=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+            model = PeftModel.from_pretrained(net, str(folder), is_trainable=False)
     except Exception as error:  # PEFT and safetensors raise many kinds; each means that the folder is not usable here
         raise AdapterError(f"{folder} cannot be loaded on this base ({type(error).__name__}: {error}).") from error
+    # Adapters of one type with the activations need no cast in each forward pass.
+    dtype = net.get_input_embeddings().weight.dtype
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
     return model.eval()
 
 

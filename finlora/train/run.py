@@ -133,6 +133,22 @@ def load_training_set(config: RunConfig) -> TrainingSet:
     return TrainingSet(encoded=encoded, hashes=hashes, num_skipped=len(examples) - len(kept))
 
 
+def describe_run(config: RunConfig, training_set: TrainingSet) -> str:
+    """Return the resolved config and what training would do, for --dry-run."""
+    lengths = sorted(item.num_tokens for item in training_set.encoded)
+    train = config.train
+    steps = -(-len(lengths) // train.global_batch_size) * train.epochs
+    steps = min(steps, train.max_steps or steps)
+    accumulation = train.global_batch_size // (train.micro_batch_size * train.num_workers)
+    return (
+        f"{yaml.safe_dump(config_to_tree(config), sort_keys=False)}\n"
+        f"{len(lengths):,} examples ({training_set.num_skipped} skipped), {sum(lengths):,} tokens, length "
+        f"{lengths[0]} / {lengths[len(lengths) // 2]} / {lengths[-1]} (shortest / median / longest)\n"
+        f"{steps:,} optimiser steps of {train.global_batch_size} examples: {train.num_workers} workers x micro-batch "
+        f"{train.micro_batch_size} x {accumulation} accumulated\nDry run: nothing was started or written."
+    )
+
+
 def hash_run(config: RunConfig, hashes: dict[str, str]) -> str:
     """Return 16 hex digits over everything that decides what the run computes."""
     tree = config_to_tree(config)
@@ -180,13 +196,6 @@ def read_progress(folder: RunFolder) -> list[Progress]:
         record = Progress(**json.loads(line))
         by_step[record.step] = record
     return [by_step[step] for step in sorted(by_step)]
-
-
-def mark_finished(adapter: Path, contents: dict[str, Any]) -> None:
-    """Write finlora.yaml, the last file of an adapter folder."""
-    temporary = adapter / ".finlora.yaml"
-    temporary.write_text(yaml.safe_dump(contents, sort_keys=False), encoding="utf-8")
-    os.replace(temporary, adapter / "finlora.yaml")
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

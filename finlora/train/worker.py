@@ -25,6 +25,7 @@ from finlora.config import RunConfig
 from finlora.configfile import config_from_tree, config_to_tree, save_config
 from finlora.errors import FinloraError
 from finlora.model.base import BaseModel, load_base, quiet_bitsandbytes
+from finlora.model.contract import make_contract, write_contract
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
 from finlora.results import Result, append_result, describe_environment
 from finlora.train.checkpoint import CheckpointInfo, load_checkpoint, read_info, save_checkpoint
@@ -36,7 +37,6 @@ from finlora.train.run import (
     append_progress,
     hash_run,
     load_training_set,
-    mark_finished,
     open_run,
     read_progress,
 )
@@ -243,19 +243,18 @@ def _export(config: RunConfig, folder: RunFolder, base: BaseModel, model: Any, t
     """Write the adapter folder; finlora.yaml comes last and marks it complete."""
     size = save_adapter(model, folder.adapter)
     save_config(config, folder.adapter / "config.yaml")
-    contract = {
-        "finlora": 1,
-        "base": {"name": config.model.base, "revision": base.revision, "weights_hash": base.weights_hash},
-        "bits": base.bits,
-        "quantisation": {16: "none", 8: "LLM.int8", 4: "NF4, double quantisation"}[base.bits],
-        "lora": {**dataclasses.asdict(config.lora), "target_modules": list(config.lora.target_modules)},
-        "template": config.model.template,
-        "tokenizer_hash": base.tokenizer_hash,
-        "data": {task: {"train_hash": value} for task, value in training_set.hashes.items()},
-        "num_train_examples": len(training_set.encoded),
-        "adapter_mib": round(size, 3),
-    }
-    mark_finished(folder.adapter, contract)
+    final = read_progress(folder)[-1]
+    contract = make_contract(
+        base,
+        config.model.base,
+        config.lora,
+        config.model.template,
+        training_set.hashes,
+        len(training_set.encoded),
+        size,
+        {"loss_last": final.loss, "steps": float(final.step)},
+    )
+    write_contract(folder.adapter, contract)
 
 
 def _summarise(

@@ -1,0 +1,211 @@
+"""The `finlora` command: one verb a step of the work, and the same verbs as Ray jobs (jobs/).
+
+Heavy packages are imported inside the verbs, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+from rich.console import Console
+
+from finlora.errors import FinloraError
+from finlora.terminal import describe_duration, open_bars, polling, show_error
+
+app = typer.Typer(
+    name="finlora",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Fine-tune quantised Llama models on financial tasks on your own GPUs, and know what it brought.\n\n"
+    "The usual order: [bold]prepare[/] the data, [bold]train[/] an adapter, [bold]evaluate[/] base and adapter, "
+    "[bold]report[/] the results.",
+)
+console = Console()
+
+ConfigPath = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; see jobs/configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the YAML, e.g. train.epochs=2.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, change nothing.")]
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora prepare fpb --source /mnt/raw/fpb\n\n"
+    "  finlora prepare ner --source /mnt/raw/ner --variant corrected --output /mnt/data\n\n  finlora prepare synthetic"
+)
+def prepare(
+    task: Annotated[str, typer.Argument(help="Task to prepare; `list` shows all of them.")],
+    source: Annotated[Path | None, typer.Option(help="Folder with the raw files. Without it: the hub's dataset.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of prepared tasks.")] = Path("~/finlora/data"),
+    variant: Annotated[
+        Literal["as_published", "corrected"], typer.Option(help="Keep or mend known label defects, where a task has both.")
+    ] = "as_published",
+    splits: Annotated[Literal["all", "test"], typer.Option(help="`test`: only the test split.")] = "all",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a prepared set that differs.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Turn raw data into Parquet with a frozen, hashed split; shows counts, labels, duplicates and leaks."""
+    from finlora.data.prepare import list_tasks, prepare_task, show_preparation
+
+    if task == "list":
+        list_tasks(console)
+        return
+    report = prepare_task(task, source, output.expanduser(), variant, splits, overwrite, dry_run)
+    show_preparation(report, console)
+
+
+@app.command(epilog="Example:\n\n  finlora pretrain --tasks fpb,tfns --data ~/finlora/data --output ~/finlora/base-small")
+def pretrain(
+    output: Annotated[Path, typer.Option(help="Folder of the new base model.")],
+    tasks: Annotated[str, typer.Option(help="Prepared tasks whose train inputs are the text; `synthetic`: generated.")],
+    data: Annotated[Path, typer.Option(help="Folder of prepared tasks.")] = Path("~/finlora/data"),
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Never chosen for you.")] = "cuda",
+    overrides: Overrides = None,
+) -> None:
+    """Pretrain a small Llama base with its own tokenizer on unlabelled training text (no hub needed)."""
+    from finlora.configfile import build_settings
+    from finlora.model.pretrain import PretrainConfig, run_pretraining
+
+    settings = build_settings(PretrainConfig, overrides or [])
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    with open_bars(console) as bars:
+        summary = run_pretraining(settings, names, data.expanduser(), output.expanduser(), device, bars.update)
+    console.print(summary, highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora train --config jobs/configs/llama-8b-4bit-r4-fpb.yaml train.num_workers=4\n\n"
+    "  ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/train.py --config jobs/configs/...yaml"
+)
+def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train an adapter on the Ray cluster, or resume the run of that name from its last checkpoint."""
+    from finlora.train.run import RunFolder, load_training_set, read_progress
+
+    settings = _load(config, overrides)
+    if dry_run:
+        from finlora.train.run import describe_run
+
+        console.print(describe_run(settings, load_training_set(settings)), highlight=False)
+        return
+    from finlora import cluster
+    from finlora.train.worker import run_training
+
+    cluster.connect(log_to_driver=False)
+    folder = RunFolder(Path(settings.output_dir) / settings.name)
+    with open_bars(console) as bars:
+
+        def show() -> None:
+            records = read_progress(folder)
+            if records:
+                last = records[-1]
+                note = (
+                    f"loss {last.loss:.4f}  {last.tokens_per_second:,.0f} tokens/s  {last.memory_gib:.1f} GiB  "
+                    f"{describe_duration(last.seconds_left)} left"
+                )
+                bars.update(settings.name, last.step, last.total_steps, note)
+
+        with polling(show):
+            result = run_training(settings)
+    console.print(
+        f"Adapter {result.adapter} ({result.adapter_mib:.2f} MiB): loss {result.metrics['loss_first']:.4f} -> "
+        f"{result.metrics['loss_last']:.4f} in {describe_duration(result.wall_seconds or 0)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora evaluate --config jobs/configs/llama-8b-4bit-r4-fpb.yaml --base\n\n"
+    "  finlora evaluate --config ... --adapter ~/finlora/runs/llama-8b-4bit-r4-fpb/adapter eval.bits=8"
+)
+def evaluate(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter folder. Without it: the one of the config's run.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Score the base model without any adapter.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Run as a Ray task that reserves eval.num_gpus.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Score base or adapter on the test splits: accuracy, strict accuracy, weighted F1, with 95 % intervals."""
+    from finlora.errors import ConfigError
+    from finlora.results import append_result
+    from finlora.train.run import RunFolder
+
+    settings = _load(config, overrides)
+    if base and adapter:
+        raise ConfigError("--base and --adapter exclude each other: give one of them.")
+    folder = RunFolder(Path(settings.output_dir) / settings.name)
+    chosen = None if base else (adapter.expanduser().absolute() if adapter else folder.adapter)
+    from finlora.evaluate.runner import check_evaluation, run_evaluation
+
+    console.print(check_evaluation(settings, chosen), highlight=False, soft_wrap=True)
+    if dry_run:
+        return
+    if ray:
+        from finlora import cluster
+
+        cluster.connect(log_to_driver=True)
+        gpus = settings.eval.num_gpus if settings.eval.device == "cuda" else 0.0
+        results = cluster.call(run_evaluation, settings, chosen, _print_progress, num_cpus=1.0, num_gpus=gpus)
+    else:
+        with open_bars(console) as bars:
+            results = run_evaluation(settings, chosen, bars.update)
+    for result in results:
+        append_result(folder.results, result)
+    from finlora.report import show_results
+
+    show_results(results, console)
+    console.print(f"Appended to {folder.results}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example:\n\n  finlora report ~/finlora/runs --output report/")
+def report(
+    results: Annotated[Path, typer.Argument(help="A results.jsonl file, or a folder of runs.")],
+    output: Annotated[Path | None, typer.Option(help="Folder for report.md and its plots.")] = None,
+) -> None:
+    """Show results as one table beside the paper's numbers; write Markdown and plots."""
+    from finlora.report import render_report
+    from finlora.results import read_results
+
+    render_report(read_results(results.expanduser()), output.expanduser() if output else None, console)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line; our errors become one message and their exit code."""
+    # Hub progress bars and tokenizer forks only add noise to job logs.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        app(args=list(arguments) if arguments is not None else None, standalone_mode=True)
+    except FinloraError as error:
+        show_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped. The same command resumes from the last checkpoint.")
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _load(config: Path | None, overrides: Sequence[str] | None) -> Any:
+    from finlora.configfile import load_config
+    from finlora.train.run import resolve_paths
+
+    return resolve_paths(load_config(config, overrides or []))
+
+
+def _print_progress(task: str, done: int, total: int) -> None:
+    if done == total or done % 512 < 16:
+        sys.stdout.write(f"{task}: {done}/{total}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

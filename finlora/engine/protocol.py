@@ -1,0 +1,25 @@
+"""What evaluation and serving ask of an inference engine, whichever way the model is spread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Engine(Protocol):
+    """Answers token-id prompts with one model (and at most one adapter)."""
+
+    def score_choices(
+        self, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[float]]:
+        """Return, for each prompt, the probability of each of its choices, normalised over them.
+
+        Args:
+            prompts: B prompts as token ids, BOS included.
+            choices: for each prompt its allowed answers as token ids, end token included.
+        """
+        ...
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+        """Return the greedy continuation of each prompt as text, without its end token."""
+        ...

@@ -1,0 +1,230 @@
+"""Pretrain a small Llama base with its own tokenizer on unlabelled text, for demos, tests and machines without a hub.
+
+The result is a plain Hugging Face folder: config.json, safetensors and tokenizer. Its config.json is written last, so
+an interrupted pretraining leaves a folder that is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from finlora.data.prepared import read_prepared
+from finlora.data.pretraining import pretraining_texts
+from finlora.data.unlabelled import input_of, unlabelled_texts
+from finlora.errors import DatasetError, ModelError
+from finlora.model.base import check_device
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+_BOS, _EOS, _PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainConfig:
+    """Shape and schedule of a small base."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    context_length: int = 256
+    """Tokens a training block. Longer prompts still run: positions are rotary up to 8192."""
+    batch_size: int = 16
+    """Blocks a step."""
+    num_steps: int = 400
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+def pretrain_base(
+    texts: Sequence[str],
+    settings: PretrainConfig,
+    output: Path,
+    device: torch.device,
+    on_step: Callable[[int, float], None],
+) -> float:
+    """Train tokenizer and model from nothing and write them to `output`.
+
+    Args:
+        texts: documents; each is closed by EOS and opened by BOS in the stream.
+        on_step: called with (steps done, loss) after each step.
+
+    Returns:
+        Seconds that the model training took.
+
+    Raises:
+        DatasetError: fewer tokens than one batch.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _train_tokenizer(texts, settings.vocab_size)
+    stream = _encode_stream(texts, tokenizer)
+    if len(stream) < settings.context_length + 1:
+        raise DatasetError(
+            f"{len(texts)} texts give {len(stream)} tokens: expected at least one block of {settings.context_length + 1}."
+        )
+    torch.manual_seed(settings.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=settings.num_heads,
+        num_key_value_heads=settings.num_kv_heads,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config).to(device)
+    started = time.perf_counter()
+    _fit(model, stream.to(device), settings, on_step)
+    seconds = time.perf_counter() - started
+    _save(model, tokenizer, output)
+    return seconds
+
+
+def run_pretraining(
+    settings: PretrainConfig,
+    tasks: Sequence[str],
+    data: Path,
+    output: Path,
+    device_name: str,
+    on_step: Callable[[str, int, int, str], None],
+) -> str:
+    """Pretrain on the inputs of prepared train splits (never their answers), or on generated text for `synthetic`.
+
+    A finished base in `output` is kept: pretraining happens once.
+
+    Args:
+        on_step: called with (name, steps done, steps in all, note).
+
+    Returns:
+        One line for the user.
+
+    Raises:
+        ModelError: `output` holds another model than these settings describe.
+        DatasetError: a task is not prepared, or has too little text.
+        ResourceError: the device is not there.
+    """
+    device = torch.device(device_name)
+    check_device(device)
+    stamp = json.dumps({"settings": dataclasses.asdict(settings), "tasks": list(tasks)}, sort_keys=True)
+    stamp_file = output / "pretraining.json"
+    if (output / "config.json").is_file():
+        if not stamp_file.is_file() or stamp_file.read_text(encoding="utf-8") != stamp:
+            raise ModelError(
+                f"{output} holds another model already: choose another --output, or delete that folder to train anew."
+            )
+        return f"{output} is complete already, kept."
+    texts = [text for task in tasks for text in _texts_of(task, data, settings.seed)]
+
+    def show(step: int, loss: float) -> None:
+        on_step("pretraining", step, settings.num_steps, f"loss {loss:.3f}")
+
+    output.mkdir(parents=True, exist_ok=True)
+    stamp_file.write_text(stamp, encoding="utf-8")
+    seconds = pretrain_base(texts, settings, output, device, show)
+    return f"Base {output}: {len(texts):,} texts, {settings.num_steps} steps, {seconds:.0f} s"
+
+
+def _texts_of(task: str, data: Path, seed: int) -> list[str]:
+    if task == "synthetic":
+        return pretraining_texts(seed, 6000)
+    split = read_prepared(data, task, "train")
+    inputs = sorted({input_of(example.prompt) for example in split.examples})
+    return unlabelled_texts(inputs, seed)
+
+
+def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    # Llama 3's split: words with their space, digits in threes, so that the small tokenizer behaves like the real one.
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[_BOS, _EOS, _PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{_BOS} $A", special_tokens=[(_BOS, backend.token_to_id(_BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=_BOS,
+        eos_token=_EOS,
+        pad_token=_PAD,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _encode_stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """Return all documents as one int64 stream: BOS text EOS BOS text EOS ..."""
+    rows = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
+    end = tokenizer.eos_token_id
+    return torch.tensor([token for row in rows for token in [*row, end]], dtype=torch.long)
+
+
+def _fit(
+    model: LlamaForCausalLM, stream: torch.Tensor, settings: PretrainConfig, on_step: Callable[[int, float], None]
+) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    generator = torch.Generator().manual_seed(settings.seed)
+    length, num_warmup = settings.context_length, max(1, settings.num_steps // 20)
+    model.train()
+    for step in range(settings.num_steps):
+        progress = max(0.0, (step - num_warmup) / max(1, settings.num_steps - num_warmup))
+        scale = (step + 1) / num_warmup if step < num_warmup else 0.5 * (1 + math.cos(math.pi * progress))
+        optimizer.param_groups[0]["lr"] = settings.learning_rate * scale
+        starts = torch.randint(0, len(stream) - length, (settings.batch_size,), generator=generator)
+        blocks = torch.stack([stream[start : start + length] for start in starts.tolist()])
+        with torch.autocast(stream.device.type, torch.bfloat16):
+            loss = model(input_ids=blocks, labels=blocks).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        on_step(step + 1, float(loss))
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    try:
+        # Shards of 15 MB let a small base travel through size-limited channels, and exercise the sharded reader.
+        model.to("cpu", torch.bfloat16).save_pretrained(str(staging), max_shard_size="15MB")
+        tokenizer.save_pretrained(str(staging))
+        output.mkdir(exist_ok=True)
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
+            shutil.move(path, output / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -150,9 +150,10 @@ def read_csv(path: Path, encoding: str, required: Sequence[str]) -> list[Row]:
                 header = values
                 _require_columns(header, required, f"{path.name}:1")
             elif len(values) != len(header):
+                column = header[min(len(values), len(header) - 1)]
                 raise DatasetError(
-                    f"{path.name}:{line}, column {header[min(len(values), len(header) - 1)]}: "
-                    f"found {len(values)} fields, expected {len(header)} ({', '.join(header)}). Quote fields that hold a comma or a line break."
+                    f"{path.name}:{line}, column {column}: found {len(values)} fields, expected {len(header)} "
+                    f"({', '.join(header)}). Quote fields that hold a comma or a line break."
                 )
             else:
                 rows.append(Row(fields=dict(zip(header, values, strict=True)), source=f"{path.name}:{line}"))

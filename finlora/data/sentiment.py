@@ -233,7 +233,7 @@ def _permuted_split(rows: Sequence[_Item], test_share: float) -> tuple[list[_Ite
 
 
 def _split_note(test_share: float) -> str:
-    return f"Split by the permutation of seed {_SPLIT_SEED}, its first {test_share:.1%} as test: the paper's scores fit that."
+    return f"Split by the permutation of seed {_SPLIT_SEED}, first {test_share:.1%} as test: the paper's scores fit."
 
 
 def _folder(source: Path, task: str) -> Path:

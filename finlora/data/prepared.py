@@ -59,8 +59,8 @@ class PreparedReport:
     task: str
     variant: str
     folder: Path
-    is_written: bool
-    """False: the same set was there already and was left as it is."""
+    state: Literal["written", "kept", "dry run"]
+    """`kept`: the same set was there already and was left as it is; `dry run`: nothing was written."""
     counts: Mapping[str, int]
     hashes: Mapping[str, str]
     labels: Mapping[str, Mapping[str, int]]
@@ -77,7 +77,7 @@ class PreparedReport:
 
 
 def write_prepared(
-    task: Task, splits: Splits, output: Path, *, variant: str, source: str, version: str, overwrite: bool
+    task: Task, splits: Splits, output: Path, *, variant: str, source: str, version: str, overwrite: bool, dry_run: bool
 ) -> PreparedReport:
     """Write a task's splits below `output` and report on them. An empty train split writes no file.
 
@@ -89,6 +89,7 @@ def write_prepared(
         source: origin of the raw rows, kept in the metadata.
         version: version of FinLoRA, kept in the metadata.
         overwrite: replace a set that differs.
+        dry_run: check and report, write nothing.
 
     Raises:
         DatasetError: the test split is empty, an example is faulty, or a differing set is there already.
@@ -102,6 +103,7 @@ def write_prepared(
     folder = output / task.name
     hashes = {split: examples_hash(examples) for split, examples in parts.items()}
     is_same = _is_there(folder, task.name, hashes, variant)
+    state: Literal["written", "kept", "dry run"] = "kept" if is_same else "dry run" if dry_run else "written"
     if not is_same:
         if folder.exists() and not overwrite:
             raise DatasetError(
@@ -109,8 +111,9 @@ def write_prepared(
                 "no folder: pass --overwrite to replace it, or choose another --output."
             )
         facts = {"task": task.name, "variant": variant, "licence": task.licence, "source": source, "version": version}
-        _write(folder, parts, hashes, {**facts, "notes": list(splits.notes)})
-    return _report(task, variant, folder, parts, hashes, splits.notes, is_written=not is_same)
+        if not dry_run:
+            _write(folder, parts, hashes, {**facts, "notes": list(splits.notes)})
+    return _report(task, variant, folder, parts, hashes, splits.notes, state)
 
 
 def read_prepared(folder: Path, task: str, split: SplitName) -> PreparedSplit:
@@ -247,8 +250,7 @@ def _report(
     parts: Mapping[str, Sequence[Example]],
     hashes: Mapping[str, str],
     notes: tuple[str, ...],
-    *,
-    is_written: bool,
+    state: Literal["written", "kept", "dry run"],
 ) -> PreparedReport:
     train, test = parts.get("train", ()), parts["test"]
     groups, prompts = {item.group for item in train}, {item.prompt for item in train}
@@ -257,7 +259,7 @@ def _report(
         task=task.name,
         variant=variant,
         folder=folder,
-        is_written=is_written,
+        state=state,
         counts={split: len(examples) for split, examples in parts.items()},
         hashes=dict(hashes),
         labels={split: _label_counts(examples) for split, examples in parts.items()},

@@ -1,0 +1,188 @@
+"""Scores of generated answers: the paper's accuracy, strict accuracy and weighted F1, with 95 % intervals. No torch.
+
+Accuracy is the paper's: the ground truth is contained in the answer. It is generous ("no" is contained in "unknown"),
+so strict accuracy stands beside it: the parsed answer equals the label.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import NamedTuple
+
+from finlora.data.example import Example
+from finlora.evaluate.intervals import accuracy_interval, weighted_f1_interval
+
+UNPARSABLE = "(none)"
+"""Column of the confusion counts for answers that state no allowed choice."""
+
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[\n;]")
+_NEGATION = re.compile(r"(?:\b(?:not|never|neither|nor|cannot)|n['’]t)(?:\s+(?:an?|the|be|really|clearly))*\s+$")
+_NUMBER = re.compile(r"-?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?")
+
+
+class Scores(NamedTuple):
+    """What `results.Result` stores of an evaluation: its `metrics` and its confusion `counts`."""
+
+    metrics: dict[str, float]
+    counts: dict[str, dict[str, int]]
+
+
+def parse_label(answer: str, choices: Sequence[str]) -> str | None:
+    """Find the one allowed choice that an answer states; None where it states none or more than one.
+
+    Case is ignored and a choice must stand as whole words. Of overlapping choices the longest counts ("mildly
+    positive", not "positive"). Directly negated choices ("not negative") do not count. The first sentence that states a choice
+    decides alone: "Positive. The negative news is old." is positive, while "positive or negative" is unparsable,
+    because an answer that hedges must not be scored by the order of its words.
+    """
+    text = answer.lower()
+    spans: list[tuple[int, int, str]] = []
+    for choice in sorted(choices, key=len, reverse=True):
+        words = r"\s+".join(re.escape(word) for word in choice.lower().split())
+        if not words:
+            continue
+        for match in re.finditer(rf"(?<!\w){words}(?!\w)", text):
+            if not any(start < match.end() and match.start() < end for start, end, _ in spans):
+                spans.append((match.start(), match.end(), choice))
+    stated = sorted(span for span in spans if not _NEGATION.search(text[: span[0]]))
+    if not stated:
+        return None
+    end_of_sentence = _SENTENCE_END.search(text, stated[0][1])
+    limit = end_of_sentence.start() if end_of_sentence else len(text)
+    found = {choice for start, _, choice in stated if start < limit}
+    return found.pop() if len(found) == 1 else None
+
+
+def normalise_free_text(text: str) -> str:
+    """Bring a free-text answer to the form in which strict accuracy compares it.
+
+    Case, outer white space and one closing full stop are dropped. Numbers lose `$`, thousands commas and trailing
+    zeros of the fraction ("$1,234.0" is "1234"); tags lose an optional "us-gaap:" prefix. Scale words and
+    per cent signs stay: a value in millions is another value.
+    """
+    plain = " ".join(text.split()).lower().removesuffix(".")
+    plain = plain.removeprefix("us-gaap:").strip()
+    number = plain.replace("$", "").replace(" ", "")
+    if any(digit.isdigit() for digit in number) and _NUMBER.fullmatch(number):
+        value = Decimal(number.replace(",", ""))
+        return f"{value.normalize():f}" if value else "0"
+    return plain
+
+
+def contained_accuracy(answers: Sequence[str], labels: Sequence[str]) -> float:
+    """Return the paper's accuracy: the share of answers that contain their label, ignoring case; nan without items."""
+    return _mean([is_contained(answer, label) for answer, label in zip(answers, labels, strict=True)])
+
+
+def strict_accuracy(predictions: Sequence[str | None], labels: Sequence[str]) -> float:
+    """Return the share of parsed predictions equal to their label; None is wrong; nan without items."""
+    return _mean([prediction == label for prediction, label in zip(predictions, labels, strict=True)])
+
+
+def is_contained(answer: str, label: str) -> bool:
+    """Tell whether the label stands in the answer, both lower-cased and stripped. An empty label is in no answer."""
+    wanted = label.strip().lower()
+    return bool(wanted) and wanted in answer.strip().lower()
+
+
+def weighted_f1(
+    predictions: Sequence[str | None], labels: Sequence[str], classes: Sequence[str] | None = None
+) -> float:
+    """Return scikit-learn's weighted F1 over the classes present in the truth; nan without items.
+
+    Args:
+        predictions: parsed predictions; None counts as a wrong prediction and is never dropped.
+        labels: the truth.
+        classes: the allowed labels. Given only to be checked: a label outside is refused. Weights are the
+            supports, so that a class without test items could not change the score.
+
+    Raises:
+        ValueError: a label is not among `classes`; the caller forgot to fold it.
+    """
+    present = sorted(set(labels))
+    unknown = sorted(set(present) - set(present if classes is None else classes))
+    if unknown:
+        raise ValueError(f"labels {unknown} are not among the classes {list(classes or ())}: fold the labels first")
+    if len(predictions) != len(labels):
+        raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels: expected one each")
+    if not labels:
+        return math.nan
+    from sklearn.metrics import f1_score  # a second to import
+
+    marked = [UNPARSABLE if prediction is None else prediction for prediction in predictions]
+    return float(f1_score(list(labels), marked, labels=present, average="weighted", zero_division=0.0))
+
+
+def confusion(predictions: Sequence[str | None], labels: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Count label -> prediction -> items, keys sorted; unparsable predictions stand under "(none)"."""
+    counts: dict[str, dict[str, int]] = {label: {} for label in sorted(set(labels))}
+    pairs = zip((UNPARSABLE if p is None else p for p in predictions), labels, strict=True)
+    for prediction, label in sorted(pairs):
+        counts[label][prediction] = counts[label].get(prediction, 0) + 1
+    return counts
+
+
+def score_answers(
+    answers: Sequence[str], examples: Sequence[Example], *, fold: Mapping[str, str] | None = None, seed: int = 0
+) -> Scores:
+    """Score the answers to one task's examples.
+
+    Args:
+        answers: what the model wrote, or the choice that label scoring picked; one an example, in order.
+        examples: test examples of one task. `group` clusters the intervals; without `choices` the task is free text.
+        fold: choice -> label where they differ (NWGI: "mildly positive" -> "positive"). None: read off the examples'
+            own (answer, label) pairs; a choice that no example answers goes to the one label it contains as words.
+        seed: of the bootstrap.
+
+    Returns:
+        metrics with the keys that `results.Result.metrics` documents, each score in 0..1 with `_low` and `_high`, and
+        `unparsable`, the number of answers without a prediction. Free text has no classes: there weighted F1 and the
+        confusion counts are absent, strict accuracy compares normalised texts, and only empty answers are unparsable.
+
+    Raises:
+        ValueError: no examples, or another number of answers.
+    """
+    if not examples or len(answers) != len(examples):
+        raise ValueError(f"{len(answers)} answers for {len(examples)} examples: expected one each, and at least one")
+    labels = [example.label for example in examples]
+    groups = [example.group for example in examples]
+    is_free_text = not any(example.choices for example in examples)
+    predictions: list[str | None]
+    if is_free_text:
+        predictions = [normalise_free_text(answer) or None for answer in answers]
+        truths = [normalise_free_text(label) for label in labels]
+    else:
+        folding = dict(fold) if fold is not None else _read_folding(examples)
+        parsed = [parse_label(answer, example.choices) for answer, example in zip(answers, examples, strict=True)]
+        predictions = [None if choice is None else folding.get(choice, choice) for choice in parsed]
+        truths = labels
+    contained = [is_contained(answer, label) for answer, label in zip(answers, labels, strict=True)]
+    strict = [prediction == truth for prediction, truth in zip(predictions, truths, strict=True)]
+    metrics: dict[str, float] = {"unparsable": float(predictions.count(None))}
+    _put(metrics, "accuracy", contained_accuracy(answers, labels), accuracy_interval(contained, groups, seed=seed))
+    _put(metrics, "strict_accuracy", strict_accuracy(predictions, truths), accuracy_interval(strict, groups, seed=seed))
+    if is_free_text:
+        return Scores(metrics, {})
+    interval = weighted_f1_interval(predictions, labels, groups, seed=seed)
+    _put(metrics, "weighted_f1", weighted_f1(predictions, labels), interval)
+    return Scores(metrics, confusion(predictions, labels))
+
+
+def _put(metrics: dict[str, float], name: str, value: float, interval: tuple[float, float]) -> None:
+    metrics[name], metrics[f"{name}_low"], metrics[f"{name}_high"] = value, *interval
+
+
+def _read_folding(examples: Sequence[Example]) -> dict[str, str]:
+    """Map every choice to the label it stands for, as `score_answers` documents."""
+    labels = sorted({example.label for example in examples})
+    folding = {example.answer: example.label for example in examples} | {label: label for label in labels}
+    for choice in {choice for example in examples for choice in example.choices} - folding.keys():
+        folding[choice] = parse_label(choice, labels) or choice
+    return folding
+
+
+def _mean(flags: Sequence[bool]) -> float:
+    return sum(flags) / len(flags) if flags else math.nan

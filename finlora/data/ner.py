@@ -64,8 +64,8 @@ def read_ner(request: Request) -> Splits:
             for number, pair in enumerate((pair, index) for pair in pairs for index in range(len(ENTITY_PARAPHRASES)))
         )
     notes.append(
-        f"Each pair is asked in {len(ENTITY_PARAPHRASES)} paraphrases (two are the published builder's, 15 ours, "
-        "each asked once; the published set repeats some), so intervals that count examples as independent are too narrow."
+        f"Each pair is asked in {len(ENTITY_PARAPHRASES)} paraphrases (two are the published builder's, 15 ours; "
+        "the published set repeats some rows), so intervals that count examples as independent are too narrow."
     )
     return Splits(train=parts["train"], test=parts["test"], notes=tuple(notes))
 

@@ -6,11 +6,7 @@ import dataclasses
 from importlib import metadata
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from finlora.data.catalog import TASKS, task_named
+from finlora.data.catalog import task_named
 from finlora.data.prepared import PreparedReport, write_prepared
 from finlora.data.rows import Request, SplitChoice
 from finlora.errors import DatasetError
@@ -61,36 +57,6 @@ def prepare_task(
         overwrite=overwrite,
         dry_run=dry_run,
     )
-
-
-def list_tasks(console: Console) -> None:
-    """Print the catalog: name, title, variants, licence and where each task comes from."""
-    table = Table("Task", "What it asks", "Variants", "Licence", "Source")
-    for task in TASKS.values():
-        table.add_row(task.name, task.title, ", ".join(task.variants), task.licence, task.hub_id or "generated")
-    console.print(table)
-
-
-def show_preparation(report: PreparedReport, console: Console) -> None:
-    """Print what a preparation found: counts, labels, lengths, duplicates, leaks and notes."""
-    table = Table("Split", "Examples", "Labels", "Prompt characters: median / longest", "Duplicates", "SHA-256")
-    for split, count in report.counts.items():
-        labels = ", ".join(f"{label} {number:,}" for label, number in report.labels[split].items()) or "free text"
-        middle, longest = report.prompt_chars[split]
-        duplicates = f"{report.duplicates[split]:,}"
-        table.add_row(
-            split, f"{count:,}", labels, f"{middle:,.0f} / {longest:,}", duplicates, report.hashes[split][:12]
-        )
-    console.print(f"{report.task} ({report.variant}), {report.state}: {escape(str(report.folder))}", highlight=False)
-    console.print(table)
-    if "train" in report.counts:
-        console.print(
-            f"Leaks: {report.group_leaks:,} test examples share their text, entity or filing with train, "
-            f"{report.prompt_leaks:,} the whole prompt.",
-            highlight=False,
-        )
-    for note in report.notes:
-        console.print(f"  - {escape(note)}", highlight=False)
 
 
 def _version() -> str:

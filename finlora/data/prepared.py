@@ -59,8 +59,8 @@ class PreparedReport:
     task: str
     variant: str
     folder: Path
-    state: Literal["written", "kept", "dry run"]
-    """`kept`: the same set was there already and was left as it is; `dry run`: nothing was written."""
+    is_written: bool
+    """False: the same set was there already and was left as it is, or the run was dry."""
     counts: Mapping[str, int]
     hashes: Mapping[str, str]
     labels: Mapping[str, Mapping[str, int]]
@@ -103,7 +103,6 @@ def write_prepared(
     folder = output / task.name
     hashes = {split: examples_hash(examples) for split, examples in parts.items()}
     is_same = _is_there(folder, task.name, hashes, variant)
-    state: Literal["written", "kept", "dry run"] = "kept" if is_same else "dry run" if dry_run else "written"
     if not is_same:
         if folder.exists() and not overwrite:
             raise DatasetError(
@@ -113,7 +112,7 @@ def write_prepared(
         facts = {"task": task.name, "variant": variant, "licence": task.licence, "source": source, "version": version}
         if not dry_run:
             _write(folder, parts, hashes, {**facts, "notes": list(splits.notes)})
-    return _report(task, variant, folder, parts, hashes, splits.notes, state)
+    return _report(task, variant, folder, parts, hashes, splits.notes, is_written=not (is_same or dry_run))
 
 
 def read_prepared(folder: Path, task: str, split: SplitName) -> PreparedSplit:
@@ -250,7 +249,8 @@ def _report(
     parts: Mapping[str, Sequence[Example]],
     hashes: Mapping[str, str],
     notes: tuple[str, ...],
-    state: Literal["written", "kept", "dry run"],
+    *,
+    is_written: bool,
 ) -> PreparedReport:
     train, test = parts.get("train", ()), parts["test"]
     groups, prompts = {item.group for item in train}, {item.prompt for item in train}
@@ -259,7 +259,7 @@ def _report(
         task=task.name,
         variant=variant,
         folder=folder,
-        state=state,
+        is_written=is_written,
         counts={split: len(examples) for split, examples in parts.items()},
         hashes=dict(hashes),
         labels={split: _label_counts(examples) for split, examples in parts.items()},

@@ -7,11 +7,10 @@ import dataclasses
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
 from finlora.data.catalog import TASKS, task_named
 from finlora.data.example import Example, Splits
-from finlora.data.prepare import list_tasks, prepare_task, show_preparation
+from finlora.data.prepare import prepare_task
 from finlora.data.prepared import examples_hash, read_prepared, write_prepared
 from finlora.errors import DatasetError
 
@@ -70,18 +69,18 @@ def test_report_counts_duplicates_leaks_and_lengths(tmp_path):
 
 
 def test_same_set_is_kept_and_another_refused(tmp_path):
-    assert write(tmp_path).state == "written"
-    assert write(tmp_path).state == "kept"
+    assert write(tmp_path).is_written
+    assert not write(tmp_path).is_written
     other = dataclasses.replace(SPLITS, train=SPLITS.train[:1])
     with pytest.raises(DatasetError, match=r"holds another set .* pass --overwrite"):
         write(tmp_path, other)
     assert len(read_prepared(tmp_path, "fpb", "train").examples) == 3
-    assert write(tmp_path, other, overwrite=True).state == "written"
+    assert write(tmp_path, other, overwrite=True).is_written
     assert len(read_prepared(tmp_path, "fpb", "train").examples) == 1
 
 
 def test_dry_run_writes_nothing(tmp_path):
-    assert write(tmp_path / "new", dry_run=True).state == "dry run"
+    assert not write(tmp_path / "new", dry_run=True).is_written
     assert list(tmp_path.iterdir()) == []
 
 
@@ -160,16 +159,11 @@ def test_prepare_checks_variant_and_source(tmp_path):
         prepare_task("synthetic", tmp_path, tmp_path, None, "all", overwrite=False, dry_run=False)
 
 
-def test_prepare_writes_and_shows_the_test_alone(tmp_path):
+def test_prepare_writes_the_test_alone(tmp_path):
     report = prepare_task("synthetic_ner", None, tmp_path, None, "test", overwrite=False, dry_run=False)
     assert report.counts == {"test": 600}
-    console = Console(record=True, width=200)
-    show_preparation(report, console)
-    list_tasks(console)
-    text = console.export_text()
-    assert "synthetic_ner (as_published), written" in text
-    assert "left out on request" in text
-    assert "takala/financial_phrasebank" in text
+    assert report.notes[-1] == "The training split was left out on request."
+    assert len(read_prepared(tmp_path, "synthetic_ner", "test").examples) == 600
 
 
 @pytest.mark.shared_data

@@ -24,19 +24,19 @@ _NUMBER = re.compile(r"-?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?")
 
 
 class Scores(NamedTuple):
-    """What `results.Result` stores of an evaluation: its `metrics` and its confusion `counts`."""
+    """What `results.Result` stores of an evaluation: its `metrics` and, as `counts`, its confusion."""
 
     metrics: dict[str, float]
-    counts: dict[str, dict[str, int]]
+    confusion: dict[str, dict[str, int]]
 
 
 def parse_label(answer: str, choices: Sequence[str]) -> str | None:
     """Find the one allowed choice that an answer states; None where it states none or more than one.
 
     Case is ignored and a choice must stand as whole words. Of overlapping choices the longest counts ("mildly
-    positive", not "positive"). Directly negated choices ("not negative") do not count. The first sentence that states a choice
-    decides alone: "Positive. The negative news is old." is positive, while "positive or negative" is unparsable,
-    because an answer that hedges must not be scored by the order of its words.
+    positive", not "positive"). Directly negated choices ("not negative") do not count. The first sentence that states a
+    choice decides alone: "Positive. The negative news is old." is positive, while "positive or negative" is
+    unparsable, because an answer that hedges must not be scored by the order of its words.
     """
     text = answer.lower()
     spans: list[tuple[int, int, str]] = []
@@ -132,43 +132,49 @@ def score_answers(
 
     Args:
         answers: what the model wrote, or the choice that label scoring picked; one an example, in order.
-        examples: test examples of one task. `group` clusters the intervals; without `choices` the task is free text.
+        examples: test examples of one task. `group` clusters the intervals; one without `choices` is free text.
         fold: choice -> label where they differ (NWGI: "mildly positive" -> "positive"). None: read off the examples'
             own (answer, label) pairs; a choice that no example answers goes to the one label it contains as words.
         seed: of the bootstrap.
 
     Returns:
         metrics with the keys that `results.Result.metrics` documents, each score in 0..1 with `_low` and `_high`, and
-        `unparsable`, the number of answers without a prediction. Free text has no classes: there weighted F1 and the
-        confusion counts are absent, strict accuracy compares normalised texts, and only empty answers are unparsable.
+        `unparsable`, the number of answers without a prediction. Free text has no classes: strict accuracy compares
+        normalised texts, only empty answers are unparsable, and weighted F1 and confusion cover the closed-label
+        examples alone; both are absent where there are none.
 
     Raises:
         ValueError: no examples, or another number of answers.
     """
     if not examples or len(answers) != len(examples):
         raise ValueError(f"{len(answers)} answers for {len(examples)} examples: expected one each, and at least one")
-    labels = [example.label for example in examples]
+    folding = dict(fold) if fold is not None else _read_folding(examples)
+    predictions: list[str | None] = []
+    truths: list[str] = []
+    for answer, example in zip(answers, examples, strict=True):
+        if example.choices:
+            choice = parse_label(answer, example.choices)
+            predictions.append(None if choice is None else folding.get(choice, choice))
+            truths.append(example.label)
+        else:
+            predictions.append(normalise_free_text(answer) or None)
+            truths.append(normalise_free_text(example.label))
     groups = [example.group for example in examples]
-    is_free_text = not any(example.choices for example in examples)
-    predictions: list[str | None]
-    if is_free_text:
-        predictions = [normalise_free_text(answer) or None for answer in answers]
-        truths = [normalise_free_text(label) for label in labels]
-    else:
-        folding = dict(fold) if fold is not None else _read_folding(examples)
-        parsed = [parse_label(answer, example.choices) for answer, example in zip(answers, examples, strict=True)]
-        predictions = [None if choice is None else folding.get(choice, choice) for choice in parsed]
-        truths = labels
+    labels = [example.label for example in examples]
     contained = [is_contained(answer, label) for answer, label in zip(answers, labels, strict=True)]
     strict = [prediction == truth for prediction, truth in zip(predictions, truths, strict=True)]
     metrics: dict[str, float] = {"unparsable": float(predictions.count(None))}
     _put(metrics, "accuracy", contained_accuracy(answers, labels), accuracy_interval(contained, groups, seed=seed))
     _put(metrics, "strict_accuracy", strict_accuracy(predictions, truths), accuracy_interval(strict, groups, seed=seed))
-    if is_free_text:
+    closed = [index for index, example in enumerate(examples) if example.choices]
+    if not closed:
         return Scores(metrics, {})
-    interval = weighted_f1_interval(predictions, labels, groups, seed=seed)
-    _put(metrics, "weighted_f1", weighted_f1(predictions, labels), interval)
-    return Scores(metrics, confusion(predictions, labels))
+    predictions = [predictions[index] for index in closed]
+    truths = [truths[index] for index in closed]
+    groups = [groups[index] for index in closed]
+    interval = weighted_f1_interval(predictions, truths, groups, seed=seed)
+    _put(metrics, "weighted_f1", weighted_f1(predictions, truths), interval)
+    return Scores(metrics, confusion(predictions, truths))
 
 
 def _put(metrics: dict[str, float], name: str, value: float, interval: tuple[float, float]) -> None:
@@ -177,9 +183,10 @@ def _put(metrics: dict[str, float], name: str, value: float, interval: tuple[flo
 
 def _read_folding(examples: Sequence[Example]) -> dict[str, str]:
     """Map every choice to the label it stands for, as `score_answers` documents."""
-    labels = sorted({example.label for example in examples})
-    folding = {example.answer: example.label for example in examples} | {label: label for label in labels}
-    for choice in {choice for example in examples for choice in example.choices} - folding.keys():
+    closed = [example for example in examples if example.choices]
+    labels = sorted({example.label for example in closed})
+    folding = {example.answer: example.label for example in closed} | {label: label for label in labels}
+    for choice in {choice for example in closed for choice in example.choices} - folding.keys():
         folding[choice] = parse_label(choice, labels) or choice
     return folding
 

@@ -221,7 +221,7 @@ def test_score_answers_folds_choices_to_labels():
     assert metrics["weighted_f1"] == 1.0
     assert counts == {"negative": {"negative": 1}, "positive": {"positive": 1}}
     folded = score_answers(["mildly negative"] * 2, examples, fold={"mildly negative": "positive"})
-    assert folded.counts == {"negative": {"positive": 1}, "positive": {"positive": 1}}
+    assert folded.confusion == {"negative": {"positive": 1}, "positive": {"positive": 1}}
 
 
 def test_score_answers_of_free_text_has_no_classes():
@@ -245,3 +245,11 @@ def test_score_answers_refuses_missing_answers():
         score_answers([], [make_example(0, "positive")])
     with pytest.raises(ValueError, match="at least one"):
         score_answers([], [])
+
+
+def test_score_answers_of_mixed_set_scores_classes_alone_by_f1():
+    examples = [make_example(0, "positive"), make_example(1, "1,234", ()), make_example(2, "negative")]
+    metrics, counts = score_answers(["positive", "$1234", "none"], examples)
+    assert metrics["strict_accuracy"] == pytest.approx(2 / 3)
+    assert metrics["weighted_f1"] == 0.5
+    assert counts == {"negative": {UNPARSABLE: 1}, "positive": {"positive": 1}}

@@ -42,26 +42,33 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print
 )
 def prepare(
     task: Annotated[str, typer.Argument(help="Task to prepare; `list` shows all of them.")],
-    source: Annotated[Path | None, typer.Option(help="Folder with the raw files. Without it: the hub's dataset.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Folder with the raw files. Without it: the hub's dataset.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder of prepared tasks.")] = Path("~/finlora/data"),
     variant: Annotated[
-        Literal["as_published", "corrected"], typer.Option(help="Keep or mend known label defects, where a task has both.")
-    ] = "as_published",
+        Literal["as_published", "corrected"] | None,
+        typer.Option(help="Keep or mend known label defects, where both exist."),
+    ] = None,
     splits: Annotated[Literal["all", "test"], typer.Option(help="`test`: only the test split.")] = "all",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a prepared set that differs.")] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Turn raw data into Parquet with a frozen, hashed split; shows counts, labels, duplicates and leaks."""
-    from finlora.data.prepare import list_tasks, prepare_task, show_preparation
+    from finlora.data.prepare import prepare_task
+    from finlora.terminal import show_preparation, show_tasks
 
     if task == "list":
-        list_tasks(console)
+        show_tasks(console)
         return
-    report = prepare_task(task, source, output.expanduser(), variant, splits, overwrite, dry_run)
-    show_preparation(report, console)
+    folder = source.expanduser() if source else None
+    report = prepare_task(task, folder, output.expanduser(), variant, splits, overwrite, dry_run)
+    show_preparation(report, console, is_dry=dry_run)
 
 
-@app.command(epilog="Example:\n\n  finlora pretrain --tasks fpb,tfns --data ~/finlora/data --output ~/finlora/base-small")
+@app.command(
+    epilog="Example:\n\n  finlora pretrain --tasks fpb,tfns --data ~/finlora/data --output ~/finlora/base-small"
+)
 def pretrain(
     output: Annotated[Path, typer.Option(help="Folder of the new base model.")],
     tasks: Annotated[str, typer.Option(help="Prepared tasks whose train inputs are the text; `synthetic`: generated.")],
@@ -95,9 +102,10 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
         console.print(describe_run(settings, load_training_set(settings)), highlight=False)
         return
     from finlora import cluster
-    from finlora.train.worker import run_training
 
     cluster.connect(log_to_driver=False)
+    from finlora.train.worker import run_training  # imports Ray, which must come after the connection's settings
+
     folder = RunFolder(Path(settings.output_dir) / settings.name)
     with open_bars(console) as bars:
 
@@ -128,7 +136,9 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
 def evaluate(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter folder. Without it: the one of the config's run.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter folder. Without it: the one of the config's run.")
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the base model without any adapter.")] = False,
     ray: Annotated[bool, typer.Option("--ray", help="Run as a Ray task that reserves eval.num_gpus.")] = False,
     dry_run: DryRun = False,

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
 
-import ray
-
 from finlora.errors import FinloraError, ResourceError
 
 _T = TypeVar("_T")
@@ -29,14 +27,17 @@ def connect(log_to_driver: bool) -> None:
     Raises:
         ResourceError: RAY_ADDRESS is set but no cluster answers there.
     """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        _guard_local()
+    import ray  # only now: Ray reads its authentication mode when it is imported
+
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
             ray.init(log_to_driver=log_to_driver)
         else:
-            _guard_local()
             ray.init(
                 address="local",
                 log_to_driver=log_to_driver,
@@ -61,6 +62,8 @@ def require(num_workers: int, cpus: float, gpus: float) -> None:
     Raises:
         ResourceError: says what the cluster has in all, what is free, and what was asked for.
     """
+    import ray
+
     total, free = ray.cluster_resources(), ray.available_resources()
     for kind, each in (("GPU", gpus), ("CPU", cpus)):
         need = num_workers * each
@@ -78,6 +81,8 @@ def require(num_workers: int, cpus: float, gpus: float) -> None:
 
 def call(function: Callable[..., _T], *arguments: object, num_cpus: float, num_gpus: float) -> _T:
     """Run a function as a Ray task with reserved CPU cores and GPUs; an error of ours comes back as it was raised."""
+    import ray
+
     require(1, num_cpus, num_gpus)
     task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=0)(function)
     try:

@@ -179,13 +179,23 @@ class TrainConfig:
     """Optimiser steps between two progress lines in a job log, and two TensorBoard points."""
 
     def __post_init__(self) -> None:
-        counts = ["num_workers", "global_batch_size", "micro_batch_size", "epochs", "keep_checkpoints", "log_every_steps"]
+        counts = [
+            "num_workers",
+            "global_batch_size",
+            "micro_batch_size",
+            "epochs",
+            "keep_checkpoints",
+            "log_every_steps",
+        ]
         values = {key: getattr(self, key) for key in counts}
         _refuse(
             "train",
             [
                 *((value >= 1, f"{key}={value}: expected at least 1") for key, value in values.items()),
-                (self.max_steps is None or self.max_steps >= 1, f"max_steps={self.max_steps}: expected at least 1, or null"),
+                (
+                    self.max_steps is None or self.max_steps >= 1,
+                    f"max_steps={self.max_steps}: expected at least 1, or null",
+                ),
                 (
                     self.checkpoint_every_steps is None or self.checkpoint_every_steps >= 1,
                     f"checkpoint_every_steps={self.checkpoint_every_steps}: expected at least 1, or null",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -81,7 +83,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist: see jobs/configs/ for one YAML a row of the paper.") from None
+        raise ConfigError(
+            f"config file {path} does not exist: see jobs/configs/ for one YAML a row of the paper."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read ({error}): expected a UTF-8 YAML file.") from error
     except yaml.YAMLError as error:
@@ -89,7 +93,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError(f"config file {path} holds a {type(tree).__name__}: expected sections like `model:` and `train:`.")
+        raise ConfigError(
+            f"config file {path} holds a {type(tree).__name__}: expected sections like `model:` and `train:`."
+        )
     return tree
 
 
@@ -105,7 +111,9 @@ def _apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> N
         return
     *sections, leaf = key.strip().split(".")
     for section in sections:
-        child = tree.setdefault(section, {})
+        if tree.get(section) is None:
+            tree[section] = {}
+        child = tree[section]
         if not isinstance(child, dict):
             faults.append(f"override {override!r}: {section} is not a section")
             return
@@ -122,6 +130,8 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -
             near = difflib.get_close_matches(str(key), names, n=2, cutoff=0.5) or names
             faults.append(f"{prefix}{key} is not a setting: did you mean {' or '.join(near)}?")
         elif dataclasses.is_dataclass(hints[key]):
+            if raw is None:  # `lora:` with every line below it commented out
+                continue
             if isinstance(raw, Mapping):
                 values[key] = _build(cast(type, hints[key]), raw, f"{prefix}{key}.", faults)
             else:
@@ -158,17 +168,20 @@ def _convert(hint: Any, raw: Any, name: str, faults: list[str]) -> Any:
         return _WRONG
     if origin is tuple:
         if not isinstance(raw, list | tuple):
-            faults.append(f"{name}={raw!r}: expected a list such as [{'q_proj, k_proj' if 'target' in name else 'fpb, tfns'}]")
+            faults.append(
+                f"{name}={raw!r}: expected a list such as [{'q_proj, k_proj' if 'target' in name else 'fpb, tfns'}]"
+            )
             return _WRONG
         items = [_convert(args[0], item, f"{name}[{index}]", faults) for index, item in enumerate(raw)]
         return _WRONG if any(item is _WRONG for item in items) else tuple(items)
     if hint is float and isinstance(raw, str):
-        try:
-            return float(raw)  # YAML 1.1 reads 1e-4 (no dot) as text
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):
+            raw = float(raw)  # YAML 1.1 reads 1e-4 (no dot) as text
     if hint is float and isinstance(raw, int) and not isinstance(raw, bool):
-        return float(raw)
+        raw = float(raw)
+    if isinstance(raw, float) and hint is float and not math.isfinite(raw):
+        faults.append(f"{name}={raw}: expected a finite number")
+        return _WRONG
     if not isinstance(raw, hint) or (isinstance(raw, bool) and hint is not bool):
         faults.append(f"{name}={raw!r}: expected {_KIND_NAMES[hint]}")
         return _WRONG

@@ -6,12 +6,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 
 from finlora.errors import FinloraError
+
+if TYPE_CHECKING:
+    from finlora.data.prepared import PreparedReport
 
 
 def show_error(error: FinloraError) -> None:
@@ -32,7 +46,7 @@ class Bars:
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
         if self.live is None:
             tenth = 10 * done // max(total, 1)
-            if tenth > self.shown.get(name, -1) or done == total:
+            if tenth > self.shown.get(name, -1):
                 self.shown[name] = tenth
                 self.console.print(f"{name}: {done}/{total}  {note}".rstrip(), highlight=False)
             return
@@ -58,6 +72,41 @@ def open_bars(console: Console) -> Iterator[Bars]:
     )
     with Progress(*columns, console=console) as bars.live:
         yield bars
+
+
+def show_tasks(console: Console) -> None:
+    """List every task that `finlora prepare` knows."""
+    from finlora.data.catalog import TASKS
+
+    table = Table("task", "data", "answers", "hub dataset", "licence", box=box.SIMPLE_HEAD)
+    for task in TASKS.values():
+        answers = "free text" if task.is_free_text else "/".join(task.choices) or "of its parts"
+        table.add_row(task.name, task.title, answers, task.hub_id or "generated", task.licence)
+    console.print(table)
+
+
+def show_preparation(report: PreparedReport, console: Console, is_dry: bool) -> None:
+    """Show counts, label distribution, duplicates and leaks of a prepared set, and the notes of its reader."""
+    table = Table(
+        "split", "examples", "labels", "duplicates", "prompt chars (median / max)", "sha256", box=box.SIMPLE_HEAD
+    )
+    for split, count in report.counts.items():
+        labels = ", ".join(f"{label} {number:,}" for label, number in report.labels[split].items()) or "free text"
+        median, longest = report.prompt_chars[split]
+        chars = f"{median:,.0f} / {longest:,}"
+        table.add_row(split, f"{count:,}", labels, f"{report.duplicates[split]:,}", chars, report.hashes[split][:12])
+    console.print(table)
+    console.print(
+        f"Leaks from train into test: {report.prompt_leaks:,} equal prompts, {report.group_leaks:,} examples of a shared "
+        "source (sentence, headline, pair or filing)",
+        highlight=False,
+    )
+    for note in report.notes:
+        console.print(f"Note: {escape(note)}", highlight=False)
+    state = "Dry run: nothing was written" if is_dry else f"Written to {report.folder}"
+    console.print(
+        state if report.is_written or is_dry else f"{report.folder} holds this very set already", highlight=False
+    )
 
 
 @contextmanager

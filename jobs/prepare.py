@@ -1,6 +1,6 @@
 """Run `finlora prepare` as a Ray job, on the cluster's storage.
 
-    ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/prepare.py --help
+ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/prepare.py --help
 """
 
 import sys

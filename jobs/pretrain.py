@@ -1,6 +1,6 @@
 """Run `finlora pretrain` as a Ray job, on the cluster's storage.
 
-    ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/pretrain.py --help
+ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/pretrain.py --help
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Train an adapter as a Ray job.
 
-    ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/train.py --config jobs/configs/NAME.yaml
+ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/train.py --config jobs/configs/NAME.yaml
 """
 
 import sys

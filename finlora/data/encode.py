@@ -46,9 +46,7 @@ class Batch:
     """Real tokens, padding not counted."""
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.num_tokens
-        )
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.num_tokens)
 
 
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"]) -> tuple[int, ...]:
@@ -137,7 +135,9 @@ def encode_examples(
             "last: raise model.max_seq_len, or set data.too_long=skip to leave them out and count them."
         )
     if not encoded:
-        raise DatasetError(f"none of {len(examples)} examples is left: every one is over max_seq_len={max_seq_len} tokens.")
+        raise DatasetError(
+            f"none of {len(examples)} examples is left: every one is over max_seq_len={max_seq_len} tokens."
+        )
     return encoded, kept
 
 

@@ -40,4 +40,6 @@ def _ask_for_word(rng: random.Random, text: str, own: Sequence[str]) -> str:
 def _ask_whether(rng: random.Random, text: str, own: Sequence[str], words: Sequence[str]) -> str:
     word = rng.choice(own) if rng.random() < 0.5 else rng.choice(words)
     answer = YES_NO[0] if word in own else YES_NO[1]
-    return completion(f"Does the word {word} stand in the input? Please choose an answer from {{Yes/No}}.", text) + answer
+    return (
+        completion(f"Does the word {word} stand in the input? Please choose an answer from {{Yes/No}}.", text) + answer
+    )

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 class LocalEngine:
     """Greedy generation and label scoring on a model held by this process; meets `Engine`."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerFast, template: Template, device: torch.device) -> None:
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerFast, template: Template, device: torch.device
+    ) -> None:
         """Take a LlamaForCausalLM, or a PeftModel around one, in eval mode."""
         self.model = model
         self.llama = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -73,7 +73,9 @@ def check_evaluation(config: RunConfig, adapter: Path | None) -> str:
         ModelError: the base's files are not usable.
     """
     find_source(config.model)
-    counts = [f"{task} {len(read_prepared(Path(config.data.dir), task, 'test').examples):,}" for task in config.data.tasks]
+    counts = [
+        f"{task} {len(read_prepared(Path(config.data.dir), task, 'test').examples):,}" for task in config.data.tasks
+    ]
     subject = "the base model" if adapter is None else f"adapter {read_contract(adapter).variant} of {adapter}"
     limit = f", the first {config.data.max_test_examples} of each" if config.data.max_test_examples else ""
     return (
@@ -93,29 +95,35 @@ def answer_examples(
     """Ask the engine for the answer to each example, longest first so that batches pad little.
 
     Returns:
-        The answers in the order of the examples, and the method: `labels` or `generate`.
+        The answers in the order of the examples, and the method: `labels`, `generate`, or both for a mixed set.
     """
-    by_length = sorted(range(len(encoded)), key=lambda index: -len(encoded[index].prompt_ids))
-    use_labels = config.eval.method == "labels" and all(example.choices for example in examples)
+    scored = [index for index, item in enumerate(examples) if item.choices and config.eval.method == "labels"]
+    generated = sorted(set(range(len(examples))) - set(scored))
     choice_ids = {
         choice: encode_answer(choice, base.tokenizer, config.model.template)
-        for example in examples
-        for choice in example.choices
+        for choice in sorted({choice for index in scored for choice in examples[index].choices})
     }
     answers = [""] * len(examples)
-    for start in range(0, len(by_length), config.eval.batch_size):
-        indices = by_length[start : start + config.eval.batch_size]
-        prompts = [encoded[index].prompt_ids for index in indices]
-        if use_labels:
-            choices = [examples[index].choices for index in indices]
-            scores = engine.score_choices(prompts, [[choice_ids[c] for c in own] for own in choices])
-            texts = [own[max(range(len(own)), key=row.__getitem__)] for own, row in zip(choices, scores, strict=True)]
-        else:
-            texts = engine.generate(prompts, config.eval.max_new_tokens)
-        for index, text in zip(indices, texts, strict=True):
-            answers[index] = text
-        on_progress(start + len(indices))
-    return answers, "labels" if use_labels else "generate"
+    num_done = 0
+    for group in (scored, generated):
+        by_length = sorted(group, key=lambda index: -len(encoded[index].prompt_ids))
+        for start in range(0, len(by_length), config.eval.batch_size):
+            indices = by_length[start : start + config.eval.batch_size]
+            prompts = [encoded[index].prompt_ids for index in indices]
+            if group is scored:
+                choices = [examples[index].choices for index in indices]
+                scores = engine.score_choices(prompts, [[choice_ids[c] for c in own] for own in choices])
+                texts = [
+                    own[max(range(len(own)), key=row.__getitem__)] for own, row in zip(choices, scores, strict=True)
+                ]
+            else:
+                texts = engine.generate(prompts, config.eval.max_new_tokens)
+            for index, text in zip(indices, texts, strict=True):
+                answers[index] = text
+            num_done += len(indices)
+            on_progress(num_done)
+    used = [name for name, group in (("labels", scored), ("generate", generated)) if group]
+    return answers, "+".join(used)
 
 
 def _evaluate_task(

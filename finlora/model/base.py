@@ -175,9 +175,7 @@ def _quantise(weight: torch.Tensor, bits: Bits, dtype: torch.dtype) -> nn.Module
         return layer
     layer = bnb.nn.Linear8bitLt(num_in, num_out, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
     quantised, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
-    layer.weight = bnb.nn.Int8Params(
-        quantised, requires_grad=False, has_fp16_weights=False, CB=quantised, SCB=scales
-    )
+    layer.weight = bnb.nn.Int8Params(quantised, requires_grad=False, has_fp16_weights=False, CB=quantised, SCB=scales)
     return layer
 
 

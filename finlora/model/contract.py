@@ -68,7 +68,9 @@ class Contract:
         expected = {"weights hash": self.weights_hash, "tokenizer hash": self.tokenizer_hash, "template": self.template}
         if bits is not None:
             found["bits"], expected["bits"] = str(bits), str(self.bits)
-        differing = [f"{key} is {found[key]}, trained with {expected[key]}" for key in found if found[key] != expected[key]]
+        differing = [
+            f"{key} is {found[key]}, trained with {expected[key]}" for key in found if found[key] != expected[key]
+        ]
         if differing:
             raise AdapterError(
                 f"{folder} was trained on {self.base} and does not fit here: {'; '.join(differing)}. Load the base, tokenizer "
@@ -95,7 +97,9 @@ def read_contract(folder: Path) -> Contract:
         contract = Contract(**values)
     except FileNotFoundError:
         what = "has no finlora.yaml, so its training did not finish" if folder.is_dir() else "does not exist"
-        raise AdapterError(f"adapter {folder} {what}: run `finlora train` to its end, or give another folder.") from None
+        raise AdapterError(
+            f"adapter {folder} {what}: run `finlora train` to its end, or give another folder."
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
         raise AdapterError(f"{path} is not an adapter contract ({error}): train again or restore the file.") from error
     if contract.finlora != _VERSION:

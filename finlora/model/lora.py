@@ -91,7 +91,9 @@ def load_adapter(net: LlamaForCausalLM, folder: Path) -> PeftModel:
             )
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+            warnings.filterwarnings(
+                "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+            )
             model = PeftModel.from_pretrained(net, str(folder), is_trainable=False)
     except Exception as error:  # PEFT and safetensors raise many kinds; each means that the folder is not usable here
         raise AdapterError(f"{folder} cannot be loaded on this base ({type(error).__name__}: {error}).") from error

@@ -119,7 +119,9 @@ def _find_shards(folder: Path) -> dict[str, Path]:
         files = {name: folder / Path(file).name for name, file in weight_map.items()}
         missing = sorted({path.name for path in files.values() if not path.is_file()})
         if missing:
-            raise ModelError(f"{folder} lacks {len(missing)} shards named by its index ({missing[0]}, ...): copy them too.")
+            raise ModelError(
+                f"{folder} lacks {len(missing)} shards named by its index ({missing[0]}, ...): copy them too."
+            )
         for path in sorted(set(files.values())):
             _read_names(path)
         return files
@@ -127,7 +129,9 @@ def _find_shards(folder: Path) -> dict[str, Path]:
         return dict.fromkeys(_read_names(single), single)
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
     found = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no weights"
-    raise ModelError(f"{folder} holds {found}: FinLoRA reads model.safetensors or its shards with an index, nothing else.")
+    raise ModelError(
+        f"{folder} holds {found}: FinLoRA reads model.safetensors or its shards with an index, nothing else."
+    )
 
 
 def _read_names(path: Path) -> list[str]:
@@ -145,6 +149,7 @@ def _read_names(path: Path) -> list[str]:
     tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
     end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
     if size != 8 + length + end:
-        raise ModelError(f"{path} has {size} bytes where its header says {8 + length + end}: it is cut short, copy it again.")
+        raise ModelError(
+            f"{path} has {size} bytes where its header says {8 + length + end}: it is cut short, copy it again."
+        )
     return list(tensors)
-

@@ -166,9 +166,7 @@ def _collectives(config: RunConfig) -> str:
     return "nccl" if config.train.device == "cuda" and config.train.gpus_per_worker >= 1 else "gloo"
 
 
-def _make_engine(
-    module: AnswerLoss, optimizer: torch.optim.Optimizer, config: RunConfig, sampler: Sampler
-) -> Any:
+def _make_engine(module: AnswerLoss, optimizer: torch.optim.Optimizer, config: RunConfig, sampler: Sampler) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 

@@ -1,0 +1,40 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+TORCH ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+LOCKS := requirements/torch-$(TORCH).lock requirements/build.lock requirements/packages.lock requirements/deepspeed.lock
+STAMP := $(VENV)/.installed-$(TORCH)
+
+.PHONY: setup demo test check lint clean
+
+setup: $(STAMP)
+
+$(STAMP): $(LOCKS) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "FinLoRA needs Python 3.11 or newer, $(PYTHON) is older: call make with PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q -r requirements/build.lock -r requirements/torch-$(TORCH).lock || { \
+	  echo "torch could not be installed. If the index has no '+cpu' build, add PyTorch's CPU wheel index"; \
+	  echo "(PIP_EXTRA_INDEX_URL, see PyTorch's 'Get Started' page), or install the CUDA build: make setup TORCH=gpu"; exit 1; }
+	$(BIN)/pip install -q -r requirements/packages.lock
+	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(BIN)/pip install -q --no-deps --no-build-isolation -r requirements/deepspeed.lock
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	@rm -f $(VENV)/.installed-*
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python jobs/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) .demo build *.egg-info

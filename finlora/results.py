@@ -20,7 +20,7 @@ from finlora.errors import ResultError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What one evaluation or one training run brought. Units stand in the names; GiB = 2**30 bytes; None: not measured."""
+    """What one evaluation or one training run brought. Units are in the names; GiB = 2**30 bytes; None: not measured."""
 
     kind: Literal["evaluation", "training"]
     task: str
@@ -77,17 +77,28 @@ def describe_environment() -> dict[str, str]:
 
 
 def append_result(path: Path, result: Result) -> None:
-    """Append one line to a results file, creating folder and file. Concurrent writers on one host do not interleave."""
+    """Append one line to a results file, creating folder and file. Concurrent writers on one host do not interleave.
+
+    Raises:
+        ResultError: the line did not go in whole, as on a full disk.
+    """
     record = dataclasses.asdict(result)
     record["created"] = record["created"] or datetime.now(UTC).isoformat(timespec="seconds")
     line = (json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line  # a crash cut the last line short: it must not swallow this one
+        num_written = os.write(descriptor, line)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    if num_written != len(line):
+        raise ResultError(
+            f"{path}: only {num_written} of {len(line)} bytes were written. Make room, remove the last line."
+        )
 
 
 def read_results(path: Path) -> list[Result]:
@@ -110,7 +121,8 @@ def read_results(path: Path) -> list[Result]:
 
 def _read_file(file: Path) -> list[Result]:
     results = []
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    # Not splitlines: it also cuts at U+2028 and the like, which JSON texts hold unescaped.
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -26,7 +26,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: YAML file with the sections of RunConfig; None starts from the defaults.
-        overrides: texts `section.key=value` with the value in YAML, e.g. `train.global_batch_size=32`, `data.tasks=[fpb]`.
+        overrides: texts `section.key=value` with the value in YAML, e.g. `train.epochs=2`, `data.tasks=[fpb]`.
 
     Raises:
         ConfigError: every unknown key (with near names), wrong type and value out of range, all in one error.

@@ -1,0 +1,194 @@
+"""Settings: defaults < YAML < overrides; every fault in one error, each with a way to mend it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from finlora.config import LoraConfig, RunConfig
+from finlora.configfile import config_from_tree, config_to_tree, load_config, save_config
+from finlora.errors import ConfigError
+
+
+def write(tmp_path, text: str):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def faults_of(*overrides: str, path=None) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return caught.value.faults
+
+
+def test_without_file_and_overrides_come_the_defaults():
+    assert load_config(None) == RunConfig()
+
+
+def test_defaults_are_the_papers():
+    config = RunConfig()
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout) == (4, 32.0, 0.1)
+    assert config.lora.target_modules == ("q_proj", "k_proj", "v_proj")
+    assert config.optim.learning_rate == 1e-4
+    assert (config.model.bits, config.eval.bits, config.train.epochs) == (4, 8, 4)
+
+
+def test_override_beats_file_beats_default(tmp_path):
+    path = write(tmp_path, "name: mine\nlora:\n  rank: 8\n  alpha: 16\n")
+    config = load_config(path, ["lora.rank=2"])
+    assert (config.name, config.lora.rank, config.lora.alpha, config.lora.dropout) == ("mine", 2, 16.0, 0.1)
+
+
+def test_later_override_wins():
+    assert load_config(None, ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "'1e-4'"])
+def test_learning_rate_reads_every_spelling(text):
+    assert load_config(None, [f"optim.learning_rate={text}"]).optim.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.tasks=[fpb, tfns]", ("fpb", "tfns")),
+        ("data.tasks=[ner]", ("ner",)),
+        ('data.tasks=["x=y"]', ("x=y",)),
+    ],
+)
+def test_override_takes_lists(override, expected):
+    assert load_config(None, [override]).data.tasks == expected
+
+
+def test_override_takes_null_bool_and_spaces():
+    config = load_config(None, [" eval.bits = null", "train.gradient_checkpointing=true", "lora.alpha=16", "name=a=b"])
+    assert config.eval.bits is None
+    assert config.train.gradient_checkpointing is True
+    assert isinstance(config.lora.alpha, float)
+    assert config.name == "a=b"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epochs", "expected section.key=value"),
+        ("=3", "expected section.key=value"),
+        ("train.epochs=[1", "not valid YAML"),
+        ("name.first=x", "did you mean|expected a text|expected a section"),
+        ("train.epochs.x=3", "expected an integer"),
+        ("train=3", "expected a section with keys"),
+        ("model.bits=3", "model.bits=3: expected one of 16, 8, 4"),
+        ("model.bits=true", "expected one of 16, 8, 4"),
+        ("model.bits='4'", "expected one of 16, 8, 4"),
+        ("model.bits=[4]", "expected one of 16, 8, 4"),
+        ("lora.rank=0", "lora.rank=0: expected an integer of at least 1"),
+        ("lora.rank=4.0", "lora.rank=4.0: expected an integer"),
+        ("lora.rank=true", "lora.rank=True: expected an integer"),
+        ("lora.rank=", "lora.rank=None: expected an integer"),
+        ("lora.alpha=yes", "lora.alpha=True: expected a number"),
+        ("lora.dropout=1", "expected 0 <= dropout < 1"),
+        ("lora.target_modules=q_proj", "expected a list such as .q_proj, k_proj."),
+        ("lora.target_modules=[q_prj]", "target_modules has .'q_prj'.: expected some of q_proj"),
+        ("lora.target_modules=[]", "target_modules is empty"),
+        ("data.tasks=[1]", r"data.tasks\[0\]=1: expected a text"),
+        ("data.max_test_examples=0", "expected at least 1, or null for all"),
+        ("optim.learning_rate=fast", "optim.learning_rate='fast': expected a number"),
+        ("optim.learning_rate=-1", "learning_rate=-1.0: expected more than 0"),
+        ("optim.learning_rate=.nan", "optim.learning_rate=nan: expected a finite number"),
+        ("optim.learning_rate=inf", "optim.learning_rate=inf: expected a finite number"),
+        ("train.gradient_checkpointing=1", "expected true or false"),
+        ("name=a/b", "expected a plain folder name"),
+        ("name=..", "expected a plain folder name"),
+        ("seed=-1", "seed=-1: expected at least 0"),
+        ("train.global_batch_size=6", "not a multiple of micro_batch_size 4 x num_workers 1 = 4"),
+    ],
+)
+def test_wrong_setting_says_what_was_expected(override, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(None, [override])
+
+
+def test_every_fault_is_reported_together(tmp_path):
+    path = write(tmp_path, "model: {bits: 3, bas: x}\nlora: {rank: 0, dropout: 2}\ntrian: {}\n")
+    faults = faults_of("optim.learning_rate=fast", "nonsense", path=path)
+    expected = ["nonsense", "bits=3", "model.bas ", "lora.rank=0", "lora.dropout=2", "trian", "learning_rate='fast'"]
+    for words in expected:
+        assert any(words in fault for fault in faults), words
+    assert len(faults) == len(expected)
+
+
+def test_unknown_key_names_near_ones():
+    (fault,) = faults_of("train.micro_batchsize=2")
+    assert "train.micro_batchsize is not a setting: did you mean micro_batch_size" in fault
+    (fault,) = faults_of("modle.bits=8")
+    assert "did you mean model" in fault
+
+
+def test_unknown_key_without_near_one_lists_all():
+    (fault,) = faults_of("lora.zzz=2")
+    assert "rank or alpha or dropout or target_modules" in fault
+
+
+def test_config_round_trips_through_yaml(tmp_path):
+    config = load_config(
+        None, ["optim.eps=1e-8", "data.tasks=[fpb,ner]", "eval.bits=null", "name=zürich", "model.bits=16"]
+    )
+    path = tmp_path / "new" / "config.yaml"
+    save_config(config, path)
+    assert load_config(path) == config
+    assert config_from_tree(config_to_tree(config)) == config
+
+
+def test_config_from_tree_checks_like_a_file():
+    tree = config_to_tree(RunConfig())
+    tree["lora"]["rank"] = 0
+    with pytest.raises(ConfigError, match="rank=0"):
+        config_from_tree(tree)
+
+
+def test_missing_file_points_to_examples(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent\.yaml does not exist: see jobs/configs/"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: [", "is not valid YAML"),
+        ("- a\n- b\n", "holds a list: expected sections"),
+        ("just text", "holds a str: expected sections"),
+        ("model: 3", "model=3: expected a section with keys"),
+        ("3: x", "3 is not a setting"),
+    ],
+)
+def test_wrong_yaml_is_refused(tmp_path, text, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(write(tmp_path, text))
+
+
+def test_unreadable_file_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+
+
+def test_empty_file_gives_defaults_and_takes_overrides(tmp_path):
+    assert load_config(write(tmp_path, "# nothing yet\n"), ["lora.rank=8"]).lora.rank == 8
+
+
+def test_empty_section_gives_its_defaults(tmp_path):
+    path = write(tmp_path, "lora:\n  # rank: 8\ntrain:\n")
+    assert load_config(path) == RunConfig()
+    assert load_config(path, ["lora.rank=8"]).lora.rank == 8
+
+
+def test_config_is_frozen_and_checks_itself():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().seed = 1
+    with pytest.raises(ConfigError, match=r"lora\.rank=0"):
+        LoraConfig(rank=0)

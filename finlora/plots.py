@@ -1,0 +1,178 @@
+"""Results -> PNG plots by matplotlib, drawn without a display."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finlora.results import Result
+from finlora.tables import name_base, name_column, select_newest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette: told apart with colour-blind eyes and in grey print. Grey is kept for base models.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+_GREY = "#8C8C8C"
+_DPI = 130
+_MAX_CURVES = 10
+
+
+def save_plots(results: Sequence[Result], output: Path) -> list[Path]:
+    """Write accuracy.png, loss.png and memory.png, each only if something was measured for it."""
+    newest = select_newest(results)
+    drawn = {
+        "accuracy": _draw_accuracy([result for result in newest if _has_accuracy(result)]),
+        "loss": _draw_loss([result for result in newest if result.loss_curve]),
+        "memory": _draw_memory([result for result in newest if result.peak_memory_gib is not None]),
+    }
+    paths = []
+    for name, figure in drawn.items():
+        if figure is not None:
+            path = output / f"{name}.png"
+            figure.savefig(path, dpi=_DPI)
+            paths.append(path)
+    return paths
+
+
+def _has_accuracy(result: Result) -> bool:
+    return result.kind == "evaluation" and not math.isnan(result.metrics.get("accuracy", math.nan))
+
+
+def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    # The object interface: no pyplot, hence no global state and no display; savefig falls back to Agg.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=11)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _draw_accuracy(evaluations: Sequence[Result]) -> Figure | None:
+    if not evaluations:
+        return None
+    tasks = list(dict.fromkeys(name_column(result, evaluations) for result in evaluations))
+    ordered = sorted(evaluations, key=lambda result: (name_base(result), result.variant != "base", result.variant))
+    series: dict[tuple[str, str, int], dict[str, Result]] = {}
+    for result in ordered:
+        key = (name_base(result), result.variant, result.bits)
+        series.setdefault(key, {})[name_column(result, evaluations)] = result
+    figure, axes = _new_figure(max(6.5, 1.5 + len(tasks) * (0.7 + 0.42 * len(series))), 5.2)
+    width = 0.8 / len(series)
+    colours = _assign_colours(list(series))
+    for position, (key, row) in enumerate(series.items()):
+        places = [tasks.index(task) + (position - (len(series) - 1) / 2) * width for task in row]
+        values = [100 * result.metrics["accuracy"] for result in row.values()]
+        errors = [_whiskers(result) for result in row.values()]
+        bars = axes.bar(places, values, width * 0.92, color=colours[key], label=_name_series(key))
+        axes.errorbar(
+            places,
+            values,
+            yerr=list(zip(*errors, strict=True)),
+            fmt="none",
+            ecolor="#222222",
+            elinewidth=1.2,
+            capsize=3,
+        )
+        for bar, result, (_, above) in zip(bars, row.values(), errors, strict=True):
+            mark = "*" if result.is_partial else ""
+            top = (bar.get_x() + bar.get_width() / 2, bar.get_height() + above)
+            text = f"{bar.get_height():.1f}{mark}"
+            axes.annotate(text, top, (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=9)
+    slant = 0 if len(tasks) <= 4 or max(map(len, tasks)) <= 9 else 25
+    axes.set_xticks(range(len(tasks)), tasks, rotation=slant, ha="right" if slant else "center")
+    axes.set_xlim(-0.6, len(tasks) - 0.4)
+    axes.set_ylim(0, 108)
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_ylabel("accuracy, % (95 % interval)", fontsize=12)
+    axes.grid(axis="y", color="#DDDDDD")
+    if any(result.is_partial for result in evaluations):
+        figure.supxlabel("* part of the test split", fontsize=9, x=0.99, ha="right", color="#555555")
+    figure.legend(loc="outside upper left", ncols=min(len(series), 3), fontsize=10.5, frameon=False)
+    return figure
+
+
+def _draw_loss(trainings: Sequence[Result]) -> Figure | None:
+    if not trainings:
+        return None
+    shown = sorted(trainings, key=lambda result: result.created)[-_MAX_CURVES:]
+    figure, axes = _new_figure(8.0, 5.0)
+    for number, result in enumerate(shown):
+        steps, losses = zip(*result.loss_curve, strict=True)
+        style = "-" if number < len(_COLOURS) else "--"
+        label = f"{_shorten(name_base(result))}, {result.variant}, {result.task}"
+        colour = _COLOURS[number % len(_COLOURS)]
+        axes.plot(
+            steps, losses, style, color=colour, label=label, linewidth=1.8, marker="o" if len(steps) == 1 else None
+        )
+    axes.set_xlabel("optimiser step", fontsize=12)
+    axes.set_ylabel("training loss", fontsize=12)
+    axes.set_ylim(bottom=0)
+    axes.grid(color="#DDDDDD")
+    figure.legend(loc="outside upper left", ncols=2 if len(shown) > 1 else 1, fontsize=10, frameon=False)
+    if len(trainings) > len(shown):
+        axes.set_title(f"the newest {len(shown)} of {len(trainings)} runs", fontsize=10, loc="right")
+    return figure
+
+
+def _draw_memory(measured: Sequence[Result]) -> Figure | None:
+    if not measured:
+        return None
+    ordered, labels = [], []
+    for (kind, base, variant, bits, subject), group in sorted(_group_memory(measured).items()):
+        ordered.append(max(group, key=lambda result: result.peak_memory_gib or 0.0))
+        what = f"{kind} of {subject}" if subject else f"{kind}, highest of {len(group)} measured"
+        labels.append(f"{_shorten(base)}, {variant}, {bits} bit\n{what}")
+    values = [result.peak_memory_gib or 0.0 for result in ordered]
+    figure, axes = _new_figure(9.0, 1.3 + 0.55 * len(ordered))
+    colours = [_COLOURS[0] if result.kind == "training" else _COLOURS[1] for result in ordered]
+    bars = axes.barh(range(len(ordered)), values, 0.68, color=colours)
+    axes.bar_label(
+        bars, [f"{value:.1f}" if value >= 10 else f"{value:.2f}" for value in values], padding=4, fontsize=10
+    )
+    axes.set_yticks(range(len(ordered)), labels, fontsize=9.5)
+    axes.set_ylim(len(ordered) - 0.4, -0.6)
+    axes.set_xlim(0, max(values) * 1.12 or 1)
+    axes.set_xlabel("peak memory, GiB, summed over workers", fontsize=12)
+    axes.grid(axis="x", color="#DDDDDD")
+    return figure
+
+
+def _group_memory(measured: Sequence[Result]) -> dict[tuple[str, str, str, int, str], list[Result]]:
+    """Put the evaluations of one model together, because its tasks differ little; each training stands alone."""
+    groups: dict[tuple[str, str, str, int, str], list[Result]] = {}
+    for result in measured:
+        subject = result.task if result.kind == "training" else ""
+        groups.setdefault((result.kind, name_base(result), result.variant, result.bits, subject), []).append(result)
+    return groups
+
+
+def _assign_colours(keys: Sequence[tuple[str, str, int]]) -> dict[tuple[str, str, int], str]:
+    """Give grey to a lone base and the palette to everything else, in order."""
+    bases = [key for key in keys if key[1] == "base"]
+    others = [key for key in keys if key not in bases or len(bases) > 1]
+    return dict.fromkeys(bases, _GREY) | {key: _COLOURS[i % len(_COLOURS)] for i, key in enumerate(others)}
+
+
+def _name_series(key: tuple[str, str, int]) -> str:
+    base, variant, bits = key
+    return f"{_shorten(base)}, {variant}, at {bits} bit"
+
+
+def _whiskers(result: Result) -> tuple[float, float]:
+    value = result.metrics["accuracy"]
+    low, high = result.metrics.get("accuracy_low", value), result.metrics.get("accuracy_high", value)
+    below, above = 100 * (value - low), 100 * (high - value)
+    return (0.0 if math.isnan(below) else max(below, 0.0), 0.0 if math.isnan(above) else max(above, 0.0))
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= 34 else name[:16] + "…" + name[-17:]

@@ -1,0 +1,239 @@
+"""Results -> tables of text, drawn alike on a terminal and in Markdown.
+
+A number nobody measured says so; it is never 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from finlora.paper import PAPER, PaperValue
+from finlora.results import Result
+
+NOT_MEASURED = "not measured"
+NOT_RUN = "not run"
+_QUANTITIES = {
+    "accuracy": "accuracy %",
+    "adapter_mib": "adapter, MiB",
+    "inference_memory_gib": "memory at batch 1, GiB",
+    "training_memory_gib": "training memory, GiB",
+    "gpu_hours": "GPU-hours",
+    "seconds_per_example": "s/example",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextTable:
+    """A table ready to draw; a cell may hold several lines. `notes` stand below it."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def select_newest(results: Sequence[Result]) -> list[Result]:
+    """Keep the newest Result per (kind, base, variant, task, bits, method), in order of first appearance.
+
+    Measurements of random weights are kept apart from those of pretrained ones. Equal times: the later line wins.
+    """
+    newest: dict[tuple[object, ...], Result] = {}
+    for result in results:
+        method = result.method if result.kind == "evaluation" else None
+        key = (result.kind, name_base(result), result.variant, result.task, result.bits, method)
+        if key not in newest or result.created >= newest[key].created:
+            newest[key] = result
+    return list(newest.values())
+
+
+def name_base(result: Result) -> str:
+    """Return the base's short name: the last part of a hub id or folder, with a mark for random weights."""
+    name = result.base.rstrip("/").rpartition("/")[2] or result.base
+    return f"{name} (random weights)" if has_random_weights(result) else name
+
+
+def has_random_weights(result: Result) -> bool:
+    """Tell whether the weights were filled from a seed: its speed and memory are real, its scores mean nothing."""
+    model = result.config.get("model")
+    return isinstance(model, dict) and model.get("weights") == "random"
+
+
+def format_number(value: float | None, digits: int = 1) -> str:
+    """Return the number with thousands commas, `not measured` for None, `NaN` for nan."""
+    if value is None:
+        return NOT_MEASURED
+    return "NaN" if math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def format_score(result: Result, name: str, digits: int = 1) -> str:
+    """Return a score in per cent with its interval: `86.3 (84.3-88.2)` with an en dash; `not measured` without it."""
+    value = result.metrics.get(name)
+    if value is None or math.isnan(value):
+        return format_number(value)
+    low, high = result.metrics.get(f"{name}_low", math.nan), result.metrics.get(f"{name}_high", math.nan)
+    bounds = "" if math.isnan(low) or math.isnan(high) else f" ({100 * low:.{digits}f}–{100 * high:.{digits}f})"
+    return f"{100 * value:.{digits}f}{bounds}"
+
+
+def score_table(results: Sequence[Result]) -> TextTable:
+    """Rows (base, variant, bits), columns tasks: accuracy with interval, weighted F1 and strict accuracy in a cell."""
+    evaluations = [result for result in select_newest(results) if result.kind == "evaluation"]
+    columns = list(dict.fromkeys(name_column(result, evaluations) for result in evaluations))
+    rows: dict[tuple[str, str, int], dict[str, Result]] = {}
+    for result in sorted(evaluations, key=lambda result: (name_base(result), result.variant != "base", result.variant)):
+        row = rows.setdefault((name_base(result), result.variant, result.bits), {})
+        row[name_column(result, evaluations)] = result
+    notes = ["% with 95 % interval; first accuracy (the answer contains the truth), then weighted F1, strict accuracy."]
+    if any(result.is_partial for result in evaluations):
+        notes.append("* Partial: not every example of the prepared test split was scored.")
+    return TextTable(
+        title="Evaluation",
+        header=("base", "variant", "bits", *columns),
+        rows=tuple(
+            (base, variant, str(bits), *(_score_cell(row.get(column)) for column in columns))
+            for (base, variant, bits), row in rows.items()
+        ),
+        notes=tuple(notes),
+    )
+
+
+def name_column(result: Result, evaluations: Sequence[Result]) -> str:
+    """Return the task, with the method behind it only where the task was scored by several."""
+    methods = {other.method for other in evaluations if other.task == result.task}
+    return result.task if len(methods) == 1 else f"{result.task} ({result.method or 'method unknown'})"
+
+
+def _score_cell(result: Result | None) -> str:
+    if result is None:
+        return NOT_RUN
+    mark = "*" if result.is_partial else ""
+    f1 = "" if result.metrics.get("weighted_f1") is None else format_score(result, "weighted_f1")
+    return "\n".join(
+        (
+            f"{format_score(result, 'accuracy')}{mark}",
+            f"F1 {f1 or NOT_MEASURED}",
+            f"strict {format_score(result, 'strict_accuracy')}",
+        )
+    )
+
+
+def cost_table(results: Sequence[Result]) -> TextTable:
+    """One row a measurement: adapter size, peak memory, time, speed, and the device where several were used."""
+    newest = sorted(select_newest(results), key=lambda result: (result.kind != "training", name_base(result)))
+    devices = sorted({_name_device(result) for result in newest})
+    has_one_device = len(devices) == 1
+    header = ("what", "base", "variant", "bits", "task", "adapter MiB", "peak GiB", "s/example", "tokens/s", "GPU-h")
+    notes = [
+        "GiB = 2**30 bytes, summed over workers; on CPU resident memory. GPU-hours are wall time x GPUs, none on CPU."
+    ]
+    if has_one_device:
+        notes.append(f"Device: {devices[0]}.")
+    if any(result.is_partial for result in newest):
+        notes.append("* Partial: not all prepared examples were used.")
+    return TextTable(
+        title="Cost",
+        header=header if has_one_device else (*header, "device"),
+        rows=tuple(_cost_row(result) + (() if has_one_device else (_name_device(result),)) for result in newest),
+        notes=tuple(notes),
+    )
+
+
+def _cost_row(result: Result) -> tuple[str, ...]:
+    return (
+        result.kind,
+        name_base(result),
+        result.variant,
+        str(result.bits),
+        result.task + ("*" if result.is_partial else ""),
+        "none" if result.variant == "base" else format_number(result.adapter_mib, 2),
+        format_number(result.peak_memory_gib, 2),
+        format_number(result.seconds_per_example, 4),
+        format_number(result.tokens_per_second, 0),
+        format_number(result.gpu_hours, 4),
+    )
+
+
+def _name_device(result: Result) -> str:
+    return result.environment.get("device", "not recorded")
+
+
+def paper_tables(results: Sequence[Result]) -> list[TextTable]:
+    """The paper's tables with our comparable measurement beside each number, `not run` where there is none."""
+    tables = []
+    for title in dict.fromkeys(value.table for value in PAPER):
+        rows = []
+        for value in (value for value in PAPER if value.table == title):
+            ours = find_ours(value, results)
+            what = " / ".join(value.tasks[:1] if "+" in "".join(value.tasks) else value.tasks) or "any task"
+            rows.append(
+                (
+                    f"Llama 3.1 {value.size}",
+                    value.variant or (f"{value.bits} bit" if value.bits else "any"),
+                    what,
+                    _QUANTITIES[value.quantity],
+                    f"{100 * value.value:.2f}"
+                    if value.quantity == "accuracy"
+                    else f"{value.value:.{2 if value.quantity == 'gpu_hours' else 1}f}",
+                    NOT_RUN if ours is None else _our_cell(value, ours),
+                )
+            )
+        notes = ("Paper: 4 x RTX A6000, arXiv:2412.11378v2. Ours: on the device that the cost table names.",)
+        header = ("model", "variant", "task", "quantity", "paper", "ours")
+        tables.append(TextTable(title=f"Beside the paper: {title}", header=header, rows=tuple(rows), notes=notes))
+    return tables
+
+
+def find_ours(value: PaperValue, results: Sequence[Result]) -> Result | None:
+    """Return our newest measurement that may stand beside a number of the paper, or None.
+
+    A Llama of the same size, variant and task is needed; inference memory also needs batch size 1, accuracies
+    pretrained weights. A full measurement is preferred to a partial one.
+    """
+    found = [result for result in results if _is_comparable(value, result)]
+    return max(found, key=lambda result: (not result.is_partial, result.created), default=None)
+
+
+def _is_comparable(value: PaperValue, result: Result) -> bool:
+    base = result.base.lower()
+    if "llama" not in base or f"-{value.size.lower()}" not in base.replace("_", "-"):
+        return False
+    if value.variant is not None and result.variant != value.variant:
+        return False
+    if value.tasks and result.task not in value.tasks:
+        return False
+    if value.quantity == "adapter_mib":
+        return result.adapter_mib is not None
+    if value.quantity == "training_memory_gib":
+        return result.kind == "training" and result.peak_memory_gib is not None
+    if value.quantity == "gpu_hours":
+        return result.kind == "training" and result.gpu_hours is not None
+    if result.kind != "evaluation" or (value.bits is not None and result.bits != value.bits):
+        return False
+    if value.quantity == "accuracy":
+        return not has_random_weights(result) and "accuracy" in result.metrics
+    if value.quantity == "seconds_per_example":
+        return result.seconds_per_example is not None
+    section = result.config.get("eval")
+    has_one_example = isinstance(section, dict) and section.get("batch_size") == 1
+    return has_one_example and result.gpu_hours is not None and result.peak_memory_gib is not None
+
+
+def _our_cell(value: PaperValue, ours: Result) -> str:
+    measured = {
+        "adapter_mib": ours.adapter_mib,
+        "inference_memory_gib": ours.peak_memory_gib,
+        "training_memory_gib": ours.peak_memory_gib,
+        "gpu_hours": ours.gpu_hours,
+        "seconds_per_example": ours.seconds_per_example,
+    }
+    mark = "*" if ours.is_partial and value.quantity != "adapter_mib" else ""
+    device = ours.environment.get("device")
+    where = f" ({device})" if device and value.quantity in ("gpu_hours", "seconds_per_example") else ""
+    number = (
+        format_score(ours, "accuracy", 2)
+        if value.quantity == "accuracy"
+        else format_number(measured[value.quantity], 2)
+    )
+    return f"{number}{mark}{where}"

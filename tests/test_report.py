@@ -1,0 +1,209 @@
+"""The report says what was measured, and says so where nothing was."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from finlora.errors import ResultError
+from finlora.paper import PAPER
+from finlora.report import render_report, show_results
+from finlora.results import Result
+from finlora.tables import (
+    cost_table,
+    find_ours,
+    format_number,
+    format_score,
+    paper_tables,
+    score_table,
+    select_newest,
+)
+
+LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
+
+
+def make_scores(value: float) -> dict[str, float]:
+    names = ("accuracy", "strict_accuracy", "weighted_f1")
+    ends = {"": 0.0, "_low": -0.02, "_high": 0.01}
+    return {f"{name}{end}": value + shift for name in names for end, shift in ends.items()} | {"unparsable": 0.0}
+
+
+def make_evaluation(accuracy: float = 0.863, **changes) -> Result:
+    plain = {
+        "kind": "evaluation",
+        "task": "fpb",
+        "variant": "4bit-r4",
+        "base": LLAMA,
+        "bits": 8,
+        "method": "labels",
+        "metrics": make_scores(accuracy),
+        "created": "2026-01-01T00:00:00+00:00",
+    }
+    return Result(**(plain | changes))
+
+
+def make_training(**changes) -> Result:
+    plain = {
+        "kind": "training",
+        "task": "ner",
+        "variant": "4bit-r4",
+        "base": LLAMA,
+        "bits": 4,
+        "loss_curve": [[1.0, 2.0], [2.0, 1.0]],
+        "peak_memory_gib": 26.7,
+        "adapter_mib": 4.5,
+        "gpu_hours": 1.25,
+        "environment": {"device": "Some GPU"},
+        "created": "2026-01-01T00:00:00+00:00",
+    }
+    return Result(**(plain | changes))
+
+
+def print_report(results, output=None, width=200) -> str:
+    stream = io.StringIO()
+    render_report(results, output, Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def find_paper(**wanted):
+    (value,) = [v for v in PAPER if all(getattr(v, key) == entry for key, entry in wanted.items())]
+    return value
+
+
+def test_newest_result_wins():
+    old, new = make_evaluation(0.1), make_evaluation(0.9, created="2026-02-01T00:00:00+00:00")
+    assert select_newest([new, old]) == [new]
+    assert select_newest([old, make_evaluation(0.2)])[0].metrics["accuracy"] == 0.2
+
+
+@pytest.mark.parametrize("change", [{"bits": 4}, {"method": "generate"}, {"task": "ner"}, {"variant": "base"}])
+def test_other_measurements_stand_beside_each_other(change):
+    assert len(select_newest([make_evaluation(), make_evaluation(**change)])) == 2
+
+
+def test_numbers_without_measurement_are_never_zero():
+    assert format_number(None) == "not measured"
+    assert format_number(math.nan) == "NaN"
+    assert format_number(0.0) == "0.0"
+    assert format_number(12345.678, 2) == "12,345.68"
+    assert format_score(make_evaluation(metrics={}), "accuracy") == "not measured"
+    assert format_score(make_evaluation(metrics={"accuracy": math.nan}), "accuracy") == "NaN"
+    assert format_score(make_evaluation(metrics={"accuracy": 0.5}), "accuracy") == "50.0"
+
+
+def test_score_cell_holds_accuracy_f1_and_strict():
+    table = score_table([make_evaluation(), make_evaluation(0.687, variant="base", is_partial=True)])
+    assert table.header == ("base", "variant", "bits", "fpb")
+    assert [row[1] for row in table.rows] == ["base", "4bit-r4"]
+    assert table.rows[0][3].startswith("68.7 (66.7–69.7)*\n")
+    assert table.rows[1][3] == "86.3 (84.3–87.3)\nF1 86.3 (84.3–87.3)\nstrict 86.3 (84.3–87.3)"
+    assert table.notes[-1].startswith("* Partial")
+
+
+def test_score_table_names_gaps_and_methods():
+    results = [make_evaluation(), make_evaluation(task="ner", variant="base")]
+    assert "not run" in score_table(results).rows[0]
+    both = score_table([make_evaluation(), make_evaluation(method="generate")])
+    assert both.header[3:] == ("fpb (labels)", "fpb (generate)")
+    assert len(both.rows) == 1
+
+
+def test_cost_table_names_device_once_or_per_row():
+    one = cost_table([make_training()])
+    (row,) = one.rows
+    assert row[:5] == ("training", "Llama-3.1-8B-Instruct", "4bit-r4", "4", "ner")
+    assert row[5:] == ("4.50", "26.70", "not measured", "not measured", "1.2500")
+    assert "Device: Some GPU." in one.notes
+    two = cost_table([make_training(), make_evaluation(environment={"device": "cpu"}, variant="base")])
+    assert [row[-1] for row in two.rows] == ["Some GPU", "cpu"]
+    assert two.rows[1][5] == "none"
+
+
+def test_paper_numbers_stand_beside_ours():
+    text = print_report([make_evaluation(0.85), make_training()])
+    assert "Beside the paper: Fine-tuning cost" in text
+    (row,) = [line for line in text.splitlines() if "fpb" in line and "86.30" in line]
+    assert "85.00 (83.00–86.00)" in row
+    assert "not run" in text
+    assert sum(len(table.rows) for table in paper_tables([])) == len(PAPER)
+
+
+def test_only_comparable_measurements_stand_beside_the_paper():
+    paper = find_paper(quantity="accuracy", variant="4bit-r4", tasks=("fpb",))
+    assert find_ours(paper, [make_evaluation()]) is not None
+    others = [
+        make_evaluation(base="demo"),
+        make_evaluation(base="meta-llama/Llama-3.1-70B"),
+        make_evaluation(bits=4),
+        make_evaluation(variant="8bit-r8"),
+        make_evaluation(task="tfns"),
+        make_evaluation(config={"model": {"weights": "random"}}),
+        make_training(task="fpb"),
+    ]
+    assert find_ours(paper, others) is None
+
+
+def test_full_measurement_is_preferred_to_newer_partial_one():
+    paper = find_paper(quantity="accuracy", variant="base", tasks=("fpb",))
+    full = make_evaluation(variant="base")
+    partial = make_evaluation(variant="base", is_partial=True, created="2027")
+    assert find_ours(paper, [full, partial]) is full
+
+
+def test_inference_memory_needs_batch_size_one_on_a_gpu():
+    paper = find_paper(quantity="inference_memory_gib", size="8B", bits=8)
+    batch = {size: {"eval": {"batch_size": size}} for size in (1, 16)}
+    assert find_ours(paper, [make_evaluation(peak_memory_gib=8.9, gpu_hours=1.0, config=batch[16])]) is None
+    assert find_ours(paper, [make_evaluation(peak_memory_gib=8.9, config=batch[1])]) is None
+    assert find_ours(paper, [make_evaluation(peak_memory_gib=8.9, gpu_hours=1.0, config=batch[1])]) is not None
+
+
+def test_report_writes_markdown_and_plots(tmp_path):
+    results = [
+        make_evaluation(variant="base", peak_memory_gib=9.0),
+        make_evaluation(is_partial=True),
+        make_evaluation(task="ner", base="models/odd|name*", metrics={"accuracy": 0.5}),
+        make_evaluation(task="tfns", metrics={"accuracy": math.nan}),
+        make_training(),
+        make_training(task="xbrl_tags+xbrl_values", loss_curve=[[1.0, 2.0]]),
+    ]
+    output = tmp_path / "new" / "report"
+    text = print_report(results, output)
+    assert "Written:" in text
+    markdown = (output / "report.md").read_text(encoding="utf-8")
+    for name in ("accuracy", "loss", "memory"):
+        assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"![{name}]({name}.png)" in markdown
+    assert "odd\\|name\\*" in markdown
+    assert "86.3 (84.3–87.3)\\*<br>F1" in markdown
+    widths = [line.replace("\\|", "").count("|") for line in markdown.splitlines() if line.startswith("| ")]
+    assert min(widths) > 3
+
+
+def test_report_without_anything_to_draw_writes_no_plot(tmp_path):
+    print_report([make_evaluation(metrics={})], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+
+
+def test_wide_score_table_goes_on_below():
+    results = [make_evaluation(task=task) for task in ("fpb", "fiqa", "tfns", "nwgi", "ner")]
+    stream = io.StringIO()
+    show_results(results, Console(file=stream, width=100))
+    text = stream.getvalue()
+    assert text.count("Evaluation") == 3
+    assert "strict 86.3 (84.3–87.3)" in text
+
+
+def test_markup_in_names_is_printed_literally():
+    assert "[red]odd[/]" in print_report([make_evaluation(task="[red]odd[/]")])
+
+
+def test_report_refuses_nothing_and_unwritable_folder(tmp_path):
+    with pytest.raises(ResultError, match="no results to report"):
+        print_report([])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResultError, match="cannot be written"):
+        print_report([make_evaluation()], tmp_path / "file")

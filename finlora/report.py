@@ -17,6 +17,8 @@ from finlora.tables import NOT_MEASURED, NOT_RUN, TextTable, cost_table, paper_t
 _KEYS = 3
 """Leading columns of the score table that name a row."""
 _CELL_WIDTH = 27
+_MIN_WIDTH = 8
+"""Words up to this length are not broken when the terminal is narrow: those of `not measured`."""
 
 
 def show_results(results: Sequence[Result], console: Console) -> None:
@@ -74,13 +76,21 @@ def _take_columns(table: TextTable, start: int, count: int, notes: tuple[str, ..
 
 def _draw(table: TextTable, console: Console) -> None:
     drawn = Table(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for name in table.header:
-        drawn.add_column(Text(name), overflow="fold")
+    for index, name in enumerate(table.header):
+        cells = [row[index] for row in table.rows]
+        longest = max(len(word) for word in " ".join((name, *cells)).split())
+        # `not measured` takes two lines in a column of plain numbers, which leaves the width to names.
+        width = max(len(name), _MIN_WIDTH) if all(map(_is_number, cells)) else None
+        drawn.add_column(Text(name), overflow="fold", min_width=min(longest, _MIN_WIDTH), max_width=width)
     for row in table.rows:
         drawn.add_row(*(Text(cell, style="dim" if cell in (NOT_RUN, NOT_MEASURED) else "") for cell in row))
     console.print(drawn)
     for note in table.notes:
         console.print(Text(note, style="dim"))
+
+
+def _is_number(cell: str) -> bool:
+    return cell in (NOT_MEASURED, "none", "NaN") or cell.replace(",", "").replace(".", "", 1).isdigit()
 
 
 def _render_markdown(tables: Sequence[TextTable], plots: Sequence[Path]) -> str:

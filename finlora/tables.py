@@ -124,7 +124,7 @@ def cost_table(results: Sequence[Result]) -> TextTable:
     newest = sorted(select_newest(results), key=lambda result: (result.kind != "training", name_base(result)))
     devices = sorted({_name_device(result) for result in newest})
     has_one_device = len(devices) == 1
-    header = ("what", "base", "variant", "bits", "task", "adapter MiB", "peak GiB", "s/example", "tokens/s", "GPU-h")
+    header = ("model", "measurement", "adapter MiB", "peak GiB", "s/example", "tokens/s", "GPU-h")
     notes = [
         "GiB = 2**30 bytes, summed over workers; on CPU resident memory. GPU-hours are wall time x GPUs, none on CPU."
     ]
@@ -142,11 +142,8 @@ def cost_table(results: Sequence[Result]) -> TextTable:
 
 def _cost_row(result: Result) -> tuple[str, ...]:
     return (
-        result.kind,
-        name_base(result),
-        result.variant,
-        str(result.bits),
-        result.task + ("*" if result.is_partial else ""),
+        f"{name_base(result)}\n{result.variant}, {result.bits} bit",
+        f"{result.task}{'*' if result.is_partial else ''}\n{' '.join(filter(None, (result.kind, result.method)))}",
         "none" if result.variant == "base" else format_number(result.adapter_mib, 2),
         format_number(result.peak_memory_gib, 2),
         format_number(result.seconds_per_example, 4),

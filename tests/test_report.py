@@ -114,12 +114,12 @@ def test_score_table_names_gaps_and_methods():
 def test_cost_table_names_device_once_or_per_row():
     one = cost_table([make_training()])
     (row,) = one.rows
-    assert row[:5] == ("training", "Llama-3.1-8B-Instruct", "4bit-r4", "4", "ner")
-    assert row[5:] == ("4.50", "26.70", "not measured", "not measured", "1.2500")
+    assert row[:2] == ("Llama-3.1-8B-Instruct\n4bit-r4, 4 bit", "ner\ntraining")
+    assert row[2:] == ("4.50", "26.70", "not measured", "not measured", "1.2500")
     assert "Device: Some GPU." in one.notes
     two = cost_table([make_training(), make_evaluation(environment={"device": "cpu"}, variant="base")])
     assert [row[-1] for row in two.rows] == ["Some GPU", "cpu"]
-    assert two.rows[1][5] == "none"
+    assert two.rows[1][2] == "none"
 
 
 def test_paper_numbers_stand_beside_ours():

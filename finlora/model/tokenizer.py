@@ -7,6 +7,7 @@ https://github.com/meta-llama/llama-models/blob/a9c89c471f793423afd4cc3ca8671d6e
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from finlora.errors import ModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_NUM_RESERVED = 256
+_NUM_RANKS, _NUM_RESERVED = 128_000, 256
 _NAMED_SPECIALS = {
     0: "<|begin_of_text|>",
     1: "<|end_of_text|>",
@@ -63,7 +64,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return 16 hex digits that change with vocabulary, merges, special tokens or chat template."""
-    text = tokenizer.backend_tokenizer.to_str() + (tokenizer.chat_template or "")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    # How the last call padded and cut is kept in the backend, and says nothing of what the tokenizer is.
+    state["padding"] = state["truncation"] = None
+    text = json.dumps(state) + (tokenizer.chat_template or "")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -81,6 +85,13 @@ def _from_tiktoken(path: Path) -> PreTrainedTokenizerFast:
         raise ModelError(
             f"{path} is not a tiktoken file ({error}): expected lines of a base64 token and its rank, as Llama 3 ships it."
         ) from error
+    num_ranks = backend.get_vocab_size() - _NUM_RESERVED
+    if num_ranks != _NUM_RANKS:
+        # The special tokens follow the last rank: with one rank missing, each of them would stand for another id.
+        raise ModelError(
+            f"{path} holds {num_ranks:,} tokens, expected {_NUM_RANKS:,} as Llama 3 ships it: it is cut short or another "
+            "model's, copy it again."
+        )
     bos = specials[0]
     backend.post_processor = TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, backend.token_to_id(bos))]

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finlora.config import ModelConfig
 from finlora.errors import ModelError
@@ -112,18 +112,25 @@ def _find_shards(folder: Path) -> dict[str, Path]:
     single = folder / "model.safetensors"
     if index.is_file():
         try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            # Path(...).name keeps a hostile index from pointing outside its own folder.
+            files = {str(name): folder / Path(file).name for name, file in weight_map.items()}
+            if not files:  # no shards would mean random weights
+                raise ValueError("it names no tensor")
         except (ValueError, KeyError, TypeError) as error:
             raise ModelError(f"{index} is not a safetensors index ({error!r}): copy the model again.") from error
-        # Path(...).name keeps a hostile index from pointing outside its own folder.
-        files = {name: folder / Path(file).name for name, file in weight_map.items()}
         missing = sorted({path.name for path in files.values() if not path.is_file()})
         if missing:
             raise ModelError(
                 f"{folder} lacks {len(missing)} shards named by its index ({missing[0]}, ...): copy them too."
             )
         for path in sorted(set(files.values())):
-            _read_names(path)
+            absent = {name for name, file in files.items() if file == path}.difference(_read_names(path))
+            if absent:
+                raise ModelError(
+                    f"{path} lacks {len(absent)} tensors that the index puts there ({min(absent)}, ...): it is of another "
+                    "model or sharding, copy it again."
+                )
         return files
     if single.is_file():
         return dict.fromkeys(_read_names(single), single)
@@ -141,13 +148,16 @@ def _read_names(path: Path) -> list[str]:
         length = int.from_bytes(stream.read(8), "little")
         header_is_whole = 0 < length <= min(size - 8, 100 * 2**20)
         try:
-            header = json.loads(stream.read(length)) if header_is_whole else None
+            header: Any = json.loads(stream.read(length)) if header_is_whole else None
         except ValueError:
             header = None
-    if not isinstance(header, dict):
-        raise ModelError(f"{path} is not a safetensors file ({size} bytes, unreadable header): copy it again.")
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    try:
+        tensors = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+        end = max(tensors.values())
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError):
+        raise ModelError(
+            f"{path} is not a safetensors file ({size} bytes, unreadable header): copy it again."
+        ) from None
     if size != 8 + length + end:
         raise ModelError(
             f"{path} has {size} bytes where its header says {8 + length + end}: it is cut short, copy it again."

@@ -1,12 +1,29 @@
-"""Fixtures shared by all tests: the reference data when present, and one local Ray instance."""
+"""What all tests share: reference data when present, a tiny base, a prepared set, a base config and one local Ray.
+
+Nothing here reaches a network or writes outside pytest's and Ray's temporary folders.
+"""
 
 from __future__ import annotations
 
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from finlora.config import RunConfig
+from finlora.configfile import load_config
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# Before any test imports these packages: they read their settings once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +33,79 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the reference data is not on this machine")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory) -> Path:
+    """Folder of a Llama of 2 layers, hidden 64, 4 heads on 2 key-value heads, with its own tokenizer; hardly trained."""
+    import torch
+
+    from finlora.data.pretraining import pretraining_texts
+    from finlora.model.pretrain import PretrainConfig, pretrain_base
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    settings = PretrainConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        context_length=64,
+        batch_size=4,
+        num_steps=20,
+    )
+    pretrain_base(pretraining_texts(1, 200), settings, folder, torch.device("cpu"), lambda _step, _loss: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared_synthetic(tmp_path_factory) -> Path:
+    """Folder of prepared tasks, with generated sentiment and generated XBRL questions in it."""
+    from finlora.data.prepare import prepare_task
+
+    folder = tmp_path_factory.mktemp("prepared")
+    for task in ("synthetic_sentiment", "synthetic_xbrl"):
+        prepare_task(task, None, folder, None, "all", False, False)
+    return folder
+
+
+@pytest.fixture
+def make_config(tiny_base, prepared_synthetic, tmp_path) -> Callable[..., RunConfig]:
+    """Build a config on the tiny base and the generated sentiment set, on CPU in float32; overrides as on the CLI."""
+    defaults = [
+        f"model.base={tiny_base}",
+        "model.bits=16",
+        "model.compute_dtype=float32",
+        f"data.dir={prepared_synthetic}",
+        "data.tasks=[synthetic_sentiment]",
+        f"output_dir={tmp_path / 'runs'}",
+        "train.device=cpu",
+        "train.precision=fp32",
+        "eval.device=cpu",
+        "eval.bits=null",
+    ]
+
+    def build(*overrides: str) -> RunConfig:
+        return load_config(None, [*defaults, *overrides])
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def ray_instance() -> Iterator[None]:
+    """Start the one local Ray of all tests, with its token and all its files in a folder that goes with it."""
+    folder = Path(tempfile.mkdtemp(prefix="finlora-ray-"))
+    (folder / "token").write_text(secrets.token_hex(32))
+    (folder / "token").chmod(0o600)
+    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token"), "RAY_TMPDIR": str(folder)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        for key, value in settings.items():
+            patch.setenv(key, value)
+        from finlora import cluster
+
+        cluster.connect(log_to_driver=False)
+        import ray
+
+        yield
+        ray.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,60 @@
+"""The small base that `finlora pretrain` makes: a plain, whole Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from finlora.errors import DatasetError, ModelError
+from finlora.model.pretrain import PretrainConfig, pretrain_base, run_pretraining
+from finlora.model.tokenizer import load_tokenizer
+
+
+def test_base_folder_holds_llama_and_its_tokenizer(tiny_base):
+    config = json.loads((tiny_base / "config.json").read_text())
+    tokenizer = load_tokenizer(tiny_base)
+    assert (config["model_type"], config["hidden_size"], config["num_hidden_layers"]) == ("llama", 64, 2)
+    assert config["vocab_size"] == len(tokenizer) == 512
+    assert config["bos_token_id"] == tokenizer.bos_token_id != tokenizer.eos_token_id == config["eos_token_id"]
+    assert tokenizer.pad_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert [path.suffix for path in tiny_base.iterdir() if path.suffix in (".bin", ".pt", ".pickle")] == []
+    assert [path.name for path in tiny_base.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_text_survives_encoding_and_decoding(tiny_base):
+    tokenizer = load_tokenizer(tiny_base)
+    text = "Profit of Ünit 3 rose 12.5 % to 1,234 million €.\n\n  Next: 你好"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_too_little_text_is_refused_by_words(tmp_path):
+    with pytest.raises(DatasetError, match=r"1 texts give \d+ tokens: expected at least one block of 257"):
+        pretrain_base(["few words"], PretrainConfig(), tmp_path / "x", torch.device("cpu"), lambda *_: None)
+    assert not (tmp_path / "x").exists()
+
+
+def test_pretraining_happens_once_and_other_settings_are_refused(prepared_synthetic, tmp_path):
+    notes = []
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "context_length": 32}
+    settings = PretrainConfig(**shape, batch_size=2, num_steps=12)
+
+    def pretrain(settings):
+        return run_pretraining(
+            settings,
+            ["synthetic_sentiment"],
+            prepared_synthetic,
+            tmp_path / "base",
+            "cpu",
+            lambda *note: notes.append(note),
+        )
+
+    assert f"Base {tmp_path / 'base'}" in pretrain(settings)
+    assert [note[:3] for note in notes] == [("pretraining", step, 12) for step in range(1, 13)]
+    assert float(notes[-1][3].removeprefix("loss ")) < float(notes[0][3].removeprefix("loss "))
+    before = (tmp_path / "base" / "model.safetensors").stat()
+    assert "is complete already, kept" in pretrain(settings)
+    assert (tmp_path / "base" / "model.safetensors").stat() == before
+    with pytest.raises(ModelError, match=r"holds another model already: choose another --output"):
+        pretrain(PretrainConfig(**shape, batch_size=2, num_steps=13))

@@ -165,7 +165,7 @@ def _quantise(weight: torch.Tensor, bits: Bits, dtype: torch.dtype) -> nn.Module
 
     num_out, num_in = weight.shape
     if bits == 4:
-        layer = bnb.nn.Linear4bit(
+        layer: nn.Module = bnb.nn.Linear4bit(
             num_in, num_out, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta"
         )
         parameter = bnb.nn.Params4bit(

@@ -155,7 +155,7 @@ def _choose_device(config: RunConfig) -> torch.device:
     if config.train.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         return torch.device("cpu")
-    device = ray.train.torch.get_device()
+    device: torch.device = ray.train.torch.get_device()
     os.environ["LOCAL_RANK"] = str(device.index)  # workers that share a GPU see one device, whatever their local rank
     torch.cuda.set_device(device)
     return device

@@ -94,6 +94,8 @@ def load_adapter(net: LlamaForCausalLM, folder: Path) -> PeftModel:
             warnings.filterwarnings(
                 "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
             )
+            # PEFT only warns when the file lacks tensors and leaves them at fresh values: that is another adapter.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(net, str(folder), is_trainable=False)
     except Exception as error:  # PEFT and safetensors raise many kinds; each means that the folder is not usable here
         raise AdapterError(f"{folder} cannot be loaded on this base ({type(error).__name__}: {error}).") from error

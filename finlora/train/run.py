@@ -11,6 +11,7 @@ Layout of OUTPUT_DIR/NAME:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -83,7 +84,9 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     def resolve(key: str, value: str) -> str:
         path = Path(value).expanduser()
         in_job_copy = "runtime_resources" in Path.cwd().parts
-        if in_job_copy and not path.is_absolute() and not path.exists():
+        # What came along with the copy can be read there; what is written there is lost.
+        is_lost = key == "output_dir" or not path.exists()
+        if in_job_copy and not path.is_absolute() and is_lost:
             faults.append(
                 f"{key}={value} is relative, but this Ray job runs in a temporary copy of your folder: give an absolute "
                 f"path on the cluster's storage, for example {key}=~/finlora/{path.name}"
@@ -178,23 +181,30 @@ def open_run(config: RunConfig) -> RunFolder:
 
 
 def append_progress(folder: RunFolder, progress: Progress) -> None:
-    """Append one line; a reader sees whole lines only."""
-    line = json.dumps(dataclasses.asdict(progress)) + "\n"
-    descriptor = os.open(folder.progress, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    """Append one line; a line that a crash cut short before it is closed first."""
+    line = (json.dumps(dataclasses.asdict(progress)) + "\n").encode()
+    descriptor = os.open(folder.progress, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        os.write(descriptor, line)
     finally:
         os.close(descriptor)
 
 
 def read_progress(folder: RunFolder) -> list[Progress]:
-    """Return the records in step order; of a step run twice (after a crash) the later one counts."""
+    """Return the records in step order; of a step run twice (after a crash) the later one counts.
+
+    A line cut short, by a crash or because it is being written, is left out: the resumed run writes that step again.
+    """
     if not folder.progress.is_file():
         return []
     by_step: dict[int, Progress] = {}
     for line in folder.progress.read_text(encoding="utf-8").splitlines():
-        record = Progress(**json.loads(line))
-        by_step[record.step] = record
+        with contextlib.suppress(ValueError):
+            record = Progress(**json.loads(line))
+            by_step[record.step] = record
     return [by_step[step] for step in sorted(by_step)]
 
 

@@ -70,7 +70,7 @@ def test_other_architecture_is_refused_by_words(base):
 
 def test_config_that_is_no_object_is_refused_by_words(base):
     (base / "config.json").write_text("[]")
-    with pytest.raises(ModelError, match="is a None model: FinLoRA runs the Llama family only"):
+    with pytest.raises(ModelError, match=r"is a None model: FinLoRA runs the Llama family only"):
         find(base)
     (base / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config.json is not valid JSON .*copy the model again"):
@@ -79,7 +79,7 @@ def test_config_that_is_no_object_is_refused_by_words(base):
 
 def test_quantised_weights_are_refused_by_words(base):
     edit(base / "config.json", quantization_config={"quant_method": "bitsandbytes"})
-    with pytest.raises(ModelError, match="already quantised: give the 16-bit model"):
+    with pytest.raises(ModelError, match=r"already quantised: give the 16-bit model"):
         find(base)
 
 
@@ -91,7 +91,7 @@ def test_pickled_weights_are_refused_by_words(base):
 
 def test_missing_weights_are_refused_by_words(base):
     (base / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="holds no weights: FinLoRA reads model.safetensors or its shards"):
+    with pytest.raises(ModelError, match=r"holds no weights: FinLoRA reads model.safetensors or its shards"):
         find(base)
 
 
@@ -115,7 +115,7 @@ def test_header_with_other_contents_is_refused_by_words(base):
     for contents in ({"model.norm.weight": {"dtype": "BF16"}}, {}, {"__metadata__": {"format": "pt"}}, []):
         header = json.dumps(contents).encode()
         (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-        with pytest.raises(ModelError, match="is not a safetensors file"):
+        with pytest.raises(ModelError, match=r"is not a safetensors file"):
             find(base)
 
 
@@ -136,7 +136,7 @@ def test_shard_of_another_model_is_refused_by_words(sharded):
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"model.norm.weight": 5}}'])
 def test_broken_index_is_refused_by_words(sharded, content):
     (sharded / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(ModelError, match="index.json is not a safetensors index"):
+    with pytest.raises(ModelError, match=r"index.json is not a safetensors index"):
         find(sharded)
 
 
@@ -155,7 +155,7 @@ def test_index_cannot_point_outside_its_folder(sharded, tmp_path):
 
 def test_missing_config_is_refused_by_words(base):
     (base / "config.json").unlink()
-    with pytest.raises(ModelError, match="has no config.json: expected a Hugging Face model folder"):
+    with pytest.raises(ModelError, match=r"has no config.json: expected a Hugging Face model folder"):
         find(base)
 
 

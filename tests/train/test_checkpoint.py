@@ -1,0 +1,126 @@
+"""Checkpoints: an exact round trip, and a whole one of this very run or none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from finlora.errors import CheckpointError
+from finlora.train.checkpoint import CheckpointInfo, load_checkpoint, read_info, save_checkpoint
+
+INFO = CheckpointInfo(step=7, world_size=2, run_hash="abc")
+
+
+def make(seed, steps=3):
+    """A small model with an optimiser that has a state."""
+    torch.manual_seed(seed)
+    parameters = {name: torch.nn.Parameter(torch.randn(4, 3)) for name in ("a.lora_A", "a.lora_B")}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
+    for _ in range(steps):
+        train(parameters, optimizer)
+    return parameters, optimizer
+
+
+def train(parameters, optimizer):
+    optimizer.zero_grad()
+    sum((parameter**3).sum() for parameter in parameters.values()).backward()
+    optimizer.step()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of two workers."""
+    for worker in range(2):
+        parameters, optimizer = make(seed=1)
+        save_checkpoint(tmp_path / "c", worker, INFO, parameters, optimizer.state_dict())
+    return tmp_path / "c"
+
+
+def test_training_goes_on_exactly_where_it_was_saved(saved):
+    parameters, optimizer = make(seed=1)
+    others, other_optimizer = make(seed=2, steps=1)
+    assert read_info(saved, "abc", 2) == INFO
+    load_checkpoint(saved, 1, others, other_optimizer)
+    for _ in range(3):
+        train(parameters, optimizer)
+        train(others, other_optimizer)
+    for name in parameters:
+        assert torch.equal(parameters[name], others[name])
+    for name in parameters:
+        state, other = optimizer.state[parameters[name]], other_optimizer.state[others[name]]
+        assert all(torch.equal(state[key], other[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+
+
+def test_folder_holds_adapter_once_and_a_state_a_worker(saved):
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "adapter.safetensors",
+        "manifest-0.json",
+        "manifest-1.json",
+        "optimizer-0.pt",
+        "optimizer-1.pt",
+    ]
+
+
+@pytest.mark.parametrize("name", ["manifest-0.json", "manifest-1.json"])
+def test_missing_manifest_is_refused_by_words(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(
+        CheckpointError, match=rf"is incomplete: {name} cannot be read \(FileNotFoundError\). Delete that"
+    ):
+        read_info(saved, "abc", 2)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"step": 1, "world_size": 2, "run_hash": "abc", "files": 3}'])
+def test_broken_manifest_is_refused_by_words(saved, content):
+    (saved / "manifest-1.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"is incomplete: manifest-1.json cannot be read"):
+        read_info(saved, "abc", 2)
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer-0.pt", "optimizer-1.pt"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "flipped"])
+def test_damaged_part_is_refused_by_its_name(saved, name, damage):
+    content = bytearray((saved / name).read_bytes())
+    if damage == "missing":
+        (saved / name).unlink()
+    elif damage == "cut":
+        (saved / name).write_bytes(content[:-1])
+    else:
+        content[len(content) // 2] ^= 1
+        (saved / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"is damaged: {name} is missing or differs from its manifest"):
+        read_info(saved, "abc", 2)
+
+
+def test_other_number_of_workers_is_refused_by_words(saved):
+    with pytest.raises(CheckpointError, match=r"was written by 2 workers, this run has 1: set train.num_workers=2"):
+        read_info(saved, "abc", 1)
+
+
+def test_other_run_is_refused_by_words(saved):
+    with pytest.raises(
+        CheckpointError, match=r"is of a run with other settings or data: restore them, or choose another"
+    ):
+        read_info(saved, "abd", 2)
+
+
+def test_other_tensors_are_refused_by_words(saved):
+    parameters, optimizer = make(seed=1)
+    parameters["b.lora_A"] = parameters.pop("a.lora_B")
+    with pytest.raises(CheckpointError, match=r"holds other adapter tensors than lora.target_modules asks for"):
+        load_checkpoint(saved, 0, parameters, optimizer)
+
+
+def test_manifest_cannot_name_files_outside_its_folder(saved, tmp_path):
+    """A name with a path is looked up beside the manifest, so nothing outside is read."""
+    manifest = json.loads((saved / "manifest-0.json").read_text())
+    (tmp_path / "outside").write_bytes(b"x")
+    manifest["files"]["../outside"] = {
+        "bytes": 1,
+        "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881",
+    }
+    (saved / "manifest-0.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"is damaged: ../outside is missing"):
+        read_info(saved, "abc", 2)

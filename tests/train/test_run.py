@@ -1,0 +1,184 @@
+"""The folder of a run: whose it is, what may change on a resume, and what is read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from finlora.configfile import load_config
+from finlora.errors import ConfigError, DatasetError
+from finlora.train.loop import Progress
+from finlora.train.run import (
+    RunFolder,
+    append_progress,
+    describe_run,
+    hash_run,
+    load_training_set,
+    open_run,
+    read_progress,
+    resolve_paths,
+)
+
+
+def progress(step, loss=0.5):
+    return Progress(
+        step=step,
+        total_steps=10,
+        epoch=step / 4,
+        loss=loss,
+        learning_rate=1e-4,
+        tokens_per_second=100.0,
+        examples_per_second=2.0,
+        memory_gib=1.5,
+        seconds_left=3.0,
+    )
+
+
+def test_run_folder_keeps_the_config_that_reruns_it(make_config):
+    config = make_config("name=first", "train.epochs=2")
+    folder = open_run(config)
+    assert load_config(folder.config) == config
+    assert open_run(config) == folder
+
+
+def test_same_name_with_other_settings_is_refused_by_what_differs(make_config):
+    open_run(make_config())
+    words = r"already holds a run with other settings \(seed: 42 there, 7 here; lora.rank: 4 there, 8 here\).*another `name`"
+    with pytest.raises(ConfigError, match=words):
+        open_run(make_config("seed=7", "lora.rank=8"))
+    assert load_config(RunFolder(open_run(make_config()).root).config).lora.rank == 4
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.max_failures=9",
+        "train.keep_checkpoints=7",
+        "train.checkpoint_every_steps=3",
+        "train.log_every_steps=1",
+        "train.cpus_per_worker=0.5",
+        "eval.batch_size=3",
+        "data.max_test_examples=3",
+    ],
+)
+def test_settings_that_change_no_number_may_change_on_a_resume(make_config, override):
+    config, changed = make_config(), make_config(override)
+    open_run(config)
+    folder = open_run(changed)
+    assert load_config(folder.config) == changed
+    assert hash_run(changed, {"t": "1"}) == hash_run(config, {"t": "1"})
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["seed=1", "lora.dropout=0.2", "model.bits=8", "train.num_workers=2", "train.epochs=2", "optim.learning_rate=0.5"],
+)
+def test_run_hash_changes_with_what_is_computed(make_config, override):
+    assert hash_run(make_config(override), {"t": "1"}) != hash_run(make_config(), {"t": "1"})
+    assert hash_run(make_config(), {"t": "2"}) != hash_run(make_config(), {"t": "1"})
+
+
+def test_local_paths_become_absolute_and_a_hub_id_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    resolved = resolve_paths(load_config(None, ["model.base=base", "data.dir=data", "output_dir=~/runs"]))
+    assert (resolved.model.base, resolved.data.dir) == (str(tmp_path / "base"), str(tmp_path / "data"))
+    assert resolved.output_dir.startswith("/")
+    assert "~" not in resolved.output_dir
+    hub = resolve_paths(load_config(None, ["model.base=owner/name"]))
+    assert (hub.model.base, hub.model.tokenizer) == ("owner/name", None)
+
+
+def test_relative_paths_in_a_jobs_copy_are_refused_by_words(tmp_path, monkeypatch):
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "pkg"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(ConfigError, match=r"2 settings are wrong") as caught:
+        resolve_paths(load_config(None, ["output_dir=runs", "data.dir=data"]))
+    assert [fault.partition(",")[0] for fault in caught.value.faults] == [
+        "output_dir=runs is relative",
+        "data.dir=data is relative",
+    ]
+    assert "temporary copy of your folder: give an absolute path" in caught.value.faults[0]
+    assert resolve_paths(load_config(None, ["output_dir=/x/runs", "data.dir=~/data"])).output_dir == "/x/runs"
+
+
+def test_output_in_a_jobs_copy_is_refused_even_where_the_folder_came_along(tmp_path, monkeypatch):
+    """Data that came with the copy can be read; what is written there is deleted with it."""
+    copy = tmp_path / "runtime_resources" / "pkg"
+    (copy / "runs").mkdir(parents=True)
+    (copy / "data").mkdir()
+    monkeypatch.chdir(copy)
+    with pytest.raises(ConfigError, match=r"output_dir=runs is relative") as caught:
+        resolve_paths(load_config(None, ["output_dir=runs", "data.dir=data"]))
+    assert len(caught.value.faults) == 1
+
+
+def test_progress_reads_back_in_step_order_with_the_later_of_two(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert read_progress(folder) == []
+    for step, loss in [(1, 0.9), (2, 0.8), (3, 0.7), (2, 0.85), (3, 0.75)]:
+        append_progress(folder, progress(step, loss))
+    assert [(record.step, record.loss) for record in read_progress(folder)] == [(1, 0.9), (2, 0.85), (3, 0.75)]
+    assert read_progress(folder)[0] == progress(1, 0.9)
+    assert len(folder.progress.read_text().splitlines()) == 5
+
+
+def test_line_cut_by_a_crash_is_not_a_record(tmp_path):
+    folder = RunFolder(tmp_path)
+    append_progress(folder, progress(1))
+    with folder.progress.open("a") as stream:
+        stream.write(json.dumps(dataclasses.asdict(progress(2)))[:40])
+    assert [record.step for record in read_progress(folder)] == [1]
+    append_progress(folder, progress(2))
+    assert [record.step for record in read_progress(folder)] == [1, 2]
+
+
+def test_training_set_is_encoded_with_its_hash(make_config, prepared_synthetic):
+    from finlora.data.prepared import read_prepared
+
+    split = read_prepared(prepared_synthetic, "synthetic_sentiment", "train")
+    training_set = load_training_set(make_config())
+    assert len(training_set.encoded) == len(split.examples)
+    assert training_set.hashes == {"synthetic_sentiment": split.hash}
+    assert training_set.num_skipped == 0
+
+
+def test_limited_training_set_is_drawn_by_the_seed(make_config):
+    whole = load_training_set(make_config()).encoded
+    some = load_training_set(make_config("data.max_train_examples=20")).encoded
+    assert len(some) == 20
+    assert some != whole[:20]
+    assert set(some) <= set(whole)
+    assert load_training_set(make_config("data.max_train_examples=20")).encoded == some
+    assert load_training_set(make_config("data.max_train_examples=20", "seed=1")).encoded != some
+
+
+def test_two_tasks_train_together(make_config):
+    training_set = load_training_set(make_config("data.tasks=[synthetic_sentiment, synthetic_xbrl]"))
+    assert list(training_set.hashes) == ["synthetic_sentiment", "synthetic_xbrl"]
+    assert len(training_set.encoded) > len(load_training_set(make_config()).encoded)
+
+
+def test_skipped_examples_are_counted(make_config):
+    lengths = sorted(item.num_tokens for item in load_training_set(make_config()).encoded)
+    limit = lengths[len(lengths) // 2]
+    training_set = load_training_set(make_config(f"model.max_seq_len={limit}", "data.too_long=skip"))
+    assert training_set.num_skipped == sum(length > limit for length in lengths) > 0
+    assert len(training_set.encoded) == len(lengths) - training_set.num_skipped
+
+
+def test_task_that_is_not_prepared_is_refused_by_words(make_config):
+    with pytest.raises(DatasetError, match=r"fpb/train.parquet: not found. Run `finlora prepare fpb --output"):
+        load_training_set(make_config("data.tasks=[fpb]"))
+
+
+def test_description_counts_examples_and_steps(make_config):
+    config = make_config("data.max_train_examples=21", "train.global_batch_size=8", "train.epochs=2")
+    text = describe_run(config, load_training_set(config))
+    assert "21 examples (0 skipped)" in text
+    assert "6 optimiser steps of 8 examples: 1 workers x micro-batch 4 x 2 accumulated" in text
+    limited = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=4))
+    assert "4 optimiser steps" in describe_run(limited, load_training_set(limited))

@@ -1,0 +1,194 @@
+"""Say before a run whether it fits its GPUs, and which setting would make it fit. No Ray and no GPU are needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from finlora.config import RunConfig
+from finlora.errors import ConfigError, ResourceError
+from finlora.model.activations import MemoryPlan, plan_memory
+from finlora.model.shapes import CUDA_CONTEXT_GIB, find_worst_micro_batch, read_shape
+from finlora.model.source import find_source
+from finlora.train.run import load_training_set
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+REFERENCE_GPU_GIB = 47.4
+"""What torch reports of the reference machine's 48 GB card (RTX A6000) with ECC off; ECC takes about 3 GiB more."""
+MARGIN = 0.05
+"""Share kept free: the accuracy the forecast is held to, and room for fragments of torch's caching allocator."""
+
+_SHORTEST_MENDED_LEN = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """A run's forecast against its machine."""
+
+    plan: MemoryPlan
+    gpu_memory_gib: float
+    """Memory that one worker may use: the GPU's, or its share where workers share a GPU."""
+    fits: bool
+    words: str
+    """One sentence: that it fits, or what would make it fit."""
+    settings: tuple[str, ...]
+    """`section.key=value` texts that make it fit; empty where it fits already, or where nothing would."""
+
+    def require_fit(self) -> None:
+        """Refuse a run that does not fit.
+
+        Raises:
+            ResourceError: with `words`.
+        """
+        if not self.fits:
+            raise ResourceError(self.words)
+
+
+def plan_run(config: RunConfig, gpu_memory_gib: float, num_gpus: int) -> Verdict:
+    """Forecast a run on its prepared data and compare it with the GPUs.
+
+    Args:
+        config: with absolute paths (`resolve_paths`).
+        gpu_memory_gib: memory of one GPU, GiB = 2**30 bytes as the driver reports it.
+        num_gpus: GPUs of the cluster; not looked at when train.device is `cpu`.
+
+    Raises:
+        ConfigError: gpu_memory_gib or num_gpus makes no sense.
+        DatasetError: the prepared data is missing, damaged or too long.
+        ModelError: the base has no readable config.json or tokenizer.
+    """
+    if gpu_memory_gib <= CUDA_CONTEXT_GIB or num_gpus < 1:
+        raise ConfigError(
+            f"found {gpu_memory_gib:g} GiB on {num_gpus} GPUs: expected more than {CUDA_CONTEXT_GIB} GiB on at least one."
+        )
+    shape = read_shape(find_source(config.model).folder)
+    lengths = [(item.num_tokens, len(item.answer_ids)) for item in load_training_set(config).encoded]
+    train = config.train
+    workers_per_gpu = max(1, int(1 / train.gpus_per_worker)) if train.device == "cuda" else train.num_workers
+    budget = gpu_memory_gib / min(workers_per_gpu, train.num_workers)
+
+    def forecast(changed: RunConfig) -> MemoryPlan | None:
+        kept = [item for item in lengths if item[0] <= changed.model.max_seq_len]
+        if not kept:
+            return None
+        return plan_memory(shape, changed, find_worst_micro_batch(kept, changed.train.micro_batch_size))
+
+    def has_room(plan: MemoryPlan | None) -> bool:
+        return plan is not None and plan.total_gib * (1 + MARGIN) <= budget
+
+    plan = forecast(config)
+    assert plan is not None, "encode_examples left at least one example"
+    found = f"{plan.total_gib:.1f} GiB a worker, {MARGIN:.0%} kept free of {budget:.1f} GiB"
+    if train.device == "cuda" and train.num_workers * train.gpus_per_worker > num_gpus:
+        most = int(num_gpus / train.gpus_per_worker)
+        while most > 1 and train.global_batch_size % (most * train.micro_batch_size):
+            most -= 1
+        words = (
+            f"The run needs {train.num_workers * train.gpus_per_worker:g} GPUs and {num_gpus} are there: set "
+            f"train.num_workers={max(most, 1)}, or add nodes to the cluster."
+        )
+        settings = (f"train.num_workers={max(most, 1)}",)
+        return Verdict(plan=plan, gpu_memory_gib=budget, fits=False, words=words, settings=settings)
+    if has_room(plan):
+        return Verdict(plan=plan, gpu_memory_gib=budget, fits=True, words=f"It fits: {found}.", settings=())
+    for mend, changed in _mends(config, max(total for total, _ in lengths)):
+        better = forecast(changed)
+        if better is not None and has_room(better):
+            left_out = sum(total > changed.model.max_seq_len for total, _ in lengths)
+            note = f", which leaves out {left_out:,} of {len(lengths):,} examples" if left_out else ""
+            words = f"It does not fit: {found}. {' '.join(mend)} makes it fit at {better.total_gib:.1f} GiB{note}."
+            return Verdict(plan=plan, gpu_memory_gib=budget, fits=False, words=words, settings=mend)
+    words = (
+        f"It does not fit: {found}, and neither gradient checkpointing, micro-batches of one example, 4 bit nor shorter "
+        "examples make it fit. Use larger GPUs or a smaller base."
+    )
+    return Verdict(plan=plan, gpu_memory_gib=budget, fits=False, words=words, settings=())
+
+
+def find_memory_gib(device: str) -> float:
+    """Return the memory of this machine's first GPU, or the reference card's where there is none; on CPU, the RAM."""
+    if device == "cpu":
+        import os
+
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.get_device_properties(0).total_memory) / 2**30
+    return REFERENCE_GPU_GIB
+
+
+def count_gpus(config: RunConfig) -> int:
+    """Return the whole GPUs that the config asks for."""
+    return max(1, math.ceil(config.train.num_workers * config.train.gpus_per_worker))
+
+
+def render_plan(config: RunConfig, verdict: Verdict) -> Table:
+    """Lay a verdict out as a table."""
+    from rich import box
+    from rich.table import Table
+
+    plan, batch = verdict.plan, verdict.plan.micro_batch
+    where = "GPU" if config.train.device == "cuda" else "machine, a worker's share"
+    table = Table("memory of one worker", "GiB", "what it is", box=box.SIMPLE_HEAD)
+    table.columns[1].justify = "right"
+    rows = [
+        ("weights", plan.weights_gib, f"frozen base at {config.model.bits} bit"),
+        (
+            "adapter",
+            plan.adapter_gib,
+            f"rank {config.lora.rank}, float32; its file has {plan.adapter_file_mib:.2f} MiB",
+        ),
+        ("optimizer", plan.optimizer_gib, f"gradients and state of {config.optim.name}"),
+        (
+            "activations",
+            plan.activations_gib,
+            f"{batch.num_examples} x {batch.num_tokens:,} tokens, the longest"
+            + (", recomputed" if config.train.gradient_checkpointing else ""),
+        ),
+        ("peak of a step", plan.train_peak_gib, "the four above, as torch allocates them"),
+        ("peak of loading", plan.load_peak_gib, "weights and one tensor on its way"),
+        ("total", plan.total_gib, f"the higher peak, and about {CUDA_CONTEXT_GIB} GiB for the CUDA context"),
+        (where, verdict.gpu_memory_gib, f"of which {MARGIN:.0%} of the total is kept free"),
+    ]
+    for name, gib, meaning in rows:
+        table.add_row(name, f"{gib:.2f}", meaning)
+    return table
+
+
+def _mends(config: RunConfig, longest: int) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
+    """Yield settings that save memory, the least costly first; each keeps those before it.
+
+    The order: checkpointing (a third more time), smaller micro-batches, 4 bit, and last a length limit, as that loses data.
+    """
+    settings: tuple[str, ...] = ()
+    if not config.train.gradient_checkpointing:
+        config = _with_train(config, gradient_checkpointing=True)
+        settings = ("train.gradient_checkpointing=true",)
+        yield settings, config
+    smaller = [
+        size for size in range(config.train.micro_batch_size - 1, 0, -1) if config.train.micro_batch_size % size == 0
+    ]
+    for size in smaller:
+        yield (*settings, f"train.micro_batch_size={size}"), _with_train(config, micro_batch_size=size)
+    if config.model.bits != 4:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, bits=4))
+        settings = (*settings, "model.bits=4")
+        yield settings, config
+        for size in smaller:
+            yield (*settings, f"train.micro_batch_size={size}"), _with_train(config, micro_batch_size=size)
+    if smaller:
+        config = _with_train(config, micro_batch_size=1)
+        settings = (*settings, "train.micro_batch_size=1")
+    for limit in range(longest // 128 * 128, _SHORTEST_MENDED_LEN - 1, -128):
+        shorter = dataclasses.replace(config, model=dataclasses.replace(config.model, max_seq_len=limit))
+        yield (*settings, f"model.max_seq_len={limit}", "data.too_long=skip"), shorter
+
+
+def _with_train(config: RunConfig, **changes: bool | int) -> RunConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))  # type: ignore[arg-type]

@@ -1,0 +1,11 @@
+"""Merge an adapter into its base as a Ray job, on the cluster's storage.
+
+ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/merge.py --adapter RUN/adapter --output DIR
+"""
+
+import sys
+
+from finlora.cli import main
+
+if __name__ == "__main__":
+    main(["merge", *sys.argv[1:]])

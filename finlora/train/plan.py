@@ -23,7 +23,8 @@ REFERENCE_GPU_GIB = 47.4
 MARGIN = 0.05
 """Share kept free: the accuracy the forecast is held to, and room for fragments of torch's caching allocator."""
 
-_SHORTEST_MENDED_LEN = 128
+_LEN_STEP = 64
+"""Tokens between two length limits that are tried."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,7 +186,7 @@ def _mends(config: RunConfig, longest: int) -> Iterator[tuple[tuple[str, ...], R
     if smaller:
         config = _with_train(config, micro_batch_size=1)
         settings = (*settings, "train.micro_batch_size=1")
-    for limit in range(longest // 128 * 128, _SHORTEST_MENDED_LEN - 1, -128):
+    for limit in range(longest // _LEN_STEP * _LEN_STEP, 0, -_LEN_STEP):
         shorter = dataclasses.replace(config, model=dataclasses.replace(config.model, max_seq_len=limit))
         yield (*settings, f"model.max_seq_len={limit}", "data.too_long=skip"), shorter
 

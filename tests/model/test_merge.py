@@ -1,0 +1,171 @@
+"""A merged model answers as base and adapter do, reads without FinLoRA, and is never half written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from finlora.config import LoraConfig, ModelConfig
+from finlora.errors import AdapterError, ModelError
+from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.contract import make_contract, write_contract
+from finlora.model.lora import attach_lora, load_adapter, save_adapter, trainable_parameters
+from finlora.model.merge import export_merged, merge_lora
+
+CPU = torch.device("cpu")
+IDS = torch.arange(60).reshape(3, 20) + 5
+
+
+def settings_of(folder, dtype="float32"):
+    return ModelConfig(base=str(folder), compute_dtype=dtype)
+
+
+@pytest.fixture
+def make_adapter(tiny_base, tmp_path):
+    """Write an adapter folder with its contract, as a training at some bits would."""
+
+    def make(bits=16, dtype="float32", lora=None):
+        lora = lora or LoraConfig(rank=4)
+        folder = tmp_path / f"adapter-{bits}"
+        with quiet_bitsandbytes():
+            base = load_base(settings_of(tiny_base, dtype), bits, CPU, 0)
+            model = attach_lora(base.model, lora, base.model.name_or_path, 1)
+            torch.manual_seed(7)
+            for parameter in trainable_parameters(model).values():
+                parameter.data = (torch.randn_like(parameter) * 0.05).bfloat16().to(parameter.dtype)
+            size = save_adapter(model, folder)
+        write_contract(folder, make_contract(base, "tiny", lora, "raw", {"synthetic": "0" * 16}, 10, size, {}))
+        return folder
+
+    return make
+
+
+def logits_of(net):
+    with torch.inference_mode():
+        return net(IDS).logits.float()
+
+
+# float32: rounding of the sums alone. bfloat16: W is rounded to 8 bits after the sum, measured 0.5 % of the logits' size.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02)])
+@pytest.mark.parametrize("targets", [("q_proj", "k_proj", "v_proj"), ("o_proj", "down_proj")])
+def test_merged_logits_equal_adapter_logits(tiny_base, make_adapter, dtype, tolerance, targets):
+    folder = make_adapter(dtype=dtype, lora=LoraConfig(rank=4, target_modules=targets))
+    base = load_base(settings_of(tiny_base, dtype), 16, CPU, 0)
+    before = logits_of(base.model)
+    expected = logits_of(load_adapter(load_base(settings_of(tiny_base, dtype), 16, CPU, 0).model, folder))
+    assert merge_lora(base, folder) == len(targets) * 2
+    merged = logits_of(base.model)
+    scale = expected.abs().max()
+    assert (expected - before).abs().max() > 0.05 * scale  # the adapter does something
+    assert (merged - expected).abs().max() < tolerance * scale
+
+
+def test_weight_is_the_formula_in_float32_rounded_once(tiny_base, make_adapter):
+    folder = make_adapter(dtype="bfloat16", lora=LoraConfig(rank=4, alpha=8))
+    base = load_base(settings_of(tiny_base, "bfloat16"), 16, CPU, 0)
+    layer = base.model.model.layers[1].self_attn.k_proj
+    before = layer.weight.detach().clone()
+    merge_lora(base, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    prefix = "base_model.model.model.layers.1.self_attn.k_proj.lora_"
+    update = tensors[f"{prefix}B.weight"].float() @ tensors[f"{prefix}A.weight"].float()
+    assert torch.equal(layer.weight, (before.float() + 2.0 * update).bfloat16())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_merge_into_a_quantised_base_is_refused(tiny_base, make_adapter, bits):
+    folder = make_adapter()
+    with quiet_bitsandbytes():
+        base = load_base(settings_of(tiny_base), bits, CPU, 0)
+    with pytest.raises(ModelError, match=rf"loaded at {bits} bit, a merge needs 16.*bits=16"):
+        merge_lora(base, folder)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_adapter_of_other_bits_needs_an_explicit_choice(tiny_base, make_adapter, tmp_path, bits):
+    folder, output = make_adapter(bits), tmp_path / "merged"
+    with pytest.raises(AdapterError, match=rf"{bits}-bit base.*--allow-other-bits"):
+        export_merged(settings_of(tiny_base), folder, output, CPU, allow_other_bits=False)
+    assert not output.exists()
+    merged = export_merged(settings_of(tiny_base), folder, output, CPU, allow_other_bits=True)
+    assert (merged.trained_bits, merged.num_tensors) == (bits, 6)
+
+
+def test_folder_reads_as_a_plain_model_and_says_where_it_comes_from(tiny_base, make_adapter, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, output = make_adapter(), tmp_path / "models" / "merged"
+    export_merged(settings_of(tiny_base), folder, output, CPU, allow_other_bits=False)
+    expected = logits_of(load_adapter(load_base(settings_of(tiny_base), 16, CPU, 0).model, folder))
+    plain = AutoModelForCausalLM.from_pretrained(str(output), dtype=torch.float32)
+    assert (logits_of(plain) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (logits_of(load_base(settings_of(output), 16, CPU, 0).model) - logits_of(plain)).abs().max() == 0
+    assert len(AutoTokenizer.from_pretrained(str(output))) <= plain.config.vocab_size
+    provenance = yaml.safe_load((output / "merged.yaml").read_text())
+    assert provenance["dtype"] == "float32"
+    assert provenance["contract"]["bits"] == 16
+    assert [path.name for path in output.parent.iterdir()] == ["merged"]
+    assert str(tmp_path) not in (output / "config.json").read_text()
+
+
+def test_other_base_is_refused(tiny_base, make_adapter, tmp_path):
+    folder = make_adapter()
+    contract = yaml.safe_load((folder / "finlora.yaml").read_text()) | {"weights_hash": "f" * 16}
+    (folder / "finlora.yaml").write_text(yaml.safe_dump(contract))
+    with pytest.raises(AdapterError, match=r"weights hash is .*, trained with ffff"):
+        export_merged(settings_of(tiny_base), folder, tmp_path / "merged", CPU, allow_other_bits=False)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_full_output_folder_is_left_alone(tiny_base, make_adapter, tmp_path):
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "notes.txt").write_text("mine")
+    with pytest.raises(ModelError, match="exists and is not empty"):
+        export_merged(settings_of(tiny_base), make_adapter(), tmp_path / "merged", CPU, allow_other_bits=False)
+    assert (tmp_path / "merged" / "notes.txt").read_text() == "mine"
+
+
+def test_failed_write_leaves_nothing(tiny_base, make_adapter, tmp_path, monkeypatch):
+    folder = make_adapter()
+
+    def fail(*_args, **_settings):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export_merged(settings_of(tiny_base), folder, tmp_path / "out" / "merged", CPU, allow_other_bits=False)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 8}}])
+def test_other_formulas_than_plain_lora_are_refused(tiny_base, make_adapter, change):
+    folder = make_adapter()
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(AdapterError, match=f"is not plain LoRA.*{next(iter(change))}"):
+        merge_lora(load_base(settings_of(tiny_base), 16, CPU, 0), folder)
+
+
+def test_tensor_of_another_shape_is_refused_before_any_weight_changes(tiny_base, make_adapter):
+    folder = make_adapter()
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = sorted(name for name in tensors if name.endswith("v_proj.lora_B.weight"))[-1]
+    tensors[name] = torch.zeros(3, 4, dtype=torch.bfloat16)
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    base = load_base(settings_of(tiny_base), 16, CPU, 0)
+    before = logits_of(base.model)
+    with pytest.raises(AdapterError, match=r"does not fit the base: .*v_proj has A \[4, 64\] and B \[3, 4\]"):
+        merge_lora(base, folder)
+    assert torch.equal(logits_of(base.model), before)
+
+
+def test_cut_adapter_file_is_refused(tiny_base, make_adapter):
+    folder = make_adapter()
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(AdapterError, match="is not a complete adapter folder"):
+        merge_lora(load_base(settings_of(tiny_base), 16, CPU, 0), folder)

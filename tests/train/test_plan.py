@@ -1,0 +1,149 @@
+"""Each verdict's words: it fits, one setting mends it, several do, none does."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from finlora.errors import ConfigError, ResourceError
+from finlora.model.shapes import LLAMA_8B
+from finlora.train import plan as module
+from finlora.train.plan import REFERENCE_GPU_GIB, count_gpus, find_memory_gib, plan_run, render_plan
+
+
+@pytest.fixture
+def make_8b(make_config, tiny_base, tmp_path):
+    """The shapes of Llama-3.1-8B without weights, on the generated set."""
+    folder = tmp_path / "llama-8b"
+    folder.mkdir()
+    values = json.loads((tiny_base / "config.json").read_text())
+    values |= {
+        "hidden_size": LLAMA_8B.hidden_size,
+        "intermediate_size": LLAMA_8B.intermediate_size,
+        "num_hidden_layers": LLAMA_8B.num_layers,
+        "num_attention_heads": LLAMA_8B.num_heads,
+        "num_key_value_heads": LLAMA_8B.num_kv_heads,
+        "head_dim": LLAMA_8B.head_dim,
+        "vocab_size": LLAMA_8B.vocab_size,
+        "tie_word_embeddings": False,
+    }
+    (folder / "config.json").write_text(json.dumps(values))
+    fixed = [f"model.base={folder}", f"model.tokenizer={tiny_base}", "model.weights=random"]
+    fixed += ["model.compute_dtype=bfloat16", "train.precision=bf16", "train.device=cuda", "model.bits=4"]
+
+    def make(*overrides):
+        return make_config(*fixed, *overrides)
+
+    return make
+
+
+def test_run_that_fits_says_how_much_it_takes(make_8b):
+    verdict = plan_run(make_8b("train.micro_batch_size=4"), 47.4, 1)
+    assert verdict.fits
+    assert verdict.settings == ()
+    assert verdict.words == f"It fits: {verdict.plan.total_gib:.1f} GiB a worker, 5% kept free of 47.4 GiB."
+    verdict.require_fit()
+
+
+def memory_between(make_8b, small, large):
+    """GiB in the middle between the needs of two configs."""
+    needs = [plan_run(make_8b(*overrides), 10_000, 1).plan.total_gib * 1.05 for overrides in (small, large)]
+    assert needs[0] < needs[1]
+    return sum(needs) / 2
+
+
+CHECKPOINTED = "train.gradient_checkpointing=true"
+
+
+@pytest.mark.parametrize(
+    ("found", "mended", "settings"),
+    [
+        (["train.micro_batch_size=16"], [CHECKPOINTED], (CHECKPOINTED,)),
+        (
+            ["train.micro_batch_size=16", CHECKPOINTED],
+            ["train.micro_batch_size=8", CHECKPOINTED],
+            ("train.micro_batch_size=8",),
+        ),
+        (
+            ["train.micro_batch_size=2", "model.bits=8"],
+            ["train.micro_batch_size=2", CHECKPOINTED, "model.bits=4"],
+            (CHECKPOINTED, "model.bits=4"),
+        ),
+    ],
+)
+def test_first_setting_that_makes_it_fit_is_named(make_8b, found, mended, settings):
+    if "model.bits=8" in found:
+        memory = memory_between(make_8b, mended, ["train.micro_batch_size=1", CHECKPOINTED, "model.bits=8"])
+    else:
+        memory = memory_between(make_8b, [*found, *mended], found)
+    verdict = plan_run(make_8b(*found), memory, 1)
+    assert not verdict.fits
+    assert verdict.settings == settings
+    with pytest.raises(ResourceError, match=rf"It does not fit: .*{settings[-1]} makes it fit at"):
+        verdict.require_fit()
+    assert plan_run(make_8b(*found, *settings), memory, 1).fits
+
+
+def test_length_limit_comes_last_and_says_what_it_loses(make_8b):
+    needs = ["data.tasks=[synthetic_xbrl]", "train.micro_batch_size=1", "train.global_batch_size=4", CHECKPOINTED]
+    config = make_8b(*needs)
+    full = plan_run(config, 10_000, 1).plan
+    limit = full.micro_batch.num_tokens // 64 * 64 - 64
+    shorter = plan_run(make_8b(*needs, f"model.max_seq_len={limit}", "data.too_long=skip"), 10_000, 1).plan
+    memory = (full.total_gib + shorter.total_gib) / 2 * 1.05
+    verdict = plan_run(config, memory, 1)
+    assert verdict.settings[0].startswith("model.max_seq_len=")
+    assert verdict.settings[1] == "data.too_long=skip"
+    assert "which leaves out" in verdict.words
+
+
+def test_base_that_is_too_large_for_any_setting_says_so(make_8b):
+    verdict = plan_run(make_8b(), 4.0, 1)
+    assert not verdict.fits
+    assert verdict.settings == ()
+    with pytest.raises(ResourceError, match=r"neither gradient checkpointing.*Use larger GPUs or a smaller base"):
+        verdict.require_fit()
+
+
+def test_missing_gpus_name_the_number_of_workers_that_runs(make_8b):
+    verdict = plan_run(make_8b("train.num_workers=4"), 80.0, 3)
+    assert verdict.settings == ("train.num_workers=2",)  # 16 examples split over 2 x 4, not over 3 x 4
+    with pytest.raises(ResourceError, match=r"needs 4 GPUs and 3 are there: set train.num_workers=2"):
+        verdict.require_fit()
+
+
+def test_workers_that_share_a_gpu_share_its_memory(make_8b):
+    config = make_8b("train.num_workers=2", "train.gpus_per_worker=0.5")
+    assert count_gpus(config) == 1
+    assert plan_run(config, 40.0, 1).gpu_memory_gib == 20.0
+
+
+@pytest.mark.parametrize(("memory", "num_gpus"), [(0.0, 1), (48.0, 0)])
+def test_senseless_machine_is_refused(make_8b, memory, num_gpus):
+    with pytest.raises(ConfigError, match=r"expected more than 0\.5 GiB on at least one"):
+        plan_run(make_8b(), memory, num_gpus)
+
+
+def test_memory_is_the_machines_or_the_reference_cards(monkeypatch):
+    assert find_memory_gib("cpu") > 0.5
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert find_memory_gib("cuda") == REFERENCE_GPU_GIB
+
+
+def test_table_shows_every_part_and_the_longest_batch(make_8b):
+    config = make_8b("train.micro_batch_size=4")
+    verdict = plan_run(config, 47.4, 1)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(render_plan(config, verdict))
+    text = console.export_text()
+    for word in ("weights", "adapter", "optimizer", "activations", "peak of loading", "total", "GPU", "4 x "):
+        assert word in text
+    assert f"{verdict.plan.total_gib:.2f}" in text
+    assert f"{verdict.plan.micro_batch.num_tokens:,} tokens" in text
+
+
+def test_plan_needs_no_ray():
+    assert "ray" not in vars(module)

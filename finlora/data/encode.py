@@ -100,13 +100,13 @@ def encode_examples(
     template: Literal["raw", "chat"],
     max_seq_len: int,
     too_long: Literal["error", "skip"],
-    reserve: int = 0,
+    reserve: Sequence[int] = (),
 ) -> tuple[list[Encoded], list[int]]:
     """Encode examples, never truncating: an XBRL question stands last, after thousands of tokens.
 
     Args:
         max_seq_len: longest prompt + answer in tokens.
-        reserve: tokens kept free for generation; the answer then counts for at least as many.
+        reserve: for each example, tokens kept free for generation; its answer then counts for at least as many.
 
     Returns:
         The encoded examples, and the indices of those kept (all of them under too_long="error").
@@ -121,7 +121,7 @@ def encode_examples(
         item = Encoded(
             encode_prompt(example.prompt, tokenizer, template), encode_answer(example.answer, tokenizer, template)
         )
-        length = max(item.num_tokens, len(item.prompt_ids) + reserve)
+        length = max(item.num_tokens, len(item.prompt_ids) + (reserve[index] if reserve else 0))
         if length <= max_seq_len:
             encoded.append(item)
             kept.append(index)

@@ -97,7 +97,7 @@ def answer_examples(
     Returns:
         The answers in the order of the examples, and the method: `labels`, `generate`, or both for a mixed set.
     """
-    scored = [index for index, item in enumerate(examples) if item.choices and config.eval.method == "labels"]
+    scored = [index for index, item in enumerate(examples) if _is_scored(item, config)]
     generated = sorted(set(range(len(examples))) - set(scored))
     choice_ids = {
         choice: encode_answer(choice, base.tokenizer, config.model.template)
@@ -143,7 +143,7 @@ def _evaluate_task(
         template=config.model.template,
         max_seq_len=config.model.max_seq_len,
         too_long=config.data.too_long,
-        reserve=config.eval.max_new_tokens if config.eval.method == "generate" else 0,
+        reserve=[0 if _is_scored(item, config) else config.eval.max_new_tokens for item in examples],
     )
     examples = [examples[index] for index in kept]
     if device.type == "cuda":
@@ -176,6 +176,11 @@ def _evaluate_task(
         config=config_to_tree(config),
         environment=describe_environment(),
     )
+
+
+def _is_scored(example: Example, config: RunConfig) -> bool:
+    """Return whether the answer is chosen among the example's labels; free text is generated whatever the method."""
+    return bool(example.choices) and config.eval.method == "labels"
 
 
 def _peak_memory_gib(device: torch.device) -> float:

@@ -50,7 +50,7 @@ def example(number, prompt="Instruction: ?\nInput: profit rose\nAnswer: ", answe
     )
 
 
-def encode(examples, tokenizer, max_seq_len=64, too_long="error", reserve=0):
+def encode(examples, tokenizer, max_seq_len=64, too_long="error", reserve=()):
     return encode_examples(
         examples, tokenizer, template="raw", max_seq_len=max_seq_len, too_long=too_long, reserve=reserve
     )
@@ -139,9 +139,9 @@ def test_limit_is_inclusive(tokenizer):
 def test_room_for_generation_counts_as_length(tokenizer):
     (item,), _ = encode([example(1)], tokenizer)
     size = len(item.prompt_ids)
-    assert encode([example(1)], tokenizer, max_seq_len=size + 30, reserve=30)[1] == [0]
+    assert encode([example(1)], tokenizer, max_seq_len=size + 30, reserve=[30])[1] == [0]
     with pytest.raises(DatasetError, match=f"with {size + 31}"):
-        encode([example(1)], tokenizer, max_seq_len=size + 30, reserve=31)
+        encode([example(1)], tokenizer, max_seq_len=size + 30, reserve=[31])
 
 
 def test_nothing_left_is_refused_by_words(tokenizer):

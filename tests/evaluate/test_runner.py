@@ -1,0 +1,206 @@
+"""Evaluation from files to Result on the tiny base, by labels and by generation, and what is refused before."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from finlora.config import LoraConfig
+from finlora.configfile import config_to_tree
+from finlora.data.encode import encode_examples
+from finlora.data.prepared import read_prepared
+from finlora.engine.local import LocalEngine
+from finlora.errors import AdapterError, DatasetError, ModelError, ResourceError
+from finlora.evaluate.runner import answer_examples, check_evaluation, run_evaluation
+from finlora.model.base import load_base
+from finlora.model.contract import CONTRACT_FILE, make_contract, write_contract
+from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
+
+CPU = torch.device("cpu")
+
+
+def quiet(*_progress):
+    """Progress that nobody watches."""
+
+
+@pytest.fixture
+def adapter(make_config, tmp_path):
+    """A folder with an adapter that changes the answers, and its contract."""
+    config = make_config()
+    base = load_base(config.model, 16, CPU, 0)
+    lora = LoraConfig()
+    model = attach_lora(base.model, lora, config.model.base, 1)
+    torch.manual_seed(4)
+    for parameter in trainable_parameters(model).values():
+        parameter.data = torch.randn_like(parameter) * 2
+    size = save_adapter(model, tmp_path / "adapter")
+    contract = make_contract(base, config.model.base, lora, "raw", {"synthetic_sentiment": "x"}, 5, size, {})
+    write_contract(tmp_path / "adapter", dataclasses.replace(contract, bits=4))
+    return tmp_path / "adapter"
+
+
+def test_base_result_holds_scores_counts_and_origin(make_config, prepared_synthetic):
+    config = make_config("data.max_test_examples=30", "eval.batch_size=8")
+    seen = []
+    (result,) = run_evaluation(config, None, lambda *progress: seen.append(progress))
+    split = read_prepared(prepared_synthetic, "synthetic_sentiment", "test")
+    assert (result.kind, result.task, result.variant, result.adapter) == (
+        "evaluation",
+        "synthetic_sentiment",
+        "base",
+        None,
+    )
+    assert (result.method, result.num_examples, result.bits) == ("labels", 30, 16)
+    assert {"accuracy", "accuracy_low", "accuracy_high", "strict_accuracy", "weighted_f1"} <= result.metrics.keys()
+    assert result.metrics["accuracy_low"] <= result.metrics["accuracy"] <= result.metrics["accuracy_high"]
+    assert result.metrics["unparsable"] == 0
+    assert sum(count for row in result.counts.values() for count in row.values()) == 30
+    assert result.data_hash == split.hash
+    assert result.config == config_to_tree(config)
+    assert result.seconds_per_example == pytest.approx(result.wall_seconds / 30)
+    assert result.gpu_hours is None
+    assert result.adapter_mib is None
+    assert [step[1:] for step in seen] == [(8, 30), (16, 30), (24, 30), (30, 30)]
+
+
+def test_only_a_limited_evaluation_is_partial(make_config, prepared_synthetic):
+    num_examples = len(read_prepared(prepared_synthetic, "synthetic_sentiment", "test").examples)
+    (limited,) = run_evaluation(make_config("data.max_test_examples=3"), None, quiet)
+    (whole,) = run_evaluation(make_config("eval.batch_size=64"), None, quiet)
+    assert (limited.num_examples, limited.is_partial) == (3, True)
+    assert (whole.num_examples, whole.is_partial) == (num_examples, False)
+
+
+def test_skipped_examples_make_an_evaluation_partial(make_config, prepared_synthetic):
+    config = make_config("data.max_test_examples=40")
+    examples = read_prepared(prepared_synthetic, "synthetic_sentiment", "test").examples[:40]
+    tokenizer = load_base(config.model, 16, CPU, 0).tokenizer
+    encoded, _ = encode_examples(examples, tokenizer, template="raw", max_seq_len=4096, too_long="error")
+    limit = sorted(item.num_tokens for item in encoded)[20]
+    (result,) = run_evaluation(
+        make_config("data.max_test_examples=40", f"model.max_seq_len={limit}", "data.too_long=skip"), None, quiet
+    )
+    assert result.num_examples == sum(item.num_tokens <= limit for item in encoded) < 40
+    assert result.is_partial is True
+
+
+def test_free_generation_reports_its_method_and_answers(make_config):
+    (result,) = run_evaluation(
+        make_config("data.max_test_examples=6", "eval.method=generate", "eval.max_new_tokens=4"), None, quiet
+    )
+    assert (result.method, result.num_examples) == ("generate", 6)
+    assert result.metrics["unparsable"] >= 0
+
+
+def test_free_text_is_generated_whatever_the_method(make_config):
+    results = run_evaluation(
+        make_config(
+            "data.tasks=[synthetic_sentiment, synthetic_xbrl]", "data.max_test_examples=4", "eval.max_new_tokens=3"
+        ),
+        None,
+        quiet,
+    )
+    assert [(result.task, result.method) for result in results] == [
+        ("synthetic_sentiment", "labels"),
+        ("synthetic_xbrl", "generate"),
+    ]
+
+
+def test_room_for_generated_text_is_kept_under_label_scoring_too(make_config, prepared_synthetic):
+    """A free-text question that fits only without its answer's room is too long, whatever eval.method says."""
+    config = make_config("data.tasks=[synthetic_xbrl]")
+    examples = read_prepared(prepared_synthetic, "synthetic_xbrl", "test").examples[:4]
+    tokenizer = load_base(config.model, 16, CPU, 0).tokenizer
+    encoded, _ = encode_examples(examples, tokenizer, template="raw", max_seq_len=4096, too_long="error")
+    limit = max(item.num_tokens for item in encoded)
+    config = make_config(
+        "data.tasks=[synthetic_xbrl]",
+        "data.max_test_examples=4",
+        f"model.max_seq_len={limit}",
+        "eval.max_new_tokens=200",
+    )
+    with pytest.raises(DatasetError, match=r"are longer than model.max_seq_len"):
+        run_evaluation(config, None, quiet)
+
+
+def test_answers_come_back_in_the_order_of_the_examples(make_config, prepared_synthetic):
+    """An engine that repeats its prompt's length: batches are sorted by it, answers are not."""
+    config = make_config("eval.method=generate", "eval.batch_size=3")
+    examples = read_prepared(prepared_synthetic, "synthetic_sentiment", "test").examples[:10]
+    base = load_base(config.model, 16, CPU, 0)
+    encoded, _ = encode_examples(examples, base.tokenizer, template="raw", max_seq_len=4096, too_long="error")
+    sizes = []
+
+    class Lengths:
+        def generate(self, prompts, max_new_tokens):
+            sizes.append(len(prompts))
+            return [str(len(prompt)) for prompt in prompts]
+
+    answers, method = answer_examples(Lengths(), base, examples, encoded, config, quiet)
+    assert answers == [str(len(item.prompt_ids)) for item in encoded]
+    assert (method, sizes) == ("generate", [3, 3, 3, 1])
+
+
+def test_adapter_is_scored_under_its_own_name(make_config, adapter, monkeypatch):
+    scores = []
+    score_choices = LocalEngine.score_choices
+
+    def record(engine, prompts, choices):
+        scores.append(score_choices(engine, prompts, choices))
+        return scores[-1]
+
+    monkeypatch.setattr(LocalEngine, "score_choices", record)
+    config = make_config("data.max_test_examples=5")
+    run_evaluation(config, None, quiet)
+    (result,) = run_evaluation(config, adapter, quiet)
+    assert (result.variant, result.adapter) == ("4bit-r4", str(adapter))
+    assert result.adapter_mib == pytest.approx((adapter / "adapter_model.safetensors").stat().st_size / 2**20, abs=1e-3)
+    of_base, of_adapter = (torch.tensor(rows) for rows in scores)
+    assert (of_base - of_adapter).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bits_of_the_evaluation_decide_over_those_of_training(make_config, adapter, bits):
+    (result,) = run_evaluation(make_config("data.max_test_examples=4", f"eval.bits={bits}"), adapter, quiet)
+    assert result.bits == bits
+
+
+def test_plan_names_subject_bits_and_examples(make_config, adapter, prepared_synthetic):
+    count = len(read_prepared(prepared_synthetic, "synthetic_sentiment", "test").examples)
+    text = check_evaluation(make_config("data.max_test_examples=7", "eval.bits=8"), None)
+    assert text.startswith("Evaluating the base model on ")
+    assert f"at 8 bit (cpu): test examples synthetic_sentiment {count}, the first 7 of each" in text
+    assert "Evaluating adapter 4bit-r4 of" in check_evaluation(make_config(), adapter)
+
+
+def test_missing_split_is_refused_by_words_before_the_model_loads(make_config, monkeypatch):
+    monkeypatch.setattr("finlora.evaluate.runner.load_base", None)
+    for run in (check_evaluation, lambda config, chosen: run_evaluation(config, chosen, quiet)):
+        with pytest.raises(DatasetError, match=r"fpb/test.parquet: not found. Run `finlora prepare fpb"):
+            run(make_config("data.tasks=[fpb]"), None)
+
+
+def test_missing_or_unfinished_adapter_is_refused_by_words(make_config, adapter, tmp_path):
+    with pytest.raises(AdapterError, match=r"absent does not exist: run `finlora train`"):
+        check_evaluation(make_config(), tmp_path / "absent")
+    (adapter / CONTRACT_FILE).unlink()
+    with pytest.raises(AdapterError, match=r"so its training did not finish"):
+        run_evaluation(make_config(), adapter, quiet)
+
+
+def test_adapter_of_another_template_is_refused_by_words(make_config, adapter):
+    with pytest.raises(AdapterError, match=r"template is chat, trained with raw"):
+        run_evaluation(make_config("model.template=chat"), adapter, quiet)
+
+
+def test_missing_base_is_refused_by_words(make_config, tmp_path):
+    with pytest.raises(ModelError, match=r"is neither a folder here nor a hub id"):
+        check_evaluation(make_config(f"model.base={tmp_path / 'absent'}"), None)
+
+
+def test_absent_gpu_is_refused_by_words(make_config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ResourceError, match=r"torch sees none here"):
+        run_evaluation(make_config("eval.device=cuda"), None, quiet)

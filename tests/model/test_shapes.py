@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -252,3 +255,19 @@ def test_config_without_a_shape_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match="gives no Llama shape"):
         read_shape(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_benchmark_measures_a_small_case_on_cpu():
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "memory.py"
+    spec = importlib.util.spec_from_file_location("memory_benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, benchmark)  # dataclasses look their module up
+        spec.loader.exec_module(benchmark)
+        case = benchmark.parse_case("tiny-4bit-r4-2x32-ckpt")
+        measured, plan = benchmark.measure_case(case, "cpu"), benchmark.forecast_case(case)
+    assert measured["weights_gib"] == pytest.approx(plan.weights_gib, rel=1e-3)
+    assert measured["adapter_file_mib"] == plan.adapter_file_mib
+    assert measured["loss"] > 0
+    assert measured["train_peak_gib"] is None

@@ -91,7 +91,7 @@ def test_length_limit_comes_last_and_says_what_it_loses(make_8b):
     needs = ["data.tasks=[synthetic_xbrl]", "train.micro_batch_size=1", "train.global_batch_size=4", CHECKPOINTED]
     config = make_8b(*needs)
     full = plan_run(config, 10_000, 1).plan
-    limit = full.micro_batch.num_tokens // 64 * 64 - 64
+    limit = full.micro_batch.num_tokens // 64 * 64
     shorter = plan_run(make_8b(*needs, f"model.max_seq_len={limit}", "data.too_long=skip"), 10_000, 1).plan
     memory = (full.total_gib + shorter.total_gib) / 2 * 1.05
     verdict = plan_run(config, memory, 1)

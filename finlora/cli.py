@@ -27,7 +27,8 @@ app = typer.Typer(
     "The usual order: [bold]prepare[/] the data, [bold]train[/] an adapter, [bold]evaluate[/] base and adapter, "
     "[bold]report[/] the results.",
 )
-console = Console()
+# A job log has no width of its own; the 80 columns that Rich assumes there break every table.
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 ConfigPath = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; see jobs/configs/.")]
 Overrides = Annotated[
@@ -85,6 +86,32 @@ def pretrain(
     with open_bars(console) as bars:
         summary = run_pretraining(settings, names, data.expanduser(), output.expanduser(), device, bars.update)
     console.print(summary, highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora plan --config jobs/configs/llama-70b-4bit-r4-ner.yaml --gpu-memory 48 --gpus 4\n\n"
+    "  finlora plan --config ... train.micro_batch_size=2"
+)
+def plan(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(help="GiB of one GPU. Without it: this machine's, or a 48 GB card's where it has none."),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs of the cluster. Without it: as many as the config asks for.")
+    ] = None,
+) -> None:
+    """Forecast a run's memory on its prepared data; names the setting that would make it fit. Needs no GPU."""
+    from finlora.train.plan import count_gpus, find_memory_gib, plan_run, render_plan
+
+    settings = _load(config, overrides)
+    memory = find_memory_gib(settings.train.device) if gpu_memory is None else gpu_memory
+    verdict = plan_run(settings, memory, count_gpus(settings) if gpus is None else gpus)
+    console.print(render_plan(settings, verdict))
+    verdict.require_fit()
+    console.print(verdict.words, highlight=False, soft_wrap=True)
 
 
 @app.command(
@@ -173,6 +200,43 @@ def evaluate(
 
     show_results(results, console)
     console.print(f"Appended to {folder.results}", highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog="Example:\n\n  finlora merge --adapter ~/finlora/runs/NAME/adapter --output ~/finlora/merged --allow-other-bits"
+)
+def merge(
+    adapter: Annotated[Path, typer.Option(help="Adapter folder that `finlora train` wrote.")],
+    output: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist yet.")],
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="YAML that names the base. Without it: the adapter's config.yaml."),
+    ] = None,
+    overrides: Overrides = None,
+    allow_other_bits: Annotated[
+        bool,
+        typer.Option("--allow-other-bits", help="Merge an adapter trained at 8 or 4 bit; its logits change a little."),
+    ] = False,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Where the 16-bit base is held.")] = "cpu",
+) -> None:
+    """Fold an adapter into its 16-bit base; writes a plain Hugging Face folder."""
+    import torch
+
+    from finlora.model.merge import export_merged
+
+    folder = adapter.expanduser().absolute()
+    settings = _load(config or folder / "config.yaml", overrides)
+    target = output.expanduser().absolute()
+    merged = export_merged(settings.model, folder, target, torch.device(device), allow_other_bits=allow_other_bits)
+    console.print(
+        f"Merged model {merged.folder} ({merged.gib:.2f} GiB, {merged.num_tensors} weights changed)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if merged.trained_bits != 16:
+        console.print(
+            f"Trained at {merged.trained_bits} bit: evaluate the merged model before you use it.", highlight=False
+        )
 
 
 @app.command(epilog="Example:\n\n  finlora report ~/finlora/runs --output report/")

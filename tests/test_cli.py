@@ -1,0 +1,182 @@
+"""The command line: help at once, mistakes by words and exit code, dry runs that write nothing, and whole verbs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from finlora.cli import app, main
+from finlora.configfile import save_config
+from finlora.results import read_results
+
+VERBS = sorted(command.callback.__name__ for command in app.registered_commands)
+HEAVY = (
+    "torch",
+    "ray",
+    "transformers",
+    "peft",
+    "deepspeed",
+    "bitsandbytes",
+    "datasets",
+    "sklearn",
+    "matplotlib",
+    "numpy",
+)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process; returns exit code, standard output and standard error."""
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM", "RAY_USAGE_STATS_ENABLED"):
+        monkeypatch.setenv(name, "0")  # main sets them where they are not: afterwards they are as before
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return stop.value.code, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def config_file(make_config, tmp_path):
+    """A YAML file on the tiny base and the generated set."""
+    path = tmp_path / "config.yaml"
+    save_config(make_config("name=cli"), path)
+    return path
+
+
+def files_below(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom finlora.cli import main\n"
+        "try:\n    main(['--help'])\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        f"heavy = [name for name in {HEAVY} if name in sys.modules]\nprint('HEAVY', heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.endswith("HEAVY []\n")
+    for verb in VERBS:
+        assert verb in done.stdout
+
+
+def test_mistake_in_a_setting_imports_nothing_slow_of_ray_or_deepspeed():
+    code = (
+        "import sys\nfrom finlora.cli import main\n"
+        "try:\n    main(['train', 'lora.rank=0'])\nexcept SystemExit as stop:\n    assert stop.code == 2\n"
+        "print('HEAVY', [name for name in ('ray', 'deepspeed', 'peft') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.endswith("HEAVY []\n")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_each_verb_shows_an_example(call, verb):
+    code, output, _ = call(verb, "--help")
+    assert code == 0
+    assert "Example" in output
+    assert f"finlora {verb}" in output
+
+
+def test_wrong_bits_and_rank_are_named_together_with_exit_code_2(call):
+    code, output, error = call("train", "model.bits=3", "lora.rank=0")
+    assert (code, output) == (2, "")
+    assert "Config error: 2 settings are wrong" in error
+    assert "model.bits=3: expected one of 16, 8, 4" in error
+    assert "lora.rank=0: expected an integer of at least 1" in error
+
+
+def test_missing_config_is_named_with_exit_code_2(call, tmp_path):
+    code, _, error = call("train", "--config", tmp_path / "absent.yaml")
+    assert code == 2
+    assert "absent.yaml does not exist: see jobs/configs/" in error
+
+
+def test_misspelt_setting_is_answered_with_its_neighbour(call):
+    code, _, error = call("evaluate", "lora.rnak=4")
+    assert code == 2
+    assert "lora.rnak is not a setting: did you mean rank" in error
+
+
+def test_unprepared_task_has_exit_code_3(call, config_file):
+    code, _, error = call("train", "--config", config_file, "--dry-run", "data.tasks=[fpb]")
+    assert code == 3
+    assert "Dataset error:" in error
+    assert "Run `finlora prepare fpb" in error
+
+
+def test_missing_base_has_exit_code_4(call, config_file, tmp_path):
+    code, _, error = call("evaluate", "--config", config_file, "--base", f"model.base={tmp_path / 'absent'}")
+    assert code == 4
+    assert "Model error:" in error
+    assert "neither a folder here nor a hub id" in error
+
+
+def test_base_and_adapter_exclude_each_other(call, config_file, tmp_path):
+    code, _, error = call("evaluate", "--config", config_file, "--base", "--adapter", tmp_path)
+    assert code == 2
+    assert "--base and --adapter exclude each other" in error
+
+
+def test_missing_results_have_exit_code_7(call, tmp_path):
+    code, _, error = call("report", tmp_path / "absent")
+    assert code == 7
+    assert "does not exist: give a results file" in error
+
+
+def test_no_verb_shows_help(call):
+    _, output, error = call()
+    assert "Usage" in output + error
+    assert "prepare" in output + error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "--config", "{config}", "--dry-run"), "optimiser steps of 16 examples"),
+        (("evaluate", "--config", "{config}", "--base", "--dry-run"), "Evaluating the base model on"),
+        (("prepare", "synthetic_headline", "--output", "{folder}/data", "--dry-run"), "Dry run: nothing was written"),
+    ],
+    ids=["train", "evaluate", "prepare"],
+)
+def test_dry_run_shows_the_plan_and_writes_nothing(call, config_file, tmp_path, arguments, words):
+    before = files_below(tmp_path)
+    code, output, _ = call(*(argument.format(config=config_file, folder=tmp_path) for argument in arguments))
+    assert code == 0
+    assert words in output
+    assert files_below(tmp_path) == before
+
+
+def test_list_shows_every_task(call):
+    from finlora.data.catalog import TASKS
+
+    code, output, _ = call("prepare", "list")
+    assert code == 0
+    assert [name for name in TASKS if name not in output] == []
+
+
+def test_base_is_evaluated_and_reported(call, config_file, tmp_path):
+    code, output, _ = call("evaluate", "--config", config_file, "--base", "data.max_test_examples=4")
+    results = tmp_path / "runs" / "cli" / "results.jsonl"
+    assert code == 0
+    assert f"Appended to {results}" in output
+    (row,) = read_results(results)
+    assert (row.variant, row.num_examples, row.is_partial) == ("base", 4, True)
+    code, output, _ = call("report", tmp_path / "runs")
+    assert code == 0
+    assert "synthetic_sentiment" in output
+
+
+@pytest.mark.ray
+def test_evaluation_as_a_ray_task_gives_the_same_scores(call, config_file, tmp_path, ray_instance):
+    arguments = ("evaluate", "--config", config_file, "--base", "data.max_test_examples=4")
+    assert call(*arguments)[0] == 0
+    assert call(*arguments, "--ray")[0] == 0
+    here, there = read_results(tmp_path / "runs" / "cli" / "results.jsonl")
+    assert there.metrics == here.metrics
+    assert there.counts == here.counts

@@ -1,0 +1,80 @@
+"""Every YAML that ships loads and does what its name says, and the paper's rows are all there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finlora.configfile import load_config
+from finlora.data.catalog import TASKS
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
+FAMILIES = ("llama-8b-4bit-r4", "llama-8b-8bit-r8", "llama-70b-4bit-r4")
+TABLE_TASKS = ("fpb", "fiqa", "tfns", "nwgi", "headline", "ner", "xbrl")
+ROWS = [f"{family}-{task}" for family in FAMILIES for task in TABLE_TASKS]
+
+
+def config_of(name):
+    return load_config(ROOT / "jobs" / "configs" / f"{name}.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_loads_under_its_own_name(path):
+    config = load_config(path)
+    assert config.name == path.stem
+    assert set(config.data.tasks) <= set(TASKS)
+    assert path.read_text().startswith("# ")
+    tree = yaml.safe_load(path.read_text())
+    assert {"name", "model", "lora", "data", "optim", "train", "eval"} <= tree.keys()
+
+
+def test_each_row_of_the_paper_has_its_config():
+    assert sorted([*ROWS, "demo-4bit-r4"]) == [path.stem for path in CONFIGS]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_config_does_what_its_name_says(name):
+    _, size, bits, rank, task = name.split("-")
+    config = config_of(name)
+    assert config.model.base == f"meta-llama/Llama-3.1-{size.upper()}-Instruct"
+    assert f"{config.model.bits}bit" == bits
+    assert f"r{config.lora.rank}" == rank
+    assert config.data.tasks == (("xbrl_tags", "xbrl_values") if task == "xbrl" else (task,))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_config_has_the_papers_settings(name):
+    """LoRA alpha 32, dropout 0.1, rate 1e-4 on q, k and v; four GPUs; 4 epochs, XBRL 1; evaluated at 8 bit."""
+    config = config_of(name)
+    is_xbrl, is_large = name.endswith("xbrl"), "70b" in name
+    assert (config.lora.alpha, config.lora.dropout, config.optim.learning_rate) == (32.0, 0.1, 1e-4)
+    assert config.lora.target_modules == ("q_proj", "k_proj", "v_proj")
+    assert (config.optim.name, config.train.device, config.train.num_workers) == ("adamw", "cuda", 4)
+    assert config.train.epochs == (1 if is_xbrl else 4)
+    assert config.train.max_steps is None
+    assert config.data.max_train_examples is None
+    assert config.eval.bits == (4 if is_large else 8)  # 70B at 8 bit fits no single GPU of the reference machine
+    assert config.model.max_seq_len == (8192 if is_xbrl else 1024)
+
+
+@pytest.mark.parametrize("task", TABLE_TASKS)
+def test_rows_of_one_task_share_their_global_batch(task):
+    """So that their scores differ by base, bits and rank alone."""
+    assert len({config_of(f"{family}-{task}").train.global_batch_size for family in FAMILIES}) == 1
+
+
+def test_demo_runs_on_any_machine():
+    config = config_of("demo-4bit-r4")
+    assert (config.train.device, config.eval.device) == ("cpu", "cpu")
+    assert (config.model.bits, config.lora.rank, config.data.tasks) == (4, 4, ("synthetic",))
+    assert not Path(config.output_dir).is_absolute()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)
+def test_job_script_says_how_to_run_it_and_compiles(path):
+    source = path.read_text()
+    compile(source, str(path), "exec")
+    assert f"jobs/{path.name}" in source or f"make {path.stem}" in source

@@ -6,7 +6,6 @@ It is the last file written into an adapter folder; a folder without it is incom
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,7 +81,7 @@ def write_contract(folder: Path, contract: Contract) -> None:
     """Write finlora.yaml as a whole; this marks the adapter folder complete."""
     temporary = folder / f".{CONTRACT_FILE}"
     temporary.write_text(yaml.safe_dump(dataclasses.asdict(contract), sort_keys=False), encoding="utf-8")
-    os.replace(temporary, folder / CONTRACT_FILE)
+    temporary.replace(folder / CONTRACT_FILE)
 
 
 def read_contract(folder: Path) -> Contract:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import warnings
@@ -70,7 +69,7 @@ def save_adapter(model: PeftModel, folder: Path) -> float:
         size = (staging / ADAPTER_WEIGHTS).stat().st_size / 2**20
         folder.mkdir(exist_ok=True)
         for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-            os.replace(staging / name, folder / name)
+            (staging / name).replace(folder / name)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return size

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,7 @@ def save_checkpoint(
     }
     temporary = folder / f".manifest-{worker}.json"
     temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    os.replace(temporary, folder / f"manifest-{worker}.json")
+    temporary.replace(folder / f"manifest-{worker}.json")
 
 
 def read_info(folder: Path, run_hash: str, world_size: int) -> CheckpointInfo:

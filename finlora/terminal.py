@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -129,6 +128,7 @@ def polling(poll: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
 
 
 def describe_duration(seconds: float) -> str:
-    """Return `1:02:03` or `2:03`."""
-    text = time.strftime("%H:%M:%S", time.gmtime(seconds))
-    return text.removeprefix("00:").removeprefix("0")
+    """Return `1:02:03` or `2:03`; hours go on counting past a day."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

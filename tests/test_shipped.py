@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer.main
 import yaml
 
+from finlora.cli import app
 from finlora.configfile import load_config
 from finlora.data.catalog import TASKS
 
@@ -19,6 +23,10 @@ TABLE_TASKS = {name: (name,) for name in ("fpb", "tfns", "nwgi", "headline", "ne
     "xbrl": ("xbrl_tags", "xbrl_values"),
 }
 ROWS = [f"{family}-{task}" for family in FAMILIES for task in TABLE_TASKS]
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHOWN = [line.split("  #")[0].strip() for line in README.splitlines() if line.startswith("    ")]
 
 
 def config_of(name):
@@ -82,3 +90,39 @@ def test_job_script_says_how_to_run_it_and_compiles(path):
     source = path.read_text()
     compile(source, str(path), "exec")
     assert f"jobs/{path.name}" in source or f"make {path.stem}" in source
+
+
+def verbs_shown():
+    """Return the arguments of each `finlora` or job command that the README shows on a line of its own."""
+    found = []
+    for line in SHOWN:
+        words = shlex.split(line)
+        if words[:1] == ["finlora"]:
+            found.append(words[1:])
+        elif words[:3] == ["ray", "job", "submit"]:
+            script, *rest = words[words.index("python") + 1 :]
+            assert (ROOT / script).is_file()
+            found.append([Path(script).stem, *rest])
+    return found
+
+
+def test_readme_shows_commands():
+    assert {arguments[0] for arguments in verbs_shown()} >= {"prepare", "train", "evaluate", "report"}
+
+
+@pytest.mark.parametrize("arguments", verbs_shown(), ids=" ".join)
+def test_readme_command_parses_and_its_config_is_there(arguments):
+    verb, *rest = arguments
+    command = typer.main.get_command(app).commands[verb]
+    values = command.make_context(verb, list(rest)).params  # raises on an unknown option or a missing argument
+    if values.get("config"):
+        load_config(ROOT / values["config"], values["overrides"] or [])
+
+
+def test_readme_names_only_verbs_targets_and_files_that_are_there():
+    verbs = set(typer.main.get_command(app).commands)
+    assert set(re.findall(r"`?finlora ([a-z]+)", README)) - verbs == set()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"(?:`|^    )make ([a-z]+)", README, flags=re.MULTILINE)) - targets == set()
+    paths = re.findall(r"`((?:jobs|benchmarks|requirements|finlora|tests)/[\w./-]+)`", README)
+    assert [path for path in paths if not (ROOT / path).exists()] == []

@@ -102,13 +102,13 @@ def append_result(path: Path, result: Result) -> None:
 
 
 def read_results(path: Path) -> list[Result]:
-    """Read every Result of a file, or of all *.jsonl files below a folder, in file and line order.
+    """Read every Result of a file, or of all results*.jsonl files below a folder, in file and line order.
 
     Raises:
         ResultError: the path is missing or empty of results, or a line is not a Result; names file and line.
     """
     if path.is_dir():
-        files = sorted(path.rglob("*.jsonl"))
+        files = sorted(path.rglob("results*.jsonl"))
     elif path.is_file():
         files = [path]
     else:

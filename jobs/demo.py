@@ -17,7 +17,7 @@ STEPS = (
     ("Generate the synthetic financial set", f"prepare synthetic --output {HERE}/data"),
     (
         "Pretrain a small Llama base on unlabelled text (once)",
-        f"pretrain --tasks synthetic --output {HERE}/base --device cpu num_steps=240",
+        f"pretrain --tasks synthetic --output {HERE}/base --device cpu num_steps=280",
     ),
     ("Score the base", f"evaluate --config {CONFIG} --base"),
     ("Train a 4-bit rank-4 adapter with two Ray Train workers", f"train --config {CONFIG}"),

@@ -28,6 +28,7 @@ from finlora.model.base import check_device
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+_ANSWER_MARK = "\nAnswer: "
 _BOS, _EOS, _PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 
 
@@ -46,6 +47,9 @@ class PretrainConfig:
     batch_size: int = 16
     """Blocks a step."""
     num_steps: int = 400
+    answer_weight: float = 10.0
+    """Loss weight of the answer tokens of self-supervised questions. They are one token in forty, and reading an input
+    to answer from it is what a base must learn."""
     learning_rate: float = 2e-3
     seed: int = 0
 
@@ -72,7 +76,7 @@ def pretrain_base(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = _train_tokenizer(texts, settings.vocab_size)
-    stream = _encode_stream(texts, tokenizer)
+    stream, weights = _encode_stream(texts, tokenizer, settings.answer_weight)
     if len(stream) < settings.context_length + 1:
         raise DatasetError(
             f"{len(texts)} texts give {len(stream)} tokens: expected at least one block of {settings.context_length + 1}."
@@ -94,7 +98,7 @@ def pretrain_base(
     )
     model = LlamaForCausalLM(config).to(device)
     started = time.perf_counter()
-    _fit(model, stream.to(device), settings, on_step)
+    _fit(model, stream.to(device), weights.to(device), settings, on_step)
     seconds = time.perf_counter() - started
     _save(model, tokenizer, output)
     return seconds
@@ -188,15 +192,32 @@ def _train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokeniz
     )
 
 
-def _encode_stream(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Return all documents as one int64 stream: BOS text EOS BOS text EOS ..."""
-    rows = tokenizer(list(texts), add_special_tokens=True)["input_ids"]
-    end = tokenizer.eos_token_id
-    return torch.tensor([token for row in rows for token in [*row, end]], dtype=torch.long)
+def _encode_stream(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, answer_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return all documents as one int64 stream, BOS text EOS BOS text EOS ..., and a float32 loss weight a token.
+
+    A self-supervised question is cut where its answer starts and both parts are encoded apart, as fine-tuning does:
+    joined, the answer's first token would swallow the prompt's last space and be another one than is asked for later.
+    """
+    ids: list[int] = []
+    weights: list[float] = []
+    for text in texts:
+        before, mark, answer = text.rpartition(_ANSWER_MARK)
+        prompt = before + mark if mark else text
+        parts = [tokenizer.encode(prompt, add_special_tokens=False)]
+        parts.append([*(tokenizer.encode(answer, add_special_tokens=False) if mark else []), tokenizer.eos_token_id])
+        ids += [tokenizer.bos_token_id, *parts[0], *parts[1]]
+        weights += [1.0] * (1 + len(parts[0])) + [answer_weight if mark else 1.0] * len(parts[1])
+    return torch.tensor(ids, dtype=torch.long), torch.tensor(weights, dtype=torch.float32)
 
 
 def _fit(
-    model: LlamaForCausalLM, stream: torch.Tensor, settings: PretrainConfig, on_step: Callable[[int, float], None]
+    model: LlamaForCausalLM,
+    stream: torch.Tensor,
+    weights: torch.Tensor,
+    settings: PretrainConfig,
+    on_step: Callable[[int, float], None],
 ) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -207,9 +228,13 @@ def _fit(
         scale = (step + 1) / num_warmup if step < num_warmup else 0.5 * (1 + math.cos(math.pi * progress))
         optimizer.param_groups[0]["lr"] = settings.learning_rate * scale
         starts = torch.randint(0, len(stream) - length, (settings.batch_size,), generator=generator)
-        blocks = torch.stack([stream[start : start + length] for start in starts.tolist()])
+        blocks, scales = (
+            torch.stack([x[start : start + length] for start in starts.tolist()]) for x in (stream, weights)
+        )
         with torch.autocast(stream.device.type, torch.bfloat16):
-            loss = model(input_ids=blocks, labels=blocks).loss
+            logits = model(input_ids=blocks).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), blocks[:, 1:], reduction="none")
+        loss = (losses * scales[:, 1:]).sum() / scales[:, 1:].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

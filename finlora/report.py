@@ -49,8 +49,12 @@ def render_report(results: list[Result], output: Path | None, console: Console) 
         raise ResultError("there are no results to report: run `finlora train` or `finlora evaluate` first.")
     show_results(results, console)
     beside = paper_tables(results)
-    for table in beside:
+    compared = [table for table in beside if any(cells[-1] != NOT_RUN for cells in table.rows)]
+    for table in compared:
         _draw(table, console)
+    if len(compared) < len(beside):
+        note = f"{len(beside) - len(compared)} of the paper's {len(beside)} tables have no cell run here"
+        console.print(f"{note}; report.md lists them all." if output else f"{note}; --output lists them all.")
     if output is None:
         return
     from finlora.plots import save_plots  # matplotlib takes a second to import

@@ -234,8 +234,8 @@ def _fit(
         with torch.autocast(stream.device.type, torch.bfloat16):
             logits = model(input_ids=blocks).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), blocks[:, 1:], reduction="none")
-        loss = (losses * scales[:, 1:]).sum() / scales[:, 1:].sum()
-        loss.backward()
+        loss: torch.Tensor = (losses * scales[:, 1:]).sum() / scales[:, 1:].sum()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

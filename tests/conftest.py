@@ -51,6 +51,7 @@ def tiny_base(tmp_path_factory) -> Path:
         num_layers=2,
         context_length=64,
         batch_size=4,
+        answer_weight=1.0,
         num_steps=20,
     )
     pretrain_base(pretraining_texts(1, 200), settings, folder, torch.device("cpu"), lambda _step, _loss: None)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from finlora.errors import ResultError
 from finlora.results import Result
-from finlora.tables import NOT_MEASURED, NOT_RUN, TextTable, cost_table, paper_tables, score_table
+from finlora.tables import NOT_MEASURED, NOT_RUN, TextTable, cost_table, paper_tables, score_table, wire_table
 
 _KEYS = 3
 """Leading columns of the score table that name a row."""
@@ -22,7 +22,7 @@ _MIN_WIDTH = 8
 
 
 def show_results(results: Sequence[Result], console: Console) -> None:
-    """Print scores and cost of these results. A score table wider than the terminal goes on in a second one below."""
+    """Print scores, cost and traffic of these results. A score table wider than the terminal goes on in a second one below."""
     scores = score_table(results)
     if scores.rows:
         num_tasks = len(scores.header) - _KEYS
@@ -32,6 +32,9 @@ def show_results(results: Sequence[Result], console: Console) -> None:
             is_last = start + step >= _KEYS + num_tasks
             _draw(_take_columns(scores, start, step, scores.notes if is_last else ()), console)
     _draw(cost_table(results), console)
+    traffic = wire_table(results)
+    if traffic.rows:
+        _draw(traffic, console)
 
 
 def render_report(results: list[Result], output: Path | None, console: Console) -> None:
@@ -62,7 +65,7 @@ def render_report(results: list[Result], output: Path | None, console: Console) 
     try:
         output.mkdir(parents=True, exist_ok=True)
         plots = save_plots(results, output)
-        text = _render_markdown([score_table(results), cost_table(results), *beside], plots)
+        text = _render_markdown([score_table(results), cost_table(results), wire_table(results), *beside], plots)
         (output / "report.md").write_text(text, encoding="utf-8")
     except OSError as error:
         raise ResultError(

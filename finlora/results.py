@@ -44,6 +44,9 @@ class Result:
     """Confusion counts: label -> prediction -> number of test examples."""
     loss_curve: list[list[float]] = field(default_factory=list)
     """Training: [step, mean loss] points."""
+    wire: list[dict[str, float]] = field(default_factory=list)
+    """Training: a record a worker, in rank order, of what it sent for the optimiser over the whole run: rounds, bytes_sent,
+    bytes_adam (what a float32 ring all-reduce at each step would have sent), seconds (waiting for others included)."""
     seconds_per_example: float | None = None
     tokens_per_second: float | None = None
     wall_seconds: float | None = None

@@ -156,6 +156,48 @@ def _name_device(result: Result) -> str:
     return result.environment.get("device", "not recorded")
 
 
+def wire_table(results: Sequence[Result]) -> TextTable:
+    """One row a run that counted its traffic: what a worker sent for the optimiser, and what Adam would have sent."""
+    newest: dict[tuple[object, ...], Result] = {}
+    for result in results:
+        # Runs that differ in the optimiser alone have one variant, so the run's own name keeps them apart.
+        key = (name_base(result), result.config.get("name"), result.task, _name_optimizer(result))
+        if result.wire and (key not in newest or result.created >= newest[key].created):
+            newest[key] = result
+    return TextTable(
+        title="Communication",
+        header=("run", "optimiser", "workers", "rounds", "MiB sent", "of Adam's", "wire s", "last loss", "wall s"),
+        rows=tuple(map(_wire_row, newest.values())),
+        notes=(
+            "MiB = 2**20 bytes and seconds a worker, over the whole run. Of Adam's: share of what a float32 ring all-reduce of "
+            "the gradients at each step would have sent.",
+            "Wire seconds, smallest and largest over workers: a fast worker's hold its wait for the slowest.",
+        ),
+    )
+
+
+def _wire_row(result: Result) -> tuple[str, ...]:
+    seconds = sorted(worker["seconds"] for worker in result.wire)
+    sent, adam = (max(worker[key] for worker in result.wire) for key in ("bytes_sent", "bytes_adam"))
+    ends = [format_number(seconds[0], 2), format_number(seconds[-1], 2)]
+    return (
+        str(result.config.get("name", NOT_MEASURED)),
+        _name_optimizer(result),
+        str(len(result.wire)),
+        format_number(max(worker["rounds"] for worker in result.wire), 0),
+        format_number(sent / 2**20, 2),
+        f"{100 * sent / adam:.1f} %" if adam else "none sent",
+        "–".join(dict.fromkeys(ends)),
+        format_number(result.metrics.get("loss_last"), 4),
+        format_number(result.wall_seconds, 0),
+    )
+
+
+def _name_optimizer(result: Result) -> str:
+    section = result.config.get("optim")
+    return str(section.get("name", NOT_MEASURED)) if isinstance(section, dict) else NOT_MEASURED
+
+
 def paper_tables(results: Sequence[Result]) -> list[TextTable]:
     """The paper's tables with our comparable measurement beside each number, `not run` where there is none."""
     tables = []

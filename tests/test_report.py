@@ -20,6 +20,7 @@ from finlora.tables import (
     paper_tables,
     score_table,
     select_newest,
+    wire_table,
 )
 
 LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
@@ -120,6 +121,29 @@ def test_cost_table_names_device_once_or_per_row():
     two = cost_table([make_training(), make_evaluation(environment={"device": "cpu"}, variant="base")])
     assert [row[-1] for row in two.rows] == ["Some GPU", "cpu"]
     assert two.rows[1][2] == "none"
+
+
+def make_wire(seconds: float, **changes: float) -> dict[str, float]:
+    return {"rounds": 40, "bytes_sent": 2**20, "bytes_adam": 2**22, "seconds": seconds} | changes
+
+
+def test_communication_of_two_optimisers_stands_side_by_side():
+    ours = make_training(
+        wire=[make_wire(1.5), make_wire(0.25)],
+        metrics={"loss_last": 0.125},
+        wall_seconds=61.0,
+        config={"name": "ours", "optim": {"name": "zero_one_adam"}},
+    )
+    plain = make_training(wire=[make_wire(0, bytes_sent=0, bytes_adam=0, rounds=0)], config={"name": "plain"})
+    table = wire_table([ours, plain, make_training(), make_evaluation()])
+    assert table.rows == (
+        ("ours", "zero_one_adam", "2", "40", "1.00", "25.0 %", "0.25–1.50", "0.1250", "61"),
+        ("plain", "not measured", "1", "0", "0.00", "none sent", "0.00", "not measured", "not measured"),
+    )
+    newer = make_training(wire=[make_wire(9.0)], config=ours.config, created="2027")
+    assert [row[6] for row in wire_table([newer, ours]).rows] == ["9.00"]
+    assert "Communication" in print_report([ours])
+    assert "Communication" not in print_report([make_training()])
 
 
 def test_paper_numbers_stand_beside_ours():

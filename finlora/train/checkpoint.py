@@ -1,13 +1,15 @@
 """Checkpoints of a training run: adapter in float32, optimiser state a worker, position; verified when read.
 
 Layout of a checkpoint folder, for worker ranks r:
-    adapter.safetensors        trainable parameters, float32 (rank 0; equal on all workers)
+    adapter.safetensors        trainable parameters, float32 (rank 0; equal on all workers, see CheckpointSchedule)
     optimizer-r.pt             optimiser state of worker r, read with weights_only=True
-    manifest-r.json            written last by worker r: size and SHA-256 of its files, step, world size, run hash
+    manifest-r.json            written last by worker r: size and SHA-256 of its files, step, world size, run hash,
+                               and what the worker has sent so far
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finlora.errors import CheckpointError
+from finlora.train.wire import Wire
 
 _ADAPTER = "adapter.safetensors"
 
@@ -33,12 +36,40 @@ class CheckpointInfo:
     """Hash of the settings and data that must not change over a resume."""
 
 
+class CheckpointSchedule:
+    """Says after which steps a checkpoint is written: each so many steps, at each epoch's end and after the last step.
+
+    One that falls due while the workers' weights differ, between two exchanges of 0/1 Adam, waits for the next step at
+    which they agree. An exchange is never forced for it: `train.checkpoint_every_steps` may change on a resume and
+    must not change what is computed. The last step always exchanges, so the last checkpoint never waits.
+    """
+
+    def __init__(self, *, steps_per_epoch: int, total_steps: int, every_steps: int | None) -> None:
+        self.steps_per_epoch = steps_per_epoch
+        self.total_steps = total_steps
+        self.every_steps = every_steps
+        self._is_owed = False
+
+    def is_due(self, step: int, *, is_synchronised: bool) -> bool:
+        """Return whether to write one after `step` steps; ask once a step, in order."""
+        every = self.every_steps
+        is_due = (
+            step % self.steps_per_epoch == 0 or step == self.total_steps or (every is not None and step % every == 0)
+        )
+        self._is_owed = self._is_owed or is_due
+        if not (self._is_owed and is_synchronised):
+            return False
+        self._is_owed = False
+        return True
+
+
 def save_checkpoint(
     folder: Path,
     worker: int,
     info: CheckpointInfo,
     parameters: dict[str, torch.nn.Parameter],
     optimizer_state: dict[str, Any],
+    wire: Wire,
 ) -> None:
     """Write this worker's part of a checkpoint into `folder`; the manifest comes last."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,6 +83,7 @@ def save_checkpoint(
         "step": info.step,
         "world_size": info.world_size,
         "run_hash": info.run_hash,
+        "wire": dataclasses.asdict(wire),
         "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": _hash(folder / name)} for name in names},
     }
     temporary = folder / f".manifest-{worker}.json"
@@ -99,8 +131,12 @@ def read_info(folder: Path, run_hash: str, world_size: int) -> CheckpointInfo:
 
 def load_checkpoint(
     folder: Path, worker: int, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
-    """Restore adapter and optimiser state exactly, after `read_info` found the checkpoint whole."""
+) -> Wire:
+    """Restore adapter and optimiser state exactly, after `read_info` found the checkpoint whole.
+
+    Returns:
+        What this worker had sent by then.
+    """
     saved = load_file(str(folder / _ADAPTER))
     if saved.keys() != parameters.keys():
         raise CheckpointError(f"checkpoint {folder} holds other adapter tensors than lora.target_modules asks for.")
@@ -109,6 +145,8 @@ def load_checkpoint(
             parameter.copy_(saved[name])
     state = torch.load(folder / f"optimizer-{worker}.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state)
+    manifest = json.loads((folder / f"manifest-{worker}.json").read_text(encoding="utf-8"))
+    return Wire(**manifest.get("wire", {}))
 
 
 def _hash(path: Path) -> str:

@@ -17,6 +17,7 @@ Source: 1-bit Adam, arXiv:2102.02888 (two-stage compressed_allreduce); 0/1 Adam,
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finlora.errors import ConfigError
+from finlora.train.wire import WireClock
 
 _BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
 SCALE_BYTES = 4
@@ -133,10 +135,14 @@ class OneBitExchange:
         is_real: (N,) bool, False on padding.
         block_size: B, elements that share a scale.
         process_group: None means the default group, or one rank when torch.distributed is not initialised.
+        clock: runs while this rank talks to the others; None: nobody counts the seconds.
     """
 
-    def __init__(self, is_real: Tensor, block_size: int, process_group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self, is_real: Tensor, block_size: int, process_group: dist.ProcessGroup | None, clock: WireClock | None = None
+    ) -> None:
         self.process_group = process_group
+        self._communication = clock.running if clock else nullcontext
         self.rank, self.world_size = rank_and_world_size(process_group)
         self.block_size = block_size
         self.chunk_size = is_real.numel() // self.world_size
@@ -165,7 +171,8 @@ class OneBitExchange:
         if self.world_size == 1:
             return values
         total = values.clone()
-        dist.all_reduce(total, group=self.process_group)
+        with self._communication():
+            dist.all_reduce(total, group=self.process_group)
         self.bytes_sent += self.bytes_per_exact
         self.num_exact += 1
         return total.div_(self.world_size)
@@ -183,7 +190,8 @@ class OneBitExchange:
         self.worker_error = compensated - self._decode(to_servers).flatten() * self._is_real
 
         from_workers = torch.empty_like(to_servers)
-        dist.all_to_all_single(from_workers, to_servers, group=self.process_group)
+        with self._communication():
+            dist.all_to_all_single(from_workers, to_servers, group=self.process_group)
         # A loop in rank order, not a reduction kernel: the sum's order is then the same on every device and version.
         mean = torch.zeros_like(self.server_error)
         for worker_chunk in self._decode(from_workers):
@@ -195,7 +203,8 @@ class OneBitExchange:
         self.server_error = chunk - self._decode(to_all).flatten() * self._is_real[mine]
         from_servers = torch.empty_like(to_servers)
         # The list form: all_gather_into_tensor is deprecated in torch 2.13, its successor unknown to 2.11.
-        dist.all_gather(list(from_servers), to_all[0], group=self.process_group)
+        with self._communication():
+            dist.all_gather(list(from_servers), to_all[0], group=self.process_group)
 
         self.bytes_sent += self.bytes_per_compressed
         self.num_compressed += 1

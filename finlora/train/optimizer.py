@@ -8,15 +8,17 @@ from collections.abc import Sequence
 import torch
 
 from finlora.config import OptimConfig
+from finlora.train.wire import WireClock
 
 
 def make_optimizer(
-    parameters: Sequence[torch.nn.Parameter], optim: OptimConfig, total_steps: int
+    parameters: Sequence[torch.nn.Parameter], optim: OptimConfig, total_steps: int, clock: WireClock | None = None
 ) -> torch.optim.Optimizer:
     """Build the optimiser named by the config over the adapter's parameters.
 
     Args:
         total_steps: optimiser steps of the whole run; 0/1 Adam scales its freezing schedule to it.
+        clock: runs while 0/1 Adam communicates; AdamW does not communicate by itself.
     """
     if optim.name == "adamw":
         return torch.optim.AdamW(
@@ -37,7 +39,13 @@ def make_optimizer(
         total_steps=total_steps,
         freeze_ratio=optim.freeze_ratio,
         max_local_steps=optim.max_local_steps,
+        clock=clock,
     )
+
+
+def is_synchronised(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether all workers hold the same weights now: always, except between two exchanges of 0/1 Adam."""
+    return bool(getattr(optimizer, "is_synchronised", True))
 
 
 def learning_rate_at(step: int, total_steps: int, optim: OptimConfig) -> float:

@@ -11,6 +11,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +23,19 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from finlora import cluster
 from finlora.config import RunConfig
-from finlora.configfile import config_from_tree, config_to_tree, save_config
+from finlora.configfile import config_from_tree, config_to_tree
 from finlora.errors import FinloraError
-from finlora.model.base import BaseModel, load_base, quiet_bitsandbytes
-from finlora.model.contract import make_contract, write_contract
-from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
-from finlora.results import Result, append_result, describe_environment
-from finlora.train.checkpoint import CheckpointInfo, load_checkpoint, read_info, save_checkpoint
+from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.lora import attach_lora, trainable_parameters
+from finlora.results import Result, append_result
+from finlora.train.batches import PaddedBatches
+from finlora.train.checkpoint import CheckpointInfo, CheckpointSchedule, load_checkpoint, read_info, save_checkpoint
 from finlora.train.loop import AnswerLoss, Progress, count_steps, run_steps
-from finlora.train.optimizer import make_optimizer
-from finlora.train.run import (
-    RunFolder,
-    TrainingSet,
-    append_progress,
-    hash_run,
-    load_training_set,
-    open_run,
-    read_progress,
-)
+from finlora.train.optimizer import is_synchronised, make_optimizer
+from finlora.train.run import RunFolder, append_progress, hash_run, load_training_set, open_run
 from finlora.train.sampler import Sampler
+from finlora.train.summary import export_adapter, summarise_run
+from finlora.train.wire import Wire, WireClock, WireMeter
 
 
 def run_training(config: RunConfig) -> Result:
@@ -82,7 +77,7 @@ def run_training(config: RunConfig) -> Result:
         outcome = trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _own_error(error) from error
-    result = _summarise(config, folder, training_set, time.time() - started, outcome.metrics or {})
+    result = summarise_run(config, folder, training_set, time.time() - started, outcome.metrics or {})
     append_result(folder.results, result)
     return result
 
@@ -109,25 +104,31 @@ def _work(loop_config: dict[str, Any]) -> None:
         if config.train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         parameters = trainable_parameters(model)
-        optimizer = make_optimizer(list(parameters.values()), config.optim, total_steps)
+        meter = WireMeter(WireClock(device), sum(p.numel() for p in parameters.values()), world_size)
+        optimizer = make_optimizer(list(parameters.values()), config.optim, total_steps, meter.clock)
         engine = _make_engine(AnswerLoss(model.train()), optimizer, config, sampler)
+        meter.watch(engine)
         info = CheckpointInfo(step=0, world_size=world_size, run_hash=hash_run(config, training_set.hashes))
         start_step = 0
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
             with checkpoint.as_directory() as path:
                 start_step = read_info(Path(path), info.run_hash, world_size).step
-                load_checkpoint(Path(path), worker, parameters, optimizer)
-        record = _Recorder(config, folder, worker)
+                meter.resume(load_checkpoint(Path(path), worker, parameters, optimizer))
+        record = _Recorder(config, folder, worker, lambda: meter.read(optimizer))
+        schedule = CheckpointSchedule(
+            steps_per_epoch=sampler.steps_per_epoch,
+            total_steps=total_steps,
+            every_steps=config.train.checkpoint_every_steps,
+        )
 
         def save(step: int) -> None:
-            is_epoch_end = step % sampler.steps_per_epoch == 0
-            every = config.train.checkpoint_every_steps
-            if not (is_epoch_end or step == total_steps or (every and step % every == 0)):
+            if not schedule.is_due(step, is_synchronised=is_synchronised(optimizer)):
                 return
             with tempfile.TemporaryDirectory(prefix="finlora-checkpoint-") as path:
                 here = dataclasses.replace(info, step=step)
-                save_checkpoint(Path(path), worker, here, parameters, optimizer.state_dict())
+                state = optimizer.state_dict()
+                save_checkpoint(Path(path), worker, here, parameters, state, meter.read(optimizer))
                 ray.train.report(record.metrics, checkpoint=ray.train.Checkpoint.from_directory(path))
 
         run_steps(
@@ -138,7 +139,9 @@ def _work(loop_config: dict[str, Any]) -> None:
             worker=worker,
             start_step=start_step,
             total_steps=total_steps,
-            pad_token_id=base.tokenizer.pad_token_id,
+            batches=PaddedBatches(
+                micro_batch_size=config.train.micro_batch_size, pad_token_id=base.tokenizer.pad_token_id
+            ),
             device=device,
             log_every_steps=config.train.log_every_steps,
             reduce_sum=_reduce_sum,
@@ -147,7 +150,7 @@ def _work(loop_config: dict[str, Any]) -> None:
         )
         record.close()
         if worker == 0:
-            _export(config, folder, base, model, training_set)
+            export_adapter(config, folder, base, model, training_set)
 
 
 def _choose_device(config: RunConfig) -> torch.device:
@@ -203,11 +206,12 @@ def _reduce_sum(values: torch.Tensor) -> torch.Tensor:
 class _Recorder:
     """Sends each Progress to the run folder and TensorBoard (worker 0) and to Ray's metrics (all workers)."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, worker: int) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, worker: int, read_wire: Callable[[], Wire]) -> None:
         from ray.util.metrics import Gauge
 
-        self.folder, self.worker = folder, worker
-        self.metrics: dict[str, float] = {}
+        self.folder, self.worker, self.read_wire = folder, worker, read_wire
+        self.num_workers = config.train.num_workers
+        self.metrics: dict[str, Any] = {}
         tags = {"run": config.name, "worker": str(worker)}
         names = ("loss", "learning_rate", "tokens_per_second", "examples_per_second", "memory_gib", "step")
         self.gauges = {name: Gauge(f"finlora_train_{name}", tag_keys=("run", "worker")) for name in names}
@@ -221,10 +225,16 @@ class _Recorder:
 
     def __call__(self, progress: Progress) -> None:
         values = dataclasses.asdict(progress)
-        memory = torch.tensor([progress.memory_gib], dtype=torch.float64)
+        wire = dataclasses.asdict(self.read_wire())
+        shared = torch.zeros(self.num_workers, 1 + len(wire), dtype=torch.float64)
+        shared[self.worker] = torch.tensor([progress.memory_gib, *wire.values()], dtype=torch.float64)
         if torch.distributed.get_backend() == "nccl":
-            memory = memory.cuda()
-        self.metrics = values | {"memory_gib": float(_reduce_sum(memory))}
+            shared = shared.cuda()
+        memory, *columns = _reduce_sum(shared).T.tolist()
+        self.metrics = values | {
+            "memory_gib": sum(memory),
+            "wire": [dict(zip(wire, row, strict=True)) for row in zip(*columns, strict=True)],
+        }
         for name, gauge in self.gauges.items():
             gauge.set(values[name])
         if self.worker == 0:
@@ -235,57 +245,6 @@ class _Recorder:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
-
-
-def _export(config: RunConfig, folder: RunFolder, base: BaseModel, model: Any, training_set: TrainingSet) -> None:
-    """Write the adapter folder; finlora.yaml comes last and marks it complete."""
-    size = save_adapter(model, folder.adapter)
-    save_config(config, folder.adapter / "config.yaml")
-    final = read_progress(folder)[-1]
-    contract = make_contract(
-        base,
-        config.model.base,
-        config.lora,
-        config.model.template,
-        training_set.hashes,
-        len(training_set.encoded),
-        size,
-        {"loss_last": final.loss, "steps": float(final.step)},
-    )
-    write_contract(folder.adapter, contract)
-
-
-def _summarise(
-    config: RunConfig, folder: RunFolder, training_set: TrainingSet, seconds: float, metrics: dict[str, Any]
-) -> Result:
-    records = read_progress(folder)
-    weights = folder.adapter / "adapter_model.safetensors"
-    on_gpu = config.train.device == "cuda"
-    return Result(
-        kind="training",
-        task="+".join(config.data.tasks),
-        variant=variant_name(config),
-        base=config.model.base,
-        bits=config.model.bits,
-        adapter=str(folder.adapter),
-        num_examples=len(training_set.encoded),
-        is_partial=training_set.num_skipped > 0 or config.data.max_train_examples is not None,
-        metrics={"loss_first": records[0].loss, "loss_last": records[-1].loss},
-        loss_curve=[[float(record.step), record.loss] for record in records],
-        tokens_per_second=sorted(record.tokens_per_second for record in records)[len(records) // 2],
-        wall_seconds=seconds,
-        gpu_hours=seconds / 3600 * config.train.num_workers * config.train.gpus_per_worker if on_gpu else None,
-        peak_memory_gib=metrics.get("memory_gib", records[-1].memory_gib),
-        adapter_mib=weights.stat().st_size / 2**20,
-        data_hash="+".join(training_set.hashes.values()),
-        config=config_to_tree(config),
-        environment=describe_environment(),
-    )
-
-
-def variant_name(config: RunConfig) -> str:
-    """Name an adapter as the tables do: `4bit-r4`."""
-    return f"{config.model.bits}bit-r{config.lora.rank}"
 
 
 def _own_error(error: Exception) -> Exception:

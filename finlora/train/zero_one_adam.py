@@ -39,6 +39,7 @@ from torch import Tensor
 
 from finlora.errors import CheckpointError, ConfigError
 from finlora.train.onebit import FlatLayout, OneBitExchange, Schedule, rank_and_world_size
+from finlora.train.wire import WireClock
 
 BLOCK_SIZE = 512
 _STATE_KEY = "zero_one_adam"
@@ -61,6 +62,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         max_local_steps: longest gap between two synchronisations, in steps.
         process_group: None means the default group, or one rank when torch.distributed is not initialised.
         block_size: elements that share a scale, a multiple of 8.
+        clock: sums the seconds of communication; None: nobody counts them.
 
     Raises:
         ConfigError: a schedule that makes no sense, a second parameter group, or parameters on several devices.
@@ -79,6 +81,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         max_local_steps: int,
         process_group: dist.ProcessGroup | None = None,
         block_size: int = BLOCK_SIZE,
+        clock: WireClock | None = None,
     ) -> None:
         self.schedule = Schedule.from_ratio(total_steps, freeze_ratio, max_local_steps)
         if block_size < 8 or block_size % 8:
@@ -88,13 +91,9 @@ class ZeroOneAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         if len({parameter.device for parameter in self._parameters()}) != 1:
             raise ConfigError("ZeroOneAdam: parameters lie on several devices, expected one: move them together first")
-        self._block_size = block_size
-        self._process_group = process_group
-        self._step = 0
-        self._num_variance_updates = 0
-        self._steps_since_sync = 0
-        self._rate_sum = 0.0
-        self._decay = 1.0
+        self._block_size, self._process_group, self._clock = block_size, process_group, clock
+        self._step = self._num_variance_updates = self._steps_since_sync = 0
+        self._rate_sum, self._decay = 0.0, 1.0
         # Made at the first step: DeepSpeed may move and broadcast the weights after it was given the optimiser.
         self._buffers: dict[str, Tensor] = {}
         self._exchange: OneBitExchange | None = None
@@ -231,7 +230,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
     def _allocate(self) -> None:
         _, world_size = rank_and_world_size(self._process_group)
         self._layout = FlatLayout(self._parameters(), self._block_size, world_size)
-        self._exchange = OneBitExchange(self._layout.is_real, self._block_size, self._process_group)
+        self._exchange = OneBitExchange(self._layout.is_real, self._block_size, self._process_group, self._clock)
         weights = self._layout.gather(self._parameters())
         self._buffers = {name: torch.zeros_like(weights) for name in ("m", "v", "u")} | {"last_synced": weights}
         if any(parameter.dtype != torch.float32 for parameter in self._parameters()):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
 
 from finlora.errors import CheckpointError
-from finlora.train.checkpoint import CheckpointInfo, load_checkpoint, read_info, save_checkpoint
+from finlora.train.checkpoint import CheckpointInfo, CheckpointSchedule, load_checkpoint, read_info, save_checkpoint
+from finlora.train.wire import Wire
 
 INFO = CheckpointInfo(step=7, world_size=2, run_hash="abc")
 
@@ -34,7 +36,8 @@ def saved(tmp_path):
     """A checkpoint of two workers."""
     for worker in range(2):
         parameters, optimizer = make(seed=1)
-        save_checkpoint(tmp_path / "c", worker, INFO, parameters, optimizer.state_dict())
+        wire = Wire(rounds=3, bytes_sent=10 + worker, bytes_adam=20, seconds=0.5)
+        save_checkpoint(tmp_path / "c", worker, INFO, parameters, optimizer.state_dict(), wire)
     return tmp_path / "c"
 
 
@@ -42,7 +45,9 @@ def test_training_goes_on_exactly_where_it_was_saved(saved):
     parameters, optimizer = make(seed=1)
     others, other_optimizer = make(seed=2, steps=1)
     assert read_info(saved, "abc", 2) == INFO
-    load_checkpoint(saved, 1, others, other_optimizer)
+    assert load_checkpoint(saved, 1, others, other_optimizer) == Wire(
+        rounds=3, bytes_sent=11, bytes_adam=20, seconds=0.5
+    )
     for _ in range(3):
         train(parameters, optimizer)
         train(others, other_optimizer)
@@ -124,3 +129,51 @@ def test_manifest_cannot_name_files_outside_its_folder(saved, tmp_path):
     (saved / "manifest-0.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"is damaged: ../outside is missing"):
         read_info(saved, "abc", 2)
+
+
+def due_steps(synchronised, every_steps=4, steps_per_epoch=10, total_steps=25):
+    schedule = CheckpointSchedule(steps_per_epoch=steps_per_epoch, total_steps=total_steps, every_steps=every_steps)
+    return [step for step in range(1, total_steps + 1) if schedule.is_due(step, is_synchronised=step in synchronised)]
+
+
+def test_checkpoints_come_each_so_many_steps_at_epoch_ends_and_at_the_end():
+    assert due_steps(range(30)) == [4, 8, 10, 12, 16, 20, 24, 25]
+    assert due_steps(range(30), every_steps=None) == [10, 20, 25]
+    assert due_steps(range(30), every_steps=40) == [10, 20, 25]
+
+
+def test_checkpoint_waits_for_the_next_step_at_which_workers_agree():
+    """Due at 4, 8, 10, 12, 16, 20, 24 and 25; two that wait for the same step are one."""
+    assert due_steps({1, 2, 3, 6, 14, 15, 16, 23, 25}) == [6, 14, 16, 23, 25]
+
+
+def test_schedule_of_zero_one_adam_agrees_at_the_last_step():
+    """With 0/1 Adam's own schedule: local steps of up to 16, the last step exchanges."""
+    from finlora.train.optimizer import is_synchronised
+    from finlora.train.zero_one_adam import ZeroOneAdam
+
+    parameter = torch.nn.Parameter(torch.ones(8))
+    optimizer = ZeroOneAdam(
+        [parameter],
+        lr=0.1,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        total_steps=100,
+        freeze_ratio=0.2,
+        max_local_steps=16,
+    )
+    schedule = CheckpointSchedule(steps_per_epoch=30, total_steps=100, every_steps=1)
+    agreed, due = [], []
+    for step in range(1, 101):
+        parameter.grad = torch.ones(8)
+        optimizer.step()
+        if is_synchronised(optimizer):
+            agreed.append(step)
+        if schedule.is_due(step, is_synchronised=is_synchronised(optimizer)):
+            due.append(step)
+    assert due == agreed
+    assert due[:20] == list(range(1, 21))
+    assert due[-1] == 100
+    assert max(later - step for step, later in pairwise(due)) == 16
+    assert is_synchronised(torch.optim.SGD([parameter], lr=0.1))

@@ -156,6 +156,13 @@ def test_result_row_tells_what_the_run_brought(quantised):
     assert 0.1 < row.peak_memory_gib < 32
     assert row.tokens_per_second > 0
     assert row.config == config_to_tree(config)
+    num_elements = sum(
+        tensor.numel() for tensor in load_file(newest_checkpoint(config) / "adapter.safetensors").values()
+    )
+    for wire in row.wire:
+        assert (wire["rounds"], wire["bytes_sent"], wire["bytes_adam"]) == (6, 24 * num_elements, 24 * num_elements)
+        assert 0 < wire["seconds"] < 60
+    assert len(row.wire) == 2
 
 
 def test_only_the_newest_checkpoints_stay(quantised):

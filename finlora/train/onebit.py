@@ -29,7 +29,7 @@ from finlora.train.wire import WireClock
 
 _BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
 SCALE_BYTES = 4
-VARIANCE_GAP_DOUBLES_EVERY = 16  # kappa of the paper, section 6
+VARIANCE_GAP_DOUBLES_EVERY = 16  # kappa, for all tasks of the authors (var_update_scaler of DeepSpeed's tutorial)
 MIN_VARIANCE_STEPS = 10  # 1 / (1 - 0.9), the memory of the momentum: in fewer steps v has seen next to nothing
 
 

@@ -6,24 +6,29 @@ Source: Lu, Li, Zhang, De Sa, He 2022, arXiv:2202.06009, Algorithm 1. Worker i, 
     t in T_u:  U = 1bit-AllReduce(u_i);  m_i <- U / sum of r since t';  x_i <- x_t' - U / D;  u_i <- 0;  t' <- t
     t in T_v:  G = AllReduce(g_i);  v <- b2 v + (1 - b2) G^2
 
-Deviations from the paper, each with its reason:
- 1. x and u take the momentum that already holds g_i, as the authors' code does. With the older one, which the algorithm
-    prints, no gradient would ever reach x while every step synchronises.
- 2. r_t = lr / (1 - b1^t), and v is divided by 1 - b2^(number of its updates): Adam's bias corrections. The paper has none
-    and starts from v = 0, so that its first steps are lr m / sqrt(eps) long. D = sqrt(v) + eps, as in Adam.
- 3. v is updated before x moves, not after, as in Adam. D still is constant between two synchronisations, because T_v ends
-    before the local steps begin.
- 4. At t in T_v the exact mean gradient G is on every rank, so m and x take it and the 1-bit exchange is left out. Ranks
-    are then equal by construction, and the first steps are plain Adam.
+Checked against the restatement in github.com/junaidaliop/zij, canon/math/01adam.md (commit 00728ec), and the authors' code
+and tutorial (DeepSpeed 0.19.6, runtime/fp16/onebit/zoadam.py). Deviations, each with its reason:
+ 1. x and u take the momentum that already holds g_i, as the authors' code does; with the older one, as stated, no gradient
+    would ever reach x while every step synchronises. The sum of r covers u's steps, not step t' once more, as in that code.
+ 2. r_t = lr / (1 - b1^t), and v is divided by 1 - b2^(number of its updates): Adam's bias corrections. The paper and that
+    code have none: from v = 0 steps grow to 6.6 times Adam's (at step 12), and stay 1 / sqrt(1 - b2^n) times where v
+    freezes after n updates, out of which a short run never grows. D = sqrt(v) + eps, as in Adam.
+ 3. v is updated before x moves, not after, as in Adam and that code. D still is constant between two synchronisations,
+    because T_v ends before the local steps begin.
+ 4. At t in T_v the exact mean gradient G is on every rank, so m and x take it and the 1-bit exchange is left out, as in
+    that code. Ranks are then equal by construction, and the first steps are plain Adam.
  5. The 1-bit exchange runs on u / D, the update, not on u. One scale then serves coordinates whose gradients differ by
-    orders of magnitude (LoRA's A and B); a sign times mean |u| over a small D would throw the small ones far away.
- 6. The scale is a mean over 512 elements of one parameter, not over the whole vector: 1.06 bits an element.
+    orders of magnitude (LoRA's A and B); a sign times mean |u| over a small D would throw the small ones far away. That
+    code sends g until T_v ends, then u, and clears the errors between; here they are kept.
+ 6. The scale is a mean over 512 elements of one parameter: 1.06 bits an element. That code takes the root mean square of a
+    whole parameter; the mean |x| is the scale that leaves the least error.
  7. Off T_v, v is at least (1 - b2) times its mean over the block, which is what one gradient of typical size leaves
     there; where v is 0 it is the mean itself. A frozen v cannot grow, so a coordinate that had next to no gradient before
     the freeze would otherwise explode with the first one after it.
- 8. T_v: gaps 2^floor(j / 16) as in the paper, until freeze_ratio * total_steps, at least 10 steps. T_u: every step until
-    then; the rest falls into equal spans with gaps 1, 2, 4, ... max_local_steps. The paper doubles the gap whenever the
-    learning rate halves, which would need the scheduler's future. The last step always synchronises.
+ 8. T_v: gaps 2^floor(j / 16), as there, until freeze_ratio * total_steps, at least 10 steps; the authors end it with the
+    learning rate's warm-up. T_u: every step until then; the rest falls into equal spans with gaps 1, 2, 4, ...
+    max_local_steps. They double the gap as the learning rate decays, which would need the scheduler's future; their code
+    does so after a fixed count of steps, and may end between two synchronisations. Here the last step synchronises.
  9. Decoupled weight decay, on x between and on x_t' at synchronisations. A step with lr = 0 off T_v changes nothing.
 10. One rank: nothing is sent, so nothing is compressed; all else is the same, and every gradient counts.
 """
@@ -155,7 +160,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def synchronise(self) -> None:
-        """Make the weights equal on all ranks (lines 8-12). Collective; does nothing where they are equal already."""
+        """Make the weights equal on all ranks, as at t in T_u. Collective; does nothing where they are equal already."""
         if self.is_synchronised or self._exchange is None:
             return
         buffers, denominator = self._buffers, self._denominator(is_floored=True)
@@ -181,7 +186,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         self._write_weights(weights)
 
     def _step_local(self, gradient: Tensor) -> None:
-        """A step off T_v (lines 4-6): only this rank's weights, momentum and u move."""
+        """A step off T_v: only this rank's weights, momentum and u move."""
         rate, decay = self._rate_and_decay()
         if rate == 0:
             return  # The momentum recovered from u would be 0 / 0, and unequal momenta would meet a step of T_v.

@@ -1,7 +1,7 @@
 """0/1 Adam written out plainly: all workers simulated in one process, loops over coordinates' blocks, no communication.
 
-Follows Algorithm 1 of arXiv:2202.06009 line by line with the deviations that finlora/train/zero_one_adam.py lists (their
-numbers stand in brackets). It shares no code with the product. `paper_compressor=True` undoes deviation 5, to measure it.
+Follows Algorithm 1 of arXiv:2202.06009 statement by statement with the deviations that finlora/train/zero_one_adam.py
+lists (their numbers stand in brackets). It shares no code with the product. `paper_compressor=True` undoes deviation 5, to measure it.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def run(
     history = []
 
     for t, learning_rate in enumerate(learning_rates, start=1):
-        g = [gradient(i, t, x[i]) for i in workers]  # line 3
+        g = [gradient(i, t, x[i]) for i in workers]
         rate = learning_rate / (1 - beta1**t)  # [2]
         shrink = 1 - learning_rate * weight_decay  # [9]
-        if t in t_v:  # lines 16-18, before the model moves [3]
+        if t in t_v:  # before the model moves [3]
             g_mean = sum(g[1:], g[0]) / num_workers
             v = beta2 * v + (1 - beta2) * g_mean * g_mean
             num_variance_updates += 1
@@ -86,19 +86,19 @@ def run(
 
         if t in t_v or learning_rate > 0:  # [9]
             for i in workers:
-                m[i] = beta1 * m[i] + (1 - beta1) * g[i]  # line 4
-                x[i] = shrink * x[i] - rate * m[i] / d  # line 5 [1]
-                u[i] = u[i] + rate * m[i]  # line 6 [1]
+                m[i] = beta1 * m[i] + (1 - beta1) * g[i]
+                x[i] = shrink * x[i] - rate * m[i] / d  # [1]
+                u[i] = u[i] + rate * m[i]  # [1]
             rate_sum, decay, since = rate_sum + rate, decay * shrink, since + 1
 
         if t in t_v:  # [4]: equal already, nothing to exchange
             last_synced, rate_sum, decay, since = x[0].clone(), 0.0, 1.0, 0
             u = [torch.zeros_like(start) for _ in workers]
-        elif since >= sync_interval(t):  # line 7
+        elif since >= sync_interval(t):  # t in T_u [8]
             weight = torch.ones_like(d) if paper_compressor else d  # [5]
             if num_workers == 1:
                 u_bar = u[0]  # [10]
-            else:  # line 8: 1bit-AllReduce, Algorithm 2
+            else:  # 1bit-AllReduce, in the two stages of 1-bit Adam [6]
                 total = torch.zeros_like(start)
                 for i in workers:
                     c = u[i] / weight + worker_error[i]
@@ -110,9 +110,9 @@ def run(
                 server_error = c - sent
                 u_bar = sent * weight
             for i in workers:
-                m[i] = u_bar / rate_sum  # line 9
-                x[i] = decay * last_synced - u_bar / d  # line 10
-                u[i] = torch.zeros_like(start)  # line 11
-            last_synced, rate_sum, decay, since = x[0].clone(), 0.0, 1.0, 0  # line 12
+                m[i] = u_bar / rate_sum  # [1]
+                x[i] = decay * last_synced - u_bar / d
+                u[i] = torch.zeros_like(start)
+            last_synced, rate_sum, decay, since = x[0].clone(), 0.0, 1.0, 0
         history.append([weights.clone() for weights in x])
     return history

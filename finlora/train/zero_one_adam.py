@@ -11,24 +11,21 @@ and tutorial (DeepSpeed 0.19.6, runtime/fp16/onebit/zoadam.py). Deviations, each
  1. x and u take the momentum that already holds g_i, as the authors' code does; with the older one, as stated, no gradient
     would ever reach x while every step synchronises. The sum of r covers u's steps, not step t' once more, as in that code.
  2. r_t = lr / (1 - b1^t), and v is divided by 1 - b2^(number of its updates): Adam's bias corrections. The paper and that
-    code have none: from v = 0 steps grow to 6.6 times Adam's (at step 12), and stay 1 / sqrt(1 - b2^n) times where v
-    freezes after n updates, out of which a short run never grows. D = sqrt(v) + eps, as in Adam.
- 3. v is updated before x moves, not after, as in Adam and that code. D still is constant between two synchronisations,
-    because T_v ends before the local steps begin.
+    code have none: steps grow to 6.6 times Adam's (at step 12) and stay 1 / sqrt(1 - b2^n) times where v freezes after n
+    updates. D = sqrt(v) + eps, as in Adam.
+ 3. v is updated before x moves, as in Adam and that code. T_v ends before local steps begin, so D is constant in them.
  4. At t in T_v the exact mean gradient G is on every rank, so m and x take it and the 1-bit exchange is left out, as in
     that code. Ranks are then equal by construction, and the first steps are plain Adam.
  5. The 1-bit exchange runs on u / D, the update, not on u. One scale then serves coordinates whose gradients differ by
     orders of magnitude (LoRA's A and B); a sign times mean |u| over a small D would throw the small ones far away. That
     code sends g until T_v ends, then u, and clears the errors between; here they are kept.
- 6. The scale is a mean over 512 elements of one parameter: 1.06 bits an element. That code takes the root mean square of a
-    whole parameter; the mean |x| is the scale that leaves the least error.
+ 6. The scale is a mean over 512 elements of one parameter: 1.06 bits an element; in that code, a parameter's root mean square.
  7. Off T_v, v is at least (1 - b2) times its mean over the block, which is what one gradient of typical size leaves
-    there; where v is 0 it is the mean itself. A frozen v cannot grow, so a coordinate that had next to no gradient before
-    the freeze would otherwise explode with the first one after it.
+    there; where v is 0 it is the mean itself. A frozen v cannot grow: without, such a coordinate's next gradient explodes.
  8. T_v: gaps 2^floor(j / 16), as there, until freeze_ratio * total_steps, at least 10 steps; the authors end it with the
     learning rate's warm-up. T_u: every step until then; the rest falls into equal spans with gaps 1, 2, 4, ...
-    max_local_steps. They double the gap as the learning rate decays, which would need the scheduler's future; their code
-    does so after a fixed count of steps, and may end between two synchronisations. Here the last step synchronises.
+    max_local_steps, and the last step synchronises. They double the gap as the learning rate decays, which would need the
+    scheduler's future; their code after a fixed count of steps.
  9. Decoupled weight decay, on x between and on x_t' at synchronisations. A step with lr = 0 off T_v changes nothing.
 10. One rank: nothing is sent, so nothing is compressed; all else is the same, and every gradient counts.
 """

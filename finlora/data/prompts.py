@@ -70,12 +70,12 @@ def completion(instruction: str, text: str) -> str:
 
 def sentiment_prompt(text: str, kind: Literal["news", "tweet"]) -> str:
     """Ask for one of three sentiments of a news sentence or a post."""
-    return completion(f"What is the sentiment of this {kind}? {_choose(SENTIMENTS)}", text)
+    return completion(f"What is the sentiment of this {kind}? {choose(SENTIMENTS)}", text)
 
 
 def seven_sentiment_prompt(text: str) -> str:
     """Ask for one of NWGI's seven grades of sentiment of a news text."""
-    return completion(f"What is the sentiment of this news? {_choose(SEVEN_SENTIMENTS)}", text)
+    return completion(f"What is the sentiment of this news? {choose(SEVEN_SENTIMENTS)}", text)
 
 
 def headline_prompt(headline: str, question: str) -> str:
@@ -85,7 +85,7 @@ def headline_prompt(headline: str, question: str) -> str:
         headline: the news headline.
         question: a key of HEADLINE_QUESTIONS.
     """
-    return completion(f"{HEADLINE_QUESTIONS[question]} {_choose(YES_NO)}", headline)
+    return completion(f"{HEADLINE_QUESTIONS[question]} {choose(YES_NO)}", headline)
 
 
 def entity_prompt(sentence: str, entity: str, paraphrase: int) -> str:
@@ -122,5 +122,6 @@ def xbrl_value_question(line_item: str, company: str, year: int) -> str:
     return f"What is the value of {company}'s {line_item} for the Fiscal Year ending in FY {year}?"
 
 
-def _choose(choices: Sequence[str]) -> str:
+def choose(choices: Sequence[str]) -> str:
+    """Return the sentence that names the allowed answers; it ends an instruction."""
     return "Please choose an answer from {" + "/".join(choices) + "}."

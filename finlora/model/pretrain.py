@@ -200,15 +200,16 @@ def _encode_stream(
     A self-supervised question is cut where its answer starts and both parts are encoded apart, as fine-tuning does:
     joined, the answer's first token would swallow the prompt's last space and be another one than is asked for later.
     """
+    cut = [text.rpartition(_ANSWER_MARK) for text in texts]
+    prompts = [before + mark if mark else answer for before, mark, answer in cut]
+    answers = [answer if mark else "" for _, mark, answer in cut]
+    # All at once: a call a text costs more than its tokens do.
+    encoded = (tokenizer(parts, add_special_tokens=False)["input_ids"] for parts in (prompts, answers))
     ids: list[int] = []
     weights: list[float] = []
-    for text in texts:
-        before, mark, answer = text.rpartition(_ANSWER_MARK)
-        prompt = before + mark if mark else text
-        parts = [tokenizer.encode(prompt, add_special_tokens=False)]
-        parts.append([*(tokenizer.encode(answer, add_special_tokens=False) if mark else []), tokenizer.eos_token_id])
-        ids += [tokenizer.bos_token_id, *parts[0], *parts[1]]
-        weights += [1.0] * (1 + len(parts[0])) + [answer_weight if mark else 1.0] * len(parts[1])
+    for prompt_ids, answer_ids, (_, mark, _) in zip(*encoded, cut, strict=True):
+        ids += [tokenizer.bos_token_id, *prompt_ids, *answer_ids, tokenizer.eos_token_id]
+        weights += [1.0] * (1 + len(prompt_ids)) + [answer_weight if mark else 1.0] * (len(answer_ids) + 1)
     return torch.tensor(ids, dtype=torch.long), torch.tensor(weights, dtype=torch.float32)
 
 

@@ -240,7 +240,17 @@ def _read(folder: Path) -> list[Result]:
 
 def _keep_settings(options: argparse.Namespace) -> None:
     """Refuse to mix runs of other settings into one output folder."""
-    free = {"parts", "seeds", "output", "source", "address", "jobs", "limit_minutes"}
+    free = {
+        "parts",
+        "seeds",
+        "output",
+        "source",
+        "address",
+        "jobs",
+        "limit_minutes",
+        "gpu_share",
+        "optimizer_gpu_share",
+    }
     asked = json.dumps({key: value for key, value in vars(options).items() if key not in free}, indent=1)
     file = options.output / "settings.json"
     if file.is_file() and file.read_text(encoding="utf-8") != asked:

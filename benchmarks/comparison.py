@@ -48,7 +48,8 @@ def compare_adapters(results: Sequence[Result], tasks: Sequence[str]) -> str:
     header = ["task", "model", "test examples", "accuracy %", "strict %", "weighted F1 %", "loss"]
     header += ["wall s", "peak GiB", "adapter MiB"]
     notes = (
-        "95 % intervals in brackets. Wall time counts start-up and waiting for a share of a GPU. * Part of the split.\n"
+        "95 % intervals in brackets. Wall time counts start-up and waiting for a share of a GPU; memory is summed over "
+        "workers. * Part of the split.\n"
     )
     return render_table("Base and adapters", header, rows) + "\n" + notes
 

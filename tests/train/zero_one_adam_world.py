@@ -112,6 +112,47 @@ def load(state: bytes) -> dict[str, Any]:
     return loaded
 
 
+def resume(
+    problem: Regression, worker: int, rates: list[float], state: bytes, stop: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, int, int]:
+    """Go on from the state saved after step `stop`, from parameters that hold nothing: weights, bytes, rounds at the end."""
+    parameters = parameters_of(torch.full_like(problem.start, float("nan")), dtype)
+    optimizer = make_optimizer(parameters)
+    optimizer.load_state_dict(load(state))
+    for step in range(stop + 1, len(rates) + 1):
+        take_step(problem, optimizer, parameters, worker, step, rates[step - 1])
+    return master_of(optimizer), optimizer.bytes_sent, optimizer.num_syncs
+
+
+def master_of(optimizer: ZeroOneAdam) -> Tensor:
+    """The 45 float32 weights without the padding between A and B."""
+    weights = optimizer.state_dict()["zero_one_adam"]["tensors"]["weights"]
+    return torch.cat([weights[:30], weights[32:47]])
+
+
+class SentBytes:
+    """Counts what this rank gives to collectives for the others, in bytes, by the tensors that it hands over."""
+
+    def __init__(self, world_size: int) -> None:
+        self.total, self._world_size = 0, world_size
+        self._all_to_all, self._all_gather = dist.all_to_all_single, dist.all_gather
+
+    def __enter__(self) -> SentBytes:
+        dist.all_to_all_single, dist.all_gather = self._count_all_to_all, self._count_all_gather
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        dist.all_to_all_single, dist.all_gather = self._all_to_all, self._all_gather
+
+    def _count_all_to_all(self, output: Tensor, values: Tensor, **options: Any) -> None:
+        self.total += values.nbytes * (self._world_size - 1) // self._world_size
+        self._all_to_all(output, values, **options)
+
+    def _count_all_gather(self, outputs: list[Tensor], values: Tensor, **options: Any) -> None:
+        self.total += values.nbytes * (self._world_size - 1)
+        self._all_gather(outputs, values, **options)
+
+
 def report_of_rank(rank: int, world_size: int, folder: str) -> None:
     """What one process of a world does; its findings go to FOLDER/<rank>.pt."""
     torch.set_num_threads(1)
@@ -125,16 +166,9 @@ def report_of_rank(rank: int, world_size: int, folder: str) -> None:
     report["padded"] = optimizer.state_dict()["zero_one_adam"]["tensors"]["v"].numel()
     report["states"] = states
 
-    resumed = {}
-    # The first state is taken at a synchronisation, the second between two.
-    for stop in (flags.index(True, 40) + 1, flags.index(False, 40) + 1):
-        parameters = parameters_of(torch.full_like(problem.start, float("nan")))
-        optimizer = make_optimizer(parameters)
-        optimizer.load_state_dict(load(states[stop - 1]))
-        for step in range(stop + 1, STEPS + 1):
-            take_step(problem, optimizer, parameters, rank, step, rates[step - 1])
-        resumed[stop] = (flat_of(parameters), optimizer.bytes_sent, optimizer.num_syncs)
-    report["resumed"] = resumed
+    # Before the freeze with errors to remember, at a synchronisation after it, and between two.
+    stops = (20, flags.index(True, 40) + 1, flags.index(False, 40) + 1)
+    report["resumed"] = {stop: resume(problem, rank, rates, states[stop - 1], stop) for stop in stops}
 
     between = flags.index(False, 40) + 1
     parameters = parameters_of(problem.start)
@@ -150,9 +184,11 @@ def report_of_rank(rank: int, world_size: int, folder: str) -> None:
     take_step(problem, optimizer, parameters, rank, 1, 0.01)
     report["after_unequal_start"] = flat_of(parameters)
 
-    weights, flags, optimizer, _ = train(problem, rank, learning_rates(100, 0.03), torch.bfloat16)
-    master = optimizer.state_dict()["zero_one_adam"]["tensors"]["weights"]
-    report["bf16"] = (torch.stack(weights), flags, torch.cat([master[:30], master[32:47]]))
+    weights, flags, optimizer, states = train(problem, rank, rates, torch.bfloat16)
+    tensors = optimizer.state_dict()["zero_one_adam"]["tensors"]
+    report["bf16"] = (torch.stack(weights), flags, master_of(optimizer))
+    report["bf16_state_dtypes"] = {name: tensor.dtype for name, tensor in tensors.items()}
+    report["bf16_resumed"] = resume(problem, rank, rates, states[between - 1], between, torch.bfloat16)[0]
 
     report["final_loss"] = {}
     for seed in SEEDS:
@@ -175,11 +211,12 @@ def report_of_rank(rank: int, world_size: int, folder: str) -> None:
     is_real[60:] = False
     exchange = OneBitExchange(is_real, BLOCK, None)
     rounds = []
-    for _ in range(3):
-        values = torch.randn(64, generator=generator) * is_real
-        old = (exchange.worker_error.clone(), exchange.server_error.clone())
-        rounds.append((values, *old, exchange.average(values), exchange.worker_error, exchange.server_error))
-    report["exchange"] = rounds
+    with SentBytes(world_size) as sent:
+        for _ in range(3):
+            values = torch.randn(64, generator=generator) * is_real
+            old = (exchange.worker_error.clone(), exchange.server_error.clone())
+            rounds.append((values, *old, exchange.average(values), exchange.worker_error, exchange.server_error))
+    report["exchange"], report["exchange_bytes"] = rounds, (exchange.bytes_sent, sent.total)
 
     torch.save(report, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

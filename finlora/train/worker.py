@@ -28,7 +28,6 @@ from finlora.errors import FinloraError
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.lora import attach_lora, trainable_parameters
 from finlora.results import Result, append_result
-from finlora.train.batches import PaddedBatches
 from finlora.train.checkpoint import CheckpointInfo, CheckpointSchedule, load_checkpoint, read_info, save_checkpoint
 from finlora.train.loop import AnswerLoss, Progress, count_steps, run_steps
 from finlora.train.optimizer import is_synchronised, make_optimizer
@@ -139,9 +138,7 @@ def _work(loop_config: dict[str, Any]) -> None:
             worker=worker,
             start_step=start_step,
             total_steps=total_steps,
-            batches=PaddedBatches(
-                micro_batch_size=config.train.micro_batch_size, pad_token_id=base.tokenizer.pad_token_id
-            ),
+            pad_token_id=base.tokenizer.pad_token_id,
             device=device,
             log_every_steps=config.train.log_every_steps,
             reduce_sum=_reduce_sum,

@@ -171,8 +171,9 @@ class TrainConfig:
     """bf16: DeepSpeed runs the forward pass under bf16 autocast, adapter and optimiser state stay float32."""
     max_failures: int = 3
     """How often Ray Train restarts failed workers from the last checkpoint before the run fails."""
-    checkpoint_every_steps: int | None = None
-    """Write a checkpoint each so many optimiser steps, besides the one an epoch. None: only the one an epoch."""
+    checkpoint_every_steps: int | None = 100
+    """Write a checkpoint each so many optimiser steps, besides the one an epoch, so that a crash costs minutes and not an
+    epoch. None: only the one an epoch. With 0/1 Adam it waits for the next step at which all workers agree."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept on disk; the adapter of the last step is always exported beside them."""
     log_every_steps: int = 10

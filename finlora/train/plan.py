@@ -13,7 +13,7 @@ from finlora.errors import ConfigError, ResourceError
 from finlora.model.activations import MemoryPlan, plan_memory
 from finlora.model.shapes import CUDA_CONTEXT_GIB, find_worst_micro_batch, read_shape
 from finlora.model.source import find_source
-from finlora.train.run import load_training_set
+from finlora.train.run import TrainingSet, load_training_set
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -50,13 +50,16 @@ class Verdict:
             raise ResourceError(self.words)
 
 
-def plan_run(config: RunConfig, gpu_memory_gib: float, num_gpus: int) -> Verdict:
+def plan_run(
+    config: RunConfig, gpu_memory_gib: float, num_gpus: int, training_set: TrainingSet | None = None
+) -> Verdict:
     """Forecast a run on its prepared data and compare it with the GPUs.
 
     Args:
         config: with absolute paths (`resolve_paths`).
         gpu_memory_gib: memory of one GPU, GiB = 2**30 bytes as the driver reports it.
         num_gpus: GPUs of the cluster; not looked at when train.device is `cpu`.
+        training_set: None: it is read and encoded here.
 
     Raises:
         ConfigError: gpu_memory_gib or num_gpus makes no sense.
@@ -68,7 +71,7 @@ def plan_run(config: RunConfig, gpu_memory_gib: float, num_gpus: int) -> Verdict
             f"found {gpu_memory_gib:g} GiB on {num_gpus} GPUs: expected more than {CUDA_CONTEXT_GIB} GiB on at least one."
         )
     shape = read_shape(find_source(config.model).folder)
-    lengths = [(item.num_tokens, len(item.answer_ids)) for item in load_training_set(config).encoded]
+    lengths = [(item.num_tokens, len(item.answer_ids)) for item in (training_set or load_training_set(config)).encoded]
     train = config.train
     workers_per_gpu = max(1, int(1 / train.gpus_per_worker)) if train.device == "cuda" else train.num_workers
     budget = gpu_memory_gib / min(workers_per_gpu, train.num_workers)
@@ -109,6 +112,26 @@ def plan_run(config: RunConfig, gpu_memory_gib: float, num_gpus: int) -> Verdict
         "examples make it fit. Use larger GPUs or a smaller base."
     )
     return Verdict(plan=plan, gpu_memory_gib=budget, fits=False, words=words, settings=())
+
+
+def explain_out_of_memory(config: RunConfig, found: str) -> ResourceError:
+    """Return what to say after a GPU ran out of memory in a step: the settings that save some, the least costly first.
+
+    Args:
+        found: torch's message; its first sentences say how much was asked for and free.
+    """
+    size = config.train.micro_batch_size
+    smaller = max((part for part in range(1, size) if size % part == 0), default=None)
+    mends = [
+        *(["train.gradient_checkpointing=true"] if not config.train.gradient_checkpointing else []),
+        *([f"train.micro_batch_size={smaller}"] if smaller else []),
+        *(["model.bits=4"] if config.model.bits != 4 else []),
+    ]
+    words = f"set {' or '.join(mends)}, under another `name`" if mends else "use a larger GPU or shorter examples"
+    return ResourceError(
+        f"a worker's GPU ran out of memory ({'. '.join(found.split('. ')[:3])}): {words}. `finlora plan` forecasts a run; "
+        "nothing else may use the GPU meanwhile."
+    )
 
 
 def find_memory_gib(device: str) -> float:

@@ -11,7 +11,15 @@ from rich.console import Console
 from finlora.errors import ConfigError, ResourceError
 from finlora.model.shapes import LLAMA_8B
 from finlora.train import plan as module
-from finlora.train.plan import REFERENCE_GPU_GIB, count_gpus, find_memory_gib, plan_run, render_plan
+from finlora.train.plan import (
+    REFERENCE_GPU_GIB,
+    count_gpus,
+    explain_out_of_memory,
+    find_memory_gib,
+    plan_run,
+    render_plan,
+)
+from finlora.train.run import load_training_set
 
 
 @pytest.fixture
@@ -147,3 +155,37 @@ def test_table_shows_every_part_and_the_longest_batch(make_8b):
 
 def test_plan_needs_no_ray():
     assert "ray" not in vars(module)
+
+
+def test_training_set_at_hand_is_not_read_again(make_8b, monkeypatch):
+    config = make_8b()
+    training_set, expected = load_training_set(config), plan_run(config, 47.4, 1)
+    monkeypatch.setattr(module, "load_training_set", lambda config: pytest.fail("it was read again"))
+    assert plan_run(config, 47.4, 1, training_set) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mend"),
+    [
+        (
+            ["model.bits=8", "train.micro_batch_size=4"],
+            "set train.gradient_checkpointing=true or train.micro_batch_size=2 or model.bits=4, under another `name`",
+        ),
+        (["model.bits=4", "train.micro_batch_size=1"], "set train.gradient_checkpointing=true, under another `name`"),
+        (
+            ["model.bits=4", "train.micro_batch_size=1", "train.gradient_checkpointing=true"],
+            "use a larger GPU or shorter examples",
+        ),
+    ],
+)
+def test_gpu_that_ran_out_of_memory_names_what_saves_some(make_8b, overrides, mend):
+    found = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 47.40 GiB of which 1.00 GiB is free. "
+        "Process 1 has 46.40 GiB memory in use. Of the allocated memory 45 GiB is allocated by PyTorch."
+    )
+    error = explain_out_of_memory(make_8b(*overrides), found)
+    assert isinstance(error, ResourceError)
+    assert (
+        f"Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 47.40 GiB of which 1.00 GiB is free): {mend}"
+        in str(error)
+    )

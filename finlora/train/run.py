@@ -5,6 +5,8 @@ Layout of OUTPUT_DIR/NAME:
     progress.jsonl     one Progress a line, appended by worker 0
     tensorboard/       the same numbers as TensorBoard events
     checkpoint_*/      Ray Train's checkpoints (finlora/train/checkpoint.py)
+    lock               held by the driver while the run goes on
+    stop               empty; a signal's name in it asks the workers to stop (finlora/train/stop.py)
     adapter/           PEFT's two files and config.yaml; finlora.yaml is written last and marks the run as finished
     results.jsonl      one Result of this training
 """
@@ -13,9 +15,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +32,7 @@ from finlora.config import RunConfig
 from finlora.configfile import config_to_tree, load_config, save_config
 from finlora.data.encode import Encoded, encode_examples
 from finlora.data.prepared import read_prepared
-from finlora.errors import ConfigError
+from finlora.errors import ConfigError, ResourceError
 from finlora.model.source import find_source
 from finlora.model.tokenizer import load_tokenizer
 from finlora.train.loop import Progress
@@ -37,6 +43,8 @@ _FREE_SETTINGS = {
     "data": ("dir", "max_test_examples"),
     "train": ("max_failures", "keep_checkpoints", "checkpoint_every_steps", "log_every_steps", "cpus_per_worker"),
 }
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +75,10 @@ class RunFolder:
     @property
     def results(self) -> Path:
         return self.root / "results.jsonl"
+
+    @property
+    def stop(self) -> Path:
+        return self.root / "stop"
 
     @property
     def config(self) -> Path:
@@ -178,6 +190,44 @@ def open_run(config: RunConfig) -> RunFolder:
             )
     save_config(config, folder.config)
     return folder
+
+
+def explain_full_disk(error: BaseException, folder: RunFolder) -> ResourceError | None:
+    """Return what to say where an error means that a file could not be written to its end; None for any other error.
+
+    torch and safetensors hide the system's error in words of their own, so their words have to be looked at.
+    """
+    words = ("No space left on device", "(os error ", "inline_container.cc")
+    if getattr(error, "errno", None) not in _FULL and not any(text in str(error) for text in words):
+        return None
+    return ResourceError(
+        f"a file of the run could not be written ({error}): make room below {folder.root} and in the temporary folder of "
+        "every node (TMPDIR). The checkpoints written before are whole: the same command goes on from the last one."
+    )
+
+
+@contextlib.contextmanager
+def claim_run(folder: RunFolder) -> Iterator[None]:
+    """Keep a second driver out of the folder while inside; the system frees the lock of a driver that was killed.
+
+    Raises:
+        ResourceError: another driver is at work in the folder; says where.
+    """
+    with (folder.root / "lock").open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise ResourceError(
+                f"{folder.root} is in use by {stream.read().strip()}: wait for that run to end or to stop, or choose another "
+                "`name`."
+            ) from None
+        except OSError:
+            pass  # A file system without locks, as some NFS mounts: nothing can be promised there.
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+        stream.flush()
+        yield
 
 
 def append_progress(folder: RunFolder, progress: Progress) -> None:

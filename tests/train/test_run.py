@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
+import resource
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from finlora.configfile import load_config
-from finlora.errors import ConfigError, DatasetError
+from finlora.errors import ConfigError, DatasetError, ResourceError
+from finlora.train.checkpoint import CheckpointInfo, save_checkpoint
 from finlora.train.loop import Progress
 from finlora.train.run import (
     RunFolder,
     append_progress,
+    claim_run,
     describe_run,
+    explain_full_disk,
     hash_run,
     load_training_set,
     open_run,
     read_progress,
     resolve_paths,
 )
+from finlora.train.wire import Wire
 
 
 def progress(step, loss=0.5):
@@ -182,3 +191,47 @@ def test_description_counts_examples_and_steps(make_config):
     assert "6 optimiser steps of 8 examples: 1 workers x micro-batch 4 x 2 accumulated" in text
     limited = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=4))
     assert "4 optimiser steps" in describe_run(limited, load_training_set(limited))
+
+
+def test_second_driver_is_kept_out_of_a_run(make_config):
+    folder = open_run(make_config())
+    words = rf"is in use by process {os.getpid()} on .*: wait for that run to end or to stop, or choose another `name`"
+    with claim_run(folder), pytest.raises(ResourceError, match=words), claim_run(folder):
+        pytest.fail("the folder was given twice")
+    with claim_run(folder):
+        assert (folder.root / "lock").read_text().startswith("process ")
+
+
+@pytest.fixture
+def small_files():
+    """Let no file grow past 8 KiB, which ends a write as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("kind", ["text", "torch", "safetensors", "checkpoint"])
+def test_write_that_did_not_fit_is_explained_whoever_wrote(kind, tmp_path, small_files):
+    tensors = {"a": torch.ones(100_000)}
+    parameters = {"a": torch.nn.Parameter(tensors["a"])}
+    info = CheckpointInfo(step=1, world_size=1, run_hash="abc")
+    writes = {
+        "text": lambda: (tmp_path / "file").write_text("x" * 100_000),
+        "torch": lambda: torch.save(tensors, tmp_path / "file"),
+        "safetensors": lambda: save_file(tensors, str(tmp_path / "file")),
+        "checkpoint": lambda: save_checkpoint(tmp_path / "c", 0, info, parameters, {"state": 1}, Wire()),
+    }
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - each library raises a kind of its own
+        writes[kind]()
+    said = explain_full_disk(caught.value, RunFolder(tmp_path))
+    assert isinstance(said, ResourceError)
+    assert f"make room below {tmp_path} and in the temporary folder" in str(said)
+    assert not (tmp_path / "c" / "manifest-0.json").exists()
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
+    folder = RunFolder(tmp_path)
+    assert explain_full_disk(OSError(errno.ENOSPC, "full"), folder) is not None
+    assert explain_full_disk(FileNotFoundError(errno.ENOENT, "missing"), folder) is None
+    assert explain_full_disk(RuntimeError("shapes differ"), folder) is None

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from finlora.errors import FinloraError
+from finlora.errors import FinloraError, StoppedError
 from finlora.terminal import describe_duration, open_bars, polling, show_error
 
 app = typer.Typer(
@@ -146,8 +146,11 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
                 )
                 bars.update(settings.name, last.step, last.total_steps, note)
 
+        def announce(line: str) -> None:
+            console.print(line, highlight=False, soft_wrap=True)
+
         with polling(show):
-            result = run_training(settings)
+            result = run_training(settings, announce)
     console.print(
         f"Adapter {result.adapter} ({result.adapter_mib:.2f} MiB): loss {result.metrics['loss_first']:.4f} -> "
         f"{result.metrics['loss_last']:.4f} in {describe_duration(result.wall_seconds or 0)}",
@@ -259,6 +262,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         app(args=list(arguments) if arguments is not None else None, standalone_mode=True)
+    except StoppedError as stop:
+        Console(stderr=True).print(str(stop), highlight=False, soft_wrap=True)
+        sys.exit(stop.exit_code)
     except FinloraError as error:
         show_error(error)
         sys.exit(error.exit_code)

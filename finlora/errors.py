@@ -7,7 +7,8 @@
     │   └── AdapterError          an adapter folder is missing, incomplete or made for something else
     ├── ResourceError       (5)   GPUs, memory or disk that the run needs are not there
     ├── CheckpointError     (6)   a checkpoint is missing, incomplete or of another run
-    └── ResultError         (7)   a results file cannot be read
+    ├── ResultError         (7)   a results file cannot be read
+    └── StoppedError              a signal ended a run at a checkpoint: 128 + the signal's number, as shells count
 
 A message has three parts: what was found, what was expected, and what to do.
 """
@@ -73,3 +74,13 @@ class ResultError(FinloraError):
     """A results file cannot be read back."""
 
     exit_code = 7
+
+
+class StoppedError(FinloraError):
+    """A run was asked to stop and did, leaving a checkpoint; 130 after SIGINT, 143 after SIGTERM."""
+
+    exit_code = 130
+
+    def __init__(self, message: str, exit_code: int = exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

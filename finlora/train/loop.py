@@ -94,15 +94,18 @@ def run_steps(
     log_every_steps: int,
     reduce_sum: Callable[[torch.Tensor], torch.Tensor],
     on_log: Callable[[Progress], None],
-    on_step_end: Callable[[int], None],
-) -> None:
+    on_step_end: Callable[[int], bool],
+) -> int:
     """Train from `start_step` to `total_steps`.
 
     Args:
         worker: this worker's rank in the data-parallel group.
         reduce_sum: sums a float tensor over all workers in place and returns it.
         on_log: called on every worker each `log_every_steps` steps and after the last one.
-        on_step_end: called on every worker with the number of steps done; checkpoints and stops belong here.
+        on_step_end: called on every worker with the number of steps done; writes checkpoints, returns whether to stop.
+
+    Returns:
+        The steps done: `total_steps`, or fewer after a stop.
 
     Raises:
         FinloraError: the loss is not finite.
@@ -129,7 +132,9 @@ def run_steps(
         done = step + 1
         if done % log_every_steps == 0 or done == total_steps:
             on_log(window.close(done, total_steps, sampler, learning_rate_at(step, total_steps, optim)))
-        on_step_end(done)
+        if on_step_end(done):
+            return done
+    return total_steps
 
 
 class _Window:

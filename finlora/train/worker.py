@@ -10,15 +10,17 @@ import dataclasses
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from finlora import cluster
@@ -29,25 +31,33 @@ from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.lora import attach_lora, trainable_parameters
 from finlora.results import Result, append_result
 from finlora.train.checkpoint import CheckpointInfo, CheckpointSchedule, load_checkpoint, read_info, save_checkpoint
-from finlora.train.loop import AnswerLoss, Progress, count_steps, run_steps
+from finlora.train.loop import AnswerLoss, count_steps, run_steps
 from finlora.train.optimizer import is_synchronised, make_optimizer
-from finlora.train.run import RunFolder, append_progress, hash_run, load_training_set, open_run
+from finlora.train.plan import count_gpus, explain_out_of_memory, plan_run
+from finlora.train.recorder import PUBLISHED, Recorder, reduce_sum
+from finlora.train.run import RunFolder, claim_run, explain_full_disk, hash_run, load_training_set, open_run
 from finlora.train.sampler import Sampler
+from finlora.train.snapshot import mend_snapshot
+from finlora.train.stop import StopRequest, describe_stop, stop_on_signals
 from finlora.train.summary import export_adapter, summarise_run
-from finlora.train.wire import Wire, WireClock, WireMeter
+from finlora.train.wire import WireClock, WireMeter
+
+_logger = logging.getLogger(__name__)
 
 
-def run_training(config: RunConfig) -> Result:
+def run_training(config: RunConfig, announce: Callable[[str], None] = _logger.warning) -> Result:
     """Train an adapter on the cluster that this process is connected to, or resume the run of that name.
 
     Args:
         config: with absolute paths (`resolve_paths`). Data, base files and the cluster's size are checked before any
             worker starts.
+        announce: shows the user a line, as when a signal was received.
 
     Returns:
         What the run brought, which is also appended to results.jsonl of its folder. The adapter is in NAME/adapter.
 
     Raises:
+        StoppedError: SIGINT or SIGTERM came, and the workers stopped at a checkpoint.
         FinloraError: as its kinds say; the error of a worker is raised here as it was raised there.
     """
     train = config.train
@@ -55,14 +65,32 @@ def run_training(config: RunConfig) -> Result:
     cluster.require(train.num_workers, train.cpus_per_worker, gpus)
     training_set = load_training_set(config)
     folder = open_run(config)
-    started = time.time()
-    trainer = TorchTrainer(
+    with claim_run(folder), stop_on_signals(folder.stop, announce):
+        for line in mend_snapshot(folder.root):
+            announce(line)
+        started = time.time()
+        try:
+            outcome = _fit(_make_trainer(config, folder))
+        except ray.train.TrainingFailedError as error:
+            raise _own_error(error, folder) from error
+        step, total_steps = outcome.return_value
+        if step < total_steps:
+            raise describe_stop(folder.stop, step, total_steps)
+        result = summarise_run(config, folder, training_set, time.time() - started, outcome.metrics or {})
+        append_result(folder.results, result)
+    return result
+
+
+def _make_trainer(config: RunConfig, folder: RunFolder) -> TorchTrainer:
+    train = config.train
+    gpus = {"GPU": train.gpus_per_worker} if train.device == "cuda" else {}
+    return TorchTrainer(
         _work,
         train_loop_config={"config": config_to_tree(config), "folder": str(folder.root)},
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=train.device == "cuda",
-            resources_per_worker={"CPU": train.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+            resources_per_worker={"CPU": train.cpus_per_worker} | gpus,
         ),
         torch_config=TorchConfig(backend=_collectives(config)),
         run_config=ray.train.RunConfig(
@@ -70,21 +98,41 @@ def run_training(config: RunConfig) -> Result:
             storage_path=config.output_dir,
             failure_config=FailureConfig(max_failures=train.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
+            callbacks=[_GiveUp()],
         ),
     )
-    try:
-        outcome = trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _own_error(error) from error
-    result = summarise_run(config, folder, training_set, time.time() - started, outcome.metrics or {})
-    append_result(folder.results, result)
-    return result
 
 
-def _work(loop_config: dict[str, Any]) -> None:
-    """Body of one Ray Train worker."""
+def _fit(trainer: TorchTrainer) -> ray.train.Result:
+    """Run the trainer in a thread of its own: in the main one it would take over Ctrl-C and kill the workers with it."""
+    future: Future[ray.train.Result] = Future()
+
+    def fit() -> None:
+        try:
+            future.set_result(trainer.fit())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A daemon, so that a second Ctrl-C does not wait for it.
+    threading.Thread(target=fit, daemon=True).start()
+    return future.result()
+
+
+def _work(loop_config: dict[str, Any]) -> tuple[int, int]:
+    """Body of one Ray Train worker; returns the steps done and those of the whole run."""
     config = config_from_tree(loop_config["config"])
     folder = RunFolder(Path(loop_config["folder"]))
+    try:
+        return _train(config, folder)
+    except torch.cuda.OutOfMemoryError as error:
+        raise explain_out_of_memory(config, str(error)) from error
+    except Exception as error:
+        if said := explain_full_disk(error, folder):
+            raise said from error
+        raise
+
+
+def _train(config: RunConfig, folder: RunFolder) -> tuple[int, int]:
     context = ray.train.get_context()
     worker, world_size = context.get_world_rank(), context.get_world_size()
     device = _choose_device(config)
@@ -97,6 +145,9 @@ def _work(loop_config: dict[str, Any]) -> None:
         seed=config.seed,
     )
     total_steps = count_steps(sampler, config.train.epochs, config.train.max_steps)
+    if device.type == "cuda":
+        memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
+        plan_run(config, memory_gib, count_gpus(config), training_set).require_fit()
     with quiet_bitsandbytes():
         base = load_base(config.model, config.model.bits, device, config.seed)
         model = attach_lora(base.model, config.lora, config.model.base, config.seed)
@@ -114,23 +165,34 @@ def _work(loop_config: dict[str, Any]) -> None:
             with checkpoint.as_directory() as path:
                 start_step = read_info(Path(path), info.run_hash, world_size).step
                 meter.resume(load_checkpoint(Path(path), worker, parameters, optimizer))
-        record = _Recorder(config, folder, worker, lambda: meter.read(optimizer))
+        publish = _make_gauges(config, worker)
+        record = Recorder(folder, worker, world_size, lambda: meter.read(optimizer), publish)
         schedule = CheckpointSchedule(
             steps_per_epoch=sampler.steps_per_epoch,
             total_steps=total_steps,
             every_steps=config.train.checkpoint_every_steps,
         )
 
+        stop = StopRequest(folder.stop, worker, world_size)
+        if stop.is_asked():
+            return start_step, total_steps
+
+        def end_step(step: int) -> bool:
+            is_agreed = is_synchronised(optimizer)
+            is_due = schedule.is_due(step, is_synchronised=is_agreed)
+            is_stop = is_agreed and step < total_steps and stop.is_asked()
+            if is_due or is_stop:
+                save(step)
+            return is_stop
+
         def save(step: int) -> None:
-            if not schedule.is_due(step, is_synchronised=is_synchronised(optimizer)):
-                return
             with tempfile.TemporaryDirectory(prefix="finlora-checkpoint-") as path:
                 here = dataclasses.replace(info, step=step)
                 state = optimizer.state_dict()
                 save_checkpoint(Path(path), worker, here, parameters, state, meter.read(optimizer))
                 ray.train.report(record.metrics, checkpoint=ray.train.Checkpoint.from_directory(path))
 
-        run_steps(
+        done = run_steps(
             engine,
             training_set.encoded,
             sampler,
@@ -141,13 +203,14 @@ def _work(loop_config: dict[str, Any]) -> None:
             pad_token_id=base.tokenizer.pad_token_id,
             device=device,
             log_every_steps=config.train.log_every_steps,
-            reduce_sum=_reduce_sum,
+            reduce_sum=reduce_sum,
             on_log=record,
-            on_step_end=save,
+            on_step_end=end_step,
         )
         record.close()
-        if worker == 0:
+        if worker == 0 and done == total_steps:
             export_adapter(config, folder, base, model, training_set)
+    return done, total_steps
 
 
 def _choose_device(config: RunConfig) -> torch.device:
@@ -195,60 +258,39 @@ def _make_engine(module: AnswerLoss, optimizer: torch.optim.Optimizer, config: R
     return engine
 
 
-def _reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    torch.distributed.all_reduce(values)
-    return values
+def _make_gauges(config: RunConfig, worker: int) -> Callable[[dict[str, float]], None]:
+    """Return what sets this worker's numbers in Ray's metrics."""
+    from ray.util.metrics import Gauge
+
+    gauges = {name: Gauge(f"finlora_train_{name}", tag_keys=("run", "worker")) for name in PUBLISHED}
+
+    def publish(values: dict[str, float]) -> None:
+        for name, value in values.items():
+            gauges[name].set(value, tags={"run": config.name, "worker": str(worker)})
+
+    return publish
 
 
-class _Recorder:
-    """Sends each Progress to the run folder and TensorBoard (worker 0) and to Ray's metrics (all workers)."""
+class _GiveUp(UserCallback):  # type: ignore[misc]
+    """Ends the run at an error that FinLoRA raised on purpose: workers started again would only meet it again.
 
-    def __init__(self, config: RunConfig, folder: RunFolder, worker: int, read_wire: Callable[[], Wire]) -> None:
-        from ray.util.metrics import Gauge
+    Ray Train calls it in its controller, before it decides on a restart, and does not restart after an error in here.
+    """
 
-        self.folder, self.worker, self.read_wire = folder, worker, read_wire
-        self.num_workers = config.train.num_workers
-        self.metrics: dict[str, Any] = {}
-        tags = {"run": config.name, "worker": str(worker)}
-        names = ("loss", "learning_rate", "tokens_per_second", "examples_per_second", "memory_gib", "step")
-        self.gauges = {name: Gauge(f"finlora_train_{name}", tag_keys=("run", "worker")) for name in names}
-        for gauge in self.gauges.values():
-            gauge.set_default_tags(tags)
-        self.writer: Any = None
-        if worker == 0:
-            from tensorboardX import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder.root / "tensorboard"))
-
-    def __call__(self, progress: Progress) -> None:
-        values = dataclasses.asdict(progress)
-        wire = dataclasses.asdict(self.read_wire())
-        shared = torch.zeros(self.num_workers, 1 + len(wire), dtype=torch.float64)
-        shared[self.worker] = torch.tensor([progress.memory_gib, *wire.values()], dtype=torch.float64)
-        if torch.distributed.get_backend() == "nccl":
-            shared = shared.cuda()
-        memory, *columns = _reduce_sum(shared).T.tolist()
-        self.metrics = values | {
-            "memory_gib": sum(memory),
-            "wire": [dict(zip(wire, row, strict=True)) for row in zip(*columns, strict=True)],
-        }
-        for name, gauge in self.gauges.items():
-            gauge.set(values[name])
-        if self.worker == 0:
-            append_progress(self.folder, dataclasses.replace(progress, memory_gib=self.metrics["memory_gib"]))
-            for name in self.gauges:
-                self.writer.add_scalar(f"train/{name}", self.metrics[name], progress.step)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for failure in worker_exceptions.values():
+            cause = getattr(failure, "cause", None) or failure
+            if isinstance(cause, FinloraError):
+                raise cause
 
 
-def _own_error(error: Exception) -> Exception:
-    """Return the first FinloraError of the workers, or the error itself when none of ours caused it."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for failure in [*failures.values(), error.__cause__]:
+def _own_error(error: Exception, folder: RunFolder) -> Exception:
+    """Return the first FinloraError of workers and controller, or the error itself when none of ours caused it."""
+    failures = list((getattr(error, "worker_failures", None) or {}).values())
+    for failure in [*failures, getattr(error, "controller_failure", None), error.__cause__]:
         cause = getattr(failure, "cause", None) or failure
         if isinstance(cause, FinloraError):
             return cause
+        if cause is not None and (said := explain_full_disk(cause, folder)):
+            return said
     return error

@@ -176,7 +176,7 @@ def measure_case(case: Case, device_name: str) -> dict[str, Any]:
 def _train(net: Any, case: Case, config: RunConfig, device: Any, folder: Path) -> dict[str, Any]:
     import torch
 
-    from finlora.data.encode import IGNORED
+    from finlora.data.encode import IGNORED, Batch
     from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
     from finlora.train.loop import AnswerLoss
     from finlora.train.optimizer import make_optimizer
@@ -197,13 +197,14 @@ def _train(net: Any, case: Case, config: RunConfig, device: Any, folder: Path) -
     end = length * 3 // 4
     mask[1:, end:] = 0
     labels[:, end - LABELS_A_ROW : end] = input_ids[:, end - LABELS_A_ROW : end]
+    batch = Batch(input_ids, mask, labels, int(mask.sum()))
     seconds = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for _ in range(STEPS):
         started = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
-            loss = loss_of(input_ids, mask, labels)
+            loss = loss_of(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # DeepSpeed keeps gradients between steps too

@@ -167,6 +167,22 @@ class TrainConfig:
     """Stop after so many optimiser steps. None: epochs decide."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    packing: bool = True
+    """Train on examples laid end to end instead of padded rows: the same result, without padding. False: padded rows through
+    transformers' own forward pass. Models that cannot run packed fall back to it and say why."""
+    share_prefix: bool = True
+    """Packing computes the tokens that all prompts of a pack begin with once. Exact but for dropout, whose masks on these
+    tokens the examples of a pack then share."""
+    max_pack_tokens: int = 16384
+    """Most tokens a pack; fewer are taken where the memory asks for it. A longer example is a pack of its own."""
+    recompute: Literal["auto", "none", "mlp", "layer"] = "auto"
+    """Activations that packing computes again in the backward pass: none, those of the MLP (about a quarter more time), or
+    the whole layer (half more). auto: the fastest that fits the memory, by forecast."""
+    unpack_weights: Literal["auto", "always", "never"] = "auto"
+    """Packing may hold 4-bit weights unpacked in bfloat16: the same numbers in four times the memory, and no unpacking at
+    each product. auto: where that fits and is faster, by forecast."""
+    memory_gib: float | None = None
+    """GPU memory that a worker may use. None: the GPU's, or the share that gpus_per_worker gives."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: DeepSpeed runs the forward pass under bf16 autocast, adapter and optimiser state stay float32."""
     max_failures: int = 3
@@ -200,6 +216,11 @@ class TrainConfig:
                 (
                     self.checkpoint_every_steps is None or self.checkpoint_every_steps >= 1,
                     f"checkpoint_every_steps={self.checkpoint_every_steps}: expected at least 1, or null",
+                ),
+                (self.max_pack_tokens >= 1, f"max_pack_tokens={self.max_pack_tokens}: expected at least 1"),
+                (
+                    self.memory_gib is None or self.memory_gib > 0,
+                    f"memory_gib={self.memory_gib}: expected more than 0, or null",
                 ),
                 (self.max_failures >= 0, f"max_failures={self.max_failures}: expected at least 0"),
                 (self.gpus_per_worker > 0, f"gpus_per_worker={self.gpus_per_worker}: expected more than 0"),

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _Reader = Callable[[str, torch.Size], torch.Tensor]
+Int8Rows = tuple[torch.Tensor, torch.Tensor]
+"""int8 values (N, K) and the float32 magnitude (N,) that 127 stands for in each row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int) -
             "model.tokenizer does not belong to model.base."
         )
     if device.type == "cuda":
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
     try:
         net = _build(source, model, bits, device, seed)
@@ -111,6 +114,31 @@ def measure_weights(net: nn.Module) -> int:
         if isinstance(scales, torch.Tensor):
             total += scales.numel() * scales.element_size()
     return total
+
+
+def unpack_nf4(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """Return the (N, K) weight of a 4-bit layer in `dtype`; the values are the ones its own products use."""
+    import bitsandbytes as bnb
+
+    weight = layer.weight
+    unpacked: torch.Tensor = bnb.functional.dequantize_4bit(weight.data.view(-1, 1), weight.quant_state)
+    return unpacked.to(dtype)
+
+
+def read_int8(layers: Sequence[Any]) -> Int8Rows:
+    """Join the rows of 8-bit layers of one input into one matrix; each layer keeps a view of its own rows."""
+    parts = []
+    for layer in layers:
+        holder = layer.weight if layer.weight.CB is not None else layer.state
+        parts.append((holder.CB, holder.SCB))
+    values, scales = (torch.cat(part) if len(layers) > 1 else part[0] for part in zip(*parts, strict=True))
+    start = 0
+    for layer, (own, _) in zip(layers, parts, strict=True):
+        rows = slice(start, start + own.shape[0])
+        holder = layer.weight if layer.weight.CB is not None else layer.state
+        layer.weight.data, holder.CB, holder.SCB = values[rows], values[rows], scales[rows]
+        start = rows.stop
+    return values, scales
 
 
 @contextmanager

@@ -91,22 +91,26 @@ def read_shape(folder: Path) -> LlamaShape:
     """
     path = folder / "config.json"
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        heads = int(values["num_attention_heads"])
-        return LlamaShape(
-            hidden_size=int(values["hidden_size"]),
-            intermediate_size=int(values["intermediate_size"]),
-            num_layers=int(values["num_hidden_layers"]),
-            num_heads=heads,
-            num_kv_heads=int(values.get("num_key_value_heads") or heads),
-            head_dim=int(values.get("head_dim") or int(values["hidden_size"]) // heads),
-            vocab_size=int(values["vocab_size"]),
-            is_tied=bool(values.get("tie_word_embeddings", False)),
-        )
+        return shape_of(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{path} gives no Llama shape ({error!r}): expected config.json of a Hugging Face Llama folder."
         ) from error
+
+
+def shape_of(values: dict[str, Any]) -> LlamaShape:
+    """Read the shape from the entries of config.json, as transformers' config.to_dict() gives them too."""
+    heads = int(values["num_attention_heads"])
+    return LlamaShape(
+        hidden_size=int(values["hidden_size"]),
+        intermediate_size=int(values["intermediate_size"]),
+        num_layers=int(values["num_hidden_layers"]),
+        num_heads=heads,
+        num_kv_heads=int(values.get("num_key_value_heads") or heads),
+        head_dim=int(values.get("head_dim") or int(values["hidden_size"]) // heads),
+        vocab_size=int(values["vocab_size"]),
+        is_tied=bool(values.get("tie_word_embeddings", False)),
+    )
 
 
 def count_weight_bytes(shape: LlamaShape, bits: Bits, element_bytes: int = 2) -> int:

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from finlora.config import OptimConfig
-from finlora.data.encode import IGNORED, Encoded, collate
+from finlora.data.encode import IGNORED, Batch, Encoded
+from finlora.data.packing import Pack
 from finlora.errors import FinloraError
+from finlora.train.batches import Batches
 from finlora.train.optimizer import learning_rate_at
 from finlora.train.sampler import Sampler
 
@@ -29,7 +31,7 @@ class TrainEngine(Protocol):
 
     optimizer: torch.optim.Optimizer
 
-    def __call__(self, *args: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, batch: Batch | Pack) -> torch.Tensor: ...
 
     def backward(self, loss: torch.Tensor, scale_wrt_gas: bool = True) -> Any: ...
 
@@ -56,7 +58,10 @@ class Progress:
 
 
 class AnswerLoss(nn.Module):
-    """Summed cross entropy over the answer tokens; the output head runs only at places that carry a label.
+    """Summed cross entropy over the answer tokens of a padded batch, through transformers' and PEFT's own forward pass.
+
+    The output head runs only at places that carry a label. This is the plain path: the reference of
+    finlora/model/packed.py, and what trains a model that cannot run packed.
 
     Shapes: input_ids, attention_mask, labels (B, T); the head sees (N, hidden) for N labelled places.
     """
@@ -65,10 +70,12 @@ class AnswerLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(self, batch: Batch) -> torch.Tensor:
         llama = self.model.get_base_model()
-        hidden = llama.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        targets = labels[:, 1:]
+        hidden = llama.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        ).last_hidden_state
+        targets = batch.labels[:, 1:]
         has_label = targets != IGNORED
         logits = llama.lm_head(hidden[:, :-1][has_label])
         return nn.functional.cross_entropy(logits.float(), targets[has_label], reduction="sum")
@@ -89,7 +96,7 @@ def run_steps(
     worker: int,
     start_step: int,
     total_steps: int,
-    pad_token_id: int,
+    batches: Batches,
     device: torch.device,
     log_every_steps: int,
     reduce_sum: Callable[[torch.Tensor], torch.Tensor],
@@ -100,6 +107,7 @@ def run_steps(
 
     Args:
         worker: this worker's rank in the data-parallel group.
+        batches: cuts this worker's share of a global batch into forward passes and assembles each.
         reduce_sum: sums a float tensor over all workers in place and returns it.
         on_log: called on every worker each `log_every_steps` steps and after the last one.
         on_step_end: called on every worker with the number of steps done; writes checkpoints, returns whether to stop.
@@ -118,12 +126,11 @@ def run_steps(
             group["lr"] = learning_rate_at(step, total_steps, optim)
         # Dropout depends on seed, step and worker alone, so a resumed run draws the same masks without saved states.
         torch.manual_seed((sampler.seed * 1_000_003 + step) * 4_099 + worker)
-        for indices in sampler.micro_batches(batch, worker):
-            micro_batch = collate([examples[index] for index in indices], pad_token_id)
+        for indices in batches.cut(sampler.share(batch, worker)):
+            micro_batch = batches.assemble([examples[index] for index in indices])
             window.num_tokens += micro_batch.num_tokens
             window.num_examples += len(indices)
-            micro_batch = micro_batch.to(device)
-            loss = engine(micro_batch.input_ids, micro_batch.attention_mask, micro_batch.labels)
+            loss = engine(micro_batch.to(device))
             # The engine averages gradients over workers; times world_size turns the mean back into the sum we divide.
             engine.backward(loss * (sampler.world_size / num_targets), scale_wrt_gas=False)
             window.loss_sum += loss.detach().double() / num_targets

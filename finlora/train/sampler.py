@@ -38,7 +38,6 @@ class Sampler:
         start = position * self.global_batch_size
         return [int(index) for index in order[start : start + self.global_batch_size]]
 
-    def micro_batches(self, batch: list[int], worker: int) -> list[list[int]]:
-        """Return one worker's share of a global batch, cut into micro-batches; empty when the batch ran out before it."""
-        share = batch[worker :: self.world_size]
-        return [share[start : start + self.micro_batch_size] for start in range(0, len(share), self.micro_batch_size)]
+    def share(self, batch: list[int], worker: int) -> list[int]:
+        """Return one worker's share of a global batch; empty when the batch ran out before it."""
+        return batch[worker :: self.world_size]

@@ -30,6 +30,7 @@ from finlora.errors import FinloraError
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.lora import attach_lora, trainable_parameters
 from finlora.results import Result, append_result
+from finlora.train.batches import PaddedBatches
 from finlora.train.checkpoint import CheckpointInfo, CheckpointSchedule, load_checkpoint, read_info, save_checkpoint
 from finlora.train.loop import AnswerLoss, count_steps, run_steps
 from finlora.train.optimizer import is_synchronised, make_optimizer
@@ -200,7 +201,9 @@ def _train(config: RunConfig, folder: RunFolder) -> tuple[int, int]:
             worker=worker,
             start_step=start_step,
             total_steps=total_steps,
-            pad_token_id=base.tokenizer.pad_token_id,
+            batches=PaddedBatches(
+                micro_batch_size=config.train.micro_batch_size, pad_token_id=base.tokenizer.pad_token_id
+            ),
             device=device,
             log_every_steps=config.train.log_every_steps,
             reduce_sum=reduce_sum,

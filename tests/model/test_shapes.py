@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finlora.config import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from finlora.data.encode import Batch
 from finlora.errors import ModelError
 from finlora.model.activations import count_saved_bytes, count_step_peak_bytes, plan_memory
 from finlora.model.base import load_base, measure_weights, quiet_bitsandbytes
@@ -205,7 +206,7 @@ def test_activations_match_every_byte_that_a_step_holds(load_random, bits, check
             held = HeldBytes()
             with held:
                 with torch.autocast("cpu", torch.bfloat16):
-                    loss = module(input_ids, mask, labels)
+                    loss = module(Batch(input_ids, mask, labels, B * T))
                 saved = held.now
                 loss.backward()
     config = RunConfig(model=ModelConfig(bits=bits), train=TrainConfig(gradient_checkpointing=checkpointing))

@@ -13,6 +13,7 @@ from finlora.data.encode import Encoded, collate
 from finlora.errors import FinloraError
 from finlora.model.base import load_base
 from finlora.model.lora import attach_lora, trainable_parameters
+from finlora.train.batches import PaddedBatches
 from finlora.train.loop import AnswerLoss, count_steps, measure_memory_gib, run_steps
 from finlora.train.optimizer import learning_rate_at, make_optimizer
 from finlora.train.sampler import Sampler
@@ -31,9 +32,9 @@ class PlainEngine:
         self.gradients = []
         self.num_forwards = 0
 
-    def __call__(self, *tensors):
+    def __call__(self, batch):
         self.num_forwards += 1
-        return self.module(*tensors)
+        return self.module(batch)
 
     def backward(self, loss, scale_wrt_gas=True):
         assert scale_wrt_gas is False
@@ -78,7 +79,7 @@ def run(engine, sampler, *, worker=0, steps=(0, 1), optim=None, examples=EXAMPLE
         worker=worker,
         start_step=steps[0],
         total_steps=steps[1],
-        pad_token_id=PAD,
+        batches=PaddedBatches(micro_batch_size=sampler.micro_batch_size, pad_token_id=PAD),
         device=CPU,
         log_every_steps=log_every_steps,
         reduce_sum=reduce_sum or (lambda values: values),
@@ -256,7 +257,7 @@ def test_answer_loss_is_the_sum_over_answer_tokens(model):
     batch = collate(EXAMPLES[:3], PAD)
     loss, _ = reference(model, [0, 1, 2])
     num_targets = sum(len(item.answer_ids) for item in EXAMPLES[:3])
-    own = AnswerLoss(model)(batch.input_ids, batch.attention_mask, batch.labels)
+    own = AnswerLoss(model)(batch)
     assert float(own.detach()) == pytest.approx(loss * num_targets, rel=1e-5)
 
 
@@ -269,7 +270,7 @@ def test_padding_does_not_change_the_loss(model):
         labels=torch.nn.functional.pad(batch.labels, (0, 7), value=-100),
     )
     with torch.no_grad():
-        losses = [float(AnswerLoss(model)(b.input_ids, b.attention_mask, b.labels)) for b in (batch, wider)]
+        losses = [float(AnswerLoss(model)(b)) for b in (batch, wider)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 

@@ -20,13 +20,12 @@ def make(num_examples=37, world_size=1, seed=3, global_batch_size=8, micro_batch
 
 
 def seen(sampler, steps):
-    """Return the examples of all workers' micro-batches over some steps."""
+    """Return the examples of all workers over some steps."""
     return [
         index
         for step in steps
         for worker in range(sampler.world_size)
-        for micro_batch in sampler.micro_batches(sampler.global_batch(step), worker)
-        for index in micro_batch
+        for index in sampler.share(sampler.global_batch(step), worker)
     ]
 
 
@@ -56,19 +55,17 @@ def test_last_batch_of_an_epoch_holds_what_is_left():
 def test_workers_beyond_a_small_batch_get_nothing():
     sampler = make(num_examples=33, world_size=4)
     batch = sampler.global_batch(4)
-    assert [sampler.micro_batches(batch, worker) for worker in range(4)] == [[batch], [], [], []]
+    assert [sampler.share(batch, worker) for worker in range(4)] == [batch, [], [], []]
 
 
 def test_shares_of_workers_differ_by_one_example_at_most():
     sampler = make(num_examples=39, world_size=4)
-    sizes = [sum(map(len, sampler.micro_batches(sampler.global_batch(4), worker))) for worker in range(4)]
+    sizes = [len(sampler.share(sampler.global_batch(4), worker)) for worker in range(4)]
     assert sizes == [2, 2, 2, 1]
 
 
-def test_micro_batches_have_their_size_and_number():
-    sampler = make(world_size=2)
-    assert sampler.num_micro_batches == 2
-    assert [len(micro_batch) for micro_batch in sampler.micro_batches(sampler.global_batch(0), 1)] == [2, 2]
+def test_accumulation_follows_from_batch_micro_batch_and_workers():
+    assert make(world_size=2).num_micro_batches == 2
 
 
 def test_order_changes_with_epoch_and_seed_and_repeats_for_both():

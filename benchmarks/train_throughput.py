@@ -1,0 +1,297 @@
+"""Training speed and memory of FinLoRA's packed loop beside plain transformers + PEFT + bitsandbytes, at true Llama shapes.
+
+    python benchmarks/train_throughput.py --data ~/finlora/data --base ~/llama-8b --tokenizer ~/llama-8b/tokenizer.model
+    python benchmarks/train_throughput.py --works 8b-4bit-r4-ner-16 --sides finlora --memory-gb 10
+    python benchmarks/train_throughput.py --works tiny-4bit-r4-synthetic_sentiment-4 --device cpu --steps 2 --repeats 1
+
+A work is SIZE-BITSbit-rRANK-TASK-BATCH[xACCUMULATION]; the global batch is BATCH x ACCUMULATION examples. Weights are random,
+prompts are real: the prepared task's train split with the base's tokenizer. Each side runs in a process of its own, on the
+same steps of the same sampler. GB = 1e9 bytes, as torch.cuda.max_memory_allocated counts them. The share of the roof is
+4 x parameters of the decoder layers x real tokens / time, over the rate of a large bf16 product measured in the same process:
+forward pass and activation gradient; tokens that a shared prefix spares count as done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finlora.errors import ConfigError
+
+WORKS = (
+    "8b-4bit-r4-ner-16",
+    "8b-4bit-r4-fpb-16",
+    "8b-8bit-r8-ner-16",
+    "8b-4bit-r4-xbrl_tags+xbrl_values-2x2",
+    "70b-4bit-r4-ner-4x4",
+)
+SIDES = ("plain", "plain-checkpointing", "finlora")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One row of the table."""
+
+    name: str
+    size: str
+    bits: int
+    lora_rank: int
+    tasks: tuple[str, ...]
+    micro_batch: int
+    accumulation: int
+
+
+def parse_work(name: str) -> Work:
+    """Read a work from its name.
+
+    Raises:
+        ConfigError: the name is not of the form that the module describes.
+    """
+    match = re.fullmatch(r"(8b|70b|tiny)-(16|8|4)bit-r(\d+)-([a-z_+]+)-(\d+)(?:x(\d+))?", name)
+    if match is None:
+        raise ConfigError(
+            f"work {name!r}: expected SIZE-BITSbit-rRANK-TASK-BATCH[xACCUMULATION], e.g. 8b-4bit-r4-ner-16"
+        )
+    size, bits, lora_rank, tasks, batch, accumulation = match.groups()
+    return Work(
+        name=name,
+        size=size,
+        bits=int(bits),
+        lora_rank=int(lora_rank),
+        tasks=tuple(tasks.split("+")),
+        micro_batch=int(batch),
+        accumulation=int(accumulation or 1),
+    )
+
+
+class PlainEngine:
+    """What the loop needs of an engine, without DeepSpeed: one GPU has nothing to reduce."""
+
+    def __init__(self, module: Any, optimizer: Any, device: Any, max_grad_norm: float) -> None:
+        self.module, self.optimizer, self.device, self.max_grad_norm = module, optimizer, device, max_grad_norm
+
+    def __call__(self, batch: Any) -> Any:
+        import torch
+
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self.module(batch)
+
+    def backward(self, loss: Any, scale_wrt_gas: bool = True) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        import torch
+
+        parameters = self.optimizer.param_groups[0]["params"]
+        torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def full_loss(model: Any) -> Callable[[Any], Any]:
+    """Return transformers' own loss over the whole vocabulary at every position, as its Trainer computes it."""
+
+    def loss_of(batch: Any) -> Any:
+        out = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
+        )
+        return out.loss * int((batch.labels != -100).sum())
+
+    return loss_of
+
+
+def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train `repeats` windows of `steps` steps and return their speeds, after two warm-up windows."""
+    import torch
+
+    from finlora.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+    from finlora.model.base import load_base, quiet_bitsandbytes
+    from finlora.model.lora import attach_lora, trainable_parameters
+    from finlora.train.batches import PaddedBatches
+    from finlora.train.loop import run_steps
+    from finlora.train.optimizer import make_optimizer
+    from finlora.train.packed import choose_packed
+    from finlora.train.run import load_training_set
+    from finlora.train.sampler import Sampler
+
+    device = torch.device(arguments.device)
+    config = RunConfig(
+        model=ModelConfig(
+            base=str(arguments.base / work.size if (arguments.base / work.size).is_dir() else arguments.base),
+            tokenizer=arguments.tokenizer and str(arguments.tokenizer),
+            weights="random",
+            bits=work.bits,  # type: ignore[arg-type]
+        ),
+        lora=LoraConfig(rank=work.lora_rank),
+        data=DataConfig(tasks=work.tasks, dir=str(arguments.data)),
+        train=TrainConfig(
+            device=arguments.device,
+            micro_batch_size=work.micro_batch,
+            global_batch_size=work.micro_batch * work.accumulation,
+            memory_gib=arguments.memory_gb and arguments.memory_gb * 1e9 / 2**30,
+            recompute=arguments.recompute,
+            unpack_weights=arguments.unpack_weights,
+        ),
+    )
+    training_set = load_training_set(config)
+    sampler = Sampler(
+        num_examples=len(training_set.encoded),
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        world_size=1,
+        seed=config.seed,
+    )
+    with quiet_bitsandbytes(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        base = load_base(config.model, config.model.bits, device, seed=0)
+        model = attach_lora(base.model, config.lora, config.model.base, 0)
+        parameters = list(trainable_parameters(model).values())
+        total = arguments.steps * (2 + arguments.repeats)
+        optimizer = make_optimizer(parameters, config.optim, total)
+        notes = ""
+        if side == "finlora":
+            path = choose_packed(model.train(), config, training_set.encoded, device)
+            module, batches, notes = path.module, path.batches, path.words
+        else:
+            if side == "plain-checkpointing":
+                model.gradient_checkpointing_enable({"use_reentrant": False})
+            module = full_loss(model.train())
+            batches = PaddedBatches(micro_batch_size=work.micro_batch, pad_token_id=base.tokenizer.pad_token_id)
+        windows: list[Any] = []
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        started = time.perf_counter()
+        run_steps(
+            PlainEngine(module, optimizer, device, config.optim.max_grad_norm),
+            training_set.encoded,
+            sampler,
+            config.optim,
+            worker=0,
+            start_step=0,
+            total_steps=total,
+            batches=batches,
+            device=device,
+            log_every_steps=arguments.steps,
+            reduce_sum=lambda values: values,
+            on_log=windows.append,
+            on_step_end=lambda _step: None,
+        )
+    measured = windows[2:]
+    examples = statistics.median(window.examples_per_second for window in measured)
+    tokens = statistics.median(window.tokens_per_second for window in measured)
+    result: dict[str, Any] = {
+        "examples_per_second": examples,
+        "spread": [min(w.examples_per_second for w in measured), max(w.examples_per_second for w in measured)],
+        "tokens_per_second": tokens,
+        "peak_gb": windows[-1].memory_gib * 2**30 / 1e9,
+        "weights_gib": base.weights_gib,
+        "seconds": time.perf_counter() - started,
+        "losses": [window.loss for window in windows],
+        "notes": notes,
+    }
+    if device.type == "cuda":
+        roof = measure_roof(device)
+        layers = sum(p.numel() for p in _layer_shapes(base.model))
+        result |= {
+            "device": torch.cuda.get_device_name(device),
+            "roof_tflops": roof / 1e12,
+            "share_of_roof": 4 * layers * tokens / roof,
+        }
+    return result
+
+
+def _layer_shapes(net: Any) -> list[Any]:
+    """Return empty tensors of the decoder layers' products, whatever their packing."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    with torch.device("meta"):
+        plain = LlamaForCausalLM(net.config)
+    return [parameter for name, parameter in plain.named_parameters() if ".layers." in name and parameter.dim() == 2]
+
+
+def measure_roof(device: Any) -> float:
+    """Return the rate of an 8192^3 bf16 product on random data, in operations a second (median of 20)."""
+    import torch
+
+    torch.cuda.empty_cache()
+    size = 8192
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(25):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        torch.mm(left, right)
+        end.record()
+        torch.cuda.synchronize(device)
+        seconds.append(start.elapsed_time(end) / 1000)
+    return 2 * size**3 / statistics.median(seconds[5:])
+
+
+def run_in_process(work: Work, side: str, argv: Sequence[str]) -> dict[str, Any]:
+    """Measure one side in a fresh process; an error becomes the row's `error`."""
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as output:
+        command = [sys.executable, __file__, *argv, "--works", work.name, "--run-one", side, "--result", output.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no message"]
+            return {"error": f"exit {done.returncode}: {lines[-1][:300]}"}
+        result: dict[str, Any] = json.loads(output.read())
+    return result
+
+
+def main() -> None:
+    """Run every work on every side and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--works", nargs="+", metavar="WORK", default=list(WORKS))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["plain", "finlora"])
+    parser.add_argument("--data", type=Path, default=Path("~/finlora/data").expanduser(), help="prepared tasks")
+    parser.add_argument("--base", type=Path, required=True, help="folder with config.json, or with 8b/ and 70b/ in it")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model, where the base's folder has no tokenizer")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--steps", type=int, default=8, help="optimiser steps a window")
+    parser.add_argument("--repeats", type=int, default=5, help="windows")
+    parser.add_argument("--memory-gb", type=float, help="memory that FinLoRA may use, 1e9 bytes; default: the GPU's")
+    parser.add_argument("--recompute", choices=["auto", "none", "mlp", "layer"], default="auto")
+    parser.add_argument("--unpack-weights", choices=["auto", "always", "never"], default="auto")
+    parser.add_argument("--output", type=Path, help="JSON lines file to append to")
+    parser.add_argument("--run-one", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run_one:
+        arguments.result.write_text(json.dumps(measure(parse_work(arguments.works[0]), arguments.run_one, arguments)))
+        return
+    argv = sys.argv[1:]
+    print(f"{'work':38} {'side':20} {'examples/s':>10} {'tokens/s':>9} {'peak GB':>8} {'roof':>6} {'ratio':>6}  notes")
+    for work in map(parse_work, arguments.works):
+        reference = 0.0
+        for side in arguments.sides:
+            row = run_in_process(work, side, argv)
+            if "error" in row:
+                print(f"{work.name:38} {side:20} {row['error']}", flush=True)
+            else:
+                speed = row["examples_per_second"]
+                reference = reference or speed
+                print(
+                    f"{work.name:38} {side:20} {speed:10.2f} {row['tokens_per_second']:9,.0f} {row['peak_gb']:8.1f} "
+                    f"{row.get('share_of_roof', 0):6.1%} {speed / reference:6.2f}  {row['notes']}",
+                    flush=True,
+                )
+            if arguments.output:
+                with arguments.output.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"work": work.name, "side": side} | row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

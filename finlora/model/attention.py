@@ -1,0 +1,131 @@
+"""Causal attention over packed segments, forward and backward: FlashAttention on a GPU in 16 bit, plain torch elsewhere.
+
+Shapes: Q query rows, S key rows, h heads, g key-value heads (h a multiple of g), d head width. Segment i of `Segments` holds
+its own rows of both; its last query is aligned with its last key, and query j sees keys up to j + (keys - queries).
+
+Source: FlashAttention-2, arXiv:2307.08691, as torch ships it (aten::_flash_attention_forward).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from finlora.data.packing import Segments
+
+
+def can_flash(query: Tensor) -> bool:
+    """Return whether FlashAttention takes these tensors; otherwise each segment is a plain product of its own."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """Return the output (Q, h, d), and what the backward pass needs beside it: log-sum-exp of the scores.
+
+    Shapes: query (Q, h, d), key and value (S, g, d).
+    """
+    if can_flash(query):
+        output, log_sum, *_ = torch.ops.aten._flash_attention_forward(
+            query,
+            key,
+            value,
+            segments.cumulative_queries,
+            segments.cumulative_keys,
+            segments.max_queries,
+            segments.max_keys,
+            0.0,
+            True,
+            False,
+        )
+        return output, log_sum
+    outputs, sums = [], []
+    for queries, keys, values in _split(query, key, value, segments):
+        scores = _scores(queries, keys)
+        sums.append(scores.logsumexp(-1))
+        outputs.append(_heads_out(torch.softmax(scores, -1) @ _heads_in(values, queries)).to(query.dtype))
+    return torch.cat(outputs), torch.cat(sums, -1)
+
+
+def attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum: Tensor, segments: Segments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value, from that of the output.
+
+    With P = exp(scores - log_sum) and o the output: dV = P^T do, dS = P * (do V^T - rowsum(do * o)), dQ = dS K / sqrt(d),
+    dK = dS^T Q / sqrt(d); the gradients of a key-value head are summed over its query heads.
+    """
+    if can_flash(query):
+        offsets = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout, which is off
+        gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
+            grad,
+            query,
+            key,
+            value,
+            output,
+            log_sum,
+            segments.cumulative_queries,
+            segments.cumulative_keys,
+            segments.max_queries,
+            segments.max_keys,
+            0.0,
+            True,
+            offsets,
+            offsets[:0],
+        )
+        return gradients
+    num_groups = key.shape[1]
+    scale = query.shape[-1] ** -0.5
+    parts = zip(
+        _split(query, key, value, segments),
+        grad.split(segments.query_lengths),
+        output.split(segments.query_lengths),
+        log_sum.split(segments.query_lengths, -1),
+        strict=True,
+    )
+    pieces = []
+    for (queries, keys, values), grads, outputs, sums in parts:
+        probabilities = torch.exp(_scores(queries, keys) - sums[..., None])
+        wide, expanded = grads.float().transpose(0, 1), _heads_in(values, queries)
+        row_sums = (wide * outputs.float().transpose(0, 1)).sum(-1, keepdim=True)
+        grad_scores = probabilities * (wide @ expanded.transpose(1, 2) - row_sums) * scale
+        grad_query = _heads_out(grad_scores @ _heads_in(keys, queries))
+        grad_key = _sum_groups(grad_scores.transpose(1, 2) @ queries.float().transpose(0, 1), num_groups)
+        grad_value = _sum_groups(probabilities.transpose(1, 2) @ wide, num_groups)
+        pieces.append((grad_query, grad_key, grad_value))
+    first, second, third = (torch.cat(part).to(query.dtype) for part in zip(*pieces, strict=True))
+    return first, second, third
+
+
+def _split(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    return zip(
+        query.split(segments.query_lengths),
+        key.split(segments.key_lengths),
+        value.split(segments.key_lengths),
+        strict=True,
+    )
+
+
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    """Masked scores of one segment in float32. Shapes: (q, h, d), (k, g, d) -> (h, q, k)."""
+    num_queries, num_keys = queries.shape[0], keys.shape[0]
+    wide, width = queries.float().transpose(0, 1), queries.shape[-1]
+    scores: Tensor = wide @ _heads_in(keys, queries).transpose(1, 2) * width**-0.5
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=queries.device).tril(num_keys - num_queries)
+    return scores.masked_fill(~visible, -torch.inf)
+
+
+def _heads_in(tensor: Tensor, queries: Tensor) -> Tensor:
+    """Repeat key-value heads for their query heads. Shapes: (k, g, d) -> (h, k, d), float32."""
+    return tensor.float().transpose(0, 1).repeat_interleave(queries.shape[1] // tensor.shape[1], 0)
+
+
+def _heads_out(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, 1)
+
+
+def _sum_groups(tensor: Tensor, num_groups: int) -> Tensor:
+    """Shapes: (h, k, d) -> (k, g, d)."""
+    summed: Tensor = tensor.view(num_groups, -1, *tensor.shape[1:]).sum(1)
+    return summed.transpose(0, 1)

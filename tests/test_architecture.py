@@ -135,13 +135,15 @@ def test_no_file_is_over_300_lines():
 
 
 def test_tests_mirror_the_package():
-    """Each test module below tests/ROOM names a module of that room."""
+    """Each test module below tests/ROOM names a module of that room: test_MODULE.py, or test_MODULE_ASPECT.py."""
     rooms = [folder for folder in (ROOT / "tests").iterdir() if (PACKAGE / folder.name).is_dir()]
     assert len(rooms) >= 5
     strangers = [
         str(file.relative_to(ROOT))
         for folder in rooms
         for file in folder.glob("test_*.py")
-        if not (PACKAGE / folder.name / f"{file.stem.removeprefix('test_')}.py").is_file()
+        if not any(
+            f"{file.stem}_".startswith(f"test_{module.stem}_") for module in (PACKAGE / folder.name).glob("*.py")
+        )
     ]
     assert strangers == []

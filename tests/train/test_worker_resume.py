@@ -1,0 +1,142 @@
+"""Runs that are killed, interrupted or damaged, and go on with the numbers of a run that was not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import EXACT, checkpoints_of, folder_of, losses_of, newest_checkpoint, steps_of, weights_of
+from safetensors.torch import load_file
+
+from finlora.errors import CheckpointError, StoppedError
+
+pytestmark = pytest.mark.ray
+
+
+def act_once(at_step, marker, act):
+    """Return a worker's body in which worker 0 calls `act` once, after it has recorded `at_step`."""
+
+    def work(loop_config):  # a closure, so Ray sends it by value and workers need no test module
+        from finlora.train import recorder
+        from finlora.train import worker as there
+
+        append = recorder.append_progress
+
+        def append_and_act(folder, progress):
+            append(folder, progress)
+            if progress.step == at_step and not os.path.exists(marker):  # noqa: PTH110 - a plain path travels by value
+                open(marker, "w").close()  # noqa: PTH123
+                act()
+
+        recorder.append_progress = append_and_act
+        return there._work(loop_config)
+
+    return work
+
+
+def test_killed_worker_resumes_with_the_uninterrupted_numbers(uninterrupted, configure, monkeypatch, tmp_path):
+    """Worker 0 kills itself after step 5, once; the last checkpoint is from step 4 or, not yet registered, before."""
+    from finlora.train import worker
+
+    marker = str(tmp_path / "was-killed")
+    monkeypatch.setattr(worker, "_work", act_once(5, marker, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    config = configure("name=killed", *EXACT)
+    result = worker.run_training(config)
+    assert Path(marker).exists()
+    lines = [json.loads(line)["step"] for line in folder_of(config).progress.read_text().splitlines()]
+    # Whether the checkpoint of step 4 was registered when the worker died is a race; that of step 2 was.
+    assert lines[:5] == [1, 2, 3, 4, 5]
+    assert 3 <= lines[5] <= 5
+    assert lines[5:] == list(range(lines[5], 7))
+    whole, _ = uninterrupted
+    assert losses_of(config) == losses_of(whole)
+    assert result.loss_curve == [[float(step), loss] for step, loss in losses_of(whole)]
+    expected = weights_of(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights_of(config).items())
+
+
+def test_zero_one_adam_stops_and_resumes_where_workers_agree(configure, ray_instance, monkeypatch, tmp_path):
+    """Interrupted at step 14, between two exchanges; resumed, then killed at step 17, again between two.
+
+    18 steps: exact exchanges at 1 to 10, then 1-bit ones at 11, 12, 13, 15 and, as the last step always does, 18.
+    """
+    from finlora.train import worker
+
+    settings = [
+        *EXACT,
+        "optim.name=zero_one_adam",
+        "optim.max_local_steps=4",
+        "train.epochs=6",
+        "train.keep_checkpoints=20",
+    ]
+    whole, config = configure("name=zero-one-whole", *settings), configure("name=zero-one", *settings)
+    expected = worker.run_training(whole)
+    # Due at each second step and at the ends of epochs of 3 steps; those of 14 and 16 wait for 15 and 18.
+    assert [steps_of(path) for path in checkpoints_of(whole)] == [2, 3, 4, 6, 8, 9, 10, 12, 15, 18]
+    assert [wire["rounds"] for wire in expected.wire] == [15, 15]
+    num_elements = sum(
+        tensor.numel() for tensor in load_file(newest_checkpoint(whole) / "adapter.safetensors").values()
+    )
+    assert [wire["bytes_adam"] for wire in expected.wire] == [18 * 4 * num_elements] * 2
+    assert expected.wire[0]["bytes_sent"] == expected.wire[1]["bytes_sent"] > 0
+
+    driver = os.getpid()
+    interrupt = lambda: (os.kill(driver, signal.SIGINT), time.sleep(1))  # noqa: E731
+    monkeypatch.setattr(worker, "_work", act_once(14, str(tmp_path / "was-interrupted"), interrupt))
+    lines = []
+    with pytest.raises(StoppedError, match=r"^Stopped by SIGINT at step 15 of 18, which is saved") as stopped:
+        worker.run_training(config, lines.append)
+    assert stopped.value.exit_code == 130
+    assert [line.partition(":")[0] for line in lines] == ["SIGINT"]
+    assert steps_of(newest_checkpoint(config)) == 15
+    assert not folder_of(config).adapter.exists()
+
+    monkeypatch.setattr(
+        worker, "_work", act_once(17, str(tmp_path / "was-killed"), lambda: os.kill(os.getpid(), signal.SIGKILL))
+    )
+    result = worker.run_training(config)
+    steps = [json.loads(line)["step"] for line in folder_of(config).progress.read_text().splitlines()]
+    assert steps == [*range(1, 16), 16, 17, 16, 17, 18]
+    assert result.loss_curve == expected.loss_curve
+    assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(config).items())
+    for ours, theirs in zip(result.wire, expected.wire, strict=True):
+        assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def test_damaged_checkpoint_is_refused_and_the_one_before_goes_on(quantised, monkeypatch, tmp_path):
+    """An error of a worker comes back as it was raised there, without a second start; then its advice is followed."""
+    from finlora.train import worker
+
+    starts = str(tmp_path / "starts")
+
+    def work(loop_config):
+        from finlora.train import worker as there
+
+        with open(starts, "a") as stream:  # noqa: PTH123
+            stream.write("x")
+        return there._work(loop_config)
+
+    config, result = quantised
+    newest = newest_checkpoint(config)
+    path = newest / "optimizer-1.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    words = r"is damaged: optimizer-1.pt is missing or differs from .* Delete that folder to go on from the one before"
+    retrying = dataclasses.replace(config, train=dataclasses.replace(config.train, max_failures=3))
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "_work", work)
+        with pytest.raises(CheckpointError, match=words):
+            worker.run_training(retrying)
+    assert Path(starts).read_text() == "xx"
+    shutil.rmtree(newest)
+    lines = []
+    again = worker.run_training(config, lines.append)
+    assert [line.rpartition("/")[2] for line in lines][-1].startswith("checkpoint_")
+    assert lines[0] == f"{newest} is gone."
+    assert again.loss_curve == result.loss_curve

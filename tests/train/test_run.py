@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -202,17 +203,19 @@ def test_second_driver_is_kept_out_of_a_run(make_config):
         assert (folder.root / "lock").read_text().startswith("process ")
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """Let no file grow past 8 KiB, which ends a write as a full disk does."""
+    """Let no file grow past 8 KiB, which ends a write as a full disk does; the log that pytest writes to is a file too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("kind", ["text", "torch", "safetensors", "checkpoint"])
-def test_write_that_did_not_fit_is_explained_whoever_wrote(kind, tmp_path, small_files):
+def test_write_that_did_not_fit_is_explained_whoever_wrote(kind, tmp_path):
     tensors = {"a": torch.ones(100_000)}
     parameters = {"a": torch.nn.Parameter(tensors["a"])}
     info = CheckpointInfo(step=1, world_size=1, run_hash="abc")
@@ -222,7 +225,7 @@ def test_write_that_did_not_fit_is_explained_whoever_wrote(kind, tmp_path, small
         "safetensors": lambda: save_file(tensors, str(tmp_path / "file")),
         "checkpoint": lambda: save_checkpoint(tmp_path / "c", 0, info, parameters, {"state": 1}, Wire()),
     }
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - each library raises a kind of its own
+    with pytest.raises(Exception) as caught, small_files():  # noqa: PT011 - each library raises a kind of its own
         writes[kind]()
     said = explain_full_disk(caught.value, RunFolder(tmp_path))
     assert isinstance(said, ResourceError)

@@ -135,9 +135,14 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
 
     folder = RunFolder(Path(settings.output_dir) / settings.name)
     with open_bars(console) as bars:
+        is_plan_shown = False
 
         def show() -> None:
+            nonlocal is_plan_shown
             records = read_progress(folder)
+            if records and not is_plan_shown:
+                is_plan_shown = True
+                announce(folder.plan.read_text(encoding="utf-8").strip())
             if records:
                 last = records[-1]
                 note = (

@@ -16,14 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from finlora.data.encode import IGNORED, Encoded
+from finlora.data.encode import Encoded
 
 if TYPE_CHECKING:
     import torch
 
 MIN_SHARED_PREFIX = 8
 """Tokens of common beginning below which sharing costs more than it saves."""
-_PLACES_STEP = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +142,7 @@ def pack_examples(items: Sequence[Encoded], *, share_prefix: bool) -> Pack:
     """
     import torch
 
-    prefix = shared_prefix_length(items) if share_prefix else 0
-    prefix = prefix if prefix >= MIN_SHARED_PREFIX else 0
+    prefix = prefix_to_share(items, share_prefix)
     ids = list(items[0].prompt_ids[:prefix])
     positions = list(range(prefix))
     places: list[int] = []
@@ -160,63 +158,20 @@ def pack_examples(items: Sequence[Encoded], *, share_prefix: bool) -> Pack:
         own_lengths.append(len(own))
     answers = [len(item.answer_ids) for item in items]
     return Pack(
-        input_ids=_pinned(torch.tensor(ids)),
-        positions=_pinned(torch.tensor(positions)),
-        places=_pinned(torch.tensor(places)),
-        targets=_pinned(torch.tensor(targets)),
+        input_ids=pinned(torch.tensor(ids)),
+        positions=pinned(torch.tensor(positions)),
+        places=pinned(torch.tensor(places)),
+        targets=pinned(torch.tensor(targets)),
         segments=_make_segments(own_lengths, own_lengths, prefix, has_prefix_queries=prefix > 0),
         last_segments=_make_segments(answers, own_lengths, prefix, has_prefix_queries=False),
         num_tokens=sum(item.num_tokens for item in items),
     )
 
 
-def pad_pack(pack: Pack) -> Pack:
-    """Round the sizes of a pack up, so that few forms serve many packs: at most an eighth more rows, 4 % in the mean.
-
-    The padding is a segment of its own that nobody attends to, and its places carry IGNORED.
-    """
-    import torch
-
-    num_rows, num_places = len(pack.input_ids), len(pack.places)
-    more_places = _PLACES_STEP - num_places % _PLACES_STEP
-    step = max(16, 1 << max(0, (num_rows + more_places).bit_length() - 5))
-    more_rows = -(-(num_rows + more_places) // step) * step - num_rows
-
-    def pad(tensor: torch.Tensor, size: int, value: int) -> torch.Tensor:
-        return _pinned(torch.nn.functional.pad(tensor, (0, size), value=value))
-
-    return Pack(
-        input_ids=pad(pack.input_ids, more_rows, 0),
-        positions=pad(pack.positions, more_rows, 0),
-        places=_pinned(torch.cat([pack.places, torch.arange(more_places) + num_rows + more_rows - more_places])),
-        targets=pad(pack.targets, more_places, IGNORED),
-        segments=_pad_segments(pack.segments, more_rows, more_rows, num_rows),
-        last_segments=_pad_segments(pack.last_segments, more_places, more_rows, num_rows),
-        num_tokens=pack.num_tokens,
-    )
-
-
-def _pad_segments(segments: Segments, queries: int, keys: int, start: int) -> Segments:
-    """Add one segment of padding, whose keys are the pack's rows from `start`."""
-    import torch
-
-    query_lengths, key_lengths = (*segments.query_lengths, queries), (*segments.key_lengths, keys)
-    rows = torch.arange(start, start + keys)
-    key_rows, own_slots = segments.key_rows, segments.own_slots
-    if key_rows is not None and own_slots is not None:
-        own_slots = _pinned(torch.cat([own_slots, torch.arange(keys) + len(key_rows)]))
-        key_rows = _pinned(torch.cat([key_rows, rows]))
-    return dataclasses.replace(
-        segments,
-        query_lengths=query_lengths,
-        key_lengths=key_lengths,
-        max_queries=1 << (max(query_lengths) - 1).bit_length(),
-        max_keys=1 << (max(key_lengths) - 1).bit_length(),
-        cumulative_queries=_pinned(_cumulate(query_lengths)),
-        cumulative_keys=_pinned(_cumulate(key_lengths)),
-        key_rows=key_rows,
-        own_slots=own_slots,
-    )
+def prefix_to_share(items: Sequence[Encoded], share_prefix: bool) -> int:
+    """Return the length of the common beginning that a pack of the examples holds once; 0 where none is shared."""
+    prefix = shared_prefix_length(items) if share_prefix else 0
+    return prefix if prefix >= MIN_SHARED_PREFIX else 0
 
 
 def _make_segments(
@@ -245,21 +200,22 @@ def _make_segments(
         key_lengths=tuple(keys),
         max_queries=max(queries),
         max_keys=max(keys),
-        cumulative_queries=_pinned(_cumulate(queries)),
-        cumulative_keys=_pinned(_cumulate(keys)),
-        key_rows=_pinned(torch.tensor(key_rows)) if prefix else None,
-        prefix_slots=_pinned(torch.tensor(prefix_slots).view(-1, prefix)) if prefix else None,
-        own_slots=_pinned(torch.tensor(own_slots)) if prefix else None,
+        cumulative_queries=pinned(cumulate(queries)),
+        cumulative_keys=pinned(cumulate(keys)),
+        key_rows=pinned(torch.tensor(key_rows)) if prefix else None,
+        prefix_slots=pinned(torch.tensor(prefix_slots).view(-1, prefix)) if prefix else None,
+        own_slots=pinned(torch.tensor(own_slots)) if prefix else None,
     )
 
 
-def _cumulate(lengths: Sequence[int]) -> torch.Tensor:
+def cumulate(lengths: Sequence[int]) -> torch.Tensor:
+    """Return where each segment starts, and the end, as FlashAttention takes it. Shapes: n lengths -> (n + 1,) int32."""
     import torch
 
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
     """Pin host memory where there is a GPU, so that the copy to it does not make the host wait."""
     import torch
 

@@ -51,7 +51,8 @@ class MemoryPlan:
     load_peak_gib: float
     adapter_file_mib: float
     """adapter_model.safetensors in bfloat16, MiB = 2**20 bytes."""
-    micro_batch: MicroBatch
+    micro_batch: MicroBatch | None
+    """The largest padded batch; None for packs."""
 
     @property
     def train_peak_gib(self) -> float:

@@ -14,12 +14,10 @@ from finlora.data.packing import Pack
 from finlora.model.capture import CapturedPasses
 from finlora.model.frozen import FrozenWeight, freeze, is_nf4, unpack
 from finlora.model.packed_layer import Layer, Lora, Place, answer_loss, layer_backward, run_layer
-from finlora.model.packed_memory import Recompute
+from finlora.model.packed_memory import PACKED_TARGETS, Recompute, packing_refusal
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-_ATTENTION = ("q_proj", "k_proj", "v_proj")
 
 
 class PackedLlama(nn.Module):
@@ -128,17 +126,11 @@ def _layer_salt(index: int) -> int:
 
 def refusal(model: PeftModel) -> str | None:
     """Return in words why a model cannot run packed, or None where it can."""
-    config = model.get_base_model().config
-    lora = model.peft_config["default"]
-    others = sorted(set(lora.target_modules) - set(_ATTENTION))
-    if others:
-        return f"lora.target_modules has {', '.join(others)}; packed training adapts {', '.join(_ATTENTION)}"
-    if config.model_type != "llama" or config.hidden_act != "silu":
-        return f"the base is {config.model_type} with {config.hidden_act}; packed training knows Llama with silu"
-    if config.attention_bias or config.mlp_bias or lora.bias != "none":
-        return "base or adapter has biases; packed training knows none"
-    if lora.use_dora or lora.use_rslora or len(model.peft_config) != 1:
-        return "the adapter is not one plain LoRA"
+    config, lora = model.get_base_model().config, model.peft_config["default"]
+    if reason := packing_refusal(config.to_dict(), sorted(lora.target_modules)):
+        return reason
+    if lora.bias != "none" or lora.use_dora or lora.use_rslora or len(model.peft_config) != 1:
+        return "the adapter is not one plain LoRA without biases"
     return None
 
 
@@ -160,7 +152,7 @@ def _read_layer(layer: nn.Module, config: Any, dtype: torch.dtype, keep_unpacked
         return freeze(modules, dtype)
 
     loras, start, dropout = [], 0, 0.0
-    for name in _ATTENTION:
+    for name in PACKED_TARGETS:
         module = getattr(attention, name)
         if hasattr(module, "lora_A"):
             columns = slice(start, start + module.out_features)
@@ -172,7 +164,7 @@ def _read_layer(layer: nn.Module, config: Any, dtype: torch.dtype, keep_unpacked
     return Layer(
         first_norm=norms[0].weight.to(dtype),
         second_norm=norms[1].weight.to(dtype),
-        qkv=take(attention, *_ATTENTION),
+        qkv=take(attention, *PACKED_TARGETS),
         out=take(attention, "o_proj"),
         gate_up=take(mlp, "gate_proj", "up_proj"),
         down=take(mlp, "down_proj"),

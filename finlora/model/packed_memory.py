@@ -1,55 +1,97 @@
-"""Forecast the memory of a packed training step, as finlora/model/packed_layer.py keeps and frees it.
+"""Forecast the memory of a packed training step, as finlora/model/packed_layer.py keeps and frees it, and plan by it.
 
-Legend, all in bytes: e an activation's element (2 in bfloat16), T tokens of a pack, H hidden, Q query width, K key-value width,
+Legend, all in bytes: e an activation's element (2 in bfloat16), T rows of a pack, H hidden, Q query width, K key-value width,
 I intermediate, h heads, k adapted projections of rank r, L layers, N labelled places, V vocabulary.
 
-Kept for the backward pass, a layer and token:
+Kept for the backward pass, a layer and row; of the last layer only its input, q, k and v, as only N places go on from there:
     always     e H                                      the layer's input
     not layer  e (2 Q + 2 K + H + k r) + 4 h            q, k, v; attention's output and log-sum-exp; y; D(n) A^T
     none       2 e I                                    gate and up
-Working memory of the layer at hand, a token, the highest of:
-    MLP backward        what was computed again, the gradients of z, of silu(g) u, and of gate and up: e (H + 3 I)
-    attention backward  k dropped copies, their masks and their gradients, grad of q, k, v, and four rows of H
-    LLM.int8 forward    the int32 product of gate and up beside its rounded result: (4 + e) 2 I
-Fixed: weights, adapter, gradients and optimizer; one unpacked weight (4 and 8 bit); the head's chunk, N V (e + 4 + 4 + e).
+Highest of these moments, beside what is kept:
+    head       8 V for each labelled place of a chunk   scores and their log-softmax in float32
+    MLP        what is computed again, the gradients of z, of silu(g) u, and of gate and up: e (H + 3 I) a row; or, while a
+               product's weight is unpacked, e (H + I) a row and the weight
+    LLM.int8   what is computed again, the int32 product of gate and up and two rows of H: 8 I + 2 e H a row
+Attention's own moment is lower, since gate and up are gone by then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from finlora.config import RunConfig
-from finlora.errors import ResourceError
-from finlora.model.activations import element_bytes
+from finlora.data.pack_size import PackSize
+from finlora.model.activations import MemoryPlan, element_bytes
 from finlora.model.shapes import (
     GIB,
     LlamaShape,
+    count_adapter_file_bytes,
     count_adapter_parameters,
+    count_load_peak_bytes,
     count_optimizer_bytes,
     count_weight_bytes,
 )
 
 Recompute = Literal["none", "mlp", "layer"]
+PACKED_TARGETS = ("q_proj", "k_proj", "v_proj")
+"""Projections that packed training adapts."""
 
 HEAD_CHUNK = 2048
 _PACK_OVERHEAD, _UNPACK_OVERHEAD = 100, 300
 """Tokens whose products take as long as reading the weights once, and as unpacking them once: a rule of thumb."""
+_MOST_PADDING = 17 / 16
+"""Rows of a padded pack (finlora/data/pack_size.py) for each row without padding, at most."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What a worker's packs are cut from."""
+
+    longest: int
+    """Tokens of the longest example."""
+    mean_share: float
+    """Tokens of a worker's share of a global batch, in the mean."""
+    largest_share: int
+    """The same at most."""
+    measure: Callable[[int], PackSize]
+    """Most rows, keys and labels of any pack of the run, when packs hold at most so many tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackPlan:
-    """How a worker trains packed within a given memory."""
+    """How a worker trains packed."""
 
     keep_unpacked: bool
     recompute: Recompute
     max_tokens: int
     """Most tokens a pack."""
-    peak_gib: float
-    """Forecast for a pack of max_tokens, as torch allocates it."""
+    size: PackSize
+    """The largest pack of the run."""
+    memory: MemoryPlan
     cost: float
     """Relative time of a step, in token passes through the layers."""
+
+    def fits(self, memory_gib: float) -> bool:
+        """Return whether training and loading stay within what torch may allocate."""
+        return max(self.memory.train_peak_gib, self.memory.load_peak_gib) <= memory_gib
+
+
+def packing_refusal(values: Mapping[str, Any], target_modules: Sequence[str]) -> str | None:
+    """Return in words why a model cannot train packed, or None where it can.
+
+    Args:
+        values: the base's config.json.
+    """
+    others = sorted(set(target_modules) - set(PACKED_TARGETS))
+    if others:
+        return f"lora.target_modules has {', '.join(others)}; packed training adapts {', '.join(PACKED_TARGETS)}"
+    if values.get("model_type") != "llama" or values.get("hidden_act", "silu") != "silu":
+        return f"the base is {values.get('model_type')} with {values.get('hidden_act')}; packed training knows Llama with silu"
+    if values.get("attention_bias") or values.get("mlp_bias"):
+        return "the base has biases; packed training knows none"
+    return None
 
 
 def count_kept_bytes(shape: LlamaShape, config: RunConfig, recompute: Recompute) -> int:
@@ -64,77 +106,83 @@ def count_kept_bytes(shape: LlamaShape, config: RunConfig, recompute: Recompute)
     return kept + (2 * e * shape.intermediate_size if recompute == "none" else 0)
 
 
-def count_working_bytes(shape: LlamaShape, config: RunConfig, recompute: Recompute) -> int:
-    """Return the highest working memory of one token in the layer at hand."""
+def count_pack_bytes(
+    shape: LlamaShape, config: RunConfig, size: PackSize, recompute: Recompute, *, keep_unpacked: bool
+) -> int:
+    """Return the highest activation memory of a pack, by the module's table."""
     e, hidden, inner = element_bytes(config), shape.hidden_size, shape.intermediate_size
-    again = count_kept_bytes(shape, config, "none") - count_kept_bytes(shape, config, recompute)
-    mlp = again + e * (hidden + 3 * inner)
-    copies = len(config.lora.target_modules)
-    kv = shape.num_kv_heads * shape.head_dim
-    attention = copies * (2 * e + 1) * hidden + 2 * e * (shape.query_size + 2 * kv) + 4 * e * hidden
-    int8 = (4 + e) * 2 * inner + 2 * e * hidden if config.model.bits == 8 else 0
-    return max(mlp, attention + (again if recompute == "layer" else 0), int8)
-
-
-def count_fixed_bytes(shape: LlamaShape, config: RunConfig, num_labels: int, *, keep_unpacked: bool) -> int:
-    """Return what a step needs whatever the pack's length."""
-    e = element_bytes(config)
-    weight_element = 2 if config.model.compute_dtype == "bfloat16" else 4
     bits = 16 if keep_unpacked else config.model.bits
-    weights = count_weight_bytes(shape, bits, weight_element)
+    # gate and up lie side by side at 8 bit and are unpacked together; NF4's scales are unpacked to float32 first
+    weight = {16: 0, 4: e * hidden * inner + 4 * hidden * inner // 64, 8: 2 * e * hidden * inner}[bits]
+    a_row = count_kept_bytes(shape, config, recompute)
+    again = count_kept_bytes(shape, config, "none") - a_row
+    last = e * (hidden + (0 if recompute == "layer" else shape.query_size + 2 * shape.num_kv_heads * shape.head_dim))
+    moments = [
+        last * size.num_rows + 8 * shape.vocab_size * min(size.num_labels, HEAD_CHUNK),
+        (again + e * (hidden + 3 * inner)) * size.num_rows,
+        (again + e * (hidden + inner)) * size.num_rows + weight,
+        (again + 8 * inner + 2 * e * hidden) * size.num_rows if config.model.bits == 8 else 0,
+    ]
+    return (shape.num_layers - 1) * a_row * size.num_rows + max(moments)
+
+
+def forecast_packs(
+    shape: LlamaShape, config: RunConfig, size: PackSize, recompute: Recompute, *, keep_unpacked: bool
+) -> MemoryPlan:
+    """Forecast a worker's memory when its largest pack has that size."""
+    element = 2 if config.model.compute_dtype == "bfloat16" else 4
+    weights = count_weight_bytes(shape, 16 if keep_unpacked else config.model.bits, element)
     adapter = 4 * count_adapter_parameters(shape, config.lora)
     optimizer = count_optimizer_bytes(shape, config.lora, config.optim.name, config.train.num_workers)
-    largest = shape.hidden_size * shape.intermediate_size
-    unpacked = {16: 0, 4: e * largest + largest // 8, 8: 2 * e * largest}[bits]
-    head = min(num_labels, HEAD_CHUNK) * shape.vocab_size * (2 * e + 8)
-    return weights + adapter + optimizer + max(unpacked, head)
+    load_peak = count_load_peak_bytes(shape, config.model.bits, element)
+    if keep_unpacked:  # gate and up are there twice while they are laid side by side
+        load_peak = max(load_peak, weights + 2 * element * shape.hidden_size * shape.intermediate_size)
+    return MemoryPlan(
+        weights_gib=weights / GIB,
+        adapter_gib=adapter / GIB,
+        optimizer_gib=optimizer / GIB,
+        activations_gib=count_pack_bytes(shape, config, size, recompute, keep_unpacked=keep_unpacked) / GIB,
+        load_peak_gib=load_peak / GIB,
+        adapter_file_mib=count_adapter_file_bytes(shape, config.lora) / 2**20,
+        micro_batch=None,
+    )
 
 
-def plan_packs(
-    shape: LlamaShape, config: RunConfig, lengths: Sequence[int], num_labels: int, memory_gib: float
-) -> PackPlan:
-    """Choose the fastest of all ways to train within the memory, by forecast.
+def plan_packs(shape: LlamaShape, config: RunConfig, work: Workload, memory_gib: float) -> PackPlan:
+    """Choose the fastest of all ways to train within the memory, by forecast; where none fits, the one that needs least.
 
     Args:
-        lengths: tokens of each training example.
-        num_labels: most answer tokens of one global batch.
-        memory_gib: what a worker may use, the CUDA context not counted; GiB = 2**30 bytes.
-
-    Raises:
-        ResourceError: even the longest example alone does not fit with everything recomputed.
+        memory_gib: what torch may allocate for a worker; GiB = 2**30 bytes.
     """
-    train = config.train
-    mean = train.global_batch_size / train.num_workers * sum(lengths) / len(lengths)
-    best: PackPlan | None = None
-    least = 0.0
-    for keep_unpacked, recompute in _ways(config):
-        fixed = count_fixed_bytes(shape, config, num_labels, keep_unpacked=keep_unpacked)
-        per_token = shape.num_layers * count_kept_bytes(shape, config, recompute)
-        per_token += count_working_bytes(shape, config, recompute)
-        fitting = int((memory_gib * GIB - fixed) / per_token)
-        needed = (fixed + per_token * max(lengths)) / GIB
-        least = min(least or needed, needed)
-        if fitting < max(lengths):
-            continue
-        max_tokens = min(fitting, train.max_pack_tokens)
-        max_tokens = max(max_tokens, max(lengths))
-        cost = _cost(recompute, keep_unpacked or config.model.bits == 16, mean, max_tokens)
-        plan = PackPlan(
+    plans = []
+    most = max(work.longest, min(config.train.max_pack_tokens, work.largest_share))
+    largest = work.measure(most)
+
+    def plan(max_tokens: int, size: PackSize, recompute: Recompute, keep_unpacked: bool) -> PackPlan:
+        is_dense = keep_unpacked or config.model.bits == 16
+        return PackPlan(
             keep_unpacked=keep_unpacked,
             recompute=recompute,
             max_tokens=max_tokens,
-            peak_gib=(fixed + per_token * max_tokens) / GIB,
-            cost=cost,
+            size=size,
+            memory=forecast_packs(shape, config, size, recompute, keep_unpacked=keep_unpacked),
+            cost=_cost(recompute, is_dense, work.mean_share, max_tokens),
         )
-        if best is None or plan.cost < best.cost:
-            best = plan
-    if best is None:
-        raise ResourceError(
-            f"the longest example has {max(lengths):,} tokens and needs at least {least:.1f} GiB, {memory_gib:.1f} GiB are "
-            "given: set train.recompute=layer, use fewer model.bits, lower model.max_seq_len with data.too_long=skip, or "
-            "take a larger GPU."
-        )
-    return best
+
+    for keep_unpacked, recompute in _ways(config):
+        found = plan(most, largest, recompute, keep_unpacked)
+        if not found.fits(memory_gib):
+            # Linear in the rows, above what an empty pack needs.
+            none = PackSize(num_rows=0, num_labels=largest.num_labels)
+            fixed = forecast_packs(shape, config, none, recompute, keep_unpacked=keep_unpacked).train_peak_gib
+            room = (memory_gib - fixed) / (found.memory.train_peak_gib - fixed) * largest.num_rows
+            fitting = max(work.longest, min(most, int(room / _MOST_PADDING)))
+            found = plan(fitting, work.measure(fitting), recompute, keep_unpacked)
+        plans.append(found)
+    fitting_plans = [plan for plan in plans if plan.fits(memory_gib)]
+    if fitting_plans:
+        return min(fitting_plans, key=lambda plan: plan.cost)
+    return min(plans, key=lambda plan: plan.memory.train_peak_gib)
 
 
 def _ways(config: RunConfig) -> Iterator[tuple[bool, Recompute]]:

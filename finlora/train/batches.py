@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from finlora.data.encode import Batch, Encoded, collate
-from finlora.data.packing import Pack, pack_examples, pad_pack, split_by_tokens
+from finlora.data.pack_size import pad_pack
+from finlora.data.packing import Pack, pack_examples, split_by_tokens
 
 
 class Batches(Protocol):

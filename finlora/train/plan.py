@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finlora.config import RunConfig
+from finlora.data.encode import Encoded
 from finlora.errors import ConfigError, ResourceError
 from finlora.model.activations import MemoryPlan, plan_memory
+from finlora.model.packed_memory import PackPlan
 from finlora.model.shapes import CUDA_CONTEXT_GIB, find_worst_micro_batch, read_shape
 from finlora.model.source import find_source
+from finlora.train.path import plan_path, refuse_packing
 from finlora.train.run import TrainingSet, load_training_set
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
 
 REFERENCE_GPU_GIB = 47.4
@@ -32,13 +37,23 @@ class Verdict:
     """A run's forecast against its machine."""
 
     plan: MemoryPlan
+    packs: PackPlan | None
+    """How the run trains packed; None: on padded rows."""
+    padded_because: str | None
+    """Why it trains on padded rows; None where it trains packed."""
     gpu_memory_gib: float
-    """Memory that one worker may use: the GPU's, or its share where workers share a GPU."""
+    """Memory that one worker may use: the GPU's, or its share where workers share a GPU, or train.memory_gib if less."""
     fits: bool
     words: str
     """One sentence: that it fits, or what would make it fit."""
     settings: tuple[str, ...]
     """`section.key=value` texts that make it fit; empty where it fits already, or where nothing would."""
+
+    def describe(self, config: RunConfig) -> str:
+        """Say in one line how the run trains."""
+        way = "packed" if self.padded_because is None else f"on padded rows ({self.padded_because})"
+        weights = f"; {_describe_weights(config, self)}" if self.packs is not None and self.packs.keep_unpacked else ""
+        return f"Training {way}: {_describe_batch(config, self)}{weights}; forecast {self.plan.train_peak_gib:.1f} GiB a worker"
 
     def require_fit(self) -> None:
         """Refuse a run that does not fit.
@@ -70,23 +85,17 @@ def plan_run(
         raise ConfigError(
             f"found {gpu_memory_gib:g} GiB on {num_gpus} GPUs: expected more than {CUDA_CONTEXT_GIB} GiB on at least one."
         )
-    shape = read_shape(find_source(config.model).folder)
-    lengths = [(item.num_tokens, len(item.answer_ids)) for item in (training_set or load_training_set(config)).encoded]
+    examples = (training_set or load_training_set(config)).encoded
     train = config.train
     workers_per_gpu = max(1, int(1 / train.gpus_per_worker)) if train.device == "cuda" else train.num_workers
-    budget = gpu_memory_gib / min(workers_per_gpu, train.num_workers)
+    budget = min(gpu_memory_gib / min(workers_per_gpu, train.num_workers), train.memory_gib or math.inf)
+    refusal = refuse_packing(config)
 
-    def forecast(changed: RunConfig) -> MemoryPlan | None:
-        kept = [item for item in lengths if item[0] <= changed.model.max_seq_len]
-        if not kept:
-            return None
-        return plan_memory(shape, changed, find_worst_micro_batch(kept, changed.train.micro_batch_size))
+    def has_room(plan: MemoryPlan) -> bool:
+        return plan.total_gib * (1 + MARGIN) <= budget
 
-    def has_room(plan: MemoryPlan | None) -> bool:
-        return plan is not None and plan.total_gib * (1 + MARGIN) <= budget
-
-    plan = forecast(config)
-    assert plan is not None, "encode_examples left at least one example"
+    plan, packs = _forecast(config, examples, budget, is_packed=refusal is None)
+    verdict = functools.partial(Verdict, plan=plan, packs=packs, padded_because=refusal, gpu_memory_gib=budget)
     found = f"{plan.total_gib:.1f} GiB a worker, {MARGIN:.0%} kept free of {budget:.1f} GiB"
     if train.device == "cuda" and train.num_workers * train.gpus_per_worker > num_gpus:
         most = int(num_gpus / train.gpus_per_worker)
@@ -97,53 +106,77 @@ def plan_run(
             f"train.num_workers={max(most, 1)}, or add nodes to the cluster."
         )
         settings = (f"train.num_workers={max(most, 1)}",)
-        return Verdict(plan=plan, gpu_memory_gib=budget, fits=False, words=words, settings=settings)
+        return verdict(fits=False, words=words, settings=settings)
     if has_room(plan):
-        return Verdict(plan=plan, gpu_memory_gib=budget, fits=True, words=f"It fits: {found}.", settings=())
-    for mend, changed in _mends(config, max(total for total, _ in lengths)):
-        better = forecast(changed)
-        if better is not None and has_room(better):
-            left_out = sum(total > changed.model.max_seq_len for total, _ in lengths)
-            note = f", which leaves out {left_out:,} of {len(lengths):,} examples" if left_out else ""
+        return verdict(fits=True, words=f"It fits: {found}.", settings=())
+    longest = max(item.num_tokens for item in examples)
+    for mend, changed in _mends(config, longest, is_packed=refusal is None):
+        kept = [item for item in examples if item.num_tokens <= changed.model.max_seq_len]
+        if not kept:
+            break
+        better, _ = _forecast(changed, kept, budget, is_packed=refusal is None)
+        if has_room(better):
+            left_out = len(examples) - len(kept)
+            note = f", which leaves out {left_out:,} of {len(examples):,} examples" if left_out else ""
             words = f"It does not fit: {found}. {' '.join(mend)} makes it fit at {better.total_gib:.1f} GiB{note}."
-            return Verdict(plan=plan, gpu_memory_gib=budget, fits=False, words=words, settings=mend)
+            return verdict(fits=False, words=words, settings=mend)
+    tried = "computing activations again" if refusal is None else "gradient checkpointing, micro-batches of one example"
     words = (
-        f"It does not fit: {found}, and neither gradient checkpointing, micro-batches of one example, 4 bit nor shorter "
-        "examples make it fit. Use larger GPUs or a smaller base."
+        f"It does not fit: {found}, and neither {tried}, 4 bit nor shorter examples make it fit. "
+        "Use larger GPUs or a smaller base."
     )
-    return Verdict(plan=plan, gpu_memory_gib=budget, fits=False, words=words, settings=())
+    return verdict(fits=False, words=words, settings=())
 
 
-def explain_out_of_memory(config: RunConfig, found: str) -> ResourceError:
+def _forecast(
+    config: RunConfig, examples: Sequence[Encoded], budget_gib: float, *, is_packed: bool
+) -> tuple[MemoryPlan, PackPlan | None]:
+    if is_packed:
+        packs = plan_path(config, examples, budget_gib / (1 + MARGIN) - CUDA_CONTEXT_GIB)
+        return packs.memory, packs
+    lengths = [(item.num_tokens, len(item.answer_ids)) for item in examples]
+    batch = find_worst_micro_batch(lengths, config.train.micro_batch_size)
+    return plan_memory(read_shape(find_source(config.model).folder), config, batch), None
+
+
+def explain_out_of_memory(config: RunConfig, found: str, packs: PackPlan | None) -> ResourceError:
     """Return what to say after a GPU ran out of memory in a step: the settings that save some, the least costly first.
 
     Args:
         found: torch's message; its first sentences say how much was asked for and free.
+        packs: how the run trained packed; None: on padded rows.
     """
     size = config.train.micro_batch_size
     smaller = max((part for part in range(1, size) if size % part == 0), default=None)
-    mends = [
-        *(["train.gradient_checkpointing=true"] if not config.train.gradient_checkpointing else []),
-        *([f"train.micro_batch_size={smaller}"] if smaller else []),
-        *(["model.bits=4"] if config.model.bits != 4 else []),
-    ]
-    words = f"set {' or '.join(mends)}, under another `name`" if mends else "use a larger GPU or shorter examples"
+    if packs is not None:
+        less = packs.memory.total_gib * 0.9
+        words = (
+            f"set train.memory_gib={less:.1f}, by which packs are made smaller or more is computed again, and start the same "
+            "command: it resumes from the last checkpoint"
+        )
+    else:
+        mends = [
+            *(["train.gradient_checkpointing=true"] if not config.train.gradient_checkpointing else []),
+            *([f"train.micro_batch_size={smaller}"] if smaller else []),
+            *(["model.bits=4"] if config.model.bits != 4 else []),
+        ]
+        words = f"set {' or '.join(mends)}, under another `name`" if mends else "use a larger GPU or shorter examples"
     return ResourceError(
         f"a worker's GPU ran out of memory ({'. '.join(found.split('. ')[:3])}): {words}. `finlora plan` forecasts a run; "
         "nothing else may use the GPU meanwhile."
     )
 
 
-def find_memory_gib(device: str) -> float:
-    """Return the memory of this machine's first GPU, or the reference card's where there is none; on CPU, the RAM."""
-    if device == "cpu":
+def find_memory_gib(device: str | torch.device) -> float:
+    """Return the memory of a GPU (`cuda`: this machine's first), or the reference card's where there is none; on CPU, the RAM."""
+    if str(device) == "cpu":
         import os
 
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     import torch
 
     if torch.cuda.is_available():
-        return float(torch.cuda.get_device_properties(0).total_memory) / 2**30
+        return float(torch.cuda.get_device_properties(device).total_memory) / 2**30
     return REFERENCE_GPU_GIB
 
 
@@ -157,24 +190,19 @@ def render_plan(config: RunConfig, verdict: Verdict) -> Table:
     from rich import box
     from rich.table import Table
 
-    plan, batch = verdict.plan, verdict.plan.micro_batch
+    plan = verdict.plan
     where = "GPU" if config.train.device == "cuda" else "machine, a worker's share"
     table = Table("memory of one worker", "GiB", "what it is", box=box.SIMPLE_HEAD)
     table.columns[1].justify = "right"
     rows = [
-        ("weights", plan.weights_gib, f"frozen base at {config.model.bits} bit"),
+        ("weights", plan.weights_gib, _describe_weights(config, verdict)),
         (
             "adapter",
             plan.adapter_gib,
             f"rank {config.lora.rank}, float32; its file has {plan.adapter_file_mib:.2f} MiB",
         ),
         ("optimizer", plan.optimizer_gib, f"gradients and state of {config.optim.name}"),
-        (
-            "activations",
-            plan.activations_gib,
-            f"{batch.num_examples} x {batch.num_tokens:,} tokens, the longest"
-            + (", recomputed" if config.train.gradient_checkpointing else ""),
-        ),
+        ("activations", plan.activations_gib, _describe_batch(config, verdict)),
         ("peak of a step", plan.train_peak_gib, "the four above, as torch allocates them"),
         ("peak of loading", plan.load_peak_gib, "weights and one tensor on its way"),
         ("total", plan.total_gib, f"the higher peak, and about {CUDA_CONTEXT_GIB} GiB for the CUDA context"),
@@ -185,19 +213,40 @@ def render_plan(config: RunConfig, verdict: Verdict) -> Table:
     return table
 
 
-def _mends(config: RunConfig, longest: int) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
+def _describe_weights(config: RunConfig, verdict: Verdict) -> str:
+    is_dense = verdict.packs is not None and verdict.packs.keep_unpacked
+    return f"frozen base at {config.model.bits} bit" + (", unpacked once and kept in bfloat16" if is_dense else "")
+
+
+def _describe_batch(config: RunConfig, verdict: Verdict) -> str:
+    if verdict.packs is not None:
+        again = {"none": "", "mlp": ", gate and up projection recomputed", "layer": ", layers recomputed"}
+        return f"a pack of {verdict.packs.size.num_rows:,} tokens, the largest{again[verdict.packs.recompute]}"
+    batch = verdict.plan.micro_batch
+    assert batch is not None, "a padded plan has a batch"
+    again_words = ", recomputed" if config.train.gradient_checkpointing else ""
+    return f"{batch.num_examples} x {batch.num_tokens:,} padded tokens, the longest{again_words}"
+
+
+def _mends(config: RunConfig, longest: int, *, is_packed: bool) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
     """Yield settings that save memory, the least costly first; each keeps those before it.
 
-    The order: checkpointing (a third more time), smaller micro-batches, 4 bit, and last a length limit, as that loses data.
+    The order: computing again (a third more time), smaller micro-batches, 4 bit, and last a length limit, as that loses data.
     """
     settings: tuple[str, ...] = ()
-    if not config.train.gradient_checkpointing:
-        config = _with_train(config, gradient_checkpointing=True)
-        settings = ("train.gradient_checkpointing=true",)
-        yield settings, config
-    smaller = [
-        size for size in range(config.train.micro_batch_size - 1, 0, -1) if config.train.micro_batch_size % size == 0
-    ]
+    train = config.train
+    smaller: list[int] = []
+    if is_packed:
+        if (train.recompute, train.unpack_weights) != ("auto", "auto"):
+            config = _with_train(config, recompute="auto", unpack_weights="auto")
+            settings = ("train.recompute=auto", "train.unpack_weights=auto")
+            yield settings, config
+    else:
+        if not train.gradient_checkpointing:
+            config = _with_train(config, gradient_checkpointing=True)
+            settings = ("train.gradient_checkpointing=true",)
+            yield settings, config
+        smaller = [size for size in range(train.micro_batch_size - 1, 0, -1) if train.micro_batch_size % size == 0]
     for size in smaller:
         yield (*settings, f"train.micro_batch_size={size}"), _with_train(config, micro_batch_size=size)
     if config.model.bits != 4:
@@ -214,5 +263,5 @@ def _mends(config: RunConfig, longest: int) -> Iterator[tuple[tuple[str, ...], R
         yield (*settings, f"model.max_seq_len={limit}", "data.too_long=skip"), shorter
 
 
-def _with_train(config: RunConfig, **changes: bool | int) -> RunConfig:
+def _with_train(config: RunConfig, **changes: bool | int | str) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))  # type: ignore[arg-type]

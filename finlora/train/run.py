@@ -4,6 +4,7 @@ Layout of OUTPUT_DIR/NAME:
     config.yaml        the resolved config: alone it reruns the run
     progress.jsonl     one Progress a line, appended by worker 0
     tensorboard/       the same numbers as TensorBoard events
+    plan.txt           how the workers train, and the memory they need by forecast
     checkpoint_*/      Ray Train's checkpoints (finlora/train/checkpoint.py)
     lock               held by the driver while the run goes on
     stop               empty; a signal's name in it asks the workers to stop (finlora/train/stop.py)
@@ -37,11 +38,15 @@ from finlora.model.source import find_source
 from finlora.model.tokenizer import load_tokenizer
 from finlora.train.loop import Progress
 
-# What may differ between a run and its resumption: it changes where and how often, never what is computed.
+# What may differ between a run and its resumption: it changes where, how often and in which memory, never what is computed.
 _FREE_SETTINGS = {
     "": ("output_dir", "eval"),
     "data": ("dir", "max_test_examples"),
-    "train": ("max_failures", "keep_checkpoints", "checkpoint_every_steps", "log_every_steps", "cpus_per_worker"),
+    # The last four lay the same work out in memory otherwise: sums are rounded in another order, dropout draws other masks.
+    "train": (
+        *("max_failures", "keep_checkpoints", "checkpoint_every_steps", "log_every_steps", "cpus_per_worker"),
+        *("memory_gib", "max_pack_tokens", "recompute", "unpack_weights"),
+    ),
 }
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -79,6 +84,10 @@ class RunFolder:
     @property
     def stop(self) -> Path:
         return self.root / "stop"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.txt"
 
     @property
     def config(self) -> Path:

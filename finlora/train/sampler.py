@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,13 @@ class Sampler:
         order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples)
         start = position * self.global_batch_size
         return [int(index) for index in order[start : start + self.global_batch_size]]
+
+    def batches(self, num_steps: int) -> Iterator[list[int]]:
+        """Yield the global batches of the first steps of the run, as `global_batch` gives them one by one."""
+        for epoch in range(-(-num_steps // self.steps_per_epoch)):
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_examples).tolist()
+            for position in range(min(self.steps_per_epoch, num_steps - epoch * self.steps_per_epoch)):
+                yield order[position * self.global_batch_size : (position + 1) * self.global_batch_size]
 
     def share(self, batch: list[int], worker: int) -> list[int]:
         """Return one worker's share of a global batch; empty when the batch ran out before it."""

@@ -30,13 +30,21 @@ from finlora.errors import FinloraError
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.lora import attach_lora, trainable_parameters
 from finlora.results import Result, append_result
-from finlora.train.batches import PaddedBatches
 from finlora.train.checkpoint import CheckpointInfo, CheckpointSchedule, load_checkpoint, read_info, save_checkpoint
-from finlora.train.loop import AnswerLoss, count_steps, run_steps
+from finlora.train.loop import count_steps, run_steps
 from finlora.train.optimizer import is_synchronised, make_optimizer
-from finlora.train.plan import count_gpus, explain_out_of_memory, plan_run
+from finlora.train.path import make_sampler, take_path
+from finlora.train.plan import Verdict, count_gpus, explain_out_of_memory, find_memory_gib, plan_run
 from finlora.train.recorder import PUBLISHED, Recorder, reduce_sum
-from finlora.train.run import RunFolder, claim_run, explain_full_disk, hash_run, load_training_set, open_run
+from finlora.train.run import (
+    RunFolder,
+    TrainingSet,
+    claim_run,
+    explain_full_disk,
+    hash_run,
+    load_training_set,
+    open_run,
+)
 from finlora.train.sampler import Sampler
 from finlora.train.snapshot import mend_snapshot
 from finlora.train.stop import StopRequest, describe_stop, stop_on_signals
@@ -123,41 +131,38 @@ def _work(loop_config: dict[str, Any]) -> tuple[int, int]:
     """Body of one Ray Train worker; returns the steps done and those of the whole run."""
     config = config_from_tree(loop_config["config"])
     folder = RunFolder(Path(loop_config["folder"]))
+    device = _choose_device(config)
+    training_set = load_training_set(config)
+    verdict = plan_run(config, find_memory_gib(device), count_gpus(config), training_set)
+    verdict.require_fit()
     try:
-        return _train(config, folder)
+        return _train(config, folder, device, training_set, verdict)
     except torch.cuda.OutOfMemoryError as error:
-        raise explain_out_of_memory(config, str(error)) from error
+        raise explain_out_of_memory(config, str(error), verdict.packs) from error
     except Exception as error:
         if said := explain_full_disk(error, folder):
             raise said from error
         raise
 
 
-def _train(config: RunConfig, folder: RunFolder) -> tuple[int, int]:
+def _train(
+    config: RunConfig, folder: RunFolder, device: torch.device, training_set: TrainingSet, verdict: Verdict
+) -> tuple[int, int]:
     context = ray.train.get_context()
     worker, world_size = context.get_world_rank(), context.get_world_size()
-    device = _choose_device(config)
-    training_set = load_training_set(config)
-    sampler = Sampler(
-        num_examples=len(training_set.encoded),
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        world_size=world_size,
-        seed=config.seed,
-    )
+    examples = training_set.encoded
+    sampler = make_sampler(config, len(examples))
     total_steps = count_steps(sampler, config.train.epochs, config.train.max_steps)
-    if device.type == "cuda":
-        memory_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
-        plan_run(config, memory_gib, count_gpus(config), training_set).require_fit()
+    if worker == 0:
+        folder.plan.write_text(verdict.describe(config) + "\n", encoding="utf-8")
     with quiet_bitsandbytes():
         base = load_base(config.model, config.model.bits, device, config.seed)
         model = attach_lora(base.model, config.lora, config.model.base, config.seed)
-        if config.train.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        taken = take_path(model.train(), config, examples, verdict.packs, device, base.tokenizer.pad_token_id)
         parameters = trainable_parameters(model)
         meter = WireMeter(WireClock(device), sum(p.numel() for p in parameters.values()), world_size)
         optimizer = make_optimizer(list(parameters.values()), config.optim, total_steps, meter.clock)
-        engine = _make_engine(AnswerLoss(model.train()), optimizer, config, sampler)
+        engine = _make_engine(taken.module, optimizer, config, sampler)
         meter.watch(engine)
         info = CheckpointInfo(step=0, world_size=world_size, run_hash=hash_run(config, training_set.hashes))
         start_step = 0
@@ -166,14 +171,12 @@ def _train(config: RunConfig, folder: RunFolder) -> tuple[int, int]:
             with checkpoint.as_directory() as path:
                 start_step = read_info(Path(path), info.run_hash, world_size).step
                 meter.resume(load_checkpoint(Path(path), worker, parameters, optimizer))
-        publish = _make_gauges(config, worker)
-        record = Recorder(folder, worker, world_size, lambda: meter.read(optimizer), publish)
+        record = Recorder(folder, worker, world_size, lambda: meter.read(optimizer), _make_gauges(config, worker))
         schedule = CheckpointSchedule(
             steps_per_epoch=sampler.steps_per_epoch,
             total_steps=total_steps,
             every_steps=config.train.checkpoint_every_steps,
         )
-
         stop = StopRequest(folder.stop, worker, world_size)
         if stop.is_asked():
             return start_step, total_steps
@@ -195,15 +198,13 @@ def _train(config: RunConfig, folder: RunFolder) -> tuple[int, int]:
 
         done = run_steps(
             engine,
-            training_set.encoded,
+            examples,
             sampler,
             config.optim,
             worker=worker,
             start_step=start_step,
             total_steps=total_steps,
-            batches=PaddedBatches(
-                micro_batch_size=config.train.micro_batch_size, pad_token_id=base.tokenizer.pad_token_id
-            ),
+            batches=taken.batches,
             device=device,
             log_every_steps=config.train.log_every_steps,
             reduce_sum=reduce_sum,
@@ -232,7 +233,7 @@ def _collectives(config: RunConfig) -> str:
     return "nccl" if config.train.device == "cuda" and config.train.gpus_per_worker >= 1 else "gloo"
 
 
-def _make_engine(module: AnswerLoss, optimizer: torch.optim.Optimizer, config: RunConfig, sampler: Sampler) -> Any:
+def _make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, sampler: Sampler) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 

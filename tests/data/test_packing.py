@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from finlora.data.encode import IGNORED, Encoded
+from finlora.data.pack_size import pad_pack
 from finlora.data.packing import (
     MIN_SHARED_PREFIX,
     pack_examples,
-    pad_pack,
     shared_prefix_length,
     split_by_tokens,
 )

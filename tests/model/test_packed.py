@@ -9,7 +9,8 @@ import torch
 
 from finlora.config import LoraConfig, ModelConfig
 from finlora.data.encode import Encoded, collate, encode_examples
-from finlora.data.packing import pack_examples, pad_pack
+from finlora.data.pack_size import pad_pack
+from finlora.data.packing import pack_examples
 from finlora.data.rows import Request
 from finlora.data.synthetic import (
     read_synthetic_headline,
@@ -206,4 +207,4 @@ def test_what_cannot_run_packed_is_said(make_model, targets, words):
 def test_biases_are_refused(make_model):
     model = make_model(16)
     model.get_base_model().config.attention_bias = True
-    assert refusal(model) == "base or adapter has biases; packed training knows none"
+    assert refusal(model) == "the base has biases; packed training knows none"

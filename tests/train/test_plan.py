@@ -24,7 +24,7 @@ from finlora.train.run import load_training_set
 
 @pytest.fixture
 def make_8b(make_config, tiny_base, tmp_path):
-    """The shapes of Llama-3.1-8B without weights, on the generated set."""
+    """A run of Llama-3.1-8B's shapes without weights on the generated set, on padded rows unless told otherwise."""
     folder = tmp_path / "llama-8b"
     folder.mkdir()
     values = json.loads((tiny_base / "config.json").read_text())
@@ -41,6 +41,7 @@ def make_8b(make_config, tiny_base, tmp_path):
     (folder / "config.json").write_text(json.dumps(values))
     fixed = [f"model.base={folder}", f"model.tokenizer={tiny_base}", "model.weights=random"]
     fixed += ["model.compute_dtype=bfloat16", "train.precision=bf16", "train.device=cuda", "model.bits=4"]
+    fixed += ["train.packing=false"]
 
     def make(*overrides):
         return make_config(*fixed, *overrides)
@@ -150,7 +151,7 @@ def test_table_shows_every_part_and_the_longest_batch(make_8b):
     for word in ("weights", "adapter", "optimizer", "activations", "peak of loading", "total", "GPU", "4 x "):
         assert word in text
     assert f"{verdict.plan.total_gib:.2f}" in text
-    assert f"{verdict.plan.micro_batch.num_tokens:,} tokens" in text
+    assert f"{verdict.plan.micro_batch.num_tokens:,} padded tokens" in text
 
 
 def test_plan_needs_no_ray():
@@ -183,9 +184,81 @@ def test_gpu_that_ran_out_of_memory_names_what_saves_some(make_8b, overrides, me
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 47.40 GiB of which 1.00 GiB is free. "
         "Process 1 has 46.40 GiB memory in use. Of the allocated memory 45 GiB is allocated by PyTorch."
     )
-    error = explain_out_of_memory(make_8b(*overrides), found)
+    error = explain_out_of_memory(make_8b(*overrides), found, None)
     assert isinstance(error, ResourceError)
     assert (
         f"Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 47.40 GiB of which 1.00 GiB is free): {mend}"
         in str(error)
     )
+
+
+PACKED = "train.packing=true"
+RESTRICTED = ("train.recompute=none", "train.unpack_weights=always")
+
+
+def test_packed_run_says_how_it_trains_and_that_it_fits(make_8b):
+    config = make_8b(PACKED)
+    verdict = plan_run(config, 47.4, 1)
+    assert verdict.fits
+    assert verdict.padded_because is None
+    rows = verdict.packs.size.num_rows
+    expected = (
+        f"Training packed: a pack of {rows:,} tokens, the largest; frozen base at 4 bit, unpacked once and kept in bfloat16; "
+        f"forecast {verdict.plan.train_peak_gib:.1f} GiB a worker"
+    )
+    assert verdict.describe(config) == expected
+    console = Console(width=130, record=True, file=io.StringIO())
+    console.print(render_plan(config, verdict))
+    text = console.export_text()
+    assert "unpacked once and kept in bfloat16" in text
+    assert f"a pack of {rows:,} tokens, the largest" in text
+
+
+def test_padded_run_says_why(make_8b):
+    config = make_8b(PACKED, "lora.target_modules=[q_proj, o_proj]")
+    verdict = plan_run(config, 1000, 1)
+    assert verdict.packs is None
+    assert verdict.describe(config).startswith(
+        "Training on padded rows (lora.target_modules has o_proj; packed training adapts q_proj, k_proj, v_proj): 4 x "
+    )
+    assert "(train.packing=false)" in plan_run(make_8b(), 1000, 1).describe(make_8b())
+
+
+def test_less_memory_is_planned_for_before_anything_is_refused(make_8b):
+    """From ample to scarce: unpacked weights go first, then activations are computed again."""
+    plans = [plan_run(make_8b(PACKED), memory, 1) for memory in (60.0, 17.0, 9.0)]
+    assert all(verdict.fits for verdict in plans)
+    assert [verdict.packs.keep_unpacked for verdict in plans] == [True, False, False]
+    costs = [verdict.packs.cost for verdict in plans]
+    assert costs == sorted(costs)
+    assert plan_run(make_8b(PACKED, "train.memory_gib=9"), 60.0, 1).packs == plans[2].packs
+
+
+@pytest.mark.parametrize(
+    ("restricted", "memory", "settings"),
+    [
+        (RESTRICTED, 15.0, ("train.recompute=auto", "train.unpack_weights=auto")),
+        (["model.bits=8"], 9.5, ("model.bits=4",)),
+    ],
+)
+def test_setting_that_makes_a_packed_run_fit_is_named(make_8b, restricted, memory, settings):
+    verdict = plan_run(make_8b(PACKED, *restricted), memory, 1)
+    assert not verdict.fits
+    assert verdict.settings == settings
+    with pytest.raises(ResourceError, match=rf"{settings[-1]} makes it fit at"):
+        verdict.require_fit()
+    assert plan_run(make_8b(PACKED, *restricted, *settings), memory, 1).fits
+
+
+def test_packed_run_that_nothing_makes_fit_says_so(make_8b):
+    words = r"neither computing activations again, 4 bit nor shorter examples make it fit"
+    with pytest.raises(ResourceError, match=words):
+        plan_run(make_8b(PACKED), 4.0, 1).require_fit()
+
+
+def test_packed_run_out_of_memory_names_a_limit_under_which_it_resumes(make_8b):
+    config = make_8b(PACKED)
+    packs = plan_run(config, 47.4, 1).packs
+    said = str(explain_out_of_memory(config, "CUDA out of memory. Tried. Free", packs))
+    assert f"set train.memory_gib={packs.memory.total_gib * 0.9:.1f}, by which packs are made smaller" in said
+    assert "it resumes from the last checkpoint" in said

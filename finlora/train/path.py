@@ -1,0 +1,146 @@
+"""How a worker trains: packed where the model allows it, within the memory given; on padded rows otherwise.
+
+A path is planned from the config and the base's config.json alone, before any weight is loaded, by `finlora plan` and by
+each worker; then it is taken.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from finlora.config import RunConfig
+from finlora.data.encode import Encoded
+from finlora.data.pack_size import PackSize, measure_pack
+from finlora.data.packing import split_by_tokens
+from finlora.model.packed_memory import PackPlan, Workload, packing_refusal, plan_packs
+from finlora.model.shapes import read_shape
+from finlora.model.source import find_source
+from finlora.train.batches import Batches, PackedBatches, PaddedBatches
+from finlora.train.sampler import Sampler
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainPath:
+    """A loss module and the batches that it takes."""
+
+    module: nn.Module
+    batches: Batches
+
+
+def refuse_packing(config: RunConfig) -> str | None:
+    """Return in words why a run trains on padded rows, or None where it trains packed."""
+    if not config.train.packing:
+        return "train.packing=false"
+    values = json.loads((find_source(config.model).folder / "config.json").read_text(encoding="utf-8"))
+    return packing_refusal(values, config.lora.target_modules)
+
+
+def make_sampler(config: RunConfig, num_examples: int) -> Sampler:
+    """Return the sampler of a run."""
+    return Sampler(
+        num_examples=num_examples,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        world_size=config.train.num_workers,
+        seed=config.seed,
+    )
+
+
+def plan_path(config: RunConfig, examples: Sequence[Encoded], memory_gib: float) -> PackPlan:
+    """Plan packed training on encoded examples, looking at every batch of the run.
+
+    Args:
+        memory_gib: what torch may allocate for a worker; GiB = 2**30 bytes.
+
+    Raises:
+        ModelError: the base has no readable config.json.
+    """
+    lengths = [item.num_tokens for item in examples]
+    shares = list(_shares(config, len(examples)))
+    totals = [sum(lengths[index] for index in share) for share in shares]
+    train = config.train
+
+    @cache
+    def measure(max_tokens: int) -> PackSize:
+        packs = [pack for share in shares for pack in split_by_tokens(share, lengths, max_tokens)]
+        packs.sort(key=lambda pack: sum(lengths[index] for index in pack), reverse=True)
+        largest, num_labels = PackSize(num_rows=0, num_labels=0), 0
+        for pack in packs:
+            items = [examples[index] for index in pack]
+            num_labels = max(num_labels, sum(len(item.answer_ids) for item in items))
+            # Sharing only makes a pack smaller, and those that follow have fewer tokens: none of them can be larger.
+            if sum(item.num_tokens for item in items) * 17 // 16 + 32 < largest.num_rows:
+                continue
+            size = measure_pack(items, share_prefix=train.share_prefix, is_padded=train.device == "cuda")
+            largest = max(largest, size, key=lambda size: size.num_rows)
+        return PackSize(num_rows=largest.num_rows, num_labels=max(num_labels, largest.num_labels))
+
+    work = Workload(
+        longest=max(lengths),
+        mean_share=sum(totals) / len(totals),
+        largest_share=max(totals),
+        measure=measure,
+    )
+    return plan_packs(read_shape(find_source(config.model).folder), config, work, memory_gib)
+
+
+def take_path(
+    model: PeftModel,
+    config: RunConfig,
+    examples: Sequence[Encoded],
+    plan: PackPlan | None,
+    device: torch.device,
+    pad_token_id: int,
+) -> TrainPath:
+    """Set a model up for training.
+
+    Args:
+        plan: of packed training; None: padded rows.
+        pad_token_id: fills rows.
+    """
+    import torch
+
+    from finlora.model.packed import PackedLlama
+    from finlora.train.loop import AnswerLoss
+
+    if plan is None:
+        if config.train.gradient_checkpointing:
+            settings: dict[str, Any] = {"use_reentrant": False}
+            model.gradient_checkpointing_enable(settings)
+        batches = PaddedBatches(micro_batch_size=config.train.micro_batch_size, pad_token_id=pad_token_id)
+        return TrainPath(module=AnswerLoss(model), batches=batches)
+    capture = device.type == "cuda"
+    module = PackedLlama(
+        model,
+        torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        recompute=plan.recompute,
+        keep_unpacked=plan.keep_unpacked,
+        capture=capture,
+    )
+    packs = PackedBatches(
+        max_tokens=plan.max_tokens,
+        lengths=[item.num_tokens for item in examples],
+        share_prefix=config.train.share_prefix,
+        is_padded=capture,
+    )
+    return TrainPath(module=module, batches=packs)
+
+
+def _shares(config: RunConfig, num_examples: int) -> Iterator[list[int]]:
+    """Yield what each worker gets at each step of the run."""
+    sampler = make_sampler(config, num_examples)
+    steps = sampler.steps_per_epoch * config.train.epochs
+    steps = min(steps, config.train.max_steps or steps)
+    for batch in sampler.batches(steps):
+        for worker in range(sampler.world_size):
+            if share := sampler.share(batch, worker):
+                yield share

@@ -46,7 +46,7 @@ class Faults:
     scale: bool = True
     """One root mean square a tensor (a server's: a tensor's chunk) as scale, not a mean over 512 elements."""
     floor: bool = True
-    """v has no floor where it saw next to no gradient."""
+    """v has no floor where it saw next to no gradient, and a step no bound where v is frozen."""
     schedule: bool = True
     """T_v and the local intervals follow fixed counts, not the run's length; the last step does not synchronise."""
     resume: bool = True
@@ -166,6 +166,7 @@ class DeepSpeedRule(torch.optim.Optimizer):
         if self.steps_since_sync == 0:
             self.synced = self.x.clone()
         self.m.mul_(self.betas[0]).add_(gradient, alpha=1 - self.betas[0])
+        self._bound_momentum(denominator)
         self.u.add_(self.m, alpha=rate)
         self.x.addcdiv_(self.m, denominator, value=-rate)
         self.rate_sum += rate
@@ -175,9 +176,15 @@ class DeepSpeedRule(torch.optim.Optimizer):
         units = torch.ones_like(denominator) if self.faults.units else denominator
         average = self._average_one_bit(self.u / units) * units
         self.m = average / self.rate_sum
+        self._bound_momentum(denominator)
         self.x.copy_(self.synced).addcdiv_(average, denominator, value=-1)
         self.u.zero_()
         self.rate_sum, self.steps_since_sync = 0.0, 0
+
+    def _bound_momentum(self, denominator: Tensor) -> None:
+        if not self.faults.floor:
+            limit = denominator * max(1.0, (1 - self.betas[0]) / (1 - self.betas[1]) ** 0.5)
+            self.m = self.m.clamp(-limit, limit)
 
     def _denominator(self, *, is_floored: bool = True) -> Tensor:
         beta2 = self.betas[1]

@@ -206,6 +206,8 @@ def _train(net: Any, case: Case, config: RunConfig, device: Any, folder: Path) -
         with torch.autocast(device.type, torch.bfloat16):
             loss = loss_of(batch)
         loss.backward()
+        last_loss = float(loss.detach())
+        del loss  # as the loop does: the graph's nodes hold LLM.int8()'s inputs
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # DeepSpeed keeps gradients between steps too
         if device.type == "cuda":
@@ -215,7 +217,7 @@ def _train(net: Any, case: Case, config: RunConfig, device: Any, folder: Path) -
         "train_peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         "seconds_per_step": min(seconds),
         "tokens_per_second": int(mask.sum()) / min(seconds),
-        "loss": float(loss.detach()),
+        "loss": last_loss,
     }
     measured["adapter_file_mib"] = save_adapter(model, folder / "adapter")
     return measured

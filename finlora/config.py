@@ -124,7 +124,7 @@ class OptimConfig:
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Course of the learning rate after the warm-up; linear and cosine end at 0."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this global norm; 0 turns clipping off."""
+    """Gradients are clipped to this norm: their mean over workers, or a worker's own between 0/1 Adam's exchanges; 0: never."""
     freeze_ratio: float = 0.2
     """0/1 Adam: share of the run after which the variance is frozen for good (scaled to the run, never a fixed count)."""
     max_local_steps: int = 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,8 @@ def weights_of_two_ranks(rank, folder):
         report[stop] = flat(parameters)
     torch.save(report, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    # All is written; torch 2.13 now and then aborts while it takes down gloo\'s threads with the interpreter.
+    os._exit(0)
 
 
 def test_rule_without_faults_equals_zero_one_adam_alone():

@@ -28,6 +28,7 @@ class CapturedPasses:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._pool: torch.cuda.MemPool | None = None
+        self._outputs: list[Tensor] = []
         self._seen: set[tuple[object, ...]] = set()
         self._graphs: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
 
@@ -41,31 +42,47 @@ class CapturedPasses:
         elif form in self._seen:
             if len(self._graphs) == MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-            self._graphs[form] = _Graph(self._run, pack, seed, device, self._pool)
+            self._graphs[form] = _Graph(self._run, pack, seed, device, self._pool, self._outputs)
         else:
             self._seen.add(form)
             with torch.cuda.use_mem_pool(self._pool, device):
-                return self._run(pack.to(device), _to_seed(seed, device))
-        return self._graphs[form].replay(pack, seed)
+                loss, gradients = self._run(pack.to(device), _to_seed(seed, device))
+            if not self._outputs:
+                self._outputs = [torch.empty_like(tensor) for tensor in (loss, *gradients)]
+            return loss, gradients
+        self._graphs[form].replay(pack, seed)
+        return self._outputs[0], self._outputs[1:]
 
 
 class _Graph:
-    """One recorded form with the memory its inputs are read from."""
+    """One recorded form with the memory its inputs are read from.
 
-    def __init__(self, run: Run, pack: Pack, seed: int | None, device: torch.device, pool: torch.cuda.MemPool) -> None:
+    Args:
+        outputs: loss and gradients are left there, in the same memory by all graphs: each of them would hold its own.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        pack: Pack,
+        seed: int | None,
+        device: torch.device,
+        pool: torch.cuda.MemPool,
+        outputs: list[Tensor],
+    ) -> None:
         self.inputs, self.seed = pack.to(device), _to_seed(seed, device)
         torch.cuda.synchronize(device)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool.id):  # type: ignore[arg-type]
-            self.loss, self.gradients = run(self.inputs, self.seed)
+            loss, gradients = run(self.inputs, self.seed)
+            torch._foreach_copy_(outputs, [loss, *gradients])
 
-    def replay(self, pack: Pack, seed: int | None) -> tuple[Tensor, list[Tensor]]:
+    def replay(self, pack: Pack, seed: int | None) -> None:
         for own, new in zip(self.inputs.tensors(), pack.tensors(), strict=True):
             own.copy_(new, non_blocking=True)
         if self.seed is not None and seed is not None:
             self.seed.fill_(seed)
         self.graph.replay()
-        return self.loss, self.gradients
 
 
 def _to_seed(seed: int | None, device: torch.device) -> Tensor | None:

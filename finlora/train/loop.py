@@ -134,6 +134,8 @@ def run_steps(
             # The engine averages gradients over workers; times world_size turns the mean back into the sum we divide.
             engine.backward(loss * (sampler.world_size / num_targets), scale_wrt_gas=False)
             window.loss_sum += loss.detach().double() / num_targets
+            # The name would hold the graph through the next pass, and LLM.int8() keeps its inputs on the nodes of the graph.
+            del loss
         engine.step()
         window.num_steps += 1
         done = step + 1

@@ -39,8 +39,14 @@ def make_optimizer(
         total_steps=total_steps,
         freeze_ratio=optim.freeze_ratio,
         max_local_steps=optim.max_local_steps,
+        max_grad_norm=optim.max_grad_norm,
         clock=clock,
     )
+
+
+def clips_itself(optim: OptimConfig) -> bool:
+    """Return whether the optimiser clips gradients; the engine, which would share the norms of all ranks, must not then."""
+    return optim.name == "zero_one_adam"
 
 
 def is_synchronised(optimizer: torch.optim.Optimizer) -> bool:

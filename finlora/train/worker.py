@@ -32,7 +32,7 @@ from finlora.model.lora import attach_lora, trainable_parameters
 from finlora.results import Result, append_result
 from finlora.train.checkpoint import CheckpointInfo, CheckpointSchedule, load_checkpoint, read_info, save_checkpoint
 from finlora.train.loop import count_steps, run_steps
-from finlora.train.optimizer import is_synchronised, make_optimizer
+from finlora.train.optimizer import clips_itself, is_synchronised, make_optimizer
 from finlora.train.path import make_sampler, take_path
 from finlora.train.plan import Verdict, count_gpus, explain_out_of_memory, find_memory_gib, plan_run
 from finlora.train.recorder import PUBLISHED, Recorder, reduce_sum
@@ -234,7 +234,7 @@ def _collectives(config: RunConfig) -> str:
 
 
 def _make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, sampler: Sampler) -> Any:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # before it speaks, and again, since its import sets it
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -253,7 +253,7 @@ def _make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, conf
             "managed_gradient_accumulation": False,
             "zero_optimization": {"stage": 0},
             "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"},
-            "gradient_clipping": config.optim.max_grad_norm,
+            "gradient_clipping": 0.0 if clips_itself(config.optim) else config.optim.max_grad_norm,
             "steps_per_print": None,
         },
     )

@@ -19,15 +19,17 @@ and tutorial (DeepSpeed 0.19.6, runtime/fp16/onebit/zoadam.py). Deviations, each
  5. The 1-bit exchange runs on u / D, the update, not on u. One scale then serves coordinates whose gradients differ by
     orders of magnitude (LoRA's A and B); a sign times mean |u| over a small D would throw the small ones far away. That
     code sends g until T_v ends, then u, and clears the errors between; here they are kept.
- 6. The scale is a mean over 512 elements of one parameter: 1.06 bits an element; in that code, a parameter's root mean square.
+ 6. The scale is a mean over 512 elements of one parameter: 1.06 bits an element; there, a parameter's root mean square.
  7. Off T_v, v is at least (1 - b2) times its mean over the block, which is what one gradient of typical size leaves
     there; where v is 0 it is the mean itself. A frozen v cannot grow: without, such a coordinate's next gradient explodes.
- 8. T_v: gaps 2^floor(j / 16), as there, until freeze_ratio * total_steps, at least 10 steps; the authors end it with the
-    learning rate's warm-up. T_u: every step until then; the rest falls into equal spans with gaps 1, 2, 4, ...
-    max_local_steps, and the last step synchronises. They double the gap as the learning rate decays, which would need the
-    scheduler's future; their code after a fixed count of steps.
- 9. Decoupled weight decay, on x between and on x_t' at synchronisations. A step with lr = 0 off T_v changes nothing.
-10. One rank: nothing is sent, so nothing is compressed; all else is the same, and every gradient counts.
+ 8. Off T_v, |m| / D is held within max(1, (1 - b1) / sqrt(1 - b2)), Adam's own bound of a step in units of the learning
+    rate (Kingma and Ba, arXiv:1412.6980, section 2.1), also after m was recovered from U. A frozen v breaks it: on TFNS
+    m / D grew to 640 in a few coordinates, and their compression errors drowned the 511 that share a scale with each.
+ 9. T_v and T_u are scaled to the run's length: `Schedule`.
+10. Decoupled weight decay, on x between and on x_t' at synchronisations. A step with lr = 0 off T_v changes nothing.
+11. Gradients are clipped here, where the method needs no round for it: the exact mean in T_v, as AdamW's is, and each rank's
+    own elsewhere.
+12. One rank: nothing is sent, so nothing is compressed; all else is the same, and every gradient counts.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finlora.errors import CheckpointError, ConfigError
-from finlora.train.onebit import FlatLayout, OneBitExchange, Schedule, rank_and_world_size
+from finlora.errors import ConfigError
+from finlora.train.onebit import FlatLayout, OneBitExchange, Schedule, floor_by_block, rank_and_world_size
 from finlora.train.wire import WireClock
+from finlora.train.zero_one_state import STATE_KEY, take_own_state
 
 BLOCK_SIZE = 512
-_STATE_KEY = "zero_one_adam"
 _COUNTS = ("_num_variance_updates", "_steps_since_sync", "_rate_sum", "_decay")
 _EXCHANGE_COUNTS = ("bytes_sent", "num_compressed", "num_exact")
 
@@ -54,7 +56,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
 
     It does all communication itself: gradients must arrive local, not averaged; every rank must call `step` and
     `synchronise` in the same order. bfloat16 parameters get a float32 master copy, float32 ones do not. The first `step`
-    takes rank 0's weights for all. Gradients are clipped outside, each rank its own.
+    takes rank 0's weights for all.
 
     Args:
         params: parameters, or exactly one group of them, all on one device.
@@ -62,6 +64,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         total_steps: optimiser steps of the whole run, to which the schedules are scaled.
         freeze_ratio: share of total_steps after which the variance is frozen for good.
         max_local_steps: longest gap between two synchronisations, in steps.
+        max_grad_norm: gradients are scaled down to this norm; 0: never.
         process_group: None means the default group, or one rank when torch.distributed is not initialised.
         block_size: elements that share a scale, a multiple of 8.
         clock: sums the seconds of communication; None: nobody counts them.
@@ -81,6 +84,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         total_steps: int,
         freeze_ratio: float,
         max_local_steps: int,
+        max_grad_norm: float = 0.0,
         process_group: dist.ProcessGroup | None = None,
         block_size: int = BLOCK_SIZE,
         clock: WireClock | None = None,
@@ -94,6 +98,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         if len({parameter.device for parameter in self._parameters()}) != 1:
             raise ConfigError("ZeroOneAdam: parameters lie on several devices, expected one: move them together first")
         self._block_size, self._process_group, self._clock = block_size, process_group, clock
+        self._max_grad_norm = max_grad_norm
         self._step = self._num_variance_updates = self._steps_since_sync = 0
         self._rate_sum, self._decay = 0.0, 1.0
         # Made at the first step: DeepSpeed may move and broadcast the weights after it was given the optimiser.
@@ -128,17 +133,14 @@ class ZeroOneAdam(torch.optim.Optimizer):
     @property
     def bytes_adam(self) -> int:
         """Bytes that a ring all-reduce of the gradients, in the parameters' types, would have sent over the same steps."""
-        _, n = rank_and_world_size(self._process_group)
-        gradient_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self._parameters())
-        return self._step * 2 * (n - 1) * gradient_bytes // n
+        n, parameters = rank_and_world_size(self._process_group)[1], self._parameters()
+        return self._step * 2 * (n - 1) * sum(p.numel() * p.element_size() for p in parameters) // n
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take one step with the local gradients; a missing gradient counts as 0. Returns what closure returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         if self._exchange is None:
             self._allocate()
             # The method needs x_0 equal on all ranks.
@@ -163,6 +165,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         buffers, denominator = self._buffers, self._denominator(is_floored=True)
         update = self._exchange.average(buffers["u"] / denominator)
         buffers["m"] = update * denominator / self._rate_sum
+        self._bound_momentum(denominator)
         buffers["last_synced"].mul_(self._decay).sub_(update)
         buffers["u"].zero_()
         self._write_weights(buffers["last_synced"])
@@ -170,10 +173,9 @@ class ZeroOneAdam(torch.optim.Optimizer):
 
     def _step_exact(self, gradient: Tensor) -> None:
         """A step of T_v: Adam with the exact mean gradient, the same on every rank."""
-        assert self._exchange is not None
-        assert self.is_synchronised, "T_v ends before local steps begin"
+        assert self._exchange is not None and self.is_synchronised, "T_v ends before local steps begin"  # noqa: PT018
         (beta1, beta2), buffers = self._group()["betas"], self._buffers
-        mean = self._exchange.average_exact(gradient)
+        mean = self._clip(self._exchange.average_exact(gradient))
         self._num_variance_updates += 1
         buffers["m"].mul_(beta1).add_(mean, alpha=1 - beta1)
         buffers["v"].mul_(beta2).addcmul_(mean, mean, value=1 - beta2)
@@ -188,14 +190,28 @@ class ZeroOneAdam(torch.optim.Optimizer):
         if rate == 0:
             return  # The momentum recovered from u would be 0 / 0, and unequal momenta would meet a step of T_v.
         beta1, buffers = self._group()["betas"][0], self._buffers
-        buffers["m"].mul_(beta1).add_(gradient, alpha=1 - beta1)
+        denominator = self._denominator(is_floored=True)
+        buffers["m"].mul_(beta1).add_(self._clip(gradient), alpha=1 - beta1)
+        self._bound_momentum(denominator)
         weights = self._read_weights().mul_(decay)
-        weights.addcdiv_(buffers["m"], self._denominator(is_floored=True), value=-rate)
+        weights.addcdiv_(buffers["m"], denominator, value=-rate)
         buffers["u"].add_(buffers["m"], alpha=rate)
         self._write_weights(weights)
         self._rate_sum += rate
         self._decay *= decay
         self._steps_since_sync += 1
+
+    def _bound_momentum(self, denominator: Tensor) -> None:
+        """Deviation 8."""
+        beta1, beta2 = self._group()["betas"]
+        limit = denominator * max(1.0, (1 - beta1) / (1 - beta2) ** 0.5)
+        torch.clamp(self._buffers["m"], -limit, limit, out=self._buffers["m"])
+
+    def _clip(self, gradient: Tensor) -> Tensor:
+        """Deviation 11."""
+        if self._max_grad_norm == 0:
+            return gradient
+        return gradient.mul((self._max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0))
 
     def _rate_and_decay(self) -> tuple[float, float]:
         group = self._group()
@@ -203,14 +219,10 @@ class ZeroOneAdam(torch.optim.Optimizer):
 
     def _denominator(self, *, is_floored: bool) -> Tensor:
         """D = sqrt(v / (1 - b2^updates)) + eps, with the floor of deviation 7 where v does not see the gradient."""
-        beta2, is_real = self._group()["betas"][1], self._layout.is_real
+        beta2 = self._group()["betas"][1]
         v = self._buffers["v"] / (1 - beta2**self._num_variance_updates)
         if is_floored:
-            mean = v.view(-1, self._block_size).sum(1) / is_real.view(-1, self._block_size).sum(1).clamp_(min=1)
-            # A block without any gradient so far has no scale of its own: the whole vector's stands in.
-            mean = torch.where(mean > 0, mean, v.sum() / is_real.sum())
-            mean = mean.repeat_interleave(self._block_size)
-            v = torch.where(v > 0, v.maximum((1 - beta2) * mean), mean)
+            v = floor_by_block(v, 1 - beta2, self._layout.is_real, self._block_size)
         denominator: Tensor = v.sqrt_().add_(self._group()["eps"])
         return denominator
 
@@ -261,7 +273,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
             state["tensors"] = buffers | errors | {"weights": self._read_weights()}
             state["exchange"] = {name: getattr(self._exchange, name) for name in _EXCHANGE_COUNTS}
             state["counts"] = {name: getattr(self, name) for name in _COUNTS}
-        return {**super().state_dict(), _STATE_KEY: state}
+        return {**super().state_dict(), STATE_KEY: state}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -270,20 +282,8 @@ class ZeroOneAdam(torch.optim.Optimizer):
         Raises:
             CheckpointError: the state is another optimiser's or rank's, or of another world size, model or schedule.
         """
-        state = state_dict.get(_STATE_KEY)
-        if state is None:
-            raise CheckpointError(
-                f"found an optimiser state without {_STATE_KEY!r}, expected one that 0/1 Adam saved: "
-                "set optim.name to the optimiser that wrote the checkpoint, or start a new run"
-            )
-        saved, expected = state["fingerprint"], self._fingerprint()
-        differences = [f"{k} {saved.get(k)}, expected {v}" for k, v in expected.items() if saved.get(k) != v]
-        if differences:
-            raise CheckpointError(
-                f"found a 0/1 Adam state with {'; '.join(differences)}: error buffers and local weights belong to one rank "
-                "of one run; resume with the same workers and settings, or start a new run from the exported adapter"
-            )
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != _STATE_KEY})
+        state = take_own_state(state_dict, self._fingerprint())
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
         self._step, self._buffers, self._exchange = state["step"], {}, None
         if "tensors" not in state:
             return

@@ -22,18 +22,15 @@ from zero_one_adam_world import (
     TOLERANCE,
     WEIGHT_DECAY,
     Regression,
-    flat_of,
     learning_rates,
     load,
     make_optimizer,
     parameters_of,
     report_of_rank,
-    take_step,
-    train,
 )
 
-from finlora.errors import CheckpointError, ConfigError
-from finlora.train.onebit import Schedule, pack_signs, unpack_signs
+from finlora.errors import CheckpointError
+from finlora.train.onebit import Schedule
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
@@ -201,100 +198,3 @@ def test_state_of_another_optimizer_is_refused() -> None:
     parameters = parameters_of(Regression(0).start)
     with pytest.raises(CheckpointError, match="set optim"):
         make_optimizer(parameters).load_state_dict(torch.optim.AdamW(parameters).state_dict())
-
-
-def test_state_before_first_step_loads() -> None:
-    problem, rates = Regression(0), learning_rates(STEPS, 0.03)
-    parameters = parameters_of(problem.start)
-    optimizer = make_optimizer(parameters)
-    optimizer.load_state_dict(make_optimizer(parameters_of(problem.start)).state_dict())
-    assert optimizer.is_synchronised
-    optimizer.synchronise()
-    take_step(problem, optimizer, parameters, 0, 1, rates[0])
-    torch.testing.assert_close(flat_of(parameters), train(problem, 0, rates)[0][0])
-
-
-def test_first_steps_equal_adamw() -> None:
-    problem = Regression(0)
-    ours, theirs = parameters_of(problem.start), parameters_of(problem.start)
-    adamw = torch.optim.AdamW(theirs, lr=0.01, weight_decay=WEIGHT_DECAY)
-    optimizer = make_optimizer(ours)
-    for step in range(1, 18):
-        take_step(problem, optimizer, ours, 0, step, 0.01)
-        for parameter, part in zip(theirs, parameters_of(problem.gradient(0, step, flat_of(theirs))), strict=True):
-            parameter.grad = part.detach()
-        adamw.step()
-    torch.testing.assert_close(flat_of(ours), flat_of(theirs), atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("num_dead", [4, 16])
-def test_coordinates_without_early_gradient_do_not_explode(num_dead) -> None:
-    parameter = torch.nn.Parameter(torch.zeros(16))
-    alive = torch.nn.Parameter(torch.zeros(16))
-    optimizer = make_optimizer([parameter, alive], weight_decay=0.0)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(1, STEPS + 1):
-        optimizer.param_groups[0]["lr"] = 1e-3
-        parameter.grad, alive.grad = torch.randn(16, generator=generator), torch.randn(16, generator=generator)
-        if step <= 30:
-            parameter.grad[:num_dead] = 0.0
-        optimizer.step()
-    assert parameter.abs().max() < 1e-3 * STEPS
-
-
-def test_step_with_learning_rate_zero_changes_nothing() -> None:
-    problem = Regression(0)
-    rates = [0.0, *learning_rates(STEPS, 0.03)[1:-4], 0.0, 0.0, 0.0, 0.0]
-    weights, flags, _, _ = train(problem, 0, rates)
-    assert torch.equal(weights[0], problem.start)
-    assert flags[-1]
-    assert torch.isfinite(weights[-1]).all()
-
-
-def test_closure_and_missing_gradient_are_taken() -> None:
-    parameters = parameters_of(Regression(0).start)
-    optimizer = make_optimizer(parameters, lr=0.1, weight_decay=0.0)
-
-    def closure() -> float:
-        loss = parameters[0].square().sum()
-        loss.backward()
-        return loss.item()
-
-    before = flat_of(parameters)
-    assert optimizer.step(closure) == pytest.approx(float(before[:30].square().sum()))
-    assert not torch.equal(flat_of(parameters)[:30], before[:30])
-    assert torch.equal(flat_of(parameters)[30:], before[30:])
-
-
-def test_signs_survive_packing() -> None:
-    values = torch.tensor([0.0, -0.0, 1.5, -1.5, 1e-38, -1e-38, float("inf"), float("-inf")])
-    assert unpack_signs(pack_signs(values)).tolist() == [1, 1, 1, -1, 1, -1, 1, -1]
-    many = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
-    packed = pack_signs(many)
-    assert packed.shape == (3, 8)
-    assert packed.dtype == torch.uint8
-    assert torch.equal(unpack_signs(packed), many.sign())
-
-
-def test_schedule_scales_to_run_length() -> None:
-    schedule = Schedule.from_ratio(5000, 0.2, 16)
-    steps = [step for step in range(1, 5001) if schedule.is_variance_step(step)]
-    assert set(steps) == variance_steps(1000)
-    assert steps[:18] == [*range(1, 18), 19]
-    assert [schedule.sync_interval(step) for step in (1, 1000, 1001, 1801, 2601, 3401, 4201, 4999, 5000, 6000)] == [
-        *(1, 1, 1, 2, 4, 8, 16, 16, 1, 1)
-    ]
-    assert Schedule.from_ratio(60, 0.2, 16).freeze_steps == 12
-    assert Schedule.from_ratio(20, 0.1, 16).freeze_steps == 10
-    assert Schedule.from_ratio(3, 0.1, 16).freeze_steps == 3
-    assert Schedule.from_ratio(100, 0.1, 12).sync_interval(99) == 12
-
-
-def test_wrong_settings_are_refused() -> None:
-    parameters = parameters_of(Regression(0).start)
-    with pytest.raises(ConfigError, match=r"total_steps=0(.|\n)*freeze_ratio=2(.|\n)*max_local_steps=0"):
-        make_optimizer(parameters, total_steps=0, freeze_ratio=2, max_local_steps=0)
-    with pytest.raises(ConfigError, match="multiple of 8"):
-        make_optimizer(parameters, block_size=12)
-    with pytest.raises(ConfigError, match="second parameter group"):
-        make_optimizer([{"params": [parameter]} for parameter in parameters])

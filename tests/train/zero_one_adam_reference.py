@@ -16,7 +16,7 @@ Gradient = Callable[[int, int, Tensor], Tensor]
 
 
 def variance_steps(freeze_steps: int) -> set[int]:
-    """T_v [8]: k_{j+1} = k_j + 2^floor(j / 16), k_0 = 1."""
+    """T_v [9]: k_{j+1} = k_j + 2^floor(j / 16), k_0 = 1."""
     steps, k, j = set(), 1, 0
     while k <= freeze_steps:
         steps.add(k)
@@ -56,6 +56,7 @@ def run(
             part is the same whoever owns a block, and one server error vector stands for all servers.
     """
     beta1, beta2 = betas
+    bound = max(1.0, (1 - beta1) / (1 - beta2) ** 0.5)
     workers = range(num_workers)
     x = [start.clone() for _ in workers]
     m = [torch.zeros_like(start) for _ in workers]
@@ -70,7 +71,7 @@ def run(
     for t, learning_rate in enumerate(learning_rates, start=1):
         g = [gradient(i, t, x[i]) for i in workers]
         rate = learning_rate / (1 - beta1**t)  # [2]
-        shrink = 1 - learning_rate * weight_decay  # [9]
+        shrink = 1 - learning_rate * weight_decay  # [10]
         if t in t_v:  # before the model moves [3]
             g_mean = sum(g[1:], g[0]) / num_workers
             v = beta2 * v + (1 - beta2) * g_mean * g_mean
@@ -85,9 +86,11 @@ def run(
                 v_hat[block] = torch.where(v_hat[block] > 0, v_hat[block].clamp(min=float((1 - beta2) * mean)), mean)
         d = v_hat.sqrt() + eps
 
-        if t in t_v or learning_rate > 0:  # [9]
+        if t in t_v or learning_rate > 0:  # [10]
             for i in workers:
                 m[i] = beta1 * m[i] + (1 - beta1) * g[i]
+                if t not in t_v:  # [8]
+                    m[i] = torch.minimum(torch.maximum(m[i], -bound * d), bound * d)
                 x[i] = shrink * x[i] - rate * m[i] / d  # [1]
                 u[i] = u[i] + rate * m[i]  # [1]
             rate_sum, decay, since = rate_sum + rate, decay * shrink, since + 1
@@ -95,10 +98,10 @@ def run(
         if t in t_v:  # [4]: equal already, nothing to exchange
             last_synced, rate_sum, decay, since = x[0].clone(), 0.0, 1.0, 0
             u = [torch.zeros_like(start) for _ in workers]
-        elif since >= sync_interval(t):  # t in T_u [8]
+        elif since >= sync_interval(t):  # t in T_u [9]
             weight = torch.ones_like(d) if paper_compressor else d  # [5]
             if num_workers == 1:
-                u_bar = u[0]  # [10]
+                u_bar = u[0]  # [11]
             else:  # 1bit-AllReduce, in the two stages of 1-bit Adam [6]
                 total = torch.zeros_like(start)
                 for i in workers:
@@ -111,7 +114,7 @@ def run(
                 server_error = c - sent
                 u_bar = sent * weight
             for i in workers:
-                m[i] = u_bar / rate_sum  # [1]
+                m[i] = torch.minimum(torch.maximum(u_bar / rate_sum, -bound * d), bound * d)  # [1, 8]
                 x[i] = decay * last_synced - u_bar / d
                 u[i] = torch.zeros_like(start)
             last_synced, rate_sum, decay, since = x[0].clone(), 0.0, 1.0, 0

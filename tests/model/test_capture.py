@@ -1,0 +1,77 @@
+"""Recorded passes against the same passes run as they are, on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from finlora.config import LoraConfig, ModelConfig
+from finlora.data.encode import Encoded
+from finlora.data.pack_size import pad_pack
+from finlora.data.packing import pack_examples
+from finlora.model import capture
+from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.lora import attach_lora, trainable_parameters
+from finlora.model.packed import PackedLlama
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def make_packs(count):
+    """Packs of two forms in turn, with tokens of their own."""
+    for number in range(count):
+        items = [
+            Encoded(
+                tuple(range(10, 40)) + tuple((number * 7 + n + k) % 300 for k in range(5 + 30 * (number % 2))), (200,)
+            )
+            for n in range(6)
+        ]
+        yield pad_pack(pack_examples(items, share_prefix=True))
+
+
+@pytest.fixture
+def make_module(tiny_base):
+    def build(bits, is_captured):
+        device = torch.device("cuda")
+        with quiet_bitsandbytes():
+            base = load_base(ModelConfig(base=str(tiny_base)), bits, device, 0)
+        model = attach_lora(base.model, LoraConfig(rank=4, dropout=0.1), str(tiny_base), 1)
+        torch.manual_seed(5)
+        for parameter in trainable_parameters(model).values():
+            parameter.data = torch.randn_like(parameter) * 0.1
+        return PackedLlama(model.train(), torch.bfloat16, capture=is_captured), list(
+            trainable_parameters(model).values()
+        )
+
+    return build
+
+
+def run(module, parameters, packs):
+    torch.manual_seed(3)
+    results = []
+    for pack in packs:
+        loss = module(pack)
+        results.append((loss.detach().clone(), [grad.clone() for grad in torch.autograd.grad(loss, parameters)]))
+    return results
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_replay_equals_the_plain_pass_bit_for_bit(make_module, bits):
+    expected = run(*make_module(bits, False), make_packs(8))
+    own = run(*make_module(bits, True), make_packs(8))
+    for (loss, gradients), (other_loss, others) in zip(own, expected, strict=True):
+        assert torch.equal(loss, other_loss)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
+def test_graphs_share_their_outputs_and_are_bounded(make_module, monkeypatch):
+    monkeypatch.setattr(capture, "MAX_GRAPHS", 1)
+    module, parameters = make_module(16, True)
+    run(module, parameters, make_packs(8))
+    assert len(module._captured._graphs) == 1
+    expected = run(*make_module(16, False), make_packs(8))
+    again = run(module, parameters, make_packs(8))
+    assert [float(loss) for loss, _ in again] == [float(loss) for loss, _ in expected]

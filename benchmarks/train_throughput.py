@@ -8,7 +8,8 @@ A work is SIZE-BITSbit-rRANK-TASK-BATCH[xACCUMULATION]; the global batch is BATC
 prompts are real: the prepared task's train split with the base's tokenizer. Each side runs in a process of its own, on the
 same steps of the same sampler. GB = 1e9 bytes, as torch.cuda.max_memory_allocated counts them. The share of the roof is
 4 x parameters of the decoder layers x real tokens / time, over the rate of a large bf16 product measured in the same process:
-forward pass and activation gradient; tokens that a shared prefix spares count as done.
+forward pass and activation gradient; tokens that a shared prefix spares count as done. FinLoRA's peak stands beside what
+`finlora plan` forecasts for these very steps.
 """
 
 from __future__ import annotations
@@ -121,11 +122,12 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
     from finlora.train.batches import PaddedBatches
     from finlora.train.loop import run_steps
     from finlora.train.optimizer import make_optimizer
-    from finlora.train.packed import choose_packed
+    from finlora.train.path import make_sampler, take_path
+    from finlora.train.plan import find_memory_gib, plan_run
     from finlora.train.run import load_training_set
-    from finlora.train.sampler import Sampler
 
     device = torch.device(arguments.device)
+    total = arguments.steps * (2 + arguments.repeats)
     config = RunConfig(
         model=ModelConfig(
             base=str(arguments.base / work.size if (arguments.base / work.size).is_dir() else arguments.base),
@@ -139,30 +141,28 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
             device=arguments.device,
             micro_batch_size=work.micro_batch,
             global_batch_size=work.micro_batch * work.accumulation,
+            epochs=1000,
+            max_steps=total,
             memory_gib=arguments.memory_gb and arguments.memory_gb * 1e9 / 2**30,
             recompute=arguments.recompute,
             unpack_weights=arguments.unpack_weights,
         ),
     )
     training_set = load_training_set(config)
-    sampler = Sampler(
-        num_examples=len(training_set.encoded),
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        world_size=1,
-        seed=config.seed,
-    )
+    sampler = make_sampler(config, len(training_set.encoded))
+    verdict = plan_run(config, find_memory_gib(device), 1, training_set)
     with quiet_bitsandbytes(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
         base = load_base(config.model, config.model.bits, device, seed=0)
         model = attach_lora(base.model, config.lora, config.model.base, 0)
         parameters = list(trainable_parameters(model).values())
-        total = arguments.steps * (2 + arguments.repeats)
         optimizer = make_optimizer(parameters, config.optim, total)
         notes = ""
         if side == "finlora":
-            path = choose_packed(model.train(), config, training_set.encoded, device)
-            module, batches, notes = path.module, path.batches, path.words
+            verdict.require_fit()
+            pad = base.tokenizer.pad_token_id
+            taken = take_path(model.train(), config, training_set.encoded, verdict.packs, device, pad)
+            module, batches, notes = taken.module, taken.batches, verdict.describe(config)
         else:
             if side == "plain-checkpointing":
                 model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -185,7 +185,7 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
             log_every_steps=arguments.steps,
             reduce_sum=lambda values: values,
             on_log=windows.append,
-            on_step_end=lambda _step: None,
+            on_step_end=lambda _step: False,
         )
     measured = windows[2:]
     examples = statistics.median(window.examples_per_second for window in measured)
@@ -198,6 +198,7 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
         "weights_gib": base.weights_gib,
         "seconds": time.perf_counter() - started,
         "losses": [window.loss for window in windows],
+        "forecast_gb": verdict.plan.train_peak_gib * 2**30 / 1e9 if side == "finlora" else None,
         "notes": notes,
     }
     if device.type == "cuda":
@@ -273,7 +274,10 @@ def main() -> None:
         arguments.result.write_text(json.dumps(measure(parse_work(arguments.works[0]), arguments.run_one, arguments)))
         return
     argv = sys.argv[1:]
-    print(f"{'work':38} {'side':20} {'examples/s':>10} {'tokens/s':>9} {'peak GB':>8} {'roof':>6} {'ratio':>6}  notes")
+    print(
+        f"{'work':38} {'side':20} {'examples/s':>10} {'tokens/s':>9} {'peak GB':>8} {'forecast':>8} {'roof':>6} "
+        f"{'ratio':>6}  notes"
+    )
     for work in map(parse_work, arguments.works):
         reference = 0.0
         for side in arguments.sides:
@@ -284,7 +288,8 @@ def main() -> None:
                 speed = row["examples_per_second"]
                 reference = reference or speed
                 print(
-                    f"{work.name:38} {side:20} {speed:10.2f} {row['tokens_per_second']:9,.0f} {row['peak_gb']:8.1f} "
+                    f"{work.name:38} {side:20} {speed:10.2f} {row['tokens_per_second']:9,.0f} {row['peak_gb']:8.2f} "
+                    f"{row['forecast_gb'] or 0:8.2f} "
                     f"{row.get('share_of_roof', 0):6.1%} {speed / reference:6.2f}  {row['notes']}",
                     flush=True,
                 )

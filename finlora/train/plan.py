@@ -215,7 +215,7 @@ def render_plan(config: RunConfig, verdict: Verdict) -> Table:
 
 def _describe_weights(config: RunConfig, verdict: Verdict) -> str:
     is_dense = verdict.packs is not None and verdict.packs.keep_unpacked
-    return f"frozen base at {config.model.bits} bit" + (", unpacked once and kept in bfloat16" if is_dense else "")
+    return f"frozen base at {config.model.bits} bit" + (", unpacked once and kept" if is_dense else "")
 
 
 def _describe_batch(config: RunConfig, verdict: Verdict) -> str:

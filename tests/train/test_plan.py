@@ -203,14 +203,14 @@ def test_packed_run_says_how_it_trains_and_that_it_fits(make_8b):
     assert verdict.padded_because is None
     rows = verdict.packs.size.num_rows
     expected = (
-        f"Training packed: a pack of {rows:,} tokens, the largest; frozen base at 4 bit, unpacked once and kept in bfloat16; "
+        f"Training packed: a pack of {rows:,} tokens, the largest; frozen base at 4 bit, unpacked once and kept; "
         f"forecast {verdict.plan.train_peak_gib:.1f} GiB a worker"
     )
     assert verdict.describe(config) == expected
     console = Console(width=130, record=True, file=io.StringIO())
     console.print(render_plan(config, verdict))
     text = console.export_text()
-    assert "unpacked once and kept in bfloat16" in text
+    assert "unpacked once and kept" in text
     assert f"a pack of {rows:,} tokens, the largest" in text
 
 

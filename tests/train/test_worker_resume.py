@@ -63,47 +63,49 @@ def test_killed_worker_resumes_with_the_uninterrupted_numbers(uninterrupted, con
 
 
 def test_zero_one_adam_stops_and_resumes_where_workers_agree(configure, ray_instance, monkeypatch, tmp_path):
-    """Interrupted at step 14, between two exchanges; resumed, then killed at step 17, again between two.
+    """Interrupted at step 23, between two exchanges; resumed, then killed at step 27, again between two.
 
-    18 steps: exact exchanges at 1 to 10, then 1-bit ones at 11, 12, 13, 15 and, as the last step always does, 18.
+    30 steps: exact exchanges at 1 to 10, then 1-bit ones at 11 to 20, and at 22, 24, 26, 28 and 30.
     """
     from finlora.train import worker
 
     settings = [
         *EXACT,
         "optim.name=zero_one_adam",
-        "optim.max_local_steps=4",
-        "train.epochs=6",
+        "optim.max_local_steps=2",
+        "train.epochs=10",
         "train.keep_checkpoints=20",
     ]
     whole, config = configure("name=zero-one-whole", *settings), configure("name=zero-one", *settings)
     expected = worker.run_training(whole)
-    # Due at each second step and at the ends of epochs of 3 steps; those of 14 and 16 wait for 15 and 18.
-    assert [steps_of(path) for path in checkpoints_of(whole)] == [2, 3, 4, 6, 8, 9, 10, 12, 15, 18]
-    assert [wire["rounds"] for wire in expected.wire] == [15, 15]
+    # Due at each second step and at the ends of epochs of 3 steps; those of 21 and 27 wait for 22 and 28.
+    due = [2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16, 18, 20, 22, 24, 26, 28, 30]
+    assert [steps_of(path) for path in checkpoints_of(whole)] == due
+    assert [wire["rounds"] for wire in expected.wire] == [25, 25]
     num_elements = sum(
         tensor.numel() for tensor in load_file(newest_checkpoint(whole) / "adapter.safetensors").values()
     )
-    assert [wire["bytes_adam"] for wire in expected.wire] == [18 * 4 * num_elements] * 2
+    assert [wire["bytes_adam"] for wire in expected.wire] == [30 * 4 * num_elements] * 2
     assert expected.wire[0]["bytes_sent"] == expected.wire[1]["bytes_sent"] > 0
 
     driver = os.getpid()
     interrupt = lambda: (os.kill(driver, signal.SIGINT), time.sleep(1))  # noqa: E731
-    monkeypatch.setattr(worker, "_work", act_once(14, str(tmp_path / "was-interrupted"), interrupt))
+    monkeypatch.setattr(worker, "_work", act_once(23, str(tmp_path / "was-interrupted"), interrupt))
     lines = []
-    with pytest.raises(StoppedError, match=r"^Stopped by SIGINT at step 15 of 18, which is saved") as stopped:
+    with pytest.raises(StoppedError, match=r"^Stopped by SIGINT at step 24 of 30, which is saved") as stopped:
         worker.run_training(config, lines.append)
     assert stopped.value.exit_code == 130
     assert [line.partition(":")[0] for line in lines] == ["SIGINT"]
-    assert steps_of(newest_checkpoint(config)) == 15
+    assert steps_of(newest_checkpoint(config)) == 24
     assert not folder_of(config).adapter.exists()
 
     monkeypatch.setattr(
-        worker, "_work", act_once(17, str(tmp_path / "was-killed"), lambda: os.kill(os.getpid(), signal.SIGKILL))
+        worker, "_work", act_once(27, str(tmp_path / "was-killed"), lambda: os.kill(os.getpid(), signal.SIGKILL))
     )
     result = worker.run_training(config)
     steps = [json.loads(line)["step"] for line in folder_of(config).progress.read_text().splitlines()]
-    assert steps == [*range(1, 16), 16, 17, 16, 17, 18]
+    # The checkpoint of step 26 counts only once both workers have reported it, which the kill may have forestalled.
+    assert steps in ([*range(1, 28), *range(27, 31)], [*range(1, 28), *range(25, 31)])
     assert result.loss_curve == expected.loss_curve
     assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(config).items())
     for ours, theirs in zip(result.wire, expected.wire, strict=True):

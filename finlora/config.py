@@ -160,13 +160,14 @@ class TrainConfig:
     global_batch_size: int = 16
     """Examples an optimiser step, over all workers."""
     micro_batch_size: int = 4
-    """Examples a worker, a forward pass. Gradient accumulation follows from the two and the number of workers."""
+    """Padded rows only: examples a worker, a forward pass. Gradient accumulation follows from it, the global batch and the number
+    of workers. Packing cuts a worker's share by tokens instead (max_pack_tokens)."""
     epochs: int = 4
     """Passes over the training set."""
     max_steps: int | None = None
     """Stop after so many optimiser steps. None: epochs decide."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Padded rows only: recompute activations in the backward pass: less memory, about a third more time."""
     packing: bool = True
     """Train on examples laid end to end instead of padded rows: the same result, without padding. False: padded rows through
     transformers' own forward pass. Models that cannot run packed fall back to it and say why."""
@@ -273,7 +274,6 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         train = self.train
-        share = train.micro_batch_size * train.num_workers
         _refuse(
             "run",
             [
@@ -283,9 +283,9 @@ class RunConfig:
                 ),
                 (self.seed >= 0, f"seed={self.seed}: expected at least 0"),
                 (
-                    train.global_batch_size % share == 0,
-                    f"train.global_batch_size={train.global_batch_size} is not a multiple of micro_batch_size "
-                    f"{train.micro_batch_size} x num_workers {train.num_workers} = {share}: change one of the three",
+                    train.global_batch_size >= train.num_workers,
+                    f"train.global_batch_size={train.global_batch_size} leaves some of {train.num_workers} workers without an "
+                    "example: set it to at least train.num_workers",
                 ),
             ],
         )

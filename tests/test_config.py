@@ -102,7 +102,7 @@ def test_override_takes_null_bool_and_spaces():
         ("name=a/b", "expected a plain folder name"),
         ("name=..", "expected a plain folder name"),
         ("seed=-1", "seed=-1: expected at least 0"),
-        ("train.global_batch_size=6", "not a multiple of micro_batch_size 4 x num_workers 1 = 4"),
+        ("train.num_workers=17", "global_batch_size=16 leaves some of 17 workers without an example"),
     ],
 )
 def test_wrong_setting_says_what_was_expected(override, words):

@@ -49,7 +49,6 @@ def make_sampler(config: RunConfig, num_examples: int) -> Sampler:
     return Sampler(
         num_examples=num_examples,
         global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
         world_size=config.train.num_workers,
         seed=config.seed,
     )

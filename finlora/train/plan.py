@@ -53,7 +53,7 @@ class Verdict:
         """Say in one line how the run trains."""
         way = "packed" if self.padded_because is None else f"on padded rows ({self.padded_because})"
         weights = f"; {_describe_weights(config, self)}" if self.packs is not None and self.packs.keep_unpacked else ""
-        return f"Training {way}: {_describe_batch(config, self)}{weights}; forecast {self.plan.train_peak_gib:.1f} GiB a worker"
+        return f"Training {way}: {_describe_batch(config, self)}{weights}; forecast {self.plan.train_peak_gib:.2f} GiB a worker"
 
     def require_fit(self) -> None:
         """Refuse a run that does not fit.
@@ -98,14 +98,12 @@ def plan_run(
     verdict = functools.partial(Verdict, plan=plan, packs=packs, padded_because=refusal, gpu_memory_gib=budget)
     found = f"{plan.total_gib:.1f} GiB a worker, {MARGIN:.0%} kept free of {budget:.1f} GiB"
     if train.device == "cuda" and train.num_workers * train.gpus_per_worker > num_gpus:
-        most = int(num_gpus / train.gpus_per_worker)
-        while most > 1 and train.global_batch_size % (most * train.micro_batch_size):
-            most -= 1
+        most = max(1, int(num_gpus / train.gpus_per_worker))
         words = (
             f"The run needs {train.num_workers * train.gpus_per_worker:g} GPUs and {num_gpus} are there: set "
-            f"train.num_workers={max(most, 1)}, or add nodes to the cluster."
+            f"train.num_workers={most}, or add nodes to the cluster."
         )
-        settings = (f"train.num_workers={max(most, 1)}",)
+        settings = (f"train.num_workers={most}",)
         return verdict(fits=False, words=words, settings=settings)
     if has_room(plan):
         return verdict(fits=True, words=f"It fits: {found}.", settings=())

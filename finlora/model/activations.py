@@ -23,10 +23,10 @@ from dataclasses import dataclass
 
 from finlora.config import RunConfig
 from finlora.model.shapes import (
-    CUDA_CONTEXT_GIB,
     GIB,
     LlamaShape,
     MicroBatch,
+    context_gib,
     count_adapter_file_bytes,
     count_adapter_parameters,
     count_load_peak_bytes,
@@ -49,6 +49,8 @@ class MemoryPlan:
     activations_gib: float
     """Highest activations of a step, temporary tensors included."""
     load_peak_gib: float
+    context_gib: float
+    """What the process needs outside torch's allocator."""
     adapter_file_mib: float
     """adapter_model.safetensors in bfloat16, MiB = 2**20 bytes."""
     micro_batch: MicroBatch | None
@@ -61,8 +63,8 @@ class MemoryPlan:
 
     @property
     def total_gib(self) -> float:
-        """What a GPU must have: the higher of training and loading, and the CUDA context."""
-        return max(self.train_peak_gib, self.load_peak_gib) + CUDA_CONTEXT_GIB
+        """What a worker needs: the higher of training and loading, and the context."""
+        return max(self.train_peak_gib, self.load_peak_gib) + self.context_gib
 
 
 def plan_memory(shape: LlamaShape, config: RunConfig, micro_batch: MicroBatch) -> MemoryPlan:
@@ -77,6 +79,7 @@ def plan_memory(shape: LlamaShape, config: RunConfig, micro_batch: MicroBatch) -
         optimizer_gib=optimizer / GIB,
         activations_gib=count_step_peak_bytes(shape, config, micro_batch, element) / GIB,
         load_peak_gib=count_load_peak_bytes(shape, model.bits, weight_element) / GIB,
+        context_gib=context_gib(train.device),
         adapter_file_mib=count_adapter_file_bytes(shape, lora) / 2**20,
         micro_batch=micro_batch,
     )

@@ -27,6 +27,7 @@ from finlora.model.activations import MemoryPlan, element_bytes
 from finlora.model.shapes import (
     GIB,
     LlamaShape,
+    context_gib,
     count_adapter_file_bytes,
     count_adapter_parameters,
     count_load_peak_bytes,
@@ -143,6 +144,7 @@ def forecast_packs(
         optimizer_gib=optimizer / GIB,
         activations_gib=count_pack_bytes(shape, config, size, recompute, keep_unpacked=keep_unpacked) / GIB,
         load_peak_gib=load_peak / GIB,
+        context_gib=context_gib(config.train.device),
         adapter_file_mib=count_adapter_file_bytes(shape, config.lora) / 2**20,
         micro_batch=None,
     )

@@ -14,7 +14,7 @@ from finlora.data.encode import Encoded
 from finlora.errors import ConfigError, ResourceError
 from finlora.model.activations import MemoryPlan, plan_memory
 from finlora.model.packed_memory import PackPlan
-from finlora.model.shapes import CUDA_CONTEXT_GIB, find_worst_micro_batch, read_shape
+from finlora.model.shapes import context_gib, find_worst_micro_batch, read_shape
 from finlora.model.source import find_source
 from finlora.train.path import plan_path, refuse_packing
 from finlora.train.run import TrainingSet, load_training_set
@@ -81,9 +81,10 @@ def plan_run(
         DatasetError: the prepared data is missing, damaged or too long.
         ModelError: the base has no readable config.json or tokenizer.
     """
-    if gpu_memory_gib <= CUDA_CONTEXT_GIB or num_gpus < 1:
+    context = context_gib(config.train.device)
+    if gpu_memory_gib <= context or num_gpus < 1:
         raise ConfigError(
-            f"found {gpu_memory_gib:g} GiB on {num_gpus} GPUs: expected more than {CUDA_CONTEXT_GIB} GiB on at least one."
+            f"found {gpu_memory_gib:g} GiB on {num_gpus} GPUs: expected more than {context} GiB on at least one."
         )
     examples = (training_set or load_training_set(config)).encoded
     train = config.train
@@ -130,7 +131,7 @@ def _forecast(
     config: RunConfig, examples: Sequence[Encoded], budget_gib: float, *, is_packed: bool
 ) -> tuple[MemoryPlan, PackPlan | None]:
     if is_packed:
-        packs = plan_path(config, examples, budget_gib / (1 + MARGIN) - CUDA_CONTEXT_GIB)
+        packs = plan_path(config, examples, budget_gib / (1 + MARGIN) - context_gib(config.train.device))
         return packs.memory, packs
     lengths = [(item.num_tokens, len(item.answer_ids)) for item in examples]
     batch = find_worst_micro_batch(lengths, config.train.micro_batch_size)
@@ -203,7 +204,12 @@ def render_plan(config: RunConfig, verdict: Verdict) -> Table:
         ("activations", plan.activations_gib, _describe_batch(config, verdict)),
         ("peak of a step", plan.train_peak_gib, "the four above, as torch allocates them"),
         ("peak of loading", plan.load_peak_gib, "weights and one tensor on its way"),
-        ("total", plan.total_gib, f"the higher peak, and about {CUDA_CONTEXT_GIB} GiB for the CUDA context"),
+        (
+            "total",
+            plan.total_gib,
+            "the higher peak"
+            + (f", and about {plan.context_gib} GiB for the CUDA context" if plan.context_gib else ""),
+        ),
         (where, verdict.gpu_memory_gib, f"of which {MARGIN:.0%} of the total is kept free"),
     ]
     for name, gib, meaning in rows:

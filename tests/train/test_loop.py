@@ -163,6 +163,7 @@ def test_training_equals_a_plain_adamw_loop(model):
         sampler,
         steps=(0, 6),
         optim=optim,
+        rows=2,
     )
     expected = trainable_parameters(reference_model)
     adamw = torch.optim.AdamW(expected.values(), lr=1e-2, weight_decay=0.1)

@@ -132,7 +132,7 @@ def test_workers_that_share_a_gpu_share_its_memory(make_8b):
 
 @pytest.mark.parametrize(("memory", "num_gpus"), [(0.0, 1), (48.0, 0)])
 def test_senseless_machine_is_refused(make_8b, memory, num_gpus):
-    with pytest.raises(ConfigError, match=r"expected more than 0\.5 GiB on at least one"):
+    with pytest.raises(ConfigError, match=r"expected more than 1\.3 GiB on at least one"):
         plan_run(make_8b(), memory, num_gpus)
 
 

@@ -6,6 +6,7 @@
     ├── ModelError          (4)   a base model, its tokenizer or its weights cannot be used as asked
     │   └── AdapterError          an adapter folder is missing, incomplete or made for something else
     ├── ResourceError       (5)   GPUs, memory or disk that the run needs are not there
+    │   └── QueueFullError        too many requests wait for an answer; later there may be room
     ├── CheckpointError     (6)   a checkpoint is missing, incomplete or of another run
     ├── ResultError         (7)   a results file cannot be read
     └── StoppedError              a signal ended a run at a checkpoint: 128 + the signal's number, as shells count
@@ -62,6 +63,10 @@ class ResourceError(FinloraError):
     """The machine or cluster lacks what the run asks for."""
 
     exit_code = 5
+
+
+class QueueFullError(ResourceError):
+    """The engine has as many requests in line as it may: the same request can succeed later."""
 
 
 class CheckpointError(FinloraError):

@@ -1,0 +1,81 @@
+"""One pass through all stages: which tokens, where their keys lie, and what is wanted of the last stage. Plain numbers, no torch.
+
+Rows of a micro-batch are the tokens to compute, several requests' end to end, those of one adapter side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows of one request that attend causally: the last row sees all keys, the one before all but the last, and so on."""
+
+    num_rows: int
+    keys: tuple[tuple[int, int], ...]
+    """Cache rows as (start, count), in the order of their tokens; the last `num_rows` of them are the segment's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A token to be sampled."""
+
+    row: int
+    """Row whose logits predict it."""
+    temperature: float
+    top_p: float
+    seed: int
+    position: int
+    """Tokens that its request has generated so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A token whose log-probability is wanted."""
+
+    row: int
+    token: int
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """The rows of a pass; grows while the scheduler fills it."""
+
+    number: int
+    input_ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    """Cache row that each row's key and value are written to."""
+    segments: list[Segment] = field(default_factory=list)
+    adapters: list[tuple[str | None, int]] = field(default_factory=list)
+    """(adapter, rows) in the order of the rows."""
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    """(from, to, count) of cache rows, done before anything is computed."""
+    draws: list[Draw] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.input_ids)
+
+    def add(self, ids: Sequence[int], start: int, slots: Sequence[int], keys: Sequence[tuple[int, int]]) -> int:
+        """Append a segment whose first token has position `start`; returns its first row."""
+        first = self.num_rows
+        self.input_ids += ids
+        self.positions += range(start, start + len(ids))
+        self.slots += slots
+        self.segments.append(Segment(len(ids), tuple(keys)))
+        return first
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What the last stage gives back, in the order of the micro-batch's draws and scores."""
+
+    number: int
+    tokens: Sequence[tuple[int, float]]
+    """(token, log-probability) of each draw."""
+    log_probs: Sequence[float]
+    """Of each score."""

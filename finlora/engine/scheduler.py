@@ -1,0 +1,291 @@
+"""Which tokens are computed next: continuous batching with chunked prefill, over a pipeline with several passes in flight.
+
+Pure bookkeeping, no torch, no clock of its own. A request waits in its client's line, is admitted when the cache has rows for
+all that it can need, has its prompt computed in chunks, and then one token a micro-batch until it ends. A request is in one
+micro-batch at a time; with K stages, K micro-batches of different requests keep all of them at work.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from finlora.engine.extents import Extent, ExtentPool, common_length
+from finlora.engine.microbatch import Draw, MicroBatch, Output, Score
+from finlora.engine.request import Answer, Finish, Request, Token
+from finlora.errors import ConfigError, QueueFullError
+
+MIN_PREFIX = 16
+"""Tokens of common beginning from which a request waits one micro-batch for another that computes them."""
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """A request that was admitted."""
+
+    request: Request
+    extent: Extent
+    seed: int
+    num_cached: int
+    num_computed: int
+    """Prompt rows of micro-batches scheduled so far."""
+    tokens: list[Token] = field(default_factory=list)
+    in_flight: bool = False
+    ending: Finish | None = None
+    """Somebody ended it while it was in flight."""
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.num_computed >= len(self.request.prompt_ids)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How much the engine takes on."""
+
+    cache_rows: int
+    """Tokens that the KV cache holds."""
+    max_batch_tokens: int = 2048
+    """Most rows of a micro-batch."""
+    max_waiting: int = 1024
+    """Most requests in line."""
+    max_in_flight: int = 1
+    """Micro-batches under way at once: the number of stages."""
+    keeps_prefixes: bool = True
+
+    def __post_init__(self) -> None:
+        checks = {"cache_rows": 16, "max_batch_tokens": 1, "max_waiting": 1, "max_in_flight": 1}
+        values = {key: getattr(self, key) for key in checks}
+        if faults := [
+            f"{key}={values[key]}: expected at least {least}" for key, least in checks.items() if values[key] < least
+        ]:
+            raise ConfigError(faults)
+
+
+class Scheduler:
+    """All requests between submission and answer.
+
+    Args:
+        end_token_id: ends a generated answer.
+        draw_seed: gives a seed to a request without one.
+    """
+
+    def __init__(self, limits: Limits, end_token_id: int, draw_seed: Callable[[], int]) -> None:
+        self.limits, self.end_token_id, self._draw_seed = limits, end_token_id, draw_seed
+        self.pool = ExtentPool(limits.cache_rows, keeps_prefixes=limits.keeps_prefixes)
+        self._lines: OrderedDict[str, deque[Request]] = OrderedDict()
+        self._active: OrderedDict[str, Work] = OrderedDict()
+        self._in_flight: dict[int, list[Work]] = {}
+        self._copies: list[tuple[int, int, int]] = []
+        self._number = 0
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(line) for line in self._lines.values())
+
+    @property
+    def num_active(self) -> int:
+        return len(self._active)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Micro-batches under way."""
+        return len(self._in_flight)
+
+    def submit(self, request: Request) -> None:
+        """Put a request in line.
+
+        Raises:
+            ConfigError: it has no prompt, an id that is in use, or can never fit the cache.
+            QueueFullError: too many are waiting.
+        """
+        if not request.prompt_ids or not all(request.choices):
+            raise ConfigError(
+                f"request {request.id}: expected at least one token in its prompt and in each of its choices"
+            )
+        if request.id in self._active or any(request.id == other.id for line in self._lines.values() for other in line):
+            raise ConfigError(f"request {request.id}: a request of this id is at work already, expected a new one")
+        if request.num_tokens > self.pool.num_rows:
+            raise ConfigError(
+                f"request {request.id} can need {request.num_tokens:,} tokens of cache, {self.pool.num_rows:,} are there: "
+                "shorten the prompt, lower max_tokens, or give the engine a larger cache"
+            )
+        if self.num_waiting >= self.limits.max_waiting:
+            raise QueueFullError(f"{self.num_waiting:,} requests are waiting, which is the limit: try again later")
+        self._lines.setdefault(request.client, deque()).append(request)
+
+    def end(self, request_id: str, finish: Finish) -> Answer | None:
+        """End a request early; the answer comes now, or where it is in flight, when its micro-batch is back (None)."""
+        for line in self._lines.values():
+            for request in line:
+                if request.id == request_id:
+                    line.remove(request)
+                    return Answer(request_id=request_id, finish=finish)
+        work = self._active.get(request_id)
+        if work is None:
+            return None
+        if work.in_flight:
+            work.ending = finish
+            return None
+        return self._finish(work, finish)
+
+    def expire(self, now: float) -> list[Answer]:
+        """End all requests whose deadline has passed."""
+        requests = [request for line in self._lines.values() for request in line]
+        requests += [work.request for work in self._active.values()]
+        late = [request.id for request in requests if request.deadline is not None and request.deadline < now]
+        return [answer for name in late if (answer := self.end(name, "deadline")) is not None]
+
+    def next_batch(self) -> MicroBatch | None:
+        """Return the next micro-batch, or None where nothing can be computed now."""
+        if len(self._in_flight) >= self.limits.max_in_flight:
+            return None
+        chosen = self._choose()
+        if not chosen:
+            return None
+        # Copies in the order of admission: one may read what the next overwrites.
+        batch, self._copies = MicroBatch(self._number, copies=self._copies), []
+        # Rows of one adapter lie side by side; the base alone comes first.
+        chosen.sort(key=lambda item: item[0].request.adapter or "")
+        for work, count in chosen:
+            before = batch.num_rows
+            self._add(batch, work, count)
+            adapter, rows = work.request.adapter, batch.num_rows - before
+            if batch.adapters and batch.adapters[-1][0] == adapter:
+                batch.adapters[-1] = (adapter, batch.adapters[-1][1] + rows)
+            else:
+                batch.adapters.append((adapter, rows))
+            work.in_flight = True
+        self._in_flight[batch.number] = [work for work, _ in chosen]
+        self._number += 1
+        return batch
+
+    def complete(self, output: Output) -> tuple[list[tuple[str, Token]], list[Answer]]:
+        """Take back a micro-batch: the new tokens of requests that go on or end, and the answers of those that ended."""
+        tokens, log_probs = iter(output.tokens), iter(output.log_probs)
+        news: list[tuple[str, Token]] = []
+        answers: list[Answer] = []
+        for work in self._in_flight.pop(output.number):
+            work.in_flight = False
+            request = work.request
+            finish: Finish | None = None
+            if work.is_prefilled and request.choices:
+                sums = [sum(next(log_probs) for _ in choice) for choice in request.choices]
+                answers.append(self._finish(work, work.ending or "choice", sums))
+                continue
+            if work.is_prefilled:
+                token = Token(*next(tokens))
+                if token.id == self.end_token_id:
+                    finish = "end"
+                else:
+                    work.tokens.append(token)
+                    news.append((request.id, token))
+                    finish = "length" if len(work.tokens) >= request.sampling.max_tokens else None
+            if finish := work.ending or finish:
+                answers.append(self._finish(work, finish))
+        return news, answers
+
+    def _finish(self, work: Work, finish: Finish, log_probs: list[float] | None = None) -> Answer:
+        del self._active[work.request.id]
+        if work.is_prefilled and work.tokens:  # the last token was drawn, not computed
+            work.extent.ids = (*work.request.prompt_ids, *(token.id for token in work.tokens[:-1]))
+            work.extent.num_ready = len(work.extent.ids)
+        self.pool.release(work.extent)
+        scores = log_probs if log_probs and finish == "choice" else ()
+        return Answer(
+            request_id=work.request.id,
+            finish=finish,
+            tokens=tuple(work.tokens),
+            log_probs=tuple(scores),
+            num_cached=work.num_cached,
+        )
+
+    def _choose(self) -> list[tuple[Work, int]]:
+        """Return requests and how many prompt tokens (0: one generated token) of each to compute."""
+        budget = self.limits.max_batch_tokens
+        chosen: list[tuple[Work, int]] = []
+        ready = [work for work in self._active.values() if not work.in_flight]
+        # Split evenly over the passes in flight, or the first would take all and leave the other stages nothing.
+        share = -(-sum(work.is_prefilled for work in self._active.values()) // self.limits.max_in_flight)
+        for work in [work for work in ready if work.is_prefilled][: min(share, budget)]:
+            chosen.append((work, 0))
+            budget -= 1
+            self._active.move_to_end(work.request.id)
+        for work in [work for work in ready if not work.is_prefilled]:
+            budget = self._take_prompt(chosen, work, budget)
+        while budget > 0 and (new := self._admit(chosen)) is not None:
+            budget = self._take_prompt(chosen, new, budget)
+        return chosen
+
+    def _take_prompt(self, chosen: list[tuple[Work, int]], work: Work, budget: int) -> int:
+        """Add as much of a prompt as the budget allows; choices go with its last part, whatever their number."""
+        count = min(budget, len(work.request.prompt_ids) - work.num_computed)
+        if count > 0:
+            chosen.append((work, count))
+        return budget - count
+
+    def _admit(self, chosen: list[tuple[Work, int]]) -> Work | None:
+        """Admit the first request of the client whose turn it is; None where nobody waits or the cache has no room."""
+        while self._lines and not next(iter(self._lines.values())):
+            self._lines.popitem(last=False)
+        if not self._lines:
+            return None
+        client, line = next(iter(self._lines.items()))
+        request = line[0]
+        source, length = self.pool.find(request.adapter, request.prompt_ids)
+        if self._could_share(chosen, request, length):
+            return None
+        extent = self.pool.allocate(request.adapter, request.prompt_ids, request.num_tokens, source)
+        if extent is None:
+            return None
+        line.popleft()
+        self._lines.move_to_end(client)
+        if source is not None:
+            self._copies.append((source.start, extent.start, length))
+            self.pool.touch(source)
+        extent.num_ready = length
+        seed = request.sampling.seed if request.sampling.seed is not None else self._draw_seed()
+        work = self._active[request.id] = Work(request, extent, seed, length, length)
+        return work
+
+    def _could_share(self, chosen: list[tuple[Work, int]], request: Request, found: int) -> bool:
+        """Return whether this very micro-batch computes a longer beginning, to be copied from the next one on."""
+        for work, count in chosen:
+            if count and work.request.adapter == request.adapter:
+                limit = min(work.num_computed + count, len(request.prompt_ids) - 1)
+                if common_length(work.request.prompt_ids, request.prompt_ids, limit) >= found + MIN_PREFIX:
+                    return self.limits.keeps_prefixes
+        return False
+
+    def _add(self, batch: MicroBatch, work: Work, count: int) -> None:
+        request, start = work.request, work.extent.start
+        size = len(request.prompt_ids)
+        if count == 0:
+            place = size + len(work.tokens) - 1
+            row = batch.add([work.tokens[-1].id], place, [start + place], [(start, place + 1)])
+            self._draw(batch, work, row)
+            return
+        done, end = work.num_computed, work.num_computed + count
+        first = batch.add(request.prompt_ids[done:end], done, range(start + done, start + end), [(start, end)])
+        work.num_computed = work.extent.num_ready = end
+        if end < size:
+            return
+        last = first + count - 1
+        if not request.choices:
+            self._draw(batch, work, last)
+            return
+        place = start + size
+        for choice in request.choices:
+            own = choice[:-1]
+            row = last
+            batch.scores.append(Score(last, choice[0]))
+            if own:
+                keys = [(start, size), (place, len(own))]
+                row = batch.add(own, size, range(place, place + len(own)), keys)
+                batch.scores += [Score(row + index, token) for index, token in enumerate(choice[1:])]
+            place += len(own)
+
+    def _draw(self, batch: MicroBatch, work: Work, row: int) -> None:
+        sampling = work.request.sampling
+        batch.draws.append(Draw(row, sampling.temperature, sampling.top_p, work.seed, len(work.tokens)))

@@ -1,0 +1,64 @@
+"""A model whose next token is a hash of the adapter and of every token that it sees in the cache: a wrong row shows at once."""
+
+from __future__ import annotations
+
+import zlib
+
+from finlora.engine.microbatch import MicroBatch, Output
+from finlora.engine.request import Request
+
+END, VOCABULARY = 0, 40
+
+
+def next_token(adapter: str | None, seen: tuple[int, ...]) -> int:
+    return zlib.crc32(repr((adapter, seen)).encode()) % VOCABULARY
+
+
+def log_prob(adapter: str | None, seen: tuple[int, ...], token: int) -> float:
+    return -float(zlib.crc32(repr((adapter, seen, token)).encode()) % 1000)
+
+
+class PretendModel:
+    """Runs micro-batches on a cache of tokens."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.cache: list[int | None] = [None] * num_rows
+
+    def run(self, batch: MicroBatch) -> Output:
+        for source, target, count in batch.copies:
+            self.cache[target : target + count] = self.cache[source : source + count]
+        for slot, token in zip(batch.slots, batch.input_ids, strict=True):
+            self.cache[slot] = token
+        adapters = [adapter for adapter, rows in batch.adapters for _ in range(rows)]
+        assert len(adapters) == batch.num_rows
+        assert len(set(batch.slots)) == batch.num_rows, "two rows were written to one place"
+        seen: list[tuple[int, ...]] = []
+        for segment in batch.segments:
+            keys = [self.cache[row] for start, count in segment.keys for row in range(start, start + count)]
+            assert None not in keys
+            assert len(keys) >= segment.num_rows
+            seen += [tuple(keys[: len(keys) - segment.num_rows + place + 1]) for place in range(segment.num_rows)]
+        assert [tokens[-1] for tokens in seen] == batch.input_ids
+        assert [len(tokens) - 1 for tokens in seen] == batch.positions
+        return Output(
+            batch.number,
+            [(next_token(adapters[draw.row], seen[draw.row]), -float(draw.position)) for draw in batch.draws],
+            [log_prob(adapters[score.row], seen[score.row], score.token) for score in batch.scores],
+        )
+
+
+def answer_alone(request: Request) -> tuple[list[int], list[float]]:
+    """What a request must bring, whatever else the engine does: its tokens, and the sums of its choices."""
+    if request.choices:
+        sums = []
+        for choice in request.choices:
+            places = [(request.prompt_ids + choice[:index], token) for index, token in enumerate(choice)]
+            sums.append(sum(log_prob(request.adapter, seen, token) for seen, token in places))
+        return [], sums
+    tokens: list[int] = []
+    while len(tokens) < request.sampling.max_tokens:
+        token = next_token(request.adapter, (*request.prompt_ids, *tokens))
+        if token == END:
+            break
+        tokens.append(token)
+    return tokens, []

@@ -1,0 +1,214 @@
+"""No request lost, none answered twice, no cache row leaked, and every row seen is the right one: over random traffic."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, deque
+
+import pytest
+from pretend_model import END, PretendModel, answer_alone
+
+from finlora.engine.request import Request, Sampling
+from finlora.engine.scheduler import Limits, Scheduler
+from finlora.errors import ConfigError, QueueFullError
+
+
+def make_scheduler(**limits):
+    return Scheduler(Limits(**{"cache_rows": 256} | limits), END, lambda: 7)
+
+
+def make_request(name, prompt=(1, 2, 3), max_tokens=4, **changes):
+    return Request(id=name, prompt_ids=tuple(prompt), sampling=Sampling(max_tokens=max_tokens), **changes)
+
+
+def run_all(scheduler, model=None):
+    """Work until nothing is left; returns the answers by request."""
+    model = model or PretendModel(scheduler.pool.num_rows)
+    under_way, answers = deque(), {}
+    while True:
+        while (batch := scheduler.next_batch()) is not None:
+            under_way.append(batch)
+        if not under_way:
+            return answers
+        for answer in scheduler.complete(model.run(under_way.popleft()))[1]:
+            assert answer.request_id not in answers
+            answers[answer.request_id] = answer
+
+
+def random_request(rng, number):
+    """Prompts of a few families that begin alike; some choose, some generate."""
+    family = rng.choice([(1,) * 30, (2,) * 50, tuple(range(3, 33)), ()])
+    prompt = (*family[: rng.randint(0, 60)], *(rng.randint(1, 39) for _ in range(rng.randint(1, 40))))
+    choices = ()
+    if rng.random() < 0.4:
+        choices = tuple(tuple(rng.randint(1, 39) for _ in range(rng.randint(1, 4))) for _ in range(rng.randint(1, 4)))
+    return make_request(
+        f"r{number}",
+        prompt,
+        rng.randint(1, 12),
+        choices=choices,
+        adapter=rng.choice([None, None, "a", "b"]),
+        client=rng.choice(["x", "y", "z"]),
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_traffic_is_answered_once_and_as_alone(seed):
+    rng = random.Random(seed)
+    scheduler = make_scheduler(
+        cache_rows=rng.choice([160, 320, 2048]),
+        max_batch_tokens=rng.choice([1, 7, 64, 4096]),
+        max_in_flight=rng.choice([1, 2, 4]),
+        keeps_prefixes=rng.random() < 0.8,
+    )
+    model = PretendModel(scheduler.pool.num_rows)
+    requests = {request.id: request for number in range(60) if (request := random_request(rng, number))}
+    to_come, under_way = deque(requests.values()), deque()
+    answers, counted, news = {}, Counter(), {name: [] for name in requests}
+    cancelled = set()
+    while to_come or under_way or scheduler.num_active or scheduler.num_waiting:
+        for _ in range(rng.randint(0, 3)):
+            if to_come:
+                scheduler.submit(to_come.popleft())
+        done = []
+        if rng.random() < 0.1 and (open_ones := sorted(requests.keys() - answers.keys() - cancelled)):
+            name = rng.choice(open_ones)
+            if requests[name] not in to_come:
+                cancelled.add(name)
+                done += [answer] if (answer := scheduler.end(name, "cancelled")) else []
+        if rng.random() < 0.7 and (batch := scheduler.next_batch()) is not None:
+            assert batch.num_rows > 0
+            under_way.append(batch)
+        assert len(under_way) == scheduler.num_in_flight <= scheduler.limits.max_in_flight
+        if under_way and rng.random() < 0.6:
+            tokens, ended = scheduler.complete(model.run(under_way.popleft()))
+            done += ended
+            for name, token in tokens:
+                news[name].append(token.id)
+        for answer in done:
+            answers[answer.request_id] = answer
+            counted[answer.request_id] += 1
+        pool = scheduler.pool
+        assert pool.num_held + pool.num_kept + pool.num_free == pool.num_rows
+    assert set(counted) == set(requests)
+    assert set(counted.values()) == {1}
+    assert scheduler.pool.num_held == 0
+    for name, answer in answers.items():
+        tokens, sums = answer_alone(requests[name])
+        own = [token.id for token in answer.tokens]
+        assert own == news[name]
+        if answer.finish == "cancelled":
+            assert name in cancelled
+            assert own == tokens[: len(own)]
+        else:
+            assert own == tokens
+            assert list(answer.log_probs) == sums
+
+
+def test_shared_beginning_is_computed_once():
+    scheduler = make_scheduler(cache_rows=2048)
+    prompts = [(*range(1, 61), *(30, 20, 10 + n)) for n in range(8)]
+    for number, prompt in enumerate(prompts):
+        scheduler.submit(make_request(f"r{number}", prompt, 1))
+    batches, model = [], PretendModel(2048)
+    while (batch := scheduler.next_batch()) is not None:
+        batches.append(batch)
+        scheduler.complete(model.run(batch))
+    assert [batch.num_rows for batch in batches] == [63, 7]  # the others differ in their last token alone
+    assert len(batches[1].copies) == 7
+    scheduler.submit(make_request("again", prompts[3], 1))
+    assert scheduler.next_batch().num_rows == 1
+
+
+def test_prefix_cache_that_is_off_computes_every_row():
+    scheduler = make_scheduler(cache_rows=2048, keeps_prefixes=False)
+    for number in range(4):
+        scheduler.submit(make_request(f"r{number}", range(1, 41), 1))
+    batch = scheduler.next_batch()
+    assert (batch.num_rows, batch.copies) == (160, [])
+    scheduler.complete(PretendModel(2048).run(batch))
+    assert scheduler.pool.num_free == 2048
+
+
+def test_adapters_do_not_share_prefixes():
+    scheduler, model = make_scheduler(cache_rows=2048), PretendModel(2048)
+    answers = {}
+    for name, adapter in (("one", None), ("two", "a"), ("three", "a")):
+        scheduler.submit(make_request(name, range(1, 41), 1, adapter=adapter))
+        answers |= run_all(scheduler, model)
+    assert [answers[name].num_cached for name in ("one", "two", "three")] == [0, 0, 39]
+
+
+def test_prefixes_give_way_to_requests_the_oldest_first():
+    scheduler, model = make_scheduler(cache_rows=160), PretendModel(160)
+    for number in range(3):
+        scheduler.submit(make_request(f"r{number}", [number + 1] * 40, 8))
+        run_all(scheduler, model)
+    scheduler.submit(make_request("hit", [3] * 40, 8))
+    assert run_all(scheduler, model)["hit"].num_cached == 39
+    scheduler.submit(make_request("gone", [1] * 40, 8))
+    assert run_all(scheduler, model)["gone"].num_cached == 0
+
+
+def test_decoding_is_split_over_the_passes_in_flight():
+    scheduler = make_scheduler(cache_rows=2048, max_in_flight=4)
+    model = PretendModel(2048)
+    for number in range(8):
+        scheduler.submit(make_request(f"r{number}", [number + 1, 5, 9], 30))
+    scheduler.complete(model.run(scheduler.next_batch()))
+    batches = [batch for _ in range(5) if (batch := scheduler.next_batch()) is not None]
+    assert len(batches) == 4
+    assert max(batch.num_rows for batch in batches) <= 2
+
+
+def test_long_prompt_is_cut_and_does_not_stop_the_others():
+    scheduler = make_scheduler(cache_rows=2048, max_batch_tokens=32)
+    model = PretendModel(2048)
+    scheduler.submit(make_request("short", [4, 4], 40))
+    scheduler.complete(model.run(scheduler.next_batch()))
+    scheduler.submit(make_request("long", [n % 30 + 1 for n in range(100)], 2))
+    sizes, drawn = [], []
+    for _ in range(4):
+        batch = scheduler.next_batch()
+        sizes.append(batch.num_rows)
+        drawn.append(len(batch.draws))
+        scheduler.complete(model.run(batch))
+    assert sizes == [32, 32, 32, 8]
+    assert drawn == [1, 1, 1, 2]
+
+
+def test_clients_take_turns():
+    scheduler = make_scheduler(cache_rows=2048, max_batch_tokens=3, keeps_prefixes=False)
+    for number in range(3):
+        scheduler.submit(make_request(f"many{number}", [1, 2, 3], 1, client="busy"))
+    scheduler.submit(make_request("lone", [1, 2, 3], 1, client="other"))
+    order = list(run_all(scheduler))
+    assert order == ["many0", "lone", "many1", "many2"]
+
+
+def test_deadline_ends_requests_in_line_and_at_work():
+    scheduler = make_scheduler(cache_rows=64, max_batch_tokens=2)
+    model = PretendModel(64)
+    scheduler.submit(make_request("at-work", [1, 2], 30, deadline=5.0))
+    scheduler.submit(make_request("in-line", [1, 2], 30, deadline=6.0))
+    scheduler.submit(make_request("patient", [1, 2], 3))
+    batch = scheduler.next_batch()
+    assert [answer.request_id for answer in scheduler.expire(7.0)] == ["in-line"]
+    answers = scheduler.complete(model.run(batch))[1]
+    assert [(answer.request_id, answer.finish) for answer in answers] == [("at-work", "deadline")]
+    assert run_all(scheduler, model).keys() == {"patient"}
+
+
+def test_what_cannot_be_taken_on_is_refused_by_words():
+    scheduler = make_scheduler(cache_rows=64, max_waiting=1)
+    with pytest.raises(ConfigError, match=r"r can need 101 tokens of cache, 64 are there: shorten the prompt"):
+        scheduler.submit(make_request("r", [1], 100))
+    with pytest.raises(ConfigError, match=r"expected at least one token in its prompt"):
+        scheduler.submit(make_request("r", []))
+    scheduler.submit(make_request("r"))
+    with pytest.raises(ConfigError, match=r"a request of this id is at work already"):
+        scheduler.submit(make_request("r"))
+    with pytest.raises(QueueFullError, match=r"1 requests are waiting, which is the limit: try again later"):
+        scheduler.submit(make_request("s"))
+    with pytest.raises(ConfigError, match=r"cache_rows=1: expected at least 16(.|\n)*max_in_flight=0"):
+        Limits(cache_rows=1, max_in_flight=0)

@@ -104,14 +104,30 @@ class ExtentPool:
         """Take an extent back from its request; the ready rows of its prompt stay as prefix."""
         extent.is_held = False
         keep = -(-extent.num_ready // BLOCK) * BLOCK if self._keeps_prefixes else 0
-        if keep == 0 or self.find(extent.adapter, (*extent.ids[: extent.num_ready], -1))[0] is not extent:
-            self._drop(extent)  # another extent holds the same rows
+        if keep == 0 or self._is_elsewhere(extent):
+            self._drop(extent)
             return
         if keep < extent.num_rows:
             self._give(extent.start + keep, extent.num_rows - keep)
             extent.num_rows = keep
         extent.ids = extent.ids[: extent.num_ready]
         self.touch(extent)
+
+    def _is_elsewhere(self, extent: Extent) -> bool:
+        """Return whether another extent holds the same rows."""
+        size = extent.num_ready
+        return any(
+            other is not extent
+            and other.adapter == extent.adapter
+            and other.num_ready >= size
+            and other.ids[:size] == extent.ids[:size]
+            for other in self._extents.values()
+        )
+
+    def forget(self, adapter: str) -> None:
+        """Drop the kept prefixes of an adapter."""
+        for extent in [item for item in self._extents.values() if item.adapter == adapter and not item.is_held]:
+            self._drop(extent)
 
     def _could_fit(self, size: int, spare: Extent | None) -> bool:
         """Return whether some run of rows is long enough once every droppable prefix is dropped."""

@@ -130,6 +130,15 @@ class Scheduler:
             return None
         return self._finish(work, finish)
 
+    def uses_adapter(self, name: str) -> bool:
+        """Return whether a request in line or at work names the adapter."""
+        waiting = (request for line in self._lines.values() for request in line)
+        return any(r.adapter == name for r in (*waiting, *(work.request for work in self._active.values())))
+
+    def forget_adapter(self, name: str) -> None:
+        """Drop the kept prefixes of an adapter, whose name may come to mean another."""
+        self.pool.forget(name)
+
     def expire(self, now: float) -> list[Answer]:
         """End all requests whose deadline has passed."""
         requests = [request for line in self._lines.values() for request in line]

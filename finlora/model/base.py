@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class BaseModel:
     """Highest device memory while loading; None on CPU."""
 
 
-def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int) -> BaseModel:
+def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, span: range | None = None) -> BaseModel:
     """Load tokenizer and weights; every parameter is frozen and the model is in eval mode.
 
     Args:
@@ -54,6 +55,8 @@ def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int) -
         bits: 16, 8 or 4.
         device: where the weights go. They pass through it one tensor at a time.
         seed: seed of random weights (`model.weights=random`), not used otherwise.
+        span: decoder layers to load, with the embedding where it begins at 0 and norm and head where it ends at the last; all
+            else stays on the meta device. None: the whole model.
 
     Raises:
         ModelError: the files are not a complete Llama model, or tensors are missing or of another shape.
@@ -71,7 +74,7 @@ def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int) -
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        net = _build(source, model, bits, device, seed)
+        net = _build(source, model, bits, device, seed, span)
     except torch.cuda.OutOfMemoryError as error:
         raise ResourceError(
             f"out of GPU memory while loading {model.base} at {bits} bit ({error}): use fewer bits or a larger GPU."
@@ -103,7 +106,8 @@ def check_device(device: torch.device) -> None:
 
 def measure_weights(net: nn.Module) -> int:
     """Return the bytes of all parameters and buffers, with bitsandbytes' scales and code tables."""
-    total = sum(tensor.numel() * tensor.element_size() for tensor in [*net.parameters(), *net.buffers()])
+    tensors = [tensor for tensor in [*net.parameters(), *net.buffers()] if not tensor.is_meta]
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     for module in net.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
@@ -157,11 +161,23 @@ def quiet_bitsandbytes() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _build(source: ModelSource, model: ModelConfig, bits: Bits, device: torch.device, seed: int) -> LlamaForCausalLM:
+def _is_in_span(name: str, span: range, num_layers: int, is_tied: bool) -> bool:
+    """Return whether a parameter belongs to a span of decoder layers."""
+    if name.startswith("model.layers."):
+        return int(name.split(".")[2]) in span
+    if name == "model.embed_tokens.weight":
+        return span.start == 0 or (is_tied and span.stop == num_layers)
+    return span.stop == num_layers
+
+
+def _build(
+    source: ModelSource, model: ModelConfig, bits: Bits, device: torch.device, seed: int, span: range | None
+) -> LlamaForCausalLM:
     from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     dtype = _DTYPES[model.compute_dtype]
+    num_layers, is_tied = source.config.num_hidden_layers, source.config.tie_word_embeddings
     source.config._attn_implementation = model.attention
     source.config.dtype = dtype
     with torch.device("meta"):
@@ -170,7 +186,9 @@ def _build(source: ModelSource, model: ModelConfig, bits: Bits, device: torch.de
         for name, parameter in list(net.named_parameters()):
             owner_name, _, leaf = name.rpartition(".")
             owner = net.get_submodule(owner_name)
-            if name == "lm_head.weight" and source.config.tie_word_embeddings:
+            if name == "lm_head.weight" and is_tied:
+                continue
+            if span is not None and not _is_in_span(name, span, num_layers, is_tied):
                 continue
             weight = read(name, parameter.shape)
             if bits < 16 and isinstance(owner, nn.Linear) and ".layers." in name:
@@ -178,7 +196,7 @@ def _build(source: ModelSource, model: ModelConfig, bits: Bits, device: torch.de
             else:
                 setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
             del weight
-    if source.config.tie_word_embeddings:
+    if is_tied:
         net.lm_head.weight = net.model.embed_tokens.weight
     net.model.rotary_emb = LlamaRotaryEmbedding(source.config).to(device)
     net.name_or_path = net.config.name_or_path = model.base
@@ -211,12 +229,13 @@ def _quantise(weight: torch.Tensor, bits: Bits, dtype: torch.dtype) -> nn.Module
 def _open_reader(source: ModelSource, device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[_Reader]:
     """Yield a function that brings one named tensor to the device."""
     if not source.shards:
-        generator = torch.Generator(device=device).manual_seed(seed)
+        generator = torch.Generator(device=device)
         std = source.config.initializer_range
 
         def read_random(name: str, shape: torch.Size) -> torch.Tensor:
             if name.endswith("norm.weight"):
                 return torch.ones(shape, dtype=dtype, device=device)
+            generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # the same whatever else is loaded
             return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
 
         yield read_random

@@ -48,7 +48,7 @@ class PackedLlama(nn.Module):
         self.dtype = dtype
         self.recompute = recompute
         llama = model.get_base_model()
-        self.layers = [_read_layer(layer, llama.config, dtype, keep_unpacked) for layer in llama.model.layers]
+        self.layers = [read_layer(layer, llama.config, dtype, keep_unpacked) for layer in llama.model.layers]
 
         self.parameters_in_order = [
             parameter for layer in self.layers for lora in layer.lora for parameter in (lora.down, lora.up)
@@ -134,7 +134,8 @@ def refusal(model: PeftModel) -> str | None:
     return None
 
 
-def _read_layer(layer: nn.Module, config: Any, dtype: torch.dtype, keep_unpacked: bool) -> Layer:
+def read_layer(layer: nn.Module, config: Any, dtype: torch.dtype, keep_unpacked: bool) -> Layer:
+    """Take the weights of one of transformers' decoder layers, and of PEFT's adapters on q, k and v where there are any."""
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
 

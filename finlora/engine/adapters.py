@@ -1,0 +1,108 @@
+"""LoRA adapters for the engine: many on one base, read from PEFT folders, each stage only its own layers.
+
+Shapes: rank r, in K, out N of a projection.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finlora.config import LLAMA_PROJECTIONS
+from finlora.errors import AdapterError
+from finlora.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from finlora.model.shapes import LlamaShape
+
+PRODUCTS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "out": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""Projections that are multiplied together, as finlora/model/packed_layer.py joins them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """The low-rank update of one projection: scale * (x A^T) B^T, added to its columns of a product."""
+
+    columns: slice
+    down: Tensor
+    """A (r, K)."""
+    up: Tensor
+    """B (N, r)."""
+    scale: float
+
+
+Adapter = Mapping[tuple[int, str], list[Update]]
+"""(layer, product) -> its updates."""
+
+
+def read_adapter(folder: Path, shape: LlamaShape, span: range, dtype: torch.dtype, device: torch.device) -> Adapter:
+    """Read an adapter's tensors for a span of layers.
+
+    Raises:
+        AdapterError: files are missing, or it is no plain LoRA that fits a model of that shape.
+    """
+    from safetensors import safe_open
+
+    scale = _read_scale(folder)
+    adapter: dict[tuple[int, str], list[Update]] = {}
+    try:
+        with safe_open(str(folder / ADAPTER_WEIGHTS), framework="pt", device="cpu") as file:
+            names = set(file.keys())
+            for layer in range(shape.num_layers):
+                for product, targets in PRODUCTS.items():
+                    start = 0
+                    for target in targets:
+                        num_out, num_in = shape.projection(target)
+                        block = "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+                        prefix = f"base_model.model.model.layers.{layer}.{block}.{target}"
+                        pair = [f"{prefix}.lora_{part}.weight" for part in "AB"]
+                        if names.issuperset(pair):
+                            names.difference_update(pair)
+                            if layer in span:
+                                down, up = (file.get_tensor(name).to(device, dtype) for name in pair)
+                                if down.shape[1] != num_in or up.shape != (num_out, down.shape[0]):
+                                    raise AdapterError(
+                                        f"{folder} has {prefix} as {list(up.shape)} x {list(down.shape)}, the base's is "
+                                        f"{num_out} x {num_in}: it was made for another base."
+                                    )
+                                update = Update(slice(start, start + num_out), down, up, scale)
+                                adapter.setdefault((layer, product), []).append(update)
+                        start += num_out
+    except OSError as error:
+        raise AdapterError(
+            f"{folder}/{ADAPTER_WEIGHTS} cannot be read ({error}): train again or restore it."
+        ) from error
+    if names:
+        raise AdapterError(
+            f"{folder} has {len(names)} tensors that no layer of the base takes, such as {min(names)}: expected LoRA pairs on "
+            f"{', '.join(LLAMA_PROJECTIONS)}."
+        )
+    return adapter
+
+
+def _read_scale(folder: Path) -> float:
+    """Return alpha / r of a plain LoRA."""
+    path = folder / ADAPTER_CONFIG
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        rank, alpha = settings["r"], settings["lora_alpha"]
+    except (OSError, ValueError, KeyError) as error:
+        raise AdapterError(
+            f"{path} is missing or no LoRA configuration ({error!r}): expected an adapter folder as `finlora train` writes it."
+        ) from error
+    plain = {"peft_type": "LORA", "bias": "none"}
+    odd = [f"{key}={settings.get(key)}" for key, value in plain.items() if settings.get(key) != value]
+    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        odd += [f"{key}={settings[key]}"] if settings.get(key) else []
+    if odd:
+        raise AdapterError(f"{path} has {', '.join(odd)}: the engine runs plain LoRA without biases.")
+    return float(alpha) / float(rank)

@@ -1,0 +1,177 @@
+"""Drives requests through the stages: the scheduler decides, an executor computes, texts are put together.
+
+One thread calls it. Whatever holds the stages, in this process or in others, is an `Executor`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from finlora.engine.detokenise import Detokeniser
+from finlora.engine.microbatch import MicroBatch, Output
+from finlora.engine.request import Answer, Finish, Request
+from finlora.engine.scheduler import Scheduler
+from finlora.errors import AdapterError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from finlora.engine.stage import Stage
+
+
+class Executor(Protocol):
+    """Computes micro-batches in the order in which they are started."""
+
+    def start(self, batch: MicroBatch) -> None:
+        """Send a micro-batch into the first stage."""
+        ...
+
+    def collect(self) -> Output:
+        """Wait for the oldest micro-batch under way."""
+        ...
+
+    def load_adapter(self, name: str, folder: Path) -> None: ...
+
+    def unload_adapter(self, name: str) -> None: ...
+
+
+class InProcess:
+    """Stages of this process, one after the other."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self.stages = stages
+        self._outputs: deque[Output] = deque()
+
+    def start(self, batch: MicroBatch) -> None:
+        result: object = None
+        for stage in self.stages:
+            result = stage.run(batch, result)  # type: ignore[arg-type]
+        assert isinstance(result, Output)
+        self._outputs.append(result)
+
+    def collect(self) -> Output:
+        return self._outputs.popleft()
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        for stage in self.stages:
+            stage.load_adapter(name, folder)
+
+    def unload_adapter(self, name: str) -> None:
+        for stage in self.stages:
+            stage.unload_adapter(name)
+
+
+OnText = Callable[[str, str], None]
+"""Called with a request's id and the text that it has gained."""
+
+
+class EngineCore:
+    """Requests in, answers and their texts out.
+
+    Args:
+        tokenizer: of the base.
+    """
+
+    def __init__(self, executor: Executor, scheduler: Scheduler, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.executor, self.scheduler, self.tokenizer = executor, scheduler, tokenizer
+        self.adapters: dict[str, Path] = {}
+        self._texts: dict[str, Detokeniser] = {}
+        self._ended: list[Answer] = []
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Make an adapter available under a name; requests at work go on.
+
+        Raises:
+            AdapterError: the name is taken, or the folder does not hold an adapter that fits.
+        """
+        if name in self.adapters:
+            raise AdapterError(f"an adapter {name!r} is loaded already, from {self.adapters[name]}: unload it first.")
+        self.executor.load_adapter(name, folder)
+        self.adapters[name] = folder
+
+    def unload_adapter(self, name: str) -> None:
+        """Drop an adapter.
+
+        Raises:
+            AdapterError: there is none of that name, or requests still use it.
+        """
+        self._require(name)
+        if self.scheduler.uses_adapter(name):
+            raise AdapterError(
+                f"requests still use adapter {name!r}: let them end, or cancel them, before it is unloaded."
+            )
+        self.scheduler.forget_adapter(name)
+        self.executor.unload_adapter(name)
+        del self.adapters[name]
+
+    def submit(self, request: Request) -> None:
+        """Take a request on.
+
+        Raises:
+            AdapterError: its adapter is not loaded.
+            ConfigError: it can never be answered.
+            QueueFullError: too many are waiting.
+        """
+        if request.adapter is not None:
+            self._require(request.adapter)
+        self.scheduler.submit(request)
+        if not request.choices:
+            self._texts[request.id] = Detokeniser(self.tokenizer, request.sampling.stop)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; its answer comes with a later `step`."""
+        self._end(request_id, "cancelled")
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is left."""
+        scheduler = self.scheduler
+        return not (scheduler.num_waiting or scheduler.num_active or scheduler.num_in_flight or self._ended)
+
+    def step(self, on_text: OnText | None = None) -> list[Answer]:
+        """Start what can be started, wait for the oldest micro-batch, and return the answers that are complete.
+
+        Args:
+            on_text: gets new text of generated answers, the last piece before the answer is returned.
+        """
+        self._ended += self.scheduler.expire(time.monotonic())
+        while (batch := self.scheduler.next_batch()) is not None:
+            self.executor.start(batch)
+        if self.scheduler.num_in_flight:
+            tokens, answers = self.scheduler.complete(self.executor.collect())
+            self._ended += answers
+            for request_id, token in tokens:
+                text = self._texts[request_id]
+                piece = text.push(token.id)
+                if piece and on_text is not None:
+                    on_text(request_id, piece)
+                if text.is_stopped:
+                    self._end(request_id, "stop")
+        ended, self._ended = self._ended, []
+        return [self._close(answer, on_text) for answer in ended]
+
+    def _close(self, answer: Answer, on_text: OnText | None) -> Answer:
+        """Hand out the rest of an answer's text."""
+        text = self._texts.pop(answer.request_id, None)
+        if text is None:
+            return answer
+        rest = text.finish()
+        if rest and on_text is not None:
+            on_text(answer.request_id, rest)
+        # The token that completes a stop string may also be the last one allowed.
+        return dataclasses.replace(answer, finish="stop") if text.is_stopped else answer
+
+    def _end(self, request_id: str, finish: Finish) -> None:
+        answer = self.scheduler.end(request_id, finish)
+        if answer is not None:
+            self._ended.append(answer)
+
+    def _require(self, name: str) -> None:
+        if name not in self.adapters:
+            loaded = ", ".join(sorted(self.adapters)) or "none"
+            raise AdapterError(f"adapter {name!r} is not loaded; loaded are: {loaded}.")

@@ -1,0 +1,180 @@
+"""Stages held by Ray actors, each on its GPU, a share of one, or CPU cores; micro-batches pass from actor to actor.
+
+The actors form one Ray compiled graph: hidden states go straight from a stage to the next through shared memory, several
+micro-batches are under way at once, and each stage works through them in the order in which they were started. Adapters are
+loaded by the same way, so they come between the same two micro-batches everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.dag import InputNode
+
+from finlora.config import Bits, ModelConfig
+from finlora.engine.microbatch import MicroBatch, Output
+from finlora.engine.spans import split_layers
+from finlora.errors import FinloraError, ResourceError
+from finlora.model.shapes import read_shape
+from finlora.model.source import find_source
+
+_BUFFER_BYTES = 64 * 2**20
+"""Largest message between two stages: 2,048 rows of 8,192 in bfloat16 take half of it."""
+_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineConfig:
+    """How a model is spread over actors."""
+
+    num_stages: int
+    cache_rows: int
+    """Tokens that the KV cache holds; each stage has the rows of its own layers."""
+    device: str = "cuda"
+    """`cuda` or `cpu`; never chosen for you."""
+    gpus_per_stage: float = 1.0
+    cpus_per_stage: float = 1.0
+    keep_unpacked: bool = False
+    """Hold 4-bit weights unpacked."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """Load an adapter, or unload it (folder None)."""
+
+    name: str
+    folder: str | None
+
+
+class _StageActor:
+    """One stage in a process of its own."""
+
+    def __init__(
+        self, model: dict[str, Any], bits: Bits, span: tuple[int, int], config: dict[str, Any], seed: int
+    ) -> None:
+        import torch
+
+        from finlora.engine.stage import Stage
+        from finlora.model.base import load_base, quiet_bitsandbytes
+
+        settings, source = PipelineConfig(**config), ModelConfig(**model)
+        device = torch.device("cuda:0" if settings.device == "cuda" else "cpu")
+        layers = range(*span)
+        with quiet_bitsandbytes():
+            base = load_base(source, bits, device, seed, layers)
+        dtype = torch.bfloat16 if source.compute_dtype == "bfloat16" else torch.float32
+        self.stage = Stage(base.model, layers, settings.cache_rows, dtype, keep_unpacked=settings.keep_unpacked)
+        self.weights_gib = base.weights_gib
+
+    def describe(self) -> dict[str, float]:
+        """Return what the stage holds, which also says that it is loaded."""
+        return {"weights_gib": self.weights_gib, "cache_gib": self.stage.cache_bytes / 2**30}
+
+    def run(self, message: Any) -> Any:
+        """Take (work, hidden states or error) from the stage before, and give the same to the next."""
+        from finlora.model.base import quiet_bitsandbytes
+
+        work, state = message if isinstance(message, tuple) else (message, None)
+        try:
+            if isinstance(state, FinloraError):
+                return work, state
+            if isinstance(work, _Change):
+                if work.folder is None:
+                    self.stage.unload_adapter(work.name)
+                else:
+                    self.stage.load_adapter(work.name, Path(work.folder))
+                return work, state
+            with quiet_bitsandbytes():
+                result = self.stage.run(work, state)
+        except FinloraError as error:
+            return work, error
+        return result if isinstance(result, Output) else (work, result.cpu())
+
+
+class Pipeline:
+    """An executor over stage actors. Ray must be connected; call `close` at the end.
+
+    Raises:
+        ResourceError: the cluster has too little for the stages.
+        ModelError: the base's files are not usable.
+    """
+
+    def __init__(self, model: ModelConfig, bits: Bits, config: PipelineConfig, seed: int) -> None:
+        shape = read_shape(find_source(model).folder)
+        self.spans = split_layers(shape, bits, config.num_stages)
+        gpus = config.gpus_per_stage if config.device == "cuda" else 0.0
+        self._require(config.num_stages, config.cpus_per_stage, gpus)
+        actor: Any = ray.remote(_StageActor)
+        self.actors = [
+            actor.options(num_cpus=config.cpus_per_stage, num_gpus=gpus).remote(
+                dataclasses.asdict(model), bits, (span.start, span.stop), dataclasses.asdict(config), seed
+            )
+            for span in self.spans
+        ]
+        self._refs: deque[Any] = deque()
+        self._outputs: deque[Output] = deque()
+        self._graph: Any = None
+        try:
+            self.stages: list[dict[str, float]] = ray.get([actor.describe.remote() for actor in self.actors])
+            with InputNode() as message:
+                node = message
+                for actor in self.actors:
+                    node = actor.run.bind(node)
+            self._graph = node.experimental_compile(
+                _buffer_size_bytes=_BUFFER_BYTES,
+                _submit_timeout=_TIMEOUT_S,
+                _get_timeout=_TIMEOUT_S,
+                _max_inflight_executions=config.num_stages + 2,
+            )
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self, batch: MicroBatch) -> None:
+        self._refs.append(self._graph.execute(batch))
+
+    def collect(self) -> Output:
+        return self._outputs.popleft() if self._outputs else self._receive()
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        self._change(_Change(name, str(folder)))
+
+    def unload_adapter(self, name: str) -> None:
+        self._change(_Change(name, None))
+
+    def close(self) -> None:
+        """End the actors and free what they hold."""
+        if self._graph is not None:
+            self._graph.teardown()
+        for actor in self.actors:
+            ray.kill(actor)
+
+    def _change(self, change: _Change) -> None:
+        while self._refs:
+            self._outputs.append(self._receive())
+        self._refs.append(self._graph.execute(change))
+        self._receive()
+
+    def _receive(self) -> Any:
+        result = ray.get(self._refs.popleft())
+        if isinstance(result, Output):
+            return result
+        _, state = result
+        if isinstance(state, FinloraError):
+            raise state
+        return state
+
+    @staticmethod
+    def _require(num_stages: int, cpus: float, gpus: float) -> None:
+        there = ray.cluster_resources()
+        for name, need in (("CPU", cpus * num_stages), ("GPU", gpus * num_stages)):
+            if need > there.get(name, 0.0):
+                raise ResourceError(
+                    f"{num_stages} stages need {need:g} {name}s and the cluster has {there.get(name, 0.0):g}: take fewer stages, "
+                    f"a smaller share of {name}s for each, or add nodes."
+                )

@@ -128,7 +128,6 @@ class Pipeline:
             self._graph = node.experimental_compile(
                 _buffer_size_bytes=_BUFFER_BYTES,
                 _submit_timeout=_TIMEOUT_S,
-                _get_timeout=_TIMEOUT_S,
                 _max_inflight_executions=config.num_stages + 2,
             )
         except BaseException:
@@ -161,7 +160,7 @@ class Pipeline:
         self._receive()
 
     def _receive(self) -> Any:
-        result = ray.get(self._refs.popleft())
+        result = ray.get(self._refs.popleft(), timeout=_TIMEOUT_S)
         if isinstance(result, Output):
             return result
         _, state = result
@@ -172,7 +171,7 @@ class Pipeline:
     @staticmethod
     def _require(num_stages: int, cpus: float, gpus: float) -> None:
         there = ray.cluster_resources()
-        for name, need in (("CPU", cpus * num_stages), ("GPU", gpus * num_stages)):
+        for name, need in (("GPU", gpus * num_stages), ("CPU", cpus * num_stages)):
             if need > there.get(name, 0.0):
                 raise ResourceError(
                     f"{num_stages} stages need {need:g} {name}s and the cluster has {there.get(name, 0.0):g}: take fewer stages, "

@@ -1,0 +1,80 @@
+"""Stages in processes of their own under Ray: the same answers, adapters in order, and nothing left behind."""
+
+from __future__ import annotations
+
+import pytest
+from test_core import RAGGED, generate_alone, make_requests, run, tokens_of
+
+from finlora.engine.core import EngineCore
+from finlora.engine.request import Request, Sampling
+from finlora.engine.scheduler import Limits, Scheduler
+from finlora.errors import AdapterError, ResourceError
+from finlora.model.tokenizer import load_tokenizer
+
+END, ROWS = 1, 1024
+
+
+@pytest.fixture(scope="module")
+def pipeline(four_layers, ray_instance):
+    from finlora.engine.pipeline import Pipeline, PipelineConfig
+
+    config = PipelineConfig(num_stages=2, cache_rows=ROWS, device="cpu", cpus_per_stage=0.5)
+    pipeline = Pipeline(four_layers, 16, config, seed=0)
+    yield pipeline
+    pipeline.close()
+
+
+@pytest.fixture
+def core(pipeline, four_layers, adapter_folders):
+    from pathlib import Path
+
+    limits = Limits(cache_rows=ROWS, max_in_flight=2)
+    core = EngineCore(pipeline, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(four_layers.base)))
+    core.load_adapter("few", adapter_folders["few"])
+    yield core
+    for name in list(core.adapters):
+        core.unload_adapter(name)
+
+
+def test_tokens_equal_transformers(core, plain):
+    answers, _ = run(core, make_requests(count=6))
+    for number, prompt in enumerate(RAGGED):
+        assert tokens_of(answers[f"r{number}"]) == generate_alone(plain(), prompt, 6)
+
+
+def test_both_stages_are_kept_at_work(core):
+    for request in make_requests(count=6):
+        core.submit(request)
+    seen = []
+    while not core.is_idle:
+        core.step()
+        seen.append(core.scheduler.num_in_flight)
+    assert max(seen) == 1  # one was collected, the other is under way
+
+
+def test_adapter_is_loaded_between_micro_batches_of_others(core, plain, adapter_folders):
+    for request in make_requests(count=10):
+        core.submit(request)
+    answers = [*core.step(), *core.step()]
+    core.load_adapter("all", adapter_folders["all"])
+    core.submit(Request(id="new", prompt_ids=RAGGED[2], adapter="all", sampling=Sampling(max_tokens=4)))
+    while not core.is_idle:
+        answers += core.step()
+    by_name = {answer.request_id: answer for answer in answers}
+    assert tokens_of(by_name["new"]) == generate_alone(plain(adapter="all"), RAGGED[2], 4)
+    assert tokens_of(by_name["r4"]) == generate_alone(plain(), RAGGED[4], 10)
+
+
+def test_error_of_a_stage_comes_back_and_the_others_go_on(core, plain, tmp_path):
+    with pytest.raises(AdapterError, match=r"adapter_config.json is missing or no LoRA configuration"):
+        core.load_adapter("broken", tmp_path)
+    answers, _ = run(core, make_requests(RAGGED[:2], 3))
+    assert tokens_of(answers["r1"]) == generate_alone(plain(), RAGGED[1], 3)
+
+
+def test_cluster_that_is_too_small_is_refused_by_words(four_layers, ray_instance):
+    from finlora.engine.pipeline import Pipeline, PipelineConfig
+
+    config = PipelineConfig(num_stages=4, cache_rows=64, device="cuda")
+    with pytest.raises(ResourceError, match=r"4 stages need 4 GPUs and the cluster has 0: take fewer stages"):
+        Pipeline(four_layers, 4, config, seed=0)

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from rich.console import Console
 
-from finlora.errors import FinloraError, StoppedError
-from finlora.terminal import describe_duration, open_bars, polling, show_error
+from finlora.errors import ConfigError
+from finlora.terminal import describe_duration, exit_with, open_bars, polling
 
 app = typer.Typer(
     name="finlora",
@@ -34,6 +34,10 @@ ConfigPath = Annotated[Path | None, typer.Option("--config", "-c", help="YAML fi
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the YAML, e.g. train.epochs=2.")
 ]
+AdapterPath = Annotated[
+    Path | None, typer.Option("--adapter", help="Adapter folder. Without it: the one of the config's run.")
+]
+BaseAlone = Annotated[bool, typer.Option("--base", help="Take the base model without any adapter.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, change nothing.")]
 
 
@@ -85,22 +89,22 @@ def pretrain(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     with open_bars(console) as bars:
         summary = run_pretraining(settings, names, data.expanduser(), output.expanduser(), device, bars.update)
-    console.print(summary, highlight=False, soft_wrap=True)
+    _say(summary)
 
 
 @app.command(
     epilog="Examples:\n\n  finlora plan --config jobs/configs/llama-70b-4bit-r4-ner.yaml --gpu-memory 48 --gpus 4\n\n"
-    "  finlora plan --config ... train.micro_batch_size=2"
+    "  finlora plan --config ... train.memory_gib=24"
 )
 def plan(
     config: ConfigPath = None,
     overrides: Overrides = None,
     gpu_memory: Annotated[
         float | None,
-        typer.Option(help="GiB of one GPU. Without it: this machine's, or a 48 GB card's where it has none."),
+        typer.Option(help="GiB of a GPU. Without it: this machine's, or a 48 GB card's where it has none."),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(help="GPUs of the cluster. Without it: as many as the config asks for.")
+        int | None, typer.Option(help="GPUs of the cluster. Without it: those the config asks for.")
     ] = None,
 ) -> None:
     """Forecast a run's memory on its prepared data; names the setting that would make it fit. Needs no GPU."""
@@ -111,7 +115,7 @@ def plan(
     verdict = plan_run(settings, memory, count_gpus(settings) if gpus is None else gpus)
     console.print(render_plan(settings, verdict))
     verdict.require_fit()
-    console.print(verdict.words, highlight=False, soft_wrap=True)
+    _say(verdict.words)
 
 
 @app.command(
@@ -120,13 +124,14 @@ def plan(
 )
 def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train an adapter on the Ray cluster, or resume the run of that name from its last checkpoint."""
-    from finlora.train.run import RunFolder, load_training_set, read_progress
+    from finlora.train.follow import Follower
+    from finlora.train.run import RunFolder, load_training_set
 
     settings = _load(config, overrides)
     if dry_run:
         from finlora.train.run import describe_run
 
-        console.print(describe_run(settings, load_training_set(settings)), highlight=False)
+        _say(describe_run(settings, load_training_set(settings)))
         return
     from finlora import cluster
 
@@ -134,33 +139,11 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
     from finlora.train.worker import run_training  # imports Ray, which must come after the connection's settings
 
     folder = RunFolder(Path(settings.output_dir) / settings.name)
-    with open_bars(console) as bars:
-        is_plan_shown = False
-
-        def show() -> None:
-            nonlocal is_plan_shown
-            records = read_progress(folder)
-            if records and not is_plan_shown:
-                is_plan_shown = True
-                announce(folder.plan.read_text(encoding="utf-8").strip())
-            if records:
-                last = records[-1]
-                note = (
-                    f"loss {last.loss:.4f}  {last.tokens_per_second:,.0f} tokens/s  {last.memory_gib:.1f} GiB  "
-                    f"{describe_duration(last.seconds_left)} left"
-                )
-                bars.update(settings.name, last.step, last.total_steps, note)
-
-        def announce(line: str) -> None:
-            console.print(line, highlight=False, soft_wrap=True)
-
-        with polling(show):
-            result = run_training(settings, announce)
-    console.print(
+    with open_bars(console) as bars, polling(Follower(folder, settings.name, bars.update, _say, describe_duration)):
+        result = run_training(settings, _say)
+    _say(
         f"Adapter {result.adapter} ({result.adapter_mib:.2f} MiB): loss {result.metrics['loss_first']:.4f} -> "
-        f"{result.metrics['loss_last']:.4f} in {describe_duration(result.wall_seconds or 0)}",
-        highlight=False,
-        soft_wrap=True,
+        f"{result.metrics['loss_last']:.4f} in {describe_duration(result.wall_seconds or 0)}"
     )
 
 
@@ -171,26 +154,20 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
 def evaluate(
     config: ConfigPath = None,
     overrides: Overrides = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="Adapter folder. Without it: the one of the config's run.")
-    ] = None,
-    base: Annotated[bool, typer.Option("--base", help="Score the base model without any adapter.")] = False,
+    adapter: AdapterPath = None,
+    base: BaseAlone = False,
     ray: Annotated[bool, typer.Option("--ray", help="Run as a Ray task that reserves eval.num_gpus.")] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Score base or adapter on the test splits: accuracy, strict accuracy, weighted F1, with 95 % intervals."""
-    from finlora.errors import ConfigError
     from finlora.results import append_result
     from finlora.train.run import RunFolder
 
     settings = _load(config, overrides)
-    if base and adapter:
-        raise ConfigError("--base and --adapter exclude each other: give one of them.")
-    folder = RunFolder(Path(settings.output_dir) / settings.name)
-    chosen = None if base else (adapter.expanduser().absolute() if adapter else folder.adapter)
+    chosen, folder = _choose_adapter(settings, adapter, base), RunFolder(Path(settings.output_dir) / settings.name)
     from finlora.evaluate.runner import check_evaluation, run_evaluation
 
-    console.print(check_evaluation(settings, chosen), highlight=False, soft_wrap=True)
+    _say(check_evaluation(settings, chosen))
     if dry_run:
         return
     if ray:
@@ -207,7 +184,41 @@ def evaluate(
     from finlora.report import show_results
 
     show_results(results, console)
-    console.print(f"Appended to {folder.results}", highlight=False, soft_wrap=True)
+    _say(f"Appended to {folder.results}")
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora ask 'Profit rose 12 %' --task fpb --config jobs/configs/llama-8b-4bit-r4-fpb.yaml\n\n"
+    "  finlora ask @filing.xml --task xbrl_values --about 'What is the value of Revenues?' --config ... --stages 4"
+)
+def ask(
+    text: Annotated[str, typer.Argument(help="What to ask about; @FILE reads a file.")],
+    overrides: Overrides = None,
+    config: ConfigPath = None,
+    task: Annotated[str | None, typer.Option(help="Form of the prompt. Without it: the text alone.")] = None,
+    about: Annotated[str | None, typer.Option(help="Entity, headline question or XBRL question.")] = None,
+    adapter: AdapterPath = None,
+    base: BaseAlone = False,
+    stages: Annotated[int, typer.Option(help="Ray actors that the layers are spread over; 1: this process.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest text; higher: more varied.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes a drawn text repeatable.")] = None,
+) -> None:
+    """Ask base or adapter one question: the probability of each allowed answer, or text as it is written."""
+    from finlora.data.question import make_question, read_content
+    from finlora.engine.ask import ask as ask_engine
+    from finlora.engine.request import Sampling
+    from finlora.terminal import show_probabilities
+
+    settings = _load(config, overrides)
+    chosen = _choose_adapter(settings, adapter, base)
+    question = make_question(task, read_content(text), about)
+    sampling = Sampling(max_tokens=settings.eval.max_new_tokens, temperature=temperature, seed=seed)
+    if stages > 1:
+        from finlora import cluster
+
+        cluster.connect(log_to_driver=False)
+    reply = ask_engine(settings, chosen, question, sampling, stages, lambda piece: console.out(piece, end=""))
+    show_probabilities(reply.probabilities, console)
 
 
 @app.command(
@@ -217,13 +228,11 @@ def merge(
     adapter: Annotated[Path, typer.Option(help="Adapter folder that `finlora train` wrote.")],
     output: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist yet.")],
     config: Annotated[
-        Path | None,
-        typer.Option("--config", "-c", help="YAML that names the base. Without it: the adapter's config.yaml."),
+        Path | None, typer.Option("--config", "-c", help="Without it: the adapter's config.yaml.")
     ] = None,
     overrides: Overrides = None,
     allow_other_bits: Annotated[
-        bool,
-        typer.Option("--allow-other-bits", help="Merge an adapter trained at 8 or 4 bit; its logits change a little."),
+        bool, typer.Option("--allow-other-bits", help="Merge one trained at 8 or 4 bit; its logits change a little.")
     ] = False,
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Where the 16-bit base is held.")] = "cpu",
 ) -> None:
@@ -236,15 +245,9 @@ def merge(
     settings = _load(config or folder / "config.yaml", overrides)
     target = output.expanduser().absolute()
     merged = export_merged(settings.model, folder, target, torch.device(device), allow_other_bits=allow_other_bits)
-    console.print(
-        f"Merged model {merged.folder} ({merged.gib:.2f} GiB, {merged.num_tensors} weights changed)",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _say(f"Merged model {merged.folder} ({merged.gib:.2f} GiB, {merged.num_tensors} weights changed)")
     if merged.trained_bits != 16:
-        console.print(
-            f"Trained at {merged.trained_bits} bit: evaluate the merged model before you use it.", highlight=False
-        )
+        _say(f"Trained at {merged.trained_bits} bit: evaluate the merged model before you use it.")
 
 
 @app.command(epilog="Example:\n\n  finlora report ~/finlora/runs --output report/")
@@ -265,18 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        app(args=list(arguments) if arguments is not None else None, standalone_mode=True)
-    except StoppedError as stop:
-        Console(stderr=True).print(str(stop), highlight=False, soft_wrap=True)
-        sys.exit(stop.exit_code)
-    except FinloraError as error:
-        show_error(error)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped. The same command resumes from the last checkpoint.")
-        sys.exit(130)
-    sys.exit(0)
+    exit_with(lambda: app(args=list(arguments) if arguments is not None else None, standalone_mode=True))
+
+
+def _say(line: str) -> None:
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 def _load(config: Path | None, overrides: Sequence[str] | None) -> Any:
@@ -284,6 +280,13 @@ def _load(config: Path | None, overrides: Sequence[str] | None) -> Any:
     from finlora.train.run import resolve_paths
 
     return resolve_paths(load_config(config, overrides or []))
+
+
+def _choose_adapter(settings: Any, adapter: Path | None, base: bool) -> Path | None:
+    if base and adapter:
+        raise ConfigError("--base and --adapter exclude each other: give one of them.")
+    own = Path(settings.output_dir) / settings.name / "adapter"
+    return None if base else (adapter.expanduser().absolute() if adapter else own)
 
 
 def _print_progress(task: str, done: int, total: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from rich import box
 from rich.console import Console
@@ -21,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from finlora.errors import FinloraError
+from finlora.errors import FinloraError, StoppedError
 
 if TYPE_CHECKING:
     from finlora.data.prepared import PreparedReport
@@ -31,6 +32,22 @@ def show_error(error: FinloraError) -> None:
     """Print an error of ours to standard error: its kind, then its message."""
     kind = type(error).__name__.removesuffix("Error")
     Console(stderr=True, soft_wrap=True).print(f"[bold red]{kind} error:[/] {escape(str(error))}", highlight=False)
+
+
+def exit_with(run: Callable[[], object]) -> NoReturn:
+    """Run a command and leave the process: with 0, or after an error of ours with its message and exit code."""
+    try:
+        run()
+    except StoppedError as stop:
+        Console(stderr=True).print(str(stop), highlight=False, soft_wrap=True)
+        sys.exit(stop.exit_code)
+    except FinloraError as error:
+        show_error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped. The same command resumes from the last checkpoint.")
+        sys.exit(130)
+    sys.exit(0)
 
 
 class Bars:
@@ -106,6 +123,18 @@ def show_preparation(report: PreparedReport, console: Console, is_dry: bool) -> 
     console.print(
         state if report.is_written or is_dry else f"{report.folder} holds this very set already", highlight=False
     )
+
+
+def show_probabilities(probabilities: dict[str, float], console: Console) -> None:
+    """Show each allowed answer with its probability as a bar, in the order given; none: end the line of a streamed text."""
+    if not probabilities:
+        console.out("")
+        return
+    table = Table("answer", "probability", "", box=box.SIMPLE_HEAD)
+    table.columns[1].justify = "right"
+    for answer, value in probabilities.items():
+        table.add_row(escape(answer), f"{value:.1%}", "█" * round(40 * value))
+    console.print(table)
 
 
 @contextmanager

@@ -63,7 +63,13 @@ class Contract:
         Raises:
             AdapterError: names everything that differs and how to override.
         """
-        found = {"weights hash": base.weights_hash, "tokenizer hash": base.tokenizer_hash, "template": template}
+        self.check_hashes(folder, base.weights_hash, base.tokenizer_hash, template, bits)
+
+    def check_hashes(
+        self, folder: Path, weights_hash: str, tokenizer_hash: str, template: str, bits: int | None = None
+    ) -> None:
+        """The same where the base is not loaded, from its files' hashes."""
+        found = {"weights hash": weights_hash, "tokenizer hash": tokenizer_hash, "template": template}
         expected = {"weights hash": self.weights_hash, "tokenizer hash": self.tokenizer_hash, "template": self.template}
         if bits is not None:
             found["bits"], expected["bits"] = str(bits), str(self.bits)

@@ -1,0 +1,90 @@
+"""`finlora ask` from question to reply on the tiny base: the adapter is heard, its contract kept, stages change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from finlora.config import LoraConfig
+from finlora.data.question import make_question
+from finlora.engine.ask import ask, rank_choices
+from finlora.engine.request import Sampling
+from finlora.errors import AdapterError
+from finlora.model.base import load_base
+from finlora.model.contract import make_contract, write_contract
+from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
+from finlora.terminal import show_probabilities
+
+QUESTION = make_question("fpb", "Profit rose", None)
+SAMPLING = Sampling(max_tokens=6)
+
+
+@pytest.fixture
+def adapter(make_config, tmp_path):
+    config = make_config()
+    base = load_base(config.model, 16, torch.device("cpu"), 0)
+    model = attach_lora(base.model, LoraConfig(), config.model.base, 1)
+    torch.manual_seed(4)
+    for parameter in trainable_parameters(model).values():
+        parameter.data = torch.randn_like(parameter) * 2
+    size = save_adapter(model, tmp_path / "adapter")
+    write_contract(
+        tmp_path / "adapter", make_contract(base, config.model.base, LoraConfig(), "raw", {"t": "x"}, 5, size, {})
+    )
+    return tmp_path / "adapter"
+
+
+def ignore(_piece):
+    """Text that nobody reads."""
+
+
+def test_probabilities_are_ranked_and_change_with_the_adapter(make_config, adapter):
+    replies = [ask(make_config(), chosen, QUESTION, SAMPLING, 1, ignore) for chosen in (None, adapter)]
+    for reply in replies:
+        assert set(reply.probabilities) == {"negative", "neutral", "positive"}
+        assert sum(reply.probabilities.values()) == pytest.approx(1)
+        assert list(reply.probabilities.values()) == sorted(reply.probabilities.values(), reverse=True)
+        assert reply.text == next(iter(reply.probabilities))
+        assert reply.finish == "choice"
+    assert replies[0].probabilities != pytest.approx(replies[1].probabilities, abs=1e-3)
+
+
+def test_free_text_streams(make_config):
+    pieces = []
+    reply = ask(make_config(), None, make_question(None, "Profit rose", None), SAMPLING, 1, pieces.append)
+    assert reply.text == "".join(pieces)
+    assert (reply.probabilities, reply.finish in ("length", "end")) == ({}, True)
+
+
+def test_stage_actors_say_the_same(make_config, adapter, ray_instance):
+    one, two = (ask(make_config(), adapter, QUESTION, SAMPLING, stages, ignore) for stages in (1, 2))
+    assert one.probabilities == pytest.approx(two.probabilities, rel=1e-5)
+
+
+def test_adapter_of_another_template_or_base_is_refused_before_anything_loads(make_config, adapter, monkeypatch):
+    monkeypatch.setattr("finlora.engine.ask.open_executor", None)
+    with pytest.raises(AdapterError, match=r"template is chat, trained with raw"):
+        ask(make_config("model.template=chat"), adapter, QUESTION, SAMPLING, 1, ignore)
+    with pytest.raises(AdapterError, match=r"absent does not exist"):
+        ask(make_config(), adapter.parent / "absent", QUESTION, SAMPLING, 1, ignore)
+
+
+def test_likeliest_choice_comes_first_whatever_the_size_of_the_numbers():
+    assert rank_choices(["a", "b"], [-1000.0, -999.0]) == pytest.approx({"b": 0.7311, "a": 0.2689}, abs=1e-4)
+
+
+def test_bars_show_answer_and_share():
+    console = Console(width=100, record=True, file=io.StringIO())
+    show_probabilities({"positive": 0.75, "[odd]": 0.25}, console)
+    text = console.export_text()
+    assert "positive         75.0%   " + "█" * 30 in text
+    assert "[odd]" in text
+
+
+def test_sampling_is_checked():
+    with pytest.raises(Exception, match=r"top_p=0: expected 0 < top_p <= 1"):
+        dataclasses.replace(SAMPLING, top_p=0)

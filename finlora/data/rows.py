@@ -113,6 +113,12 @@ def read_text(path: Path, encoding: str) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise DatasetError(f"{path} cannot be read ({error}): expected a readable {encoding} file.") from error
+    if b"\0" in raw:  # Latin-1 takes any byte, so this must be looked for
+        line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
+        raise DatasetError(
+            f"{path}:{line}: found a zero byte, as UTF-16 text and binary files hold. Expected the file as published, in "
+            f"{encoding}: fetch it again without converting it."
+        )
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:

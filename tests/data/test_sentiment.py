@@ -132,6 +132,14 @@ def test_tfns_wrong_encoding_names_line_and_byte(tmp_path, ask):
         sentiment.read_tfns(ask(tmp_path))
 
 
+def test_utf16_is_named_where_latin1_would_take_any_byte(tmp_path, ask):
+    (tmp_path / "Sentences_50Agree.txt").write_text("Profit rose .@positive\n", encoding="utf-16")
+    with pytest.raises(
+        DatasetError, match=r"Sentences_50Agree.txt:1: found a zero byte, as UTF-16 text and binary files"
+    ):
+        sentiment.read_fpb(ask(tmp_path))
+
+
 def test_nwgi_answers_seven_grades_and_folds_the_label(tmp_path, ask):
     write_nwgi(tmp_path / "nwgi_train.jsonl", [("Ups .", "mildly positive")])
     write_nwgi(tmp_path / "nwgi_test.jsonl", [("Downs .", "strong negative"), ("So .", "neutral")])

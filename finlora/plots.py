@@ -56,6 +56,16 @@ def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _add_legend(figure: Figure) -> None:
+    """Put the legend above the axes, in as many columns as fit the figure's width."""
+    size = 10.5
+    _, labels = figure.axes[0].get_legend_handles_labels()
+    # A character is about 0.6 of the font's size wide, the sign and its gaps take 0.7 inches.
+    widest = max(map(len, labels)) * 0.6 * size / 72 + 0.7
+    columns = max(1, min(len(labels), int(figure.get_figwidth() / widest)))
+    figure.legend(loc="outside upper left", ncols=columns, fontsize=size, frameon=False)
+
+
 def _draw_accuracy(evaluations: Sequence[Result]) -> Figure | None:
     if not evaluations:
         return None
@@ -96,7 +106,7 @@ def _draw_accuracy(evaluations: Sequence[Result]) -> Figure | None:
     axes.grid(axis="y", color="#DDDDDD")
     if any(result.is_partial for result in evaluations):
         figure.supxlabel("* part of the test split", fontsize=9, x=0.99, ha="right", color="#555555")
-    figure.legend(loc="outside upper left", ncols=min(len(series), 3), fontsize=10.5, frameon=False)
+    _add_legend(figure)
     return figure
 
 
@@ -117,7 +127,7 @@ def _draw_loss(trainings: Sequence[Result]) -> Figure | None:
     axes.set_ylabel("training loss", fontsize=12)
     axes.set_ylim(bottom=0)
     axes.grid(color="#DDDDDD")
-    figure.legend(loc="outside upper left", ncols=2 if len(shown) > 1 else 1, fontsize=10, frameon=False)
+    _add_legend(figure)
     if len(trainings) > len(shown):
         axes.set_title(f"the newest {len(shown)} of {len(trainings)} runs", fontsize=10, loc="right")
     return figure

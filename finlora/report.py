@@ -52,7 +52,7 @@ def render_report(results: list[Result], output: Path | None, console: Console) 
         raise ResultError("there are no results to report: run `finlora train` or `finlora evaluate` first.")
     show_results(results, console)
     beside = paper_tables(results)
-    compared = [table for table in beside if any(cells[-1] != NOT_RUN for cells in table.rows)]
+    compared = [table for table in beside if any(not cells[-1].startswith(NOT_RUN) for cells in table.rows)]
     for table in compared:
         _draw(table, console)
     if len(compared) < len(beside):
@@ -90,7 +90,7 @@ def _draw(table: TextTable, console: Console) -> None:
         width = max(len(name), _MIN_WIDTH) if all(map(_is_number, cells)) else None
         drawn.add_column(Text(name), overflow="fold", min_width=min(longest, _MIN_WIDTH), max_width=width)
     for row in table.rows:
-        drawn.add_row(*(Text(cell, style="dim" if cell in (NOT_RUN, NOT_MEASURED) else "") for cell in row))
+        drawn.add_row(*(Text(cell, style="dim" if cell.startswith((NOT_RUN, NOT_MEASURED)) else "") for cell in row))
     console.print(drawn)
     for note in table.notes:
         console.print(Text(note, style="dim"))

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from finlora.comparable import explain_missing, find_ours, has_random_weights
 from finlora.paper import PAPER, PaperValue
 from finlora.results import Result
 
@@ -52,12 +53,6 @@ def name_base(result: Result) -> str:
     """Return the base's short name: the last part of a hub id or folder, with a mark for random weights."""
     name = result.base.rstrip("/").rpartition("/")[2] or result.base
     return f"{name} (random weights)" if has_random_weights(result) else name
-
-
-def has_random_weights(result: Result) -> bool:
-    """Tell whether the weights were filled from a seed: its speed and memory are real, its scores mean nothing."""
-    model = result.config.get("model")
-    return isinstance(model, dict) and model.get("weights") == "random"
 
 
 def format_number(value: float | None, digits: int = 1) -> str:
@@ -199,7 +194,7 @@ def _name_optimizer(result: Result) -> str:
 
 
 def paper_tables(results: Sequence[Result]) -> list[TextTable]:
-    """The paper's tables with our comparable measurement beside each number, `not run` where there is none."""
+    """The paper's tables with our comparable measurement beside each number; where there is none, `not run` and why."""
     tables = []
     for title in dict.fromkeys(value.table for value in PAPER):
         rows = []
@@ -215,48 +210,13 @@ def paper_tables(results: Sequence[Result]) -> list[TextTable]:
                     f"{100 * value.value:.2f}"
                     if value.quantity == "accuracy"
                     else f"{value.value:.{2 if value.quantity == 'gpu_hours' else 1}f}",
-                    NOT_RUN if ours is None else _our_cell(value, ours),
+                    f"{NOT_RUN}: {explain_missing(value, results)}" if ours is None else _our_cell(value, ours),
                 )
             )
         notes = ("Paper: 4 x RTX A6000, arXiv:2412.11378v2. Ours: on the device that the cost table names.",)
         header = ("model", "variant", "task", "quantity", "paper", "ours")
         tables.append(TextTable(title=f"Beside the paper: {title}", header=header, rows=tuple(rows), notes=notes))
     return tables
-
-
-def find_ours(value: PaperValue, results: Sequence[Result]) -> Result | None:
-    """Return our newest measurement that may stand beside a number of the paper, or None.
-
-    A Llama of the same size, variant and task is needed; inference memory also needs batch size 1, accuracies
-    pretrained weights. A full measurement is preferred to a partial one.
-    """
-    found = [result for result in results if _is_comparable(value, result)]
-    return max(found, key=lambda result: (not result.is_partial, result.created), default=None)
-
-
-def _is_comparable(value: PaperValue, result: Result) -> bool:
-    base = result.base.lower()
-    if "llama" not in base or f"-{value.size.lower()}" not in base.replace("_", "-"):
-        return False
-    if value.variant is not None and result.variant != value.variant:
-        return False
-    if value.tasks and result.task not in value.tasks:
-        return False
-    if value.quantity == "adapter_mib":
-        return result.adapter_mib is not None
-    if value.quantity == "training_memory_gib":
-        return result.kind == "training" and result.peak_memory_gib is not None
-    if value.quantity == "gpu_hours":
-        return result.kind == "training" and result.gpu_hours is not None
-    if result.kind != "evaluation" or (value.bits is not None and result.bits != value.bits):
-        return False
-    if value.quantity == "accuracy":
-        return not has_random_weights(result) and "accuracy" in result.metrics
-    if value.quantity == "seconds_per_example":
-        return result.seconds_per_example is not None
-    section = result.config.get("eval")
-    has_one_example = isinstance(section, dict) and section.get("batch_size") == 1
-    return has_one_example and result.gpu_hours is not None and result.peak_memory_gib is not None
 
 
 def _our_cell(value: PaperValue, ours: Result) -> str:

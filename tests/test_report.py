@@ -8,13 +8,13 @@ import math
 import pytest
 from rich.console import Console
 
+from finlora.comparable import explain_missing, find_ours
 from finlora.errors import ResultError
 from finlora.paper import PAPER
 from finlora.report import render_report, show_results
 from finlora.results import Result
 from finlora.tables import (
     cost_table,
-    find_ours,
     format_number,
     format_score,
     paper_tables,
@@ -151,7 +151,7 @@ def test_paper_numbers_stand_beside_ours():
     assert "Beside the paper: Fine-tuning cost" in text
     (row,) = [line for line in text.splitlines() if "fpb" in line and "86.30" in line]
     assert "85.00 (83.00–86.00)" in row
-    assert "not run" in text
+    assert "not run: no Llama 70B in these results" in text
     assert sum(len(table.rows) for table in paper_tables([])) == len(PAPER)
 
 
@@ -168,6 +168,28 @@ def test_only_comparable_measurements_stand_beside_the_paper():
         make_training(task="fpb"),
     ]
     assert find_ours(paper, others) is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "results", "reason"),
+    [
+        ({"quantity": "accuracy"}, [], "no Llama 8B in these results"),
+        ({"quantity": "accuracy"}, [make_evaluation(base="demo")], "no Llama 8B in these results"),
+        ({"quantity": "accuracy"}, [make_evaluation(variant="8bit-r8")], "no 4bit-r4 of it"),
+        ({"quantity": "accuracy"}, [make_evaluation(task="tfns")], "not on this task"),
+        ({"quantity": "accuracy"}, [make_training(task="fpb")], "no evaluation of it"),
+        ({"quantity": "accuracy"}, [make_evaluation(bits=4)], "not at 8 bit"),
+        (
+            {"quantity": "accuracy"},
+            [make_evaluation(config={"model": {"weights": "random"}})],
+            "its weights are random",
+        ),
+    ],
+)
+def test_cell_that_was_not_run_says_why(wanted, results, reason):
+    paper = find_paper(**wanted, variant="4bit-r4", tasks=("fpb",))
+    assert explain_missing(paper, results) == reason
+    assert find_ours(paper, results) is None
 
 
 def test_full_measurement_is_preferred_to_newer_partial_one():

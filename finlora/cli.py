@@ -207,7 +207,7 @@ def ask(
     from finlora.data.question import make_question, read_content
     from finlora.engine.ask import ask as ask_engine
     from finlora.engine.request import Sampling
-    from finlora.terminal import show_probabilities
+    from finlora.terminal import show_reply
 
     settings = _load(config, overrides)
     chosen = _choose_adapter(settings, adapter, base)
@@ -218,7 +218,7 @@ def ask(
 
         cluster.connect(log_to_driver=False)
     reply = ask_engine(settings, chosen, question, sampling, stages, lambda piece: console.out(piece, end=""))
-    show_probabilities(reply.probabilities, console)
+    show_reply(reply.probabilities, reply.quote, console, is_quoted=task in ("xbrl_tags", "xbrl_values"))
 
 
 @app.command(

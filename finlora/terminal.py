@@ -125,10 +125,22 @@ def show_preparation(report: PreparedReport, console: Console, is_dry: bool) -> 
     )
 
 
-def show_probabilities(probabilities: dict[str, float], console: Console) -> None:
-    """Show each allowed answer with its probability as a bar, in the order given; none: end the line of a streamed text."""
+def show_reply(
+    probabilities: dict[str, float], quote: tuple[int, int] | None, console: Console, *, is_quoted: bool
+) -> None:
+    """Show each allowed answer with its probability as a bar; where there are none, end the line of a streamed text.
+
+    Args:
+        quote: where the text stands in what was asked about.
+        is_quoted: whether it must stand there.
+    """
     if not probabilities:
         console.out("")
+        if is_quoted:
+            where = (
+                f"stands at characters {quote[0]:,} to {quote[1]:,}" if quote else "[bold red]does not stand[/] there"
+            )
+            console.print(f"In the text asked about, the answer {where}.", highlight=False)
         return
     table = Table("answer", "probability", "", box=box.SIMPLE_HEAD)
     table.columns[1].justify = "right"

@@ -15,6 +15,7 @@ from finlora.data.encode import encode_answer, encode_prompt, end_token_id
 from finlora.data.question import Question
 from finlora.engine.core import EngineCore, Executor, InProcess
 from finlora.engine.extents import BLOCK
+from finlora.engine.grounding import find_quote
 from finlora.engine.request import Finish, Request, Sampling
 from finlora.engine.scheduler import Limits, Scheduler
 from finlora.model.contract import read_contract
@@ -35,6 +36,8 @@ class Reply:
     """Allowed answer -> probability, normalised over them, likeliest first; empty for free text."""
     text: str
     """The likeliest allowed answer, or the generated text."""
+    quote: tuple[int, int] | None
+    """Where generated text stands in the question's context, from and to which character; None: nowhere."""
     finish: Finish
     num_prompt_tokens: int
 
@@ -85,9 +88,11 @@ def ask(
             answers += core.step(take)
     (answer,) = answers
     ranked = rank_choices(question.choices, answer.log_probs) if question.choices else {}
+    text = next(iter(ranked), "") or "".join(pieces)
     return Reply(
         probabilities=ranked,
-        text=next(iter(ranked), "") or "".join(pieces),
+        text=text,
+        quote=None if ranked else find_quote(text, question.context),
         finish=answer.finish,
         num_prompt_tokens=len(request.prompt_ids),
     )

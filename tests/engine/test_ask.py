@@ -12,12 +12,13 @@ from rich.console import Console
 from finlora.config import LoraConfig
 from finlora.data.question import make_question
 from finlora.engine.ask import ask, rank_choices
+from finlora.engine.grounding import find_quote
 from finlora.engine.request import Sampling
 from finlora.errors import AdapterError
 from finlora.model.base import load_base
 from finlora.model.contract import make_contract, write_contract
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
-from finlora.terminal import show_probabilities
+from finlora.terminal import show_reply
 
 QUESTION = make_question("fpb", "Profit rose", None)
 SAMPLING = Sampling(max_tokens=6)
@@ -58,6 +59,7 @@ def test_free_text_streams(make_config):
     reply = ask(make_config(), None, make_question(None, "Profit rose", None), SAMPLING, 1, pieces.append)
     assert reply.text == "".join(pieces)
     assert (reply.probabilities, reply.finish in ("length", "end")) == ({}, True)
+    assert reply.quote == find_quote(reply.text, "Profit rose")
 
 
 def test_stage_actors_say_the_same(make_config, adapter, ray_instance):
@@ -79,10 +81,19 @@ def test_likeliest_choice_comes_first_whatever_the_size_of_the_numbers():
 
 def test_bars_show_answer_and_share():
     console = Console(width=100, record=True, file=io.StringIO())
-    show_probabilities({"positive": 0.75, "[odd]": 0.25}, console)
+    show_reply({"positive": 0.75, "[odd]": 0.25}, None, console, is_quoted=False)
     text = console.export_text()
     assert "positive         75.0%   " + "█" * 30 in text
     assert "[odd]" in text
+
+
+@pytest.mark.parametrize(
+    ("quote", "words"), [((1200, 1204), "stands at characters 1,200 to 1,204."), (None, "does not stand there.")]
+)
+def test_answer_from_a_filing_says_where_it_stands(quote, words):
+    console = Console(width=100, record=True, file=io.StringIO())
+    show_reply({}, quote, console, is_quoted=True)
+    assert f"In the text asked about, the answer {words}" in console.export_text()
 
 
 def test_sampling_is_checked():

@@ -33,7 +33,9 @@ def main() -> int:
     for number, (title, command) in enumerate(STEPS, start=1):
         sys.stdout.write(f"\n[{number}/{len(STEPS)}] {title}\n$ finlora {command}\n")
         sys.stdout.flush()
-        status = subprocess.run([sys.executable, "-m", "finlora.cli", *shlex.split(command)], check=False).returncode
+        status = subprocess.run(
+            [sys.executable, "-m", "finlora.cli.main", *shlex.split(command)], check=False
+        ).returncode
         if status != 0:
             sys.stdout.write(f"\nStep {number} failed with exit code {status}: its message stands above.\n")
             return status

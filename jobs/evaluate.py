@@ -5,7 +5,7 @@ ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/evaluat
 
 import sys
 
-from finlora.cli import main
+from finlora.cli.main import main
 
 if __name__ == "__main__":
     main(["evaluate", "--ray", *sys.argv[1:]])

@@ -10,7 +10,7 @@ import pytest
 import typer.main
 import yaml
 
-from finlora.cli import app
+from finlora.cli.main import app
 from finlora.configfile import load_config
 from finlora.data.catalog import TASKS
 

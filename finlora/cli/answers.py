@@ -1,0 +1,103 @@
+"""Verbs that let a base or an adapter answer: a whole test split with its scores, or one question."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finlora.cli.app import (
+    AdapterPath,
+    BaseAlone,
+    ConfigPath,
+    DryRun,
+    Overrides,
+    app,
+    choose_adapter,
+    console,
+    load_settings,
+    say,
+)
+from finlora.terminal import open_bars
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora evaluate --config jobs/configs/llama-8b-4bit-r4-fpb.yaml --base\n\n"
+    "  finlora evaluate --config ... --adapter ~/finlora/runs/llama-8b-4bit-r4-fpb/adapter eval.bits=8"
+)
+def evaluate(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    adapter: AdapterPath = None,
+    base: BaseAlone = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Run as a Ray task that reserves eval.num_gpus.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Score base or adapter on the test splits: accuracy, strict accuracy, weighted F1, with 95 % intervals."""
+    from finlora.results import append_result
+    from finlora.train.run import RunFolder
+
+    settings = load_settings(config, overrides)
+    chosen, folder = choose_adapter(settings, adapter, base), RunFolder(Path(settings.output_dir) / settings.name)
+    from finlora.evaluate.runner import check_evaluation, run_evaluation
+
+    say(check_evaluation(settings, chosen))
+    if dry_run:
+        return
+    if ray:
+        from finlora import cluster
+
+        cluster.connect(log_to_driver=True)
+        gpus = settings.eval.num_gpus if settings.eval.device == "cuda" else 0.0
+        results = cluster.call(run_evaluation, settings, chosen, _print_progress, num_cpus=1.0, num_gpus=gpus)
+    else:
+        with open_bars(console) as bars:
+            results = run_evaluation(settings, chosen, bars.update)
+    for result in results:
+        append_result(folder.results, result)
+    from finlora.report import show_results
+
+    show_results(results, console)
+    say(f"Appended to {folder.results}")
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora ask 'Profit rose 12 %' --task fpb --config jobs/configs/llama-8b-4bit-r4-fpb.yaml\n\n"
+    "  finlora ask @filing.xml --task xbrl_values --about 'What is the value of Revenues?' --config ... --stages 4"
+)
+def ask(
+    text: Annotated[str, typer.Argument(help="What to ask about; @FILE reads a file.")],
+    overrides: Overrides = None,
+    config: ConfigPath = None,
+    task: Annotated[str | None, typer.Option(help="Form of the prompt. Without it: the text alone.")] = None,
+    about: Annotated[str | None, typer.Option(help="Entity, headline question or XBRL question.")] = None,
+    adapter: AdapterPath = None,
+    base: BaseAlone = False,
+    stages: Annotated[int, typer.Option(help="Ray actors that the layers are spread over; 1: this process.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest text; higher: more varied.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes a drawn text repeatable.")] = None,
+) -> None:
+    """Ask base or adapter one question: the probability of each allowed answer, or text as it is written."""
+    from finlora.data.question import make_question, read_content
+    from finlora.engine.ask import ask as ask_engine
+    from finlora.engine.request import Sampling
+    from finlora.terminal import show_reply
+
+    settings = load_settings(config, overrides)
+    chosen = choose_adapter(settings, adapter, base)
+    question = make_question(task, read_content(text), about)
+    sampling = Sampling(max_tokens=settings.eval.max_new_tokens, temperature=temperature, seed=seed)
+    if stages > 1:
+        from finlora import cluster
+
+        cluster.connect(log_to_driver=False)
+    reply = ask_engine(settings, chosen, question, sampling, stages, lambda piece: console.out(piece, end=""))
+    show_reply(reply.probabilities, reply.quote, console, is_quoted=task in ("xbrl_tags", "xbrl_values"))
+
+
+def _print_progress(task: str, done: int, total: int) -> None:
+    if done == total or done % 512 < 16:
+        sys.stdout.write(f"{task}: {done}/{total}\n")
+        sys.stdout.flush()

@@ -1,0 +1,72 @@
+"""The `finlora` command's application, console and shared options; the verbs register themselves here, a module a group."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from finlora.errors import ConfigError
+
+# The verbs in the order of the work, which is the order of the help whatever module defines them.
+ORDER = ("prepare", "pretrain", "plan", "train", "evaluate", "ask", "merge", "report")
+
+
+class _OrderOfWork(TyperGroup):
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return sorted(super().list_commands(ctx), key=ORDER.index)
+
+
+app = typer.Typer(
+    name="finlora",
+    cls=_OrderOfWork,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Fine-tune quantised Llama models on financial tasks on your own GPUs, and know what it brought.\n\n"
+    "The usual order: [bold]prepare[/] the data, [bold]train[/] an adapter, [bold]evaluate[/] base and adapter, "
+    "[bold]report[/] the results.",
+)
+# A job log has no width of its own; the 80 columns that Rich assumes there break every table.
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+ConfigPath = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; see jobs/configs/.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the YAML, e.g. train.epochs=2.")
+]
+AdapterPath = Annotated[
+    Path | None, typer.Option("--adapter", help="Adapter folder. Without it: the one of the config's run.")
+]
+BaseAlone = Annotated[bool, typer.Option("--base", help="Take the base model without any adapter.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, change nothing.")]
+
+
+def say(line: str) -> None:
+    """Print one line as it is, however long: a log is searched by its whole lines."""
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def load_settings(config: Path | None, overrides: Sequence[str] | None) -> Any:
+    """Return the RunConfig of a YAML and the `key=value` after it, with absolute paths."""
+    from finlora.configfile import load_config
+    from finlora.train.run import resolve_paths
+
+    return resolve_paths(load_config(config, overrides or []))
+
+
+def choose_adapter(settings: Any, adapter: Path | None, base: bool) -> Path | None:
+    """Return the adapter folder that was named, else that of the config's run; None with `--base`.
+
+    Raises:
+        ConfigError: both were asked for.
+    """
+    if base and adapter:
+        raise ConfigError("--base and --adapter exclude each other: give one of them.")
+    own = Path(settings.output_dir) / settings.name / "adapter"
+    return None if base else (adapter.expanduser().absolute() if adapter else own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from collections.abc import Callable
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from finlora.errors import FinloraError, ResourceError
+from finlora.lease import take_lease
 
+_logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _TOKEN_FILE = Path("~/.config/finlora/ray-token")
@@ -79,18 +82,42 @@ def require(num_workers: int, cpus: float, gpus: float) -> None:
             )
 
 
-def call(function: Callable[..., _T], *arguments: object, num_cpus: float, num_gpus: float) -> _T:
-    """Run a function as a Ray task with reserved CPU cores and GPUs; an error of ours comes back as it was raised."""
+def call(
+    function: Callable[..., _T],
+    *arguments: object,
+    num_cpus: float,
+    num_gpus: float,
+    wait_s: float | None = None,
+    announce: Callable[[str], None] = _logger.warning,
+) -> _T:
+    """Run a function as a Ray task with reserved CPU cores and GPUs; an error of ours comes back as it was raised.
+
+    Args:
+        function: what to run.
+        arguments: what it takes.
+        num_cpus: CPU cores.
+        num_gpus: GPUs, or a share of one.
+        wait_s: seconds to wait while others hold them. None: without limit.
+        announce: shows a line while it waits, which says who holds them.
+
+    Raises:
+        ResourceError: the cluster could never hold it, or the wait was too long.
+    """
     import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     require(1, num_cpus, num_gpus)
-    task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=0)(function)
-    try:
-        return cast(_T, ray.get(task.remote(*arguments)))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, FinloraError):
-            raise error.cause from error
-        raise
+    name = getattr(function, "__name__", "task")
+    bundle = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
+    with take_lease([bundle], wait_s, announce, name=f"finlora {name}") as group:
+        options = {"scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=group), "max_retries": 0}
+        task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, **options)(function)
+        try:
+            return cast(_T, ray.get(task.remote(*arguments)))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, FinloraError):
+                raise error.cause from error
+            raise
 
 
 def _guard_local() -> None:

@@ -265,6 +265,8 @@ class RunConfig:
     """Folder of all runs, on storage that all nodes see."""
     seed: int = 42
     """Seed of sampling, dropout and adapter initialisation."""
+    max_wait_s: float | None = 1800.0
+    """Seconds that training and evaluation wait for GPUs and cores that others hold; then they say who. None: no limit."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -282,6 +284,10 @@ class RunConfig:
                     f"name={self.name!r}: expected a plain folder name without a slash",
                 ),
                 (self.seed >= 0, f"seed={self.seed}: expected at least 0"),
+                (
+                    self.max_wait_s is None or self.max_wait_s >= 0,
+                    f"max_wait_s={self.max_wait_s}: expected at least 0, or null",
+                ),
                 (
                     train.global_batch_size >= train.num_workers,
                     f"train.global_batch_size={train.global_batch_size} leaves some of {train.num_workers} workers without an "

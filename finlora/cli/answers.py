@@ -51,7 +51,14 @@ def evaluate(
 
         cluster.connect(log_to_driver=True)
         gpus = settings.eval.num_gpus if settings.eval.device == "cuda" else 0.0
-        results = cluster.call(run_evaluation, settings, chosen, _print_progress, num_cpus=1.0, num_gpus=gpus)
+        results = cluster.call(
+            run_evaluation,
+            *(settings, chosen, _print_progress),
+            num_cpus=1.0,
+            num_gpus=gpus,
+            wait_s=settings.max_wait_s,
+            announce=say,
+        )
     else:
         with open_bars(console) as bars:
             results = run_evaluation(settings, chosen, bars.update)

@@ -7,6 +7,7 @@ Layout of OUTPUT_DIR/NAME:
     plan.txt           how the workers train, and the memory they need by forecast
     checkpoint_*/      Ray Train's checkpoints (finlora/train/checkpoint.py)
     lock               held by the driver while the run goes on
+    waiting.txt        who holds what the run waits for; gone when its workers start (finlora/train/room.py)
     stop               empty; a signal's name in it asks the workers to stop (finlora/train/stop.py)
     adapter/           PEFT's two files and config.yaml; finlora.yaml is written last and marks the run as finished
     results.jsonl      one Result of this training
@@ -40,7 +41,7 @@ from finlora.train.loop import Progress
 
 # What may differ between a run and its resumption: it changes where, how often and in which memory, never what is computed.
 _FREE_SETTINGS = {
-    "": ("output_dir", "eval"),
+    "": ("output_dir", "eval", "max_wait_s"),
     "data": ("dir", "max_test_examples"),
     # The last four lay the same work out in memory otherwise: sums are rounded in another order, dropout draws other masks.
     "train": (
@@ -84,6 +85,10 @@ class RunFolder:
     @property
     def stop(self) -> Path:
         return self.root / "stop"
+
+    @property
+    def waiting(self) -> Path:
+        return self.root / "waiting.txt"
 
     @property
     def plan(self) -> Path:

@@ -13,29 +13,30 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from finlora import cluster
 from finlora.config import RunConfig
 from finlora.configfile import config_from_tree, config_to_tree
-from finlora.errors import FinloraError
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.lora import attach_lora, trainable_parameters
 from finlora.results import Result, append_result
 from finlora.train.checkpoint import CheckpointInfo, CheckpointSchedule, load_checkpoint, read_info, save_checkpoint
+from finlora.train.failure import GiveUp, own_error
 from finlora.train.loop import count_steps, run_steps
 from finlora.train.optimizer import clips_itself, is_synchronised, make_optimizer
 from finlora.train.path import make_sampler, take_path
 from finlora.train.plan import Verdict, count_gpus, explain_out_of_memory, find_memory_gib, plan_run
 from finlora.train.recorder import PUBLISHED, Recorder, reduce_sum
+from finlora.train.room import AwaitRoom, WaitingWords
 from finlora.train.run import (
     RunFolder,
     TrainingSet,
@@ -78,9 +79,9 @@ def run_training(config: RunConfig, announce: Callable[[str], None] = _logger.wa
             announce(line)
         started = time.time()
         try:
-            outcome = _fit(_make_trainer(config, folder))
+            outcome = _fit(_make_trainer(config, folder), WaitingWords(folder.waiting, announce))
         except ray.train.TrainingFailedError as error:
-            raise _own_error(error, folder) from error
+            raise own_error(error, folder) from error
         step, total_steps = outcome.return_value
         if step < total_steps:
             raise describe_stop(folder.stop, step, total_steps)
@@ -92,13 +93,14 @@ def run_training(config: RunConfig, announce: Callable[[str], None] = _logger.wa
 def _make_trainer(config: RunConfig, folder: RunFolder) -> TorchTrainer:
     train = config.train
     gpus = {"GPU": train.gpus_per_worker} if train.device == "cuda" else {}
+    bundle = {"CPU": train.cpus_per_worker} | gpus
     return TorchTrainer(
         _work,
         train_loop_config={"config": config_to_tree(config), "folder": str(folder.root)},
         scaling_config=ScalingConfig(
             num_workers=train.num_workers,
             use_gpu=train.device == "cuda",
-            resources_per_worker={"CPU": train.cpus_per_worker} | gpus,
+            resources_per_worker=bundle,
         ),
         torch_config=TorchConfig(backend=_collectives(config)),
         run_config=ray.train.RunConfig(
@@ -106,14 +108,14 @@ def _make_trainer(config: RunConfig, folder: RunFolder) -> TorchTrainer:
             storage_path=config.output_dir,
             failure_config=FailureConfig(max_failures=train.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
-            callbacks=[_GiveUp()],
+            callbacks=[GiveUp(), AwaitRoom(folder, [bundle] * train.num_workers, config.max_wait_s)],
         ),
     )
 
 
-def _fit(trainer: TorchTrainer) -> ray.train.Result:
+def _fit(trainer: TorchTrainer, words: WaitingWords) -> ray.train.Result:
     """Run the trainer in a thread of its own: in the main one it would take over Ctrl-C and kill the workers with it."""
-    future: Future[ray.train.Result] = Future()
+    future: futures.Future[ray.train.Result] = futures.Future()
 
     def fit() -> None:
         try:
@@ -123,6 +125,9 @@ def _fit(trainer: TorchTrainer) -> ray.train.Result:
 
     # A daemon, so that a second Ctrl-C does not wait for it.
     threading.Thread(target=fit, daemon=True).start()
+    while not futures.wait([future], timeout=1.0).done:
+        words.show_new()
+    words.show_new()
     return future.result()
 
 
@@ -273,28 +278,3 @@ def _make_gauges(config: RunConfig, worker: int) -> Callable[[dict[str, float]],
             gauges[name].set(value, tags={"run": config.name, "worker": str(worker)})
 
     return publish
-
-
-class _GiveUp(UserCallback):  # type: ignore[misc]
-    """Ends the run at an error that FinLoRA raised on purpose: workers started again would only meet it again.
-
-    Ray Train calls it in its controller, before it decides on a restart, and does not restart after an error in here.
-    """
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for failure in worker_exceptions.values():
-            cause = getattr(failure, "cause", None) or failure
-            if isinstance(cause, FinloraError):
-                raise cause
-
-
-def _own_error(error: Exception, folder: RunFolder) -> Exception:
-    """Return the first FinloraError of workers and controller, or the error itself when none of ours caused it."""
-    failures = list((getattr(error, "worker_failures", None) or {}).values())
-    for failure in [*failures, getattr(error, "controller_failure", None), error.__cause__]:
-        cause = getattr(failure, "cause", None) or failure
-        if isinstance(cause, FinloraError):
-            return cause
-        if cause is not None and (said := explain_full_disk(cause, folder)):
-            return said
-    return error

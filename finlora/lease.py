@@ -1,0 +1,194 @@
+"""Share the GPUs of a cluster: who holds them, and a bounded wait for a share that comes whole or not at all.
+
+Ray's placement groups are the lease: all bundles of one are granted together, so two jobs that each want four GPUs never
+sit on two each and wait for the other's. What Ray does not do is said here: who holds what a job waits for, and when the
+wait has been long enough.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finlora.errors import ResourceError
+
+if TYPE_CHECKING:
+    from ray.util.placement_group import PlacementGroup
+
+Bundle = dict[str, float]
+"""Resources that lie on one node, by Ray's names: {"GPU": 1.0, "CPU": 1.0}."""
+
+_LIMIT = 10_000
+"""Most actors, tasks, groups or jobs read at once; Ray itself stops there."""
+_POLL_S = 1.0
+_SAY_EVERY_S = 60.0
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Holding:
+    """What one placement group, actor or task keeps from others."""
+
+    amount: float
+    what: str
+    """Name of the group or actor, or the classes and functions that run in it."""
+    job: str
+    """The job's submission id, or its driver's process, and its command."""
+
+
+def list_holdings(kind: str) -> list[Holding]:
+    """Return who holds a resource of the connected cluster, largest share first.
+
+    Args:
+        kind: Ray's name of the resource, as `GPU`.
+    """
+    from ray.util.state import list_actors, list_placement_groups, list_tasks
+
+    actors = [actor for actor in _ask(list_actors) if actor.state == "ALIVE"]
+    tasks = [task for task in _ask(list_tasks) if task.state == "RUNNING" and task.type == "NORMAL_TASK"]
+    jobs = _describe_jobs()
+    holdings = []
+    for group in _ask(list_placement_groups):
+        amount = sum(bundle["unit_resources"].get(kind, 0.0) for bundle in group.bundles or [])
+        if group.state == "CREATED" and amount:
+            inside = Counter(
+                _name(member) for member in (*actors, *tasks) if member.placement_group_id == group.placement_group_id
+            )
+            what = (
+                group.name or ", ".join(f"{n} x {name}" for name, n in inside.items()) or "a group that nothing runs in"
+            )
+            holdings.append(Holding(amount=amount, what=what, job=jobs(group.creator_job_id)))
+    for member in (*actors, *tasks):
+        amount = (member.required_resources or {}).get(kind, 0.0)
+        if amount and not member.placement_group_id:
+            holdings.append(Holding(amount=amount, what=_name(member), job=jobs(member.job_id)))
+    return sorted(holdings, key=lambda holding: -holding.amount)
+
+
+def describe_shortage(bundles: Sequence[Bundle]) -> str | None:
+    """Return what is missing for `bundles` just now and who holds it; None where there is room.
+
+    Room is counted over all nodes: bundles that fit no single node pass here and are still refused by Ray.
+    """
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    for kind in ("GPU", "CPU"):
+        need = sum(bundle.get(kind, 0.0) for bundle in bundles)
+        if need <= free.get(kind, 0.0) + _EPSILON:
+            continue
+        try:
+            held = "; ".join(f"{each.amount:g} by {each.what} ({each.job})" for each in list_holdings(kind))
+        except Exception as error:  # the answer comes over HTTP from the dashboard, which may be away
+            held = f"by whom cannot be listed ({type(error).__name__}: {error})"
+        lost = "" if need <= total.get(kind, 0.0) + _EPSILON else ", so nodes are missing"
+        return (
+            f"{need:g} {kind} wanted, {free.get(kind, 0.0):g} of {total.get(kind, 0.0):g} free{lost}; "
+            f"held: {held or 'nothing'}"
+        )
+    return None
+
+
+@contextmanager
+def take_lease(
+    bundles: Sequence[Bundle], wait_s: float | None, announce: Callable[[str], None], name: str = ""
+) -> Iterator[PlacementGroup]:
+    """Hold a placement group of `bundles` while inside; schedule tasks and actors into it.
+
+    Args:
+        bundles: one for each worker, stage or task.
+        wait_s: seconds to wait while others hold what is needed. None: without limit.
+        announce: shows the user a line, at once and then each minute, while it waits.
+        name: what others are told who wait for this one.
+
+    Raises:
+        ResourceError: the wait was too long; says who holds what.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    group = placement_group(list(bundles), strategy="PACK", name=name)
+    patience = Patience(wait_s, announce)
+    try:
+        while not group.wait(_POLL_S):
+            patience.check(describe_shortage(bundles) or f"{len(bundles)} bundles wanted that no node has room for")
+        yield group
+    finally:
+        remove_placement_group(group)
+
+
+class Patience:
+    """How long a wait goes on, and when the user hears of it.
+
+    Args:
+        wait_s: seconds from the first check. None: without limit.
+        announce: shows a line.
+    """
+
+    def __init__(self, wait_s: float | None, announce: Callable[[str], None]) -> None:
+        self._wait_s = wait_s
+        self._announce = announce
+        self._started = time.monotonic()
+        self._next_word = 0.0
+
+    def check(self, shortage: str) -> None:
+        """Say what is waited for, once a minute.
+
+        Raises:
+            ResourceError: the wait was too long.
+        """
+        now = time.monotonic()
+        waited = now - self._started
+        if self._wait_s is not None and waited >= self._wait_s:
+            raise ResourceError(
+                f"{shortage}. Waited {waited:.0f} s (max_wait_s={self._wait_s:g}): stop one of them (`ray job stop ID`, "
+                "`serve shutdown`), ask for less, or wait longer with a larger max_wait_s."
+            )
+        if now >= self._next_word:
+            self._next_word = now + _SAY_EVERY_S
+            limit = "" if self._wait_s is None else f" of at most {self._wait_s:.0f} s"
+            self._announce(f"Waiting, {waited:.0f} s{limit}: {shortage}.")
+
+
+def wait_for_room(bundles: Sequence[Bundle], patience: Patience, look: Callable[[], None] = lambda: None) -> None:
+    """Return when the cluster has room for `bundles`, without taking it.
+
+    Args:
+        bundles: what is needed.
+        patience: bounds the wait and announces it.
+        look: called each second meanwhile; ends the wait by raising.
+
+    Raises:
+        ResourceError: the wait was too long; says who holds what.
+    """
+    while (shortage := describe_shortage(bundles)) is not None:
+        look()
+        patience.check(shortage)
+        time.sleep(_POLL_S)
+
+
+def _ask(list_states: Callable[..., list[Any]]) -> list[Any]:
+    return list_states(detail=True, limit=_LIMIT, raise_on_missing_output=False)
+
+
+def _name(member: Any) -> str:
+    """Return an actor's own name or class, or a task's function."""
+    return str(member.name or member.class_name)
+
+
+def _describe_jobs() -> Callable[[str | None], str]:
+    from ray.util.state import list_jobs
+
+    known = {job.job_id: job for job in _ask(list_jobs) if job.job_id}
+
+    def describe(job_id: str | None) -> str:
+        job = known.get(job_id)
+        if job is None:
+            return f"job {job_id}"
+        driver = f", process {job.driver_info.pid} on {job.driver_info.node_ip_address}" if job.driver_info else ""
+        return f"job {job.submission_id or f'{job_id}{driver}'}: {job.entrypoint}"
+
+    return describe

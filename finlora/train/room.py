@@ -1,0 +1,82 @@
+"""Room for the workers of a run: waited for before each start of them, with words for the user, and not for ever.
+
+Ray Train asks for all its workers in one placement group, which comes whole or not at all, but it asks silently and without
+end. This callback runs in its controller, right before each such request. What it has to say goes through a file of the run
+folder, since a controller's prints reach no user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+
+from finlora.lease import Bundle, Patience, wait_for_room
+from finlora.train.run import RunFolder
+from finlora.train.stop import describe_stop
+
+
+class AwaitRoom(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+    """Holds back the request for workers until the cluster has room for them.
+
+    Ray Train passes on callbacks of its internal kinds as well as the public ones; this hook exists among them alone.
+
+    Args:
+        folder: the run's.
+        bundles: resources of each worker.
+        wait_s: seconds to wait at the start, and again after a failure. None: without limit.
+    """
+
+    def __init__(self, folder: RunFolder, bundles: list[Bundle], wait_s: float | None) -> None:
+        self._folder = folder
+        self._bundles = bundles
+        self._wait_s = wait_s
+        self._patience: Patience | None = None
+
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> None:
+        """Wait.
+
+        Raises:
+            ResourceError: for too long; says who holds what.
+            StoppedError: the user stopped the run meanwhile.
+        """
+        # Another job may be faster when room comes up; then Ray Train tries again and the wait goes on where it was.
+        self._patience = self._patience or Patience(self._wait_s, self._say)
+        wait_for_room(self._bundles, self._patience, self._raise_when_stopped)
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Begin the next wait, if there is one, afresh."""
+        self._patience = None
+        self._folder.waiting.unlink(missing_ok=True)
+
+    def _say(self, line: str) -> None:
+        with self._folder.waiting.open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def _raise_when_stopped(self) -> None:
+        if self._folder.stop.read_bytes().strip():
+            raise describe_stop(self._folder.stop, 0, 0)
+
+
+class WaitingWords:
+    """The driver's side: shows each line that the callback has written since the last look."""
+
+    def __init__(self, path: Path, announce: Callable[[str], None]) -> None:
+        self._path = path
+        self._announce = announce
+        self._shown = 0
+        path.unlink(missing_ok=True)
+
+    def show_new(self) -> None:
+        """Look once."""
+        try:
+            text = self._path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            self._shown = 0
+            return
+        whole = text[: text.rfind("\n") + 1]
+        for line in whole[self._shown :].splitlines():
+            self._announce(line)
+        self._shown = len(whole)

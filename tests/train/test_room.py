@@ -1,0 +1,63 @@
+"""A run that finds its cores taken: who holds them, by words, an end of the wait, a stop during it, and its own turn."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from contextlib import contextmanager
+
+import pytest
+from runs import folder_of, losses_of
+
+from finlora.errors import ResourceError, StoppedError
+from finlora.lease import take_lease
+
+pytestmark = pytest.mark.ray
+
+
+@contextmanager
+def every_core_taken(seconds=None):
+    """Hold all cores while inside, or only for the first `seconds` of it."""
+    import ray
+
+    lease = take_lease([{"CPU": ray.cluster_resources()["CPU"]}], 30.0, lambda _line: None, name="serve-of-otto")
+    lease.__enter__()
+    timer = threading.Timer(seconds or 600.0, lambda: lease.__exit__(None, None, None))
+    timer.start()
+    yield
+    timer.cancel()
+    if seconds is None:
+        lease.__exit__(None, None, None)
+    timer.join()
+
+
+def test_wait_ends_with_the_holders_name_and_the_run_goes_on_later(configure, ray_instance):
+    from finlora.train.worker import run_training
+
+    held = r"0 of \d+ free; held: \d+ by serve-of-otto \(job .*"
+    with (
+        every_core_taken(),
+        pytest.raises(ResourceError, match=rf"CPU wanted, {held}Waited 2 s \(max_wait_s=2\): stop one of them"),
+    ):
+        run_training(configure("name=taken", "train.max_steps=1", "max_wait_s=2"))
+    lines = []
+    config = configure("name=taken", "train.max_steps=1")
+    with every_core_taken(seconds=6.0):
+        run_training(config, lines.append)
+    assert [line.partition(",")[0] for line in lines] == ["Waiting"]
+    assert "by serve-of-otto" in lines[0]
+    assert [step for step, _ in losses_of(config)] == [1]
+    assert not folder_of(config).waiting.exists()
+
+
+def test_stop_during_the_wait_ends_it(configure, ray_instance):
+    from finlora.train.worker import run_training
+
+    def stop_when_told(line):
+        if line.startswith("Waiting"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with every_core_taken(), pytest.raises(StoppedError, match=r"^Stopped by SIGTERM before the first step: ") as stop:
+        run_training(configure("name=never-placed"), stop_when_told)
+    assert stop.value.exit_code == 143

@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from finlora.errors import ConfigError
 
 # The verbs in the order of the work, which is the order of the help whatever module defines them.
-ORDER = ("prepare", "pretrain", "plan", "train", "evaluate", "ask", "merge", "report")
+ORDER = ("prefetch", "prepare", "pretrain", "plan", "train", "evaluate", "ask", "merge", "report")
 
 
 class _OrderOfWork(TyperGroup):

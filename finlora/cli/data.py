@@ -8,7 +8,46 @@ from typing import Annotated, Literal
 import typer
 
 from finlora.cli.app import DryRun, Overrides, app, console, say
+from finlora.errors import ConfigError, ModelError
 from finlora.terminal import open_bars
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora prefetch --models meta-llama/Llama-3.1-8B-Instruct --tasks fpb,ner --output /mnt/mirror\n\n"
+    "  finlora prefetch --check --output /mnt/mirror"
+)
+def prefetch(
+    output: Annotated[Path, typer.Option(help="Folder of the mirror.")] = Path("~/finlora/mirror"),
+    models: Annotated[str, typer.Option(help="Base models: owner/name or owner/name@revision, by commas.")] = "",
+    tasks: Annotated[str, typer.Option(help="Tasks whose hub datasets are prepared into it, by commas.")] = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="Read a mirror again, without a network, and compare.")
+    ] = False,
+) -> None:
+    """Mirror base models and datasets of the hub into a folder, hashes verified, for machines without a hub."""
+    from finlora.data.catalog import task_named
+    from finlora.data.prepare import prepare_task
+    from finlora.data.prepared import check_prepared
+    from finlora.model.mirror import check_mirrored, list_mirrored, mirror_model
+
+    names, wanted = _split(models), [task_named(name) for name in _split(tasks)]
+    if check == bool(names or wanted):
+        raise ConfigError("give either --check, or what to fetch with --models and --tasks.")
+    folder = output.expanduser().absolute()
+    with open_bars(console) as bars:
+        fetched = [mirror_model(name, folder, bars.update) for name in names]
+        checked = [check_mirrored(path, bars.update) for path in list_mirrored(folder)] if check else []
+    for model in fetched + checked:
+        where = folder / "models" / model.repository
+        say(f"model.base={where}: {model.total_bytes / 2**30:.2f} GiB of commit {model.commit[:12]}, hashes agree")
+    for task in wanted:
+        prepare_task(task.name, None, folder / "data", None, "all", False, False)
+    prepared = check_prepared(folder / "data") if check else [task.name for task in wanted]
+    if prepared:
+        say(f"data.dir={folder / 'data'}: {', '.join(prepared)}, hashes agree")
+    if check and not (checked or prepared):
+        raise ModelError(f"{folder} holds no mirrored model and no prepared task: mend --output.")
+    say("Where no hub is reachable, set HF_HUB_OFFLINE=1 and these settings.")
 
 
 @app.command(
@@ -56,7 +95,10 @@ def pretrain(
     from finlora.model.pretrain import PretrainConfig, run_pretraining
 
     settings = build_settings(PretrainConfig, overrides or [])
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
     with open_bars(console) as bars:
-        summary = run_pretraining(settings, names, data.expanduser(), output.expanduser(), device, bars.update)
+        summary = run_pretraining(settings, _split(tasks), data.expanduser(), output.expanduser(), device, bars.update)
     say(summary)
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]

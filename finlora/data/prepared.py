@@ -167,6 +167,18 @@ def read_prepared(folder: Path, task: str, split: SplitName) -> PreparedSplit:
     )
 
 
+def check_prepared(folder: Path) -> list[str]:
+    """Read every split of every prepared set below `folder`, hashes verified, and return the tasks.
+
+    Raises:
+        DatasetError: as `read_prepared`.
+    """
+    paths = sorted(folder.glob("*/*.parquet"))
+    for path in paths:
+        read_prepared(folder, path.parent.name, "train" if path.stem == "train" else "test")
+    return sorted({path.parent.name for path in paths})
+
+
 def examples_hash(examples: Sequence[Example]) -> str:
     """Return the SHA-256 over what a model sees and is judged by, in order, as 64 hexadecimal digits."""
     digest = hashlib.sha256()

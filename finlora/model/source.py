@@ -14,7 +14,7 @@ from finlora.errors import ModelError
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-_HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json"]
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def _resolve_folder(model: ModelConfig) -> tuple[Path, str | None]:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    files = [name for name in _HUB_FILES if "safetensors" not in name] if model.weights == "random" else _HUB_FILES
+    files = [name for name in HUB_FILES if "safetensors" not in name] if model.weights == "random" else HUB_FILES
     try:
         path = Path(snapshot_download(model.base, revision=model.revision, allow_patterns=files))
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:

@@ -1,0 +1,205 @@
+"""Copy base models from the hub into plain folders, every file checked against the hub's own hash, for machines without a hub.
+
+Layout of MIRROR/models/OWNER/NAME: the files of one commit, and `mirror.json`, which names the commit and the SHA-256 of each
+file. It is written last: a folder without it is not complete. The folder can be carried to another machine and checked there
+without a network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from finlora.config import ModelConfig
+from finlora.errors import ModelError, ResourceError
+from finlora.model.source import HUB_FILES, find_source
+
+MANIFEST = "mirror.json"
+_LICENCES = ["LICENSE*", "USE_POLICY*", "NOTICE*"]
+_SPARE_BYTES = 2**30
+"""Left free on the disk beside what is fetched."""
+
+Update = Callable[[str, int, int, str], None]
+"""Shows bytes done and in all, and a note, under a name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mirrored:
+    """One mirrored model."""
+
+    repository: str
+    commit: str
+    files: dict[str, str]
+    """SHA-256 of each file, in hex, by its path in the folder."""
+    total_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Remote:
+    """One file on the hub. Large files are known by their SHA-256, others by their git blob id (SHA-1)."""
+
+    path: str
+    size: int
+    sha256: str | None
+    blob_id: str | None
+
+    def matches(self, path: Path) -> bool:
+        if not path.is_file() or path.stat().st_size != self.size:
+            return False
+        if self.sha256 is not None:
+            return hash_file(path) == self.sha256
+        return _hash_blob(path) == self.blob_id
+
+
+def mirror_model(name: str, mirror: Path, update: Update) -> Mirrored:
+    """Fetch what FinLoRA reads of a model, and its licence; go on where an earlier try stopped.
+
+    Args:
+        name: `owner/name`, or `owner/name@revision` for a branch, tag or commit.
+        mirror: folder of all mirrored models.
+        update: shows progress.
+
+    Raises:
+        ModelError: the hub does not give the model, a file arrived with another hash, or it is no Llama in safetensors.
+        ResourceError: the disk is too small.
+    """
+    repository, _, revision = name.partition("@")
+    if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
+        raise ModelError(f"{name!r} is not a model of the hub: expected owner/name or owner/name@revision.")
+    commit, remote = _list_files(repository, revision or None)
+    folder = mirror / "models" / repository
+    (folder / MANIFEST).unlink(missing_ok=True)
+    total, done = sum(file.size for file in remote), 0
+    _require_disk(folder, sum(file.size for file in remote if not (folder / file.path).is_file()))
+    files = {}
+    for file in remote:
+        update(repository, done, total, file.path)
+        path = folder / file.path
+        if not file.matches(path):
+            _fetch(repository, commit, file, folder)
+        files[file.path] = hash_file(path)
+        done += file.size
+    update(repository, done, total, "")
+    find_source(ModelConfig(base=str(folder)))
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's notes on unfinished files
+    mirrored = Mirrored(repository=repository, commit=commit, files=files, total_bytes=total)
+    (folder / MANIFEST).write_text(json.dumps(asdict(mirrored), indent=2) + "\n", encoding="utf-8")
+    return mirrored
+
+
+def list_mirrored(mirror: Path) -> list[Path]:
+    """Return the complete model folders of a mirror."""
+    return sorted(path.parent for path in (mirror / "models").glob(f"*/*/{MANIFEST}"))
+
+
+def check_mirrored(folder: Path, update: Update) -> Mirrored:
+    """Read every file of a mirrored model and compare its hash with the one noted when it was fetched.
+
+    Raises:
+        ModelError: names each file that is missing or differs.
+    """
+    path = folder / MANIFEST
+    try:
+        mirrored = Mirrored(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path} cannot be read ({error}): run `finlora prefetch` again.") from error
+    faults, done = [], 0
+    for name, expected in mirrored.files.items():
+        update(mirrored.repository, done, mirrored.total_bytes, name)
+        file = folder / name
+        if not file.is_file():
+            faults.append(f"{name} is missing")
+            continue
+        done += file.stat().st_size
+        if hash_file(file) != expected:
+            faults.append(f"{name} differs")
+    if faults:
+        raise ModelError(
+            f"{folder} is not what was fetched from {mirrored.repository} at {mirrored.commit[:12]}: {', '.join(faults)}. Copy "
+            "them again, or run `finlora prefetch` where the hub is reachable."
+        )
+    update(mirrored.repository, done, mirrored.total_bytes, "")
+    return mirrored
+
+
+def hash_file(path: Path) -> str:
+    """Return a file's SHA-256 in hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _hash_blob(path: Path) -> str:
+    """Return git's id of a file: SHA-1 over a header and its bytes. Only small files have no better one."""
+    content = path.read_bytes()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
+
+
+def _list_files(repository: str, revision: str | None) -> tuple[str, list[_Remote]]:
+    from huggingface_hub import HfApi
+
+    info = _ask_hub(repository, lambda: HfApi().model_info(repository, revision=revision, files_metadata=True))
+    remote = [
+        _Remote(
+            path=sibling.rfilename,
+            size=sibling.size,
+            sha256=sibling.lfs.sha256 if sibling.lfs else None,
+            blob_id=sibling.blob_id,
+        )
+        for sibling in info.siblings or []
+        if "/" not in sibling.rfilename
+        and any(fnmatch(sibling.rfilename, pattern) for pattern in (*HUB_FILES, *_LICENCES))
+    ]
+    if not any(file.path.endswith(".safetensors") for file in remote):
+        raise ModelError(
+            f"{repository} holds no safetensors weights: FinLoRA reads nothing else. Choose another model."
+        )
+    return info.sha, remote
+
+
+def _fetch(repository: str, commit: str, file: _Remote, folder: Path) -> None:
+    from huggingface_hub import hf_hub_download
+
+    _ask_hub(
+        repository,
+        lambda: hf_hub_download(repository, file.path, revision=commit, local_dir=folder, force_download=True),
+    )
+    if not file.matches(folder / file.path):
+        (folder / file.path).unlink(missing_ok=True)
+        raise ModelError(
+            f"{repository}/{file.path} arrived with another size or hash than the hub names for it and was removed: run "
+            "the command again, and if it happens again, look for a proxy that changes downloads."
+        )
+
+
+def _ask_hub(repository: str, ask: Callable[[], Any]) -> Any:
+    """Call the hub's client; its errors become one of ours that says what to do."""
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        return ask()
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{repository} is gated: accept its terms on its hub page, then `hf auth login` here or set HF_TOKEN."
+        ) from error
+    except Exception as error:  # the hub's client raises errors of several libraries, all of which mean "not had"
+        said = next(iter(str(error).splitlines()), "no message")
+        raise ModelError(
+            f"{repository} could not be had from the hub ({type(error).__name__}: {said}): prefetch on "
+            "a machine that reaches it, with HF_HUB_OFFLINE unset, and carry the mirror folder over."
+        ) from error
+
+
+def _require_disk(folder: Path, need: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if need + _SPARE_BYTES > free:
+        raise ResourceError(
+            f"{folder} lies on a disk with {free / 2**30:.1f} GiB free, and the missing files take {need / 2**30:.1f}: make "
+            "room, or choose another --output."
+        )

@@ -1,0 +1,11 @@
+"""Mirror base models and datasets as a Ray job, onto the cluster's storage, from the one node that reaches the hub.
+
+ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/prefetch.py --models OWNER/NAME --tasks fpb --output DIR
+"""
+
+import sys
+
+from finlora.cli.main import main
+
+if __name__ == "__main__":
+    main(["prefetch", *sys.argv[1:]])

@@ -1,0 +1,68 @@
+"""A hub of one model on the loopback interface: the two requests that its client makes for a download, over real HTTP."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NAME = "bank/tiny"
+
+
+def describe(path, damaged):
+    """A file as the hub lists it: large ones by SHA-256, small ones by git's blob id."""
+    content = path.read_bytes()
+    listed = {
+        "rfilename": path.name,
+        "size": len(content),
+        "blobId": hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest(),
+    }
+    if path.suffix == ".safetensors":
+        digest = "0" * 64 if path.name == damaged else hashlib.sha256(content).hexdigest()
+        listed["lfs"] = {"size": len(content), "sha256": digest, "pointerSize": 134}
+    return listed
+
+
+def serve(folder, damaged):
+    """Serve until killed; the port is printed once the socket listens."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.answer(with_body=False)
+
+        def do_GET(self):
+            self.answer(with_body=True)
+
+        def answer(self, with_body):
+            path = folder / Path(self.path.partition("?")[0]).name
+            if self.path.startswith(f"/api/models/{NAME}"):
+                siblings = [describe(file, damaged) for file in sorted(folder.iterdir())]
+                body = json.dumps({"id": NAME, "sha": COMMIT, "siblings": siblings}).encode()
+            elif self.path.startswith(f"/{NAME}/resolve/{COMMIT}/") and path.is_file():
+                body = path.read_bytes()
+            else:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Type", "application/json")
+            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def log_message(self, *_words):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    sys.stdout.write(f"{server.server_port}\n")
+    sys.stdout.flush()
+    server.serve_forever()
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,135 @@
+"""Mirroring a model over HTTP from a hub on this machine: whole, checked, resumed, and refused by words when damaged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hub_server import COMMIT, NAME
+
+from finlora.errors import ModelError
+from finlora.model.mirror import check_mirrored, hash_file, list_mirrored
+
+SERVER = Path(__file__).with_name("hub_server.py")
+
+
+def ignore(*_progress):
+    """Show nothing."""
+
+
+@contextmanager
+def hub_of(folder, damaged="none"):
+    """Yield the address of a hub that serves the files of `folder` as one model."""
+    command = [sys.executable, str(SERVER), str(folder), damaged]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        finally:
+            process.kill()
+
+
+def prefetch(endpoint, *arguments):
+    """Run the verb in a process of its own: the hub's client reads its settings when it is imported."""
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "finlora.cli.main", "prefetch", *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.fixture(scope="module")
+def published(tiny_base, tmp_path_factory):
+    """The tiny base as a hub would hold it: with a licence, and with files that are not wanted."""
+    folder = tmp_path_factory.mktemp("published") / "tiny"
+    shutil.copytree(tiny_base, folder)
+    (folder / "LICENSE").write_text("for tests")
+    (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mirror(published, tmp_path_factory):
+    """A mirror of it, fetched and with a generated task beside it."""
+    folder = tmp_path_factory.mktemp("mirror")
+    with hub_of(published) as endpoint:
+        done = prefetch(endpoint, "--models", NAME, "--tasks", "synthetic_sentiment", "--output", folder)
+    assert done.returncode == 0, done.stderr
+    assert f"of commit {COMMIT[:12]}, hashes agree" in done.stdout
+    return folder
+
+
+@pytest.fixture
+def copy(mirror, tmp_path):
+    """A copy of the mirror that a test may damage."""
+    return Path(shutil.copytree(mirror, tmp_path / "mirror"))
+
+
+def test_mirror_holds_what_is_read_and_the_licence_and_nothing_else(mirror, published):
+    (folder,) = list_mirrored(mirror)
+    assert folder == mirror / "models" / NAME
+    manifest = json.loads((folder / "mirror.json").read_text())
+    assert manifest["commit"] == COMMIT
+    assert {path.name for path in folder.iterdir()} == {*manifest["files"], "mirror.json"}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "LICENSE"} <= set(manifest["files"])
+    assert "pytorch_model.bin" not in manifest["files"]
+    assert {name: hash_file(published / name) for name in manifest["files"]} == manifest["files"]
+
+
+def test_mirrored_base_and_task_train_without_a_hub(mirror, make_config):
+    from finlora.train.run import describe_run, load_training_set
+
+    config = make_config(f"model.base={mirror / 'models' / NAME}", f"data.dir={mirror / 'data'}")
+    assert "optimiser steps" in describe_run(config, load_training_set(config))
+
+
+def test_check_needs_no_hub_and_names_each_damaged_file(copy):
+    nowhere = "http://127.0.0.1:9"
+    done = prefetch(nowhere, "--check", "--output", copy)
+    assert done.returncode == 0, done.stderr
+    assert "synthetic_sentiment, hashes agree" in done.stdout
+    folder = copy / "models" / NAME
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    (folder / "config.json").unlink()
+    with pytest.raises(
+        ModelError, match=r"is not what was fetched .*config.json is missing, model.safetensors differs"
+    ):
+        check_mirrored(folder, ignore)
+
+
+def test_prefetch_mends_what_is_damaged_and_keeps_the_rest(copy, published):
+    folder = copy / "models" / NAME
+    untouched = (folder / "tokenizer.json").stat().st_mtime_ns
+    (folder / "model.safetensors").write_bytes(b"cut short")
+    with hub_of(published) as endpoint:
+        assert prefetch(endpoint, "--models", NAME, "--output", copy).returncode == 0
+    assert hash_file(folder / "model.safetensors") == hash_file(published / "model.safetensors")
+    assert (folder / "tokenizer.json").stat().st_mtime_ns == untouched
+
+
+def test_file_that_arrives_with_another_hash_is_removed_and_named(published, tmp_path):
+    with hub_of(published, damaged="model.safetensors") as endpoint:
+        done = prefetch(endpoint, "--models", NAME, "--output", tmp_path)
+    assert done.returncode == 4
+    assert "model.safetensors arrived with another size or hash than the hub names for it" in done.stderr
+    assert list_mirrored(tmp_path) == []
+    assert not (tmp_path / "models" / NAME / "model.safetensors").exists()
+
+
+def test_unreachable_hub_and_unknown_model_are_said(published, tmp_path):
+    with hub_of(published) as endpoint:
+        done = prefetch(endpoint, "--models", "bank/other", "--output", tmp_path)
+    assert done.returncode == 4
+    assert "bank/other could not be had from the hub (HfHubHTTPError: Client error '404 Not Found'" in done.stderr
+    assert "carry the mirror folder over" in done.stderr
+    done = prefetch("http://127.0.0.1:9", "--models", NAME, "--output", tmp_path)
+    assert done.returncode == 4
+    assert "bank/tiny could not be had from the hub (ConnectError: " in done.stderr
+    done = prefetch("http://127.0.0.1:9", "--output", tmp_path)
+    assert done.returncode == 2
+    assert "give either --check, or what to fetch" in done.stderr

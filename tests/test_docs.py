@@ -1,0 +1,90 @@
+"""The pages of docs/: links lead somewhere, commands parse, files are there, and quoted messages are ones that are raised."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from finlora.cli.main import app
+from finlora.configfile import load_config
+from finlora.data.catalog import TASKS
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = {str(path.relative_to(ROOT / "docs")): path for path in sorted((ROOT / "docs").rglob("*.md"))}
+VERBS = typer.main.get_command(app).commands
+SOURCE = "\n".join(path.read_text() for path in (ROOT / "finlora").rglob("*.py"))
+# Strings of the source that the formatter or the author cut into several are whole again.
+SOURCE = re.sub(r'"\s*\n\s*f?"', "", SOURCE)
+
+
+def commands_of(page):
+    """Yield the arguments of each finlora command and job that a page shows on a line of its own."""
+    for line in PAGES[page].read_text().splitlines():
+        if not line.startswith("    "):
+            continue
+        words = shlex.split(line.partition("  #")[0])
+        if words[:1] == ["finlora"]:
+            yield words[1:]
+        elif words[:3] == ["ray", "job", "submit"]:
+            script, *rest = words[words.index("python") + 1 :]
+            assert (ROOT / script).is_file()
+            yield [Path(script).stem, *rest]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse_and_their_configs_are_there(page):
+    for verb, *rest in commands_of(page):
+        values = VERBS[verb].make_context(verb, list(rest)).params  # raises on an unknown option or a missing argument
+        if values.get("config"):
+            load_config(ROOT / values["config"], values["overrides"] or [])
+
+
+def test_the_guide_shows_the_way_from_prefetch_to_ask():
+    assert [words[0] for words in commands_of("first-server.md")] == [
+        *("prefetch", "prefetch", "plan", "train", "evaluate", "ask"),
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_paths_lead_to_files(page):
+    text = PAGES[page].read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+    assert [link for link in links if not (PAGES[page].parent / link).is_file()] == []
+    paths = re.findall(r"`((?:jobs|benchmarks|requirements|finlora|tests|cluster|docs|serve_configs)/[\w./-]*)`", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_that_a_page_names_exist(page):
+    named = re.findall(r"`((?:model|lora|data|optim|train|eval)\.\w+|max_wait_s)\b(?!/)", PAGES[page].read_text())
+    known = load_config(None, [])
+    for name in named:
+        part = known
+        for key in name.split("."):
+            assert hasattr(part, key), name
+            part = getattr(part, key)
+
+
+def test_each_task_has_a_page_with_its_licence_and_defects():
+    pages = {page: path.read_text() for page, path in PAGES.items() if page.startswith("tasks/")}
+    for task in TASKS.values():
+        (page,) = [
+            page
+            for page, text in pages.items()
+            if re.search(rf"^# .*\b{task.name}\b", text)
+            or (task.family == "synthetic" and page == "tasks/synthetic.md")
+        ]
+        assert re.search(rf"^\|? ?.*{re.escape(task.licence)}", pages[page], flags=re.MULTILINE), task.name
+        assert "## Defects" in pages[page]
+
+
+def test_messages_in_troubleshooting_are_raised_by_us_or_named_as_others():
+    quoted = re.findall(r"^\*\*`([^`]+)`", PAGES["troubleshooting.md"].read_text(), flags=re.MULTILINE)
+    assert len(quoted) >= 8
+    theirs = {"NCCL error", "Duplicate GPU detected", "finlora plan", "ray job submit", "No such file"}
+    parts = [part.strip(" ,:") for message in quoted if message not in theirs for part in message.split("...")]
+    assert [part for part in parts if part and part not in SOURCE] == []

@@ -5,11 +5,11 @@
     python benchmarks/train_throughput.py --works tiny-4bit-r4-synthetic_sentiment-4 --device cpu --steps 2 --repeats 1
 
 A work is SIZE-BITSbit-rRANK-TASK-BATCH[xACCUMULATION]; the global batch is BATCH x ACCUMULATION examples. Weights are random,
-prompts are real: the prepared task's train split with the base's tokenizer. Each side runs in a process of its own, on the
-same steps of the same sampler. GB = 1e9 bytes, as torch.cuda.max_memory_allocated counts them. The share of the roof is
+prompts are real: the prepared task's train split with the base's tokenizer. Each side runs in a process of its own, on steps of
+the same sampler, once it is warm. GB = 1e9 bytes, as torch.cuda.max_memory_allocated counts them. The share of the roof is
 4 x parameters of the decoder layers x real tokens / time, over the rate of a large bf16 product measured in the same process:
 forward pass and activation gradient; tokens that a shared prefix spares count as done. FinLoRA's peak stands beside what
-`finlora plan` forecasts for these very steps.
+`finlora plan` forecasts for these very steps; `held` is what torch took from the driver, the unused parts of its blocks included.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def full_loss(model: Any) -> Callable[[Any], Any]:
 
 
 def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train `repeats` windows of `steps` steps and return their speeds, after two warm-up windows."""
+    """Train `repeats` windows of `steps` steps, after some to warm up, and return their speeds."""
     import torch
 
     from finlora.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
@@ -127,7 +127,9 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
     from finlora.train.run import load_training_set
 
     device = torch.device(arguments.device)
-    total = arguments.steps * (2 + arguments.repeats)
+    # A form of pack is recorded when it comes again: FinLoRA is measured once most forms have come.
+    num_warm = -(-arguments.warm_up // arguments.steps) if side == "finlora" else 2
+    total = arguments.steps * (num_warm + arguments.repeats)
     config = RunConfig(
         model=ModelConfig(
             base=str(arguments.base / work.size if (arguments.base / work.size).is_dir() else arguments.base),
@@ -187,7 +189,7 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
             on_log=windows.append,
             on_step_end=lambda _step: False,
         )
-    measured = windows[2:]
+    measured = windows[num_warm:]
     examples = statistics.median(window.examples_per_second for window in measured)
     tokens = statistics.median(window.tokens_per_second for window in measured)
     result: dict[str, Any] = {
@@ -202,11 +204,13 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
         "notes": notes,
     }
     if device.type == "cuda":
+        held = torch.cuda.max_memory_reserved(device) / 1e9
         roof = measure_roof(device)
         layers = sum(p.numel() for p in _layer_shapes(base.model))
         result |= {
             "device": torch.cuda.get_device_name(device),
             "roof_tflops": roof / 1e12,
+            "held_gb": held,
             "share_of_roof": 4 * layers * tokens / roof,
         }
     return result
@@ -263,6 +267,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--steps", type=int, default=8, help="optimiser steps a window")
     parser.add_argument("--repeats", type=int, default=5, help="windows")
+    parser.add_argument(
+        "--warm-up", type=int, default=64, help="FinLoRA's steps before the windows; plain takes two windows"
+    )
     parser.add_argument("--memory-gb", type=float, help="memory that FinLoRA may use, 1e9 bytes; default: the GPU's")
     parser.add_argument("--recompute", choices=["auto", "none", "mlp", "layer"], default="auto")
     parser.add_argument("--unpack-weights", choices=["auto", "always", "never"], default="auto")
@@ -275,7 +282,7 @@ def main() -> None:
         return
     argv = sys.argv[1:]
     print(
-        f"{'work':38} {'side':20} {'examples/s':>10} {'tokens/s':>9} {'peak GB':>8} {'forecast':>8} {'roof':>6} "
+        f"{'work':38} {'side':20} {'examples/s':>10} {'tokens/s':>9} {'peak GB':>8} {'forecast':>8} {'held':>6} {'roof':>6} "
         f"{'ratio':>6}  notes"
     )
     for work in map(parse_work, arguments.works):
@@ -289,7 +296,7 @@ def main() -> None:
                 reference = reference or speed
                 print(
                     f"{work.name:38} {side:20} {speed:10.2f} {row['tokens_per_second']:9,.0f} {row['peak_gb']:8.2f} "
-                    f"{row['forecast_gb'] or 0:8.2f} "
+                    f"{row['forecast_gb'] or 0:8.2f} {row.get('held_gb', 0):6.2f} "
                     f"{row.get('share_of_roof', 0):6.1%} {speed / reference:6.2f}  {row['notes']}",
                     flush=True,
                 )

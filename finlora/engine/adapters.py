@@ -44,6 +44,66 @@ Adapter = Mapping[tuple[int, str], list[Update]]
 """(layer, product) -> its updates."""
 
 
+class Bank:
+    """All adapters of a span side by side, so that each row of a pass can use another one, by its number.
+
+    Number 0 is the base alone. The tensors stay where they are until a further adapter does not fit: recorded passes read them.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: dict[str | None, int] = {None: 0}
+        self._pairs: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._room = 2
+
+    def add(self, name: str, adapter: Adapter, num_out: Mapping[str, int]) -> bool:
+        """Take an adapter in; returns whether tensors had to move.
+
+        Args:
+            num_out: columns of each product.
+        """
+        number = next(n for n in range(self._room + 1) if n not in self.numbers.values())
+        has_moved = number == self._room
+        self._room *= 2 if has_moved else 1
+        for (layer, product), updates in adapter.items():
+            down = torch.cat([update.down for update in updates])
+            up = down.new_zeros(num_out[product], len(down))
+            start = 0
+            for update in updates:
+                size = len(update.down)
+                up[update.columns, start : start + size] = update.up * update.scale
+                start += size
+            pair = self._pairs.get((layer, product))
+            if pair is None or pair[0].shape[0] < self._room or pair[0].shape[1] < len(down):
+                pair, has_moved = self._grow(pair, down, up), True
+                self._pairs[layer, product] = pair
+            pair[0][number, : len(down)], pair[1][number, :, : len(down)] = down, up
+        self.numbers[name] = number
+        return has_moved
+
+    def remove(self, name: str) -> None:
+        number = self.numbers.pop(name)
+        for down, up in self._pairs.values():
+            down[number].zero_()
+            up[number].zero_()
+
+    def apply(self, out: Tensor, x: Tensor, numbers: Tensor, layer: int, product: str) -> Tensor:
+        """Add each row's own update to a product. Shapes: out (T, N), x (T, K), numbers (T,) -> out."""
+        pair = self._pairs.get((layer, product))
+        if pair is None:
+            return out
+        low = torch.bmm(pair[0][numbers], x[..., None])
+        return out + torch.bmm(pair[1][numbers], low)[..., 0]
+
+    def _grow(self, pair: tuple[Tensor, Tensor] | None, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Return zeros with room for all numbers and ranks, holding what was there."""
+        rank = max(len(down), 0 if pair is None else pair[0].shape[1])
+        downs, ups = down.new_zeros(self._room, rank, down.shape[1]), up.new_zeros(self._room, len(up), rank)
+        if pair is not None:
+            count, old_rank = pair[0].shape[:2]
+            downs[:count, :old_rank], ups[:count, :, :old_rank] = pair
+        return downs, ups
+
+
 def read_adapter(folder: Path, shape: LlamaShape, span: range, dtype: torch.dtype, device: torch.device) -> Adapter:
     """Read an adapter's tensors for a span of layers.
 

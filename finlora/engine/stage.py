@@ -6,6 +6,7 @@ width d, N wanted rows, V vocabulary. For inference only: nothing is kept for a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,19 @@ import torch
 from torch import Tensor
 
 from finlora.data.packing import Segments
-from finlora.engine.adapters import Adapter, read_adapter
+from finlora.engine.adapters import PRODUCTS, Adapter, Bank, read_adapter
+from finlora.engine.decode import DecodePasses, Rows, is_decode
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.sampling import choice_log_probs, sample
-from finlora.model.attention import attend
+from finlora.model.attention import attend, attend_cache
 from finlora.model.elementwise import gate, normalise, rotate
 from finlora.model.packed import read_layer
 from finlora.model.shapes import shape_of
+
+_Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(query, all cached keys of a layer, all values) -> output."""
+_Adapt = Callable[[Tensor, Tensor, int, str], Tensor]
+"""(product, its input, layer of the span, product's name) -> product with the adapters' updates."""
 
 
 class Stage:
@@ -43,8 +50,11 @@ class Stage:
         self.device = self.layers[0].first_norm.device
         self.is_first, self.is_last = span.start == 0, span.stop == config.num_hidden_layers
         self.adapters: dict[str, Adapter] = {}
+        self.bank = Bank()
         _, num_groups, width = self.layers[0].heads
-        self.cache = torch.zeros(len(span), 2, num_rows, num_groups, width, dtype=dtype, device=self.device)
+        # One row more, for rows that only fill up a recorded pass.
+        self.cache = torch.zeros(len(span), 2, num_rows + 1, num_groups, width, dtype=dtype, device=self.device)
+        self._decode = DecodePasses(self._run_decode, num_rows, self.device)
 
     @property
     def cache_bytes(self) -> int:
@@ -57,10 +67,15 @@ class Stage:
             AdapterError: the folder holds no adapter that fits.
         """
         shape = shape_of(self.net.config.to_dict())
-        self.adapters[name] = read_adapter(folder, shape, self.span, self.dtype, self.device)
+        adapter = read_adapter(folder, shape, self.span, self.dtype, self.device)
+        sizes = {name: sum(shape.projection(part)[0] for part in parts) for name, parts in PRODUCTS.items()}
+        if self.bank.add(name, adapter, sizes):
+            self._decode.forget()
+        self.adapters[name] = adapter
 
     def unload_adapter(self, name: str) -> None:
         del self.adapters[name]
+        self.bank.remove(name)
 
     @torch.inference_mode()
     def run(self, batch: MicroBatch, hidden: Tensor | None) -> Tensor | Output:
@@ -72,6 +87,12 @@ class Stage:
         Returns:
             (T, H) for the next stage; from the last one, what the micro-batch asks for.
         """
+        if is_decode(batch):
+            result = self._decode.run(batch, hidden, self.bank.numbers)
+            if not self.is_last:
+                return result
+            rows = self._ids([draw.row for draw in batch.draws])
+            return Output(batch.number, sample(result[rows], batch.draws), ())
         x = self.forward(batch, hidden)
         return self._finish(batch, x) if self.is_last else x
 
@@ -80,16 +101,13 @@ class Stage:
         """Return the hidden states (T, H) behind the span's last layer, and fill the cache."""
         for source, target, count in batch.copies:
             self.cache[:, :, target : target + count] = self.cache[:, :, source : source + count].clone()
-        if self.is_first:
-            hidden = self.net.model.embed_tokens(self._ids(batch.input_ids)).to(self.dtype)
-        assert hidden is not None, "stages after the first get hidden states"
-        x = hidden.to(self.device)
-        positions = self._ids(batch.positions)
-        cosine, sine = (table[0] for table in self.net.model.rotary_emb(x, positions[None]))
-        slots, segments = self._ids(batch.slots), self._make_segments(batch)
-        for index in range(len(self.layers)):
-            x = self._run_layer(index, x, batch, slots, segments, cosine, sine)
-        return x
+        attend_keys = self._make_attention(batch)
+
+        def adapt(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
+            return self._adapt(out, x, index, product, batch)
+
+        ids, positions, slots = (self._ids(numbers) for numbers in (batch.input_ids, batch.positions, batch.slots))
+        return self._run_layers(ids, positions, slots, hidden, attend_keys, adapt)
 
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -99,32 +117,39 @@ class Stage:
         logits: Tensor = (normed @ self.net.lm_head.weight.to(self.dtype).t()).float()
         return logits
 
-    def _run_layer(
-        self,
-        index: int,
-        x: Tensor,
-        batch: MicroBatch,
-        slots: Tensor,
-        segments: Segments,
-        cosine: Tensor,
-        sine: Tensor,
+    def _run_decode(self, rows: Rows, hidden: Tensor | None) -> Tensor:
+        """Compute one token of each row; returns hidden states, or logits at the last stage."""
+
+        def attend_keys(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return attend_cache(query, keys, values, rows.cumulative_queries, rows.starts, rows.lengths, 1)
+
+        def adapt(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
+            return self.bank.apply(out, x, rows.adapters, self.span[index], product) if rows.has_adapters else out
+
+        x = self._run_layers(rows.ids, rows.positions, rows.slots, hidden, attend_keys, adapt)
+        return self.compute_logits(x) if self.is_last else x
+
+    def _run_layers(
+        self, ids: Tensor, positions: Tensor, slots: Tensor, hidden: Tensor | None, attend_keys: _Attend, adapt: _Adapt
     ) -> Tensor:
-        layer = self.layers[index]
-        num_heads, num_groups, width = layer.heads
-        normed = normalise(x, layer.first_norm, layer.eps)
-        qkv = self._adapt(layer.qkv.forward(normed), normed, index, "qkv", batch)
-        qkv = qkv.view(len(x), -1, width)
-        rotated = rotate(qkv[:, : num_heads + num_groups], cosine, sine)
-        keys, values = self.cache[index]
-        keys[slots], values[slots] = rotated[:, num_heads:], qkv[:, num_heads + num_groups :]
-        attended, _ = attend(
-            rotated[:, :num_heads].contiguous(), keys[segments.key_rows], values[segments.key_rows], segments
-        )
-        flat = attended.flatten(1)
-        y = self._adapt(layer.out.forward(flat, x), flat, index, "out", batch)
-        normed = normalise(y, layer.second_norm, layer.eps)
-        inner = gate(self._adapt(layer.gate_up.forward(normed), normed, index, "gate_up", batch))
-        return self._adapt(layer.down.forward(inner, y), inner, index, "down", batch)
+        if self.is_first:
+            hidden = self.net.model.embed_tokens(ids).to(self.dtype)
+        assert hidden is not None, "stages after the first get hidden states"
+        x = hidden.to(self.device)
+        cosine, sine = (table[0] for table in self.net.model.rotary_emb(x, positions[None]))
+        for index, layer in enumerate(self.layers):
+            num_heads, num_groups, width = layer.heads
+            normed = normalise(x, layer.first_norm, layer.eps)
+            qkv = adapt(layer.qkv.forward(normed), normed, index, "qkv").view(len(x), -1, width)
+            rotated = rotate(qkv[:, : num_heads + num_groups], cosine, sine)
+            keys, values = self.cache[index]
+            keys[slots], values[slots] = rotated[:, num_heads:], qkv[:, num_heads + num_groups :]
+            attended = attend_keys(rotated[:, :num_heads].contiguous(), keys, values).flatten(1)
+            y = adapt(layer.out.forward(attended, x), attended, index, "out")
+            normed = normalise(y, layer.second_norm, layer.eps)
+            inner = gate(adapt(layer.gate_up.forward(normed), normed, index, "gate_up"))
+            x = adapt(layer.down.forward(inner, y), inner, index, "down")
+        return x
 
     def _adapt(self, out: Tensor, x: Tensor, index: int, product: str, batch: MicroBatch) -> Tensor:
         """Add the updates of each adapter to its own rows of a product, in place."""
@@ -149,21 +174,38 @@ class Stage:
         targets = self._ids([score.token for score in batch.scores])
         return Output(batch.number, sample(drawn, batch.draws), choice_log_probs(scored, targets))
 
-    def _make_segments(self, batch: MicroBatch) -> Segments:
-        queries = tuple(segment.num_rows for segment in batch.segments)
-        keys = tuple(sum(count for _, count in segment.keys) for segment in batch.segments)
-        rows = [torch.arange(start, start + count) for segment in batch.segments for start, count in segment.keys]
-        return Segments(
-            query_lengths=queries,
-            key_lengths=keys,
+    def _make_attention(self, batch: MicroBatch) -> _Attend:
+        """Return attention over a micro-batch's keys, which are gathered only where some segment's lie in several places."""
+        queries = [segment.num_rows for segment in batch.segments]
+        cumulative_queries = self._ids([0, *accumulate(queries)]).int()
+        if all(len(segment.keys) == 1 for segment in batch.segments):
+            starts = self._ids([*(segment.keys[0][0] for segment in batch.segments), 0]).int()
+            lengths = self._ids([segment.keys[0][1] for segment in batch.segments]).int()
+            longest = max(queries)
+
+            def attend_in_place(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+                return attend_cache(query, keys, values, cumulative_queries, starts, lengths, longest)
+
+            return attend_in_place
+        counts = [sum(count for _, count in segment.keys) for segment in batch.segments]
+        places = [torch.arange(start, start + count) for segment in batch.segments for start, count in segment.keys]
+        key_rows = torch.cat(places).to(self.device)
+        segments = Segments(
+            query_lengths=tuple(queries),
+            key_lengths=tuple(counts),
             max_queries=max(queries),
-            max_keys=max(keys),
-            cumulative_queries=self._ids([0, *accumulate(queries)]).int(),
-            cumulative_keys=self._ids([0, *accumulate(keys)]).int(),
-            key_rows=torch.cat(rows).to(self.device),
+            max_keys=max(counts),
+            cumulative_queries=cumulative_queries,
+            cumulative_keys=self._ids([0, *accumulate(counts)]).int(),
+            key_rows=key_rows,
             prefix_slots=None,
             own_slots=None,
         )
+
+        def attend_gathered(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return attend(query, keys[key_rows], values[key_rows], segments)[0]
+
+        return attend_gathered
 
     def _ids(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long).to(self.device)

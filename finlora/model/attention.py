@@ -48,6 +48,48 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tup
     return torch.cat(outputs), torch.cat(sums, -1)
 
 
+def attend_cache(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cumulative_queries: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    max_queries: int,
+) -> Tensor:
+    """Return the output (Q, h, d) of segments whose keys lie where they are cached, without moving them.
+
+    Args:
+        key: (R, g, d), all rows of the cache; as `value`.
+        cumulative_queries: (segments + 1,) int32.
+        starts: (segments + 1,) int32, the first key row of each segment; the last number is not read.
+        lengths: (segments,) int32, key rows of each segment, those of its own queries included.
+        max_queries: at least the longest segment's queries.
+    """
+    if can_flash(query):
+        output: Tensor = torch.ops.aten._flash_attention_forward(
+            query,
+            key,
+            value,
+            cumulative_queries,
+            starts,
+            max_queries,
+            key.shape[0],
+            0.0,
+            True,
+            False,
+            seqused_k=lengths,
+        )[0]
+        return output
+    outputs = []
+    places = zip(query.split(cumulative_queries.diff().tolist()), starts.tolist(), lengths.tolist(), strict=False)
+    for queries, start, length in places:
+        keys, values = key[start : start + length], value[start : start + length]
+        probabilities = torch.softmax(_scores(queries, keys), -1)
+        outputs.append(_heads_out(probabilities @ _heads_in(values, queries)).to(query.dtype))
+    return torch.cat(outputs)
+
+
 def attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:

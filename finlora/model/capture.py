@@ -1,7 +1,8 @@
 """Record a forward and backward pass once as a CUDA graph and replay it: some 3,000 launches become one.
 
 A graph holds for one form of pack (`Pack.form`). A form runs as it is at first, which compiles its kernels, is recorded when it
-comes again and replayed from then on. All of it allocates in one memory pool, since no two passes run at a time.
+comes again and replayed from then on. All of it allocates in one memory pool, since no two passes run at a time, and on one
+stream, since torch lends memory that was allocated on a stream to no other: on two, the pool would hold everything twice.
 
 Source: https://docs.pytorch.org/docs/2.11/notes/cuda.html#cuda-graphs
 """
@@ -28,25 +29,28 @@ class CapturedPasses:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._pool: torch.cuda.MemPool | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._outputs: list[Tensor] = []
         self._seen: set[tuple[object, ...]] = set()
         self._graphs: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
 
     def run(self, pack: Pack, seed: int | None, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """Return loss and gradients of a pack on the host; they hold until the next call."""
-        if self._pool is None:
-            self._pool = torch.cuda.MemPool()
+        if self._pool is None or self._stream is None:
+            self._pool, self._stream = torch.cuda.MemPool(), torch.cuda.Stream(device)
         form = (*pack.form, seed is None)
         if form in self._graphs:
             self._graphs.move_to_end(form)
         elif form in self._seen:
             if len(self._graphs) == MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-            self._graphs[form] = _Graph(self._run, pack, seed, device, self._pool, self._outputs)
+            self._graphs[form] = _Graph(self._run, pack, seed, device, self._pool, self._stream, self._outputs)
         else:
             self._seen.add(form)
-            with torch.cuda.use_mem_pool(self._pool, device):
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.use_mem_pool(self._pool, device), torch.cuda.stream(self._stream):
                 loss, gradients = self._run(pack.to(device), _to_seed(seed, device))
+            torch.cuda.current_stream(device).wait_stream(self._stream)
             if not self._outputs:
                 self._outputs = [torch.empty_like(tensor) for tensor in (loss, *gradients)]
             return loss, gradients
@@ -68,12 +72,13 @@ class _Graph:
         seed: int | None,
         device: torch.device,
         pool: torch.cuda.MemPool,
+        stream: torch.cuda.Stream,
         outputs: list[Tensor],
     ) -> None:
         self.inputs, self.seed = pack.to(device), _to_seed(seed, device)
         torch.cuda.synchronize(device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool.id):  # type: ignore[arg-type]
+        with torch.cuda.graph(self.graph, pool=pool.id, stream=stream):  # type: ignore[arg-type]
             loss, gradients = run(self.inputs, self.seed)
             torch._foreach_copy_(outputs, [loss, *gradients])
 

@@ -9,6 +9,9 @@ Shapes: T rows, K in, N out (several projections of one input are one weight, th
 
 bitsandbytes counts the outlier columns on the host, which stops the GPU's queue at each product. Here the MAX_OUTLIERS
 strongest columns are taken without counting; should there be more, the weakest of them are quantised like all others.
+
+On a GPU products run as kernels of our own (few_rows.py and many_rows.py) where the sizes allow it. A product of few rows
+waits for its weights alone: they are unpacked on the way, at 8 bit too, so that x need not be rounded to int8.
 """
 
 from __future__ import annotations
@@ -19,12 +22,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from finlora.model.base import Int8Rows, read_int8, unpack_nf4
+from finlora.model.base import Int8Rows, Nf4Rows, read_int8, read_nf4, unpack_nf4
 from finlora.model.elementwise import fused
 
 OUTLIER_THRESHOLD = 6.0
 MAX_OUTLIERS = 64
+MAX_FEW_ROWS = 64
+"""Rows up to which a product takes as long as reading its weights, so that these are unpacked on the way."""
 _MIN_INT8_ROWS = 32  # cuBLAS refuses int8 products of 16 rows and fewer
+_KERNEL_COLUMNS = 128  # columns that a kernel reads at a time
 
 
 class FrozenWeight(Protocol):
@@ -62,8 +68,14 @@ class Nf4Weight:
         self.layers = layers
         self.dtype = dtype
         self.sizes = [int(layer.out_features) for layer in layers]
+        has_kernel = layers[0].weight.is_cuda and layers[0].in_features % 64 == 0 and dtype == torch.bfloat16
+        self.rows: Nf4Rows | None = read_nf4(layers) if has_kernel else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.is_cuda and x.shape[0] <= MAX_FEW_ROWS and self.rows is not None:
+            from finlora.model.few_rows import few_nf4
+
+            return few_nf4(x.contiguous(), *self.rows, residual)
         if len(self.layers) == 1:
             return DenseWeight(unpack_nf4(self.layers[0], self.dtype)).forward(x, residual)
         out = x.new_empty(x.shape[0], sum(self.sizes))
@@ -87,6 +99,8 @@ class Int8Weight:
         self.dtype = dtype
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.is_cuda and x.shape[1] % _KERNEL_COLUMNS == 0:
+            return self._forward_by_kernels(x.contiguous(), residual)
         num_columns = min(MAX_OUTLIERS, x.shape[1])
         strength, columns = torch.topk(_find_outliers(x), num_columns)
         is_outlier = strength > 0
@@ -99,6 +113,17 @@ class Int8Weight:
         weights = _unpack_int8(self.values[:, columns], self.scales, self.dtype)
         out.addmm_(x[:, columns] * is_outlier, weights.t())
         return out if residual is None else out.add_(residual)
+
+    def _forward_by_kernels(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        from finlora.model import few_rows, many_rows
+
+        if x.shape[0] <= MAX_FEW_ROWS:
+            return few_rows.few_int8(x, self.values, self.scales, residual)
+        columns, is_chosen, is_held = many_rows.choose_columns(_find_outliers(x), MAX_OUTLIERS)
+        quantised, row_scales = _quantise_rows(x, is_held)
+        few_x = _take_columns(x, columns, is_chosen)
+        few_weights = _unpack_int8(self.values[:, columns], self.scales, self.dtype)
+        return many_rows.many_int8(quantised, row_scales, self.values, self.scales, few_x, few_weights, residual)
 
     def backward(self, grad: Tensor) -> Tensor:
         return grad @ _unpack_int8(self.values, self.scales, self.dtype)
@@ -125,6 +150,9 @@ def unpack(layer: Any, dtype: torch.dtype) -> nn.Linear:
     """Turn a 4-bit layer into a dense one of the same numbers: NF4's error stays, memory grows fourfold, unpacking ends."""
     dense = nn.Linear(int(layer.in_features), int(layer.out_features), bias=False, device="meta")
     dense.weight = nn.Parameter(unpack_nf4(layer, dtype), requires_grad=False)
+    layer.weight.module = (
+        None  # it points back at the layer: without this the packed weight would stay until a collection
+    )
     return dense
 
 
@@ -153,6 +181,11 @@ def _quantise_rows(x: Tensor, held_back: Tensor) -> tuple[Tensor, Tensor]:
     scales = half.abs().amax(1).float()
     rounded = torch.round(half.float() * (127.0 / scales.clamp(min=1e-12))[:, None])
     return torch.where(held_back, 0.0, rounded).to(torch.int8), scales
+
+
+@fused
+def _take_columns(x: Tensor, columns: Tensor, is_chosen: Tensor) -> Tensor:
+    return x[:, columns] * is_chosen
 
 
 @fused

@@ -54,6 +54,8 @@ class PackedLlama(nn.Module):
             parameter for layer in self.layers for lora in layer.lora for parameter in (lora.down, lora.up)
         ]
         self._captured = CapturedPasses(self.loss_and_gradients) if capture else None
+        if capture:
+            torch.cuda.empty_cache()  # passes allocate in a pool of their own, to which what loading left over is of no use
 
     def forward(self, pack: Pack) -> Tensor:
         """Return the loss of a pack on the host or the device as a float32 scalar; backward() then reaches the adapter."""

@@ -1,0 +1,140 @@
+// The answer panel: empty, waiting, labels with their probabilities, a text with its quote, a stream, or what went wrong.
+
+import { $, count, make, makeBar, makeTerms, percent } from "./element.js";
+
+let ticker = 0;
+
+/** Put something new into the panel; what counted seconds for the old stops. */
+function show(...children) {
+  clearInterval(ticker);
+  $("answer").replaceChildren(...children);
+}
+
+export function showEmpty() {
+  show(make("p", "empty", "Nothing asked yet. The answer stands here, with the probability of each label, or with the place in the document that it was taken from."));
+}
+
+export function showStopped() {
+  const text = $("answer").querySelector(".stream");
+  const words = make("p", "hint", "Stopped.");
+  if (!text?.textContent) return show(make("p", "empty", "Stopped before an answer came."));
+  clearInterval(ticker);
+  text.classList.remove("is-open");
+  return $("answer").append(words);
+}
+
+/** Show that the model is at work, with as many grey lines as the answer will have. */
+export function showWaiting(call, lines) {
+  const seconds = make("span", "seconds", "0.0 s");
+  const words = make("p", "waiting", "The model is at work… ", seconds);
+  seconds.setAttribute("aria-hidden", "true");
+  const bones = Array.from({ length: lines }, () => make("li", "bone"));
+  const skeleton = make("ul", "bones", ...bones);
+  skeleton.setAttribute("aria-hidden", "true");
+  show(words, skeleton);
+  ticker = setInterval(() => { seconds.textContent = secondsSince(call.began); }, 100);
+}
+
+const secondsSince = (began) => `${((performance.now() - began) / 1000).toFixed(1)} s`;
+
+function makeFooter(call) {
+  return makeTerms("about-answer", [
+    ["Model", call.model],
+    ["Task", call.task],
+    ["Time", secondsSince(call.began)],
+    ["Request", call.requestId],
+  ]);
+}
+
+/** Show a label of a closed task: the likeliest first, a bar and a number each. `threshold`: 0 to 1, 0 for none. */
+export function showLabels(result, threshold, call) {
+  const ranked = Object.entries(result.probabilities).sort((one, other) => other[1] - one[1]);
+  const [likeliest, highest] = ranked[0];
+  const head = result.abstained
+    ? [make("p", "verdict is-abstained", "No answer"), makeAbstention(likeliest, highest, threshold)]
+    : [make("p", "verdict", result.label, " ", make("span", "share", percent(highest)))];
+  const bars = ranked.map(([label, share], index) => {
+    const isChosen = index === 0 && !result.abstained;
+    return make("li", isChosen ? "is-chosen" : "", make("span", "name", label), makeBar(share, threshold), make("span", "number", percent(share)));
+  });
+  show(...head, make("ol", "bars", ...bars), makeFooter(call));
+}
+
+function makeAbstention(likeliest, highest, threshold) {
+  const limit = threshold ? `reaches ${percent(threshold, 0)}` : "is likely enough";
+  return make("p", "note is-warning", `The model abstains: no label ${limit}. The likeliest is ${likeliest} with ${percent(highest)}.`);
+}
+
+/** Show a text taken from a document, and the document with the place marked. */
+export function showExtract(answer, context, call) {
+  const verdict = make("p", "verdict is-text", answer.answer || "(empty answer)");
+  const page = make("pre", "document");
+  page.tabIndex = 0;
+  page.setAttribute("role", "region");
+  page.setAttribute("aria-label", "The document, with the quoted place marked");
+  let note = make("p", "note is-danger", "This answer does not stand in the document: check it before you use it.");
+  if (answer.quote) {
+    // The server counts characters, a string here counts UTF-16 units: outside the basic plane they differ.
+    const characters = Array.from(context);
+    const { start, end } = answer.quote;
+    const part = (from, to) => characters.slice(from, to).join("");
+    page.append(part(0, start), make("mark", "", part(start, end)), part(end));
+    note = make("p", "note is-good", `It stands in the document at characters ${count(start)} to ${count(end)}.`);
+  } else {
+    page.append(context);
+  }
+  show(verdict, note, page, makeFooter(call));
+  const mark = page.querySelector("mark");
+  if (mark) page.scrollTop = mark.offsetTop - page.clientHeight / 2;
+}
+
+/** Open a text that grows; returns what adds to it and what ends it. */
+export function openStream() {
+  const text = make("p", "stream is-open");
+  show(text);
+  return {
+    push(piece) { text.append(piece); },
+    end(finish, call) {
+      text.classList.remove("is-open");
+      if (!text.textContent) text.append(make("span", "hint", "(The model ended without a word.)"));
+      if (finish === "length") {
+        $("answer").append(make("p", "note is-warning", "The answer was cut at the longest length allowed. Raise it, then ask again."));
+      }
+      $("answer").append(makeFooter(call));
+    },
+  };
+}
+
+/** Say what went wrong and what to do; text that came before stays. `retry` asks the same again. */
+export function showFailure(failure, retry) {
+  const notice = make("div", "failure", make("h3", "", failure.title), make("p", "", failure.advice));
+  if (failure.message) notice.append(make("p", "said", "The server says: ", make("q", "", failure.message)));
+  if (failure.requestId) notice.append(makeTerms("about-answer", [["Request", failure.requestId]]));
+  const text = $("answer").querySelector(".stream");
+  if (text?.textContent) {
+    text.classList.remove("is-open");
+    show(text, notice);
+  } else {
+    show(notice);
+  }
+  if (failure.canRetry) notice.append(makeRetry(failure.waitSeconds, retry));
+}
+
+/** Make the button that asks again; it counts down the seconds that the server wants it to wait. */
+function makeRetry(waitSeconds, retry) {
+  const button = make("button", "", "Try again");
+  button.type = "button";
+  button.addEventListener("click", retry);
+  const row = make("p", "retry", button);
+  row.setAttribute("aria-live", "off"); // a screen reader shall not be told each second
+  const ends = performance.now() + 1000 * waitSeconds;
+  const tick = () => {
+    const left = Math.ceil((ends - performance.now()) / 1000);
+    button.disabled = left > 0;
+    button.textContent = left > 0 ? `Try again in ${left} s` : "Try again";
+    if (left <= 0) clearInterval(ticker);
+  };
+  if (waitSeconds) ticker = setInterval(tick, 250);
+  tick();
+  return row;
+}

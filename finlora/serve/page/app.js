@@ -1,0 +1,270 @@
+// The page of a FinLoRA server: type a key, choose a model and a task, ask.
+
+import { openStream, showEmpty, showExtract, showFailure, showLabels, showStopped, showWaiting } from "./answer.js";
+import { $, count } from "./element.js";
+import { Failure, asFailure, get, readEvents, requestIdOf, send, session } from "./server.js";
+import { say, unwatch, watch } from "./stages.js";
+
+const FREE_TEXT = { name: "", about: "none", labels: [] };
+
+// Invented texts, by what a task asks for.
+const EXAMPLES = {
+  none: ["Nordhaven Shipping lifted its full-year outlook after third-quarter profit rose 12 % on higher freight rates."],
+  entity: ["Nordhaven Shipping opened an office in Rotterdam, led by Ines Falk.", "Rotterdam"],
+  question: ["Gold slips to a three-week low as the dollar firms ahead of the rate decision.", "price down"],
+  extract: [
+    '<us-gaap:Revenues contextRef="FY2024" unitRef="USD" decimals="-3">48210000</us-gaap:Revenues>\n' +
+      '<us-gaap:NetIncomeLoss contextRef="FY2024" unitRef="USD" decimals="-3">6120000</us-gaap:NetIncomeLoss>\n' +
+      '<us-gaap:EarningsPerShareBasic contextRef="FY2024" unitRef="USDPerShare">1.53</us-gaap:EarningsPerShareBasic>',
+    "What is the value of NetIncomeLoss?",
+  ],
+  chat: ["Explain in two sentences what a basis point is."],
+};
+
+const TEXT_LABELS = { chat: "Prompt", classify: "Headline, sentence or post", extract: "Document or XBRL fragment" };
+
+let tasks = new Map();
+let current = null; // the question under way
+
+/* Key */
+
+/** Show the server the key in hand; what it may use opens the desk. */
+async function enter() {
+  say("Asking the server…");
+  $("enter").disabled = true;
+  try {
+    const [models, known] = await Promise.all([get("/v1/models"), get("/v1/tasks")]);
+    fillDesk(models.data, known.data);
+  } catch (error) {
+    return askForKey(asFailure(error));
+  } finally {
+    $("enter").disabled = false;
+  }
+  session.keep();
+  $("key").value = "";
+  $("key-fault").textContent = "";
+  setDesk(true);
+  $("text").focus();
+  watch(askForKey);
+}
+
+/** Close the desk and ask for a key; `failure` says why, where something went wrong. */
+function askForKey(failure = null) {
+  stop();
+  unwatch();
+  $("key").value = failure && failure.status !== 401 ? session.key ?? "" : "";
+  if (!failure || failure.status === 401) session.forget();
+  setDesk(false);
+  const wait = failure?.waitSeconds ? `Wait ${failure.waitSeconds} s.` : "";
+  $("key-fault").textContent = failure ? [failure.title, failure.advice, wait, failure.message].filter(Boolean).join(" ") : "";
+  say("");
+  $("key").focus();
+}
+
+function setDesk(isOpen) {
+  for (const id of ["desk", "engine", "forget"]) $(id).hidden = !isOpen;
+  $("sign-in").hidden = isOpen;
+  showEmpty();
+}
+
+/* Question */
+
+/** Say how a task is asked: a free prompt, labels to choose from, or a text to find in a document. */
+function formOf(task) {
+  if (!task.name) return "chat";
+  return task.labels.length ? "classify" : "extract";
+}
+
+const chosenTask = () => tasks.get($("task").value) ?? FREE_TEXT;
+
+function fillDesk(models, known) {
+  if (!models.length) {
+    throw new Failure(403, { words: ["This key may use no model.", "Ask whoever runs the server to widen it."] });
+  }
+  $("model").replaceChildren(...models.map(({ id }) => new Option(id, id)));
+  tasks = new Map(known.map((task) => [task.name, task]));
+  $("task").replaceChildren(...known.map(({ name }) => new Option(name, name)), new Option("free text", ""));
+  showTask();
+}
+
+/** Fit the fields to the chosen task. */
+function showTask() {
+  const task = chosenTask();
+  const form = formOf(task);
+  const hints = {
+    chat: "Your text is the whole prompt; the answer is written as it comes.",
+    classify: `Answers with one of: ${task.labels.join(", ")}.`,
+    extract: "Answers with a tag or a number, and shows where it stands in the document.",
+  };
+  $("task-hint").textContent = hints[form];
+  $("text-label").textContent = TEXT_LABELS[form];
+  $("about-field").hidden = task.about === "none";
+  $("about").required = task.about !== "none";
+  $("about").value = "";
+  $("about-label").textContent = task.about === "entity" ? "Entity, as the text writes it" : "Question";
+  $("about-list").replaceChildren(...(task.questions ?? []).map((question) => new Option(question, question)));
+  $("threshold-field").hidden = form !== "classify";
+  $("tokens-field").hidden = form !== "chat";
+}
+
+function showThreshold() {
+  const value = Number($("threshold").value);
+  $("threshold-value").textContent = value ? `${value} %` : "never";
+}
+
+function fillText(text) {
+  $("text").value = text;
+  showLength();
+  $("text").focus();
+}
+
+function showLength() {
+  const length = $("text").value.length;
+  $("length").textContent = length ? `${count(length)} characters` : "";
+}
+
+function fillExample() {
+  const task = chosenTask();
+  const form = formOf(task);
+  const [text, about = ""] = EXAMPLES[form === "classify" ? task.about : form];
+  $("about").value = about;
+  fillText(text);
+}
+
+async function openFile() {
+  const [file] = $("file").files;
+  if (!file) return;
+  try {
+    fillText(new TextDecoder("utf-8", { fatal: true }).decode(await file.arrayBuffer()));
+  } catch {
+    const words = [`${file.name} is not a text in UTF-8.`, "Save it as plain text or XML, or paste the part that you need."];
+    showFailure(new Failure(-1, { words }));
+  } finally {
+    $("file").value = "";
+  }
+}
+
+/* Asking */
+
+const ASK = { chat: askText, classify: askLabel, extract: askQuote };
+
+/** Ask what the form holds, and show what comes of it. */
+async function ask() {
+  if (current) return;
+  const task = chosenTask();
+  const call = { abort: new AbortController(), began: performance.now(), model: $("model").value, task: task.name || "free text" };
+  current = call;
+  setBusy(true);
+  showWaiting(call, task.labels.length || 2);
+  try {
+    await ASK[formOf(task)](task, call);
+  } catch (error) {
+    if (error.name === "AbortError") showStopped();
+    else if (error.status === 401) askForKey(error);
+    else showFailure(asFailure(error), () => $("ask").requestSubmit());
+  } finally {
+    current = null;
+    setBusy(false);
+  }
+}
+
+function stop() {
+  current?.abort.abort();
+}
+
+function setBusy(isBusy) {
+  $("send").setAttribute("aria-disabled", String(isBusy)); // `disabled` would lose the keyboard's place
+  if (!isBusy && document.activeElement === $("stop")) $("send").focus();
+  $("stop").hidden = !isBusy;
+  $("answer").setAttribute("aria-busy", String(isBusy));
+}
+
+async function askJson(path, body, call) {
+  const reply = await send(path, { model: call.model, ...body }, call.abort.signal);
+  call.requestId = requestIdOf(reply);
+  return reply.json();
+}
+
+async function askLabel(task, call) {
+  const threshold = Number($("threshold").value) / 100;
+  const body = { task: task.name, texts: [$("text").value] };
+  if (task.about !== "none") body.about = $("about").value;
+  if (threshold) body.threshold = threshold;
+  const { results } = await askJson("/v1/classify", body, call);
+  showLabels(results[0], threshold, call);
+}
+
+async function askQuote(task, call) {
+  const context = $("text").value;
+  const answer = await askJson("/v1/extract", { task: task.name, context, question: $("about").value }, call);
+  showExtract(answer, context, call);
+}
+
+async function askText(_task, call) {
+  const body = {
+    model: call.model,
+    messages: [{ role: "user", content: $("text").value }],
+    max_tokens: Number($("tokens").value),
+    stream: true,
+  };
+  const reply = await send("/v1/chat/completions", body, call.abort.signal);
+  call.requestId = requestIdOf(reply);
+  let stream = null;
+  let finish = null;
+  try {
+    for await (const data of readEvents(reply.body)) {
+      if (data === "[DONE]") return (stream ?? openStream()).end(finish, call);
+      const event = JSON.parse(data);
+      if (event.error) throw brokenOff(event.error.message, call);
+      const [choice] = event.choices; // none in an event that tells only the usage
+      finish = choice?.finish_reason ?? finish;
+      if (choice?.delta?.content) (stream ??= openStream()).push(choice.delta.content);
+    }
+  } catch (error) {
+    // What fetch throws while it reads says nothing to a person: the line was cut.
+    if (error instanceof TypeError) throw brokenOff("", call);
+    throw error;
+  }
+  throw brokenOff("", call);
+}
+
+function brokenOff(message, call) {
+  const words = ["The answer broke off.", "What came so far is not the whole. Ask again."];
+  return new Failure(503, { message, words, requestId: call.requestId });
+}
+
+/* Wiring */
+
+$("sign-in").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const key = $("key").value.trim();
+  if (!/^[\x21-\x7e]+$/.test(key)) {
+    $("key-fault").textContent = "A key holds plain letters, digits and signs, without spaces. Copy it again.";
+    return;
+  }
+  session.key = key;
+  enter();
+});
+$("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  ask();
+});
+$("forget").addEventListener("click", () => askForKey());
+$("task").addEventListener("change", showTask);
+$("threshold").addEventListener("input", showThreshold);
+$("text").addEventListener("input", showLength);
+$("example").addEventListener("click", fillExample);
+$("open").addEventListener("click", () => $("file").click());
+$("file").addEventListener("change", openFile);
+$("stop").addEventListener("click", stop);
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") stop();
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !$("desk").hidden) {
+    event.preventDefault();
+    $("ask").requestSubmit();
+  }
+});
+
+showThreshold();
+if (session.key) enter();
+else askForKey();

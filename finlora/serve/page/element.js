@@ -1,0 +1,35 @@
+// Elements and numbers of the page. Whatever comes from the server or the user enters the document here, as text.
+
+export const $ = (id) => document.getElementById(id);
+
+/** Make an element; children that are no elements become text. */
+export function make(tag, className = "", ...children) {
+  const element = document.createElement(tag);
+  if (className) element.className = className;
+  element.append(...children.map((child) => (child instanceof Node ? child : String(child))));
+  return element;
+}
+
+/** Make a bar that fills `share` (0 to 1) of its track, with a line at `mark`; its number must stand beside it as text. */
+export function makeBar(share, mark = 0) {
+  const fill = make("span", "fill");
+  fill.style.width = `${100 * Math.min(Math.max(share, 0), 1)}%`;
+  const track = make("span", "track", fill);
+  if (mark > 0) {
+    const line = make("span", "mark");
+    line.style.left = `${100 * mark}%`;
+    track.append(line);
+  }
+  track.setAttribute("aria-hidden", "true");
+  return track;
+}
+
+/** Make a list of terms and what they are; pairs without a value are left out. */
+export function makeTerms(className, pairs) {
+  const shown = pairs.filter(([, value]) => value !== "");
+  return make("dl", className, ...shown.map(([term, value]) => make("div", "", make("dt", "", term), make("dd", "", value))));
+}
+
+export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
+
+export const count = (number) => Number(number).toLocaleString("en");

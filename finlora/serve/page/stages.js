@@ -1,0 +1,102 @@
+// The stages of the model, how busy each is, what waits and how full the cache is: asked each second while one can see it.
+
+import { $, count, make, makeBar, makeTerms, percent } from "./element.js";
+import { asFailure, get } from "./server.js";
+
+const POLL_MS = 1000;
+const FAILED_POLL_MS = 5000;
+const NUM_SHARES = 60; // shares kept of each stage, a minute of them
+const SVG = "http://www.w3.org/2000/svg";
+
+const history = [];
+let timer = 0;
+let onRefused = null;
+
+/** Begin to watch; `refused` is called when the key is not accepted any more. */
+export function watch(refused) {
+  onRefused = refused;
+  clearTimeout(timer);
+  poll();
+}
+
+export function unwatch() {
+  onRefused = null;
+  history.length = 0;
+  clearTimeout(timer);
+}
+
+document.addEventListener("visibilitychange", () => {
+  clearTimeout(timer);
+  if (onRefused && document.visibilityState === "visible") poll();
+});
+
+async function poll() {
+  let wait = POLL_MS;
+  try {
+    const status = await get("/v1/stages");
+    if (!onRefused) return;
+    show(status);
+  } catch (error) {
+    if (!onRefused) return;
+    const failure = asFailure(error);
+    if (failure.status === 401) return void onRefused(failure);
+    wait = Math.max(FAILED_POLL_MS, 1000 * failure.waitSeconds);
+    say(failure.title, "is-bad");
+    $("stages").classList.add("is-old");
+  }
+  clearTimeout(timer);
+  if (document.visibilityState === "visible") timer = setTimeout(poll, wait);
+}
+
+/** Tell how the link to the model stands; a screen reader hears only of a change. */
+export function say(words, className = "") {
+  if ($("link").textContent === words) return;
+  $("link").textContent = words;
+  $("link").className = className;
+}
+
+function show(status) {
+  const cards = status.stages.map((stage, index) => {
+    const shares = (history[index] ??= []);
+    shares.push(stage.busy);
+    if (shares.length > NUM_SHARES) shares.shift();
+    return makeCard(stage, index, shares);
+  });
+  $("stages").replaceChildren(...cards);
+  $("stages").classList.remove("is-old");
+  const cacheShare = status.kv_total ? status.kv_used / status.kv_total : 0;
+  const cache = make("span", "", `${count(status.kv_used)} of ${count(status.kv_total)} rows`, makeBar(cacheShare));
+  $("load").replaceWith(Object.assign(makeTerms("", [["At work", count(status.active)], ["Waiting", count(status.queue)], ["KV cache", cache]]), { id: "load" }));
+  say("Connected", "is-good");
+}
+
+function makeCard(stage, index, shares) {
+  const isMeasured = typeof stage.busy === "number";
+  const [first, last] = stage.layers;
+  return make(
+    "li",
+    "",
+    make("strong", "", `Stage ${index + 1}`),
+    make("span", "hint", first === last ? `layer ${first}` : `layers ${first}–${last}`),
+    isMeasured ? makeCurve(shares) : make("span", "curve"),
+    make("span", "busy", isMeasured ? `${percent(stage.busy, 0)} busy` : "busy share not measured"),
+    make("span", "hint", `${stage.weights_gib.toFixed(2)} GiB weights, ${stage.cache_gib.toFixed(2)} GiB cache`),
+  );
+}
+
+/** Draw the last shares, the newest at the right. */
+function makeCurve(shares) {
+  const known = shares.map((share) => Math.min(Math.max(share ?? 0, 0), 1));
+  const points = known.map((share, index) => `${NUM_SHARES - known.length + index},${(1 - share).toFixed(3)}`);
+  const svg = document.createElementNS(SVG, "svg");
+  svg.setAttribute("class", "curve");
+  svg.setAttribute("viewBox", `0 0 ${NUM_SHARES - 1} 1`);
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("aria-hidden", "true");
+  const area = document.createElementNS(SVG, "polygon");
+  area.setAttribute("points", [`${NUM_SHARES - known.length},1`, ...points, `${NUM_SHARES - 1},1`].join(" "));
+  const line = document.createElementNS(SVG, "polyline");
+  line.setAttribute("points", points.join(" "));
+  svg.append(area, line);
+  return svg;
+}

@@ -1,0 +1,143 @@
+"""A server for the page's own tests: the real page, behind it answers that a test writes down. It listens on the loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from finlora.serve.page import page_router
+
+KEY = "a-key-of-the-test"
+SEVEN = (
+    "strong negative",
+    "moderately negative",
+    "mildly negative",
+    "neutral",
+    "mildly positive",
+    "moderately positive",
+    "strong positive",
+)
+TASKS = [
+    {"name": "fpb", "about": "none", "labels": ["negative", "neutral", "positive"]},
+    {"name": "nwgi", "about": "none", "labels": list(SEVEN)},
+    {"name": "ner", "about": "entity", "labels": ["location", "organization", "person"]},
+    {"name": "xbrl_values", "about": "question", "labels": []},
+]
+STAGES = {
+    "stages": [
+        {"layers": [16 * index, 16 * index + 15], "weights_gib": 4.25, "cache_gib": 0.5, "busy": busy}
+        for index, busy in enumerate((0.62, 0.48))
+    ],
+    "queue": 3,
+    "active": 5,
+    "kv_used": 1536,
+    "kv_total": 8192,
+}
+
+
+@dataclass
+class Script:
+    """What the server answers, by path, and what it was asked."""
+
+    models: list[str] = field(default_factory=lambda: ["llama-8b", "llama-8b:sentiment-r4", "llama-8b:xbrl-r4"])
+    tasks: list[dict] = field(default_factory=lambda: list(TASKS))
+    answers: dict[str, dict] = field(default_factory=dict)
+    failures: dict[str, tuple[int, str, dict[str, str]]] = field(default_factory=dict)
+    """Path -> status, message and headers of the error that it answers instead."""
+    pieces: list[str | None] = field(default_factory=list)
+    """Of a streamed answer; None: wait until `go` is set."""
+    last_event: str = "data: [DONE]\n\n"
+    go: threading.Event = field(default_factory=threading.Event)
+    asked: list[tuple[str, dict]] = field(default_factory=list)
+    num_polls: int = 0
+    is_hung_up: threading.Event = field(default_factory=threading.Event)
+
+
+def make_app(script: Script) -> FastAPI:
+    app = FastAPI()
+    app.include_router(page_router())
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next) -> Response:
+        path = request.url.path
+        script.num_polls += path == "/v1/stages"
+        if path.startswith("/v1/"):
+            if request.headers.get("authorization") != f"Bearer {KEY}":
+                return refuse(401, "unknown key", {})
+            if path in script.failures:
+                return refuse(*script.failures[path])
+        reply = await call_next(request)
+        reply.headers["X-Request-Id"] = "req-0123456789"
+        return reply
+
+    def refuse(status: int, message: str, headers: dict[str, str]) -> Response:
+        error = {"error": {"message": message, "type": "error", "code": None}}
+        return JSONResponse(error, status, headers | {"X-Request-Id": "req-0123456789"})
+
+    @app.get("/v1/models")
+    def models() -> dict:
+        return {"data": [{"id": name} for name in script.models]}
+
+    @app.get("/v1/tasks")
+    def tasks() -> dict:
+        return {"data": script.tasks}
+
+    @app.get("/v1/stages")
+    def stages() -> dict:
+        return script.answers.get("/v1/stages", STAGES)
+
+    @app.post("/v1/classify")
+    @app.post("/v1/extract")
+    async def answer(request: Request) -> dict:
+        path = request.url.path
+        script.asked.append((path, await request.json()))
+        while path not in script.answers:  # a test that wants to see the waiting gives the answer later
+            await asyncio.sleep(0.02)
+        return script.answers[path]
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> StreamingResponse:
+        script.asked.append((request.url.path, await request.json()))
+        return StreamingResponse(write(), media_type="text/event-stream")
+
+    async def write() -> AsyncIterator[str]:
+        try:
+            for piece in script.pieces:
+                while piece is None and not script.go.is_set():
+                    await asyncio.sleep(0.02)
+                if piece is not None:
+                    event = {"choices": [{"index": 0, "delta": {"content": piece}, "finish_reason": None}]}
+                    yield f"data: {json.dumps(event)}\n\n"
+            yield script.last_event
+        except asyncio.CancelledError:
+            script.is_hung_up.set()
+            raise
+
+    return app
+
+
+@contextmanager
+def serving(script: Script) -> Iterator[str]:
+    """Serve the page and the script while inside; gives the address."""
+    config = uvicorn.Config(make_app(script), host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive(), "the server did not start"
+            threading.Event().wait(0.02)
+        (socket,) = server.servers[0].sockets
+        yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+    finally:
+        script.go.set()
+        server.should_exit = True
+        thread.join(timeout=20)

@@ -1,43 +1,27 @@
 """Which tokens are computed next: continuous batching with chunked prefill, over a pipeline with several passes in flight.
 
 Pure bookkeeping, no torch, no clock of its own. A request waits in its client's line, is admitted when the cache has rows for
-all that it can need, has its prompt computed in chunks, and then one token a micro-batch until it ends. A request is in one
-micro-batch at a time; with K stages, K micro-batches of different requests keep all of them at work.
+all that it can need, has its prompt computed in chunks, and then one token a micro-batch until it ends. With K stages, K
+micro-batches keep all of them at work: tokens of different requests, or chunks of one prompt that follow each other.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 
-from finlora.engine.extents import Extent, ExtentPool, common_length
+from finlora.engine.extents import ExtentPool, common_length
 from finlora.engine.microbatch import Draw, MicroBatch, Output, Score
 from finlora.engine.request import Answer, Finish, Request, Token
+from finlora.engine.work import Work
 from finlora.errors import ConfigError, QueueFullError
 
 MIN_PREFIX = 16
 """Tokens of common beginning from which a request waits one micro-batch for another that computes them."""
-
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """A request that was admitted."""
-
-    request: Request
-    extent: Extent
-    seed: int
-    num_cached: int
-    num_computed: int
-    """Prompt rows of micro-batches scheduled so far."""
-    tokens: list[Token] = field(default_factory=list)
-    in_flight: bool = False
-    ending: Finish | None = None
-    """Somebody ended it while it was in flight."""
-
-    @property
-    def is_prefilled(self) -> bool:
-        return self.num_computed >= len(self.request.prompt_ids)
+MIN_CHUNK = 512
+"""Prompt tokens below which a micro-batch is not cut further to give every stage a part."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +60,7 @@ class Scheduler:
         self.pool = ExtentPool(limits.cache_rows, keeps_prefixes=limits.keeps_prefixes)
         self._lines: OrderedDict[str, deque[Request]] = OrderedDict()
         self._active: OrderedDict[str, Work] = OrderedDict()
-        self._in_flight: dict[int, list[Work]] = {}
+        self._in_flight: dict[int, list[tuple[Work, bool]]] = {}  # with whether it brings what the request waits for
         self._copies: list[tuple[int, int, int]] = []
         self._number = 0
 
@@ -165,8 +149,8 @@ class Scheduler:
                 batch.adapters[-1] = (adapter, batch.adapters[-1][1] + rows)
             else:
                 batch.adapters.append((adapter, rows))
-            work.in_flight = True
-        self._in_flight[batch.number] = [work for work, _ in chosen]
+            work.in_flight += 1
+        self._in_flight[batch.number] = [(work, work.is_prefilled) for work, _ in chosen]
         self._number += 1
         return batch
 
@@ -175,15 +159,15 @@ class Scheduler:
         tokens, log_probs = iter(output.tokens), iter(output.log_probs)
         news: list[tuple[str, Token]] = []
         answers: list[Answer] = []
-        for work in self._in_flight.pop(output.number):
-            work.in_flight = False
+        for work, is_complete in self._in_flight.pop(output.number):
+            work.in_flight -= 1
             request = work.request
             finish: Finish | None = None
-            if work.is_prefilled and request.choices:
+            if is_complete and request.choices:
                 sums = [sum(next(log_probs) for _ in choice) for choice in request.choices]
                 answers.append(self._finish(work, work.ending or "choice", sums))
                 continue
-            if work.is_prefilled:
+            if is_complete:
                 token = Token(*next(tokens))
                 if token.id == self.end_token_id:
                     finish = "end"
@@ -191,7 +175,7 @@ class Scheduler:
                     work.tokens.append(token)
                     news.append((request.id, token))
                     finish = "length" if len(work.tokens) >= request.sampling.max_tokens else None
-            if finish := work.ending or finish:
+            if (finish := work.ending or finish) and not work.in_flight:
                 answers.append(self._finish(work, finish))
         return news, answers
 
@@ -214,18 +198,31 @@ class Scheduler:
         """Return requests and how many prompt tokens (0: one generated token) of each to compute."""
         budget = self.limits.max_batch_tokens
         chosen: list[tuple[Work, int]] = []
-        ready = [work for work in self._active.values() if not work.in_flight]
+        ready = [work for work in self._active.values() if not work.in_flight and work.is_prefilled]
         # Split evenly over the passes in flight, or the first would take all and leave the other stages nothing.
         share = -(-sum(work.is_prefilled for work in self._active.values()) // self.limits.max_in_flight)
-        for work in [work for work in ready if work.is_prefilled][: min(share, budget)]:
+        for work in ready[: min(share, budget)]:
             chosen.append((work, 0))
             budget -= 1
             self._active.move_to_end(work.request.id)
-        for work in [work for work in ready if not work.is_prefilled]:
+        prompts = [work for work in self._active.values() if not work.is_prefilled and not work.ending]
+        budget = self._cut(prompts, budget)
+        for work in prompts:
             budget = self._take_prompt(chosen, work, budget)
         while budget > 0 and (new := self._admit(chosen)) is not None:
             budget = self._take_prompt(chosen, new, budget)
         return chosen
+
+    def _cut(self, prompts: list[Work], budget: int) -> int:
+        """Return how many prompt tokens to compute now, so that each stage gets a part of what there is."""
+        lengths = [len(work.request.prompt_ids) - work.num_cached for work in prompts]
+        waiting = (len(request.prompt_ids) for line in self._lines.values() for request in line)
+        most, rest = budget * self.limits.max_in_flight, 0
+        for length in chain(lengths, waiting):
+            rest += length
+            if rest >= most:
+                return budget
+        return min(budget, max(MIN_CHUNK, -(-rest // self.limits.max_in_flight)))
 
     def _take_prompt(self, chosen: list[tuple[Work, int]], work: Work, budget: int) -> int:
         """Add as much of a prompt as the budget allows; choices go with its last part, whatever their number."""

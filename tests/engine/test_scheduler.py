@@ -212,3 +212,37 @@ def test_what_cannot_be_taken_on_is_refused_by_words():
         scheduler.submit(make_request("s"))
     with pytest.raises(ConfigError, match=r"cache_rows=1: expected at least 16(.|\n)*max_in_flight=0"):
         Limits(cache_rows=1, max_in_flight=0)
+
+
+def test_chunks_of_one_prompt_are_under_way_together_and_cut_for_all_stages():
+    prompt = tuple(1 + n % 30 for n in range(4400))
+    scheduler = make_scheduler(cache_rows=8192, max_in_flight=4, max_batch_tokens=2048)
+    scheduler.submit(Request(id="long", prompt_ids=prompt, sampling=Sampling(max_tokens=1)))
+    batches = []
+    while (batch := scheduler.next_batch()) is not None:
+        batches.append(batch)
+    assert [batch.num_rows for batch in batches] == [1100] * 4
+    model = PretendModel(scheduler.pool.num_rows)
+    answers = []
+    while batches:
+        _, ended = scheduler.complete(model.run(batches.pop(0)))
+        answers += ended
+        if (batch := scheduler.next_batch()) is not None:
+            batches.append(batch)
+    (answer,) = answers
+    assert [token.id for token in answer.tokens] == answer_alone(
+        Request(id="x", prompt_ids=prompt, sampling=Sampling(max_tokens=1))
+    )[0]
+
+
+def test_prompt_that_is_cancelled_ends_with_its_last_chunk_under_way():
+    scheduler = make_scheduler(cache_rows=8192, max_in_flight=3, max_batch_tokens=1024)
+    scheduler.submit(Request(id="long", prompt_ids=(5,) * 4000))
+    model = PretendModel(scheduler.pool.num_rows)
+    batches = [scheduler.next_batch() for _ in range(3)]
+    assert scheduler.end("long", "cancelled") is None
+    assert scheduler.next_batch() is None
+    ended = [scheduler.complete(model.run(batch))[1] for batch in batches]
+    assert [len(answers) for answers in ended] == [0, 0, 1]
+    assert ended[2][0].finish == "cancelled"
+    assert scheduler.pool.num_held == 0

@@ -7,6 +7,7 @@ wait has been long enough.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ _LIMIT = 10_000
 _POLL_S = 1.0
 _SAY_EVERY_S = 60.0
 _EPSILON = 1e-6
+_MARK = " #"
+"""Between a lease's name and what makes it unique."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +62,9 @@ def list_holdings(kind: str) -> list[Holding]:
                 _name(member) for member in (*actors, *tasks) if member.placement_group_id == group.placement_group_id
             )
             what = (
-                group.name or ", ".join(f"{n} x {name}" for name, n in inside.items()) or "a group that nothing runs in"
+                group.name.partition(_MARK)[0]
+                or ", ".join(f"{n} x {name}" for name, n in inside.items())
+                or "a group that nothing runs in"
             )
             holdings.append(Holding(amount=amount, what=what, job=jobs(group.creator_job_id)))
     for member in (*actors, *tasks):
@@ -110,7 +115,9 @@ def take_lease(
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    group = placement_group(list(bundles), strategy="PACK", name=name)
+    # Ray refuses a second group of one name.
+    own = f"{name}{_MARK}{secrets.token_hex(4)}" if name else ""
+    group = placement_group(list(bundles), strategy="PACK", name=own)
     patience = Patience(wait_s, announce)
     try:
         while not group.wait(_POLL_S):
@@ -171,7 +178,11 @@ def wait_for_room(bundles: Sequence[Bundle], patience: Patience, look: Callable[
 
 
 def _ask(list_states: Callable[..., list[Any]]) -> list[Any]:
-    return list_states(detail=True, limit=_LIMIT, raise_on_missing_output=False)
+    import ray
+
+    # Named, since Ray would look for a cluster by itself and give up where a machine runs several.
+    address = ray.get_runtime_context().gcs_address
+    return list_states(address=address, detail=True, limit=_LIMIT, raise_on_missing_output=False)
 
 
 def _name(member: Any) -> str:

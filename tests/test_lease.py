@@ -69,7 +69,7 @@ def test_two_that_want_all_take_turns_instead_of_half_each(half):
     spans = []
 
     def take_turn():
-        with take_lease([{"CPU": half}, {"CPU": half}], 60.0, ignore):
+        with take_lease([{"CPU": half}, {"CPU": half}], 60.0, ignore, name="one name for all"):
             begin = time.monotonic()
             time.sleep(1.0)
             spans.append((begin, time.monotonic()))

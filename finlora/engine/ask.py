@@ -142,6 +142,7 @@ def open_executor(config: RunConfig, num_stages: int, cache_rows: int) -> Iterat
             device=config.eval.device,
             gpus_per_stage=config.eval.num_gpus,
             cpus_per_stage=1.0 / num_stages,  # one core in all, as an evaluation reserves
+            wait_s=config.max_wait_s,
         )
         pipeline = Pipeline(config.model, bits, settings, config.seed)
         try:

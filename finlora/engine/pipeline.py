@@ -8,20 +8,26 @@ loaded by the same way, so they come between the same two micro-batches everywhe
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.dag import InputNode
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from finlora.config import Bits, ModelConfig
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.spans import split_layers
 from finlora.errors import FinloraError, ResourceError
+from finlora.lease import take_lease
 from finlora.model.shapes import read_shape
 from finlora.model.source import find_source
+
+_logger = logging.getLogger(__name__)
 
 _BUFFER_BYTES = 64 * 2**20
 """Largest message between two stages: 2,048 rows of 8,192 in bfloat16 take half of it."""
@@ -41,6 +47,8 @@ class PipelineConfig:
     cpus_per_stage: float = 1.0
     keep_unpacked: bool = False
     """Hold 4-bit weights unpacked."""
+    wait_s: float | None = 600.0
+    """Seconds to wait for the stages' places while others hold them. None: without limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +108,7 @@ class Pipeline:
     """An executor over stage actors. Ray must be connected; call `close` at the end.
 
     Raises:
-        ResourceError: the cluster has too little for the stages.
+        ResourceError: the cluster has too little for the stages, or others held it for too long; says who.
         ModelError: the base's files are not usable.
     """
 
@@ -109,12 +117,21 @@ class Pipeline:
         self.spans = split_layers(shape, bits, config.num_stages)
         gpus = config.gpus_per_stage if config.device == "cuda" else 0.0
         self._require(config.num_stages, config.cpus_per_stage, gpus)
+        # All places or none: two pipelines that each got half of theirs would wait for each other for good.
+        bundle = {kind: share for kind, share in (("CPU", config.cpus_per_stage), ("GPU", gpus)) if share}
+        self._lease = ExitStack()
+        name = f"finlora pipeline of {config.num_stages} stages"
+        group = self._lease.enter_context(
+            take_lease([bundle] * config.num_stages, config.wait_s, _logger.warning, name)
+        )
         actor: Any = ray.remote(_StageActor)
         self.actors = [
-            actor.options(num_cpus=config.cpus_per_stage, num_gpus=gpus).remote(
-                dataclasses.asdict(model), bits, (span.start, span.stop), dataclasses.asdict(config), seed
-            )
-            for span in self.spans
+            actor.options(
+                num_cpus=config.cpus_per_stage,
+                num_gpus=gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+            ).remote(dataclasses.asdict(model), bits, (span.start, span.stop), dataclasses.asdict(config), seed)
+            for index, span in enumerate(self.spans)
         ]
         self._refs: deque[Any] = deque()
         self._outputs: deque[Output] = deque()
@@ -152,6 +169,7 @@ class Pipeline:
             self._graph.teardown()
         for actor in self.actors:
             ray.kill(actor)
+        self._lease.close()
 
     def _change(self, change: _Change) -> None:
         while self._refs:

@@ -78,3 +78,20 @@ def test_cluster_that_is_too_small_is_refused_by_words(four_layers, ray_instance
     config = PipelineConfig(num_stages=4, cache_rows=64, device="cuda")
     with pytest.raises(ResourceError, match=r"4 stages need 4 GPUs and the cluster has 0: take fewer stages"):
         Pipeline(four_layers, 4, config, seed=0)
+
+
+def test_stages_come_all_or_none_and_who_holds_their_places_is_said(four_layers, ray_instance, caplog):
+    import ray
+
+    from finlora.engine.pipeline import Pipeline, PipelineConfig
+    from finlora.lease import list_holdings, take_lease
+
+    cores = ray.cluster_resources()["CPU"]
+    free = ray.available_resources()["CPU"]
+    # Room for one more stage of the two.
+    with take_lease([{"CPU": free - cores / 4}], 30.0, lambda _line: None, name="night-training"):
+        config = PipelineConfig(num_stages=2, cache_rows=64, device="cpu", cpus_per_stage=cores / 4, wait_s=2.0)
+        with pytest.raises(ResourceError, match=r"by night-training \(job .*Waited 2 s"):
+            Pipeline(four_layers, 16, config, seed=0)
+        assert [each.what for each in list_holdings("CPU") if "_StageActor" in each.what] == []
+    assert "by night-training" in caplog.text

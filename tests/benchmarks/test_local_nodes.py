@@ -1,0 +1,42 @@
+"""Nodes started by the systemd units' own commands: they join with the token alone, can be killed, and leave nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import psutil
+from local_nodes import LocalNodes
+
+NODES = "import ray; ray.init(logging_level='ERROR'); print(sorted(n['Alive'] for n in ray.nodes()), ray.cluster_resources())"
+
+
+def test_units_make_a_cluster_that_a_node_joins_and_leaves():
+    nodes = LocalNodes()
+    try:
+        nodes.start_head()
+        nodes.start_node("a", 3)
+        here = {"env": nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}, "cwd": nodes.folder}
+        deadline = time.monotonic() + 60
+        while "'CPU': 3.0" not in (done := nodes.run(sys.executable, "-c", NODES, **here)).stdout:
+            assert time.monotonic() < deadline, done.stdout + done.stderr
+        assert done.stdout.startswith("[True, True]")
+
+        (nodes.folder / "wrong").write_text("f" * 64)
+        stranger = {"env": nodes.environment | {"RAY_AUTH_TOKEN_PATH": str(nodes.folder / "wrong")}}
+        refused = nodes.run("ray", "job", "list", "--address", nodes.dashboard, **stranger)
+        assert refused.returncode != 0
+        assert "authentication" in (refused.stdout + refused.stderr).lower()
+
+        assert nodes.kill_node("a") > 3
+        while not (done := nodes.run(sys.executable, "-c", NODES, **here)).stdout.startswith("[False, True]"):
+            assert time.monotonic() < deadline, done.stdout + done.stderr
+    finally:
+        nodes.close()
+    assert not nodes.folder.exists()
+    left = [
+        process for process in psutil.process_iter(["cmdline"]) if str(nodes.folder) in str(process.info["cmdline"])
+    ]
+    assert left == []
+    assert "RAY_AUTH_TOKEN_PATH" not in os.environ or str(nodes.folder) not in os.environ["RAY_AUTH_TOKEN_PATH"]

@@ -127,7 +127,9 @@ def make_app(script: Script) -> FastAPI:
 @contextmanager
 def serving(script: Script) -> Iterator[str]:
     """Serve the page and the script while inside; gives the address."""
-    config = uvicorn.Config(make_app(script), host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        make_app(script), host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -141,3 +143,13 @@ def serving(script: Script) -> Iterator[str]:
         script.go.set()
         server.should_exit = True
         thread.join(timeout=20)
+
+
+def labels(probabilities: dict[str, float], *, abstained: bool = False) -> dict:
+    """Return what `/v1/classify` answers to one text."""
+    likeliest = max(probabilities, key=probabilities.get)
+    return {
+        "results": [
+            {"label": None if abstained else likeliest, "probabilities": probabilities, "abstained": abstained},
+        ]
+    }

@@ -37,11 +37,16 @@ export function showWaiting(call, lines) {
 
 const secondsSince = (began) => `${((performance.now() - began) / 1000).toFixed(1)} s`;
 
+function makeDuration(began) {
+  const passed = performance.now() - began;
+  return passed < 1000 ? `${Math.round(passed)} ms` : secondsSince(began);
+}
+
 function makeFooter(call) {
   return makeTerms("about-answer", [
     ["Model", call.model],
     ["Task", call.task],
-    ["Time", secondsSince(call.began)],
+    ["Time", makeDuration(call.began)],
     ["Request", call.requestId],
   ]);
 }

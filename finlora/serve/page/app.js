@@ -55,10 +55,15 @@ function askForKey(failure = null) {
   $("key").value = failure && failure.status !== 401 ? session.key ?? "" : "";
   if (!failure || failure.status === 401) session.forget();
   setDesk(false);
-  const wait = failure?.waitSeconds ? `Wait ${failure.waitSeconds} s.` : "";
-  $("key-fault").textContent = failure ? [failure.title, failure.advice, wait, failure.message].filter(Boolean).join(" ") : "";
+  $("key-fault").textContent = failure ? describe(failure) : "";
   say("");
   $("key").focus();
+}
+
+function describe(failure) {
+  const wait = failure.waitSeconds && `Wait ${failure.waitSeconds} s.`;
+  const said = failure.message && failure.status !== 401 && `The server says: ${failure.message}`;
+  return [failure.title, failure.advice, wait, said].filter(Boolean).join(" ");
 }
 
 function setDesk(isOpen) {
@@ -156,6 +161,7 @@ async function ask() {
   current = call;
   setBusy(true);
   showWaiting(call, task.labels.length || 2);
+  $("answer").parentElement.scrollIntoView({ block: "nearest" }); // on a phone it begins below what one sees
   try {
     await ASK[formOf(task)](task, call);
   } catch (error) {

@@ -10,6 +10,7 @@ const SVG = "http://www.w3.org/2000/svg";
 
 const history = [];
 let timer = 0;
+let seen = null; // when the server last told of its stages
 let onRefused = null;
 
 /** Begin to watch; `refused` is called when the key is not accepted any more. */
@@ -20,7 +21,7 @@ export function watch(refused) {
 }
 
 export function unwatch() {
-  onRefused = null;
+  onRefused = seen = null;
   history.length = 0;
   clearTimeout(timer);
 }
@@ -42,7 +43,8 @@ async function poll() {
     if (failure.status === 401) return void onRefused(failure);
     wait = Math.max(FAILED_POLL_MS, 1000 * failure.waitSeconds);
     say(failure.title, "is-bad");
-    $("stages").classList.add("is-old");
+    if (seen) $("seen").textContent = `as of ${seen.toLocaleTimeString()}`;
+    $("engine").classList.add("is-old");
   }
   clearTimeout(timer);
   if (document.visibilityState === "visible") timer = setTimeout(poll, wait);
@@ -59,11 +61,14 @@ function show(status) {
   const cards = status.stages.map((stage, index) => {
     const shares = (history[index] ??= []);
     shares.push(stage.busy);
+    shares.splice(0, shares.lastIndexOf(null) + 1); // a share that was not measured is no share of 0
     if (shares.length > NUM_SHARES) shares.shift();
     return makeCard(stage, index, shares);
   });
   $("stages").replaceChildren(...cards);
-  $("stages").classList.remove("is-old");
+  $("engine").classList.remove("is-old");
+  $("seen").textContent = "";
+  seen = new Date();
   const cacheShare = status.kv_total ? status.kv_used / status.kv_total : 0;
   const cache = make("span", "", `${count(status.kv_used)} of ${count(status.kv_total)} rows`, makeBar(cacheShare));
   $("load").replaceWith(Object.assign(makeTerms("", [["At work", count(status.active)], ["Waiting", count(status.queue)], ["KV cache", cache]]), { id: "load" }));
@@ -71,22 +76,20 @@ function show(status) {
 }
 
 function makeCard(stage, index, shares) {
-  const isMeasured = typeof stage.busy === "number";
   const [first, last] = stage.layers;
   return make(
     "li",
     "",
     make("strong", "", `Stage ${index + 1}`),
     make("span", "hint", first === last ? `layer ${first}` : `layers ${first}–${last}`),
-    isMeasured ? makeCurve(shares) : make("span", "curve"),
-    make("span", "busy", isMeasured ? `${percent(stage.busy, 0)} busy` : "busy share not measured"),
-    make("span", "hint", `${stage.weights_gib.toFixed(2)} GiB weights, ${stage.cache_gib.toFixed(2)} GiB cache`),
+    ...(shares.length ? [make("span", "busy", `${percent(stage.busy, 0)} busy`), makeCurve(shares)] : []),
+    make("span", "hint memory", `${stage.weights_gib.toFixed(2)} GiB weights, ${stage.cache_gib.toFixed(2)} GiB cache`),
   );
 }
 
 /** Draw the last shares, the newest at the right. */
 function makeCurve(shares) {
-  const known = shares.map((share) => Math.min(Math.max(share ?? 0, 0), 1));
+  const known = shares.map((share) => Math.min(Math.max(share, 0), 1));
   const points = known.map((share, index) => `${NUM_SHARES - known.length + index},${(1 - share).toFixed(3)}`);
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("class", "curve");

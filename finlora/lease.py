@@ -28,6 +28,7 @@ _LIMIT = 10_000
 _POLL_S = 1.0
 _SAY_EVERY_S = 60.0
 _EPSILON = 1e-6
+_MAX_COMMAND = 120
 _MARK = " #"
 """Between a lease's name and what makes it unique."""
 
@@ -200,6 +201,11 @@ def _describe_jobs() -> Callable[[str | None], str]:
         if job is None:
             return f"job {job_id}"
         driver = f", process {job.driver_info.pid} on {job.driver_info.node_ip_address}" if job.driver_info else ""
-        return f"job {job.submission_id or f'{job_id}{driver}'}: {job.entrypoint}"
+        return f"job {job.submission_id or f'{job_id}{driver}'}: {_shorten(job.entrypoint)}"
 
     return describe
+
+
+def _shorten(command: str) -> str:
+    """Return a job's command, cut to what tells it from others: script, config and the first settings."""
+    return command if len(command) <= _MAX_COMMAND else f"{command[:_MAX_COMMAND]}..."

@@ -49,7 +49,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print
 
 def say(line: str) -> None:
     """Print one line as it is, however long: a log is searched by its whole lines."""
-    console.print(line, highlight=False, soft_wrap=True)
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def load_settings(config: Path | None, overrides: Sequence[str] | None) -> Any:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from finlora.cli.app import ORDER, app
+from finlora.cli.app import ORDER, app, say
 from finlora.cli.main import main
 from finlora.configfile import save_config
 from finlora.results import read_results
@@ -182,3 +182,8 @@ def test_evaluation_as_a_ray_task_gives_the_same_scores(call, config_file, tmp_p
     here, there = read_results(tmp_path / "runs" / "cli" / "results.jsonl")
     assert there.metrics == here.metrics
     assert there.counts == here.counts
+
+
+def test_line_is_shown_as_it_is(capsys):
+    say("held by job x: python jobs/train.py data.tasks=[fpb] " + "y" * 200)
+    assert capsys.readouterr().out == "held by job x: python jobs/train.py data.tasks=[fpb] " + "y" * 200 + "\n"

@@ -236,22 +236,24 @@ class EvalConfig:
     """Bits of the base during evaluation; the paper evaluates at 8. None: as trained (model.bits)."""
     device: Literal["cuda", "cpu"] = "cuda"
     """Device of the evaluation; `cpu` is never chosen for you."""
-    batch_size: int = 16
-    """Examples a forward pass."""
+    batch_size: int = 64
+    """Examples that the KV cache holds at once; fewer where the memory asks for it."""
+    num_stages: int = 1
+    """Ray actors that the layers are spread over, each on eval.num_gpus; 1: the evaluating process holds them all."""
     method: Literal["labels", "generate"] = "labels"
     """Closed-label tasks: `labels` scores every allowed label in one forward pass, `generate` decodes freely.
     Free-text tasks (XBRL) always generate."""
     max_new_tokens: int = 48
     """Longest generated answer in tokens."""
     num_gpus: float = 1.0
-    """GPUs that the evaluation job reserves from Ray."""
+    """GPUs that the evaluation job reserves from Ray, or each of its stages."""
 
     def __post_init__(self) -> None:
+        counts = ((key, getattr(self, key)) for key in ("batch_size", "num_stages", "max_new_tokens"))
         _refuse(
             "eval",
             [
-                (self.batch_size >= 1, f"batch_size={self.batch_size}: expected at least 1"),
-                (self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens}: expected at least 1"),
+                *((n >= 1, f"{key}={n}: expected at least 1") for key, n in counts),
                 (self.num_gpus > 0, f"num_gpus={self.num_gpus}: expected more than 0"),
             ],
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +22,8 @@ from finlora.cli.app import (
     say,
 )
 from finlora.terminal import open_bars
+
+_LOG_SECONDS = 10.0
 
 
 @app.command(
@@ -46,14 +49,17 @@ def evaluate(
     say(check_evaluation(settings, chosen))
     if dry_run:
         return
-    if ray:
+    is_spread = settings.eval.num_stages > 1
+    if ray or is_spread:
         from finlora import cluster
 
-        cluster.connect(log_to_driver=True)
-        gpus = settings.eval.num_gpus if settings.eval.device == "cuda" else 0.0
+        cluster.connect(log_to_driver=ray)
+    if ray:
+        # Stages have GPUs of their own.
+        gpus = settings.eval.num_gpus if settings.eval.device == "cuda" and not is_spread else 0.0
         results = cluster.call(
             run_evaluation,
-            *(settings, chosen, _print_progress),
+            *(settings, chosen, _LogProgress(), _print_reading),
             num_cpus=1.0,
             num_gpus=gpus,
             wait_s=settings.max_wait_s,
@@ -61,7 +67,7 @@ def evaluate(
         )
     else:
         with open_bars(console) as bars:
-            results = run_evaluation(settings, chosen, bars.update)
+            results = run_evaluation(settings, chosen, bars.update, _print_reading)
     for result in results:
         append_result(folder.results, result)
     from finlora.report import show_results
@@ -82,7 +88,9 @@ def ask(
     about: Annotated[str | None, typer.Option(help="Entity, headline question or XBRL question.")] = None,
     adapter: AdapterPath = None,
     base: BaseAlone = False,
-    stages: Annotated[int, typer.Option(help="Ray actors that the layers are spread over; 1: this process.")] = 1,
+    stages: Annotated[
+        int | None, typer.Option(help="Ray actors that the layers are spread over. Without it: eval.num_stages.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0: the likeliest text; higher: more varied.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes a drawn text repeatable.")] = None,
 ) -> None:
@@ -96,15 +104,29 @@ def ask(
     chosen = choose_adapter(settings, adapter, base)
     question = make_question(task, read_content(text), about)
     sampling = Sampling(max_tokens=settings.eval.max_new_tokens, temperature=temperature, seed=seed)
-    if stages > 1:
+    num_stages = settings.eval.num_stages if stages is None else stages
+    if num_stages > 1:
         from finlora import cluster
 
         cluster.connect(log_to_driver=False)
-    reply = ask_engine(settings, chosen, question, sampling, stages, lambda piece: console.out(piece, end=""))
+    reply = ask_engine(settings, chosen, question, sampling, num_stages, lambda piece: console.out(piece, end=""))
     show_reply(reply.probabilities, reply.quote, console, is_quoted=task in ("xbrl_tags", "xbrl_values"))
 
 
-def _print_progress(task: str, done: int, total: int) -> None:
-    if done == total or done % 512 < 16:
-        sys.stdout.write(f"{task}: {done}/{total}\n")
-        sys.stdout.flush()
+def _print_reading(reading: Any) -> None:
+    sys.stdout.write(reading.describe() + "\n")
+    sys.stdout.flush()
+
+
+class _LogProgress:
+    """A line in a job's log now and then."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def __call__(self, task: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == total or now >= self._next:
+            self._next = now + _LOG_SECONDS
+            sys.stdout.write(f"{task}: {done}/{total}\n")
+            sys.stdout.flush()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +11,9 @@ from typing import TYPE_CHECKING
 from finlora.config import RunConfig
 from finlora.data.encode import encode_answer, encode_prompt, end_token_id
 from finlora.data.question import Question
-from finlora.engine.core import EngineCore, Executor, InProcess
-from finlora.engine.extents import BLOCK
+from finlora.engine.core import EngineCore
 from finlora.engine.grounding import find_quote
-from finlora.engine.request import Finish, Request, Sampling
+from finlora.engine.request import Finish, Request, Sampling, normalise_choices
 from finlora.engine.scheduler import Limits, Scheduler
 from finlora.model.contract import read_contract
 from finlora.model.source import find_source, fingerprint_weights
@@ -70,8 +67,12 @@ def ask(
         hashes = fingerprint_weights(source), hash_tokenizer(tokenizer)
         contract.check_hashes(adapter, *hashes, config.model.template)
     request = make_request(question, tokenizer, config, sampling, ADAPTER if adapter else None)
-    with open_executor(config, num_stages, request.num_tokens) as executor:
-        limits = Limits(cache_rows=_round_up(request.num_tokens), max_in_flight=num_stages)
+    # Slow to import, and not needed where the question cannot be asked.
+    from finlora.engine.opening import open_executor
+
+    rows = request.num_tokens
+    with open_executor(config, num_stages, rows, rows) as (executor, cache_rows):
+        limits = Limits(cache_rows=cache_rows, max_in_flight=num_stages)
         end = end_token_id(tokenizer, config.model.template)
         core = EngineCore(executor, Scheduler(limits, end, lambda: random.getrandbits(31)), tokenizer)
         if adapter is not None:
@@ -118,45 +119,5 @@ def make_request(
 
 def rank_choices(choices: Sequence[str], log_probs: Sequence[float]) -> dict[str, float]:
     """Return each choice's probability, normalised over all of them, the likeliest first."""
-    highest = max(log_probs)
-    weights = [math.exp(value - highest) for value in log_probs]
-    pairs = sorted(zip(choices, weights, strict=True), key=lambda pair: -pair[1])
-    return {choice: weight / sum(weights) for choice, weight in pairs}
-
-
-@contextmanager
-def open_executor(config: RunConfig, num_stages: int, cache_rows: int) -> Iterator[Executor]:
-    """Hold the base of a config in one stage of this process, or in several actors, while inside."""
-    import torch
-
-    from finlora.engine.stage import Stage
-    from finlora.model.base import load_base, quiet_bitsandbytes
-
-    bits = config.eval.bits or config.model.bits
-    if num_stages > 1:
-        from finlora.engine.pipeline import Pipeline, PipelineConfig
-
-        settings = PipelineConfig(
-            num_stages=num_stages,
-            cache_rows=_round_up(cache_rows),
-            device=config.eval.device,
-            gpus_per_stage=config.eval.num_gpus,
-            cpus_per_stage=1.0 / num_stages,  # one core in all, as an evaluation reserves
-            wait_s=config.max_wait_s,
-        )
-        pipeline = Pipeline(config.model, bits, settings, config.seed)
-        try:
-            yield pipeline
-        finally:
-            pipeline.close()
-        return
-    device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
-    with quiet_bitsandbytes():
-        net = load_base(config.model, bits, device, config.seed).model
-        dtype = torch.bfloat16 if config.model.compute_dtype == "bfloat16" else torch.float32
-        span = range(net.config.num_hidden_layers)
-        yield InProcess([Stage(net, span, _round_up(cache_rows), dtype)])
-
-
-def _round_up(num_tokens: int) -> int:
-    return -(-num_tokens // BLOCK) * BLOCK
+    pairs = sorted(zip(choices, normalise_choices(log_probs), strict=True), key=lambda pair: -pair[1])
+    return dict(pairs)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from finlora.engine.detokenise import Detokeniser
+from finlora.engine.meter import BubbleMeter
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.request import Answer, Finish, Request
 from finlora.engine.scheduler import Scheduler
@@ -39,6 +40,10 @@ class Executor(Protocol):
 
     def unload_adapter(self, name: str) -> None: ...
 
+    def peak_memory_gib(self) -> float | None:
+        """Return the most memory that all stages together took since they were loaded, in GiB; None where unknown."""
+        ...
+
 
 class InProcess:
     """Stages of this process, one after the other."""
@@ -49,10 +54,13 @@ class InProcess:
 
     def start(self, batch: MicroBatch) -> None:
         result: object = None
+        seconds = []
         for stage in self.stages:
+            started = time.perf_counter()
             result = stage.run(batch, result)  # type: ignore[arg-type]
+            seconds.append(time.perf_counter() - started)
         assert isinstance(result, Output)
-        self._outputs.append(result)
+        self._outputs.append(dataclasses.replace(result, stage_seconds=seconds))
 
     def collect(self) -> Output:
         return self._outputs.popleft()
@@ -64,6 +72,9 @@ class InProcess:
     def unload_adapter(self, name: str) -> None:
         for stage in self.stages:
             stage.unload_adapter(name)
+
+    def peak_memory_gib(self) -> float | None:
+        return self.stages[0].peak_memory_gib()  # they share a process
 
 
 OnText = Callable[[str, str], None]
@@ -80,6 +91,7 @@ class EngineCore:
     def __init__(self, executor: Executor, scheduler: Scheduler, tokenizer: PreTrainedTokenizerFast) -> None:
         self.executor, self.scheduler, self.tokenizer = executor, scheduler, tokenizer
         self.adapters: dict[str, Path] = {}
+        self.meter = BubbleMeter()
         self._texts: dict[str, Detokeniser] = {}
         self._ended: list[Answer] = []
 
@@ -141,9 +153,12 @@ class EngineCore:
         """
         self._ended += self.scheduler.expire(time.monotonic())
         while (batch := self.scheduler.next_batch()) is not None:
+            self.meter.start(batch.num_rows)
             self.executor.start(batch)
         if self.scheduler.num_in_flight:
-            tokens, answers = self.scheduler.complete(self.executor.collect())
+            output = self.executor.collect()
+            self.meter.end(output.stage_seconds)
+            tokens, answers = self.scheduler.complete(output)
             self._ended += answers
             for request_id, token in tokens:
                 text = self._texts[request_id]

@@ -79,3 +79,5 @@ class Output:
     """(token, log-probability) of each draw."""
     log_probs: Sequence[float]
     """Of each score."""
+    stage_seconds: Sequence[float] = ()
+    """How long each stage computed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -59,6 +60,19 @@ class _Change:
     folder: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """What passes from stage to stage."""
+
+    work: MicroBatch | _Change | None
+    state: Any = None
+    """Hidden states, an error of a stage before, or from the last stage what the micro-batch asked for."""
+    seconds: tuple[float, ...] = ()
+    """How long each stage so far worked on it."""
+    peaks_gib: tuple[float, ...] = ()
+    """The most memory that each stage so far has taken since it was loaded."""
+
+
 class _StageActor:
     """One stage in a process of its own."""
 
@@ -83,25 +97,33 @@ class _StageActor:
         """Return what the stage holds, which also says that it is loaded."""
         return {"weights_gib": self.weights_gib, "cache_gib": self.stage.cache_bytes / 2**30}
 
-    def run(self, message: Any) -> Any:
-        """Take (work, hidden states or error) from the stage before, and give the same to the next."""
+    def run(self, message: _Message) -> _Message:
+        """Work on a message from the stage before, and give it to the next."""
+        if isinstance(message.state, FinloraError):
+            return message
+        started = time.perf_counter()
+        work: MicroBatch | _Change | None = message.work
+        try:
+            state = self._work(work, message.state)
+        except FinloraError as error:
+            state = error
+        work = None if isinstance(state, Output) else work
+        seconds = (*message.seconds, time.perf_counter() - started)
+        return _Message(work, state, seconds, (*message.peaks_gib, self.stage.peak_memory_gib()))
+
+    def _work(self, work: MicroBatch | _Change | None, state: Any) -> Any:
         from finlora.model.base import quiet_bitsandbytes
 
-        work, state = message if isinstance(message, tuple) else (message, None)
-        try:
-            if isinstance(state, FinloraError):
-                return work, state
-            if isinstance(work, _Change):
-                if work.folder is None:
-                    self.stage.unload_adapter(work.name)
-                else:
-                    self.stage.load_adapter(work.name, Path(work.folder))
-                return work, state
-            with quiet_bitsandbytes():
-                result = self.stage.run(work, state)
-        except FinloraError as error:
-            return work, error
-        return result if isinstance(result, Output) else (work, result.cpu())
+        if isinstance(work, _Change):
+            if work.folder is None:
+                self.stage.unload_adapter(work.name)
+            else:
+                self.stage.load_adapter(work.name, Path(work.folder))
+            return None
+        assert work is not None
+        with quiet_bitsandbytes():
+            result = self.stage.run(work, state)
+        return result if isinstance(result, Output) else result.cpu()
 
 
 class Pipeline:
@@ -135,6 +157,7 @@ class Pipeline:
         ]
         self._refs: deque[Any] = deque()
         self._outputs: deque[Output] = deque()
+        self._peaks_gib: tuple[float, ...] = ()
         self._graph: Any = None
         try:
             self.stages: list[dict[str, float]] = ray.get([actor.describe.remote() for actor in self.actors])
@@ -152,16 +175,20 @@ class Pipeline:
             raise
 
     def start(self, batch: MicroBatch) -> None:
-        self._refs.append(self._graph.execute(batch))
+        self._refs.append(self._graph.execute(_Message(batch)))
 
     def collect(self) -> Output:
-        return self._outputs.popleft() if self._outputs else self._receive()
+        output: Output = self._outputs.popleft() if self._outputs else self._receive()
+        return output
 
     def load_adapter(self, name: str, folder: Path) -> None:
         self._change(_Change(name, str(folder)))
 
     def unload_adapter(self, name: str) -> None:
         self._change(_Change(name, None))
+
+    def peak_memory_gib(self) -> float | None:
+        return sum(self._peaks_gib) if self._peaks_gib else None
 
     def close(self) -> None:
         """End the actors and free what they hold."""
@@ -174,17 +201,17 @@ class Pipeline:
     def _change(self, change: _Change) -> None:
         while self._refs:
             self._outputs.append(self._receive())
-        self._refs.append(self._graph.execute(change))
+        self._refs.append(self._graph.execute(_Message(change)))
         self._receive()
 
     def _receive(self) -> Any:
-        result = ray.get(self._refs.popleft(), timeout=_TIMEOUT_S)
-        if isinstance(result, Output):
-            return result
-        _, state = result
-        if isinstance(state, FinloraError):
-            raise state
-        return state
+        message: _Message = ray.get(self._refs.popleft(), timeout=_TIMEOUT_S)
+        if isinstance(message.state, FinloraError):
+            raise message.state
+        self._peaks_gib = message.peaks_gib
+        if isinstance(message.state, Output):
+            return dataclasses.replace(message.state, stage_seconds=message.seconds)
+        return message.state
 
     @staticmethod
     def _require(num_stages: int, cpus: float, gpus: float) -> None:

@@ -1,16 +1,22 @@
-"""What evaluation and serving ask of an inference engine, whichever way the model is spread."""
+"""What evaluation asks of an inference engine, whichever way the model is spread."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 
 class Engine(Protocol):
-    """Answers token-id prompts with one model (and at most one adapter)."""
+    """Answers token-id prompts with one model (and at most one adapter).
+
+    `on_done` is called with the number of prompts that are answered so far.
+    """
 
     def score_choices(
-        self, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        choices: Sequence[Sequence[Sequence[int]]],
+        on_done: Callable[[int], None],
     ) -> list[list[float]]:
         """Return, for each prompt, the probability of each of its choices, normalised over them.
 
@@ -20,6 +26,8 @@ class Engine(Protocol):
         """
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, on_done: Callable[[int], None]
+    ) -> list[str]:
         """Return the greedy continuation of each prompt as text, without its end token."""
         ...

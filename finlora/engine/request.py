@@ -5,6 +5,7 @@ A request either generates text or chooses among answers; both begin with a prom
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -89,3 +90,10 @@ class Answer:
     """Of each choice, the sum over its tokens."""
     num_cached: int = 0
     """Prompt tokens that were found in the prefix cache."""
+
+
+def normalise_choices(log_probs: Sequence[float]) -> list[float]:
+    """Return the probability of each choice, given that it is one of them."""
+    highest = max(log_probs)
+    weights = [math.exp(value - highest) for value in log_probs]
+    return [weight / sum(weights) for weight in weights]

@@ -22,6 +22,7 @@ from finlora.engine.sampling import choice_log_probs, sample
 from finlora.model.attention import attend, attend_cache
 from finlora.model.elementwise import gate, normalise, rotate
 from finlora.model.packed import read_layer
+from finlora.model.peak import measure_peak_gib
 from finlora.model.shapes import shape_of
 
 _Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,6 +60,10 @@ class Stage:
     @property
     def cache_bytes(self) -> int:
         return self.cache.numel() * self.cache.element_size()
+
+    def peak_memory_gib(self) -> float:
+        """Return the most memory that the stage's process took since the base was loaded, loading included, in GiB."""
+        return measure_peak_gib(self.device)
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Read an adapter's updates of this span.

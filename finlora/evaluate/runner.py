@@ -4,64 +4,110 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from finlora.config import RunConfig
 from finlora.configfile import config_to_tree
-from finlora.data.encode import Encoded, encode_answer, encode_examples
+from finlora.data.encode import Encoded, encode_answer, encode_examples, end_token_id
 from finlora.data.example import Example
 from finlora.data.prepared import PreparedSplit, read_prepared
-from finlora.engine.local import LocalEngine
+from finlora.engine.batch import BatchEngine
+from finlora.engine.core import EngineCore
+from finlora.engine.meter import Reading
+from finlora.engine.opening import open_executor
 from finlora.engine.protocol import Engine
+from finlora.engine.scheduler import Limits, Scheduler
 from finlora.evaluate.metrics import score_answers
-from finlora.model.base import BaseModel, check_device, load_base, quiet_bitsandbytes
+from finlora.model.base import check_device
 from finlora.model.contract import read_contract
-from finlora.model.lora import load_adapter
-from finlora.model.source import find_source
+from finlora.model.source import find_source, fingerprint_weights
+from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
 from finlora.results import Result, describe_environment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+ADAPTER = "adapter"
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the task, examples done and examples in all."""
+OnReading = Callable[[Reading], None]
 
 
-def run_evaluation(config: RunConfig, adapter: Path | None, on_progress: OnProgress) -> list[Result]:
-    """Evaluate every task of the config on this process's device.
+def ignore_reading(_reading: Reading) -> None:
+    """Nobody wants to know."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """A test split as the engine is asked it."""
+
+    task: str
+    split: PreparedSplit
+    examples: Sequence[Example]
+    """Those that fit the model."""
+    encoded: Sequence[Encoded]
+    choice_ids: Mapping[str, tuple[int, ...]]
+    """Allowed answer -> its tokens, end token included."""
+    sizes: Sequence[int]
+    """Cache rows that each example can need."""
+
+
+def run_evaluation(
+    config: RunConfig, adapter: Path | None, on_progress: OnProgress, on_reading: OnReading = ignore_reading
+) -> list[Result]:
+    """Evaluate every task of the config, in this process or over eval.num_stages Ray actors.
 
     Args:
-        config: with absolute paths. Test splits are read and checked before the model is loaded.
+        config: with absolute paths. Test splits, adapter and lengths are checked before the model is loaded.
         adapter: adapter folder, or None for the base alone.
+        on_reading: gets what the stages did, at the end.
 
     Raises:
         DatasetError: a test split is missing, damaged, or an example is too long.
         AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
-        ResourceError: the device is not there.
+        ResourceError: the device or the cluster has too little.
     """
     device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
-    check_device(device)
-    splits = [read_prepared(Path(config.data.dir), task, "test") for task in config.data.tasks]
+    if config.eval.num_stages == 1:
+        check_device(device)
+    source = find_source(config.model)
+    tokenizer = load_tokenizer(source.tokenizer_path)
     contract = read_contract(adapter) if adapter else None
-    bits = config.eval.bits or config.model.bits
-    with quiet_bitsandbytes():
-        base = load_base(config.model, bits, device, config.seed)
-        model = base.model
-        variant = "base"
-        if adapter and contract:
-            contract.check(adapter, base, config.model.template)
-            model = load_adapter(base.model, adapter)
-            variant = contract.variant
-        engine = LocalEngine(model, base.tokenizer, config.model.template, device)
-        return [
+    if adapter and contract:
+        hashes = fingerprint_weights(source), hash_tokenizer(tokenizer)
+        contract.check_hashes(adapter, *hashes, config.model.template)
+    splits = [read_prepared(Path(config.data.dir), task, "test") for task in config.data.tasks]
+    works = [
+        encode_split(config, tokenizer, split, task) for split, task in zip(splits, config.data.tasks, strict=True)
+    ]
+    sizes = sorted((size for work in works for size in work.sizes), reverse=True)
+    # The longest requests at once, and one more for the beginning that they share.
+    wanted = sum(sizes[: config.eval.batch_size]) + sizes[0]
+    with open_executor(config, config.eval.num_stages, wanted, sizes[0]) as (executor, rows):
+        limits = Limits(cache_rows=rows, max_in_flight=config.eval.num_stages)
+        end = end_token_id(tokenizer, config.model.template)
+        core = EngineCore(executor, Scheduler(limits, end, lambda: 0), tokenizer)
+        if adapter:
+            core.load_adapter(ADAPTER, adapter)
+        engine = BatchEngine(core, ADAPTER if adapter else None)
+        results = [
             dataclasses.replace(
-                _evaluate_task(config, engine, base, split, task, device, on_progress),
-                variant=variant,
+                _evaluate_task(config, engine, work, device, on_progress),
+                variant=contract.variant if contract else "base",
                 adapter=str(adapter) if adapter else None,
                 adapter_mib=contract.adapter_mib if contract else None,
+                peak_memory_gib=executor.peak_memory_gib(),
             )
-            for task, split in zip(config.data.tasks, splits, strict=True)
+            for work in works
         ]
+        on_reading(core.meter.read())
+        return results
 
 
 def check_evaluation(config: RunConfig, adapter: Path | None) -> str:
@@ -85,83 +131,80 @@ def check_evaluation(config: RunConfig, adapter: Path | None) -> str:
 
 
 def answer_examples(
-    engine: Engine,
-    base: BaseModel,
-    examples: Sequence[Example],
-    encoded: Sequence[Encoded],
-    config: RunConfig,
-    on_progress: Callable[[int], None],
+    engine: Engine, work: Work, config: RunConfig, on_progress: Callable[[int], None]
 ) -> tuple[list[str], str]:
-    """Ask the engine for the answer to each example, longest first so that batches pad little.
+    """Ask the engine for the answer to each example.
 
     Returns:
         The answers in the order of the examples, and the method: `labels`, `generate`, or both for a mixed set.
     """
+    examples = work.examples
     scored = [index for index, item in enumerate(examples) if _is_scored(item, config)]
     generated = sorted(set(range(len(examples))) - set(scored))
-    choice_ids = {
-        choice: encode_answer(choice, base.tokenizer, config.model.template)
-        for choice in sorted({choice for index in scored for choice in examples[index].choices})
-    }
     answers = [""] * len(examples)
-    num_done = 0
-    for group in (scored, generated):
-        by_length = sorted(group, key=lambda index: -len(encoded[index].prompt_ids))
-        for start in range(0, len(by_length), config.eval.batch_size):
-            indices = by_length[start : start + config.eval.batch_size]
-            prompts = [encoded[index].prompt_ids for index in indices]
-            if group is scored:
-                choices = [examples[index].choices for index in indices]
-                scores = engine.score_choices(prompts, [[choice_ids[c] for c in own] for own in choices])
-                texts = [
-                    own[max(range(len(own)), key=row.__getitem__)] for own, row in zip(choices, scores, strict=True)
-                ]
-            else:
-                texts = engine.generate(prompts, config.eval.max_new_tokens)
-            for index, text in zip(indices, texts, strict=True):
-                answers[index] = text
-            num_done += len(indices)
-            on_progress(num_done)
+    prompts = [item.prompt_ids for item in work.encoded]
+    if scored:
+        own = [[work.choice_ids[choice] for choice in examples[index].choices] for index in scored]
+        scores = engine.score_choices([prompts[index] for index in scored], own, on_progress)
+        for index, row in zip(scored, scores, strict=True):
+            answers[index] = examples[index].choices[max(range(len(row)), key=row.__getitem__)]
+    if generated:
+        num_scored = len(scored)
+        texts = engine.generate(
+            [prompts[index] for index in generated],
+            config.eval.max_new_tokens,
+            lambda done: on_progress(num_scored + done),
+        )
+        for index, text in zip(generated, texts, strict=True):
+            answers[index] = text
     used = [name for name, group in (("labels", scored), ("generate", generated)) if group]
     return answers, "+".join(used)
 
 
-def _evaluate_task(
-    config: RunConfig,
-    engine: Engine,
-    base: BaseModel,
-    split: PreparedSplit,
-    task: str,
-    device: torch.device,
-    on_progress: OnProgress,
-) -> Result:
-    limit = config.data.max_test_examples
+def encode_split(config: RunConfig, tokenizer: PreTrainedTokenizerFast, split: PreparedSplit, task: str) -> Work:
+    """Encode a test split.
+
+    Raises:
+        DatasetError: an example is too long, unless data.too_long skips it.
+    """
+    limit, template = config.data.max_test_examples, config.model.template
     examples = list(split.examples[:limit])
     encoded, kept = encode_examples(
         examples,
-        base.tokenizer,
-        template=config.model.template,
+        tokenizer,
+        template=template,
         max_seq_len=config.model.max_seq_len,
         too_long=config.data.too_long,
         reserve=[0 if _is_scored(item, config) else config.eval.max_new_tokens for item in examples],
     )
     examples = [examples[index] for index in kept]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        torch.cuda.synchronize(device)
+    choices = sorted({choice for item in examples if _is_scored(item, config) for choice in item.choices})
+    choice_ids = {choice: encode_answer(choice, tokenizer, template) for choice in choices}
+    rooms = [
+        sum(len(choice_ids[choice]) for choice in item.choices)
+        if _is_scored(item, config)
+        else config.eval.max_new_tokens
+        for item in examples
+    ]
+    sizes = [len(item.prompt_ids) + room for item, room in zip(encoded, rooms, strict=True)]
+    return Work(task=task, split=split, examples=examples, encoded=encoded, choice_ids=choice_ids, sizes=sizes)
+
+
+def _evaluate_task(
+    config: RunConfig, engine: BatchEngine, work: Work, device: torch.device, on_progress: OnProgress
+) -> Result:
+    examples, split = work.examples, work.split
     started = time.perf_counter()
-    answers, method = answer_examples(
-        engine, base, examples, encoded, config, lambda done: on_progress(task, done, len(examples))
-    )
+    answers, method = answer_examples(engine, work, config, lambda done: on_progress(work.task, done, len(examples)))
     seconds = time.perf_counter() - started
     scores = score_answers(answers, examples, seed=config.seed)
-    num_tokens = sum(len(item.prompt_ids) for item in encoded)
+    num_tokens = sum(len(item.prompt_ids) for item in work.encoded)
     return Result(
         kind="evaluation",
-        task=task,
+        task=work.task,
         variant="base",
         base=config.model.base,
-        bits=base.bits,
+        bits=config.eval.bits or config.model.bits,
         method=method,
         num_examples=len(examples),
         is_partial=len(examples) < len(split.examples),
@@ -170,22 +213,13 @@ def _evaluate_task(
         seconds_per_example=seconds / len(examples),
         tokens_per_second=num_tokens / seconds,
         wall_seconds=seconds,
-        gpu_hours=seconds / 3600 if device.type == "cuda" else None,
-        peak_memory_gib=_peak_memory_gib(device),
+        gpu_hours=seconds * config.eval.num_stages / 3600 if device.type == "cuda" else None,
         data_hash=split.hash,
         config=config_to_tree(config),
         environment=describe_environment(),
     )
 
 
-def _is_scored(example: Example, config: RunConfig) -> bool:
+def _is_scored(item: Example, config: RunConfig) -> bool:
     """Return whether the answer is chosen among the example's labels; free text is generated whatever the method."""
-    return bool(example.choices) and config.eval.method == "labels"
-
-
-def _peak_memory_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    return bool(item.choices) and config.eval.method == "labels"

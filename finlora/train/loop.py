@@ -18,6 +18,7 @@ from finlora.config import OptimConfig
 from finlora.data.encode import IGNORED, Batch, Encoded
 from finlora.data.packing import Pack
 from finlora.errors import FinloraError
+from finlora.model.peak import measure_peak_gib
 from finlora.train.batches import Batches
 from finlora.train.optimizer import learning_rate_at
 from finlora.train.sampler import Sampler
@@ -178,17 +179,8 @@ class _Window:
             learning_rate=learning_rate,
             tokens_per_second=num_tokens / seconds,
             examples_per_second=num_examples / seconds,
-            memory_gib=measure_memory_gib(self.device),
+            memory_gib=measure_peak_gib(self.device),
             seconds_left=(total_steps - done) * seconds / self.num_steps,
         )
         self.reset()
         return progress
-
-
-def measure_memory_gib(device: torch.device) -> float:
-    """Return the peak memory of a CUDA device, or of this process on CPU, in GiB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB

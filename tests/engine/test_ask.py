@@ -68,7 +68,7 @@ def test_stage_actors_say_the_same(make_config, adapter, ray_instance):
 
 
 def test_adapter_of_another_template_or_base_is_refused_before_anything_loads(make_config, adapter, monkeypatch):
-    monkeypatch.setattr("finlora.engine.ask.open_executor", None)
+    monkeypatch.setattr("finlora.engine.opening.open_executor", None)
     with pytest.raises(AdapterError, match=r"template is chat, trained with raw"):
         ask(make_config("model.template=chat"), adapter, QUESTION, SAMPLING, 1, ignore)
     with pytest.raises(AdapterError, match=r"absent does not exist"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,14 @@ from finlora.config import LoraConfig
 from finlora.configfile import config_to_tree
 from finlora.data.encode import encode_examples
 from finlora.data.prepared import read_prepared
-from finlora.engine.local import LocalEngine
+from finlora.engine.batch import BatchEngine
 from finlora.errors import AdapterError, DatasetError, ModelError, ResourceError
-from finlora.evaluate.runner import answer_examples, check_evaluation, run_evaluation
+from finlora.evaluate.runner import answer_examples, check_evaluation, encode_split, run_evaluation
 from finlora.model.base import load_base
 from finlora.model.contract import CONTRACT_FILE, make_contract, write_contract
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
+from finlora.model.source import find_source
+from finlora.model.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -62,7 +66,8 @@ def test_base_result_holds_scores_counts_and_origin(make_config, prepared_synthe
     assert result.seconds_per_example == pytest.approx(result.wall_seconds / 30)
     assert result.gpu_hours is None
     assert result.adapter_mib is None
-    assert [step[1:] for step in seen] == [(8, 30), (16, 30), (24, 30), (30, 30)]
+    assert [step[1] for step in seen] == sorted(step[1] for step in seen)
+    assert seen[-1] == ("synthetic_sentiment", 30, 30)
 
 
 def test_only_a_limited_evaluation_is_partial(make_config, prepared_synthetic):
@@ -125,33 +130,43 @@ def test_room_for_generated_text_is_kept_under_label_scoring_too(make_config, pr
         run_evaluation(config, None, quiet)
 
 
-def test_answers_come_back_in_the_order_of_the_examples(make_config, prepared_synthetic):
-    """An engine that repeats its prompt's length: batches are sorted by it, answers are not."""
-    config = make_config("eval.method=generate", "eval.batch_size=3")
-    examples = read_prepared(prepared_synthetic, "synthetic_sentiment", "test").examples[:10]
-    base = load_base(config.model, 16, CPU, 0)
-    encoded, _ = encode_examples(examples, base.tokenizer, template="raw", max_seq_len=4096, too_long="error")
-    sizes = []
+def test_answers_belong_to_their_examples_and_progress_counts_both_kinds(make_config):
+    """An engine that repeats its prompt's length, and likes each second choice best."""
+    task = ["data.tasks=[synthetic_sentiment, synthetic_xbrl]", "data.max_test_examples=4"]
+    config = make_config(*task)
+    tokenizer = load_tokenizer(find_source(config.model).tokenizer_path)
 
     class Lengths:
-        def generate(self, prompts, max_new_tokens):
-            sizes.append(len(prompts))
+        def score_choices(self, prompts, choices, on_done):
+            on_done(len(prompts))
+            return [[0.1, 0.8, *[0.0] * (len(own) - 2)] for own in choices]
+
+        def generate(self, prompts, max_new_tokens, on_done):
+            on_done(1)
             return [str(len(prompt)) for prompt in prompts]
 
-    answers, method = answer_examples(Lengths(), base, examples, encoded, config, quiet)
-    assert answers == [str(len(item.prompt_ids)) for item in encoded]
-    assert (method, sizes) == ("generate", [3, 3, 3, 1])
+    for name, method in (("synthetic_sentiment", "labels"), ("synthetic_xbrl", "generate")):
+        split = read_prepared(Path(config.data.dir), name, "test")
+        work = encode_split(config, tokenizer, split, name)
+        seen = []
+        answers, used = answer_examples(Lengths(), work, config, seen.append)
+        assert used == method
+        if method == "labels":
+            assert answers == [example.choices[1] for example in work.examples]
+        else:
+            assert answers == [str(len(item.prompt_ids)) for item in work.encoded]
+            assert seen == [1]
 
 
 def test_adapter_is_scored_under_its_own_name(make_config, adapter, monkeypatch):
     scores = []
-    score_choices = LocalEngine.score_choices
+    score_choices = BatchEngine.score_choices
 
-    def record(engine, prompts, choices):
-        scores.append(score_choices(engine, prompts, choices))
+    def record(engine, prompts, choices, on_done):
+        scores.append(score_choices(engine, prompts, choices, on_done))
         return scores[-1]
 
-    monkeypatch.setattr(LocalEngine, "score_choices", record)
+    monkeypatch.setattr(BatchEngine, "score_choices", record)
     config = make_config("data.max_test_examples=5")
     run_evaluation(config, None, quiet)
     (result,) = run_evaluation(config, adapter, quiet)
@@ -159,6 +174,20 @@ def test_adapter_is_scored_under_its_own_name(make_config, adapter, monkeypatch)
     assert result.adapter_mib == pytest.approx((adapter / "adapter_model.safetensors").stat().st_size / 2**20, abs=1e-3)
     of_base, of_adapter = (torch.tensor(rows) for rows in scores)
     assert (of_base - of_adapter).abs().max() > 0.01
+
+
+@pytest.mark.ray
+def test_stages_change_no_answer_and_say_what_they_did(make_config, adapter, ray_instance):
+    limits = ["data.max_test_examples=12", "eval.num_gpus=1"]
+    readings = []
+    (alone,) = run_evaluation(make_config(*limits), adapter, quiet)
+    (spread,) = run_evaluation(make_config(*limits, "eval.num_stages=2"), adapter, quiet, readings.append)
+    assert spread.metrics == alone.metrics
+    assert spread.counts == alone.counts
+    assert spread.peak_memory_gib > 0
+    (reading,) = readings
+    assert len(reading.busy) == 2
+    assert re.search(r"2 stages busy \d+% / \d+%, bubble [\d.]+% where equal stages have [\d.]+%", reading.describe())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -176,7 +205,7 @@ def test_plan_names_subject_bits_and_examples(make_config, adapter, prepared_syn
 
 
 def test_missing_split_is_refused_by_words_before_the_model_loads(make_config, monkeypatch):
-    monkeypatch.setattr("finlora.evaluate.runner.load_base", None)
+    monkeypatch.setattr("finlora.evaluate.runner.open_executor", None)
     for run in (check_evaluation, lambda config, chosen: run_evaluation(config, chosen, quiet)):
         with pytest.raises(DatasetError, match=r"fpb/test.parquet: not found. Run `finlora prepare fpb"):
             run(make_config("data.tasks=[fpb]"), None)

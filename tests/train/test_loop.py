@@ -13,8 +13,9 @@ from finlora.data.encode import Encoded, collate
 from finlora.errors import FinloraError
 from finlora.model.base import load_base
 from finlora.model.lora import attach_lora, trainable_parameters
+from finlora.model.peak import measure_peak_gib
 from finlora.train.batches import PaddedBatches
-from finlora.train.loop import AnswerLoss, count_steps, measure_memory_gib, run_steps
+from finlora.train.loop import AnswerLoss, count_steps, run_steps
 from finlora.train.optimizer import learning_rate_at, make_optimizer
 from finlora.train.sampler import Sampler
 
@@ -286,4 +287,4 @@ def test_padding_does_not_change_the_loss(model):
 
 
 def test_memory_of_this_process_is_measured_in_gib():
-    assert 0.05 < measure_memory_gib(CPU) < 64
+    assert 0.05 < measure_peak_gib(CPU) < 64

@@ -1,4 +1,4 @@
-"""The engine of one process: a whole model on one device.
+"""The plain reference of the engine: transformers' own forward pass and generate on padded batches.
 
 Shapes: B prompts, T tokens of the longest row, N scored places, V vocabulary.
 """
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-class LocalEngine:
-    """Greedy generation and label scoring on a model held by this process; meets `Engine`."""
+class PlainEngine:
+    """Greedy generation and label scoring."""
 
     def __init__(
         self, model: Any, tokenizer: PreTrainedTokenizerFast, template: Template, device: torch.device

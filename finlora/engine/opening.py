@@ -1,0 +1,83 @@
+"""The base of a config, held in one stage of this process or in several actors, ready to compute micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from finlora.config import RunConfig
+from finlora.engine.core import Executor, InProcess
+from finlora.engine.extents import BLOCK
+from finlora.engine.stage import Stage
+from finlora.errors import ResourceError
+from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.shapes import GIB
+
+_ROOM_SHARE, _ROOM_BYTES = 0.05, 1.5 * GIB
+"""Of a GPU's memory, kept free for what a micro-batch computes."""
+
+
+@contextmanager
+def open_executor(
+    config: RunConfig, num_stages: int, wanted_rows: int, least_rows: int
+) -> Iterator[tuple[Executor, int]]:
+    """Hold a base while inside; yields what computes, and the rows of its cache.
+
+    Args:
+        config: eval.bits and eval.device say how the base is held.
+        num_stages: 1: this process holds it; more: so many Ray actors, Ray being connected.
+        wanted_rows: tokens that the KV cache should hold.
+        least_rows: tokens that it must hold; where wanted_rows do not fit, it gets what does.
+
+    Raises:
+        ModelError: the base's files are not usable.
+        ResourceError: the device or the cluster has too little.
+    """
+    bits = config.eval.bits or config.model.bits
+    wanted_rows, least_rows = round_up(wanted_rows), round_up(least_rows)
+    if num_stages > 1:
+        from finlora.engine.pipeline import Pipeline, PipelineConfig
+
+        settings = PipelineConfig(
+            num_stages=num_stages,
+            cache_rows=wanted_rows,
+            device=config.eval.device,
+            gpus_per_stage=config.eval.num_gpus,
+            cpus_per_stage=1.0 / num_stages,  # one core in all, as an evaluation reserves
+            wait_s=config.max_wait_s,
+        )
+        pipeline = Pipeline(config.model, bits, settings, config.seed)
+        try:
+            yield pipeline, wanted_rows
+        finally:
+            pipeline.close()
+        return
+    device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
+    with quiet_bitsandbytes():
+        net = load_base(config.model, bits, device, config.seed).model
+        dtype = torch.bfloat16 if config.model.compute_dtype == "bfloat16" else torch.float32
+        span = range(net.config.num_hidden_layers)
+        width = 2 * net.config.num_key_value_heads * net.config.head_dim * dtype.itemsize
+        rows = min(wanted_rows, count_fitting_rows(device, len(span) * width))
+        if rows < least_rows:
+            raise ResourceError(
+                f"the KV cache has room for {max(0, rows):,} tokens beside the base at {bits} bit and one request needs "
+                f"{least_rows:,}: take fewer bits (eval.bits), more stages, or a larger GPU."
+            )
+        yield InProcess([Stage(net, span, rows, dtype)]), rows
+
+
+def count_fitting_rows(device: torch.device, row_bytes: int) -> int:
+    """Return the rows of a cache that fit beside what a device holds; on CPU memory is not counted."""
+    if device.type != "cuda":
+        return 2**40
+    free, total = torch.cuda.mem_get_info(device)
+    room = free - _ROOM_SHARE * total - _ROOM_BYTES
+    return int(room / row_bytes) // BLOCK * BLOCK
+
+
+def round_up(num_tokens: int) -> int:
+    """Return the cache rows of a whole number of blocks."""
+    return -(-num_tokens // BLOCK) * BLOCK

@@ -1,0 +1,108 @@
+"""Whole lists of prompts through the engine against transformers: each choice as if it stood alone, greedy token for token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plain_engine import PlainEngine
+
+from finlora.config import ModelConfig
+from finlora.data.encode import encode_answer, encode_prompt
+from finlora.engine.batch import BatchEngine
+from finlora.engine.core import EngineCore, InProcess
+from finlora.engine.scheduler import Limits, Scheduler
+from finlora.engine.stage import Stage
+from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.source import find_source
+from finlora.model.tokenizer import load_tokenizer
+
+CPU = torch.device("cpu")
+PROMPTS = [
+    "Profit rose at Brunholt .",
+    "x",
+    "Instruction: What is the sentiment of this news?\nInput: Sales fell 3 %\nAnswer: ",
+    "Instruction: What is the sentiment of this news?\nInput: Sales rose 30 % to a record\nAnswer: ",
+    "x",
+]
+CHOICES = [
+    ["negative", "neutral", "positive"],
+    ["Yes", "No"],
+    ["strong negative", "neutral", "mildly positive outlook"],
+    ["negative", "neutral", "positive"],
+    ["Yes", "No"],
+]
+
+
+def ignore(_done):
+    """Progress that nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(four_layers):
+    return load_tokenizer(find_source(four_layers).tokenizer_path)
+
+
+@pytest.fixture(scope="module")
+def prompts(tokenizer):
+    return [encode_prompt(text, tokenizer, "raw") for text in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def choices(tokenizer):
+    return [[encode_answer(text, tokenizer, "raw") for text in own] for own in CHOICES]
+
+
+def flatten(rows):
+    return [value for row in rows for value in row]
+
+
+@pytest.mark.parametrize("adapter", [None, "all"])
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_scores_equal_the_plain_engine(make_core, plain, tokenizer, prompts, choices, adapter, num_stages):
+    seen = []
+    scores = BatchEngine(make_core(num_stages), adapter).score_choices(prompts, choices, seen.append)
+    expected = PlainEngine(plain(adapter=adapter), tokenizer, "raw", CPU).score_choices(prompts, choices)
+    assert flatten(scores) == pytest.approx(flatten(expected), rel=1e-5, abs=1e-8)
+    assert [sum(row) for row in scores] == pytest.approx([1.0] * len(prompts))
+    assert seen[-1] == len(prompts)
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize("adapter", [None, "few"])
+def test_generated_text_equals_the_plain_engine_in_any_order(make_core, plain, tokenizer, prompts, adapter):
+    engine = BatchEngine(make_core(), adapter)
+    texts = engine.generate(prompts, 12, ignore)
+    expected = PlainEngine(plain(adapter=adapter), tokenizer, "raw", CPU).generate(prompts, 12)
+    assert texts == expected
+    assert engine.generate(prompts[::-1], 12, ignore) == expected[::-1]
+    assert any(texts)
+
+
+def test_more_prompts_than_the_line_holds_are_all_answered(make_core, prompts, choices):
+    core = make_core(cache_rows=512, max_waiting=70)
+    engine = BatchEngine(core, None)
+    many = [prompts[number % 5] for number in range(200)]
+    scores = engine.score_choices(many, [choices[number % 5] for number in range(200)], ignore)
+    for number in range(200):
+        assert scores[number] == pytest.approx(scores[number % 5], rel=1e-5)
+    assert core.is_idle
+
+
+def test_a_beginning_in_common_is_computed_once(make_core, prompts, choices):
+    core = make_core()
+    BatchEngine(core, None).score_choices([prompts[2]] * 20, [choices[2]] * 20, ignore)
+    rows = core.meter.totals().num_rows
+    own = sum(len(choice) - 1 for choice in choices[2])
+    # The first is computed whole, of the others the last token and the choices.
+    assert rows == len(prompts[2]) + own + 19 * (1 + own)
+
+
+def test_bf16_scores_stay_near_float32(four_layers, make_core, tokenizer, prompts, choices):
+    rough = ModelConfig(base=four_layers.base, weights="random")
+    with quiet_bitsandbytes():
+        net = load_base(rough, 16, CPU, 0).model
+    stage = Stage(net, range(4), 1024, torch.bfloat16)
+    core = EngineCore(InProcess([stage]), Scheduler(Limits(cache_rows=1024), 1, lambda: 0), tokenizer)
+    rounded = BatchEngine(core, None).score_choices(prompts, choices, ignore)
+    exact = BatchEngine(make_core(), None).score_choices(prompts, choices, ignore)
+    assert flatten(rounded) == pytest.approx(flatten(exact), abs=0.08)

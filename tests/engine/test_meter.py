@@ -1,0 +1,89 @@
+"""The bubble meter against pipelines whose bubble is known: a schedule played on a clock of its own."""
+
+from __future__ import annotations
+
+import pytest
+
+from finlora.engine.meter import BubbleMeter
+
+
+class Clock:
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def play(meter, clock, num_stages, num_passes, tick=1.0, rows=10):
+    """Stages of equal speed: pass m leaves stage k at tick m + k + 1."""
+    begun = clock.now
+    for _ in range(num_passes):
+        meter.start(rows)
+    for number in range(num_passes):
+        clock.now = begun + (number + num_stages) * tick
+        meter.end([tick] * num_stages)
+
+
+@pytest.mark.parametrize(("num_stages", "num_passes"), [(1, 5), (2, 2), (4, 1), (4, 4), (4, 60)])
+def test_equal_stages_reach_the_formula(num_stages, num_passes):
+    clock = Clock()
+    meter = BubbleMeter(clock)
+    play(meter, clock, num_stages, num_passes)
+    clock.now += 500  # nobody asks
+    reading = meter.read()
+    assert reading.bubble == pytest.approx((num_stages - 1) / (num_passes + num_stages - 1))
+    assert reading.formula == pytest.approx(reading.bubble)
+    assert reading.seconds == pytest.approx(num_passes + num_stages - 1)
+    assert reading.rows_per_second == pytest.approx(10 * num_passes / reading.seconds)
+    assert len(set(reading.busy)) == 1
+
+
+def test_a_slow_stage_shows_as_bubble_over_the_formula():
+    clock = Clock()
+    meter = BubbleMeter(clock)
+    meter.start(1)
+    clock.now += 4
+    meter.end([1.0, 3.0])
+    reading = meter.read()
+    assert reading.busy == (0.25, 0.75)
+    assert reading.bubble == pytest.approx(0.5)
+    assert reading.formula == pytest.approx(0.5)
+    before = meter.totals()
+    for _ in range(10):
+        meter.start(1)
+    clock.now += 31
+    for _ in range(10):
+        meter.end([1.0, 3.0])
+    reading = meter.read(before)
+    assert reading.bubble == pytest.approx(1 - 40 / 62)
+    assert reading.formula == pytest.approx(1 / 11)
+
+
+def test_runs_between_pauses_are_counted_apart():
+    clock = Clock()
+    meter = BubbleMeter(clock)
+    for _ in range(3):
+        play(meter, clock, 4, 2)
+        clock.now += 50
+    reading = meter.read()
+    assert (reading.num_runs, reading.num_passes) == (3, 6)
+    assert reading.formula == pytest.approx(3 / 5)
+    assert reading.bubble == pytest.approx(3 / 5)
+
+
+def test_a_reading_begins_where_it_is_told_and_work_under_way_goes_on():
+    clock = Clock()
+    meter = BubbleMeter(clock)
+    assert meter.read().bubble == 0.0
+    meter.start(4)
+    meter.start(4)
+    clock.now += 2
+    first, before = meter.read(), meter.totals()
+    assert (first.in_flight, first.num_passes, first.num_runs) == (2, 0, 1)
+    clock.now += 1
+    meter.end([1.0])
+    clock.now += 1
+    meter.end([1.0])
+    second = meter.read(before)
+    assert (second.in_flight, second.num_passes, second.num_runs, second.busy) == (1.5, 2, 1, (1.0,))

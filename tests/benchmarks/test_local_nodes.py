@@ -1,4 +1,6 @@
-"""Nodes started by the systemd units' own commands: they join with the token alone, can be killed, and leave nothing."""
+"""Nodes started by the systemd units' own commands: they join with the token alone, say which job holds what, can be killed, and
+leave nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,33 @@ from local_nodes import LocalNodes
 
 NODES = "import ray; ray.init(logging_level='ERROR'); print(sorted(n['Alive'] for n in ray.nodes()), ray.cluster_resources())"
 
+HOLD = (
+    "import ray, time; from finlora.lease import take_lease; ray.init(); "
+    "lease = take_lease([{'CPU': 2.0}], 30.0, print, 'night-training'); lease.__enter__(); time.sleep(600)"
+)
+ASK = (
+    "import ray, time; from finlora.lease import describe_shortage; ray.init(logging_level='ERROR')\n"
+    "while not (said := describe_shortage([{'CPU': 2.0}])): time.sleep(0.5)\n"
+    "print(said)"
+)
+
 
 def test_units_make_a_cluster_that_a_node_joins_and_leaves():
     nodes = LocalNodes()
     try:
         nodes.start_head()
         nodes.start_node("a", 3)
-        here = {"env": nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}, "cwd": nodes.folder}
         deadline = time.monotonic() + 60
+        here = {"env": nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}, "cwd": nodes.folder}
         while "'CPU': 3.0" not in (done := nodes.run(sys.executable, "-c", NODES, **here)).stdout:
             assert time.monotonic() < deadline, done.stdout + done.stderr
         assert done.stdout.startswith("[True, True]")
+
+        options = ("--address", nodes.dashboard, "--submission-id", "of-anna", "--no-wait")
+        submitted = nodes.run("ray", "job", "submit", *options, "--", "python", "-c", HOLD)
+        assert submitted.returncode == 0, submitted.stderr
+        said = nodes.run(sys.executable, "-c", ASK, **here, timeout=60).stdout
+        assert "2 CPU wanted, 1 of 3 free; held: 2 by night-training (job of-anna: python -c " in said
 
         (nodes.folder / "wrong").write_text("f" * 64)
         stranger = {"env": nodes.environment | {"RAY_AUTH_TOKEN_PATH": str(nodes.folder / "wrong")}}
@@ -30,6 +48,7 @@ def test_units_make_a_cluster_that_a_node_joins_and_leaves():
         assert "authentication" in (refused.stdout + refused.stderr).lower()
 
         assert nodes.kill_node("a") > 3
+        deadline = time.monotonic() + 60
         while not (done := nodes.run(sys.executable, "-c", NODES, **here)).stdout.startswith("[False, True]"):
             assert time.monotonic() < deadline, done.stdout + done.stderr
     finally:

@@ -14,7 +14,7 @@ from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ray
 from ray.dag import InputNode
@@ -27,6 +27,9 @@ from finlora.errors import FinloraError, ResourceError
 from finlora.lease import take_lease
 from finlora.model.shapes import read_shape
 from finlora.model.source import find_source
+
+if TYPE_CHECKING:
+    from finlora.engine.transport import Neighbours
 
 _logger = logging.getLogger(__name__)
 
@@ -48,6 +51,8 @@ class PipelineConfig:
     cpus_per_stage: float = 1.0
     keep_unpacked: bool = False
     """Hold 4-bit weights unpacked."""
+    transport: Literal["messages", "nccl", "gloo"] = "messages"
+    """How hidden states travel: within Ray's messages, or by torch.distributed (finlora/engine/transport.py)."""
     wait_s: float | None = 600.0
     """Seconds to wait for the stages' places while others hold them. None: without limit."""
 
@@ -87,11 +92,29 @@ class _StageActor:
         settings, source = PipelineConfig(**config), ModelConfig(**model)
         device = torch.device("cuda:0" if settings.device == "cuda" else "cpu")
         layers = range(*span)
+        self.device, self.settings = device, settings
+        self.neighbours: Neighbours | None = None
         with quiet_bitsandbytes():
             base = load_base(source, bits, device, seed, layers)
         dtype = torch.bfloat16 if source.compute_dtype == "bfloat16" else torch.float32
         self.stage = Stage(base.model, layers, settings.cache_rows, dtype, keep_unpacked=settings.keep_unpacked)
         self.weights_gib = base.weights_gib
+
+    def offer(self) -> str:
+        """Return an address on which the stages can meet."""
+        from finlora.engine.transport import find_free_address
+
+        return find_free_address(ray.util.get_node_ip_address())
+
+    def join(self, stage: int, address: str) -> None:
+        """Connect to the stages beside this one."""
+        from finlora.engine.transport import Neighbours
+
+        transport, hidden_size = self.settings.transport, self.stage.net.config.hidden_size
+        assert transport != "messages"
+        self.neighbours = Neighbours(
+            transport, stage, self.settings.num_stages, address, hidden_size, self.stage.dtype, self.device
+        )
 
     def describe(self) -> dict[str, float]:
         """Return what the stage holds, which also says that it is loaded."""
@@ -112,6 +135,8 @@ class _StageActor:
         return _Message(work, state, seconds, (*message.peaks_gib, self.stage.peak_memory_gib()))
 
     def _work(self, work: MicroBatch | _Change | None, state: Any) -> Any:
+        import torch
+
         from finlora.model.base import quiet_bitsandbytes
 
         if isinstance(work, _Change):
@@ -121,9 +146,18 @@ class _StageActor:
                 self.stage.load_adapter(work.name, Path(work.folder))
             return None
         assert work is not None
+        if self.neighbours is not None and not self.stage.is_first:
+            state = self.neighbours.receive(work.num_rows)
         with quiet_bitsandbytes():
             result = self.stage.run(work, state)
-        return result if isinstance(result, Output) else result.cpu()
+        if isinstance(result, Output):
+            return result
+        if self.neighbours is None:
+            return result.cpu()
+        self.neighbours.send(result)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # until then its seconds are not over
+        return None
 
 
 class Pipeline:
@@ -161,6 +195,9 @@ class Pipeline:
         self._graph: Any = None
         try:
             self.stages: list[dict[str, float]] = ray.get([actor.describe.remote() for actor in self.actors])
+            if config.transport != "messages":
+                address = ray.get(self.actors[0].offer.remote())
+                ray.get([actor.join.remote(stage, address) for stage, actor in enumerate(self.actors)])
             with InputNode() as message:
                 node = message
                 for actor in self.actors:

@@ -95,3 +95,26 @@ def test_stages_come_all_or_none_and_who_holds_their_places_is_said(four_layers,
             Pipeline(four_layers, 16, config, seed=0)
         assert [each.what for each in list_holdings("CPU") if "_StageActor" in each.what] == []
     assert "by night-training" in caplog.text
+
+
+def test_hidden_states_by_torch_distributed_change_no_token(four_layers, ray_instance, plain, adapter_folders):
+    from pathlib import Path
+
+    from finlora.engine.pipeline import Pipeline, PipelineConfig
+
+    config = PipelineConfig(num_stages=3, cache_rows=ROWS, device="cpu", cpus_per_stage=0.25, transport="gloo")
+    pipeline = Pipeline(four_layers, 16, config, seed=0)
+    try:
+        limits = Limits(cache_rows=ROWS, max_in_flight=3)
+        core = EngineCore(pipeline, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(four_layers.base)))
+        core.load_adapter("all", adapter_folders["all"])
+        requests = make_requests(count=6)
+        requests.append(Request(id="adapted", prompt_ids=RAGGED[2], adapter="all", sampling=Sampling(max_tokens=4)))
+        answers, _ = run(core, requests)
+        for number, prompt in enumerate(RAGGED):
+            assert tokens_of(answers[f"r{number}"]) == generate_alone(plain(), prompt, 6)
+        assert tokens_of(answers["adapted"]) == generate_alone(plain(adapter="all"), RAGGED[2], 4)
+        assert len(core.meter.read().busy) == 3
+        assert pipeline.peak_memory_gib() > 0
+    finally:
+        pipeline.close()

@@ -1,0 +1,74 @@
+"""Hidden states from a stage to the next by torch.distributed, point to point, beside the messages that Ray carries.
+
+`nccl` writes straight from GPU to GPU, each stage on a GPU of its own; `gloo` goes through host memory and sockets. The default
+needs neither: hidden states then travel within the messages, through shared memory on one machine.
+
+Shapes: T rows, H hidden.
+"""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+class Neighbours:
+    """A stage's connection to the one before and the one after.
+
+    Args:
+        stage: its number, from 0.
+        address: HOST:PORT that the first stage listens on.
+        hidden_size: H.
+    """
+
+    def __init__(
+        self,
+        transport: Literal["nccl", "gloo"],
+        stage: int,
+        num_stages: int,
+        address: str,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.stage, self.hidden_size, self.dtype = stage, hidden_size, dtype
+        self.device = device if transport == "nccl" else torch.device("cpu")
+        dist.init_process_group(
+            transport,
+            init_method=f"tcp://{address}",
+            rank=stage,
+            world_size=num_stages,
+            timeout=_TIMEOUT,
+            device_id=device if transport == "nccl" else None,
+        )
+        self._sent: tuple[dist.Work | None, Tensor] | None = None
+
+    def receive(self, num_rows: int) -> Tensor:
+        """Return the hidden states (T, H) that the stage before sent next."""
+        hidden = torch.empty(num_rows, self.hidden_size, dtype=self.dtype, device=self.device)
+        dist.recv(hidden, src=self.stage - 1)
+        return hidden
+
+    def send(self, hidden: Tensor) -> None:
+        """Give hidden states to the stage after; returns before they have arrived."""
+        if self._sent is not None and self._sent[0] is not None:
+            self._sent[0].wait()
+        hidden = hidden.to(self.device, copy=True)  # recorded passes write their result to the same place again
+        self._sent = dist.isend(hidden, dst=self.stage + 1), hidden
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def find_free_address(host: str) -> str:
+    """Return HOST:PORT of a port that is free now on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return f"{host}:{probe.getsockname()[1]}"

@@ -18,15 +18,15 @@ import argparse
 import json
 import re
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sides import run_in_process
 
 from finlora.errors import ConfigError
 
@@ -244,18 +244,6 @@ def measure_roof(device: Any) -> float:
     return 2 * size**3 / statistics.median(seconds[5:])
 
 
-def run_in_process(work: Work, side: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Measure one side in a fresh process; an error becomes the row's `error`."""
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as output:
-        command = [sys.executable, __file__, *argv, "--works", work.name, "--run-one", side, "--result", output.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no message"]
-            return {"error": f"exit {done.returncode}: {lines[-1][:300]}"}
-        result: dict[str, Any] = json.loads(output.read())
-    return result
-
-
 def main() -> None:
     """Run every work on every side and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -288,7 +276,7 @@ def main() -> None:
     for work in map(parse_work, arguments.works):
         reference = 0.0
         for side in arguments.sides:
-            row = run_in_process(work, side, argv)
+            row = run_in_process(__file__, work.name, side, argv)
             if "error" in row:
                 print(f"{work.name:38} {side:20} {row['error']}", flush=True)
             else:

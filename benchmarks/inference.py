@@ -1,0 +1,314 @@
+"""Inference speed and memory of FinLoRA's engine beside transformers' generate, at true Llama shapes with random weights.
+
+    python benchmarks/inference.py --data ~/finlora/data --base ~/llama --tokenizer ~/llama/tokenizer.model
+    python benchmarks/inference.py --works 8b-8bit-ner-labels-64 --sides plain-1 finlora
+    python benchmarks/inference.py --works tiny-16bit-synthetic_sentiment-labels-4 --device cpu --repeats 1
+
+A work is SIZE-BITSbit-TASK-labels-COUNT (the label of COUNT examples), SIZE-BITSbit-TASK-NEWnew-COUNT (COUNT examples at once,
+NEW tokens each), or either with -STAGESstages behind it (Ray actors, GPUs shared if need be). Prompts are those of the prepared
+task's test split. `plain-B` is transformers' generate on padded batches of B, four new tokens for a label, as it has no other
+way to one. Both sides generate every token asked for; sides run in processes of their own. GB = 1e9 bytes as
+torch.cuda.max_memory_allocated counts them, over all stages; first: seconds to the first token of a lone request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sides import run_in_process
+
+from finlora.errors import ConfigError
+
+WORKS = (
+    "8b-8bit-ner-labels-256",
+    "8b-4bit-ner-labels-256",
+    "8b-8bit-ner-64new-1",
+    "8b-16bit-ner-64new-1",
+    "8b-4bit-xbrl_values-30new-16",
+    "70b-4bit-ner-32new-16-4stages",
+    "70b-4bit-ner-32new-16",
+)
+SIDES = ("plain-1", "plain-8", "plain-16", "plain-32", "finlora")
+LABEL_TOKENS = 4
+NEVER = -1  # no token ends an answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One row of the table."""
+
+    name: str
+    size: str
+    bits: int
+    task: str
+    num_new: int
+    """New tokens; 0: labels."""
+    count: int
+    num_stages: int
+
+
+def parse_work(name: str) -> Work:
+    """Read a work from its name.
+
+    Raises:
+        ConfigError: the name is not of the form that the module describes.
+    """
+    form = r"(8b|70b|tiny)-(16|8|4)bit-([a-z_]+)-(?:labels|(\d+)new)-(\d+)(?:-(\d+)stages)?"
+    match = re.fullmatch(form, name)
+    if match is None:
+        raise ConfigError(
+            f"work {name!r}: expected SIZE-BITSbit-TASK-labels-COUNT or SIZE-BITSbit-TASK-NEWnew-COUNT, e.g. {WORKS[0]}"
+        )
+    size, bits, task, num_new, count, stages = match.groups()
+    return Work(
+        name=name,
+        size=size,
+        bits=int(bits),
+        task=task,
+        num_new=int(num_new or 0),
+        count=int(count),
+        num_stages=int(stages or 1),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """What both sides are asked."""
+
+    prompts: list[tuple[int, ...]]
+    choices: list[tuple[tuple[int, ...], ...]]
+
+
+def read_questions(work: Work, config: Any, tokenizer: Any) -> Questions:
+    """Take examples of the test split, spread over it."""
+    from finlora.data.prepared import read_prepared
+    from finlora.evaluate.runner import encode_split
+
+    split = read_prepared(Path(config.data.dir), work.task, "test")
+    encoded = encode_split(config, tokenizer, split, work.task)
+    step = max(1, len(encoded.examples) // work.count)
+    chosen = [index * step % len(encoded.examples) for index in range(work.count)]
+    return Questions(
+        prompts=[tuple(encoded.encoded[index].prompt_ids) for index in chosen],
+        choices=[
+            tuple(tuple(encoded.choice_ids[choice]) for choice in encoded.examples[index].choices)
+            if not work.num_new
+            else ()
+            for index in chosen
+        ],
+    )
+
+
+def measure_plain(
+    work: Work, batch: int, config: Any, questions: Questions, device: Any, repeats: int
+) -> dict[str, Any]:
+    """Time transformers' generate on batches of prompts padded on the left."""
+    import torch
+
+    from finlora.model.base import load_base, quiet_bitsandbytes
+
+    num_new = work.num_new or LABEL_TOKENS
+    with quiet_bitsandbytes():
+        base = load_base(config.model, config.model.bits, device, 0)
+        pad = base.tokenizer.pad_token_id
+        # A batch is enough to time; the slowest side would take minutes over all of them.
+        prompts = questions.prompts[: max(batch, min(len(questions.prompts), 4 * batch, 64))]
+
+        @torch.inference_mode()
+        def run(count: int) -> None:
+            for start in range(0, len(prompts), batch):
+                rows = prompts[start : start + batch]
+                longest = max(len(row) for row in rows)
+                ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows], device=device)
+                mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+                base.model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    do_sample=False,
+                    min_new_tokens=count,
+                    max_new_tokens=count,
+                    pad_token_id=pad,
+                )
+
+        seconds = _time(lambda: run(num_new), device, repeats)
+        first = _time(lambda: run(1), device, repeats) if len(prompts) == 1 else None
+    return {
+        "seconds_per_example": seconds / len(prompts),
+        "first_seconds": first,
+        "weights_gib": base.weights_gib,
+        "peak_gb": _peak_gb(device),
+        "notes": f"{len(prompts)} examples",
+    }
+
+
+def measure_finlora(work: Work, config: Any, questions: Questions, options: argparse.Namespace) -> dict[str, Any]:
+    """Time the engine on all questions at once, from an empty prefix cache each time."""
+    import torch
+
+    from finlora.engine.core import EngineCore
+    from finlora.engine.opening import open_executor
+    from finlora.engine.request import Request, Sampling
+    from finlora.engine.scheduler import Limits, Scheduler
+    from finlora.model.base import quiet_bitsandbytes
+    from finlora.model.source import find_source
+    from finlora.model.tokenizer import load_tokenizer
+
+    device = torch.device(options.device)
+    sampling = Sampling(max_tokens=work.num_new or 1)
+    requests = [
+        Request(id=str(number), prompt_ids=prompt, choices=choices, sampling=sampling)
+        for number, (prompt, choices) in enumerate(zip(questions.prompts, questions.choices, strict=True))
+    ]
+    sizes = sorted((request.num_tokens for request in requests), reverse=True)
+    rows = sum(sizes[: options.at_once]) + sizes[0]
+    with ExitStack() as stack:
+        stack.enter_context(quiet_bitsandbytes())
+        if work.num_stages > 1:
+            import ray
+
+            gpus = {"num_gpus": max(1, torch.cuda.device_count())} if device.type == "cuda" else {}
+            ray.init(num_cpus=work.num_stages, include_dashboard=False, log_to_driver=False, **gpus)
+            stack.callback(ray.shutdown)
+        executor, rows = stack.enter_context(open_executor(config, work.num_stages, rows, sizes[0]))
+        tokenizer = load_tokenizer(find_source(config.model).tokenizer_path)
+        in_flight = options.in_flight or work.num_stages
+
+        def run(asked: Sequence[Any]) -> Any:
+            # Another scheduler has another prefix cache: nothing is left of the run before.
+            limits = Limits(cache_rows=rows, max_in_flight=in_flight, max_batch_tokens=options.batch_tokens)
+            core = EngineCore(executor, Scheduler(limits, NEVER, lambda: 0), tokenizer)
+            for request in asked:
+                core.submit(request)
+            while not core.is_idle:
+                core.step()
+            return core.meter.read()
+
+        run(requests)  # kernels are compiled, passes of each size seen for the first time
+        run(requests)
+        readings: list[Any] = []
+        seconds = _time(lambda: readings.append(run(requests)), device, options.repeats)
+        lone = [Request(id="lone", prompt_ids=requests[0].prompt_ids, sampling=Sampling(max_tokens=1))]
+        run(lone)
+        first = _time(lambda: run(lone), device, options.repeats)
+        peak = executor.peak_memory_gib() or 0.0
+        weights = [stage["weights_gib"] for stage in executor.stages] if work.num_stages > 1 else None  # type: ignore[attr-defined]
+    return {
+        "seconds_per_example": seconds / len(requests),
+        "first_seconds": first,
+        "weights_gib": sum(weights) if weights else None,
+        "peak_gb": peak * 2**30 / 1e9,
+        "notes": readings[-1].describe(),
+        "reading": asdict(readings[-1]),
+    }
+
+
+def measure(work: Work, side: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one side in this process."""
+    import torch
+
+    from finlora.config import DataConfig, EvalConfig, ModelConfig, RunConfig
+    from finlora.model.source import find_source
+    from finlora.model.tokenizer import load_tokenizer
+
+    device = torch.device(options.device)
+    num_gpus = torch.cuda.device_count() if device.type == "cuda" else 1
+    config = RunConfig(
+        model=ModelConfig(
+            base=str(options.base / work.size if (options.base / work.size).is_dir() else options.base),
+            tokenizer=options.tokenizer and str(options.tokenizer),
+            weights="random",
+            bits=work.bits,  # type: ignore[arg-type]
+        ),
+        data=DataConfig(tasks=(work.task,), dir=str(options.data)),
+        eval=EvalConfig(
+            device=options.device,
+            bits=None,
+            method="generate" if work.num_new else "labels",
+            max_new_tokens=max(1, work.num_new),
+            num_gpus=min(1.0, num_gpus / work.num_stages),
+        ),
+    )
+    questions = read_questions(work, config, load_tokenizer(find_source(config.model).tokenizer_path))
+    tokens = sum(len(prompt) for prompt in questions.prompts) / work.count
+    if side == "finlora":
+        result = measure_finlora(work, config, questions, options)
+    else:
+        result = measure_plain(work, int(side.removeprefix("plain-")), config, questions, device, options.repeats)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return result | {"prompt_tokens": tokens, "device": name}
+
+
+def _time(run: Callable[[], object], device: Any, repeats: int) -> float:
+    """Return the median time of a run, in seconds."""
+    import torch
+
+    seconds = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def _peak_gb(device: Any) -> float:
+    from finlora.model.peak import measure_peak_gib
+
+    return measure_peak_gib(device) * 2**30 / 1e9
+
+
+def main() -> None:
+    """Run every work on every side and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--works", nargs="+", metavar="WORK", default=list(WORKS))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["plain-1", "plain-32", "finlora"])
+    parser.add_argument("--data", type=Path, default=Path("~/finlora/data").expanduser(), help="prepared tasks")
+    parser.add_argument("--base", type=Path, required=True, help="folder with config.json, or with 8b/ and 70b/ in it")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model, where the base's folder has no tokenizer")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs")
+    parser.add_argument("--at-once", type=int, default=64, help="requests that the KV cache holds")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="most rows of a micro-batch")
+    parser.add_argument("--in-flight", type=int, help="micro-batches under way; default: the stages")
+    parser.add_argument("--output", type=Path, help="JSON lines file to append to")
+    parser.add_argument("--run-one", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.run_one:
+        options.result.write_text(json.dumps(measure(parse_work(options.works[0]), options.run_one, options)))
+        return
+    print(f"{'work':34} {'side':9} {'s/example':>10} {'first s':>8} {'weights':>8} {'peak GB':>8} {'faster':>7}  notes")
+    for work in map(parse_work, options.works):
+        reference = 0.0
+        for side in options.sides:
+            row = run_in_process(__file__, work.name, side, sys.argv[1:])
+            if "error" in row:
+                print(f"{work.name:34} {side:9} {row['error']}", flush=True)
+            else:
+                seconds = row["seconds_per_example"]
+                reference = reference or seconds
+                print(
+                    f"{work.name:34} {side:9} {seconds:10.4f} {row['first_seconds'] or 0:8.4f} {row['weights_gib'] or 0:8.2f} "
+                    f"{row['peak_gb']:8.2f} {reference / seconds:7.1f}  {row['notes']}",
+                    flush=True,
+                )
+            if options.output:
+                with options.output.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps({"work": work.name, "side": side} | row) + "\n")
+
+
+if __name__ == "__main__":
+    main()

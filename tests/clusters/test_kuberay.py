@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,10 +86,11 @@ def test_dashboard_is_on_loopback_or_behind_the_network_policy():
     hosts = {name: check_manifest(TREES[name]).head_group_spec.ray_start_params["dashboard-host"] for name in CLUSTERS}
     assert hosts.pop("raycluster") == "127.0.0.1"
     assert set(hosts.values()) == {"0.0.0.0"}  # the operator must reach it
-    peers, operator = TREES["network"]["spec"]["ingress"]
+    peers, operator, clients = TREES["network"]["spec"]["ingress"]
     assert TREES["network"]["spec"]["policyTypes"] == ["Ingress"]
     assert peers["from"] == [{"podSelector": TREES["network"]["spec"]["podSelector"]}]
     assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
+    assert clients["ports"] == [{"protocol": "TCP", "port": 8000}]
 
 
 def test_job_runs_a_script_and_a_config_that_are_there():
@@ -107,3 +110,47 @@ def test_claim_is_the_one_that_all_pods_mount():
                 if "persistentVolumeClaim" in volume
             ]
             assert claims == [TREES["storage"]["metadata"]["name"]]
+
+
+SERVE_CONFIGS = sorted((ROOT / "serve_configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", params=[None, *SERVE_CONFIGS], ids=lambda path: path.stem if path else "smallest")
+def serve_config(request, tmp_path_factory):
+    """Each Serve config that ships, and the smallest that there can be."""
+    if request.param is not None:
+        return request.param
+    path = tmp_path_factory.mktemp("serve") / "smallest.yaml"
+    path.write_text("applications:\n  - {name: one, import_path: 'finlora.serve:app', route_prefix: /}\n")
+    return path
+
+
+# Ray Serve's schemas use a form of pydantic's Field that pydantic 2 warns of.
+@pytest.mark.filterwarnings("ignore:Using extra keyword arguments on `Field`")
+def test_service_of_each_serve_config_is_of_the_real_schemas(serve_config):
+    from ray.serve.schema import ServeDeploySchema
+
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cluster" / "kuberay" / "rayservice.py"), str(serve_config)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    tree = yaml.safe_load(done.stdout)
+    spec = check_manifest(tree)
+    assert tree["metadata"]["name"] == f"finlora-{serve_config.stem}"
+    deployed = yaml.safe_load(tree["spec"]["serveConfigV2"])
+    ServeDeploySchema.model_validate(deployed)
+    assert deployed["applications"] == yaml.safe_load(serve_config.read_text())["applications"]
+    assert deployed["http_options"]["host"] == "0.0.0.0"
+    assert spec.auth_options.mode == "token"
+    for group in (spec.head_group_spec, *spec.worker_group_specs):
+        (container,) = group.template["spec"]["containers"]
+        assert {"name": "serve", "containerPort": 8000} in container["ports"]
+
+
+def test_service_without_a_file_says_how():
+    command = [sys.executable, str(ROOT / "cluster" / "kuberay" / "rayservice.py"), "absent.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Give one file of serve_configs/" in done.stderr

@@ -26,10 +26,11 @@ SEVEN = (
     "strong positive",
 )
 TASKS = [
-    {"name": "fpb", "about": "none", "labels": ["negative", "neutral", "positive"]},
-    {"name": "nwgi", "about": "none", "labels": list(SEVEN)},
-    {"name": "ner", "about": "entity", "labels": ["location", "organization", "person"]},
-    {"name": "xbrl_values", "about": "question", "labels": []},
+    {"name": "fpb", "about": "none", "labels": ["negative", "neutral", "positive"], "questions": []},
+    {"name": "nwgi", "about": "none", "labels": list(SEVEN), "questions": []},
+    {"name": "ner", "about": "entity", "labels": ["location", "organization", "person"], "questions": []},
+    {"name": "xbrl_values", "about": "question", "labels": [], "questions": []},
+    {"name": "headline", "about": "question", "labels": ["Yes", "No"], "questions": ["price", "price down"]},
 ]
 STAGES = {
     "stages": [
@@ -40,6 +41,9 @@ STAGES = {
     "active": 5,
     "kv_used": 1536,
     "kv_total": 8192,
+    "bubble": 0.12,
+    "losses": 0,
+    "recovery_s": None,
 }
 
 

@@ -123,7 +123,7 @@ def test_key_that_is_withdrawn_is_asked_for_again(desk, script):
 
 def test_nothing_from_the_server_becomes_markup(page, script):
     script.models = [HOSTILE]
-    script.tasks = [{"name": HOSTILE, "about": "none", "labels": [HOSTILE, "b"]}]
+    script.tasks = [{"name": HOSTILE, "about": "none", "labels": [HOSTILE, "b"], "questions": []}]
     script.answers["/v1/classify"] = labels({HOSTILE: 0.9, "b": 0.1})
     page.get_by_label("Key", exact=True).fill(KEY)
     page.keyboard.press("Enter")
@@ -146,8 +146,13 @@ def test_stages_are_asked_each_second_while_one_can_see_them(desk, script):
     first = desk.locator("#stages li").first.inner_text().replace("\n", " ")
     assert all(words in first for words in ("layers 0–15", "62 % busy", "4.25 GiB weights, 0.50 GiB cache"))
     expect(desk.locator("#load")).to_contain_text("1,536 of 8,192 rows")
-    script.answers["/v1/stages"] = {**STAGES, "stages": [{**stage, "busy": None} for stage in STAGES["stages"]]}
-    expect(desk.locator("#stages li").first).not_to_contain_text("busy")
+    expect(desk.locator("#load")).not_to_contain_text("Stages lost")
+    script.answers["/v1/stages"] = {**STAGES, "stages": []}
+    expect(desk.locator("#link")).to_have_text("A stage is being started again.")
+    expect(desk.locator("#seen")).to_contain_text("as of")
+    script.answers["/v1/stages"] = {**STAGES, "losses": 1, "recovery_s": 4.2}
+    expect(desk.locator("#load")).to_contain_text("1, the last back in 4.2 s")
+    expect(desk.locator("#link")).to_have_text("Connected")
     desk.evaluate(
         "Object.defineProperty(document, 'visibilityState', {value: 'hidden', configurable: true});"
         "document.dispatchEvent(new Event('visibilitychange'))"

@@ -46,6 +46,15 @@ def test_entity_goes_with_the_question_and_must_be_named(desk, script):
     assert script.asked[0][1]["about"] == "Rotterdam"
 
 
+def test_question_of_a_task_that_knows_only_some_is_chosen(desk, script):
+    script.answers["/v1/classify"] = labels({"Yes": 0.9, "No": 0.1})
+    desk.get_by_label("Task").select_option("headline")
+    desk.get_by_label("Question", exact=True).select_option("price down")
+    ask(desk, "Gold slips")
+    expect(desk.locator(".verdict")).to_contain_text("Yes")
+    assert script.asked[0][1]["about"] == "price down"
+
+
 def test_quote_is_marked_where_the_server_counts_characters(desk, script):
     context = "📈 𝒫rofit\n<b>6120000</b> and 6120000"
     start = context.index("6120000")
@@ -86,7 +95,6 @@ def test_text_is_written_as_it_comes(desk, script):
     body = {
         "model": "llama-8b",
         "messages": [{"role": "user", "content": "Explain."}],
-        "max_tokens": 256,
         "stream": True,
     }
     assert script.asked == [("/v1/chat/completions", body)]
@@ -117,7 +125,8 @@ def test_text_that_breaks_off_is_no_answer(desk, script, last):
     [
         (403, "This key may not do that.", "Choose another model"),
         (413, "The text is too long for this server.", "Cut it down"),
-        (422, "The server cannot use this question.", "Change what it names here"),
+        (400, "The server cannot use this question.", "Change what it names here"),
+        (422, "This adapter cannot be used.", "Choose another model"),
         (500, "The server failed on this question.", "give the request id to whoever runs it"),
         (503, "The model cannot answer now.", "Try again shortly"),
     ],

@@ -88,7 +88,8 @@ export function showExtract(answer, context, call) {
   } else {
     page.append(context);
   }
-  show(verdict, note, page, makeFooter(call));
+  const cut = answer.finish_reason === "length" ? [make("p", "note is-warning", "The answer was cut at the longest length allowed.")] : [];
+  show(verdict, note, ...cut, page, makeFooter(call));
   const mark = page.querySelector("mark");
   if (mark) page.scrollTop = mark.offsetTop - page.clientHeight / 2;
 }

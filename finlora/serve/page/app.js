@@ -1,11 +1,11 @@
 // The page of a FinLoRA server: type a key, choose a model and a task, ask.
 
 import { openStream, showEmpty, showExtract, showFailure, showLabels, showStopped, showWaiting } from "./answer.js";
-import { $, count } from "./element.js";
+import { $, count, make } from "./element.js";
 import { Failure, asFailure, get, readEvents, requestIdOf, send, session } from "./server.js";
 import { say, unwatch, watch } from "./stages.js";
 
-const FREE_TEXT = { name: "", about: "none", labels: [] };
+const FREE_TEXT = { name: "", about: "none", labels: [], questions: [] };
 
 // Invented texts, by what a task asks for.
 const EXAMPLES = {
@@ -104,12 +104,18 @@ function showTask() {
   $("task-hint").textContent = hints[form];
   $("text-label").textContent = TEXT_LABELS[form];
   $("about-field").hidden = task.about === "none";
-  $("about").required = task.about !== "none";
-  $("about").value = "";
   $("about-label").textContent = task.about === "entity" ? "Entity, as the text writes it" : "Question";
-  $("about-list").replaceChildren(...(task.questions ?? []).map((question) => new Option(question, question)));
+  $("about").replaceWith(makeAbout(task));
   $("threshold-field").hidden = form !== "classify";
   $("tokens-field").hidden = form !== "chat";
+}
+
+/** Make the field for what is asked about the text: a choice where the task knows only some questions. */
+function makeAbout(task) {
+  const field = make(task.questions.length ? "select" : "input");
+  if (task.questions.length) field.append(...task.questions.map((question) => new Option(question, question)));
+  else Object.assign(field, { autocomplete: "off", spellcheck: false });
+  return Object.assign(field, { id: "about", required: task.about !== "none" });
 }
 
 function showThreshold() {
@@ -210,9 +216,9 @@ async function askText(_task, call) {
   const body = {
     model: call.model,
     messages: [{ role: "user", content: $("text").value }],
-    max_tokens: Number($("tokens").value),
     stream: true,
   };
+  if ($("tokens").value) body.max_tokens = Number($("tokens").value);
   const reply = await send("/v1/chat/completions", body, call.abort.signal);
   call.requestId = requestIdOf(reply);
   let stream = null;

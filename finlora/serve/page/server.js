@@ -19,11 +19,12 @@ const WORDS = {
   404: ["The server does not have that model or task.", "Load the page again to see what it has now."],
   408: ["The answer took too long.", "Try again, with a shorter text if it happens again."],
   413: ["The text is too long for this server.", "Cut it down to the part that the question is about."],
+  422: ["This adapter cannot be used.", "Choose another model, and show the words below to whoever runs the server."],
   429: ["Too many questions at this moment.", "Nothing is lost: the same question can be asked again shortly."],
   500: ["The server failed on this question.", "Try again. If it fails again, give the request id to whoever runs it."],
   503: ["The model cannot answer now.", "A stage is down or starting; the server brings it back. Try again shortly."],
 };
-const ALIASES = { 409: 400, 415: 400, 422: 400, 502: 503, 504: 408 };
+const ALIASES = { 502: 503, 504: 408 };
 
 /** Something that went wrong: `title` says what, `advice` what to do, `message` is the server's own word. */
 export class Failure extends Error {

@@ -42,9 +42,7 @@ async function poll() {
     const failure = asFailure(error);
     if (failure.status === 401) return void onRefused(failure);
     wait = Math.max(FAILED_POLL_MS, 1000 * failure.waitSeconds);
-    say(failure.title, "is-bad");
-    if (seen) $("seen").textContent = `as of ${seen.toLocaleTimeString()}`;
-    $("engine").classList.add("is-old");
+    showOld(failure.title);
   }
   clearTimeout(timer);
   if (document.visibilityState === "visible") timer = setTimeout(poll, wait);
@@ -58,6 +56,7 @@ export function say(words, className = "") {
 }
 
 function show(status) {
+  if (!status.stages.length) return showOld("A stage is being started again.");
   const cards = status.stages.map((stage, index) => {
     const shares = (history[index] ??= []);
     shares.push(stage.busy);
@@ -71,8 +70,23 @@ function show(status) {
   seen = new Date();
   const cacheShare = status.kv_total ? status.kv_used / status.kv_total : 0;
   const cache = make("span", "", `${count(status.kv_used)} of ${count(status.kv_total)} rows`, makeBar(cacheShare));
-  $("load").replaceWith(Object.assign(makeTerms("", [["At work", count(status.active)], ["Waiting", count(status.queue)], ["KV cache", cache]]), { id: "load" }));
+  const recovery = status.recovery_s === null ? "" : `${count(status.losses)}, the last back in ${status.recovery_s.toFixed(1)} s`;
+  const load = makeTerms("", [
+    ["At work", count(status.active)],
+    ["Waiting", count(status.queue)],
+    ["KV cache", cache],
+    ["Idle with work at hand", percent(status.bubble, 0)],
+    ["Stages lost", recovery],
+  ]);
+  $("load").replaceWith(Object.assign(load, { id: "load" }));
   say("Connected", "is-good");
+}
+
+/** Keep what was seen last, grey and with its time, and say why there is nothing newer. */
+function showOld(reason) {
+  say(reason, "is-bad");
+  if (seen) $("seen").textContent = `as of ${seen.toLocaleTimeString()}`;
+  $("engine").classList.add("is-old");
 }
 
 function makeCard(stage, index, shares) {

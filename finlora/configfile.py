@@ -55,11 +55,16 @@ def build_settings(cls: type[_Settings], overrides: Sequence[str]) -> _Settings:
 
 def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:
     """Rebuild a config from `config_to_tree`, checking it like a YAML file."""
+    return settings_from_tree(RunConfig, tree)
+
+
+def settings_from_tree(cls: type[_Settings], tree: Mapping[str, Any]) -> _Settings:
+    """Build any settings class, sections included, from plain dicts, with the same checks and errors."""
     faults: list[str] = []
-    config = _build(RunConfig, tree, "", faults)
+    built = _build(cls, tree, "", faults)
     if faults:
         raise ConfigError(faults)
-    return cast(RunConfig, config)
+    return cast(_Settings, built)
 
 
 def config_to_tree(config: RunConfig) -> dict[str, Any]:

@@ -6,7 +6,9 @@
     ├── ModelError          (4)   a base model, its tokenizer or its weights cannot be used as asked
     │   └── AdapterError          an adapter folder is missing, incomplete or made for something else
     ├── ResourceError       (5)   GPUs, memory or disk that the run needs are not there
-    │   └── QueueFullError        too many requests wait for an answer; later there may be room
+    │   ├── QueueFullError        too many requests wait for an answer; later there may be room
+    │   ├── QuotaError            a key has asked as much as it may in this minute
+    │   └── StageLostError        a stage of a served model died; it comes back, and the same request can succeed
     ├── CheckpointError     (6)   a checkpoint is missing, incomplete or of another run
     ├── ResultError         (7)   a results file cannot be read
     └── StoppedError              a signal ended a run at a checkpoint: 128 + the signal's number, as shells count
@@ -67,6 +69,21 @@ class ResourceError(FinloraError):
 
 class QueueFullError(ResourceError):
     """The engine has as many requests in line as it may: the same request can succeed later."""
+
+
+class QuotaError(ResourceError):
+    """A key has asked as much as it may just now; `retry_after_s` seconds later there is room."""
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type[QuotaError], tuple[str, int]]:
+        return (type(self), (str(self), self.retry_after_s))
+
+
+class StageLostError(ResourceError):
+    """A stage of a served model died, or is not there yet: the same request can succeed later."""
 
 
 class CheckpointError(FinloraError):

@@ -23,7 +23,7 @@ STAIR = (
 HOMES = {
     "ray": {
         *("lease", "cluster", "train.worker", "train.room", "train.failure", "train.search"),
-        *("engine.pipeline", "serve.app"),
+        *("engine.pipeline", "serve.app", "serve.model", "serve.measures"),
     },
     "deepspeed": {"train.worker"},
     "bitsandbytes": {"model.base"},

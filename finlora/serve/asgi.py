@@ -1,0 +1,87 @@
+"""The web application of one copy of the server: paths, errors and the guard before them. No Ray here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from finlora.errors import FinloraError
+from finlora.serve import completions, finance, status
+from finlora.serve.failures import RefusedError, error_reply, from_http, invalid_body
+from finlora.serve.guard import Guard
+from finlora.serve.page import page_router
+from finlora.serve.server import Server
+
+_logger = logging.getLogger(__name__)
+_SHOW_EVERY_S = 1.0
+
+_DESCRIPTION = """A Llama base with adapters for financial questions, on your own GPUs.
+
+Every path but `/healthz` and the web page at `/` needs a key: `Authorization: Bearer KEY`. Each answer carries an
+`X-Request-Id`, which the server's log and audit log name too. Errors have OpenAI's form. Limits: one answer a request (`n`
+is 1), log-probabilities of the chosen tokens alone."""
+
+
+def make_app(server: Server) -> ASGIApp:
+    """Return the application around a server whose engine runs."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.ensure_future(_show_gauges(server))
+        yield
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    app = FastAPI(
+        title="FinLoRA",
+        version=version("finlora"),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,  # both pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.server = server
+    for router in (completions.router, finance.router, status.router, page_router()):
+        app.include_router(router)
+    paths = {route.path for route in app.routes if hasattr(route, "path")}
+
+    @app.exception_handler(RequestValidationError)
+    async def answer_invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_reply(invalid_body(error))
+
+    @app.exception_handler(HTTPException)
+    async def answer_http(_request: Request, error: HTTPException) -> JSONResponse:
+        return error_reply(from_http(error))
+
+    async def answer_known(_request: Request, error: Exception) -> JSONResponse:
+        return error_reply(error)
+
+    app.add_exception_handler(FinloraError, answer_known)
+    app.add_exception_handler(RefusedError, answer_known)
+
+    @app.exception_handler(Exception)
+    async def answer_unknown(request: Request, error: Exception) -> JSONResponse:
+        _logger.error("%s failed", request.state.request_id, exc_info=error)
+        return error_reply(error)
+
+    def count(path: str, status_code: int, seconds: float) -> None:
+        # Unknown paths share a name: a metric for each would be a way to fill the memory.
+        server.meter.count_request(path if path in paths else "other", status_code, seconds)
+
+    return Guard(app, server.keys, server.config.limits.max_body_bytes, count)
+
+
+async def _show_gauges(server: Server) -> None:
+    while True:
+        server.meter.show(server.engine.snapshot, is_ready=bool(server.engine.stages))
+        await asyncio.sleep(_SHOW_EVERY_S)

@@ -1,0 +1,216 @@
+"""OpenAI's `/v1/completions` and `/v1/chat/completions`: whole, or as server-sent events.
+
+Source: OpenAI API reference, https://platform.openai.com/docs/api-reference/chat/streaming (chunks, usage event, `[DONE]`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from finlora.engine.request import Answer, Sampling
+from finlora.serve.doorway import ERRORS, gather_all, key_of, request_id_of, server_of
+from finlora.serve.failures import RefusedError, as_refusal, error_body
+from finlora.serve.ledger import Call
+from finlora.serve.logprobs import chat_logprobs, completion_logprobs
+from finlora.serve.prompt import encode_messages, encode_plain
+from finlora.serve.protocol import CachedTokens, ChatRequest, CompletionRequest, GenerationRequest, Usage
+from finlora.serve.server import Server
+
+router = APIRouter(tags=["OpenAI"], responses=ERRORS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    text: str
+    ids: tuple[int, ...]
+
+
+@router.post("/v1/chat/completions", response_model=None, summary="Answer a conversation")
+async def chat(body: ChatRequest, request: Request) -> Response:
+    """Answer as OpenAI's chat completions do. With `stream` the answer comes as server-sent events, closed by `[DONE]`."""
+    server = server_of(request)
+    call = server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    text = json.dumps([[message.role, message.text] for message in body.messages], ensure_ascii=False)
+    prompt = _Prompt(text, encode_messages(body.messages, server.base))
+    sampling = _sampling_of(body, prompt, server, body.max_completion_tokens or body.max_tokens)
+    return await _reply(_Chat(server, call, bool(body.logprobs)), body, [prompt], sampling)
+
+
+@router.post("/v1/completions", response_model=None, summary="Continue a text")
+async def complete(body: CompletionRequest, request: Request) -> Response:
+    """Continue a text as OpenAI's completions do, without any template around it. Several prompts only without `stream`."""
+    server = server_of(request)
+    call = server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    prompts = _read_prompts(body, server)
+    if body.stream and len(prompts) > 1:
+        raise RefusedError(
+            400, f"found {len(prompts)} prompts with stream=true: stream one.", "invalid_value", "prompt"
+        )
+    longest = max(prompts, key=lambda prompt: len(prompt.ids))
+    sampling = _sampling_of(body, longest, server, body.max_tokens)
+    return await _reply(_Completion(server, call, body.logprobs is not None), body, prompts, sampling)
+
+
+class _Chat:
+    """The form of chat completions."""
+
+    kind, prefix, piece_kind = "chat.completion", "chatcmpl", "chat.completion.chunk"
+
+    def __init__(self, server: Server, call: Call, has_logprobs: bool) -> None:
+        self.server, self.call, self.has_logprobs = server, call, has_logprobs
+
+    def whole(self, index: int, text: str, answer: Answer) -> dict[str, Any]:
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "finish_reason": finish_reason(answer),
+            "logprobs": self._logprobs(text, answer),
+        }
+
+    def first(self) -> dict[str, Any] | None:
+        return {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
+
+    def piece(self, text: str) -> dict[str, Any]:
+        return {"index": 0, "delta": {"content": text}, "finish_reason": None, "logprobs": None}
+
+    def last(self, text: str, answer: Answer) -> dict[str, Any]:
+        reason, logprobs = finish_reason(answer), self._logprobs(text, answer)
+        return {"index": 0, "delta": {}, "finish_reason": reason, "logprobs": logprobs}
+
+    def _logprobs(self, text: str, answer: Answer) -> dict[str, Any] | None:
+        return chat_logprobs(answer, text, self.server.base.tokenizer) if self.has_logprobs else None
+
+
+class _Completion:
+    """The form of completions."""
+
+    kind, prefix, piece_kind = "text_completion", "cmpl", "text_completion"
+
+    def __init__(self, server: Server, call: Call, has_logprobs: bool) -> None:
+        self.server, self.call, self.has_logprobs = server, call, has_logprobs
+
+    def whole(self, index: int, text: str, answer: Answer) -> dict[str, Any]:
+        logprobs = completion_logprobs(answer, text, self.server.base.tokenizer) if self.has_logprobs else None
+        return {"index": index, "text": text, "finish_reason": finish_reason(answer), "logprobs": logprobs}
+
+    def first(self) -> dict[str, Any] | None:
+        return None
+
+    def piece(self, text: str) -> dict[str, Any]:
+        return {"index": 0, "text": text, "finish_reason": None, "logprobs": None}
+
+    def last(self, text: str, answer: Answer) -> dict[str, Any]:
+        return self.whole(0, text, answer) | {"text": ""}
+
+
+async def _reply(
+    form: _Chat | _Completion, body: GenerationRequest, prompts: Sequence[_Prompt], sampling: Sampling
+) -> Response:
+    server, call = form.server, form.call
+    frame = {"id": f"{form.prefix}-{call.request_id}", "created": int(time.time()), "model": body.model}
+    if body.stream:
+        (prompt,) = prompts
+        events = server.generate(call, prompt.text, prompt.ids, sampling)
+        # The first event is awaited here, so that what goes wrong before it has its own status.
+        first = await anext(events)
+        wants_usage = body.stream_options is not None and body.stream_options.include_usage
+        stream = _stream(form, frame | {"object": form.piece_kind}, first, events, len(prompt.ids), wants_usage)
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    results = await gather_all(
+        [_collect(server, call, prompt, sampling, index) for index, prompt in enumerate(prompts)]
+    )
+    choices = [form.whole(index, text, answer) for index, (text, answer) in enumerate(results)]
+    usage = count_usage([(len(p.ids), answer) for p, (_, answer) in zip(prompts, results, strict=True)])
+    return JSONResponse({**frame, "object": form.kind, "choices": choices, "usage": usage.model_dump()})
+
+
+async def _stream(
+    form: _Chat | _Completion,
+    frame: dict[str, Any],
+    first: str | Answer,
+    events: AsyncIterator[str | Answer],
+    num_prompt: int,
+    wants_usage: bool,
+) -> AsyncIterator[str]:
+    def event(choices: list[dict[str, Any]], **more: Any) -> str:
+        return f"data: {json.dumps({**frame, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
+
+    usage = {"usage": None} if wants_usage else {}
+    text = ""
+    async with contextlib.aclosing(events):  # type: ignore[type-var]
+        try:
+            if (opening := form.first()) is not None:
+                yield event([opening], **usage)
+            item = first
+            while isinstance(item, str):
+                text += item
+                yield event([form.piece(item)], **usage)
+                item = await anext(events)
+            yield event([form.last(text, item)], **usage)
+            if wants_usage:
+                yield event([], usage=count_usage([(num_prompt, item)]).model_dump())
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            # The status is out already: the error comes as an event, and no [DONE] follows it.
+            yield f"data: {error_body(as_refusal(error)).model_dump_json()}\n\n"
+
+
+async def _collect(server: Server, call: Call, prompt: _Prompt, sampling: Sampling, index: int) -> tuple[str, Answer]:
+    pieces: list[str] = []
+    async for event in server.generate(call, prompt.text, prompt.ids, sampling, index):
+        if isinstance(event, Answer):
+            return "".join(pieces), event
+        pieces.append(event)
+    raise AssertionError("a stream ends with its answer or an error")
+
+
+def finish_reason(answer: Answer) -> str:
+    """Return OpenAI's word for why an answer ended."""
+    return "length" if answer.finish == "length" else "stop"
+
+
+def count_usage(answers: Sequence[tuple[int, Answer]]) -> Usage:
+    """Return the tokens of prompts and answers, given as (tokens of the prompt, answer)."""
+    num_prompt, num_new = sum(size for size, _ in answers), sum(len(answer.tokens) for _, answer in answers)
+    return Usage(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_new,
+        total_tokens=num_prompt + num_new,
+        prompt_tokens_details=CachedTokens(cached_tokens=sum(answer.num_cached for _, answer in answers)),
+    )
+
+
+def _sampling_of(body: GenerationRequest, prompt: _Prompt, server: Server, max_tokens: int | None) -> Sampling:
+    return server.make_sampling(
+        prompt.ids,
+        max_tokens=max_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        stop=body.stop_texts,
+        seed=body.seed,
+    )
+
+
+def _read_prompts(body: CompletionRequest, server: Server) -> list[_Prompt]:
+    base, prompt = server.base, body.prompt
+    if not isinstance(prompt, str) and isinstance(prompt[0], int):
+        ids = tuple(int(token) for token in prompt)
+        size = len(base.tokenizer)
+        if not all(0 <= token < size for token in ids):
+            raise RefusedError(400, f"prompt holds ids outside 0 to {size - 1:,}.", "invalid_value", "prompt")
+        return [_Prompt(json.dumps(ids), ids)]
+    texts = [prompt] if isinstance(prompt, str) else [str(text) for text in prompt]
+    if len(texts) > server.config.limits.max_texts:
+        most = server.config.limits.max_texts
+        raise RefusedError(
+            400, f"found {len(texts):,} prompts: expected at most {most:,} in one request.", "invalid_value", "prompt"
+        )
+    return [_Prompt(text, (int(base.tokenizer.bos_token_id), *encode_plain(text, base))) for text in texts]

@@ -1,0 +1,266 @@
+"""The engine for coroutines: one thread drives it, any number of requests await their text, and lost stages come back.
+
+The thread alone touches the core. Coroutines hand it calls through a queue; what a step brings goes back to their event loop
+in one piece. When the stages are lost, every request under way ends with StageLostError, later ones are refused at once, and
+the thread opens the stages anew until they stand.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from finlora.engine.core import EngineCore
+from finlora.engine.request import Answer, Request
+from finlora.errors import FinloraError, QueueFullError, StageLostError
+from finlora.serve.stages import AdapterRef, OpenCore, Snapshot, StageFacts
+
+_logger = logging.getLogger(__name__)
+_MAX_BACKOFF_S = 30.0
+_SNAPSHOT_S = 0.5
+
+
+@dataclass(eq=False, slots=True)
+class _Stream:
+    loop: asyncio.AbstractEventLoop
+    events: asyncio.Queue[str | Answer | Exception] = field(default_factory=asyncio.Queue)
+
+
+class AsyncEngine:
+    """Requests of coroutines, answered by a core in a thread.
+
+    Args:
+        open_core: brings the stages up; called again after they were lost.
+        max_adapters: adapters held at once.
+        check_every_s: seconds between two looks at idle stages.
+    """
+
+    def __init__(self, open_core: Callable[[], OpenCore], max_adapters: int, check_every_s: float) -> None:
+        self._open_core, self._max_adapters, self._check_every_s = open_core, max_adapters, check_every_s
+        self._calls: queue.SimpleQueue[Callable[[EngineCore], None]] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}
+        self._last_use: OrderedDict[str, None] = OrderedDict()
+        self._closing = threading.Event()
+        self._opened: OpenCore | None = None
+        self._why_down = "the model is being loaded"
+        self._first_error: BaseException | None = None
+        self._first_try = threading.Event()
+        self._next_snapshot = 0.0
+        self.snapshot = Snapshot()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Bring the stages up, and return when they stand.
+
+        Raises:
+            FinloraError: they cannot be had; nothing runs then.
+        """
+        self._thread.start()
+        self._first_try.wait()
+        if self._first_error is not None:
+            raise self._first_error
+
+    def close(self) -> None:
+        """End all requests and let the stages go."""
+        self._closing.set()
+        self._thread.join()
+
+    @property
+    def stages(self) -> tuple[StageFacts, ...]:
+        """Stages that stand now; empty while they are lost."""
+        return self._opened.stages if self._opened is not None else ()
+
+    def require_ready(self) -> None:
+        """Raise StageLostError while the stages do not stand."""
+        if self._opened is None:
+            raise StageLostError(f"{self._why_down}: ask again in a few seconds.")
+
+    async def ask(self, request: Request, adapter: AdapterRef | None = None) -> AsyncIterator[str | Answer]:
+        """Yield the pieces of an answer's text as they come, and last the Answer. Leaving early cancels the request.
+
+        Raises:
+            ConfigError: the request can never be answered.
+            AdapterError: its adapter does not fit.
+            QueueFullError: too many wait, or too many adapters are at work.
+            StageLostError: the stages do not stand, or died meanwhile.
+        """
+        self.require_ready()
+        stream = _Stream(asyncio.get_running_loop())
+        self._streams[request.id] = stream
+
+        def submit(core: EngineCore) -> None:
+            if request.id not in self._streams:
+                return  # the stages were lost meanwhile, and the caller knows
+            try:
+                if adapter is not None:
+                    self._ensure_adapter(core, adapter)
+                core.submit(request)
+            except FinloraError as error:
+                self._send([(request.id, error)])
+
+        is_over = False
+        self._calls.put(submit)
+        try:
+            while True:
+                event = await stream.events.get()
+                is_over = not isinstance(event, str)
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if is_over:
+                    return
+        finally:
+            self._streams.pop(request.id, None)
+            if not is_over:
+                self._calls.put(lambda core: core.cancel(request.id))
+
+    async def answer(self, request: Request, adapter: AdapterRef | None = None) -> Answer:
+        """Return the answer alone."""
+        async with contextlib.aclosing(self.ask(request, adapter)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, Answer):
+                    return event
+        raise AssertionError("a stream ends with its answer or an error")
+
+    def _run(self) -> None:
+        backoff, lost_at = 1.0, None
+        while not self._closing.is_set():
+            try:
+                opened = self._open_core()
+            except Exception as error:
+                if not self._first_try.is_set():
+                    self._first_error = error
+                    self._first_try.set()
+                    return
+                self._why_down = f"the stages of the model could not be restarted ({error})"
+                _logger.exception("The stages could not be restarted; the next try is in %.0f s", backoff)
+                self._closing.wait(backoff)
+                backoff = min(2 * backoff, _MAX_BACKOFF_S)
+                continue
+            if lost_at is not None:
+                seconds = time.monotonic() - lost_at
+                self._note(recovery_s=seconds)
+                _logger.warning("All stages stand again, %.1f s after the loss", seconds)
+            backoff = 1.0
+            self._last_use.clear()
+            self._opened = opened
+            self._first_try.set()
+            try:
+                self._drive(opened)
+            except Exception as error:
+                lost_at = time.monotonic()
+                self._lose(error)
+            finally:
+                self._opened = None
+                _quietly(opened.close)
+        self._why_down = "the server is shutting down"
+        self._fail_all(StageLostError("the server shut down before the answer was complete: ask again."))
+
+    def _drive(self, opened: OpenCore) -> None:
+        core = opened.core
+        next_check = time.monotonic() + self._check_every_s
+        while not self._closing.is_set():
+            self._take_calls(core)
+            if core.is_idle:
+                self._take_snapshot(core)
+                if time.monotonic() >= next_check:
+                    opened.check()
+                    next_check = time.monotonic() + self._check_every_s
+                continue
+            events: list[tuple[str, str | Answer | Exception]] = []
+            answers = core.step(lambda name, piece: events.append((name, piece)))  # noqa: B023
+            events += [(answer.request_id, answer) for answer in answers]
+            self._send(events)
+            self._take_snapshot(core)
+            next_check = time.monotonic() + self._check_every_s
+
+    def _take_calls(self, core: EngineCore) -> None:
+        """Carry out all calls at hand; where there is nothing else to do, wait for the first."""
+        try:
+            wait_s = min(self._check_every_s, 0.25)
+            call = self._calls.get(timeout=wait_s) if core.is_idle else self._calls.get_nowait()
+            while True:
+                call(core)
+                call = self._calls.get_nowait()
+        except queue.Empty:
+            return
+
+    def _ensure_adapter(self, core: EngineCore, adapter: AdapterRef) -> None:
+        """Load an adapter unless it is there; the one unused for longest gives way."""
+        if adapter.name not in core.adapters:
+            while len(core.adapters) >= self._max_adapters:
+                idle = [name for name in self._last_use if not core.scheduler.uses_adapter(name)]
+                if not idle:
+                    raise QueueFullError(
+                        f"all {self._max_adapters} places for adapters are at work (max_adapters): try again later"
+                    )
+                core.unload_adapter(idle[0])
+                del self._last_use[idle[0]]
+            core.load_adapter(adapter.name, adapter.folder)
+        self._last_use[adapter.name] = None
+        self._last_use.move_to_end(adapter.name)
+
+    def _lose(self, error: Exception) -> None:
+        _logger.error("The stages were lost: %s: %s", type(error).__name__, error)
+        self._opened = None
+        self._why_down = "a stage of the model died and is being restarted"
+        self._note(num_losses=self.snapshot.num_losses + 1)
+        self._fail_all(StageLostError("a stage of the model died before the answer was complete: ask again."))
+
+    def _fail_all(self, error: FinloraError) -> None:
+        """End every request, those that were not yet taken on as well."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._calls.get_nowait()
+        self._send([(name, error) for name in list(self._streams)])
+
+    def _send(self, events: list[tuple[str, str | Answer | Exception]]) -> None:
+        """Hand events to the coroutines that await them, with one wake-up of their loop."""
+        wanted = [(stream, event) for name, event in events if (stream := self._streams.get(name)) is not None]
+        if not wanted:
+            return
+
+        def deliver() -> None:
+            for stream, event in wanted:
+                stream.events.put_nowait(event)
+
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everyone who waited
+            wanted[0][0].loop.call_soon_threadsafe(deliver)
+
+    def _take_snapshot(self, core: EngineCore) -> None:
+        now = time.monotonic()
+        if now < self._next_snapshot:
+            return
+        self._next_snapshot = now + _SNAPSHOT_S
+        scheduler, reading = core.scheduler, core.meter.read()
+        # Busy shares are of the time with work; over all the time they are smaller.
+        share = min(1.0, reading.seconds / _SNAPSHOT_S)
+        self._note(
+            queue=scheduler.num_waiting,
+            active=scheduler.num_active,
+            kv_used=scheduler.pool.num_held,
+            kv_total=scheduler.pool.num_rows,
+            busy=tuple(share * busy for busy in reading.busy) or (0.0,) * len(self.stages),
+            bubble=reading.bubble,
+            adapters=tuple(core.adapters),
+        )
+
+    def _note(self, **changes: Any) -> None:
+        self.snapshot = dataclasses.replace(self.snapshot, **changes)
+
+
+def _quietly(close: Callable[[], None]) -> None:
+    """Close stages of which some may be dead."""
+    try:
+        close()
+    except Exception as error:
+        _logger.warning("Stages could not be closed in order: %s: %s", type(error).__name__, error)

@@ -1,0 +1,94 @@
+"""Every failure as an HTTP status and OpenAI's error body; one table, so that no error is answered in two ways."""
+
+from __future__ import annotations
+
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from finlora.errors import (
+    AdapterError,
+    ConfigError,
+    DatasetError,
+    FinloraError,
+    ModelError,
+    QueueFullError,
+    QuotaError,
+    StageLostError,
+)
+from finlora.serve.protocol import ErrorBody, ErrorResponse
+
+# Error -> status, OpenAI's type, code, seconds after which to ask again (0: never the same). The first that fits counts.
+_TABLE: tuple[tuple[type[FinloraError], int, str, str, int], ...] = (
+    (QuotaError, 429, "rate_limit_error", "rate_limit_exceeded", 1),
+    (QueueFullError, 429, "rate_limit_error", "queue_full", 1),
+    (StageLostError, 503, "service_unavailable_error", "stage_lost", 5),
+    (AdapterError, 422, "invalid_request_error", "adapter_refused", 0),
+    (ModelError, 422, "invalid_request_error", "model_refused", 0),
+    (ConfigError, 400, "invalid_request_error", "invalid_value", 0),
+    (DatasetError, 400, "invalid_request_error", "invalid_value", 0),
+)
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+
+
+class RefusedError(Exception):
+    """A request that is answered with an error, as the HTTP layer alone knows it.
+
+    Args:
+        status: HTTP status.
+        message: what was found, what was expected, what to do.
+        code: for programs.
+        param: field of the request.
+    """
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None, retry_after_s: int = 0) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param, self.retry_after_s = status, code, param, retry_after_s
+
+
+def as_refusal(error: Exception) -> RefusedError:
+    """Return how an error is answered; one that is not ours gives away nothing but that it happened."""
+    if isinstance(error, RefusedError):
+        return error
+    for kind, status, _, code, retry_after_s in _TABLE:
+        if isinstance(error, kind):
+            wait = error.retry_after_s if isinstance(error, QuotaError) else retry_after_s
+            return RefusedError(status, str(error), code, retry_after_s=wait)
+    return RefusedError(
+        500, "the server failed on this request: its log says why under the request id.", "internal_error"
+    )
+
+
+def error_body(refusal: RefusedError) -> ErrorResponse:
+    """Return OpenAI's form of an error."""
+    kinds = {status: kind for _, status, kind, _, _ in _TABLE} | _TYPES
+    kind = kinds.get(refusal.status, "server_error" if refusal.status >= 500 else "invalid_request_error")
+    return ErrorResponse(error=ErrorBody(message=str(refusal), type=kind, param=refusal.param, code=refusal.code))
+
+
+def error_reply(error: Exception) -> JSONResponse:
+    """Return the HTTP answer to an error."""
+    refusal = as_refusal(error)
+    headers = {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else {}
+    if refusal.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(refusal).model_dump(), refusal.status, headers)
+
+
+def invalid_body(error: RequestValidationError) -> RefusedError:
+    """Return all faults of a body in one message, without the values that were found: they may be confidential."""
+    faults = []
+    for fault in error.errors():
+        place = ".".join(str(part) for part in fault["loc"] if part != "body")
+        faults.append(f"{place}: {fault['msg']}" if place else str(fault["msg"]))
+    first = error.errors()[0]["loc"]
+    param = str(first[1]) if len(first) > 1 else None
+    return RefusedError(400, "; ".join(dict.fromkeys(faults)), "invalid_body", param)
+
+
+def from_http(error: HTTPException) -> RefusedError:
+    """Return Starlette's own errors, as of an unknown path, in our form."""
+    codes = {404: "unknown_path", 405: "method_not_allowed"}
+    hints = {404: "there is nothing at this path: see /openapi.json.", 405: "this path takes another method."}
+    message = hints.get(error.status_code, str(error.detail))
+    return RefusedError(error.status_code, message, codes.get(error.status_code, "http_error"))

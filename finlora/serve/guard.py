@@ -1,0 +1,115 @@
+"""What stands before every path: a request id, the key, and the largest body.
+
+Plain ASGI, since a streamed answer must pass through untouched. Nothing of a body, a key or an answer is logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from finlora.serve.failures import RefusedError, error_reply
+from finlora.serve.keys import KeyRecord, KeyRing
+
+_logger = logging.getLogger(__name__)
+
+OPEN_PATHS = ("/healthz", "/")
+OPEN_FOLDER = "/page/"
+_SECURITY_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
+
+
+class _BodyTooLargeError(Exception):
+    """More bytes came than a body may have."""
+
+
+class Guard:
+    """Lets a request through to the app when its key is known and its body is not too large.
+
+    Args:
+        on_end: told path, status and seconds of each request.
+    """
+
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing, max_body_bytes: int, on_end: Callable[[str, int, float], None]
+    ) -> None:
+        self._app, self._keys, self._max_body_bytes, self._on_end = app, keys, max_body_bytes, on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+        request_id, started = f"req-{secrets.token_hex(12)}", time.monotonic()
+        state = scope.setdefault("state", {})
+        state["request_id"], state["key"] = request_id, None
+        status = 0
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = list(message.get("headers", []))
+                names = {name.lower() for name, _ in headers}
+                headers += [pair for pair in _SECURITY_HEADERS if pair[0] not in names]
+                message = {**message, "headers": [*headers, (b"x-request-id", request_id.encode())]}
+            await send(message)
+
+        received = 0
+
+        async def receive_bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b"")) if message["type"] == "http.request" else 0
+            if received > self._max_body_bytes:
+                raise _BodyTooLargeError
+            return message
+
+        try:
+            try:
+                state["key"] = self._admit(scope)
+                await self._app(scope, receive_bounded, send_marked)
+            except (RefusedError, _BodyTooLargeError) as error:
+                refusal = error if isinstance(error, RefusedError) else self._too_large()
+                await error_reply(refusal)(scope, receive, send_marked)
+        finally:
+            seconds = time.monotonic() - started
+            key: KeyRecord | None = state["key"]
+            path = scope["path"] if len(scope["path"]) <= 100 else scope["path"][:100] + "..."
+            _logger.info(
+                "%s key=%s %s %r %d %.3f s",
+                *(request_id, key.id if key else "-", scope["method"], path, status, seconds),
+            )
+            self._on_end(scope["path"], status, seconds)
+
+    def _admit(self, scope: Scope) -> KeyRecord | None:
+        """Return the record of the request's key; None where none is needed.
+
+        Raises:
+            RefusedError: the key is missing or not known, or the body will be too large.
+        """
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        path = scope["path"]
+        record = None
+        if path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
+            scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+            if scheme.lower() != "bearer" or not key:
+                raise RefusedError(401, "no API key came: send it as `Authorization: Bearer KEY`.", "missing_api_key")
+            record = self._keys.check(key.strip())
+            if record is None:
+                raise RefusedError(
+                    401, "the API key is not known: ask whoever runs the server for one.", "invalid_api_key"
+                )
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._max_body_bytes:
+            raise self._too_large()
+        return record
+
+    def _too_large(self) -> RefusedError:
+        most = self._max_body_bytes
+        return RefusedError(
+            413, f"the body has more than {most:,} bytes: cut the text to what the question needs.", "too_large"
+        )

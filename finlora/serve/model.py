@@ -1,0 +1,108 @@
+"""The base that is served: its tokenizer and hashes, and stages for it as often as they are needed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from finlora.config import Template
+from finlora.data.encode import end_token_id
+from finlora.engine.core import EngineCore
+from finlora.engine.scheduler import Limits, Scheduler
+from finlora.model.source import find_source, fingerprint_weights
+from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
+from finlora.serve.settings import ServeConfig
+from finlora.serve.stages import OpenCore, StageFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_CHECK_TIMEOUT_S = 30.0
+_AHEAD = 1
+"""Micro-batches under way beyond one a stage, so that a stage finds the next one waiting."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedBase:
+    """What is known of a base without its weights."""
+
+    tokenizer: PreTrainedTokenizerFast
+    template: Template
+    weights_hash: str
+    tokenizer_hash: str
+    end_token_id: int
+    max_tokens: int
+    """Longest prompt and answer together."""
+
+
+def read_base(config: ServeConfig) -> ServedBase:
+    """Find a base and read its tokenizer.
+
+    Raises:
+        ModelError: the base's files are not usable.
+    """
+    source = find_source(config.model)
+    tokenizer = load_tokenizer(source.tokenizer_path)
+    longest = min(config.model.max_seq_len, int(source.config.max_position_embeddings), config.stages.cache_rows)
+    return ServedBase(
+        tokenizer=tokenizer,
+        template=config.model.template,
+        weights_hash=fingerprint_weights(source),
+        tokenizer_hash=hash_tokenizer(tokenizer),
+        end_token_id=end_token_id(tokenizer, config.model.template),
+        max_tokens=longest,
+    )
+
+
+def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
+    """Bring up all stages of a base as Ray actors; Ray must be connected.
+
+    Raises:
+        ResourceError: the cluster has too little, or others held it for too long.
+        ModelError: the base's files are not usable.
+    """
+    import ray
+
+    from finlora.engine.pipeline import Pipeline, PipelineConfig
+
+    stages = config.stages
+    settings = PipelineConfig(
+        num_stages=stages.num,
+        cache_rows=stages.cache_rows,
+        device=stages.device,
+        gpus_per_stage=stages.gpus,
+        cpus_per_stage=stages.cpus,
+        keep_unpacked=stages.keep_unpacked,
+        wait_s=stages.wait_s,
+    )
+    pipeline = Pipeline(config.model, config.bits, settings, config.seed)
+
+    def check() -> None:
+        ray.get([actor.describe.remote() for actor in pipeline.actors], timeout=_CHECK_TIMEOUT_S)
+
+    return OpenCore(
+        core=EngineCore(pipeline, make_scheduler(config, base, stages.num + _AHEAD), base.tokenizer),
+        stages=tuple(
+            StageFacts(
+                first_layer=span.start,
+                last_layer=span.stop - 1,
+                weights_gib=held["weights_gib"],
+                cache_gib=held["cache_gib"],
+            )
+            for span, held in zip(pipeline.spans, pipeline.stages, strict=True)
+        ),
+        check=check,
+        close=pipeline.close,
+    )
+
+
+def make_scheduler(config: ServeConfig, base: ServedBase, max_in_flight: int) -> Scheduler:
+    """Return a scheduler within the limits of a config."""
+    limits = Limits(
+        cache_rows=config.stages.cache_rows,
+        max_batch_tokens=config.limits.max_batch_tokens,
+        max_waiting=config.limits.max_waiting,
+        max_in_flight=max_in_flight,
+    )
+    return Scheduler(limits, base.end_token_id, lambda: random.getrandbits(31))

@@ -1,0 +1,130 @@
+"""Every setting of a served model: the `args` of an application in serve_configs/*.yaml, checked like a run's config.
+
+Host, port and TLS belong to Ray Serve's own `http_options`; how many copies there are to its `deployments`. No secrets here:
+keys come hashed from a file, or from the environment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from finlora.config import Bits, ModelConfig
+from finlora.configfile import settings_from_tree
+from finlora.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagesConfig:
+    """How one copy of the base is held: by so many Ray actors, each with its span of layers."""
+
+    num: int = 1
+    """Stages; one is an actor of its own too, so that a fault of the GPU does not end the server."""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """Never chosen for you."""
+    gpus: float = 1.0
+    """GPUs that Ray reserves for a stage."""
+    cpus: float = 1.0
+    """CPU cores that Ray reserves for a stage."""
+    cache_rows: int = 32768
+    """Tokens that the KV cache holds; each stage has the rows of its own layers."""
+    keep_unpacked: bool = False
+    """Hold 4-bit weights unpacked in bfloat16: faster long prompts for four times the memory."""
+    wait_s: float | None = 600.0
+    """Seconds to wait for the stages' places while others hold them. None: without limit."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LimitsConfig:
+    """What a single request, and all of them together, may take. Limits of a key are in the key file."""
+
+    max_body_bytes: int = 2 * 2**20
+    """Largest body of a request."""
+    max_new_tokens: int = 2048
+    """Most new tokens of an answer."""
+    default_new_tokens: int = 256
+    """New tokens of an answer that does not say how many."""
+    max_texts: int = 256
+    """Most texts of one classification."""
+    max_waiting: int = 1024
+    """Most requests in line; those after it are refused with 429."""
+    max_batch_tokens: int = 2048
+    """Most rows of a micro-batch."""
+    deadline_s: float = 300.0
+    """Seconds after which an answer is given up with 408."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    name: str = "base"
+    """Name of the base in `/v1/models`; an adapter is `name:adapter`."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The base; model.bits says how it is held."""
+    stages: StagesConfig = field(default_factory=StagesConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    adapters_dir: str | None = None
+    """Folder of adapters: DIR/NAME is one, or holds its versions DIR/NAME/v1, v2, ... None: the base alone."""
+    max_adapters: int = 16
+    """Adapters held in memory; the one that was not used for longest gives way."""
+    keys_file: str | None = None
+    """File of hashed keys that `finlora key` writes. None: the key of FINLORA_API_KEY in the environment, alone."""
+    audit_dir: str | None = None
+    """Folder of the audit log, a file for each copy of the server. None: no audit log."""
+    audit_texts: bool = False
+    """Write prompts and answers themselves into the audit log, beside their hashes."""
+    ready_every_s: float = 1.0
+    """Seconds between two looks at whether all stages live."""
+    seed: int = 42
+    """Seed of random weights, and nothing else."""
+
+    def __post_init__(self) -> None:
+        stages, limits = self.stages, self.limits
+        least = {
+            "stages.num": (stages.num, 1),
+            "stages.cache_rows": (stages.cache_rows, 64),
+            "limits.max_body_bytes": (limits.max_body_bytes, 1024),
+            "limits.max_new_tokens": (limits.max_new_tokens, 1),
+            "limits.default_new_tokens": (limits.default_new_tokens, 1),
+            "limits.max_texts": (limits.max_texts, 1),
+            "limits.max_waiting": (limits.max_waiting, 1),
+            "limits.max_batch_tokens": (limits.max_batch_tokens, 16),
+            "max_adapters": (self.max_adapters, 1),
+        }
+        above = {
+            "stages.gpus": stages.gpus,
+            "stages.cpus": stages.cpus,
+            "limits.deadline_s": limits.deadline_s,
+            "ready_every_s": self.ready_every_s,
+        }
+        faults = [f"{key}={value}: expected at least {low}" for key, (value, low) in least.items() if value < low]
+        faults += [f"{key}={value}: expected more than 0" for key, value in above.items() if value <= 0]
+        if not self.name or set(self.name) & set(":@/ \n"):
+            faults.append(f"name={self.name!r}: expected a name without colon, at sign, slash and space")
+        if limits.default_new_tokens > limits.max_new_tokens:
+            faults.append(
+                f"limits.default_new_tokens={limits.default_new_tokens}: expected at most "
+                f"limits.max_new_tokens={limits.max_new_tokens}"
+            )
+        if self.audit_texts and self.audit_dir is None:
+            faults.append("audit_texts=true without an audit log: set audit_dir, or leave it out")
+        if faults:
+            raise ConfigError(faults)
+
+    @property
+    def bits(self) -> Bits:
+        return self.model.bits
+
+    @property
+    def adapters_folder(self) -> Path | None:
+        return Path(self.adapters_dir).expanduser() if self.adapters_dir else None
+
+
+def read_settings(args: Mapping[str, Any]) -> ServeConfig:
+    """Check the `args` of an application.
+
+    Raises:
+        ConfigError: every unknown key, wrong type and value out of range, all in one error.
+    """
+    return settings_from_tree(ServeConfig, args)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from runs import folder_of, losses_of
@@ -17,19 +16,14 @@ pytestmark = pytest.mark.ray
 
 
 @contextmanager
-def every_core_taken(seconds=None):
-    """Hold all cores while inside, or only for the first `seconds` of it."""
+def every_core_taken():
+    """Hold all cores while inside; yields what gives them back before."""
     import ray
 
-    lease = take_lease([{"CPU": ray.cluster_resources()["CPU"]}], 30.0, lambda _line: None, name="serve-of-otto")
-    lease.__enter__()
-    timer = threading.Timer(seconds or 600.0, lambda: lease.__exit__(None, None, None))
-    timer.start()
-    yield
-    timer.cancel()
-    if seconds is None:
-        lease.__exit__(None, None, None)
-    timer.join()
+    with ExitStack() as lease:
+        cores = ray.cluster_resources()["CPU"]
+        lease.enter_context(take_lease([{"CPU": cores}], 60.0, lambda _line: None, name="serve-of-otto"))
+        yield lease.close
 
 
 def test_wait_ends_with_the_holders_name_and_the_run_goes_on_later(configure, ray_instance):
@@ -38,13 +32,18 @@ def test_wait_ends_with_the_holders_name_and_the_run_goes_on_later(configure, ra
     held = r"0 of \d+ free; held: \d+ by serve-of-otto \(job .*"
     with (
         every_core_taken(),
-        pytest.raises(ResourceError, match=rf"CPU wanted, {held}Waited 2 s \(max_wait_s=2\): stop one of them"),
+        pytest.raises(ResourceError, match=rf"CPU wanted, {held}Waited \d+ s \(max_wait_s=2\): stop one of them"),
     ):
         run_training(configure("name=taken", "train.max_steps=1", "max_wait_s=2"))
     lines = []
     config = configure("name=taken", "train.max_steps=1")
-    with every_core_taken(seconds=6.0):
-        run_training(config, lines.append)
+    with every_core_taken() as give_back:
+
+        def hear(line):
+            lines.append(line)
+            give_back()
+
+        run_training(config, hear)
     assert [line.partition(",")[0] for line in lines] == ["Waiting"]
     assert "by serve-of-otto" in lines[0]
     assert [step for step, _ in losses_of(config)] == [1]

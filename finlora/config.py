@@ -45,6 +45,8 @@ class ModelConfig:
     """Longest prompt + answer in tokens; longer examples follow data.too_long."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """transformers' attention implementation."""
+    cache: str | None = None
+    """Folder that keeps the base quantised, for whoever loads it next at the same bits. None: each load quantises."""
 
     def __post_init__(self) -> None:
         _refuse(
@@ -197,14 +199,10 @@ class TrainConfig:
     """Optimiser steps between two progress lines in a job log, and two TensorBoard points."""
 
     def __post_init__(self) -> None:
-        counts = [
-            "num_workers",
-            "global_batch_size",
-            "micro_batch_size",
-            "epochs",
-            "keep_checkpoints",
-            "log_every_steps",
-        ]
+        counts = (
+            *("num_workers", "global_batch_size", "micro_batch_size"),
+            *("epochs", "keep_checkpoints", "log_every_steps"),
+        )
         values = {key: getattr(self, key) for key in counts}
         _refuse(
             "train",

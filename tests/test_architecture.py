@@ -26,7 +26,7 @@ HOMES = {
         *("engine.pipeline", "serve.app", "serve.model", "serve.measures"),
     },
     "deepspeed": {"train.worker"},
-    "bitsandbytes": {"model.base"},
+    "bitsandbytes": {"model.base", "model.quantised"},
     "typer": {"cli"},
 }
 

@@ -1,7 +1,6 @@
 """Load a Llama base at 16, 8 or 4 bit, tensor by tensor, so that the load peak stays within one layer of the final size.
 
-Quantisation is bitsandbytes': NF4 with double quantisation (QLoRA, arXiv:2305.14314, sections 3) and LLM.int8()
-(arXiv:2208.07339). Embedding, norms and the output head stay in the compute type, as in both papers.
+Embedding, norms and the output head stay in the compute type, as in the papers of both quantisations (quantised.py).
 """
 
 from __future__ import annotations
@@ -19,6 +18,8 @@ from torch import nn
 
 from finlora.config import Bits, ModelConfig
 from finlora.errors import ModelError, ResourceError
+from finlora.model.base_cache import StoredBase, await_cache, find_cache, write_cache
+from finlora.model.quantised import quantise
 from finlora.model.source import ModelSource, find_source, fingerprint_weights
 from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
 
@@ -76,7 +77,7 @@ def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, s
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        net = _build(source, model, bits, device, seed, span)
+        net = _build_or_read(source, model, bits, device, seed, span)
     except torch.cuda.OutOfMemoryError as error:
         raise ResourceError(
             f"out of GPU memory while loading {model.base} at {bits} bit ({error}): use fewer bits or a larger GPU."
@@ -200,8 +201,28 @@ def _is_in_span(name: str, span: range, num_layers: int, is_tied: bool) -> bool:
     return span.stop == num_layers
 
 
-def _build(
+def _build_or_read(
     source: ModelSource, model: ModelConfig, bits: Bits, device: torch.device, seed: int, span: range | None
+) -> LlamaForCausalLM:
+    cache = find_cache(model, source, bits, _DTYPES[model.compute_dtype], device, seed)
+    if cache is None or (span is not None and not cache.is_complete):  # a part of a base is not worth keeping
+        return _build(source, model, bits, device, seed, span, None)
+    with await_cache(cache) as is_written:
+        if not is_written:
+            net = _build(source, model, bits, device, seed, span, None)
+            write_cache(cache, net)
+            return net
+    return _build(source, model, bits, device, seed, span, StoredBase(cache, device))
+
+
+def _build(
+    source: ModelSource,
+    model: ModelConfig,
+    bits: Bits,
+    device: torch.device,
+    seed: int,
+    span: range | None,
+    stored: StoredBase | None,
 ) -> LlamaForCausalLM:
     from transformers import LlamaForCausalLM
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -220,9 +241,13 @@ def _build(
                 continue
             if span is not None and not _is_in_span(name, span, num_layers, is_tied):
                 continue
-            weight = read(name, parameter.shape)
-            if bits < 16 and isinstance(owner, nn.Linear) and ".layers." in name:
-                net.set_submodule(owner_name, _quantise(weight, bits, dtype))
+            is_quantised = bits < 16 and isinstance(owner, nn.Linear) and ".layers." in name
+            if is_quantised and stored:
+                net.set_submodule(owner_name, stored.read_layer(name, parameter.shape))
+                continue
+            weight = stored.read_weight(name) if stored else read(name, parameter.shape)
+            if is_quantised:
+                net.set_submodule(owner_name, quantise(weight, bits, dtype))
             else:
                 setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
             del weight
@@ -233,26 +258,6 @@ def _build(
     net.is_loaded_in_8bit, net.is_loaded_in_4bit = bits == 8, bits == 4  # PEFT chooses its layers by these
     net.requires_grad_(False)
     return net.eval()
-
-
-def _quantise(weight: torch.Tensor, bits: Bits, dtype: torch.dtype) -> nn.Module:
-    """Make the bitsandbytes layer of one (out, in) weight, quantised on the weight's own device."""
-    import bitsandbytes as bnb
-
-    num_out, num_in = weight.shape
-    if bits == 4:
-        layer: nn.Module = bnb.nn.Linear4bit(
-            num_in, num_out, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta"
-        )
-        parameter = bnb.nn.Params4bit(
-            weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
-        )
-        layer.weight = parameter.to(weight.device)
-        return layer
-    layer = bnb.nn.Linear8bitLt(num_in, num_out, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
-    quantised, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
-    layer.weight = bnb.nn.Int8Params(quantised, requires_grad=False, has_fp16_weights=False, CB=quantised, SCB=scales)
-    return layer
 
 
 @contextmanager

@@ -42,6 +42,7 @@ from finlora.train.loop import Progress
 # What may differ between a run and its resumption: it changes where, how often and in which memory, never what is computed.
 _FREE_SETTINGS = {
     "": ("output_dir", "eval", "max_wait_s"),
+    "model": ("cache",),
     "data": ("dir", "max_test_examples"),
     # The last four lay the same work out in memory otherwise: sums are rounded in another order, dropout draws other masks.
     "train": (
@@ -128,6 +129,7 @@ def resolve_paths(config: RunConfig) -> RunConfig:
             config.model,
             base=resolve("model.base", config.model.base) if is_local_base else config.model.base,
             tokenizer=config.model.tokenizer and resolve("model.tokenizer", config.model.tokenizer),
+            cache=config.model.cache and str(Path(config.model.cache).expanduser().absolute()),
         ),
     )
     if faults:

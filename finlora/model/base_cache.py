@@ -1,0 +1,185 @@
+"""A quantised base on disk, so that the next process reads 5 GB instead of quantising 16.
+
+The trials of a search, the workers of a node and an evaluation after a training all load the same base at the same bits. The
+first of them quantises it and writes what came out; the others read it through the page cache, which keeps it in memory once
+for all of them. Put the folder on a local disk, or into shared memory (/dev/shm).
+
+Layout of FOLDER/BASE-4bit-KEY, KEY being a hash of the weights' fingerprint and of all that quantisation depends on:
+    rest.safetensors       embedding, last norm and head
+    layer-N.safetensors    decoder layer N: norms as they are, linear layers under bitsandbytes' names
+    cache.json             what KEY stands for, and each file's size; written last
+Source: the names are those of bitsandbytes' QuantState.as_dict, which transformers' 4-bit checkpoints use as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finlora.config import Bits, ModelConfig
+from finlora.errors import ModelError, ResourceError
+from finlora.model.quantised import layer_from_tensors, layer_to_tensors
+from finlora.model.source import ModelSource, fingerprint_weights
+
+_MARK = "cache.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseCache:
+    """Where a base lies, or would lie, quantised."""
+
+    folder: Path
+    bits: Bits
+    dtype: torch.dtype
+    facts: Mapping[str, str]
+    """What the folder's name is a hash of."""
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.folder / _MARK).is_file()
+
+
+class StoredBase:
+    """Reads the tensors of a complete cache to a device, a file at a time.
+
+    Raises:
+        ModelError: a file is missing or not of the size it was written with.
+    """
+
+    def __init__(self, cache: BaseCache, device: torch.device) -> None:
+        self._cache, self._device = cache, device
+        self._name = ""
+        self._file: Any = None
+        self._tensors: dict[str, list[str]] = {}
+        sizes: dict[str, int] = json.loads((cache.folder / _MARK).read_text(encoding="utf-8"))["files"]
+        for name, size in sizes.items():
+            path = cache.folder / name
+            if not path.is_file() or path.stat().st_size != size:
+                raise ModelError(
+                    f"{path} is missing or not of {size} bytes as when it was written: delete {cache.folder}, the next run "
+                    "writes it anew."
+                )
+
+    def read_weight(self, name: str) -> Tensor:
+        """Return a parameter that was not quantised."""
+        self._open(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor.to(self._device)
+
+    def read_layer(self, name: str, shape: torch.Size) -> nn.Module:
+        """Return the quantised layer of a (out, in) weight."""
+        self._open(name)
+        tensors = {leaf: self._file.get_tensor(f"{name}:{leaf}") for leaf in self._tensors[name]}
+        return layer_from_tensors(tensors, shape, self._cache.bits, self._cache.dtype, self._device)
+
+    def _open(self, name: str) -> None:
+        from safetensors import safe_open
+
+        wanted = _file_of(name)
+        if wanted == self._name:
+            return
+        self._name = wanted
+        self._file = safe_open(str(self._cache.folder / wanted), framework="pt", device="cpu")
+        self._tensors = {}
+        for key in self._file.keys():  # noqa: SIM118  (not a dict)
+            owner, _, leaf = key.partition(":")
+            self._tensors.setdefault(owner, []).append(leaf)
+
+
+def find_cache(
+    model: ModelConfig, source: ModelSource, bits: Bits, dtype: torch.dtype, device: torch.device, seed: int
+) -> BaseCache | None:
+    """Return where the base's cache is or would be; None where none is asked for, or nothing is quantised."""
+    if model.cache is None or bits == 16:
+        return None
+    fingerprint = fingerprint_weights(source)
+    if fingerprint == "random":
+        shape = hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest()[:16]
+        fingerprint = f"random {shape} seed {seed} on {device.type}"
+    facts = {
+        "base": model.base,
+        "weights": fingerprint,
+        "bits": str(bits),
+        "dtype": str(dtype),
+        "bitsandbytes": importlib.metadata.version("bitsandbytes"),
+    }
+    own = {name: value for name, value in facts.items() if name != "base"}  # a base that was moved is the same
+    key = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+    name = Path(model.base).name
+    folder = Path(model.cache).expanduser() / f"{name}-{bits}bit-{key}"
+    return BaseCache(folder=folder, bits=bits, dtype=dtype, facts=facts)
+
+
+@contextlib.contextmanager
+def await_cache(cache: BaseCache) -> Iterator[bool]:
+    """Let one process at a time quantise a base; yields whether it is written already.
+
+    Raises:
+        ResourceError: the folder cannot be made.
+    """
+    if cache.is_complete:
+        yield True
+        return
+    try:
+        cache.folder.parent.mkdir(parents=True, exist_ok=True)
+        stream = cache.folder.with_suffix(".lock").open("a")
+    except OSError as error:
+        raise ResourceError(
+            f"model.cache={cache.folder.parent} cannot be used ({error}): name a folder you may write to, or null."
+        ) from error
+    with stream:
+        with contextlib.suppress(OSError):  # a file system without locks: each writes, and the first to end counts
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield cache.is_complete
+
+
+def write_cache(cache: BaseCache, net: nn.Module) -> None:
+    """Write a freshly loaded net, which has not computed yet. The folder appears whole or not at all.
+
+    Raises:
+        ResourceError: there is no room.
+    """
+    from safetensors.torch import save_file
+
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, parameter in net.named_parameters():
+        owner = net.get_submodule(name.rpartition(".")[0])
+        is_quantised = hasattr(owner.weight, "quant_state") or getattr(owner.weight, "SCB", None) is not None
+        group = groups.setdefault(_file_of(name), {})
+        if is_quantised:
+            group |= {f"{name}:{leaf}": tensor for leaf, tensor in layer_to_tensors(owner).items()}
+        else:
+            group[name] = parameter.data
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{cache.folder.name}-", dir=cache.folder.parent) as scratch:
+            fresh = Path(scratch, "fresh")
+            fresh.mkdir()
+            for file, tensors in groups.items():
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, str(fresh / file))
+            sizes = {file: (fresh / file).stat().st_size for file in groups}
+            (fresh / _MARK).write_text(json.dumps({**cache.facts, "files": sizes}, indent=1), encoding="utf-8")
+            if not cache.is_complete:
+                shutil.rmtree(cache.folder, ignore_errors=True)
+                fresh.replace(cache.folder)
+    except Exception as error:  # safetensors hides the system's error in one of its own
+        raise ResourceError(
+            f"the quantised base could not be written below {cache.folder.parent} ({error}): make room there, or set "
+            "model.cache=null."
+        ) from error
+
+
+def _file_of(name: str) -> str:
+    parts = name.split(".")
+    return f"layer-{parts[2]}.safetensors" if parts[:2] == ["model", "layers"] else "rest.safetensors"

@@ -1,0 +1,78 @@
+"""One quantised linear layer: made from its weight, and turned into named tensors and back without loss.
+
+Quantisation is bitsandbytes': NF4 with double quantisation (QLoRA, arXiv:2305.14314, section 3) and LLM.int8()
+(arXiv:2208.07339).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finlora.config import Bits
+
+
+def quantise(weight: Tensor, bits: Bits, dtype: torch.dtype) -> nn.Module:
+    """Make the layer of one (out, in) weight, quantised on the weight's own device.
+
+    Args:
+        bits: 8 or 4.
+        dtype: of the activations.
+    """
+    import bitsandbytes as bnb
+
+    if bits == 4:
+        layer = _make_linear4(weight.shape, dtype)
+        parameter = bnb.nn.Params4bit(
+            weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
+        )
+        layer.weight = parameter.to(weight.device)
+        return layer
+    quantised, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
+    return _make_linear8(quantised, scales)
+
+
+def layer_to_tensors(layer: Any) -> dict[str, Tensor]:
+    """Return what a layer that has not computed yet consists of, under bitsandbytes' own names."""
+    weight = layer.weight
+    if hasattr(weight, "quant_state"):
+        return {"weight": weight.data, **weight.quant_state.as_dict(packed=True)}
+    return {"weight": weight.CB, "SCB": weight.SCB}
+
+
+def layer_from_tensors(
+    tensors: Mapping[str, Tensor], shape: torch.Size, bits: Bits, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """Rebuild the (out, in) layer of `layer_to_tensors` on a device; it computes the same numbers, bit for bit."""
+    import bitsandbytes as bnb
+
+    if bits == 4:
+        layer = _make_linear4(shape, dtype)
+        state = {name: tensor for name, tensor in tensors.items() if name != "weight"}
+        layer.weight = bnb.nn.Params4bit.from_prequantized(tensors["weight"], state, device=device, module=layer)
+        return layer
+    return _make_linear8(tensors["weight"].to(device), tensors["SCB"].to(device))
+
+
+def _make_linear4(shape: torch.Size, dtype: torch.dtype) -> nn.Module:
+    import bitsandbytes as bnb
+
+    num_out, num_in = shape
+    layer: nn.Module = bnb.nn.Linear4bit(
+        num_in, num_out, bias=False, compute_dtype=dtype, compress_statistics=True, quant_type="nf4", device="meta"
+    )
+    return layer
+
+
+def _make_linear8(quantised: Tensor, scales: Tensor) -> nn.Module:
+    import bitsandbytes as bnb
+
+    num_out, num_in = quantised.shape
+    layer: nn.Module = bnb.nn.Linear8bitLt(
+        num_in, num_out, bias=False, has_fp16_weights=False, threshold=6.0, device="meta"
+    )
+    layer.weight = bnb.nn.Int8Params(quantised, requires_grad=False, has_fp16_weights=False, CB=quantised, SCB=scales)
+    return layer

@@ -14,8 +14,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from finlora.serve.page import page_router
+from finlora.serve.protocol import ChatRequest, ClassifyRequest, ExtractRequest
 
 KEY = "a-key-of-the-test"
+FORMS = {"/v1/classify": ClassifyRequest, "/v1/extract": ExtractRequest}
 SEVEN = (
     "strong negative",
     "moderately negative",
@@ -102,14 +104,18 @@ def make_app(script: Script) -> FastAPI:
     @app.post("/v1/extract")
     async def answer(request: Request) -> dict:
         path = request.url.path
-        script.asked.append((path, await request.json()))
+        body = await request.json()
+        FORMS[path].model_validate(body)  # what the real server would refuse fails here
+        script.asked.append((path, body))
         while path not in script.answers:  # a test that wants to see the waiting gives the answer later
             await asyncio.sleep(0.02)
         return script.answers[path]
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> StreamingResponse:
-        script.asked.append((request.url.path, await request.json()))
+        body = await request.json()
+        ChatRequest.model_validate(body)
+        script.asked.append((request.url.path, body))
         return StreamingResponse(write(), media_type="text/event-stream")
 
     async def write() -> AsyncIterator[str]:

@@ -30,6 +30,12 @@ export function makeTerms(className, pairs) {
   return make("dl", className, ...shown.map(([term, value]) => make("div", "", make("dt", "", term), make("dd", "", value))));
 }
 
-export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
+/** Write a share as a percentage; nothing that is merely small or large is rounded to 0 or to all. */
+export function percent(share, digits = 1) {
+  const least = 10 ** -digits;
+  if (share > 0 && 100 * share < least / 2) return `< ${least} %`;
+  if (share < 1 && 100 * (1 - share) < least / 2) return `> ${(100 - least).toFixed(digits)} %`;
+  return `${(100 * share).toFixed(digits)} %`;
+}
 
 export const count = (number) => Number(number).toLocaleString("en");

@@ -53,7 +53,6 @@ def make_app(server: Server) -> ASGIApp:
     app.state.server = server
     for router in (completions.router, finance.router, status.router, page_router()):
         app.include_router(router)
-    paths = {route.path for route in app.routes if hasattr(route, "path")}
 
     @app.exception_handler(RequestValidationError)
     async def answer_invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
@@ -74,11 +73,7 @@ def make_app(server: Server) -> ASGIApp:
         _logger.error("%s failed", request.state.request_id, exc_info=error)
         return error_reply(error)
 
-    def count(path: str, status_code: int, seconds: float) -> None:
-        # Unknown paths share a name: a metric for each would be a way to fill the memory.
-        server.meter.count_request(path if path in paths else "other", status_code, seconds)
-
-    return Guard(app, server.keys, server.config.limits.max_body_bytes, count)
+    return Guard(app, server.keys, server.config.limits.max_body_bytes, server.meter.count_request)
 
 
 async def _show_gauges(server: Server) -> None:

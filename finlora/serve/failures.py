@@ -88,7 +88,7 @@ def invalid_body(error: RequestValidationError) -> RefusedError:
 
 def from_http(error: HTTPException) -> RefusedError:
     """Return Starlette's own errors, as of an unknown path, in our form."""
-    codes = {404: "unknown_path", 405: "method_not_allowed"}
+    codes = {404: "unknown_path", 405: "method_not_allowed", 413: "too_large"}
     hints = {404: "there is nothing at this path: see /openapi.json.", 405: "this path takes another method."}
     message = hints.get(error.status_code, str(error.detail))
     return RefusedError(error.status_code, message, codes.get(error.status_code, "http_error"))

@@ -10,6 +10,7 @@ import secrets
 import time
 from collections.abc import Callable
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finlora.serve.failures import RefusedError, error_reply
@@ -19,18 +20,16 @@ _logger = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/healthz", "/")
 OPEN_FOLDER = "/page/"
+_DRAINED_BODIES = 4
+"""Largest bodies' worth of bytes that are thrown away before a line is closed."""
 _SECURITY_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
-
-
-class _BodyTooLargeError(Exception):
-    """More bytes came than a body may have."""
 
 
 class Guard:
     """Lets a request through to the app when its key is known and its body is not too large.
 
     Args:
-        on_end: told path, status and seconds of each request.
+        on_end: told path, as it is declared, status and seconds of each request.
     """
 
     def __init__(
@@ -65,15 +64,15 @@ class Guard:
             message = await receive()
             received += len(message.get("body", b"")) if message["type"] == "http.request" else 0
             if received > self._max_body_bytes:
-                raise _BodyTooLargeError
+                raise HTTPException(413, str(self._too_large()))  # FastAPI passes on no other error of a body
             return message
 
         try:
             try:
                 state["key"] = self._admit(scope)
                 await self._app(scope, receive_bounded, send_marked)
-            except (RefusedError, _BodyTooLargeError) as error:
-                refusal = error if isinstance(error, RefusedError) else self._too_large()
+            except RefusedError as refusal:
+                await self._drain(receive)
                 await error_reply(refusal)(scope, receive, send_marked)
         finally:
             seconds = time.monotonic() - started
@@ -83,7 +82,8 @@ class Guard:
                 "%s key=%s %s %r %d %.3f s",
                 *(request_id, key.id if key else "-", scope["method"], path, status, seconds),
             )
-            self._on_end(scope["path"], status, seconds)
+            # Unknown paths share a name: a metric for each would be a way to fill the memory.
+            self._on_end(getattr(scope.get("route"), "path", "other"), status, seconds)
 
     def _admit(self, scope: Scope) -> KeyRecord | None:
         """Return the record of the request's key; None where none is needed.
@@ -107,6 +107,14 @@ class Guard:
         if not length.isdigit() or int(length) > self._max_body_bytes:
             raise self._too_large()
         return record
+
+    async def _drain(self, receive: Receive) -> None:
+        """Take the body of a refused request, within reason: a line closed on a client that still sends hides the answer."""
+        received, has_more = 0, True
+        while has_more and received <= _DRAINED_BODIES * self._max_body_bytes:
+            message = await receive()
+            received += len(message.get("body", b""))
+            has_more = message.get("more_body", False)
 
     def _too_large(self) -> RefusedError:
         most = self._max_body_bytes

@@ -32,10 +32,10 @@ _MIN_LENGTH = 24
 class KeyRecord:
     """One line of the key file: what a key may do."""
 
-    id: str
-    """Its public part, which logs and metrics name."""
-    salt: str
-    hash: str
+    id: str = ""
+    """Its public part, which logs and metrics name. Never empty, as salt and hash."""
+    salt: str = ""
+    hash: str = ""
     """SHA-256 of salt and key, in hex."""
     adapters: tuple[str, ...] | None = None
     """Adapters that it may use, and `base` for the base alone. None: all."""

@@ -8,7 +8,8 @@ Source: OpenAI API reference, https://platform.openai.com/docs/api-reference (ch
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,11 +21,24 @@ class _Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+class _Body(_Wire):
+    """A whole body, of which every text must be one: JSON can hold halves of characters, which nothing here can encode."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_texts_are_unicode(cls, values: Any) -> Any:
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except (UnicodeEncodeError, RecursionError):
+            raise ValueError("a text in it is not Unicode: half of a surrogate pair stands alone") from None
+        return values
+
+
 class StreamOptions(_Wire):
     include_usage: bool = Field(False, description="Send the usage in a last event of its own.")
 
 
-class GenerationRequest(_Wire):
+class GenerationRequest(_Body):
     """What both kinds of completion have in common."""
 
     model: str = Field(description="`base` for the base alone, `base:adapter`, or `base:adapter@v2` for one version.")
@@ -90,7 +104,7 @@ class CompletionRequest(GenerationRequest):
     best_of: Literal[1] | None = Field(1, description="Only 1.")
 
 
-class ClassifyRequest(_Wire):
+class ClassifyRequest(_Body):
     """Body of `POST /v1/classify`."""
 
     model: str = Field(description="As in `/v1/models`.")
@@ -121,7 +135,7 @@ class ClassifyRequest(_Wire):
         return list(self.about) if isinstance(self.about, list) else [self.about] * len(self.all_texts)
 
 
-class ExtractRequest(_Wire):
+class ExtractRequest(_Body):
     """Body of `POST /v1/extract`."""
 
     model: str = Field(description="As in `/v1/models`.")
@@ -131,7 +145,7 @@ class ExtractRequest(_Wire):
     max_tokens: int | None = Field(None, ge=1)
 
 
-class VersionRequest(_Wire):
+class VersionRequest(_Body):
     """Body of `POST /v1/adapters/{name}/version`."""
 
     version: str | None = Field(description="Version to serve from now on, as `v1`; null: the newest.")

@@ -1,15 +1,18 @@
-"""A headless browser at the page, before a server whose answers a test writes down."""
+"""What tests of serving share: a whole server on the tiny base, and a headless browser at the page of a pretended one."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from live_server import Live, live_server, make_adapter, make_settings
 from pretend_server import KEY, Script, serving
 
 if TYPE_CHECKING:
+    from openai import OpenAI
     from playwright.sync_api import Browser, Page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -66,3 +69,33 @@ def desk(page) -> Page:
     page.get_by_role("button", name="Continue").click()
     page.get_by_label("Model").wait_for()
     return page
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny_base, tmp_path_factory) -> Path:
+    """An adapter folder: `good` in two versions, `plain` without, `chatty` for another template, `half` incomplete."""
+    folder = tmp_path_factory.mktemp("adapters")
+    model = make_settings(tiny_base).model
+    for seed, name in enumerate(("good/v1", "good/v2", "plain", "half")):
+        make_adapter(model, folder / name, seed)
+    make_adapter(model, folder / "chatty", 9, template="chat")
+    (folder / "half" / "finlora.yaml").unlink()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def live(tiny_base, adapters, tmp_path_factory) -> Iterator[Live]:
+    """One server for all tests that only ask."""
+    folder = tmp_path_factory.mktemp("live")
+    config = make_settings(tiny_base, adapters_dir=str(adapters), audit_dir=str(folder / "audit"))
+    with live_server(config, folder) as live:
+        yield live
+
+
+@pytest.fixture
+def client(live) -> Iterator[OpenAI]:
+    """OpenAI's own client, which would hide a failure behind a second try."""
+    from openai import OpenAI
+
+    with OpenAI(base_url=f"{live.address}/v1", api_key=live.keys["desk"], max_retries=0, timeout=60) as client:
+        yield client

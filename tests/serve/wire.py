@@ -1,0 +1,42 @@
+"""Plain HTTP for tests: what came back, whatever its status."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: dict[str, str]
+    text: str
+
+    @property
+    def body(self) -> dict:
+        return json.loads(self.text)
+
+    @property
+    def error(self) -> dict:
+        assert self.status >= 400
+        return self.body["error"]
+
+
+def send(address: str, path: str, key: str | None, body: object = None, raw: bytes | None = None, **headers) -> Reply:
+    """Ask a server; a body goes as JSON, or as the bytes given."""
+    data = raw if raw is not None else json.dumps(body).encode() if body is not None else None
+    request = urllib.request.Request(address + path, data=data)
+    for name, value in headers.items():
+        request.add_header(name.replace("_", "-"), value)
+    if data is not None:
+        request.add_header("Content-Type", "application/json")
+    if key is not None:
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return Reply(reply.status, {k.lower(): v for k, v in reply.headers.items()}, reply.read().decode())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Reply(error.code, {k.lower(): v for k, v in error.headers.items()}, error.read().decode())

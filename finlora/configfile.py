@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import math
@@ -41,6 +42,32 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     return cast(RunConfig, config)
 
 
+def load_with_section(
+    path: Path | None, overrides: Sequence[str], name: str, cls: type[_Settings]
+) -> tuple[RunConfig, _Settings]:
+    """Build a config, and the settings of one section more that stands beside its own.
+
+    Args:
+        name: of the section, also in overrides: `name.key=value`.
+        cls: of the section's settings.
+
+    Raises:
+        ConfigError: as `load_config`, the faults of both together.
+    """
+    faults: list[str] = []
+    tree = _read_yaml(path) if path is not None else {}
+    for override in overrides:
+        _apply_override(tree, override, faults)
+    own = tree.pop(name, None) or {}
+    if not isinstance(own, Mapping):
+        faults.append(f"{name}={own!r}: expected a section with keys")
+        own = {}
+    config, section = _build(RunConfig, tree, "", faults), _build(cls, own, f"{name}.", faults)
+    if faults:
+        raise ConfigError(faults)
+    return cast(RunConfig, config), cast(_Settings, section)
+
+
 def build_settings(cls: type[_Settings], overrides: Sequence[str]) -> _Settings:
     """Build any flat settings class from `key=value` texts over its defaults, with the same checks and errors."""
     faults: list[str] = []
@@ -58,10 +85,13 @@ def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:
     return settings_from_tree(RunConfig, tree)
 
 
-def settings_from_tree(cls: type[_Settings], tree: Mapping[str, Any]) -> _Settings:
-    """Build any settings class, sections included, from plain dicts, with the same checks and errors."""
+def settings_from_tree(cls: type[_Settings], tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> _Settings:
+    """Build any settings class, sections included, from plain dicts and `key=value` over them, with the same checks."""
     faults: list[str] = []
-    built = _build(cls, tree, "", faults)
+    values = copy.deepcopy(dict(tree))
+    for override in overrides:
+        _apply_override(values, override, faults)
+    built = _build(cls, values, "", faults)
     if faults:
         raise ConfigError(faults)
     return cast(_Settings, built)
@@ -173,9 +203,8 @@ def _convert(hint: Any, raw: Any, name: str, faults: list[str]) -> Any:
         return _WRONG
     if origin is tuple:
         if not isinstance(raw, list | tuple):
-            faults.append(
-                f"{name}={raw!r}: expected a list such as [{'q_proj, k_proj' if 'target' in name else 'fpb, tfns'}]"
-            )
+            words = "q_proj, k_proj" if "target" in name else "fpb, tfns"
+            faults.append(f"{name}={raw!r}: expected a list such as [{'4, 8' if args[0] in (int, float) else words}]")
             return _WRONG
         items = [_convert(args[0], item, f"{name}[{index}]", faults) for index, item in enumerate(raw)]
         return _WRONG if any(item is _WRONG for item in items) else tuple(items)

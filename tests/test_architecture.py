@@ -22,8 +22,17 @@ STAIR = (
 # Where a heavy package may be imported at all: rooms, or modules of a room.
 HOMES = {
     "ray": {
-        *("lease", "cluster", "train.worker", "train.room", "train.failure", "train.search"),
-        *("engine.pipeline", "serve.app", "serve.model", "serve.measures"),
+        *(
+            "lease",
+            "cluster",
+            "train.worker",
+            "train.room",
+            "train.failure",
+            "train.search",
+            "train.trial",
+            "train.asha",
+        ),
+        *("engine.pipeline", "serve.app", "serve.model", "serve.measures", "serve.deploy"),
     },
     "deepspeed": {"train.worker"},
     "bitsandbytes": {"model.base", "model.quantised"},
@@ -106,7 +115,7 @@ def test_nobody_imports_the_entry_points():
     assert {room(name) for name, others in GRAPH.items() if "finlora.terminal" in others} == {"cli"}
     assert [name for name, others in GRAPH.items() if "finlora.cli.main" in others] == []
     users = {name for name, others in GRAPH.items() if "finlora.train.worker" in others}
-    assert {name for name in users if room(name) != "cli"} <= {"finlora.train.search"}
+    assert {name for name in users if room(name) != "cli"} <= {"finlora.train.trial"}
 
 
 @pytest.mark.parametrize("package", sorted(HOMES))

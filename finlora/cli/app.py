@@ -14,7 +14,21 @@ from typer.core import TyperGroup
 from finlora.errors import ConfigError
 
 # The verbs in the order of the work, which is the order of the help whatever module defines them.
-ORDER = ("prefetch", "prepare", "pretrain", "plan", "train", "evaluate", "ask", "merge", "report")
+ORDER = (
+    "prefetch",
+    "prepare",
+    "pretrain",
+    "plan",
+    "train",
+    "tune",
+    "evaluate",
+    "ask",
+    "merge",
+    "serve",
+    "key",
+    "audit",
+    "report",
+)
 
 
 class _OrderOfWork(TyperGroup):

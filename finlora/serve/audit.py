@@ -85,6 +85,20 @@ class AuditLog:
         self._stream.close()
 
 
+def list_logs(path: Path) -> list[Path]:
+    """Return a log, or all logs of a folder, oldest first.
+
+    Raises:
+        ResultError: there is none.
+    """
+    logs = sorted(path.glob("audit-*.jsonl")) if path.is_dir() else [path] if path.is_file() else []
+    if not logs:
+        raise ResultError(
+            f"{path} holds no audit log: expected audit-*.jsonl, where audit_dir of a served model points."
+        )
+    return logs
+
+
 def verify_audit(path: Path) -> tuple[int, str]:
     """Follow a log's chain; returns its number of entries and the hash of the last.
 

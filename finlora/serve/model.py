@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _CHECK_TIMEOUT_S = 30.0
-_AHEAD = 1
-"""Micro-batches under way beyond one a stage, so that a stage finds the next one waiting."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +80,7 @@ def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
         ray.get([actor.describe.remote() for actor in pipeline.actors], timeout=_CHECK_TIMEOUT_S)
 
     return OpenCore(
-        core=EngineCore(pipeline, make_scheduler(config, base, stages.num + _AHEAD), base.tokenizer),
+        core=EngineCore(pipeline, make_scheduler(config, base, stages.num), base.tokenizer),
         stages=tuple(
             StageFacts(
                 first_layer=span.start,

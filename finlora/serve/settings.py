@@ -6,7 +6,8 @@ keys come hashed from a file, or from the environment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -121,10 +122,35 @@ class ServeConfig:
         return Path(self.adapters_dir).expanduser() if self.adapters_dir else None
 
 
-def read_settings(args: Mapping[str, Any]) -> ServeConfig:
-    """Check the `args` of an application.
+def read_settings(args: Mapping[str, Any], overrides: Sequence[str] = ()) -> ServeConfig:
+    """Check the `args` of an application, and `key=value` texts over them.
 
     Raises:
         ConfigError: every unknown key, wrong type and value out of range, all in one error.
     """
-    return settings_from_tree(ServeConfig, args)
+    return settings_from_tree(ServeConfig, args, overrides)
+
+
+def to_args(config: ServeConfig) -> dict[str, Any]:
+    """Return plain dicts and scalars that `read_settings` reads back equal."""
+    return dataclasses.asdict(config)
+
+
+def make_absolute(config: ServeConfig) -> ServeConfig:
+    """Return the settings with absolute paths: a replica runs in a folder of its own."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).expanduser().absolute()) if path else path
+
+    # A name that is no folder here is one of the hub.
+    base = absolute(config.model.base) if Path(config.model.base).expanduser().exists() else None
+    model = dataclasses.replace(
+        config.model, base=base or config.model.base, tokenizer=absolute(config.model.tokenizer)
+    )
+    return dataclasses.replace(
+        config,
+        model=model,
+        adapters_dir=absolute(config.adapters_dir),
+        keys_file=absolute(config.keys_file),
+        audit_dir=absolute(config.audit_dir),
+    )

@@ -1,0 +1,74 @@
+"""Verbs of serving: bring a model up behind HTTP, make keys for it, check what it logged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finlora.cli.app import DryRun, Overrides, app, console, say
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora serve --config serve_configs/cpu-demo.yaml\n\n"
+    "  finlora serve --config serve_configs/llama-8b-8bit.yaml --port 8001 stages.cache_rows=65536"
+)
+def serve(
+    config: Annotated[Path, typer.Option("--config", "-c", help="Serve YAML; see serve_configs/.")],
+    overrides: Overrides = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen at. Without it: the YAML's, 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Without it: the YAML's.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Serve a base and its adapters over HTTP until Ctrl-C: OpenAI's paths, classification, extraction, a web page."""
+    from finlora import cluster
+
+    if dry_run:
+        from finlora.serve.deploy import read_deployment
+
+        deployment = read_deployment(config, overrides or [])
+        settings = deployment.settings
+        say(
+            f"{settings.name}: {settings.model.base} at {settings.bits} bit in {settings.stages.num} stages on "
+            f"{settings.stages.device}, {deployment.options.get('num_replicas', 1)} copies, "
+            f"{settings.stages.cache_rows:,} tokens of cache"
+        )
+        return
+    cluster.connect(log_to_driver=False)
+    from finlora.serve.deploy import read_deployment, run_server  # Ray reads its settings when it is imported
+
+    run_server(read_deployment(config, overrides or []), host, port, say)
+
+
+@app.command(
+    epilog="Example:\n\n  finlora key tradingdesk --file ~/finlora/keys.yaml --adapters fpb,ner --requests 120"
+)
+def key(
+    name: Annotated[str, typer.Argument(help="Name in logs and metrics: small letters and digits.")],
+    file: Annotated[Path, typer.Option(help="Key file; made where it is missing.")] = Path("~/finlora/keys.yaml"),
+    adapters: Annotated[
+        str, typer.Option(help="Adapters that it may use, by commas; `base`: the base alone. Without it: all.")
+    ] = "",
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests a minute. Without it: no limit.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Prompt and answer tokens a minute.")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="May roll adapters back.")] = False,
+) -> None:
+    """Make an API key: its hash goes into the file, the key itself is shown once. Delete its entry to take it away."""
+    from finlora.serve.keys import add_key
+
+    names = tuple(part.strip() for part in adapters.split(",") if part.strip()) or None
+    made = add_key(
+        file.expanduser(), name, adapters=names, requests_per_minute=requests, tokens_per_minute=tokens, is_admin=admin
+    )
+    console.out(made)
+
+
+@app.command(epilog="Example:\n\n  finlora audit ~/finlora/audit")
+def audit(path: Annotated[Path, typer.Argument(help="An audit log, or the folder of all.")]) -> None:
+    """Check that audit logs are whole: no line changed, taken out or put in between."""
+    from finlora.serve.audit import list_logs, verify_audit
+
+    for log in list_logs(path.expanduser()):
+        count, head = verify_audit(log)
+        say(f"{log}: {count:,} entries, whole; the last is {head}")

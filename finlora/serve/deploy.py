@@ -1,0 +1,110 @@
+"""Serve YAMLs of serve_configs/: read and checked as Ray Serve reads them, and run on one machine by `finlora serve`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finlora.errors import ConfigError, ResourceError
+from finlora.serve.keys import KeyRing
+from finlora.serve.model import read_base
+from finlora.serve.settings import ServeConfig, make_absolute, read_settings, to_args
+
+IMPORT_PATH = "finlora.serve.app:build"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deployment:
+    """What a Serve YAML says of FinLoRA's application."""
+
+    name: str
+    route_prefix: str
+    settings: ServeConfig
+    options: dict[str, Any]
+    """Of Ray Serve's deployment: num_replicas and the like."""
+    http: dict[str, Any]
+    proxy_location: str
+
+
+def read_deployment(path: Path, overrides: Sequence[str] = ()) -> Deployment:
+    """Read a Serve YAML; `overrides` such as `stages.num=4` change its `args`.
+
+    Raises:
+        ConfigError: it is no Serve YAML, its settings are wrong, or it does not hold FinLoRA's application alone.
+    """
+    from pydantic import ValidationError
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: see serve_configs/ for one YAML a deployment.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): expected a YAML as in serve_configs/.") from error
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise ConfigError([f"{path}: {fault}" for fault in faults]) from error
+    ours = [application for application in schema.applications if application.import_path == IMPORT_PATH]
+    if len(ours) != 1 or len(schema.applications) != 1:
+        raise ConfigError(
+            f"{path} holds {len(schema.applications)} applications, {len(ours)} of them with import_path {IMPORT_PATH}: "
+            "expected one, as in serve_configs/."
+        )
+    (application,) = ours
+    options = (
+        application.deployments[0].model_dump(exclude_unset=True, exclude={"name"}) if application.deployments else {}
+    )
+    return Deployment(
+        name=application.name,
+        route_prefix=application.route_prefix or "/",
+        settings=read_settings(application.args, overrides),
+        options=options,
+        http=schema.http_options.model_dump(exclude_unset=True),
+        proxy_location=str(schema.proxy_location.value),
+    )
+
+
+def run_server(deployment: Deployment, host: str | None, port: int | None, announce: Callable[[str], None]) -> None:
+    """Serve on the connected Ray until a signal comes, then let answers under way end.
+
+    Everything that can be wrong without a GPU is looked at first: base, tokenizer, keys.
+
+    Raises:
+        ConfigError: there is no key.
+        ModelError: the base's files are not usable.
+        ResourceError: the server did not come up; says why.
+    """
+    from ray import serve
+
+    from finlora.serve.app import ServerDeployment
+
+    settings = make_absolute(deployment.settings)
+    KeyRing(Path(settings.keys_file).expanduser() if settings.keys_file else None, os.environ)
+    read_base(settings)
+    http = deployment.http | {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    stop = threading.Event()
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    serve.start(http_options=http, proxy_location=deployment.proxy_location)
+    try:
+        remote: Any = ServerDeployment
+        try:
+            application = remote.options(**deployment.options).bind(to_args(settings))
+            serve.run(application, name=deployment.name, route_prefix=deployment.route_prefix)
+        except RuntimeError as error:
+            raise ResourceError(f"the server did not come up: {error}") from error
+        scheme = "https" if http.get("ssl_certfile") else "http"
+        where = f"{scheme}://{http.get('host', '127.0.0.1')}:{http.get('port', 8000)}"
+        announce(f"Serving {settings.name} at {where} (page, /v1/...). Ctrl-C ends it.")
+        stop.wait()
+        announce("Letting the answers under way end.")
+    finally:
+        serve.shutdown()
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,119 @@
+"""Each Serve YAML that ships is whole, says what its name says, and needs no more memory than it claims."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from finlora.cli.main import app
+from finlora.errors import ConfigError
+from finlora.model.shapes import GIB, LLAMA_8B, LLAMA_70B, count_weight_bytes
+from finlora.serve.deploy import read_deployment
+from finlora.serve.settings import make_absolute, read_settings, to_args
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted((ROOT / "serve_configs").glob("*.yaml"))
+SHIPPED = {
+    "cpu-demo": (2, 4, 1),
+    "llama-8b-8bit": (1, 8, 1),
+    "llama-8b-replicated": (1, 8, 4),
+    "llama-70b-4bit-pipeline": (4, 4, 1),
+    "llama-70b-8bit-pipeline": (4, 8, 1),
+}
+
+
+def test_all_that_should_ship_do():
+    assert {file.stem for file in FILES} == set(SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_yaml_says_what_its_name_says(name):
+    path = ROOT / "serve_configs" / f"{name}.yaml"
+    deployment = read_deployment(path)
+    settings = deployment.settings
+    found = (settings.stages.num, settings.bits, deployment.options["num_replicas"])
+    assert found == SHIPPED[name]
+    assert deployment.http["host"] == "127.0.0.1", "other machines must be let in on purpose"
+    assert settings.keys_file
+    assert settings.audit_dir
+    assert deployment.http["request_timeout_s"] > settings.limits.deadline_s, (
+        "the deadline must come first, with its words"
+    )
+    assert path.read_text().startswith("# ")
+    assert f"serve_configs/{name}.yaml" in path.read_text()
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith("llama")])
+def test_gpu_has_the_memory(name):
+    """Weights by forecast, a KV cache of bfloat16 and 3 GiB for the rest fit a card of 48 GB (44.5 GiB usable)."""
+    settings = read_deployment(ROOT / "serve_configs" / f"{name}.yaml").settings
+    shape = LLAMA_70B if "70b" in name else LLAMA_8B
+    row = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 2
+    cache = settings.stages.cache_rows * row / settings.stages.num / GIB
+    weights = count_weight_bytes(shape, settings.bits) / settings.stages.num / GIB
+    assert weights + cache + 3 < 44.5
+    (claimed,) = re.findall(
+        r"([\d.]+) GiB for the [\d,]+ below", (ROOT / "serve_configs" / f"{name}.yaml").read_text()
+    ) or ["24"]
+    assert float(claimed) == pytest.approx(cache, rel=0.02)
+
+
+def test_overrides_change_the_settings_and_faults_are_reported_together():
+    path = ROOT / "serve_configs" / "cpu-demo.yaml"
+    settings = read_deployment(path, ["stages.num=4", "model.bits=16"]).settings
+    assert (settings.stages.num, settings.bits) == (4, 16)
+    with pytest.raises(ConfigError, match=r"(?s)2 settings are wrong.*model.bits=3.*stages.nmu is not a setting"):
+        read_deployment(path, ["stages.nmu=4", "model.bits=3"])
+
+
+def test_settings_survive_the_way_to_a_replica(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    settings = read_settings({"model": {"base": "base"}, "adapters_dir": "a", "keys_file": "~/k"})
+    absolute = make_absolute(settings)
+    assert read_settings(to_args(absolute)) == absolute
+    assert (absolute.model.base, absolute.adapters_dir) == (str(tmp_path / "base"), str(tmp_path / "a"))
+    assert absolute.keys_file == str(Path("~/k").expanduser())
+    assert make_absolute(read_settings({})).model.base == settings.model.base.replace(
+        "base", read_settings({}).model.base
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tree: tree.update(http_options={"prot": 1, "port": "x"}), r"http_options.port"),
+        (lambda tree: tree["applications"][0].update(import_path="other:app"), r"1 applications, 0 of them"),
+        (lambda tree: tree.update(applications=[]), r"0 applications"),
+        (lambda tree: tree["applications"][0].pop("import_path"), r"import_path: Field required"),
+        (lambda tree: tree["applications"][0]["args"].update(name="a:b"), r"without colon"),
+    ],
+)
+def test_yaml_that_is_wrong_is_refused_by_words(tmp_path, change, words):
+    tree = yaml.safe_load((ROOT / "serve_configs" / "cpu-demo.yaml").read_text())
+    change(tree)
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=words):
+        read_deployment(tmp_path / "x.yaml")
+
+
+def test_file_that_is_missing_or_no_yaml_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"absent.yaml does not exist: see serve_configs/"):
+        read_deployment(tmp_path / "absent.yaml")
+    (tmp_path / "x.yaml").write_text("[")
+    with pytest.raises(ConfigError, match=r"cannot be read"):
+        read_deployment(tmp_path / "x.yaml")
+
+
+def test_dry_run_tells_the_plan_and_a_key_is_made_and_shown_once(tmp_path):
+    run = CliRunner().invoke
+    plan = run(app, ["serve", "--config", str(ROOT / "serve_configs" / "llama-70b-4bit-pipeline.yaml"), "--dry-run"])
+    assert "at 4 bit in 4 stages on cuda, 1 copies, 262,144 tokens of cache" in plan.output
+    made = run(app, ["key", "desk", "--file", str(tmp_path / "k.yaml"), "--adapters", "a, b", "--requests", "5"])
+    assert made.output.startswith("finlora-desk-")
+    (entry,) = yaml.safe_load((tmp_path / "k.yaml").read_text())
+    assert (entry["adapters"], entry["requests_per_minute"], entry["is_admin"]) == (["a", "b"], 5, False)

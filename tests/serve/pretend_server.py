@@ -82,6 +82,7 @@ def make_app(script: Script) -> FastAPI:
                 return refuse(*script.failures[path])
         reply = await call_next(request)
         reply.headers["X-Request-Id"] = "req-0123456789"
+        reply.headers.append("X-Request-Id", "another-of-the-proxy")
         return reply
 
     def refuse(status: int, message: str, headers: dict[str, str]) -> Response:

@@ -150,9 +150,11 @@ def test_stages_are_asked_each_second_while_one_can_see_them(desk, script):
     script.answers["/v1/stages"] = {**STAGES, "stages": []}
     expect(desk.locator("#link")).to_have_text("A stage is being started again.")
     expect(desk.locator("#seen")).to_contain_text("as of")
-    script.answers["/v1/stages"] = {**STAGES, "losses": 1, "recovery_s": 4.2}
+    small = [{**stage, "weights_gib": 0.0625} for stage in STAGES["stages"]]
+    script.answers["/v1/stages"] = {**STAGES, "stages": small, "losses": 1, "recovery_s": 4.2}
     expect(desk.locator("#load")).to_contain_text("1, the last back in 4.2 s")
     expect(desk.locator("#link")).to_have_text("Connected")
+    expect(desk.locator("#stages li").first).to_contain_text("64.00 MiB weights")
     desk.evaluate(
         "Object.defineProperty(document, 'visibilityState', {value: 'hidden', configurable: true});"
         "document.dispatchEvent(new Event('visibilitychange'))"

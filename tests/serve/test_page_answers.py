@@ -21,7 +21,7 @@ def test_labels_stand_as_bars_with_numbers(desk, script):
     assert [width / whole for width in widths] == pytest.approx([0.85, 0.11, 0.04], abs=0.01)
     expected = {"model": "llama-8b:sentiment-r4", "task": "fpb", "texts": ["Profit rose 12 %"]}
     assert script.asked == [("/v1/classify", expected)]
-    expect(desk.locator(".about-answer")).to_contain_text("req-0123456789")
+    expect(desk.locator(".about-answer dd").last).to_have_text("req-0123456789")
 
 
 def test_abstention_is_said_and_no_label_stands_out(desk, script):

@@ -12,7 +12,7 @@ export function make(tag, className = "", ...children) {
 
 /** Make a bar that fills `share` (0 to 1) of its track, with a line at `mark`; its number must stand beside it as text. */
 export function makeBar(share, mark = 0) {
-  const fill = make("span", "fill");
+  const fill = make("span", share > 0 ? "fill" : "");
   fill.style.width = `${100 * Math.min(Math.max(share, 0), 1)}%`;
   const track = make("span", "track", fill);
   if (mark > 0) {
@@ -36,6 +36,11 @@ export function percent(share, digits = 1) {
   if (share > 0 && 100 * share < least / 2) return `< ${least} %`;
   if (share < 1 && 100 * (1 - share) < least / 2) return `> ${(100 - least).toFixed(digits)} %`;
   return `${(100 * share).toFixed(digits)} %`;
+}
+
+/** Write an amount of memory given in GiB, a small one in MiB. */
+export function memory(gib) {
+  return gib >= 0.1 || gib === 0 ? `${gib.toFixed(2)} GiB` : `${(1024 * gib).toFixed(2)} MiB`;
 }
 
 export const count = (number) => Number(number).toLocaleString("en");

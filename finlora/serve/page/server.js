@@ -81,7 +81,10 @@ export async function get(path) {
   return (await send(path)).json();
 }
 
-export const requestIdOf = (reply) => reply.headers.get("X-Request-Id") ?? "";
+/** Return the id that the server's log names; Ray Serve's proxy may add one of its own behind it. */
+export function requestIdOf(reply) {
+  return (reply.headers.get("X-Request-Id") ?? "").split(",")[0];
+}
 
 /** Yield the data of each server-sent event. Source: HTML Standard, section 9.2.6; only `data` is used. */
 export async function* readEvents(body) {

@@ -1,6 +1,6 @@
 // The stages of the model, how busy each is, what waits and how full the cache is: asked each second while one can see it.
 
-import { $, count, make, makeBar, makeTerms, percent } from "./element.js";
+import { $, count, make, makeBar, makeTerms, memory, percent } from "./element.js";
 import { asFailure, get } from "./server.js";
 
 const POLL_MS = 1000;
@@ -97,7 +97,7 @@ function makeCard(stage, index, shares) {
     make("strong", "", `Stage ${index + 1}`),
     make("span", "hint", first === last ? `layer ${first}` : `layers ${first}–${last}`),
     ...(shares.length ? [make("span", "busy", `${percent(stage.busy, 0)} busy`), makeCurve(shares)] : []),
-    make("span", "hint memory", `${stage.weights_gib.toFixed(2)} GiB weights, ${stage.cache_gib.toFixed(2)} GiB cache`),
+    make("span", "hint memory", `${memory(stage.weights_gib)} weights, ${memory(stage.cache_gib)} cache`),
   );
 }
 

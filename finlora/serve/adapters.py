@@ -116,6 +116,7 @@ class AdapterShelf:
             return known[1]
         contract = read_contract(folder)
         contract.check_hashes(folder, self._base.weights_hash, self._base.tokenizer_hash, self._base.template)
+        _check_whole(files[0])
         digest = hashlib.sha256()
         for file in files[:2]:
             digest.update(file.read_bytes())
@@ -152,6 +153,17 @@ class AdapterShelf:
             there = ", ".join(self.list_names()) or "none"
             raise AdapterError(f"there is no adapter {name!r}: expected one of {there}.")
         return self._folder / name
+
+
+def _check_whole(weights: Path) -> None:
+    """Look at header and length of a weights file: one that is still being copied must not reach the stages."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(weights), framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{weights} is no whole safetensors file ({error}): copy the adapter again.") from error
 
 
 def _list_versions(home: Path) -> list[str]:

@@ -59,6 +59,11 @@ class ServerDeployment:
 
         return make_app(self.server)
 
+    def check_health(self) -> None:
+        """Have Ray Serve replace the replica where its engine has ended; a lost stage is the engine's own to bring back."""
+        if not self.server.engine.is_alive:
+            raise RuntimeError("the engine's thread has ended")
+
     def __del__(self) -> None:
         if hasattr(self, "server"):
             self.server.engine.close()

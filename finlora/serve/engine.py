@@ -75,6 +75,11 @@ class AsyncEngine:
         self._thread.join()
 
     @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs that answers, or brings the stages back."""
+        return self._thread.is_alive()
+
+    @property
     def stages(self) -> tuple[StageFacts, ...]:
         """Stages that stand now; empty while they are lost."""
         return self._opened.stages if self._opened is not None else ()

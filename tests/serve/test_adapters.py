@@ -81,6 +81,17 @@ def test_what_is_not_there_or_does_not_fit_is_refused_by_words(shelf, ask, words
         ask(shelf)
 
 
+def test_weights_that_are_still_being_copied_are_refused_until_they_are_whole(shelf, folder):
+    path = folder / "plain" / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    for part in (b"", whole[:100], whole[:-1]):
+        path.write_bytes(part)
+        with pytest.raises(AdapterError, match=r"is no whole safetensors file"):
+            shelf.find("plain")
+    path.write_bytes(whole)
+    assert shelf.find("plain").name == "plain"
+
+
 def test_version_that_was_set_and_is_gone_is_named(shelf, folder):
     shelf.set_current("good", "v1")
     shutil.rmtree(folder / "good" / "v1")

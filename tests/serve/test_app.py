@@ -6,11 +6,19 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from wire import send
 
 from finlora.serve.audit import list_logs, verify_audit
@@ -32,15 +40,32 @@ def home(tiny_base, adapters, tmp_path_factory):
     return home
 
 
+def make_certificate(folder):
+    """Write server.key and a certificate of the loopback address that signs itself; returns the latter."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a test")])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(
+        name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(1)
+    )
+    loopback = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    signed = builder.add_extension(loopback, critical=False).sign(key, hashes.SHA256())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    (folder / "server.key").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    (folder / "server.crt").write_bytes(signed.public_bytes(pem))
+    return folder / "server.crt"
+
+
 @pytest.fixture(scope="module")
 def deployed(home, ray_instance):
-    """(address, key) of the deployment."""
+    """(address, key, TLS context) of the deployment."""
     from ray import serve
 
     from finlora.serve.app import ServerDeployment
 
     limits = {"adapters": None, "requests_per_minute": None, "tokens_per_minute": None}
     key = add_key(home / ".demo" / "keys.yaml", "desk", is_admin=True, **limits)
+    certificate = make_certificate(home)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -50,17 +75,18 @@ def deployed(home, ray_instance):
             ROOT / "serve_configs" / "cpu-demo.yaml", ["model.compute_dtype=float32", "model.bits=16"]
         )
         settings = make_absolute(deployment.settings)
-    serve.start(http_options=deployment.http | {"port": port}, proxy_location=deployment.proxy_location)
+    http = deployment.http | {"port": port, "ssl_certfile": str(certificate), "ssl_keyfile": str(home / "server.key")}
+    serve.start(http_options=http, proxy_location=deployment.proxy_location)
     application = ServerDeployment.options(**deployment.options).bind(to_args(settings))
     serve.run(application, name=deployment.name, route_prefix=deployment.route_prefix)
-    yield f"http://127.0.0.1:{port}", key
+    yield f"https://127.0.0.1:{port}", key, ssl.create_default_context(cafile=str(certificate))
     serve.shutdown()
 
 
 @pytest.fixture
 def ask(deployed):
-    address, key = deployed
-    return lambda path, body=None, key=key: send(address, path, key, body)
+    address, key, tls = deployed
+    return lambda path, body=None, key=key: send(address, path, key, body, tls=tls)
 
 
 def stage_pids():
@@ -73,10 +99,12 @@ def stage_pids():
 
 
 def test_openai_client_and_financial_paths_answer_through_serve(deployed, ask):
-    from openai import AuthenticationError, OpenAI
+    from openai import AuthenticationError, DefaultHttpxClient, OpenAI
 
-    address, key = deployed
-    with OpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0) as client:
+    address, key, tls = deployed
+    with OpenAI(
+        base_url=f"{address}/v1", api_key=key, max_retries=0, http_client=DefaultHttpxClient(verify=tls)
+    ) as client:
         asked = {"model": "demo:good", "messages": [{"role": "user", "content": "Profit"}], "max_tokens": 8}
         whole = client.chat.completions.create(**asked).choices[0].message.content
         events = list(client.chat.completions.create(**asked, stream=True))
@@ -89,8 +117,33 @@ def test_openai_client_and_financial_paths_answer_through_serve(deployed, ask):
     assert len(ask("/v1/stages").body["stages"]) == 2
 
 
+def test_without_tls_nothing_comes_through(deployed):
+    address, key, _ = deployed
+    with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
+        send(address, "/healthz", None, tls=ssl.create_default_context())
+    with pytest.raises((urllib.error.URLError, OSError)):
+        send(address.replace("https", "http"), "/v1/models", key)
+
+
+def test_cluster_takes_a_deployment_only_with_its_token(deployed):
+    """What `serve deploy` asks is behind the token of the cluster; a key of the server opens nothing there."""
+    import ray
+
+    path = f"http://{ray.worker.global_worker.node.address_info['webui_url']}/api/serve/applications/"
+    token = Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+    for shown in (None, deployed[1], "wrong"):
+        request = urllib.request.Request(path, headers={"Authorization": f"Bearer {shown}"} if shown else {})
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request, timeout=20)
+        assert refused.value.code in (401, 403)
+        refused.value.close()
+    request = urllib.request.Request(path, headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=20) as reply:
+        assert '"finlora"' in reply.read().decode()
+
+
 def test_hung_up_stream_frees_its_rows_behind_the_proxy(deployed, ask):
-    from openai import OpenAI
+    from openai import DefaultHttpxClient, OpenAI
 
     def wait_for(is_so):
         until = time.monotonic() + 20
@@ -98,8 +151,8 @@ def test_hung_up_stream_frees_its_rows_behind_the_proxy(deployed, ask):
             assert time.monotonic() < until, stages
             time.sleep(0.05)
 
-    address, key = deployed
-    with OpenAI(base_url=f"{address}/v1", api_key=key) as client:
+    address, key, tls = deployed
+    with OpenAI(base_url=f"{address}/v1", api_key=key, http_client=DefaultHttpxClient(verify=tls)) as client:
         streams = [
             client.completions.create(model="demo", prompt=f"Profit {n}", max_tokens=480, stream=True) for n in range(8)
         ]
@@ -142,8 +195,6 @@ def test_dead_stage_gives_503_at_once_and_serves_again(ask):
 
 
 def test_metrics_stand_in_rays_endpoint(ask):
-    import urllib.request
-
     import ray
 
     ask("/v1/classify", ASK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -24,18 +25,23 @@ class Reply:
         return self.body["error"]
 
 
-def send(address: str, path: str, key: str | None, body: object = None, raw: bytes | None = None, **headers) -> Reply:
+def send(
+    address: str,
+    path: str,
+    key: str | None,
+    body: object = None,
+    raw: bytes | None = None,
+    tls: ssl.SSLContext | None = None,
+) -> Reply:
     """Ask a server; a body goes as JSON, or as the bytes given."""
     data = raw if raw is not None else json.dumps(body).encode() if body is not None else None
     request = urllib.request.Request(address + path, data=data)
-    for name, value in headers.items():
-        request.add_header(name.replace("_", "-"), value)
     if data is not None:
         request.add_header("Content-Type", "application/json")
     if key is not None:
         request.add_header("Authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(request, timeout=60) as reply:
+        with urllib.request.urlopen(request, timeout=60, context=tls) as reply:
             return Reply(reply.status, {k.lower(): v for k, v in reply.headers.items()}, reply.read().decode())
     except urllib.error.HTTPError as error:
         with error:

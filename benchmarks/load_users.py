@@ -1,0 +1,177 @@
+"""Users of a deployed server for benchmarks/serve_load.py: each waits for its answer before it asks again, and checks it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+LABEL_TOLERANCE = 2e-3
+"""Probabilities may differ by rounding alone: a batch of other sizes adds in another order."""
+RETRY_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A text, asked for its label or to be continued."""
+
+    text: str
+    is_label: bool
+    num_tokens: int
+
+    @property
+    def path(self) -> str:
+        return "/v1/classify" if self.is_label else "/v1/completions"
+
+    def body(self, model: str) -> dict[str, Any]:
+        if self.is_label:
+            return {"model": model, "task": "fpb", "text": self.text}
+        return {"model": model, "prompt": self.text, "max_tokens": self.num_tokens, "stream": True}
+
+
+Expected = Mapping[Question, dict[str, float] | str]
+"""The engine's own answer: probability of each label, or text."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """What all users saw."""
+
+    seconds: float = 0.0
+    whole: list[float] = field(default_factory=list)
+    """Seconds of each answer, from question to its end."""
+    first: list[float] = field(default_factory=list)
+    """Seconds to the first text of a streamed answer."""
+    num_right: int = 0
+    wrong: list[str] = field(default_factory=list)
+    refused: Counter[str] = field(default_factory=Counter)
+    """Code of the error -> how often; each was asked again and answered."""
+    lost: list[str] = field(default_factory=list)
+    """Lines cut, statuses that nothing states, answers that never came."""
+
+    @property
+    def per_second(self) -> float:
+        return self.num_right / self.seconds if self.seconds else 0.0
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Return p50, p90, p99 and the largest, in milliseconds."""
+    ranked = sorted(values)
+    if not ranked:
+        return {}
+    shares = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
+    return {
+        name: round(1000 * ranked[min(len(ranked) - 1, int(share * len(ranked)))], 1) for name, share in shares.items()
+    }
+
+
+async def run_users(
+    address: str,
+    key: str,
+    model: str,
+    questions: Sequence[Question],
+    expected: Expected,
+    num_users: int,
+    seconds: float,
+    meanwhile: Callable[[], Any] | None = None,
+) -> Tally:
+    """Let `num_users` ask one question after the other for `seconds`; every question begun is seen to its end."""
+    tally, todo = Tally(), itertools.cycle(questions)
+    until, started = time.monotonic() + seconds, time.monotonic()
+    # One line a user and no more: what waits, waits in the server.
+    connector = aiohttp.TCPConnector(limit=num_users)
+    headers = {"Authorization": f"Bearer {key}"}
+    timeout = aiohttp.ClientTimeout(total=400)
+    async with aiohttp.ClientSession(address, connector=connector, headers=headers, timeout=timeout) as session:
+
+        async def user() -> None:
+            while time.monotonic() < until:
+                await _ask(session, model, next(todo), expected, tally)
+
+        tasks = [asyncio.create_task(user()) for _ in range(num_users)]
+        other = asyncio.create_task(meanwhile()) if meanwhile is not None else None
+        await asyncio.gather(*tasks)
+        if other is not None:
+            await other
+    tally.seconds = time.monotonic() - started
+    return tally
+
+
+async def _ask(
+    session: aiohttp.ClientSession, model: str, question: Question, expected: Expected, tally: Tally
+) -> None:
+    """Ask until there is an answer; a stated refusal is asked again, as its Retry-After invites to."""
+    while True:
+        started = time.monotonic()
+        try:
+            async with session.post(question.path, json=question.body(model)) as reply:
+                if reply.status == 200:
+                    answer = await _read(reply, question, tally, started)
+                    if isinstance(answer, _Refused):
+                        tally.refused[answer.code] += 1
+                    else:
+                        tally.whole.append(time.monotonic() - started)
+                        _check(question, answer, expected[question], tally)
+                        return
+                else:
+                    text = await reply.text()
+                    try:
+                        code = json.loads(text)["error"]["code"]
+                    except (ValueError, KeyError, TypeError):
+                        tally.lost.append(f"{reply.status}: {text[:200]}")
+                        return
+                    if reply.status not in (429, 503):
+                        tally.lost.append(f"{reply.status} {code}")
+                        return
+                    tally.refused[code] += 1
+        except (aiohttp.ClientError, TimeoutError) as error:
+            tally.lost.append(f"{type(error).__name__}: {error}")
+            return
+        await asyncio.sleep(RETRY_S)
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    code: str
+
+
+async def _read(
+    reply: aiohttp.ClientResponse, question: Question, tally: Tally, started: float
+) -> dict[str, float] | str | _Refused:
+    if question.is_label:
+        body = await reply.json()
+        return dict(body["results"][0]["probabilities"])
+    pieces: list[str] = []
+    async for raw in reply.content:
+        line = raw.decode().strip()
+        if not line.startswith("data: "):
+            continue
+        if line == "data: [DONE]":
+            return "".join(pieces)
+        event = json.loads(line.removeprefix("data: "))
+        if "error" in event:
+            return _Refused(event["error"]["code"])
+        if not pieces:
+            tally.first.append(time.monotonic() - started)
+        pieces.append(event["choices"][0]["text"])
+    raise aiohttp.ClientPayloadError("a stream without [DONE]")
+
+
+def _check(question: Question, answer: dict[str, float] | str, expected: dict[str, float] | str, tally: Tally) -> None:
+    if isinstance(answer, dict) and isinstance(expected, dict):
+        is_right = answer.keys() == expected.keys() and all(
+            abs(answer[label] - expected[label]) <= LABEL_TOLERANCE for label in expected
+        )
+    else:
+        is_right = answer == expected
+    if is_right:
+        tally.num_right += 1
+    else:
+        tally.wrong.append(f"{question.text!r}: {answer!r} instead of {expected!r}")

@@ -1,0 +1,214 @@
+"""Load on a deployed server: many users, each answer held against the engine's own; beside it, the engine without HTTP.
+
+    python benchmarks/serve_load.py --config serve_configs/cpu-demo.yaml --users 64 --seconds 120
+    python benchmarks/serve_load.py --config ... --users 64 --seconds 120 --kills 2
+    python benchmarks/serve_load.py --config serve_configs/llama-8b-8bit.yaml --labels-only model.weights=random
+
+First the bare engine, stages and all, answers every question once with as many at once as there are users: that is the truth
+and the rate to compare with. Then the same YAML is deployed on a Ray of this machine and asked over HTTP. A user waits for its
+answer before it asks again; a refusal with a stated code is asked again and counted. `--kills N` ends a stage's process N times
+meanwhile. Exit code 1 where an answer was lost or wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import os
+import random
+import secrets
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from load_users import Question, Tally, percentiles, run_users
+
+FIRST_S = 20.0
+"""Seconds of load before the first kill."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="Serve YAML")
+    parser.add_argument("overrides", nargs="*", help="key=value over its args")
+    parser.add_argument("--users", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--questions", type=int, default=256, help="different questions")
+    parser.add_argument("--tokens", type=int, default=16, help="new tokens of a continued text")
+    parser.add_argument(
+        "--labels-only", action="store_true", help="ask for labels alone; else every fourth is continued"
+    )
+    parser.add_argument("--kills", type=int, default=0, help="stages killed meanwhile")
+    parser.add_argument("--output", type=Path, help="JSON file of all numbers")
+    options = parser.parse_args()
+
+    os.environ.setdefault("FINLORA_API_KEY", secrets.token_urlsafe(32))
+    from finlora import cluster
+
+    cluster.connect(log_to_driver=False)
+    from finlora.serve.deploy import read_deployment
+    from finlora.serve.settings import make_absolute
+
+    deployment = read_deployment(options.config, options.overrides)
+    # The key of this run's environment alone, and no audit log: both would be somebody's own.
+    settings = dataclasses.replace(make_absolute(deployment.settings), keys_file=None, audit_dir=None)
+    questions = make_questions(options.questions, options.tokens, options.labels_only)
+    bare, expected = run_bare(settings, questions, options.users)
+    say(f"bare engine: {bare['per_second']:.1f} answers/s, {bare['latency_ms']}")
+    tally, kills = serve_load(deployment, settings, questions, expected, options)
+    http = {
+        "per_second": round(tally.per_second, 2),
+        "latency_ms": percentiles(tally.whole),
+        "first_text_ms": percentiles(tally.first),
+        "right": tally.num_right,
+        "wrong": len(tally.wrong),
+        "lost": len(tally.lost),
+        "refused": dict(tally.refused),
+        "seconds_until_served_again": kills,
+    }
+    say(f"over HTTP:   {http['per_second']:.1f} answers/s, {http['latency_ms']}, first text {http['first_text_ms']}")
+    say(
+        f"{http['right']:,} right, {http['wrong']} wrong, {http['lost']} lost, refused {http['refused']}, kills {kills}"
+    )
+    for line in (*tally.wrong[:5], *tally.lost[:5]):
+        say(f"  {line}")
+    say(f"HTTP / bare: {tally.per_second / bare['per_second']:.2f}")
+    if options.output:
+        values = {"users": options.users, "seconds": options.seconds, "bare": bare, "http": http}
+        options.output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return int(bool(tally.wrong or tally.lost))
+
+
+def make_questions(count: int, num_tokens: int, labels_only: bool) -> list[Question]:
+    """Return different questions on generated sentences, in a seeded order."""
+    from finlora.data.prompts import SENTIMENTS
+    from finlora.data.synthetic import sentiment_sentence
+
+    rng, texts = random.Random("serve-load"), {}
+    while len(texts) < count:
+        texts[sentiment_sentence(rng, "test", rng.choice(SENTIMENTS))[0]] = None
+    return [Question(text, labels_only or number % 4 > 0, num_tokens) for number, text in enumerate(texts)]
+
+
+def run_bare(settings: Any, questions: list[Question], num_users: int) -> tuple[dict[str, Any], dict[Question, Any]]:
+    """Ask each question of the engine itself, `num_users` at once; returns its rate and its answers."""
+    from finlora.data.encode import encode_answer, encode_prompt
+    from finlora.data.question import make_question
+    from finlora.engine.ask import rank_choices
+    from finlora.engine.request import Request, Sampling
+    from finlora.serve.model import open_pipeline, read_base
+
+    base = read_base(settings)
+    opened = open_pipeline(settings, base)
+    core, texts, begun, seconds = opened.core, {}, {}, []
+    asked, answers = {}, {}
+
+    def take(name: str, piece: str) -> None:
+        texts[name] = texts.get(name, "") + piece
+
+    waiting = list(enumerate(questions))
+    started = time.monotonic()
+    try:
+        while waiting or not core.is_idle:
+            while waiting and len(begun) - len(answers) < num_users:
+                number, question = waiting.pop(0)
+                name = f"q{number}"
+                asked[name], begun[name] = question, time.monotonic()
+                if question.is_label:
+                    labelled = make_question("fpb", question.text, None)
+                    ids = encode_prompt(labelled.prompt, base.tokenizer, base.template)
+                    choices = [encode_answer(choice, base.tokenizer, base.template) for choice in labelled.choices]
+                    core.submit(Request(id=name, prompt_ids=ids, choices=tuple(choices)))
+                else:
+                    ids = encode_prompt(question.text, base.tokenizer, "raw")
+                    core.submit(Request(id=name, prompt_ids=ids, sampling=Sampling(max_tokens=question.num_tokens)))
+            for answer in core.step(take):
+                seconds.append(time.monotonic() - begun[answer.request_id])
+                answers[answer.request_id] = answer
+        passed = time.monotonic() - started
+    finally:
+        opened.close()
+    expected = {
+        question: rank_choices(make_question("fpb", question.text, None).choices, answers[name].log_probs)
+        if question.is_label
+        else texts.get(name, "")
+        for name, question in asked.items()
+    }
+    return {"per_second": len(answers) / passed, "latency_ms": percentiles(seconds)}, expected
+
+
+def serve_load(
+    deployment: Any, settings: Any, questions: list[Question], expected: dict[Question, Any], options: Any
+) -> tuple[Tally, list[float]]:
+    """Deploy, let the users ask, and shut down; returns what they saw, and after each kill the seconds until all stages stood."""
+    from ray import serve
+
+    from finlora.serve.app import ServerDeployment
+    from finlora.serve.settings import to_args
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve.start(
+        http_options=deployment.http | {"host": "127.0.0.1", "port": port}, proxy_location=deployment.proxy_location
+    )
+    kills: list[float] = []
+    key = os.environ["FINLORA_API_KEY"]
+    address = f"http://127.0.0.1:{port}"
+
+    async def kill_stages() -> None:
+        if not options.kills:
+            return
+        await asyncio.sleep(min(FIRST_S, options.seconds / 4))
+        for number in range(options.kills):
+            pids = stage_pids()
+            os.kill(pids[number % len(pids)], signal.SIGKILL)
+            kills.append(await wait_until_served(address, key, number + 1))
+            await asyncio.sleep(min(FIRST_S, options.seconds / 8))
+
+    try:
+        application = ServerDeployment.options(**deployment.options).bind(to_args(settings))
+        serve.run(application, name=deployment.name, route_prefix=deployment.route_prefix)
+        work = run_users(
+            *(address, key, settings.name, questions, expected, options.users, options.seconds, kill_stages)
+        )
+        return asyncio.run(work), kills
+    finally:
+        serve.shutdown()
+
+
+def stage_pids() -> list[int]:
+    """Return the processes of the stages that live."""
+    import ray
+    from ray.util.state import list_actors
+
+    address = ray.get_runtime_context().gcs_address
+    actors = list_actors(address=address, detail=True, filters=[("state", "=", "ALIVE")])
+    return [actor.pid for actor in actors if actor.class_name == "_StageActor"]
+
+
+async def wait_until_served(address: str, key: str, num_losses: int) -> float:
+    """Return the seconds that the server itself measured from the loss until all stages stood again."""
+    import aiohttp
+
+    async with aiohttp.ClientSession(address, headers={"Authorization": f"Bearer {key}"}) as session:
+        while True:
+            async with session.get("/v1/stages") as reply:
+                body = await reply.json()
+            if body["losses"] >= num_losses and body["stages"]:
+                return round(float(body["recovery_s"]), 2)
+            await asyncio.sleep(0.2)
+
+
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -228,6 +228,7 @@ def measure(work: Work, side: str, options: argparse.Namespace) -> dict[str, Any
             tokenizer=options.tokenizer and str(options.tokenizer),
             weights="random",
             bits=work.bits,  # type: ignore[arg-type]
+            compute_dtype="bfloat16" if device.type == "cuda" else "float32",
         ),
         data=DataConfig(tasks=(work.task,), dir=str(options.data)),
         eval=EvalConfig(

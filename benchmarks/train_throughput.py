@@ -37,7 +37,8 @@ WORKS = (
     "8b-4bit-r4-xbrl_tags+xbrl_values-2x2",
     "70b-4bit-r4-ner-4x4",
 )
-SIDES = ("plain", "plain-checkpointing", "finlora")
+SIDES = ("plain", "plain-again", "plain-checkpointing", "finlora")
+"""plain-again: with other dropout masks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +101,13 @@ class PlainEngine:
         self.optimizer.zero_grad()
 
 
-def full_loss(model: Any) -> Callable[[Any], Any]:
+def full_loss(model: Any, other_masks: bool) -> Callable[[Any], Any]:
     """Return transformers' own loss over the whole vocabulary at every position, as its Trainer computes it."""
+    import torch
 
     def loss_of(batch: Any) -> Any:
+        if other_masks:
+            torch.manual_seed(torch.initial_seed() + 1)
         out = model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels, use_cache=False
         )
@@ -137,7 +141,7 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
             weights="random",
             bits=work.bits,  # type: ignore[arg-type]
         ),
-        lora=LoraConfig(rank=work.lora_rank),
+        lora=LoraConfig(rank=work.lora_rank, dropout=arguments.dropout),
         data=DataConfig(tasks=work.tasks, dir=str(arguments.data)),
         train=TrainConfig(
             device=arguments.device,
@@ -147,6 +151,7 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
             max_steps=total,
             memory_gib=arguments.memory_gb and arguments.memory_gb * 1e9 / 2**30,
             recompute=arguments.recompute,
+            share_prefix=not arguments.own_prefix,
             unpack_weights=arguments.unpack_weights,
         ),
     )
@@ -168,7 +173,7 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
         else:
             if side == "plain-checkpointing":
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-            module = full_loss(model.train())
+            module = full_loss(model.train(), other_masks=side == "plain-again")
             batches = PaddedBatches(micro_batch_size=work.micro_batch, pad_token_id=base.tokenizer.pad_token_id)
         windows: list[Any] = []
         if device.type == "cuda":
@@ -258,6 +263,8 @@ def main() -> None:
     parser.add_argument(
         "--warm-up", type=int, default=64, help="FinLoRA's steps before the windows; plain takes two windows"
     )
+    parser.add_argument("--own-prefix", action="store_true", help="compute the prompts' beginning for each example")
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--memory-gb", type=float, help="memory that FinLoRA may use, 1e9 bytes; default: the GPU's")
     parser.add_argument("--recompute", choices=["auto", "none", "mlp", "layer"], default="auto")
     parser.add_argument("--unpack-weights", choices=["auto", "always", "never"], default="auto")

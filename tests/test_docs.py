@@ -12,6 +12,7 @@ import typer.main
 from finlora.cli.main import app
 from finlora.configfile import load_config
 from finlora.data.catalog import TASKS
+from finlora.serve.deploy import read_deployment
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT / "docs")): path for path in sorted((ROOT / "docs").rglob("*.md"))}
@@ -40,7 +41,8 @@ def test_commands_parse_and_their_configs_are_there(page):
     for verb, *rest in commands_of(page):
         values = VERBS[verb].make_context(verb, list(rest)).params  # raises on an unknown option or a missing argument
         if values.get("config"):
-            load_config(ROOT / values["config"], values["overrides"] or [])
+            load = read_deployment if verb == "serve" else load_config
+            load(ROOT / values["config"], values["overrides"] or [])
 
 
 def test_the_guide_shows_the_way_from_prefetch_to_ask():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -21,6 +22,7 @@ from finlora.cli.app import (
     load_settings,
     say,
 )
+from finlora.errors import ConfigError
 from finlora.terminal import open_bars
 
 _LOG_SECONDS = 10.0
@@ -78,6 +80,7 @@ def evaluate(
 
 @app.command(
     epilog="Examples:\n\n  finlora ask 'Profit rose 12 %' --task fpb --config jobs/configs/llama-8b-4bit-r4-fpb.yaml\n\n"
+    "  finlora ask 'Profit rose 12 %' --task fpb --server http://127.0.0.1:8000 --model llama-8b:fpb\n\n"
     "  finlora ask @filing.xml --task xbrl_values --about 'What is the value of Revenues?' --config ... --stages 4"
 )
 def ask(
@@ -93,9 +96,19 @@ def ask(
     ] = None,
     temperature: Annotated[float, typer.Option(help="0: the likeliest text; higher: more varied.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes a drawn text repeatable.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Address of a served model to ask instead, with the key of FINLORA_API_KEY.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Its name on the server, as base:adapter.")] = None,
 ) -> None:
     """Ask base or adapter one question: the probability of each allowed answer, or text as it is written."""
     from finlora.data.question import make_question, read_content
+
+    if server is not None or model is not None:
+        if server is None or model is None or overrides or config or adapter or base or stages:
+            raise ConfigError("--server and --model go together, and without settings of a model of one's own.")
+        _ask_server(server, model, task, read_content(text), about, temperature, seed)
+        return
     from finlora.engine.ask import ask as ask_engine
     from finlora.engine.request import Sampling
     from finlora.terminal import show_reply
@@ -110,6 +123,22 @@ def ask(
 
         cluster.connect(log_to_driver=False)
     reply = ask_engine(settings, chosen, question, sampling, num_stages, lambda piece: console.out(piece, end=""))
+    show_reply(reply.probabilities, reply.quote, console, is_quoted=task in ("xbrl_tags", "xbrl_values"))
+
+
+def _ask_server(
+    server: str, model: str, task: str | None, text: str, about: str | None, temperature: float, seed: int | None
+) -> None:
+    from finlora.serve.client import ask_server
+    from finlora.serve.keys import KEY_VARIABLE
+    from finlora.terminal import show_reply
+
+    reply = ask_server(
+        *(server, os.environ.get(KEY_VARIABLE, ""), model, task, text, about),
+        temperature=temperature,
+        seed=seed,
+        on_text=lambda piece: console.out(piece, end=""),
+    )
     show_reply(reply.probabilities, reply.quote, console, is_quoted=task in ("xbrl_tags", "xbrl_values"))
 
 

@@ -6,6 +6,7 @@
     ├── ModelError          (4)   a base model, its tokenizer or its weights cannot be used as asked
     │   └── AdapterError          an adapter folder is missing, incomplete or made for something else
     ├── ResourceError       (5)   GPUs, memory or disk that the run needs are not there
+    │   ├── NoRoomError           others held what the run needs for too long; later there may be room
     │   ├── QueueFullError        too many requests wait for an answer; later there may be room
     │   ├── QuotaError            a key has asked as much as it may in this minute
     │   └── StageLostError        a stage of a served model died; it comes back, and the same request can succeed
@@ -65,6 +66,10 @@ class ResourceError(FinloraError):
     """The machine or cluster lacks what the run asks for."""
 
     exit_code = 5
+
+
+class NoRoomError(ResourceError):
+    """Others held the GPUs or cores for longer than the run may wait: the same command can succeed later."""
 
 
 class QueueFullError(ResourceError):

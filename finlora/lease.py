@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finlora.errors import ResourceError
+from finlora.errors import NoRoomError
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -112,7 +112,7 @@ def take_lease(
         name: what others are told who wait for this one.
 
     Raises:
-        ResourceError: the wait was too long; says who holds what.
+        NoRoomError: the wait was too long; says who holds what.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -146,12 +146,12 @@ class Patience:
         """Say what is waited for, once a minute.
 
         Raises:
-            ResourceError: the wait was too long.
+            NoRoomError: the wait was too long.
         """
         now = time.monotonic()
         waited = now - self._started
         if self._wait_s is not None and waited >= self._wait_s:
-            raise ResourceError(
+            raise NoRoomError(
                 f"{shortage}. Waited {waited:.0f} s (max_wait_s={self._wait_s:g}): stop one of them (`ray job stop ID`, "
                 "`serve shutdown`), ask for less, or wait longer with a larger max_wait_s."
             )
@@ -170,7 +170,7 @@ def wait_for_room(bundles: Sequence[Bundle], patience: Patience, look: Callable[
         look: called each second meanwhile; ends the wait by raising.
 
     Raises:
-        ResourceError: the wait was too long; says who holds what.
+        NoRoomError: the wait was too long; says who holds what.
     """
     while (shortage := describe_shortage(bundles)) is not None:
         look()

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart with colour-blind eyes and in grey print. Grey is kept for base models.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-_GREY = "#8C8C8C"
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+GREY = "#8C8C8C"
 _DPI = 130
 _MAX_CURVES = 10
 
@@ -33,7 +33,7 @@ def save_plots(results: Sequence[Result], output: Path) -> list[Path]:
     for name, figure in drawn.items():
         if figure is not None:
             path = output / f"{name}.png"
-            figure.savefig(path, dpi=_DPI)
+            save_figure(figure, path)
             paths.append(path)
     return paths
 
@@ -42,18 +42,31 @@ def _has_accuracy(result: Result) -> bool:
     return result.kind == "evaluation" and not math.isnan(result.metrics.get("accuracy", math.nan))
 
 
-def _new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return an empty figure of so many inches and its axes, in the style of all plots here."""
+    figure, (axes,) = new_figures(1, width, height)
+    return figure, axes
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that the path's ending names."""
+    figure.savefig(path, dpi=_DPI)
+
+
+def new_figures(num_columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Return an empty figure with axes side by side that share their y axis."""
     # The object interface: no pyplot, hence no global state and no display; savefig falls back to Agg.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=11)
-    axes.set_axisbelow(True)
-    return figure, axes
+    all_axes = list(figure.subplots(1, num_columns, sharey=True, squeeze=False)[0])
+    for axes in all_axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=11)
+        axes.set_axisbelow(True)
+    return figure, all_axes
 
 
 def _add_legend(figure: Figure) -> None:
@@ -75,7 +88,7 @@ def _draw_accuracy(evaluations: Sequence[Result]) -> Figure | None:
     for result in ordered:
         key = (name_base(result), result.variant, result.bits)
         series.setdefault(key, {})[name_column(result, evaluations)] = result
-    figure, axes = _new_figure(max(6.5, 1.5 + len(tasks) * (0.7 + 0.42 * len(series))), 5.2)
+    figure, axes = new_figure(max(6.5, 1.5 + len(tasks) * (0.7 + 0.42 * len(series))), 5.2)
     width = 0.8 / len(series)
     colours = _assign_colours(list(series))
     for position, (key, row) in enumerate(series.items()):
@@ -114,12 +127,12 @@ def _draw_loss(trainings: Sequence[Result]) -> Figure | None:
     if not trainings:
         return None
     shown = sorted(trainings, key=lambda result: result.created)[-_MAX_CURVES:]
-    figure, axes = _new_figure(8.0, 5.0)
+    figure, axes = new_figure(8.0, 5.0)
     for number, result in enumerate(shown):
         steps, losses = zip(*result.loss_curve, strict=True)
-        style = "-" if number < len(_COLOURS) else "--"
+        style = "-" if number < len(COLOURS) else "--"
         label = f"{_shorten(name_base(result))}, {result.variant}, {result.task}"
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         axes.plot(
             steps, losses, style, color=colour, label=label, linewidth=1.8, marker="o" if len(steps) == 1 else None
         )
@@ -142,8 +155,8 @@ def _draw_memory(measured: Sequence[Result]) -> Figure | None:
         what = f"{kind} of {subject}" if subject else f"{kind}, highest of {len(group)} measured"
         labels.append(f"{_shorten(base)}, {variant}, {bits} bit\n{what}")
     values = [result.peak_memory_gib or 0.0 for result in ordered]
-    figure, axes = _new_figure(9.0, 1.3 + 0.55 * len(ordered))
-    colours = [_COLOURS[0] if result.kind == "training" else _COLOURS[1] for result in ordered]
+    figure, axes = new_figure(9.0, 1.3 + 0.55 * len(ordered))
+    colours = [COLOURS[0] if result.kind == "training" else COLOURS[1] for result in ordered]
     bars = axes.barh(range(len(ordered)), values, 0.68, color=colours)
     axes.bar_label(
         bars, [f"{value:.1f}" if value >= 10 else f"{value:.2f}" for value in values], padding=4, fontsize=10
@@ -169,7 +182,7 @@ def _assign_colours(keys: Sequence[tuple[str, str, int]]) -> dict[tuple[str, str
     """Give grey to a lone base and the palette to everything else, in order."""
     bases = [key for key in keys if key[1] == "base"]
     others = [key for key in keys if key not in bases or len(bases) > 1]
-    return dict.fromkeys(bases, _GREY) | {key: _COLOURS[i % len(_COLOURS)] for i, key in enumerate(others)}
+    return dict.fromkeys(bases, GREY) | {key: COLOURS[i % len(COLOURS)] for i, key in enumerate(others)}
 
 
 def _name_series(key: tuple[str, str, int]) -> str:

@@ -30,11 +30,11 @@ def show_results(results: Sequence[Result], console: Console) -> None:
         step = max(1, (console.width - labels) // _CELL_WIDTH)
         for start in range(_KEYS, _KEYS + num_tasks, step):
             is_last = start + step >= _KEYS + num_tasks
-            _draw(_take_columns(scores, start, step, scores.notes if is_last else ()), console)
-    _draw(cost_table(results), console)
+            draw_table(_take_columns(scores, start, step, scores.notes if is_last else ()), console)
+    draw_table(cost_table(results), console)
     traffic = wire_table(results)
     if traffic.rows:
-        _draw(traffic, console)
+        draw_table(traffic, console)
 
 
 def render_report(results: list[Result], output: Path | None, console: Console) -> None:
@@ -54,7 +54,7 @@ def render_report(results: list[Result], output: Path | None, console: Console) 
     beside = paper_tables(results)
     compared = [table for table in beside if any(not cells[-1].startswith(NOT_RUN) for cells in table.rows)]
     for table in compared:
-        _draw(table, console)
+        draw_table(table, console)
     if len(compared) < len(beside):
         note = f"{len(beside) - len(compared)} of the paper's {len(beside)} tables have no cell run here"
         console.print(f"{note}; report.md lists them all." if output else f"{note}; --output lists them all.")
@@ -65,7 +65,9 @@ def render_report(results: list[Result], output: Path | None, console: Console) 
     try:
         output.mkdir(parents=True, exist_ok=True)
         plots = save_plots(results, output)
-        text = _render_markdown([score_table(results), cost_table(results), wire_table(results), *beside], plots)
+        text = render_markdown(
+            "FinLoRA results", [score_table(results), cost_table(results), wire_table(results), *beside], plots
+        )
         (output / "report.md").write_text(text, encoding="utf-8")
     except OSError as error:
         raise ResultError(
@@ -81,7 +83,8 @@ def _take_columns(table: TextTable, start: int, count: int, notes: tuple[str, ..
     return TextTable(title=table.title, header=take(table.header), rows=tuple(map(take, table.rows)), notes=notes)
 
 
-def _draw(table: TextTable, console: Console) -> None:
+def draw_table(table: TextTable, console: Console) -> None:
+    """Print a table with its notes below."""
     drawn = Table(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, name in enumerate(table.header):
         cells = [row[index] for row in table.rows]
@@ -100,8 +103,9 @@ def _is_number(cell: str) -> bool:
     return cell in (NOT_MEASURED, "none", "NaN") or cell.replace(",", "").replace(".", "", 1).isdigit()
 
 
-def _render_markdown(tables: Sequence[TextTable], plots: Sequence[Path]) -> str:
-    parts = ["# FinLoRA results\n"]
+def render_markdown(title: str, tables: Sequence[TextTable], plots: Sequence[Path]) -> str:
+    """Return tables and plots as a Markdown text; plots are named as files beside it."""
+    parts = [f"# {title}\n"]
     for table in tables:
         if not table.rows:
             continue

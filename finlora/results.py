@@ -17,6 +17,9 @@ from typing import Any, Literal
 
 from finlora.errors import ResultError
 
+SEARCH_MARK = "search.yaml"
+"""Lies in the folder of a search, above its trials' results."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
@@ -107,11 +110,15 @@ def append_result(path: Path, result: Result) -> None:
 def read_results(path: Path) -> list[Result]:
     """Read every Result of a file, or of all results*.jsonl files below a folder, in file and line order.
 
+    Searches below the folder are passed over: their trials are scored on held-out training examples, not on the test split.
+    Name a search's own folder to read them.
+
     Raises:
         ResultError: the path is missing or empty of results, or a line is not a Result; names file and line.
     """
     if path.is_dir():
-        files = sorted(path.rglob("results*.jsonl"))
+        searches = {mark.parent for mark in path.rglob(SEARCH_MARK)} - {path}
+        files = [file for file in sorted(path.rglob("results*.jsonl")) if not searches & set(file.parents)]
     elif path.is_file():
         files = [path]
     else:

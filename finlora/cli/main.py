@@ -9,12 +9,12 @@ import os
 from collections.abc import Sequence
 from typing import NoReturn
 
-from finlora.cli import answers, data, reporting, serving, training
+from finlora.cli import answers, data, reporting, searching, serving, training
 from finlora.cli.app import app
 from finlora.terminal import exit_with
 
 # Importing a group registers its verbs.
-GROUPS = (data, training, answers, serving, reporting)
+GROUPS = (data, training, searching, answers, serving, reporting)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

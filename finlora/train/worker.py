@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from finlora.model.lora import attach_lora, trainable_parameters
 from finlora.results import Result, append_result
 from finlora.train.checkpoint import CheckpointInfo, CheckpointSchedule, load_checkpoint, read_info, save_checkpoint
 from finlora.train.failure import GiveUp, own_error
+from finlora.train.held_out import HELD_OUT, HeldOut
 from finlora.train.loop import count_steps, run_steps
 from finlora.train.optimizer import clips_itself, is_synchronised, make_optimizer
 from finlora.train.path import make_sampler, take_path
@@ -54,13 +55,21 @@ from finlora.train.wire import WireClock, WireMeter
 _logger = logging.getLogger(__name__)
 
 
-def run_training(config: RunConfig, announce: Callable[[str], None] = _logger.warning) -> Result:
+def run_training(
+    config: RunConfig,
+    announce: Callable[[str], None] = _logger.warning,
+    *,
+    callbacks: Sequence[ray.train.UserCallback] = (),
+    holds_out: bool = False,
+) -> Result:
     """Train an adapter on the cluster that this process is connected to, or resume the run of that name.
 
     Args:
         config: with absolute paths (`resolve_paths`). Data, base files and the cluster's size are checked before any
             worker starts.
         announce: shows the user a line, as when a signal was received.
+        callbacks: hear of each checkpoint, as a search does.
+        holds_out: measure the loss on the test splits at each checkpoint too (finlora/train/held_out.py).
 
     Returns:
         What the run brought, which is also appended to results.jsonl of its folder. The adapter is in NAME/adapter.
@@ -79,7 +88,8 @@ def run_training(config: RunConfig, announce: Callable[[str], None] = _logger.wa
             announce(line)
         started = time.time()
         try:
-            outcome = _fit(_make_trainer(config, folder), WaitingWords(folder.waiting, announce))
+            trainer = _make_trainer(config, folder, callbacks, holds_out)
+            outcome = _fit(trainer, WaitingWords(folder.waiting, announce))
         except ray.train.TrainingFailedError as error:
             raise own_error(error, folder) from error
         step, total_steps = outcome.return_value
@@ -90,17 +100,17 @@ def run_training(config: RunConfig, announce: Callable[[str], None] = _logger.wa
     return result
 
 
-def _make_trainer(config: RunConfig, folder: RunFolder) -> TorchTrainer:
+def _make_trainer(
+    config: RunConfig, folder: RunFolder, callbacks: Sequence[ray.train.UserCallback], holds_out: bool
+) -> TorchTrainer:
     train = config.train
     gpus = {"GPU": train.gpus_per_worker} if train.device == "cuda" else {}
     bundle = {"CPU": train.cpus_per_worker} | gpus
     return TorchTrainer(
         _work,
-        train_loop_config={"config": config_to_tree(config), "folder": str(folder.root)},
+        train_loop_config={"config": config_to_tree(config), "folder": str(folder.root), "holds_out": holds_out},
         scaling_config=ScalingConfig(
-            num_workers=train.num_workers,
-            use_gpu=train.device == "cuda",
-            resources_per_worker=bundle,
+            num_workers=train.num_workers, use_gpu=train.device == "cuda", resources_per_worker=bundle
         ),
         torch_config=TorchConfig(backend=_collectives(config)),
         run_config=ray.train.RunConfig(
@@ -108,7 +118,7 @@ def _make_trainer(config: RunConfig, folder: RunFolder) -> TorchTrainer:
             storage_path=config.output_dir,
             failure_config=FailureConfig(max_failures=train.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=train.keep_checkpoints),
-            callbacks=[GiveUp(), AwaitRoom(folder, [bundle] * train.num_workers, config.max_wait_s)],
+            callbacks=[*callbacks, GiveUp(), AwaitRoom(folder, [bundle] * train.num_workers, config.max_wait_s)],
         ),
     )
 
@@ -140,7 +150,7 @@ def _work(loop_config: dict[str, Any]) -> tuple[int, int]:
     verdict = plan_run(config, find_memory_gib(device), count_gpus(config), training_set)
     verdict.require_fit()
     try:
-        return _train(config, folder, device, training_set, verdict)
+        return _train(config, folder, device, training_set, verdict, loop_config["holds_out"])
     except torch.cuda.OutOfMemoryError as error:
         raise explain_out_of_memory(config, str(error), verdict.packs) from error
     except Exception as error:
@@ -150,7 +160,12 @@ def _work(loop_config: dict[str, Any]) -> tuple[int, int]:
 
 
 def _train(
-    config: RunConfig, folder: RunFolder, device: torch.device, training_set: TrainingSet, verdict: Verdict
+    config: RunConfig,
+    folder: RunFolder,
+    device: torch.device,
+    training_set: TrainingSet,
+    verdict: Verdict,
+    holds_out: bool,
 ) -> tuple[int, int]:
     context = ray.train.get_context()
     worker, world_size = context.get_world_rank(), context.get_world_size()
@@ -181,6 +196,7 @@ def _train(
             total_steps=total_steps,
             every_steps=config.train.checkpoint_every_steps,
         )
+        held_out = HeldOut(config, folder, worker, world_size, reduce_sum) if holds_out else None
         stop = StopRequest(folder.stop, worker, world_size)
         if stop.is_asked():
             return start_step, total_steps
@@ -194,11 +210,14 @@ def _train(
             return is_stop
 
         def save(step: int) -> None:
+            metrics = {**record.metrics, "step": step}
+            if held_out is not None:
+                metrics[HELD_OUT] = held_out.measure(step, model, device)
             with tempfile.TemporaryDirectory(prefix="finlora-checkpoint-") as path:
                 here = dataclasses.replace(info, step=step)
                 state = optimizer.state_dict()
                 save_checkpoint(Path(path), worker, here, parameters, state, meter.read(optimizer))
-                ray.train.report(record.metrics, checkpoint=ray.train.Checkpoint.from_directory(path))
+                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(path))
 
         done = run_steps(
             engine,

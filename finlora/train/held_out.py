@@ -1,0 +1,109 @@
+"""The loss on held-out examples while a run goes on, by which a search tells trials apart. No Ray here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from finlora.config import RunConfig
+from finlora.data.encode import Encoded, collate, encode_examples
+from finlora.data.prepared import read_prepared
+from finlora.model.source import find_source
+from finlora.model.tokenizer import load_tokenizer
+from finlora.train.loop import AnswerLoss
+from finlora.train.run import RunFolder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+HELD_OUT = "held_out_loss"
+"""Name under which it is reported."""
+_MAX_TOKENS = 4096
+"""Tokens of a padded batch: less memory than a training step of any base takes, since no pass backward follows."""
+
+
+class HeldOut:
+    """Measures the mean cross entropy an answer token on the test splits of the config's data folder.
+
+    Args:
+        config: its data folder holds a search's parted examples.
+        folder: of the run; what is measured is kept there as well, for a search that is resumed.
+        worker: this worker's rank; each takes its share of the examples.
+        reduce_sum: sums a float tensor over all workers in place and returns it.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        worker: int,
+        world_size: int,
+        reduce_sum: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        examples = [
+            example
+            for task in config.data.tasks
+            for example in read_prepared(Path(config.data.dir), task, "test").examples
+        ]
+        tokenizer = load_tokenizer(find_source(config.model).tokenizer_path)
+        encoded, _ = encode_examples(
+            examples,
+            tokenizer,
+            template=config.model.template,
+            max_seq_len=config.model.max_seq_len,
+            too_long=config.data.too_long,
+        )
+        encoded.sort(key=lambda item: item.num_tokens)
+        self._batches = _cut(encoded[worker::world_size])
+        self._pad_token_id = int(tokenizer.pad_token_id)
+        self._is_bf16 = config.train.precision == "bf16"
+        self._reduce_sum = reduce_sum
+        self._folder = folder if worker == 0 else None
+
+    @torch.no_grad()
+    def measure(self, step: int, model: PeftModel, device: torch.device) -> float:
+        """Run the model forward on all held-out examples, without dropout. Collective: every worker calls it."""
+        was_training = model.training
+        model.eval()
+        loss = AnswerLoss(model)
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._is_bf16):
+            for items in self._batches:
+                sums[0] += loss(collate(items, self._pad_token_id).to(device)).double()
+                sums[1] += sum(len(item.answer_ids) for item in items)
+        model.train(was_training)
+        total, count = self._reduce_sum(sums).tolist()
+        if self._folder is not None:
+            append_held_out(self._folder, step, total / count)
+        return float(total / count)
+
+
+def append_held_out(folder: RunFolder, step: int, loss: float) -> None:
+    """Keep the loss on the held-out examples after a step."""
+    with (folder.root / "held_out.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"step": step, HELD_OUT: loss}) + "\n")
+
+
+def read_held_out(folder: RunFolder) -> list[dict[str, float]]:
+    """Return the losses in step order; of a step run twice the later one counts, a line cut short is left out."""
+    path = folder.root / "held_out.jsonl"
+    found: dict[int, dict[str, float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        if line.endswith("}"):
+            record = json.loads(line)
+            found[record["step"]] = record
+    return [found[step] for step in sorted(found)]
+
+
+def _cut(items: list[Encoded]) -> list[list[Encoded]]:
+    """Part examples, shortest first, into batches of at most _MAX_TOKENS padded tokens."""
+    batches: list[list[Encoded]] = []
+    for item in items:
+        if not batches or (len(batches[-1]) + 1) * item.num_tokens > _MAX_TOKENS:
+            batches.append([])
+        batches[-1].append(item)
+    return batches

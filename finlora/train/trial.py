@@ -1,0 +1,131 @@
+"""One trial of a search: train on the parted examples, score on the held-out ones, write down how it ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.integration.ray_train import TuneReportCallback
+
+from finlora import cluster
+from finlora.config import RunConfig
+from finlora.configfile import config_from_tree
+from finlora.errors import NoRoomError, StoppedError
+from finlora.results import Result, append_result, read_results
+from finlora.train.held_out import HELD_OUT, read_held_out
+from finlora.train.run import RunFolder
+from finlora.train.space import Trial
+from finlora.train.trials import SearchFolder, State, TrialRecord, write_record
+from finlora.train.worker import run_training
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialTask:
+    """What one trial needs to know; travels to its driver as plain values."""
+
+    config: dict[str, Any]
+    search: str
+    trial: Trial
+    total_steps: int
+
+
+def drive_trial(params: dict[str, Any], tasks: dict[str, TrialTask]) -> None:
+    """Body of one trial's driver."""
+    task = tasks[params["trial"]]
+    folder, config = SearchFolder(Path(task.search)), config_from_tree(task.config)
+    run = folder.run_of(task.trial)
+    if folder.stop.read_text(encoding="utf-8").strip():
+        return
+    run.root.mkdir(parents=True, exist_ok=True)
+    (run.root / "busy").touch()
+    started = time.time()
+    # ASHA hears of a resumed trial what it had reported before the stop.
+    for report in read_held_out(run):
+        tune.report(report)
+    try:
+        scores = _train_and_score(config, run)
+        write_end(folder, task, "finished", started, scores=scores)
+        # Ray Tune asks for the scheduler's number in every report.
+        tune.report({**read_held_out(run)[-1], "step": task.total_steps + 1, **scores})
+    except StoppedError:
+        return
+    except NoRoomError as error:
+        (run.root / "unplaced").write_text(str(error), encoding="utf-8")
+        raise
+    except Exception as error:
+        kind = type(error).__name__.removesuffix("Error")
+        write_end(folder, task, "failed", started, cause=f"{kind}: {error}")
+        raise
+    finally:
+        (run.root / "busy").unlink(missing_ok=True)
+
+
+def _train_and_score(config: RunConfig, run: RunFolder) -> dict[str, float]:
+    """Train, unless a stopped search has done that, score the adapter on the held-out examples; returns the scores."""
+    from finlora.evaluate.runner import run_evaluation
+    from finlora.model.contract import CONTRACT_FILE
+
+    results = read_results(run.results) if run.results.is_file() else []
+    training = next((result for result in reversed(results) if result.kind == "training"), None)
+    if training is None or not (run.adapter / CONTRACT_FILE).is_file():
+        training = run_training(config, callbacks=[TuneReportCallback()], holds_out=True)
+    train = config.train
+    evaluations = cluster.call(
+        run_evaluation,
+        *(config, run.adapter, _ignore_progress),
+        num_cpus=train.cpus_per_worker,
+        num_gpus=train.gpus_per_worker if config.eval.device == "cuda" else 0.0,
+        wait_s=config.max_wait_s,
+    )
+    for result in evaluations:
+        append_result(run.results, result)
+    return _collect_scores(config, run, training, evaluations)
+
+
+def _collect_scores(
+    config: RunConfig, run: RunFolder, training: Result, evaluations: Sequence[Result]
+) -> dict[str, float]:
+    """Return the objectives that were measured: means over tasks, and what the training took, stops not counted."""
+    scores = {}
+    for name in ("accuracy", "weighted_f1", "strict_accuracy"):
+        values = [result.metrics[name] for result in evaluations if name in result.metrics]
+        if len(values) == len(evaluations):
+            scores[name] = sum(values) / len(values)
+    if training.peak_memory_gib is not None:
+        scores["peak_memory_gib"] = training.peak_memory_gib
+    seconds = training.wall_seconds or 0.0
+    gpus = config.train.gpus_per_worker if config.train.device == "cuda" else 1.0
+    scores["hours"] = seconds / 3600 * config.train.num_workers * gpus
+    return scores
+
+
+def write_end(
+    folder: SearchFolder,
+    task: TrialTask,
+    state: State,
+    started: float,
+    *,
+    scores: dict[str, float] | None = None,
+    cause: str = "",
+) -> None:
+    """Write a trial's record, with the last loss that its workers left."""
+    reports = read_held_out(folder.run_of(task.trial))
+    record = TrialRecord(
+        trial=task.trial,
+        state=state,
+        step=int(reports[-1]["step"]) if reports else 0,
+        total_steps=task.total_steps,
+        held_out_loss=reports[-1][HELD_OUT] if reports else None,
+        scores=scores or {},
+        seconds=time.time() - started,
+        cause=cause,
+    )
+    write_record(folder, record)
+
+
+def _ignore_progress(_task: str, _done: int, _total: int) -> None:
+    """A trial's evaluation is short, and nobody looks."""

@@ -1,0 +1,11 @@
+"""Search rank, bits, learning rate and more as a Ray job; the same job goes on with a search that was stopped.
+
+ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/tune.py --config jobs/configs/NAME.yaml name=SEARCH
+"""
+
+import sys
+
+from finlora.cli.main import main
+
+if __name__ == "__main__":
+    main(["tune", *sys.argv[1:]])

@@ -60,7 +60,9 @@ def make_app(server: Server) -> ASGIApp:
 
     @app.exception_handler(HTTPException)
     async def answer_http(_request: Request, error: HTTPException) -> JSONResponse:
-        return error_reply(from_http(error))
+        reply = error_reply(from_http(error))
+        reply.headers.update(error.headers or {})  # `Allow` goes with 405 (RFC 9110, section 15.5.6)
+        return reply
 
     async def answer_known(_request: Request, error: Exception) -> JSONResponse:
         return error_reply(error)

@@ -27,6 +27,8 @@ class _Body(_Wire):
     @model_validator(mode="before")
     @classmethod
     def _check_texts_are_unicode(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values  # bytes of another content type; what follows refuses them
         try:
             json.dumps(values, ensure_ascii=False).encode()
         except (UnicodeEncodeError, RecursionError):

@@ -85,10 +85,22 @@ def test_malformed_body_has_its_status_and_words(live, raw, status, words):
     assert words in reply.text
 
 
+def test_body_of_another_content_type_is_refused(live):
+    host, port = live.address.removeprefix("http://").split(":")
+    line = http.client.HTTPConnection(host, int(port), timeout=30)
+    headers = {"Authorization": f"Bearer {live.keys['desk']}", "Content-Type": "text/plain"}
+    for path in ("/v1/classify", "/v1/extract", "/v1/completions", "/v1/chat/completions"):
+        line.request("POST", path, body=json.dumps(ASK), headers=headers)
+        reply = line.getresponse()
+        assert (reply.status, "valid dictionary" in reply.read().decode()) == (400, True)
+    line.close()
+
+
 def test_wrong_path_and_method_have_openais_form(live):
     assert send(live.address, "/v1/nowhere", live.keys["desk"]).error["code"] == "unknown_path"
     reply = send(live.address, "/v1/classify", live.keys["desk"])
     assert (reply.status, reply.error["code"]) == (405, "method_not_allowed")
+    assert reply.headers["allow"] == "POST"
 
 
 def test_each_answer_stands_in_the_audit_log_by_its_hashes(live):

@@ -9,7 +9,9 @@ import torch
 
 from finlora.config import RunConfig
 from finlora.engine.core import Executor, InProcess
+from finlora.engine.decode import SIZES
 from finlora.engine.extents import BLOCK
+from finlora.engine.microbatch import MicroBatch
 from finlora.engine.stage import Stage
 from finlora.errors import ResourceError
 from finlora.model.base import load_base, quiet_bitsandbytes
@@ -67,6 +69,31 @@ def open_executor(
                 f"{least_rows:,}: take fewer bits (eval.bits), more stages, or a larger GPU."
             )
         yield InProcess([Stage(net, span, rows, dtype)]), rows
+
+
+def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:
+    """Compute nothing of use in every size that requests will bring, so that none of them waits for kernels and recorded passes.
+
+    Args:
+        executor: with nothing in its cache yet.
+        num_rows: rows of its cache.
+        batch_tokens: most rows of a micro-batch.
+    """
+    longest = min(batch_tokens, num_rows)
+    for size in (longest, longest // 2, longest):
+        prompt = MicroBatch(0, adapters=[(None, size)])
+        prompt.add([0] * size, 0, range(size), [(0, size)])
+        _pass(executor, prompt)
+    for size in (*SIZES, *SIZES):  # seen for the first time, then recorded
+        tokens = MicroBatch(0, adapters=[(None, size)])
+        for _ in range(size):
+            tokens.add([0], 0, [num_rows], [(num_rows, 1)])  # the row behind the cache belongs to nobody
+        _pass(executor, tokens)
+
+
+def _pass(executor: Executor, batch: MicroBatch) -> None:
+    executor.start(batch)
+    executor.collect()
 
 
 def count_fitting_rows(device: torch.device, row_bytes: int) -> int:

@@ -1,0 +1,35 @@
+"""Warming up changes no answer, and a cache that cannot hold one request is refused by words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_core import RAGGED, generate_alone, make_requests, run, tokens_of
+
+from finlora.engine import opening
+from finlora.engine.opening import count_fitting_rows, open_executor, round_up, warm_up
+from finlora.errors import ResourceError
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_answers_after_a_warm_up_are_the_same(make_core, plain, num_stages):
+    core = make_core(num_stages)
+    warm_up(core.executor, 1024, 300)
+    answers, _ = run(core, make_requests(count=5))
+    for number, prompt in enumerate(RAGGED):
+        assert tokens_of(answers[f"r{number}"]) == generate_alone(plain(), prompt, 5)
+
+
+def test_cache_gets_what_fits_and_refuses_less_than_a_request(make_config, monkeypatch):
+    monkeypatch.setattr(opening, "count_fitting_rows", lambda _device, _row_bytes: 96)
+    with open_executor(make_config(), 1, 500, 90) as (executor, rows):
+        assert rows == 96
+        assert executor.stages[0].cache.shape[2] == 97
+    words = r"the KV cache has room for 96 tokens beside the base at 16 bit and one request needs 112: take fewer bits"
+    with pytest.raises(ResourceError, match=words), open_executor(make_config(), 1, 500, 100):
+        pass
+
+
+def test_rows_are_counted_in_blocks():
+    assert [round_up(number) for number in (1, 16, 17)] == [16, 16, 32]
+    assert count_fitting_rows(torch.device("cpu"), 10) >= 10**9

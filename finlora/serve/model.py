@@ -62,6 +62,7 @@ def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
     """
     import ray
 
+    from finlora.engine.opening import warm_up
     from finlora.engine.pipeline import Pipeline, PipelineConfig
 
     stages = config.stages
@@ -75,6 +76,8 @@ def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
         wait_s=stages.wait_s,
     )
     pipeline = Pipeline(config.model, config.bits, settings, config.seed)
+    if stages.device == "cuda":  # kernels are compiled and passes recorded before anybody waits for them
+        warm_up(pipeline, stages.cache_rows, config.limits.max_batch_tokens)
 
     def check() -> None:
         ray.get([actor.describe.remote() for actor in pipeline.actors], timeout=_CHECK_TIMEOUT_S)

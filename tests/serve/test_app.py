@@ -222,3 +222,26 @@ def test_audit_log_is_whole(home, ask):
     count, _ = verify_audit(log)
     assert count >= 3
     assert "Profit" not in log.read_text()
+
+
+def test_answer_under_way_ends_before_the_server_goes(deployed, ask):
+    """The last test of the deployment: it ends it."""
+    from openai import DefaultHttpxClient, OpenAI
+    from ray import serve
+
+    address, key, tls = deployed
+    asked = {"model": "demo", "prompt": "Profit rose 12 %", "max_tokens": 480}
+    with OpenAI(
+        base_url=f"{address}/v1", api_key=key, max_retries=0, http_client=DefaultHttpxClient(verify=tls)
+    ) as client:
+        whole = client.completions.create(**asked).choices[0]
+        events = iter(client.completions.create(**asked, stream=True))
+        pieces = [next(events)]
+        with ThreadPoolExecutor(1) as pool:
+            gone = pool.submit(serve.delete, "finlora")
+            pieces += list(events)
+            gone.result(timeout=60)
+    assert "".join(piece.choices[0].text for piece in pieces) == whole.text
+    assert pieces[-1].choices[0].finish_reason == whole.finish_reason
+    assert ask("/healthz", key=None).status in (404, 503)
+    assert stage_pids() == []

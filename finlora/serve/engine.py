@@ -27,6 +27,10 @@ from finlora.serve.stages import AdapterRef, OpenCore, Snapshot, StageFacts
 _logger = logging.getLogger(__name__)
 _MAX_BACKOFF_S = 30.0
 _SNAPSHOT_S = 0.5
+_GRACE_S = 5.0
+"""Seconds after its deadline that an answer of the core is waited for: it ends requests between two steps."""
+_STUCK_S = 300.0
+"""Seconds that no step takes: the first one of a GPU, which builds its kernels, takes a minute."""
 
 
 @dataclass(eq=False, slots=True)
@@ -55,6 +59,7 @@ class AsyncEngine:
         self._first_error: BaseException | None = None
         self._first_try = threading.Event()
         self._next_snapshot = 0.0
+        self._step_began: float | None = None
         self.snapshot = Snapshot()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -76,8 +81,9 @@ class AsyncEngine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs that answers, or brings the stages back."""
-        return self._thread.is_alive()
+        """Whether the thread answers, or brings the stages back; not where it waits for a stage that gives no sign."""
+        began = self._step_began
+        return self._thread.is_alive() and (began is None or time.monotonic() - began < _STUCK_S)
 
     @property
     def stages(self) -> tuple[StageFacts, ...]:
@@ -116,7 +122,7 @@ class AsyncEngine:
         self._calls.put(submit)
         try:
             while True:
-                event = await stream.events.get()
+                event = await self._wait(stream, request)
                 is_over = not isinstance(event, str)
                 if isinstance(event, Exception):
                     raise event
@@ -127,6 +133,14 @@ class AsyncEngine:
             self._streams.pop(request.id, None)
             if not is_over:
                 self._calls.put(lambda core: core.cancel(request.id))
+
+    @staticmethod
+    async def _wait(stream: _Stream, request: Request) -> str | Answer | Exception:
+        left = None if request.deadline is None else request.deadline - time.monotonic() + _GRACE_S
+        try:
+            return await asyncio.wait_for(stream.events.get(), left)
+        except TimeoutError:
+            return StageLostError("the stages of the model gave no sign of life: ask again.")
 
     async def answer(self, request: Request, adapter: AdapterRef | None = None) -> Answer:
         """Return the answer alone."""
@@ -165,7 +179,7 @@ class AsyncEngine:
                 lost_at = time.monotonic()
                 self._lose(error)
             finally:
-                self._opened = None
+                self._opened = self._step_began = None
                 _quietly(opened.close)
         self._why_down = "the server is shutting down"
         self._fail_all(StageLostError("the server shut down before the answer was complete: ask again."))
@@ -182,7 +196,9 @@ class AsyncEngine:
                     next_check = time.monotonic() + self._check_every_s
                 continue
             events: list[tuple[str, str | Answer | Exception]] = []
+            self._step_began = time.monotonic()
             answers = core.step(lambda name, piece: events.append((name, piece)))  # noqa: B023
+            self._step_began = None
             events += [(answer.request_id, answer) for answer in answers]
             self._send(events)
             self._take_snapshot(core)

@@ -25,9 +25,11 @@ class Mortal(InProcess):
 
     def __init__(self, stages) -> None:
         super().__init__(stages)
-        self.is_dead = threading.Event()
+        self.is_dead, self.is_stuck = threading.Event(), threading.Event()
 
     def collect(self):
+        while self.is_stuck.is_set():
+            time.sleep(0.02)
         if self.is_dead.is_set():
             raise OSError("the process of the stage is gone")
         return super().collect()
@@ -208,6 +210,20 @@ def test_idle_stage_that_dies_is_noticed_and_requests_are_refused_at_once(make_e
     assert time.monotonic() - started < 1
     wait.set()
     wait_for(lambda: engine.stages)
+
+
+def test_stage_that_gives_no_sign_hangs_nobody(make_engine, opened, monkeypatch):
+    monkeypatch.setattr("finlora.serve.engine._GRACE_S", 0.1)
+    monkeypatch.setattr("finlora.serve.engine._STUCK_S", 0.3)
+    engine = make_engine()
+    stuck = opened[0].executor.is_stuck
+    stuck.set()
+    with pytest.raises(StageLostError, match="gave no sign of life: ask again"):
+        asyncio.run(collect(engine, make_request(0, deadline=time.monotonic() + 0.3)))
+    wait_for(lambda: not engine.is_alive)
+    stuck.clear()
+    wait_for(lambda: engine.is_alive)
+    assert asyncio.run(collect(engine, make_request(1)))[1].finish == "length"
 
 
 def test_restart_that_fails_is_tried_again(make_engine, opened):

@@ -7,6 +7,7 @@ folder, since a controller's prints reach no user.
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,11 @@ class AwaitRoom(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         wait_for_room(self._bundles, self._patience, self._raise_when_stopped)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """Begin the next wait, if there is one, afresh."""
+        """Begin the next wait, if there is one, afresh; write down which placement group the workers are in."""
         self._patience = None
         self._folder.waiting.unlink(missing_ok=True)
+        group = worker_group.get_worker_group_state().placement_group_handle.placement_group
+        self._folder.group.write_text(group.id.hex(), encoding="utf-8")
 
     def _say(self, line: str) -> None:
         with self._folder.waiting.open("a", encoding="utf-8") as stream:
@@ -58,6 +61,29 @@ class AwaitRoom(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
     def _raise_when_stopped(self) -> None:
         if self._folder.stop.read_bytes().strip():
             raise describe_stop(self._folder.stop, 0, 0)
+
+
+def free_group(folder: RunFolder) -> None:
+    """Remove the placement group of a run whose driver was ended from outside, as a search ends the trials that lag.
+
+    Ray Train has a helper of its own for that, which finds no cluster where a machine runs several, and gives up. Nothing is
+    done while the driver lives: its workers would be started again.
+    """
+    from ray import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    if not folder.group.is_file():
+        return
+    with (folder.root / "lock").open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:
+            pass  # a file system without locks
+    group = PlacementGroupID(bytes.fromhex(folder.group.read_text(encoding="utf-8")))
+    remove_placement_group(PlacementGroup(group))
+    folder.group.unlink()
 
 
 class WaitingWords:

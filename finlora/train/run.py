@@ -92,6 +92,10 @@ class RunFolder:
         return self.root / "waiting.txt"
 
     @property
+    def group(self) -> Path:
+        return self.root / "group"
+
+    @property
     def plan(self) -> Path:
         return self.root / "plan.txt"
 

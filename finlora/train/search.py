@@ -32,6 +32,7 @@ from finlora.lease import Bundle, Patience, wait_for_room
 from finlora.train.asha import Listener, ResumedAsha, StopWhenIdle
 from finlora.train.loop import count_steps
 from finlora.train.path import make_sampler
+from finlora.train.room import free_group
 from finlora.train.run import RunFolder, claim_run, load_training_set
 from finlora.train.space import SearchConfig, Trial, sample_trials
 from finlora.train.stop import describe_stop, stop_on_signals
@@ -125,6 +126,9 @@ def _run_trials(
         f"{len(to_do)} trials of {total_steps:,} steps, at most {at_once} at once; ASHA looks after steps "
         f"{', '.join(str(rung) for rung in rungs if rung < total_steps) or 'none'}."
     )
+    logging.getLogger("ray.tune").setLevel(
+        logging.ERROR
+    )  # it warns of each trial that was stopped before its first report
     # Ray Tune would write TensorBoard events and tables too, which the trials' own folders hold, and warn of some values.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     tuner = tune.Tuner(
@@ -156,7 +160,10 @@ def _choose_scheduler(
 
 
 def _fit(tuner: tune.Tuner, folder: SearchFolder, trials: Sequence[Trial]) -> None:
-    """Run the tuner in a thread of its own, since in the main one it would take over Ctrl-C; passes a stop on to trials."""
+    """Run the tuner in a thread of its own, since in the main one it would take over Ctrl-C.
+
+    Meanwhile a stop is passed on to the trials, and the GPUs and cores of those that ASHA ended are given back.
+    """
     future: futures.Future[Any] = futures.Future()
 
     def fit() -> None:
@@ -168,11 +175,12 @@ def _fit(tuner: tune.Tuner, folder: SearchFolder, trials: Sequence[Trial]) -> No
     threading.Thread(target=fit, daemon=True).start()
     while not futures.wait([future], timeout=1.0).done:
         name = folder.stop.read_text(encoding="utf-8").strip()
-        if name:
-            for trial in trials:
-                run = folder.run_of(trial)
-                if (run.root / "busy").is_file() and run.stop.is_file():
-                    run.stop.write_text(name, encoding="utf-8")
+        for trial in trials:
+            run = folder.run_of(trial)
+            if not (run.root / "busy").is_file():
+                free_group(run)
+            elif name and run.stop.is_file():
+                run.stop.write_text(name, encoding="utf-8")
     future.result()
 
 

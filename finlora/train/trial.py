@@ -17,7 +17,7 @@ from finlora.configfile import config_from_tree
 from finlora.errors import NoRoomError, StoppedError
 from finlora.results import Result, append_result, read_results
 from finlora.train.held_out import HELD_OUT, read_held_out
-from finlora.train.run import RunFolder
+from finlora.train.run import RunFolder, read_progress
 from finlora.train.space import Trial
 from finlora.train.trials import SearchFolder, State, TrialRecord, write_record
 from finlora.train.worker import run_training
@@ -89,7 +89,7 @@ def _train_and_score(config: RunConfig, run: RunFolder) -> dict[str, float]:
 def _collect_scores(
     config: RunConfig, run: RunFolder, training: Result, evaluations: Sequence[Result]
 ) -> dict[str, float]:
-    """Return the objectives that were measured: means over tasks, and what the training took, stops not counted."""
+    """Return the objectives that were measured: means over tasks, and what the training took."""
     scores = {}
     for name in ("accuracy", "weighted_f1", "strict_accuracy"):
         values = [result.metrics[name] for result in evaluations if name in result.metrics]
@@ -97,10 +97,23 @@ def _collect_scores(
             scores[name] = sum(values) / len(values)
     if training.peak_memory_gib is not None:
         scores["peak_memory_gib"] = training.peak_memory_gib
-    seconds = training.wall_seconds or 0.0
-    gpus = config.train.gpus_per_worker if config.train.device == "cuda" else 1.0
-    scores["hours"] = seconds / 3600 * config.train.num_workers * gpus
+    scores["hours"] = _count_seconds(config, run) / 3600 * _count_devices(config)
     return scores
+
+
+def _count_seconds(config: RunConfig, run: RunFolder) -> float:
+    """Return the time of all training steps, whichever attempt did them: start-ups would hide how trials differ."""
+    seconds, before = 0.0, 0
+    for record in read_progress(run):
+        seconds += (record.step - before) * config.train.global_batch_size / record.examples_per_second
+        before = record.step
+    return seconds
+
+
+def _count_devices(config: RunConfig) -> float:
+    """Return the GPUs of a trial, or its workers on CPU."""
+    train = config.train
+    return train.num_workers * (train.gpus_per_worker if train.device == "cuda" else 1.0)
 
 
 def write_end(

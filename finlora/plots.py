@@ -1,4 +1,4 @@
-"""Results -> PNG plots by matplotlib, drawn without a display."""
+"""Results -> plots by matplotlib, drawn without a display."""
 
 from __future__ import annotations
 
@@ -21,21 +21,15 @@ _DPI = 130
 _MAX_CURVES = 10
 
 
-def save_plots(results: Sequence[Result], output: Path) -> list[Path]:
-    """Write accuracy.png, loss.png and memory.png, each only if something was measured for it."""
+def draw_overview(results: Sequence[Result]) -> dict[str, Figure]:
+    """Return the figures accuracy, loss and memory, each only if something was measured for it."""
     newest = select_newest(results)
     drawn = {
         "accuracy": _draw_accuracy([result for result in newest if _has_accuracy(result)]),
         "loss": _draw_loss([result for result in newest if result.loss_curve]),
         "memory": _draw_memory([result for result in newest if result.peak_memory_gib is not None]),
     }
-    paths = []
-    for name, figure in drawn.items():
-        if figure is not None:
-            path = output / f"{name}.png"
-            save_figure(figure, path)
-            paths.append(path)
-    return paths
+    return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
 def _has_accuracy(result: Result) -> bool:
@@ -131,7 +125,7 @@ def _draw_loss(trainings: Sequence[Result]) -> Figure | None:
     for number, result in enumerate(shown):
         steps, losses = zip(*result.loss_curve, strict=True)
         style = "-" if number < len(COLOURS) else "--"
-        label = f"{_shorten(name_base(result))}, {result.variant}, {result.task}"
+        label = f"{shorten(name_base(result))}, {result.variant}, {result.task}"
         colour = COLOURS[number % len(COLOURS)]
         axes.plot(
             steps, losses, style, color=colour, label=label, linewidth=1.8, marker="o" if len(steps) == 1 else None
@@ -153,7 +147,7 @@ def _draw_memory(measured: Sequence[Result]) -> Figure | None:
     for (kind, base, variant, bits, subject), group in sorted(_group_memory(measured).items()):
         ordered.append(max(group, key=lambda result: result.peak_memory_gib or 0.0))
         what = f"{kind} of {subject}" if subject else f"{kind}, highest of {len(group)} measured"
-        labels.append(f"{_shorten(base)}, {variant}, {bits} bit\n{what}")
+        labels.append(f"{shorten(base)}, {variant}, {bits} bit\n{what}")
     values = [result.peak_memory_gib or 0.0 for result in ordered]
     figure, axes = new_figure(9.0, 1.3 + 0.55 * len(ordered))
     colours = [COLOURS[0] if result.kind == "training" else COLOURS[1] for result in ordered]
@@ -187,7 +181,7 @@ def _assign_colours(keys: Sequence[tuple[str, str, int]]) -> dict[tuple[str, str
 
 def _name_series(key: tuple[str, str, int]) -> str:
     base, variant, bits = key
-    return f"{_shorten(base)}, {variant}, at {bits} bit"
+    return f"{shorten(base)}, {variant}, at {bits} bit"
 
 
 def _whiskers(result: Result) -> tuple[float, float]:
@@ -197,5 +191,6 @@ def _whiskers(result: Result) -> tuple[float, float]:
     return (0.0 if math.isnan(below) else max(below, 0.0), 0.0 if math.isnan(above) else max(above, 0.0))
 
 
-def _shorten(name: str) -> str:
+def shorten(name: str) -> str:
+    """Return a name cut in its middle to what fits beside a bar."""
     return name if len(name) <= 34 else name[:16] + "…" + name[-17:]

@@ -1,4 +1,4 @@
-"""Show results on the terminal and write them as Markdown and plots: `finlora report RUNS --output DIR`."""
+"""Show results on the terminal, and write them as one HTML file and as Markdown: `finlora report RUNS --output DIR`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,29 @@ from rich.text import Text
 
 from finlora.errors import ResultError
 from finlora.results import Result
-from finlora.tables import NOT_MEASURED, NOT_RUN, TextTable, cost_table, paper_tables, score_table, wire_table
+from finlora.tables import (
+    NOT_MEASURED,
+    NOT_RUN,
+    TextTable,
+    cost_table,
+    environment_table,
+    paper_tables,
+    provenance_table,
+    score_table,
+    select_newest,
+    wire_table,
+)
 
 _KEYS = 3
 """Leading columns of the score table that name a row."""
 _CELL_WIDTH = 27
+_TITLES = {
+    "accuracy": "Accuracy",
+    "loss": "Learning curves",
+    "memory": "Peak memory",
+    "training-time": "Time of training",
+    "evaluation-time": "Time of evaluation",
+}
 _MIN_WIDTH = 8
 """Words up to this length are not broken when the terminal is narrow: those of `not measured`."""
 
@@ -42,7 +60,7 @@ def render_report(results: list[Result], output: Path | None, console: Console) 
 
     Args:
         results: of any number of runs; the newest measurement of each kind counts.
-        output: folder for report.md and its PNG plots, created if missing. None: print only.
+        output: folder for report.html, which holds everything, and report.md with its PNG plots. None: print only.
         console: where the tables go.
 
     Raises:
@@ -60,20 +78,59 @@ def render_report(results: list[Result], output: Path | None, console: Console) 
         console.print(f"{note}; report.md lists them all." if output else f"{note}; --output lists them all.")
     if output is None:
         return
-    from finlora.plots import save_plots  # matplotlib takes a second to import
-
     try:
         output.mkdir(parents=True, exist_ok=True)
-        plots = save_plots(results, output)
-        text = render_markdown(
-            "FinLoRA results", [score_table(results), cost_table(results), wire_table(results), *beside], plots
-        )
-        (output / "report.md").write_text(text, encoding="utf-8")
+        num_plots = _write(results, beside, output)
     except OSError as error:
         raise ResultError(
             f"the report cannot be written to {output} ({error}): give a folder you may write to."
         ) from error
-    console.print(f"Written: {output / 'report.md'} and {len(plots)} plots", highlight=False, soft_wrap=True)
+    names = f"{output / 'report.html'}, report.md"
+    console.print(f"Written: {names} and {num_plots} plots", highlight=False, soft_wrap=True)
+
+
+def _write(results: Sequence[Result], beside: Sequence[TextTable], output: Path) -> int:
+    """Write report.md with its PNG plots, and report.html with all in it; returns the number of plots."""
+    from finlora.charts import describe, draw_confusion, draw_reliability, draw_times, has_matrix
+    from finlora.plots import draw_overview, save_figure  # matplotlib takes a second to import
+    from finlora.webpage import Section, embed, render_page
+
+    newest = select_newest(results)
+    figures = draw_overview(results)
+    for kind in ("training", "evaluation"):
+        if figure := draw_times(newest, kind):
+            figures[f"{kind}-time"] = figure
+    matrices = {describe(result): draw_confusion(result) for result in newest if has_matrix(result)}
+    curves = {describe(result): draw_reliability(result) for result in newest if result.calibration}
+    tables = [score_table(results), cost_table(results), wire_table(results), *beside]
+    tables += [provenance_table(results), environment_table(results)]
+    paths = [output / f"{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        save_figure(figure, path)
+    for group, drawn in (("confusion", matrices), ("reliability", curves)):
+        for number, figure in enumerate(drawn.values(), start=1):
+            paths.append(output / f"{group}-{number}.png")
+            save_figure(figure, paths[-1])
+    (output / "report.md").write_text(render_markdown("FinLoRA results", tables, paths), encoding="utf-8")
+    sections = [Section(table.title, table) for table in tables if table.rows]
+    plots = [
+        *(Section(_TITLES[name], images=(embed(figure, _TITLES[name]),)) for name, figure in figures.items()),
+        *(
+            [Section("Confusion matrices", images=tuple(embed(f, name) for name, f in matrices.items()))]
+            if matrices
+            else []
+        ),
+        *(
+            [Section("Reliability of probabilities", images=tuple(embed(f, n) for n, f in curves.items()))]
+            if curves
+            else []
+        ),
+    ]
+    sections[2:2] = plots  # scores and cost, then what they look like, then the rest
+    created = [result.created for result in newest if result.created]
+    subtitle = f"{len(newest)} measurements" + (f", {min(created)[:10]} to {max(created)[:10]}" if created else "")
+    (output / "report.html").write_text(render_page("FinLoRA results", subtitle, sections), encoding="utf-8")
+    return len(paths)
 
 
 def _take_columns(table: TextTable, start: int, count: int, notes: tuple[str, ...]) -> TextTable:

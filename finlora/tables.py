@@ -5,6 +5,8 @@ A number nobody measured says so; it is never 0.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -236,3 +238,43 @@ def _our_cell(value: PaperValue, ours: Result) -> str:
         else format_number(measured[value.quantity], 2)
     )
     return f"{number}{mark}{where}"
+
+
+def provenance_table(results: Sequence[Result]) -> TextTable:
+    """One row a measurement: when it was made, on which data, by which settings and in which environment (a letter)."""
+    newest = select_newest(results)
+    letters = _letter_environments(newest)
+    return TextTable(
+        title="Where each number comes from",
+        header=("model", "measurement", "made (UTC)", "examples", "data", "settings", "environment"),
+        rows=tuple(
+            (
+                f"{name_base(result)}, {result.variant}, {result.bits} bit",
+                " ".join(filter(None, (result.kind, "of", result.task, result.method))),
+                result.created or "not recorded",
+                f"{result.num_examples:,}{'*' if result.is_partial else ''}",
+                "+".join(part[:12] for part in (result.data_hash or "not recorded").split("+")),
+                hashlib.sha256(json.dumps(result.config, sort_keys=True).encode()).hexdigest()[:12],
+                letters[_freeze(result.environment)],
+            )
+            for result in newest
+        ),
+        notes=("Data and settings: first 12 digits of SHA-256 over the prepared split and the resolved config.",),
+    )
+
+
+def environment_table(results: Sequence[Result]) -> TextTable:
+    """One column an environment: versions and device."""
+    letters = _letter_environments(select_newest(results))
+    names = list(dict.fromkeys(name for environment in letters for name, _ in environment))
+    rows = ((name, *(dict(environment).get(name, "not recorded") for environment in letters)) for name in names)
+    return TextTable(title="Environments", header=("", *letters.values()), rows=tuple(rows))
+
+
+def _letter_environments(results: Sequence[Result]) -> dict[tuple[tuple[str, str], ...], str]:
+    found = dict.fromkeys(_freeze(result.environment) for result in results)
+    return {environment: f"E{number}" for number, environment in enumerate(found, start=1)}
+
+
+def _freeze(environment: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(environment.items()))

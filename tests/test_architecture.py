@@ -15,7 +15,19 @@ NAMES = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file i
 
 # Lowest first. A room may import the rooms before it and, without a circle, itself.
 STAIR = (
-    *("errors", "paper", "config", "configfile", "results", "comparable", "tables", "plots", "report"),
+    *(
+        "errors",
+        "paper",
+        "config",
+        "configfile",
+        "results",
+        "comparable",
+        "tables",
+        "plots",
+        "charts",
+        "webpage",
+        "report",
+    ),
     *("lease", "cluster", "data", "terminal", "model", "engine", "evaluate", "train", "serve", "cli"),
 )
 

@@ -6,13 +6,13 @@ import io
 import math
 
 import pytest
+from made_results import make_evaluation, make_training, print_report
 from rich.console import Console
 
 from finlora.comparable import explain_missing, find_ours
 from finlora.errors import ResultError
 from finlora.paper import PAPER
-from finlora.report import render_report, show_results
-from finlora.results import Result
+from finlora.report import show_results
 from finlora.tables import (
     cost_table,
     format_number,
@@ -22,51 +22,6 @@ from finlora.tables import (
     select_newest,
     wire_table,
 )
-
-LLAMA = "meta-llama/Llama-3.1-8B-Instruct"
-
-
-def make_scores(value: float) -> dict[str, float]:
-    names = ("accuracy", "strict_accuracy", "weighted_f1")
-    ends = {"": 0.0, "_low": -0.02, "_high": 0.01}
-    return {f"{name}{end}": value + shift for name in names for end, shift in ends.items()} | {"unparsable": 0.0}
-
-
-def make_evaluation(accuracy: float = 0.863, **changes) -> Result:
-    plain = {
-        "kind": "evaluation",
-        "task": "fpb",
-        "variant": "4bit-r4",
-        "base": LLAMA,
-        "bits": 8,
-        "method": "labels",
-        "metrics": make_scores(accuracy),
-        "created": "2026-01-01T00:00:00+00:00",
-    }
-    return Result(**(plain | changes))
-
-
-def make_training(**changes) -> Result:
-    plain = {
-        "kind": "training",
-        "task": "ner",
-        "variant": "4bit-r4",
-        "base": LLAMA,
-        "bits": 4,
-        "loss_curve": [[1.0, 2.0], [2.0, 1.0]],
-        "peak_memory_gib": 26.7,
-        "adapter_mib": 4.5,
-        "gpu_hours": 1.25,
-        "environment": {"device": "Some GPU"},
-        "created": "2026-01-01T00:00:00+00:00",
-    }
-    return Result(**(plain | changes))
-
-
-def print_report(results, output=None, width=200) -> str:
-    stream = io.StringIO()
-    render_report(results, output, Console(file=stream, width=width))
-    return stream.getvalue()
 
 
 def find_paper(**wanted):
@@ -231,7 +186,7 @@ def test_report_writes_markdown_and_plots(tmp_path):
 
 def test_report_without_anything_to_draw_writes_no_plot(tmp_path):
     print_report([make_evaluation(metrics={})], tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
 
 
 def test_wide_score_table_goes_on_below():

@@ -13,9 +13,9 @@ from finlora.cli.app import app, console
 @app.command(epilog="Example:\n\n  finlora report ~/finlora/runs --output report/")
 def report(
     results: Annotated[Path, typer.Argument(help="A results.jsonl file, or a folder of runs.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for report.md and its plots.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for report.html, report.md and plots.")] = None,
 ) -> None:
-    """Show results as one table beside the paper's numbers; write Markdown and plots."""
+    """Show results as one table beside the paper's numbers; write HTML, Markdown and plots."""
     from finlora.report import render_report
     from finlora.results import read_results
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -22,6 +22,7 @@ from finlora.engine.meter import Reading
 from finlora.engine.opening import open_executor
 from finlora.engine.protocol import Engine
 from finlora.engine.scheduler import Limits, Scheduler
+from finlora.evaluate.calibration import bin_confidences, calibration_error
 from finlora.evaluate.metrics import score_answers
 from finlora.model.base import check_device
 from finlora.model.contract import read_contract
@@ -130,24 +131,30 @@ def check_evaluation(config: RunConfig, adapter: Path | None) -> str:
     )
 
 
-def answer_examples(
-    engine: Engine, work: Work, config: RunConfig, on_progress: Callable[[int], None]
-) -> tuple[list[str], str]:
-    """Ask the engine for the answer to each example.
+class Answers(NamedTuple):
+    """What the engine said, in the order of the examples."""
 
-    Returns:
-        The answers in the order of the examples, and the method: `labels`, `generate`, or both for a mixed set.
-    """
+    texts: list[str]
+    method: str
+    """`labels`, `generate`, or both for a mixed set."""
+    confidences: dict[int, float]
+    """Index of an example whose answer was chosen among its labels -> probability of the chosen one."""
+
+
+def answer_examples(engine: Engine, work: Work, config: RunConfig, on_progress: Callable[[int], None]) -> Answers:
+    """Ask the engine for the answer to each example."""
     examples = work.examples
     scored = [index for index, item in enumerate(examples) if _is_scored(item, config)]
     generated = sorted(set(range(len(examples))) - set(scored))
     answers = [""] * len(examples)
+    confidences: dict[int, float] = {}
     prompts = [item.prompt_ids for item in work.encoded]
     if scored:
         own = [[work.choice_ids[choice] for choice in examples[index].choices] for index in scored]
         scores = engine.score_choices([prompts[index] for index in scored], own, on_progress)
         for index, row in zip(scored, scores, strict=True):
-            answers[index] = examples[index].choices[max(range(len(row)), key=row.__getitem__)]
+            chosen = max(range(len(row)), key=row.__getitem__)
+            answers[index], confidences[index] = examples[index].choices[chosen], row[chosen]
     if generated:
         num_scored = len(scored)
         texts = engine.generate(
@@ -158,7 +165,7 @@ def answer_examples(
         for index, text in zip(generated, texts, strict=True):
             answers[index] = text
     used = [name for name, group in (("labels", scored), ("generate", generated)) if group]
-    return answers, "+".join(used)
+    return Answers(answers, "+".join(used), confidences)
 
 
 def encode_split(config: RunConfig, tokenizer: PreTrainedTokenizerFast, split: PreparedSplit, task: str) -> Work:
@@ -195,9 +202,14 @@ def _evaluate_task(
 ) -> Result:
     examples, split = work.examples, work.split
     started = time.perf_counter()
-    answers, method = answer_examples(engine, work, config, lambda done: on_progress(work.task, done, len(examples)))
+    answers, method, confidences = answer_examples(
+        engine, work, config, lambda done: on_progress(work.task, done, len(examples))
+    )
     seconds = time.perf_counter() - started
     scores = score_answers(answers, examples, seed=config.seed)
+    is_right = [answers[index] == examples[index].answer for index in confidences]
+    calibration = bin_confidences(list(confidences.values()), is_right)
+    error = {"calibration_error": calibration_error(calibration)} if calibration else {}
     num_tokens = sum(len(item.prompt_ids) for item in work.encoded)
     return Result(
         kind="evaluation",
@@ -208,8 +220,9 @@ def _evaluate_task(
         method=method,
         num_examples=len(examples),
         is_partial=len(examples) < len(split.examples),
-        metrics=scores.metrics,
+        metrics=scores.metrics | error,
         counts=scores.confusion,
+        calibration=calibration,
         seconds_per_example=seconds / len(examples),
         tokens_per_second=num_tokens / seconds,
         wall_seconds=seconds,

@@ -149,12 +149,14 @@ def test_answers_belong_to_their_examples_and_progress_counts_both_kinds(make_co
         split = read_prepared(Path(config.data.dir), name, "test")
         work = encode_split(config, tokenizer, split, name)
         seen = []
-        answers, used = answer_examples(Lengths(), work, config, seen.append)
+        answers, used, confidences = answer_examples(Lengths(), work, config, seen.append)
         assert used == method
         if method == "labels":
             assert answers == [example.choices[1] for example in work.examples]
+            assert confidences == dict.fromkeys(range(len(answers)), 0.8)
         else:
             assert answers == [str(len(item.prompt_ids)) for item in work.encoded]
+            assert confidences == {}
             assert seen == [1]
 
 
@@ -174,6 +176,9 @@ def test_adapter_is_scored_under_its_own_name(make_config, adapter, monkeypatch)
     assert result.adapter_mib == pytest.approx((adapter / "adapter_model.safetensors").stat().st_size / 2**20, abs=1e-3)
     of_base, of_adapter = (torch.tensor(rows) for rows in scores)
     assert (of_base - of_adapter).abs().max() > 0.01
+    chosen = of_adapter.max(dim=1).values
+    assert sum(each["count"] * each["confidence"] for each in result.calibration) == pytest.approx(float(chosen.sum()))
+    assert 0 <= result.metrics["calibration_error"] <= 1
 
 
 @pytest.mark.ray

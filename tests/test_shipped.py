@@ -13,6 +13,7 @@ import yaml
 from finlora.cli.main import app
 from finlora.configfile import load_config
 from finlora.data.catalog import TASKS
+from finlora.serve.deploy import read_deployment
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
@@ -115,7 +116,9 @@ def test_readme_command_parses_and_its_config_is_there(arguments):
     verb, *rest = arguments
     command = typer.main.get_command(app).commands[verb]
     values = command.make_context(verb, list(rest)).params  # raises on an unknown option or a missing argument
-    if values.get("config"):
+    if verb == "serve":
+        read_deployment(ROOT / values["config"], values["overrides"] or [])
+    elif values.get("config"):
         load_config(ROOT / values["config"], values["overrides"] or [])
 
 
@@ -124,5 +127,5 @@ def test_readme_names_only_verbs_targets_and_files_that_are_there():
     assert set(re.findall(r"`?finlora ([a-z]+)", README)) - verbs == set()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert set(re.findall(r"(?:`|^    )make ([a-z]+)", README, flags=re.MULTILINE)) - targets == set()
-    paths = re.findall(r"`((?:jobs|benchmarks|requirements|finlora|tests)/[\w./-]+)`", README)
+    paths = re.findall(r"`((?:jobs|serve_configs|benchmarks|requirements|finlora|tests)/[\w./-]+)`", README)
     assert [path for path in paths if not (ROOT / path).exists()] == []

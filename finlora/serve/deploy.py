@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -89,6 +90,8 @@ def run_server(deployment: Deployment, host: str | None, port: int | None, annou
     KeyRing(Path(settings.keys_file).expanduser() if settings.keys_file else None, os.environ)
     read_base(settings)
     http = deployment.http | {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    # It says of each step of its own that it was done, and once that our options are not applied, which they are.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stop = threading.Event()
     previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     serve.start(http_options=http, proxy_location=deployment.proxy_location)

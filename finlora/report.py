@@ -17,6 +17,7 @@ from finlora.tables import (
     NOT_RUN,
     TextTable,
     cost_table,
+    differences_table,
     environment_table,
     paper_tables,
     provenance_table,
@@ -55,19 +56,24 @@ def show_results(results: Sequence[Result], console: Console) -> None:
         draw_table(traffic, console)
 
 
-def render_report(results: list[Result], output: Path | None, console: Console) -> None:
+def render_report(
+    results: list[Result], output: Path | None, console: Console, first: Sequence[TextTable] = ()
+) -> None:
     """Print every table, ours and beside the paper, and write them into a folder.
 
     Args:
         results: of any number of runs; the newest measurement of each kind counts.
         output: folder for report.html, which holds everything, and report.md with its PNG plots. None: print only.
         console: where the tables go.
+        first: tables to stand before all others.
 
     Raises:
         ResultError: there are no results, or the folder cannot be written.
     """
     if not results:
         raise ResultError("there are no results to report: run `finlora train` or `finlora evaluate` first.")
+    for table in first:
+        draw_table(table, console)
     show_results(results, console)
     beside = paper_tables(results)
     compared = [table for table in beside if any(not cells[-1].startswith(NOT_RUN) for cells in table.rows)]
@@ -80,7 +86,7 @@ def render_report(results: list[Result], output: Path | None, console: Console) 
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
-        num_plots = _write(results, beside, output)
+        num_plots = _write(results, first, beside, output)
     except OSError as error:
         raise ResultError(
             f"the report cannot be written to {output} ({error}): give a folder you may write to."
@@ -89,7 +95,7 @@ def render_report(results: list[Result], output: Path | None, console: Console) 
     console.print(f"Written: {names} and {num_plots} plots", highlight=False, soft_wrap=True)
 
 
-def _write(results: Sequence[Result], beside: Sequence[TextTable], output: Path) -> int:
+def _write(results: Sequence[Result], first: Sequence[TextTable], beside: Sequence[TextTable], output: Path) -> int:
     """Write report.md with its PNG plots, and report.html with all in it; returns the number of plots."""
     from finlora.charts import describe, draw_confusion, draw_reliability, draw_times, has_matrix
     from finlora.plots import draw_overview, save_figure  # matplotlib takes a second to import
@@ -102,7 +108,7 @@ def _write(results: Sequence[Result], beside: Sequence[TextTable], output: Path)
             figures[f"{kind}-time"] = figure
     matrices = {describe(result): draw_confusion(result) for result in newest if has_matrix(result)}
     curves = {describe(result): draw_reliability(result) for result in newest if result.calibration}
-    tables = [score_table(results), cost_table(results), wire_table(results), *beside]
+    tables = [*first, score_table(results), cost_table(results), wire_table(results), *beside, differences_table()]
     tables += [provenance_table(results), environment_table(results)]
     paths = [output / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
@@ -126,7 +132,7 @@ def _write(results: Sequence[Result], beside: Sequence[TextTable], output: Path)
             else []
         ),
     ]
-    sections[2:2] = plots  # scores and cost, then what they look like, then the rest
+    sections[len(first) + 2 : len(first) + 2] = plots  # scores and cost, then what they look like, then the rest
     created = [result.created for result in newest if result.created]
     subtitle = f"{len(newest)} measurements" + (f", {min(created)[:10]} to {max(created)[:10]}" if created else "")
     (output / "report.html").write_text(render_page("FinLoRA results", subtitle, sections), encoding="utf-8")

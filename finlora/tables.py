@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finlora.comparable import explain_missing, find_ours, has_random_weights
-from finlora.paper import PAPER, PaperValue
+from finlora.paper import DIFFERENCES, PAPER, PaperValue
 from finlora.results import Result
 
 NOT_MEASURED = "not measured"
@@ -238,6 +238,11 @@ def _our_cell(value: PaperValue, ours: Result) -> str:
         else format_number(measured[value.quantity], 2)
     )
     return f"{number}{mark}{where}"
+
+
+def differences_table() -> TextTable:
+    """What to know before ours is held against the paper's."""
+    return TextTable(title="Where ours may differ from the paper's", header=("of", "what differs"), rows=DIFFERENCES)
 
 
 def provenance_table(results: Sequence[Result]) -> TextTable:

@@ -28,7 +28,7 @@ STAIR = (
         "webpage",
         "report",
     ),
-    *("lease", "cluster", "data", "terminal", "model", "engine", "evaluate", "train", "serve", "cli"),
+    *("lease", "cluster", "data", "terminal", "model", "engine", "evaluate", "train", "serve", "reproduce", "cli"),
 )
 
 # Where a heavy package may be imported at all: rooms, or modules of a room.
@@ -127,7 +127,7 @@ def test_nobody_imports_the_entry_points():
     assert {room(name) for name, others in GRAPH.items() if "finlora.terminal" in others} == {"cli"}
     assert [name for name, others in GRAPH.items() if "finlora.cli.main" in others] == []
     users = {name for name, others in GRAPH.items() if "finlora.train.worker" in others}
-    assert {name for name in users if room(name) != "cli"} <= {"finlora.train.trial"}
+    assert {name for name in users if room(name) != "cli"} <= {"finlora.train.trial", "finlora.reproduce.runner"}
 
 
 @pytest.mark.parametrize("package", sorted(HOMES))

@@ -27,6 +27,7 @@ ORDER = (
     "serve",
     "key",
     "audit",
+    "reproduce",
     "report",
 )
 

@@ -1,10 +1,14 @@
-"""Verbs that start many runs: a search for good settings."""
+"""Verbs that start many runs: a search for good settings, and the paper's whole table."""
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from finlora.cli.app import ConfigPath, DryRun, Overrides, app, console, say
+from finlora.errors import FinloraError
 from finlora.terminal import describe_duration
 
 
@@ -41,3 +45,57 @@ def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun
     records = run_search(settings, search, say, tell)
     for path in write_summary(settings, search, search_folder(settings), records, console):
         say(f"Written: {path}")
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora reproduce --output /mnt/reproduce --dry-run\n\n"
+    "  finlora reproduce --output /mnt/reproduce --only '*8b*' data.dir=/mnt/data train.num_workers=1"
+)
+def reproduce(
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="Folder of the reproduction.")] = Path("~/finlora/reproduce"),
+    configs: Annotated[Path, typer.Option(help="Folder with one YAML a row of the paper.")] = Path("jobs/configs"),
+    only: Annotated[str, typer.Option(help="Pattern of step names, as '*8b*ner*'.")] = "*",
+    base_8b: Annotated[
+        str | None, typer.Option("--base-8b", help="Folder of the 8B base instead of the hub's.")
+    ] = None,
+    base_70b: Annotated[str | None, typer.Option("--base-70b", help="Folder of the 70B base.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run every row of the paper's tables that is not done yet, say why the others cannot run here, and report."""
+    from finlora.report import draw_table, render_report
+    from finlora.reproduce.outcomes import Outcome, find_obstacle, outcome_table, read_outcome
+    from finlora.reproduce.plan import make_plan
+    from finlora.results import read_results
+
+    folder = output.expanduser().absolute()
+    bases = {size: base for size, base in (("8b", base_8b), ("70b", base_70b)) if base is not None}
+    steps = make_plan(configs.expanduser(), folder, overrides or [], only, bases)
+    if dry_run:
+        outcomes = [read_outcome(folder, step) for step in steps]
+        # A training before them in the plan makes the adapter that an evaluation still lacks.
+        found = [find_obstacle(step) if step.kind == "train" or not step.of_adapter else None for step in steps]
+        states = [
+            Outcome(name=each.name, key=each.key, state="cannot run", cause=why)
+            if why and each.state != "done"
+            else each
+            for each, why in zip(outcomes, found, strict=True)
+        ]
+        draw_table(outcome_table(states), console)
+        return
+    from finlora import cluster
+
+    cluster.connect(log_to_driver=False)
+    from finlora.reproduce.runner import run_plan  # imports Ray, which must come after the connection's settings
+
+    outcomes = run_plan(steps, folder, say)
+    steps_table = outcome_table(outcomes)
+    if any(outcome.state == "done" for outcome in outcomes):
+        render_report(read_results(folder / "runs"), folder / "report", console, [steps_table])
+    else:
+        draw_table(steps_table, console)
+    failed = [outcome.name for outcome in outcomes if outcome.state == "failed"]
+    if failed:
+        raise FinloraError(
+            f"{len(failed)} steps failed ({', '.join(failed[:3])}): the table says why. The same command goes on."
+        )

@@ -57,6 +57,8 @@ def drive_trial(params: dict[str, Any], tasks: dict[str, TrialTask]) -> None:
         (run.root / "unplaced").write_text(str(error), encoding="utf-8")
         raise
     except Exception as error:
+        if (run.root / "pruned").is_file():
+            return  # ASHA has ended this trial, and its processes go one after the other
         kind = type(error).__name__.removesuffix("Error")
         write_end(folder, task, "failed", started, cause=f"{kind}: {error}")
         raise

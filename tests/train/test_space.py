@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,6 +13,8 @@ import yaml
 from finlora.config import RunConfig
 from finlora.errors import ConfigError
 from finlora.train.space import OWN, SearchConfig, hash_search, load_search, sample_trials
+
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "jobs" / "searches").glob("*.yaml"))
 
 
 def test_first_trial_is_the_config_itself():
@@ -105,3 +108,11 @@ def test_search_may_be_widened_but_not_changed():
         assert hash_search(config, dataclasses.replace(search, **free)) == same
     assert hash_search(config, dataclasses.replace(search, rank=(4,))) != same
     assert hash_search(dataclasses.replace(config, seed=1), search) != same
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_search_loads_under_its_own_name(path):
+    config, search = load_search(path, [])
+    assert config.name == f"search-{path.stem}"
+    assert len(sample_trials(config, search)) == search.num_trials
+    assert path.read_text().startswith("# ")

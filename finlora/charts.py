@@ -85,7 +85,7 @@ def draw_reliability(result: Result) -> Figure:
     axes.grid(color="#EEEEEE")
     error = result.metrics.get("calibration_error", math.nan)
     axes.set_title(f"expected calibration error {100 * error:.1f} %", fontsize=10.5, loc="left")
-    axes.legend(fontsize=9.5, frameon=False, loc="upper left")
+    figure.legend(loc="outside upper left", ncols=3, fontsize=9, frameon=False)
     return figure
 
 

@@ -4,10 +4,11 @@
     python benchmarks/serve_load.py --config ... --users 64 --seconds 120 --kills 2
     python benchmarks/serve_load.py --config serve_configs/llama-8b-8bit.yaml --labels-only model.weights=random
 
-First the bare engine, stages and all, answers every question once with as many at once as there are users: that is the truth
-and the rate to compare with. Then the same YAML is deployed on a Ray of this machine and asked over HTTP. A user waits for its
-answer before it asks again; a refusal with a stated code is asked again and counted. `--kills N` ends a stage's process N times
-meanwhile. Exit code 1 where an answer was lost or wrong.
+First the bare engine, stages and all, answers with as many questions at once as there are users: that is the truth and the
+rate to compare with. Questions come again and again, so their prompts lie in the prefix cache where it is large enough: give
+more `--questions` than fit for the rate of new ones. Then the same YAML is deployed on a Ray of this machine and asked over
+HTTP. A user waits for its answer before it asks again; a refusal with a stated code is asked again and counted. `--kills N`
+ends a stage's process N times meanwhile. Exit code 1 where an answer was lost or wrong.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from load_users import Question, Tally, percentiles, run_users
 
 FIRST_S = 20.0
 """Seconds of load before the first kill."""
+BARE_S = 20.0
+"""Seconds that the engine is measured without HTTP."""
 
 
 def main() -> int:
@@ -58,7 +61,7 @@ def main() -> int:
     # The key of this run's environment alone, and no audit log: both would be somebody's own.
     settings = dataclasses.replace(make_absolute(deployment.settings), keys_file=None, audit_dir=None)
     questions = make_questions(options.questions, options.tokens, options.labels_only)
-    bare, expected = run_bare(settings, questions, options.users)
+    bare, expected = run_bare(settings, questions, options.users, min(BARE_S, options.seconds))
     say(f"bare engine: {bare['per_second']:.1f} answers/s, {bare['latency_ms']}")
     tally, kills = serve_load(deployment, settings, questions, expected, options)
     http = {
@@ -95,51 +98,68 @@ def make_questions(count: int, num_tokens: int, labels_only: bool) -> list[Quest
     return [Question(text, labels_only or number % 4 > 0, num_tokens) for number, text in enumerate(texts)]
 
 
-def run_bare(settings: Any, questions: list[Question], num_users: int) -> tuple[dict[str, Any], dict[Question, Any]]:
-    """Ask each question of the engine itself, `num_users` at once; returns its rate and its answers."""
-    from finlora.data.encode import encode_answer, encode_prompt
+def run_bare(
+    settings: Any, questions: list[Question], num_users: int, seconds: float
+) -> tuple[dict[str, Any], dict[Question, Any]]:
+    """Ask the engine itself, `num_users` at once: each question once for its answer, then all over again for `seconds`.
+
+    Returns:
+        Rate and latencies of the second part, in which prompts are as much in the prefix cache as they are over HTTP; and the
+        answers of the first.
+    """
     from finlora.data.question import make_question
     from finlora.engine.ask import rank_choices
-    from finlora.engine.request import Request, Sampling
     from finlora.serve.model import open_pipeline, read_base
 
     base = read_base(settings)
     opened = open_pipeline(settings, base)
-    core, texts, begun, seconds = opened.core, {}, {}, []
-    asked, answers = {}, {}
+    core, texts, first = opened.core, {}, {}
+    begun: dict[str, float] = {}
+    taken: list[float] = []
+    num_asked = num_ended = 0
+    since = float("inf")
 
     def take(name: str, piece: str) -> None:
         texts[name] = texts.get(name, "") + piece
 
-    waiting = list(enumerate(questions))
-    started = time.monotonic()
     try:
-        while waiting or not core.is_idle:
-            while waiting and len(begun) - len(answers) < num_users:
-                number, question = waiting.pop(0)
-                name = f"q{number}"
-                asked[name], begun[name] = question, time.monotonic()
-                if question.is_label:
-                    labelled = make_question("fpb", question.text, None)
-                    ids = encode_prompt(labelled.prompt, base.tokenizer, base.template)
-                    choices = [encode_answer(choice, base.tokenizer, base.template) for choice in labelled.choices]
-                    core.submit(Request(id=name, prompt_ids=ids, choices=tuple(choices)))
-                else:
-                    ids = encode_prompt(question.text, base.tokenizer, "raw")
-                    core.submit(Request(id=name, prompt_ids=ids, sampling=Sampling(max_tokens=question.num_tokens)))
+        while time.monotonic() < since + seconds or not core.is_idle:
+            while num_asked - num_ended < num_users and time.monotonic() < since + seconds:
+                core.submit(make_request(f"q{num_asked}", questions[num_asked % len(questions)], base))
+                begun[f"q{num_asked}"] = time.monotonic()
+                num_asked += 1
             for answer in core.step(take):
-                seconds.append(time.monotonic() - begun[answer.request_id])
-                answers[answer.request_id] = answer
-        passed = time.monotonic() - started
+                num_ended += 1
+                if since < begun[answer.request_id]:
+                    taken.append(time.monotonic() - begun[answer.request_id])
+                if int(answer.request_id[1:]) < len(questions):
+                    first[answer.request_id] = answer
+                    since = time.monotonic() if len(first) == len(questions) else since
+        passed = time.monotonic() - since
     finally:
         opened.close()
     expected = {
-        question: rank_choices(make_question("fpb", question.text, None).choices, answers[name].log_probs)
+        question: rank_choices(make_question("fpb", question.text, None).choices, first[f"q{number}"].log_probs)
         if question.is_label
-        else texts.get(name, "")
-        for name, question in asked.items()
+        else texts.get(f"q{number}", "")
+        for number, question in enumerate(questions)
     }
-    return {"per_second": len(answers) / passed, "latency_ms": percentiles(seconds)}, expected
+    return {"per_second": len(taken) / passed, "latency_ms": percentiles(taken)}, expected
+
+
+def make_request(name: str, question: Question, base: Any) -> Any:
+    """Encode a question as the server does."""
+    from finlora.data.encode import encode_answer, encode_prompt
+    from finlora.data.question import make_question
+    from finlora.engine.request import Request, Sampling
+
+    if not question.is_label:
+        ids = encode_prompt(question.text, base.tokenizer, "raw")
+        return Request(id=name, prompt_ids=ids, sampling=Sampling(max_tokens=question.num_tokens))
+    labelled = make_question("fpb", question.text, None)
+    ids = encode_prompt(labelled.prompt, base.tokenizer, base.template)
+    choices = [encode_answer(choice, base.tokenizer, base.template) for choice in labelled.choices]
+    return Request(id=name, prompt_ids=ids, choices=tuple(choices))
 
 
 def serve_load(

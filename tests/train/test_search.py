@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -145,6 +146,21 @@ def test_killed_after_training_it_only_scores_anew(searched):
     assert (again.state, again.scores) == (first.state, first.scores)
     assert (run.adapter / "adapter_model.safetensors").stat().st_mtime_ns == before
     assert [result.kind for result in read_results(run.results)] == ["training", "evaluation", "evaluation"]
+
+
+def test_failed_trials_run_again_only_when_asked(searched):
+    """The base in the cache is whole again: what is told of a failure goes with it."""
+    from finlora.train.search import run_search
+
+    config, records, _, _ = searched
+    (damaged,) = Path(config.model.cache).glob("*-8bit-*")
+    shutil.rmtree(damaged)
+    lines = []
+    again = run_search(config, dataclasses.replace(SEARCH, retry_failed=True), lines.append)
+    assert "2 of 3 trials have ended before: 1 to go." in lines
+    assert [record.state for record in again] == ["finished", "pruned", "pruned"]
+    assert again[1] == records[1]
+    assert again[2].cause == "stopped by ASHA at step 2"
 
 
 def test_stop_request_starts_no_trial(searched, monkeypatch):

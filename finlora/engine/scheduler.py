@@ -243,6 +243,9 @@ class Scheduler:
         if self._could_share(chosen, request, length):
             return None
         extent = self.pool.allocate(request.adapter, request.prompt_ids, request.num_tokens, source)
+        if extent is None and not self._active:  # the prefix itself lies in the way, and nobody's end would make room
+            source, length = None, 0
+            extent = self.pool.allocate(request.adapter, request.prompt_ids, request.num_tokens, None)
         if extent is None:
             return None
         line.popleft()

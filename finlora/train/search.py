@@ -38,6 +38,7 @@ from finlora.train.space import SearchConfig, Trial, sample_trials
 from finlora.train.stop import describe_stop, stop_on_signals
 from finlora.train.trial import TrialTask, drive_trial
 from finlora.train.trials import (
+    RECORD,
     SearchFolder,
     TrialRecord,
     count_grace_steps,
@@ -109,7 +110,7 @@ def _run_trials(
     grace = count_grace_steps(search, total_steps)
     for trial in to_do:
         run = folder.run_of(trial)
-        for name in ("busy", "unplaced", "pruned", "stop"):  # of a search that was killed
+        for name in ("busy", "unplaced", "pruned", "stop", RECORD):  # of a search that was killed, or of a failure
             (run.root / name).unlink(missing_ok=True)
     tasks = {
         trial.name: TrialTask(

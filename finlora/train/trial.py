@@ -137,7 +137,7 @@ def write_end(
         held_out_loss=reports[-1][HELD_OUT] if reports else None,
         scores=scores or {},
         seconds=time.time() - started,
-        cause=cause,
+        cause=" ".join(cause.split()),  # one line of a table, whatever raised it
     )
     write_record(folder, record)
 

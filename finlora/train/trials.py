@@ -35,6 +35,7 @@ from finlora.train.run import RunFolder
 from finlora.train.space import SearchConfig, Trial, hash_search
 
 State = Literal["finished", "pruned", "failed"]
+RECORD = "trial.json"
 _HASH = "hash"
 
 
@@ -192,14 +193,14 @@ def write_record(folder: SearchFolder, record: TrialRecord) -> None:
     """Write how a trial ended, as a whole."""
     run = folder.run_of(record.trial)
     run.root.mkdir(parents=True, exist_ok=True)
-    temporary = run.root / ".trial.json"
+    temporary = run.root / f".{RECORD}"
     temporary.write_text(json.dumps(dataclasses.asdict(record), indent=1), encoding="utf-8")
-    temporary.replace(run.root / "trial.json")
+    temporary.replace(run.root / RECORD)
 
 
 def read_record(folder: SearchFolder, trial: Trial) -> TrialRecord | None:
     """Return how a trial ended; None where it has not."""
-    path = folder.run_of(trial).root / "trial.json"
+    path = folder.run_of(trial).root / RECORD
     if not path.is_file():
         return None
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

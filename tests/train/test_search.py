@@ -153,8 +153,8 @@ def test_failed_trials_run_again_only_when_asked(searched):
     from finlora.train.search import run_search
 
     config, records, _, _ = searched
-    (damaged,) = Path(config.model.cache).glob("*-8bit-*")
-    shutil.rmtree(damaged)
+    (mark,) = Path(config.model.cache).glob("*-8bit-*/cache.json")
+    shutil.rmtree(mark.parent)
     lines = []
     again = run_search(config, dataclasses.replace(SEARCH, retry_failed=True), lines.append)
     assert "2 of 3 trials have ended before: 1 to go." in lines

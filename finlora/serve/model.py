@@ -73,6 +73,7 @@ def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
         gpus_per_stage=stages.gpus,
         cpus_per_stage=stages.cpus,
         keep_unpacked=stages.keep_unpacked,
+        transport=stages.transport,
         wait_s=stages.wait_s,
     )
     pipeline = Pipeline(config.model, config.bits, settings, config.seed)

@@ -33,6 +33,8 @@ class StagesConfig:
     """Tokens that the KV cache holds; each stage has the rows of its own layers."""
     keep_unpacked: bool = False
     """Hold 4-bit weights unpacked in bfloat16: faster long prompts for four times the memory."""
+    transport: Literal["messages", "nccl", "gloo"] = "messages"
+    """How hidden states travel between stages (finlora/engine/pipeline.py)."""
     wait_s: float | None = 600.0
     """Seconds to wait for the stages' places while others hold them. None: without limit."""
 

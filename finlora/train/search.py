@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from typing import Any
@@ -49,6 +50,8 @@ from finlora.train.trials import (
 
 _logger = logging.getLogger(__name__)
 
+_CLOSE_S = 20.0
+"""Longest wait for the last trials to die that ASHA ended."""
 _DRIVER_CPUS = 0.05
 """Of a trial's own driver, which only waits; Ray Tune refuses 0."""
 
@@ -145,6 +148,8 @@ def _run_trials(
             name="tune",
             storage_path=str(folder.root),
             stop=StopWhenIdle(folder),
+            # For a driver that died, as with its node; a trial that fails says so and returns.
+            failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
             callbacks=[Listener(folder, tasks, on_record), JsonLoggerCallback()],
             verbose=0,
         ),
@@ -174,14 +179,20 @@ def _fit(tuner: tune.Tuner, folder: SearchFolder, trials: Sequence[Trial]) -> No
             future.set_exception(error)
 
     threading.Thread(target=fit, daemon=True).start()
+    runs = [folder.run_of(trial) for trial in trials]
     while not futures.wait([future], timeout=1.0).done:
         name = folder.stop.read_text(encoding="utf-8").strip()
-        for trial in trials:
-            run = folder.run_of(trial)
+        for run in runs:
             if not (run.root / "busy").is_file():
                 free_group(run)
             elif name and run.stop.is_file():
                 run.stop.write_text(name, encoding="utf-8")
+    # The last ones to be ended may take a moment to die.
+    ended = time.monotonic() + _CLOSE_S
+    while any(run.group.is_file() for run in runs) and time.monotonic() < ended:
+        for run in runs:
+            free_group(run)
+        time.sleep(0.2)
     future.result()
 
 

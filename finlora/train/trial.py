@@ -17,6 +17,7 @@ from finlora.configfile import config_from_tree
 from finlora.errors import NoRoomError, StoppedError
 from finlora.results import Result, append_result, read_results
 from finlora.train.held_out import HELD_OUT, read_held_out
+from finlora.train.room import free_group
 from finlora.train.run import RunFolder, read_progress
 from finlora.train.space import Trial
 from finlora.train.trials import SearchFolder, State, TrialRecord, write_record
@@ -34,7 +35,7 @@ class TrialTask:
 
 
 def drive_trial(params: dict[str, Any], tasks: dict[str, TrialTask]) -> None:
-    """Body of one trial's driver."""
+    """Body of one trial's driver. It raises nothing: Ray Tune starts a driver again that died, and would do so for an error."""
     task = tasks[params["trial"]]
     folder, config = SearchFolder(Path(task.search)), config_from_tree(task.config)
     run = folder.run_of(task.trial)
@@ -42,6 +43,7 @@ def drive_trial(params: dict[str, Any], tasks: dict[str, TrialTask]) -> None:
         return
     run.root.mkdir(parents=True, exist_ok=True)
     (run.root / "busy").touch()
+    free_group(run)  # of a driver of this trial that died
     started = time.time()
     # ASHA hears of a resumed trial what it had reported before the stop.
     for report in read_held_out(run):
@@ -55,13 +57,11 @@ def drive_trial(params: dict[str, Any], tasks: dict[str, TrialTask]) -> None:
         return
     except NoRoomError as error:
         (run.root / "unplaced").write_text(str(error), encoding="utf-8")
-        raise
     except Exception as error:
         if (run.root / "pruned").is_file():
             return  # ASHA has ended this trial, and its processes go one after the other
         kind = type(error).__name__.removesuffix("Error")
         write_end(folder, task, "failed", started, cause=f"{kind}: {error}")
-        raise
     finally:
         (run.root / "busy").unlink(missing_ok=True)
 

@@ -1,0 +1,69 @@
+"""Searches and reproductions on the command line: dry runs that start nothing, mistakes by words and exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finlora.cli.main import main
+from finlora.configfile import save_config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process; returns exit code, standard output and standard error."""
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM", "RAY_USAGE_STATS_ENABLED"):
+        monkeypatch.setenv(name, "0")  # main sets them where they are not: afterwards they are as before
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return stop.value.code, output.out, output.err
+
+    return run
+
+
+@pytest.fixture
+def config_file(make_config, tmp_path):
+    path = tmp_path / "config.yaml"
+    save_config(make_config("name=cli"), path)
+    return path
+
+
+def test_dry_search_lists_its_trials_and_starts_nothing(call, config_file, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    code, out, _ = call("tune", "-c", config_file, "search.num_trials=3", "search.bits=[4]", "--dry-run")
+    assert code == 0
+    lines = out.splitlines()
+    assert [line[:9] for line in lines[-3:]] == ["000-16bit", "001-4bit-", "002-4bit-"]
+    assert "Dry run: nothing was started or written." in lines
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_faults_of_a_search_end_with_their_words(call, config_file):
+    code, _, err = call("tune", "-c", config_file, "search.bits=[5]", "search.rank=[0]")
+    assert code == 2
+    assert "search.bits=[5]: expected some of 16, 8 and 4" in err
+    assert "search.rank=[0]: expected integers of at least 1" in err
+
+
+def test_dry_reproduction_says_why_what_cannot_run(call, tiny_base, tmp_path):
+    code, out, _ = call(
+        *("reproduce", "--configs", CONFIGS, "--output", tmp_path / "out", "--only", "llama-8b-*-fpb-*", "--dry-run"),
+        *("--base-8b", tiny_base, f"data.dir={tmp_path / 'nothing'}"),
+    )
+    assert code == 0
+    text = " ".join(out.split())
+    assert "3 cannot run, 2 to do." in text
+    assert "finlora prepare fpb" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_reproduction_without_its_rows_is_refused(call, tmp_path):
+    code, _, err = call("reproduce", "--configs", tmp_path, "--output", tmp_path / "out", "--dry-run")
+    assert code == 2
+    assert "lacks 21 of 21 rows of the paper" in err

@@ -13,6 +13,7 @@ from finlora.cli.main import app
 from finlora.configfile import load_config
 from finlora.data.catalog import TASKS
 from finlora.serve.deploy import read_deployment
+from finlora.train.space import load_search
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT / "docs")): path for path in sorted((ROOT / "docs").rglob("*.md"))}
@@ -41,7 +42,7 @@ def test_commands_parse_and_their_configs_are_there(page):
     for verb, *rest in commands_of(page):
         values = VERBS[verb].make_context(verb, list(rest)).params  # raises on an unknown option or a missing argument
         if values.get("config"):
-            load = read_deployment if verb == "serve" else load_config
+            load = {"serve": read_deployment, "tune": load_search}.get(verb, load_config)
             load(ROOT / values["config"], values["overrides"] or [])
 
 

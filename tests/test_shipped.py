@@ -14,6 +14,7 @@ from finlora.cli.main import app
 from finlora.configfile import load_config
 from finlora.data.catalog import TASKS
 from finlora.serve.deploy import read_deployment
+from finlora.train.space import load_search
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
@@ -116,10 +117,9 @@ def test_readme_command_parses_and_its_config_is_there(arguments):
     verb, *rest = arguments
     command = typer.main.get_command(app).commands[verb]
     values = command.make_context(verb, list(rest)).params  # raises on an unknown option or a missing argument
-    if verb == "serve":
-        read_deployment(ROOT / values["config"], values["overrides"] or [])
-    elif values.get("config"):
-        load_config(ROOT / values["config"], values["overrides"] or [])
+    if values.get("config"):
+        load = {"serve": read_deployment, "tune": load_search}.get(verb, load_config)
+        load(ROOT / values["config"], values["overrides"] or [])
 
 
 def test_readme_names_only_verbs_targets_and_files_that_are_there():

@@ -15,7 +15,7 @@ from finlora.configfile import save_config
 from finlora.errors import FinloraError
 from finlora.report import draw_table, render_markdown
 from finlora.tables import TextTable, format_number
-from finlora.train.space import LARGER_IS_BETTER, Objective, SearchConfig
+from finlora.train.space import LARGER_IS_BETTER, Objective, SearchConfig, Trial
 from finlora.train.trials import SearchFolder, TrialRecord, best_config
 
 if TYPE_CHECKING:
@@ -67,13 +67,14 @@ def front_table(records: Sequence[TrialRecord], objectives: Sequence[Objective],
     def rank(record: TrialRecord) -> tuple[int, bool, list[float]]:
         return order[record.state], record not in front, [-value for value in _point(record, objectives)]
 
+    all_of = {"alpha": lambda trial: f"{trial.alpha:g}", "targets": _name_targets}
+    varied = {name: value for name, value in all_of.items() if len({value(r.trial) for r in records}) > 1}
     names = [NAMES[name] if on_gpu or name != "hours" else "worker-hours" for name in objectives]
     rows = tuple(
         (
             record.trial.name,
             f"{record.trial.learning_rate:.2e}",
-            f"{record.trial.alpha:g}",
-            "+".join(name.removesuffix("_proj") for name in record.trial.target_modules),
+            *(value(record.trial) for value in varied.values()),
             _describe_state(record, front, best),
             f"{record.step:,} / {record.total_steps:,}",
             format_number(record.held_out_loss, 4),
@@ -93,7 +94,7 @@ def front_table(records: Sequence[TrialRecord], objectives: Sequence[Objective],
         "trial is as good in every objective and better in one. Pruned: stopped by ASHA, its held-out loss being among the "
         "higher ones after as many steps.",
     )
-    header = ("trial", "learning rate", "alpha", "targets", "state", "steps", "held-out loss", *names)
+    header = ("trial", "learning rate", *varied, "state", "steps", "held-out loss", *names)
     return TextTable(title="Trials", header=header, rows=rows, notes=notes)
 
 
@@ -185,6 +186,10 @@ def _point(record: TrialRecord, objectives: Sequence[Objective]) -> list[float]:
     """Return a trial's numbers, larger being better."""
     values = ((name, record.scores.get(name, math.nan)) for name in objectives)
     return [value if name in LARGER_IS_BETTER else -value for name, value in values]
+
+
+def _name_targets(trial: Trial) -> str:
+    return "+".join(name.removesuffix("_proj") for name in trial.target_modules)
 
 
 def _describe_state(record: TrialRecord, front: Sequence[TrialRecord], best: TrialRecord | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 
@@ -73,7 +74,7 @@ def test_objective_that_nothing_measures_is_left_out():
 def test_table_shows_front_first_and_each_cause():
     table = front_table(RECORDS, ("weighted_f1", "accuracy", "peak_memory_gib", "hours"), on_gpu=True)
     assert table.header[-3:] == ("weighted F1 %", "peak GiB", "GPU-hours")
-    assert [(row[0], row[4]) for row in table.rows] == [
+    assert [(row[0], row[2]) for row in table.rows] == [
         ("001", "finished, best, front"),
         ("000", "finished, front"),
         ("002", "finished, front"),
@@ -81,11 +82,19 @@ def test_table_shows_front_first_and_each_cause():
         ("004", "pruned"),
         ("005", "failed"),
     ]
+    assert table.header[1:4] == ("learning rate", "state", "steps")  # alpha and targets are the same in all
     assert table.rows[0][-3:] == ("85.0", "9.00", "1.0000")
     assert table.rows[5][-1] == "not measured"
     assert table.notes[0] == "005 failed. Resource: a worker's GPU ran out of memory"
     assert "4 finished, 1 pruned, 1 failed; 30 s of trials in all, 30 % of all steps saved by ASHA." in table.notes
     assert "worker-hours" in front_table(RECORDS, ("hours",), on_gpu=False).header
+
+
+def test_table_shows_alpha_and_targets_where_they_vary():
+    other = dataclasses.replace(RECORDS[1].trial, alpha=8.0, target_modules=("q_proj", "v_proj"))
+    table = front_table([RECORDS[0], dataclasses.replace(RECORDS[1], trial=other)], BOTH, on_gpu=True)
+    assert table.header[2:4] == ("alpha", "targets")
+    assert {row[2:4] for row in table.rows} == {("32", "q"), ("8", "q+v")}
 
 
 def test_summary_writes_table_plot_and_configs_ready_to_train(tmp_path):

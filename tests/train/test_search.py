@@ -91,7 +91,7 @@ def test_pruned_and_failed_trials_are_recorded_with_their_cause_while_the_search
     assert [(record.trial.bits, record.state) for record in records] == [(4, "finished"), (4, "pruned"), (8, "failed")]
     assert ended == records
     assert records[1].cause == "stopped by ASHA at step 2"
-    assert records[1].step in (2, 3)  # its workers go on until they are ended
+    assert records[1].step in (2, 3, 4)  # its workers go on until they are ended
     assert records[1].held_out_loss > records[0].held_out_loss
     assert records[2].cause.startswith("Model: ")
     assert "layer-1.safetensors is missing or not of" in records[2].cause

@@ -17,7 +17,6 @@ import argparse
 import json
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from sides import run_in_process
+from sides import compare, make_parser
 
 from finlora.errors import ConfigError
 
@@ -155,7 +154,7 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
     """Time the engine on all questions at once, from an empty prefix cache each time."""
     import torch
 
-    from finlora.engine.core import EngineCore
+    from finlora.engine.drive import EngineCore
     from finlora.engine.opening import open_executor
     from finlora.engine.request import Request, Sampling
     from finlora.engine.scheduler import Limits, Scheduler
@@ -271,44 +270,30 @@ def _peak_gb(device: Any) -> float:
     return measure_peak_gib(device) * 2**30 / 1e9
 
 
+def show(row: dict[str, Any], reference: dict[str, Any]) -> str:
+    """Return a side's line of the table."""
+    seconds = row["seconds_per_example"]
+    return (
+        f"{seconds:10.4f} {row['first_seconds'] or 0:8.4f} {row['weights_gib'] or 0:8.2f} {row['peak_gb']:8.2f} "
+        f"{reference['seconds_per_example'] / seconds:7.1f}  {row['notes']}"
+    )
+
+
 def main() -> None:
     """Run every work on every side and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--works", nargs="+", metavar="WORK", default=list(WORKS))
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["plain-1", "plain-32", "finlora"])
-    parser.add_argument("--data", type=Path, default=Path("~/finlora/data").expanduser(), help="prepared tasks")
-    parser.add_argument("--base", type=Path, required=True, help="folder with config.json, or with 8b/ and 70b/ in it")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model, where the base's folder has no tokenizer")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser = make_parser(__doc__, WORKS, SIDES, ("plain-1", "plain-32", "finlora"))
     parser.add_argument("--repeats", type=int, default=3, help="timed runs")
     parser.add_argument("--at-once", type=int, default=64, help="requests that the KV cache holds")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="most rows of a micro-batch")
     parser.add_argument("--in-flight", type=int, help="micro-batches under way; default: the stages")
-    parser.add_argument("--output", type=Path, help="JSON lines file to append to")
-    parser.add_argument("--run-one", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    for name in options.works:
+        parse_work(name)
     if options.run_one:
         options.result.write_text(json.dumps(measure(parse_work(options.works[0]), options.run_one, options)))
         return
     print(f"{'work':34} {'side':9} {'s/example':>10} {'first s':>8} {'weights':>8} {'peak GB':>8} {'faster':>7}  notes")
-    for work in map(parse_work, options.works):
-        reference = 0.0
-        for side in options.sides:
-            row = run_in_process(__file__, work.name, side, sys.argv[1:])
-            if "error" in row:
-                print(f"{work.name:34} {side:9} {row['error']}", flush=True)
-            else:
-                seconds = row["seconds_per_example"]
-                reference = reference or seconds
-                print(
-                    f"{work.name:34} {side:9} {seconds:10.4f} {row['first_seconds'] or 0:8.4f} {row['weights_gib'] or 0:8.2f} "
-                    f"{row['peak_gb']:8.2f} {reference / seconds:7.1f}  {row['notes']}",
-                    flush=True,
-                )
-            if options.output:
-                with options.output.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps({"work": work.name, "side": side} | row) + "\n")
+    compare(__file__, options, (34, 9), show)
 
 
 if __name__ == "__main__":

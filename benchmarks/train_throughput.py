@@ -18,15 +18,13 @@ import argparse
 import json
 import re
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from sides import run_in_process
+from sides import compare, make_parser
 
 from finlora.errors import ConfigError
 
@@ -249,15 +247,19 @@ def measure_roof(device: Any) -> float:
     return 2 * size**3 / statistics.median(seconds[5:])
 
 
+def show(row: dict[str, Any], reference: dict[str, Any]) -> str:
+    """Return a side's line of the table."""
+    speed = row["examples_per_second"]
+    return (
+        f"{speed:10.2f} {row['tokens_per_second']:9,.0f} {row['peak_gb']:8.2f} {row['forecast_gb'] or 0:8.2f} "
+        f"{row.get('held_gb', 0):6.2f} {row.get('share_of_roof', 0):6.1%} {speed / reference['examples_per_second']:6.2f}  "
+        f"{row['notes']}"
+    )
+
+
 def main() -> None:
     """Run every work on every side and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--works", nargs="+", metavar="WORK", default=list(WORKS))
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=["plain", "finlora"])
-    parser.add_argument("--data", type=Path, default=Path("~/finlora/data").expanduser(), help="prepared tasks")
-    parser.add_argument("--base", type=Path, required=True, help="folder with config.json, or with 8b/ and 70b/ in it")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model, where the base's folder has no tokenizer")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser = make_parser(__doc__, WORKS, SIDES, ("plain", "finlora"))
     parser.add_argument("--steps", type=int, default=8, help="optimiser steps a window")
     parser.add_argument("--repeats", type=int, default=5, help="windows")
     parser.add_argument(
@@ -268,36 +270,17 @@ def main() -> None:
     parser.add_argument("--memory-gb", type=float, help="memory that FinLoRA may use, 1e9 bytes; default: the GPU's")
     parser.add_argument("--recompute", choices=["auto", "none", "mlp", "layer"], default="auto")
     parser.add_argument("--unpack-weights", choices=["auto", "always", "never"], default="auto")
-    parser.add_argument("--output", type=Path, help="JSON lines file to append to")
-    parser.add_argument("--run-one", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    for name in arguments.works:
+        parse_work(name)
     if arguments.run_one:
         arguments.result.write_text(json.dumps(measure(parse_work(arguments.works[0]), arguments.run_one, arguments)))
         return
-    argv = sys.argv[1:]
     print(
         f"{'work':38} {'side':20} {'examples/s':>10} {'tokens/s':>9} {'peak GB':>8} {'forecast':>8} {'held':>6} {'roof':>6} "
         f"{'ratio':>6}  notes"
     )
-    for work in map(parse_work, arguments.works):
-        reference = 0.0
-        for side in arguments.sides:
-            row = run_in_process(__file__, work.name, side, argv)
-            if "error" in row:
-                print(f"{work.name:38} {side:20} {row['error']}", flush=True)
-            else:
-                speed = row["examples_per_second"]
-                reference = reference or speed
-                print(
-                    f"{work.name:38} {side:20} {speed:10.2f} {row['tokens_per_second']:9,.0f} {row['peak_gb']:8.2f} "
-                    f"{row['forecast_gb'] or 0:8.2f} {row.get('held_gb', 0):6.2f} "
-                    f"{row.get('share_of_roof', 0):6.1%} {speed / reference:6.2f}  {row['notes']}",
-                    flush=True,
-                )
-            if arguments.output:
-                with arguments.output.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps({"work": work.name, "side": side} | row) + "\n")
+    compare(__file__, arguments, (38, 20), show)
 
 
 if __name__ == "__main__":

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finlora.config import RunConfig
-from finlora.data.encode import encode_answer, encode_prompt, end_token_id
+from finlora.data.encode import encode_answer, encode_prompt
 from finlora.data.question import Question
-from finlora.engine.core import EngineCore
 from finlora.engine.grounding import find_quote
-from finlora.engine.request import Finish, Request, Sampling, normalise_choices
-from finlora.engine.scheduler import Limits, Scheduler
+from finlora.engine.request import ADAPTER, Finish, Request, Sampling, normalise_choices
 from finlora.model.contract import read_contract
 from finlora.model.source import find_source, fingerprint_weights
 from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,15 +63,10 @@ def ask(
         contract.check_hashes(adapter, *hashes, config.model.template)
     request = make_request(question, tokenizer, config, sampling, ADAPTER if adapter else None)
     # Slow to import, and not needed where the question cannot be asked.
-    from finlora.engine.opening import open_executor
+    from finlora.engine.opening import open_engine
 
     rows = request.num_tokens
-    with open_executor(config, num_stages, rows, rows) as (executor, cache_rows):
-        limits = Limits(cache_rows=cache_rows, max_in_flight=num_stages)
-        end = end_token_id(tokenizer, config.model.template)
-        core = EngineCore(executor, Scheduler(limits, end, lambda: random.getrandbits(31)), tokenizer)
-        if adapter is not None:
-            core.load_adapter(ADAPTER, adapter)
+    with open_engine(config, tokenizer, adapter, num_stages, rows, rows) as core:
         core.submit(request)
         pieces: list[str] = []
 

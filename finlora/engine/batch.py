@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from finlora.engine.core import EngineCore
+from finlora.engine.drive import EngineCore
 from finlora.engine.request import Answer, Request, Sampling, normalise_choices
 
 _MAX_WAITING = 64

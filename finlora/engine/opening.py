@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from finlora.config import RunConfig
-from finlora.engine.core import Executor, InProcess
+from finlora.data.encode import end_token_id
 from finlora.engine.decode import SIZES
+from finlora.engine.drive import EngineCore, Executor, InProcess
 from finlora.engine.extents import BLOCK
 from finlora.engine.microbatch import MicroBatch
+from finlora.engine.request import ADAPTER
+from finlora.engine.scheduler import Limits, Scheduler
 from finlora.engine.stage import Stage
 from finlora.errors import ResourceError
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.shapes import GIB
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 _ROOM_SHARE, _ROOM_BYTES = 0.05, 1.5 * GIB
 """Of a GPU's memory, kept free for what a micro-batch computes."""
@@ -69,6 +78,25 @@ def open_executor(
                 f"{least_rows:,}: take fewer bits (eval.bits), more stages, or a larger GPU."
             )
         yield InProcess([Stage(net, span, rows, dtype)]), rows
+
+
+@contextmanager
+def open_engine(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    adapter: Path | None,
+    num_stages: int,
+    wanted_rows: int,
+    least_rows: int,
+) -> Iterator[EngineCore]:
+    """Hold a base and at most one adapter, under the name ADAPTER, while inside; arguments and errors as `open_executor`."""
+    with open_executor(config, num_stages, wanted_rows, least_rows) as (executor, rows):
+        limits = Limits(cache_rows=rows, max_in_flight=num_stages)
+        end = end_token_id(tokenizer, config.model.template)
+        core = EngineCore(executor, Scheduler(limits, end, lambda: random.getrandbits(31)), tokenizer)
+        if adapter is not None:
+            core.load_adapter(ADAPTER, adapter)
+        yield core
 
 
 def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:

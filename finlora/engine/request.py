@@ -12,6 +12,9 @@ from typing import Literal
 
 from finlora.errors import ConfigError
 
+ADAPTER = "adapter"
+"""Name of the adapter where an engine has one at most."""
+
 Finish = Literal["end", "stop", "length", "choice", "cancelled", "deadline"]
 """Why an answer ended: the end token, a stop string, max_tokens, a choice was made, or somebody gave up."""
 

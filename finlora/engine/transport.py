@@ -63,9 +63,6 @@ class Neighbours:
         hidden = hidden.to(self.device, copy=True)  # recorded passes write their result to the same place again
         self._sent = dist.isend(hidden, dst=self.stage + 1), hidden
 
-    def close(self) -> None:
-        dist.destroy_process_group()
-
 
 def find_free_address(host: str) -> str:
     """Return HOST:PORT of a port that is free now on this machine."""

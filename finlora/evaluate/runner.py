@@ -13,15 +13,14 @@ import torch
 
 from finlora.config import RunConfig
 from finlora.configfile import config_to_tree
-from finlora.data.encode import Encoded, encode_answer, encode_examples, end_token_id
+from finlora.data.encode import Encoded, encode_answer, encode_examples
 from finlora.data.example import Example
 from finlora.data.prepared import PreparedSplit, read_prepared
 from finlora.engine.batch import BatchEngine
-from finlora.engine.core import EngineCore
 from finlora.engine.meter import Reading
-from finlora.engine.opening import open_executor
+from finlora.engine.opening import open_engine
 from finlora.engine.protocol import Engine
-from finlora.engine.scheduler import Limits, Scheduler
+from finlora.engine.request import ADAPTER
 from finlora.evaluate.calibration import bin_confidences, calibration_error
 from finlora.evaluate.metrics import score_answers
 from finlora.model.base import check_device
@@ -32,8 +31,6 @@ from finlora.results import Result, describe_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-ADAPTER = "adapter"
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the task, examples done and examples in all."""
@@ -90,12 +87,7 @@ def run_evaluation(
     sizes = sorted((size for work in works for size in work.sizes), reverse=True)
     # The longest requests at once, and one more for the beginning that they share.
     wanted = sum(sizes[: config.eval.batch_size]) + sizes[0]
-    with open_executor(config, config.eval.num_stages, wanted, sizes[0]) as (executor, rows):
-        limits = Limits(cache_rows=rows, max_in_flight=config.eval.num_stages)
-        end = end_token_id(tokenizer, config.model.template)
-        core = EngineCore(executor, Scheduler(limits, end, lambda: 0), tokenizer)
-        if adapter:
-            core.load_adapter(ADAPTER, adapter)
+    with open_engine(config, tokenizer, adapter, config.eval.num_stages, wanted, sizes[0]) as core:
         engine = BatchEngine(core, ADAPTER if adapter else None)
         results = [
             dataclasses.replace(
@@ -103,7 +95,7 @@ def run_evaluation(
                 variant=contract.variant if contract else "base",
                 adapter=str(adapter) if adapter else None,
                 adapter_mib=contract.adapter_mib if contract else None,
-                peak_memory_gib=executor.peak_memory_gib(),
+                peak_memory_gib=core.executor.peak_memory_gib(),
             )
             for work in works
         ]

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from finlora.engine.core import EngineCore
+from finlora.engine.drive import EngineCore
 from finlora.engine.request import Answer, Request
 from finlora.errors import FinloraError, QueueFullError, StageLostError
 from finlora.serve.stages import AdapterRef, OpenCore, Snapshot, StageFacts

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from finlora.config import Template
 from finlora.data.encode import end_token_id
-from finlora.engine.core import EngineCore
+from finlora.engine.drive import EngineCore
 from finlora.engine.scheduler import Limits, Scheduler
 from finlora.model.source import find_source, fingerprint_weights
 from finlora.model.tokenizer import hash_tokenizer, load_tokenizer

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finlora.engine.core import EngineCore
+from finlora.engine.drive import EngineCore
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from finlora.config import LLAMA_PROJECTIONS, LoraConfig, ModelConfig
-from finlora.engine.core import EngineCore, InProcess
+from finlora.engine.drive import EngineCore, InProcess
 from finlora.engine.scheduler import Limits, Scheduler
 from finlora.engine.stage import Stage
 from finlora.model.base import load_base, quiet_bitsandbytes

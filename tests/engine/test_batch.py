@@ -9,7 +9,7 @@ from plain_engine import PlainEngine
 from finlora.config import ModelConfig
 from finlora.data.encode import encode_answer, encode_prompt
 from finlora.engine.batch import BatchEngine
-from finlora.engine.core import EngineCore, InProcess
+from finlora.engine.drive import EngineCore, InProcess
 from finlora.engine.scheduler import Limits, Scheduler
 from finlora.engine.stage import Stage
 from finlora.model.base import load_base, quiet_bitsandbytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_core import RAGGED, generate_alone, make_requests, run, tokens_of
+from test_drive import RAGGED, generate_alone, make_requests, run, tokens_of
 
 from finlora.engine import opening
 from finlora.engine.opening import count_fitting_rows, open_executor, round_up, warm_up

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from test_core import RAGGED, generate_alone, make_requests, run, tokens_of
+from test_drive import RAGGED, generate_alone, make_requests, run, tokens_of
 
-from finlora.engine.core import EngineCore
+from finlora.engine.drive import EngineCore
 from finlora.engine.request import Request, Sampling
 from finlora.engine.scheduler import Limits, Scheduler
 from finlora.errors import AdapterError, ResourceError

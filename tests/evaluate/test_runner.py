@@ -210,7 +210,7 @@ def test_plan_names_subject_bits_and_examples(make_config, adapter, prepared_syn
 
 
 def test_missing_split_is_refused_by_words_before_the_model_loads(make_config, monkeypatch):
-    monkeypatch.setattr("finlora.evaluate.runner.open_executor", None)
+    monkeypatch.setattr("finlora.evaluate.runner.open_engine", None)
     for run in (check_evaluation, lambda config, chosen: run_evaluation(config, chosen, quiet)):
         with pytest.raises(DatasetError, match=r"fpb/test.parquet: not found. Run `finlora prepare fpb"):
             run(make_config("data.tasks=[fpb]"), None)

@@ -13,7 +13,7 @@ import torch
 import uvicorn
 
 from finlora.config import LoraConfig, ModelConfig
-from finlora.engine.core import EngineCore, InProcess
+from finlora.engine.drive import EngineCore, InProcess
 from finlora.engine.stage import Stage
 from finlora.model.base import load_base
 from finlora.model.contract import make_contract, write_contract

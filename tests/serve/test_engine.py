@@ -11,7 +11,7 @@ import time
 import pytest
 from live_server import make_settings, open_in_process
 
-from finlora.engine.core import InProcess
+from finlora.engine.drive import InProcess
 from finlora.engine.request import Answer, Request, Sampling
 from finlora.errors import AdapterError, ConfigError, ModelError, QueueFullError, StageLostError
 from finlora.serve.engine import AsyncEngine

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import ray
-from ray.dag import InputNode
+from ray.dag import DAGContext, InputNode
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from finlora.config import Bits, ModelConfig
@@ -36,6 +36,8 @@ _logger = logging.getLogger(__name__)
 _BUFFER_BYTES = 64 * 2**20
 """Largest message between two stages: 2,048 rows of 8,192 in bfloat16 take half of it."""
 _TIMEOUT_S = 600.0
+_CLOSE_TIMEOUT_S = 2
+"""Seconds for a stage to leave the graph by itself."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,7 +232,9 @@ class Pipeline:
     def close(self) -> None:
         """End the actors and free what they hold."""
         if self._graph is not None:
-            self._graph.teardown()
+            # Now and then a stage goes on waiting for a message that nobody sends any more: then it is ended by force.
+            DAGContext.get_current().teardown_timeout = _CLOSE_TIMEOUT_S
+            self._graph.teardown(kill_actors=True)
         for actor in self.actors:
             ray.kill(actor)
         self._lease.close()

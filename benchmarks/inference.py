@@ -173,10 +173,11 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
     with ExitStack() as stack:
         stack.enter_context(quiet_bitsandbytes())
         if work.num_stages > 1:
-            import ray
+            from finlora import cluster
 
-            gpus = {"num_gpus": max(1, torch.cuda.device_count())} if device.type == "cuda" else {}
-            ray.init(num_cpus=work.num_stages, include_dashboard=False, log_to_driver=False, **gpus)
+            cluster.connect(log_to_driver=False)
+            import ray  # reads its settings when it is imported
+
             stack.callback(ray.shutdown)
         executor, rows = stack.enter_context(open_executor(config, work.num_stages, rows, sizes[0]))
         tokenizer = load_tokenizer(find_source(config.model).tokenizer_path)

@@ -115,6 +115,7 @@ def measure_plain(
     import torch
 
     from finlora.model.base import load_base, quiet_bitsandbytes
+    from finlora.model.peak import measure_peak_gib
 
     num_new = work.num_new or LABEL_TOKENS
     with quiet_bitsandbytes():
@@ -145,7 +146,7 @@ def measure_plain(
         "seconds_per_example": seconds / len(prompts),
         "first_seconds": first,
         "weights_gib": base.weights_gib,
-        "peak_gb": _peak_gb(device),
+        "peak_gb": measure_peak_gib(device) * 2**30 / 1e9,
         "notes": f"{len(prompts)} examples",
     }
 
@@ -237,6 +238,7 @@ def measure(work: Work, side: str, options: argparse.Namespace) -> dict[str, Any
             method="generate" if work.num_new else "labels",
             max_new_tokens=max(1, work.num_new),
             num_gpus=min(1.0, num_gpus / work.num_stages),
+            transport=options.transport,
         ),
     )
     questions = read_questions(work, config, load_tokenizer(find_source(config.model).tokenizer_path))
@@ -265,12 +267,6 @@ def _time(run: Callable[[], object], device: Any, repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def _peak_gb(device: Any) -> float:
-    from finlora.model.peak import measure_peak_gib
-
-    return measure_peak_gib(device) * 2**30 / 1e9
-
-
 def show(row: dict[str, Any], reference: dict[str, Any]) -> str:
     """Return a side's line of the table."""
     seconds = row["seconds_per_example"]
@@ -286,6 +282,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed runs")
     parser.add_argument("--at-once", type=int, default=64, help="requests that the KV cache holds")
     parser.add_argument("--batch-tokens", type=int, default=2048, help="most rows of a micro-batch")
+    parser.add_argument("--transport", choices=["messages", "nccl", "gloo"], default="messages", help="between stages")
     parser.add_argument("--in-flight", type=int, help="micro-batches under way; default: the stages")
     options = parser.parse_args()
     for name in options.works:

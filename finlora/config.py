@@ -238,6 +238,8 @@ class EvalConfig:
     """Examples that the KV cache holds at once; fewer where the memory asks for it."""
     num_stages: int = 1
     """Ray actors that the layers are spread over, each on eval.num_gpus; 1: the evaluating process holds them all."""
+    transport: Literal["messages", "nccl", "gloo"] = "messages"
+    """How hidden states pass between these stages: in Ray's messages; from GPU to GPU, each stage having one; over sockets."""
     method: Literal["labels", "generate"] = "labels"
     """Closed-label tasks: `labels` scores every allowed label in one forward pass, `generate` decodes freely.
     Free-text tasks (XBRL) always generate."""

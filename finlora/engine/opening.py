@@ -57,6 +57,7 @@ def open_executor(
             device=config.eval.device,
             gpus_per_stage=config.eval.num_gpus,
             cpus_per_stage=1.0 / num_stages,  # one core in all, as an evaluation reserves
+            transport=config.eval.transport,
             wait_s=config.max_wait_s,
         )
         pipeline = Pipeline(config.model, bits, settings, config.seed)

@@ -5,8 +5,8 @@
     python benchmarks/train_throughput.py --works tiny-4bit-r4-synthetic_sentiment-4 --device cpu --steps 2 --repeats 1
 
 A work is SIZE-BITSbit-rRANK-TASK-BATCH[xACCUMULATION]; the global batch is BATCH x ACCUMULATION examples. Weights are random,
-prompts are real: the prepared task's train split with the base's tokenizer. Each side runs in a process of its own, on steps of
-the same sampler, once it is warm. GB = 1e9 bytes, as torch.cuda.max_memory_allocated counts them. The share of the roof is
+prompts are real: the prepared task's train split with the base's tokenizer. Each side runs in a process of its own; both are
+timed on the same steps, once they are warm. GB = 1e9 bytes, as torch.cuda.max_memory_allocated counts them. The roof's share is
 4 x parameters of the decoder layers x real tokens / time, over the rate of a large bf16 product measured in the same process:
 forward pass and activation gradient; tokens that a shared prefix spares count as done. FinLoRA's peak stands beside what
 `finlora plan` forecasts for these very steps; `held` is what torch took from the driver, the unused parts of its blocks included.
@@ -130,8 +130,11 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
 
     device = torch.device(arguments.device)
     # A form of pack is recorded when it comes again: FinLoRA is measured once most forms have come.
-    num_warm = -(-arguments.warm_up // arguments.steps) if side == "finlora" else 2
-    total = arguments.steps * (num_warm + arguments.repeats)
+    # The plain side takes up at a later step, so that both are timed on the same examples.
+    num_before = -(-arguments.warm_up // arguments.steps)
+    num_warm = num_before if side == "finlora" else 2
+    start = arguments.steps * max(0, num_before - num_warm)
+    total = start + arguments.steps * (num_warm + arguments.repeats)
     config = RunConfig(
         model=ModelConfig(
             base=str(arguments.base / work.size if (arguments.base / work.size).is_dir() else arguments.base),
@@ -183,7 +186,7 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
             sampler,
             config.optim,
             worker=0,
-            start_step=0,
+            start_step=start,
             total_steps=total,
             batches=batches,
             device=device,
@@ -263,7 +266,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="optimiser steps a window")
     parser.add_argument("--repeats", type=int, default=5, help="windows")
     parser.add_argument(
-        "--warm-up", type=int, default=64, help="FinLoRA's steps before the windows; plain takes two windows"
+        "--warm-up", type=int, default=128, help="steps before the windows; plain computes the last two windows of them"
     )
     parser.add_argument("--own-prefix", action="store_true", help="compute the prompts' beginning for each example")
     parser.add_argument("--dropout", type=float, default=0.1)

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from finlora.data.encode import IGNORED, Encoded
 from finlora.data.packing import Pack, Segments, cumulate, pinned, prefix_to_share
 
+MAX_RECORDED_ROWS = 4096
+"""Rows above which a pass keeps a GPU busy for longer than its launches take: it is not recorded, so its size is its own."""
 _PLACES_STEP = 16
+_ROWS_STEP = 64
+"""Of packs that are not recorded; products take whole blocks of rows anyway."""
+_LEAST_LIMIT = 256
+"""Attention's kernels are launched for at least so many queries and keys a segment: blocks that find none end at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,8 +40,17 @@ def measure_pack(items: Sequence[Encoded], *, share_prefix: bool, is_padded: boo
     return PackSize(num_rows=num_rows + more_rows, num_labels=num_labels + more_places)
 
 
+def least_tokens(num_rows: int) -> int:
+    """Return how many tokens make a padded pack of at most so many rows, however they are padded."""
+    more_places = _PLACES_STEP
+    if num_rows > MAX_RECORDED_ROWS + _ROWS_STEP + more_places:
+        return num_rows - _ROWS_STEP - more_places
+    return int(min(num_rows, MAX_RECORDED_ROWS) * 16 / 17)
+
+
 def pad_pack(pack: Pack) -> Pack:
-    """Round the sizes of a pack up, so that few forms serve many packs: at most an eighth more rows, 4 % in the mean.
+    """Round the sizes of a pack up, so that few forms serve many packs: at most a sixteenth more rows and some, or for packs
+    above MAX_RECORDED_ROWS, which share no form, less than `_ROWS_STEP` rows.
 
     The padding is a segment of its own that nobody attends to, and its places carry IGNORED.
     """
@@ -62,6 +77,8 @@ def _count_padding(num_rows: int, num_places: int) -> tuple[int, int]:
     """Return the rows and places that `pad_pack` adds."""
     more_places = _PLACES_STEP - num_places % _PLACES_STEP
     step = max(16, 1 << max(0, (num_rows + more_places).bit_length() - 5))
+    if num_rows + more_places > MAX_RECORDED_ROWS:
+        step = _ROWS_STEP
     return -(-(num_rows + more_places) // step) * step - num_rows, more_places
 
 
@@ -79,8 +96,8 @@ def _pad_segments(segments: Segments, queries: int, keys: int, start: int) -> Se
         segments,
         query_lengths=query_lengths,
         key_lengths=key_lengths,
-        max_queries=1 << (max(query_lengths) - 1).bit_length(),
-        max_keys=1 << (max(key_lengths) - 1).bit_length(),
+        max_queries=max(_LEAST_LIMIT, 1 << (max(query_lengths) - 1).bit_length()),
+        max_keys=max(_LEAST_LIMIT, 1 << (max(key_lengths) - 1).bit_length()),
         cumulative_queries=pinned(cumulate(query_lengths)),
         cumulative_keys=pinned(cumulate(key_lengths)),
         key_rows=key_rows,

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 MIN_SHARED_PREFIX = 8
 """Tokens of common beginning below which sharing costs more than it saves."""
+_LONG_EXAMPLE, _MIN_SHARE = 1024, 1 / 16
+"""For examples that are so long in the mean, the share of their tokens that sharing must save: attention has a faster way for
+those that share nothing (finlora/model/attention.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +174,9 @@ def pack_examples(items: Sequence[Encoded], *, share_prefix: bool) -> Pack:
 def prefix_to_share(items: Sequence[Encoded], share_prefix: bool) -> int:
     """Return the length of the common beginning that a pack of the examples holds once; 0 where none is shared."""
     prefix = shared_prefix_length(items) if share_prefix else 0
+    num_tokens = sum(item.num_tokens for item in items)
+    if num_tokens >= _LONG_EXAMPLE * len(items) and prefix * (len(items) - 1) < _MIN_SHARE * num_tokens:
+        return 0
     return prefix if prefix >= MIN_SHARED_PREFIX else 0
 
 

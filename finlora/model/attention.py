@@ -1,5 +1,9 @@
 """Causal attention over packed segments, forward and backward: FlashAttention on a GPU in 16 bit, plain torch elsewhere.
 
+Long segments of packs that are not recorded go to cuDNN's attention one by one where the GPU is a Hopper or newer: forward
+and backward pass take 55 % of FlashAttention-2's time there (4,608 rows, H200). It makes a plan for each length, which takes
+about 50 ms, so lengths are rounded up: the rows after a segment come behind all its queries and change nothing.
+
 Shapes: Q query rows, S key rows, h heads, g key-value heads (h a multiple of g), d head width. Segment i of `Segments` holds
 its own rows of both; its last query is aligned with its last key, and query j sees keys up to j + (keys - queries).
 
@@ -13,7 +17,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from finlora.data.pack_size import MAX_RECORDED_ROWS
 from finlora.data.packing import Segments
+
+_LENGTH_STEP = 256
+_LONG = 1024
+"""Mean rows of a segment from which on one launch a segment does not matter."""
 
 
 def can_flash(query: Tensor) -> bool:
@@ -26,6 +35,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tup
 
     Shapes: query (Q, h, d), key and value (S, g, d).
     """
+    if _suits_cudnn(query, segments):
+        return _attend_each(query, key, value, segments)
     if can_flash(query):
         output, log_sum, *_ = torch.ops.aten._flash_attention_forward(
             query,
@@ -98,6 +109,8 @@ def attend_backward(
     With P = exp(scores - log_sum) and o the output: dV = P^T do, dS = P * (do V^T - rowsum(do * o)), dQ = dS K / sqrt(d),
     dK = dS^T Q / sqrt(d); the gradients of a key-value head are summed over its query heads.
     """
+    if _suits_cudnn(query, segments):
+        return _attend_each_backward(grad, query, key, value, output, log_sum, segments)
     if can_flash(query):
         offsets = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of dropout, which is off
         gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._flash_attention_backward(
@@ -138,6 +151,64 @@ def attend_backward(
         pieces.append((grad_query, grad_key, grad_value))
     first, second, third = (torch.cat(part).to(query.dtype) for part in zip(*pieces, strict=True))
     return first, second, third
+
+
+def _suits_cudnn(query: Tensor, segments: Segments) -> bool:
+    return (
+        can_flash(query)
+        and MAX_RECORDED_ROWS < query.shape[0] >= _LONG * len(segments.query_lengths)
+        and segments.query_lengths == segments.key_lengths
+        and query.shape[-1] <= 128
+        and torch.cuda.get_device_capability(query.device) >= (9, 0)
+    )
+
+
+def _attend_each(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """As `attend`; the log-sum-exp of each segment's rounded length, one after the other, (h, length) each."""
+    outputs, sums = [], []
+    for start, length, size in _rounded(segments):
+        parts = (_cut(tensor, start, size) for tensor in (query, key, value))
+        output, log_sum, *_ = torch.ops.aten._cudnn_attention_forward(
+            *parts, None, None, None, size, size, True, 0.0, True, False
+        )
+        outputs.append(output[0].transpose(0, 1)[:length])
+        sums.append(log_sum.flatten())
+    return torch.cat(outputs), torch.cat(sums)
+
+
+def _attend_each_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum: Tensor, segments: Segments
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `attend_backward`. The rows after a segment get no gradient from their output, so they give none."""
+    num_heads, pieces, before = query.shape[1], [], 0
+    unused = torch.zeros((), dtype=torch.int64, device=query.device)  # seed and offset of dropout, which is off
+    for start, length, size in _rounded(segments):
+        own = torch.nn.functional.pad(grad[start : start + length], (0, 0, 0, 0, 0, size - length))
+        parts = [_cut(tensor, start, size) for tensor in (query, key, value, output)]
+        sums = log_sum[before : before + num_heads * size].view(1, num_heads, size, 1)
+        before += num_heads * size
+        gradients = torch.ops.aten._cudnn_attention_backward(
+            *(_cut(own, 0, size), *parts, sums, unused, unused, None, None, None, size, size, 0.0, True)
+        )
+        pieces.append([part[0].transpose(0, 1)[:length] for part in gradients])
+    first, second, third = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    return first, second, third
+
+
+def _rounded(segments: Segments) -> Iterator[tuple[int, int, int]]:
+    """Yield each segment's first row, its rows, and these rounded up."""
+    start = 0
+    for length in segments.query_lengths:
+        yield start, length, -(-length // _LENGTH_STEP) * _LENGTH_STEP
+        start += length
+
+
+def _cut(tensor: Tensor, start: int, size: int) -> Tensor:
+    """Return rows from `start`, zeros where the tensor has no more. Shapes: (Q, h, d) -> (1, h, size, d)."""
+    rows = tensor[start : start + size]
+    if missing := size - rows.shape[0]:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, missing))
+    return rows.transpose(0, 1)[None]
 
 
 def _split(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -1,8 +1,9 @@
 """Record a forward and backward pass once as a CUDA graph and replay it: some 3,000 launches become one.
 
 A graph holds for one form of pack (`Pack.form`). A form runs as it is at first, which compiles its kernels, is recorded when it
-comes again and replayed from then on. All of it allocates in one memory pool, since no two passes run at a time, and on one
-stream, since torch lends memory that was allocated on a stream to no other: on two, the pool would hold everything twice.
+comes again and replayed from then on; large packs, whose launches take less time than their work, always run as they are. All
+of it allocates in one memory pool, since no two passes run at a time, and on one stream, since torch lends memory that was
+allocated on a stream to no other: on two, the pool would hold everything twice.
 
 Source: https://docs.pytorch.org/docs/2.11/notes/cuda.html#cuda-graphs
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from finlora.data.pack_size import MAX_RECORDED_ROWS
 from finlora.data.packing import Pack
 
 MAX_GRAPHS = 64
@@ -41,7 +43,7 @@ class CapturedPasses:
         form = (*pack.form, seed is None)
         if form in self._graphs:
             self._graphs.move_to_end(form)
-        elif form in self._seen:
+        elif form in self._seen and len(pack.input_ids) <= MAX_RECORDED_ROWS:
             if len(self._graphs) == MAX_GRAPHS:
                 self._graphs.popitem(last=False)
             self._graphs[form] = _Graph(self._run, pack, seed, device, self._pool, self._stream, self._outputs)

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from finlora.data.encode import Encoded
+from finlora.data.pack_size import MAX_RECORDED_ROWS, pad_pack
 from finlora.data.packing import pack_examples
+from finlora.model import attention
 from finlora.model.attention import attend, attend_backward
 
 ITEMS = [Encoded(tuple(range(9)) + tuple(range(20, 24 + n)), tuple(range(1 + n % 3))) for n in range(4)]
@@ -41,3 +43,42 @@ def test_attention_and_its_gradient_equal_torch(share_prefix, part):
     torch.testing.assert_close(output, torch.cat(expected).detach(), rtol=1e-5, atol=1e-6)
     for own, leaf in zip(gradients, (query, key, value), strict=True):
         torch.testing.assert_close(own, leaf.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("lengths", [(4200,), (2304, 2600), (3001, 1500, 1100)])
+def test_long_segments_equal_flash_attention_and_float32(lengths, monkeypatch):
+    """cuDNN's way on a Hopper, against torch's own attention in float32; and FlashAttention's is as far from it."""
+    items = [Encoded(tuple(range(n, n + length)), (1, 2)) for n, length in enumerate(lengths)]
+    pack = pad_pack(pack_examples(items, share_prefix=True))
+    segments = pack.to(torch.device("cuda")).segments
+    num_rows = len(pack.input_ids)
+    assert num_rows > MAX_RECORDED_ROWS
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(heads):
+        return torch.randn(num_rows, heads, 128, generator=generator, device="cuda", dtype=torch.bfloat16)
+
+    # As the layer has them: side by side, so a head's rows are not next to each other.
+    query, key, value = draw(16).split([8, 4, 4], 1)
+    grad = draw(8)
+    leaves = [tensor.float().requires_grad_() for tensor in (query, key, value)]
+    expected = []
+    for part in zip(*(leaf.split(segments.query_lengths) for leaf in leaves), strict=True):
+        heads = (tensor.transpose(0, 1)[None] for tensor in part)
+        out = torch.nn.functional.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True)
+        expected.append(out[0].transpose(0, 1))
+    torch.cat(expected).backward(grad.float())
+    truth = [torch.cat(expected).detach(), *(leaf.grad for leaf in leaves)]
+    errors = {}
+    for way in ("long", "flash"):
+        if way == "flash":
+            monkeypatch.setattr(attention, "_LONG", num_rows + 1)
+        elif torch.cuda.get_device_capability() >= (9, 0):
+            assert attention._suits_cudnn(query, segments)
+        output, log_sum = attend(query, key, value, segments)
+        found = [output, *attend_backward(grad, query, key, value, output, log_sum, segments)]
+        errors[way] = [float((own - right).norm() / right.norm()) for own, right in zip(found, truth, strict=True)]
+    assert all(error < 0.01 for way in errors.values() for error in way), errors
+    assert all(own < 1.2 * flash for own, flash in zip(errors["long"], errors["flash"], strict=True)), errors

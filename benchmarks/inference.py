@@ -156,7 +156,7 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
     import torch
 
     from finlora.engine.drive import EngineCore
-    from finlora.engine.opening import open_executor
+    from finlora.engine.opening import choose_batch_rows, open_executor
     from finlora.engine.request import Request, Sampling
     from finlora.engine.scheduler import Limits, Scheduler
     from finlora.model.base import quiet_bitsandbytes
@@ -183,10 +183,11 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
         executor, rows = stack.enter_context(open_executor(config, work.num_stages, rows, sizes[0]))
         tokenizer = load_tokenizer(find_source(config.model).tokenizer_path)
         in_flight = options.in_flight or work.num_stages
+        batch_rows = options.batch_tokens or choose_batch_rows(work.num_stages)
 
         def run(asked: Sequence[Any]) -> Any:
             # Another scheduler has another prefix cache: nothing is left of the run before.
-            limits = Limits(cache_rows=rows, max_in_flight=in_flight, max_batch_tokens=options.batch_tokens)
+            limits = Limits(cache_rows=rows, max_in_flight=in_flight, max_batch_tokens=batch_rows)
             core = EngineCore(executor, Scheduler(limits, NEVER, lambda: 0), tokenizer)
             for request in asked:
                 core.submit(request)
@@ -281,7 +282,7 @@ def main() -> None:
     parser = make_parser(__doc__, WORKS, SIDES, ("plain-1", "plain-32", "finlora"))
     parser.add_argument("--repeats", type=int, default=3, help="timed runs")
     parser.add_argument("--at-once", type=int, default=64, help="requests that the KV cache holds")
-    parser.add_argument("--batch-tokens", type=int, default=2048, help="most rows of a micro-batch")
+    parser.add_argument("--batch-tokens", type=int, help="most rows of a micro-batch; default: as an evaluation has")
     parser.add_argument("--transport", choices=["messages", "nccl", "gloo"], default="messages", help="between stages")
     parser.add_argument("--in-flight", type=int, help="micro-batches under way; default: the stages")
     options = parser.parse_args()

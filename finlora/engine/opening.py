@@ -92,12 +92,18 @@ def open_engine(
 ) -> Iterator[EngineCore]:
     """Hold a base and at most one adapter, under the name ADAPTER, while inside; arguments and errors as `open_executor`."""
     with open_executor(config, num_stages, wanted_rows, least_rows) as (executor, rows):
-        limits = Limits(cache_rows=rows, max_in_flight=num_stages)
+        limits = Limits(cache_rows=rows, max_in_flight=num_stages, max_batch_tokens=choose_batch_rows(num_stages))
         end = end_token_id(tokenizer, config.model.template)
         core = EngineCore(executor, Scheduler(limits, end, lambda: random.getrandbits(31)), tokenizer)
         if adapter is not None:
             core.load_adapter(ADAPTER, adapter)
         yield core
+
+
+def choose_batch_rows(num_stages: int) -> int:
+    """Return the most rows of a micro-batch: a stage alone reads and unpacks its weights half as often with twice as many,
+    several are kept busy by more micro-batches of fewer rows."""
+    return 4096 if num_stages == 1 else 2048
 
 
 def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:

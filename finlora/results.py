@@ -42,7 +42,8 @@ class Result:
     """True when max_test_examples or skipped examples made the split smaller than the prepared one."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Evaluation: accuracy, accuracy_low, accuracy_high, strict_accuracy(+_low, _high), weighted_f1(+_low, _high),
-    unparsable, calibration_error where labels were scored. Training: loss_first, loss_last."""
+    numeric_accuracy(+_low, _high) where labels are numbers, unparsable, calibration_error where labels were scored. Training:
+    loss_first, loss_last."""
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     """Confusion counts: label -> prediction -> number of test examples."""
     calibration: list[dict[str, float]] = field(default_factory=list)

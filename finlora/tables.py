@@ -83,6 +83,10 @@ def score_table(results: Sequence[Result]) -> TextTable:
         row = rows.setdefault((name_base(result), result.variant, result.bits), {})
         row[name_column(result, evaluations)] = result
     notes = ["% with 95 % interval; first accuracy (the answer contains the truth), then weighted F1, strict accuracy."]
+    if any("numeric_accuracy" in result.metrics for result in evaluations):
+        notes.append(
+            "Within 1 %: of the questions whose answer is a number, the share answered to one part in a hundred."
+        )
     if any(result.is_partial for result in evaluations):
         notes.append("* Partial: not every example of the prepared test split was scored.")
     return TextTable(
@@ -107,13 +111,14 @@ def _score_cell(result: Result | None) -> str:
         return NOT_RUN
     mark = "*" if result.is_partial else ""
     f1 = "" if result.metrics.get("weighted_f1") is None else format_score(result, "weighted_f1")
-    return "\n".join(
-        (
-            f"{format_score(result, 'accuracy')}{mark}",
-            f"F1 {f1 or NOT_MEASURED}",
-            f"strict {format_score(result, 'strict_accuracy')}",
-        )
-    )
+    lines = [
+        f"{format_score(result, 'accuracy')}{mark}",
+        f"F1 {f1 or NOT_MEASURED}",
+        f"strict {format_score(result, 'strict_accuracy')}",
+    ]
+    if "numeric_accuracy" in result.metrics:
+        lines.append(f"within 1 % {format_score(result, 'numeric_accuracy')}")
+    return "\n".join(lines)
 
 
 def cost_table(results: Sequence[Result]) -> TextTable:

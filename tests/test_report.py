@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 
@@ -57,6 +58,15 @@ def test_score_cell_holds_accuracy_f1_and_strict():
     assert table.rows[0][3].startswith("68.7 (66.7–69.7)*\n")
     assert table.rows[1][3] == "86.3 (84.3–87.3)\nF1 86.3 (84.3–87.3)\nstrict 86.3 (84.3–87.3)"
     assert table.notes[-1].startswith("* Partial")
+
+
+def test_score_cell_of_numbers_says_how_many_come_near():
+    result = make_evaluation()
+    ends = {f"numeric_accuracy{end}": value for end, value in (("", 0.5), ("_low", 0.4), ("_high", 0.6))}
+    table = score_table([dataclasses.replace(result, metrics=result.metrics | ends)])
+    assert table.rows[0][3].endswith("\nwithin 1 % 50.0 (40.0–60.0)")
+    assert "one part in a hundred" in "".join(table.notes)
+    assert "one part in a hundred" not in "".join(score_table([result]).notes)
 
 
 def test_score_table_names_gaps_and_methods():

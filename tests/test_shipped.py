@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -25,6 +26,8 @@ TABLE_TASKS = {name: (name,) for name in ("fpb", "tfns", "nwgi", "headline", "ne
     "xbrl": ("xbrl_tags", "xbrl_values"),
 }
 ROWS = [f"{family}-{task}" for family in FAMILIES for task in TABLE_TASKS]
+BEYOND = {f"{family}-formulas": f"{family}-fpb" for family in FAMILIES}
+"""Rows beyond the paper, and a row with the settings that they share but for name and task."""
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,7 +49,16 @@ def test_config_loads_under_its_own_name(path):
 
 
 def test_each_row_of_the_paper_has_its_config():
-    assert sorted([*ROWS, "demo-4bit-r4"]) == [path.stem for path in CONFIGS]
+    assert sorted([*ROWS, *BEYOND, "demo-4bit-r4"]) == [path.stem for path in CONFIGS]
+
+
+@pytest.mark.parametrize(("name", "like"), BEYOND.items())
+def test_row_beyond_the_paper_has_the_settings_of_one_of_its_rows(name, like):
+    config, paper = config_of(name), config_of(like)
+    assert config.data.tasks == ("synthetic_formulas",)
+    assert config == dataclasses.replace(
+        paper, name=name, data=dataclasses.replace(paper.data, tasks=config.data.tasks)
+    )
 
 
 @pytest.mark.parametrize("name", ROWS)

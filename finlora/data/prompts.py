@@ -122,6 +122,21 @@ def xbrl_value_question(line_item: str, company: str, year: int) -> str:
     return f"What is the value of {company}'s {line_item} for the Fiscal Year ending in FY {year}?"
 
 
+def xbrl_formula_question(name: str, expression: str, num_decimals: int, company: str, year: int) -> str:
+    """Ask for a figure that a filing does not state but allows to compute.
+
+    Args:
+        name: of the figure, with its unit.
+        expression: over the filing's tags.
+        num_decimals: to which the answer is rounded.
+    """
+    rounding = "a whole number" if num_decimals == 0 else f"{num_decimals} decimal{'s' if num_decimals > 1 else ''}"
+    return (
+        f"What is the {name} of {company} for the Fiscal Year ending in FY {year}, by the formula {expression}, rounded to "
+        f"{rounding}?"
+    )
+
+
 def choose(choices: Sequence[str]) -> str:
     """Return the sentence that names the allowed answers; it ends an instruction."""
     return "Please choose an answer from {" + "/".join(choices) + "}."

@@ -1,4 +1,4 @@
-"""A generated financial set for the demo and the tests: four tasks, seeded, with labels in balance.
+"""A generated financial set for the demo and the tests: five tasks, seeded, with labels in balance.
 
 A hash of an example's group (company, city, entity or filing) decides its split, so no name of the test is in train.
 What a label hangs on is the pair of words, not one of them: "net loss fell" is good news, "profit fell" is not.
@@ -15,6 +15,7 @@ from typing import Literal
 
 from finlora.data import synthetic_words as words
 from finlora.data.example import Example, Splits
+from finlora.data.formulas import Formula
 from finlora.data.prompts import (
     ENTITY_PARAPHRASES,
     ENTITY_TYPES,
@@ -23,6 +24,7 @@ from finlora.data.prompts import (
     entity_prompt,
     headline_prompt,
     sentiment_prompt,
+    xbrl_formula_question,
     xbrl_prompt,
     xbrl_tag_question,
     xbrl_value_question,
@@ -33,6 +35,8 @@ Side = Literal["train", "test"]
 
 NUM_TRAIN, NUM_TEST = 2400, 600
 SEED = 20240607
+FORMULAS = tuple(Formula(name=name, expression=text, num_decimals=digits) for name, text, digits in words.FORMULAS)
+_NUM_LINE_ITEMS = 5
 _TEST_SHARE_OF_256 = 52
 
 
@@ -118,9 +122,19 @@ def entity_sentence(rng: random.Random, side: Side) -> tuple[str, dict[str, str]
 
 def filing(rng: random.Random, side: Side) -> Filing:
     """Write a filing of five line items with five different numbers."""
-    tags = rng.sample(sorted(words.LINE_ITEMS), 5)
-    numbers = rng.sample(range(101, 9990), 5)
+    tags = rng.sample(sorted(words.LINE_ITEMS), _NUM_LINE_ITEMS)
+    numbers = rng.sample(range(101, 9990), _NUM_LINE_ITEMS)
     return Filing(company_name(rng, side), rng.randint(2015, 2024), dict(zip(tags, numbers, strict=True)))
+
+
+def filing_for(rng: random.Random, side: Side, formula: Formula) -> Filing:
+    """Write a filing that holds the formula's line items among others, with figures that can stand in one report."""
+    others = sorted(words.SHARES_OF_REVENUE.keys() - set(formula.tags))
+    tags = [*formula.tags, *rng.sample(others, _NUM_LINE_ITEMS - len(formula.tags))]
+    rng.shuffle(tags)
+    revenue = rng.randint(2000, 9989)
+    values = {tag: round(revenue * rng.uniform(*words.SHARES_OF_REVENUE[tag])) for tag in tags}
+    return Filing(company_name(rng, side), rng.randint(2015, 2024), values)
 
 
 def read_synthetic_sentiment(_request: Request) -> Splits:
@@ -173,8 +187,25 @@ def read_synthetic_xbrl(_request: Request) -> Splits:
     return _splits("synthetic_xbrl", write)
 
 
+def read_synthetic_formulas(_request: Request) -> Splits:
+    """Generate short XBRL fragments with the question for a figure that a formula gives, each formula by turns."""
+
+    def write(rng: random.Random, side: Side, turn: int) -> Example:
+        formula = FORMULAS[turn % len(FORMULAS)]
+        report = filing_for(rng, side, formula)
+        question = xbrl_formula_question(
+            formula.name, formula.expression, formula.num_decimals, report.company, report.year
+        )
+        prompt = xbrl_prompt(report.fragment, question)
+        return _example(
+            "synthetic_formulas", prompt, formula.answer(report.values), (), f"{report.company} {report.year}"
+        )
+
+    return _splits("synthetic_formulas", write)
+
+
 def read_synthetic(request: Request) -> Splits:
-    """Mix the four tasks by turns, so that any first part of the set holds all of them alike."""
+    """Mix four tasks by turns, all but the formulas, so that any first part of the set holds all of them alike."""
     readers = (read_synthetic_sentiment, read_synthetic_headline, read_synthetic_ner, read_synthetic_xbrl)
     parts = [read(request) for read in readers]
 

@@ -71,3 +71,31 @@ LINE_ITEMS = {
     "CostOfRevenue": "Cost of Revenue",
     "RetainedEarningsAccumulatedDeficit": "Retained Earnings",
 }
+
+# Line items of formulas, as shares of a filing's revenue from lowest to highest: figures that can stand in one report.
+SHARES_OF_REVENUE = {
+    "Revenues": (1.0, 1.0),
+    "CostOfRevenue": (0.3, 0.9),
+    "OperatingIncomeLoss": (0.05, 0.25),
+    "NetIncomeLoss": (-0.1, 0.2),
+    "Assets": (0.8, 3.0),
+    "AssetsCurrent": (0.3, 0.9),
+    "InventoryNet": (0.05, 0.25),
+    "Liabilities": (0.3, 1.5),
+    "LiabilitiesCurrent": (0.1, 0.6),
+    "StockholdersEquity": (0.2, 1.2),
+    "InterestExpense": (0.005, 0.05),
+}
+
+FORMULAS = (  # name, expression, decimals
+    ("gross profit margin in per cent", "(Revenues - CostOfRevenue) / Revenues * 100", 1),
+    ("operating margin in per cent", "OperatingIncomeLoss / Revenues * 100", 1),
+    ("net profit margin in per cent", "NetIncomeLoss / Revenues * 100", 1),
+    ("return on assets in per cent", "NetIncomeLoss / Assets * 100", 1),
+    ("return on equity in per cent", "NetIncomeLoss / StockholdersEquity * 100", 1),
+    ("current ratio", "AssetsCurrent / LiabilitiesCurrent", 2),
+    ("quick ratio", "(AssetsCurrent - InventoryNet) / LiabilitiesCurrent", 2),
+    ("debt-to-equity ratio", "Liabilities / StockholdersEquity", 2),
+    ("interest coverage ratio", "OperatingIncomeLoss / InterestExpense", 1),
+    ("working capital", "AssetsCurrent - LiabilitiesCurrent", 0),
+)

@@ -1,7 +1,8 @@
 """Scores of generated answers: the paper's accuracy, strict accuracy and weighted F1, with 95 % intervals. No torch.
 
 Accuracy is the paper's: the ground truth is contained in the answer. It is generous ("no" is contained in "unknown"),
-so strict accuracy stands beside it: the parsed answer equals the label.
+so strict accuracy stands beside it: the parsed answer equals the label. Where labels are numbers, numeric accuracy says how
+many answers come within NUMERIC_TOLERANCE of them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,13 @@ from finlora.evaluate.intervals import accuracy_interval, weighted_f1_interval
 UNPARSABLE = "(none)"
 """Column of the confusion counts for answers that state no allowed choice."""
 
+NUMERIC_TOLERANCE = Decimal("0.01")
+"""Of the truth: a number that far away still counts as right for numeric accuracy."""
+
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[\n;]")
 _NEGATION = re.compile(r"(?:\b(?:not|never|neither|nor|cannot)|n['’]t)(?:\s+(?:an?|the|be|really|clearly))*\s+$")
 _NUMBER = re.compile(r"-?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?")
+_STATED_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w])")
 
 
 class Scores(NamedTuple):
@@ -70,6 +75,29 @@ def normalise_free_text(text: str) -> str:
         value = Decimal(number.replace(",", ""))
         return f"{value.normalize():f}" if value else "0"
     return plain
+
+
+def is_number(text: str) -> bool:
+    """Tell whether a label is a number and nothing else."""
+    plain = normalise_free_text(text)
+    return any(character.isdigit() for character in plain) and _NUMBER.fullmatch(plain) is not None
+
+
+def is_near(answer: str, label: str) -> bool:
+    """Tell whether the last number of the answer's first line lies within NUMERIC_TOLERANCE of the label's.
+
+    The last one, since an answer may show its working: "(120 - 80) / 120 = 0.33". Signs of currency and per cent are passed
+    over, thousands commas read; words of scale are not, so a value in millions is another value.
+
+    Args:
+        label: a number, as `is_number` has it.
+    """
+    lines = answer.replace("\N{MINUS SIGN}", "-").strip().splitlines()
+    found = _STATED_NUMBER.findall(lines[0]) if lines else []
+    if not found:
+        return False
+    truth = Decimal(normalise_free_text(label))
+    return abs(Decimal(found[-1].replace(",", "")) - truth) <= NUMERIC_TOLERANCE * abs(truth)
 
 
 def contained_accuracy(answers: Sequence[str], labels: Sequence[str]) -> float:
@@ -141,7 +169,7 @@ def score_answers(
         metrics with the keys that `results.Result.metrics` documents, each score in 0..1 with `_low` and `_high`, and
         `unparsable`, the number of answers without a prediction. Free text has no classes: strict accuracy compares
         normalised texts, only empty answers are unparsable, and weighted F1 and confusion cover the closed-label
-        examples alone; both are absent where there are none.
+        examples alone; both are absent where there are none. So is numeric accuracy where no free-text label is a number.
 
     Raises:
         ValueError: no examples, or another number of answers.
@@ -166,6 +194,11 @@ def score_answers(
     metrics: dict[str, float] = {"unparsable": float(predictions.count(None))}
     _put(metrics, "accuracy", contained_accuracy(answers, labels), accuracy_interval(contained, groups, seed=seed))
     _put(metrics, "strict_accuracy", strict_accuracy(predictions, truths), accuracy_interval(strict, groups, seed=seed))
+    numeric = [index for index, label in enumerate(labels) if not examples[index].choices and is_number(label)]
+    if numeric:
+        near = [is_near(answers[index], labels[index]) for index in numeric]
+        own = accuracy_interval(near, [groups[index] for index in numeric], seed=seed)
+        _put(metrics, "numeric_accuracy", _mean(near), own)
     closed = [index for index, example in enumerate(examples) if example.choices]
     if not closed:
         return Scores(metrics, {})

@@ -25,6 +25,7 @@ NAMES: dict[str, str] = {
     "accuracy": "accuracy %",
     "weighted_f1": "weighted F1 %",
     "strict_accuracy": "strict accuracy %",
+    "numeric_accuracy": "within 1 %, %",
     "peak_memory_gib": "peak GiB",
     "hours": "GPU-hours",
 }
@@ -50,12 +51,16 @@ def measured(records: Sequence[TrialRecord], objectives: Sequence[Objective]) ->
 
 
 def best_trial(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> TrialRecord | None:
-    """Return the finished trial that is best in the first objective; of equal ones, in the next, and so on."""
-    return max(
-        (record for record in records if record.state == "finished"),
-        key=lambda record: _point(record, objectives),
-        default=None,
-    )
+    """Return the finished trial that is best in the first objective measured; of equal ones, in the next, and so on.
+
+    A trial without a number for an objective that others have one for comes after them.
+    """
+    objectives = measured(records, objectives)
+
+    def key(record: TrialRecord) -> list[float]:
+        return [-math.inf if math.isnan(value) else value for value in _point(record, objectives)]
+
+    return max((record for record in records if record.state == "finished"), key=key, default=None)
 
 
 def front_table(records: Sequence[TrialRecord], objectives: Sequence[Objective], *, on_gpu: bool) -> TextTable:

@@ -28,8 +28,8 @@ from finlora.config import Bits, RunConfig
 from finlora.configfile import config_to_tree, load_with_section
 from finlora.errors import ConfigError
 
-Objective = Literal["accuracy", "weighted_f1", "strict_accuracy", "peak_memory_gib", "hours"]
-LARGER_IS_BETTER = ("accuracy", "weighted_f1", "strict_accuracy")
+Objective = Literal["accuracy", "weighted_f1", "strict_accuracy", "numeric_accuracy", "peak_memory_gib", "hours"]
+LARGER_IS_BETTER = ("accuracy", "weighted_f1", "strict_accuracy", "numeric_accuracy")
 OWN = "000-"
 """How the name of the first trial begins, the config as it stands."""
 _BITS = (16, 8, 4)

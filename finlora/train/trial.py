@@ -19,7 +19,7 @@ from finlora.results import Result, append_result, read_results
 from finlora.train.held_out import HELD_OUT, read_held_out
 from finlora.train.room import free_group
 from finlora.train.run import RunFolder, read_progress
-from finlora.train.space import Trial
+from finlora.train.space import LARGER_IS_BETTER, Trial
 from finlora.train.trials import SearchFolder, State, TrialRecord, write_record
 from finlora.train.worker import run_training
 
@@ -93,7 +93,7 @@ def _collect_scores(
 ) -> dict[str, float]:
     """Return the objectives that were measured: means over tasks, and what the training took."""
     scores = {}
-    for name in ("accuracy", "weighted_f1", "strict_accuracy"):
+    for name in LARGER_IS_BETTER:
         values = [result.metrics[name] for result in evaluations if name in result.metrics]
         if len(values) == len(evaluations):
             scores[name] = sum(values) / len(values)

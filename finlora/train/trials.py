@@ -51,8 +51,8 @@ class TrialRecord:
     held_out_loss: float | None
     """Mean cross entropy an answer token on the held-out examples, at that step."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Finished trials: accuracy, weighted_f1 and strict_accuracy over tasks, peak_memory_gib of training, hours of its steps
-    (times GPUs, or workers on CPU)."""
+    """Finished trials: the scores of LARGER_IS_BETTER that every task has, as means over tasks, peak_memory_gib of training,
+    hours of its steps (times GPUs, or workers on CPU)."""
     seconds: float = 0.0
     """Wall time of the attempt that ended the trial, start-up included."""
     cause: str = ""

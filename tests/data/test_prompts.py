@@ -46,3 +46,14 @@ def test_entity_with_braces_stays_literal():
 @pytest.mark.parametrize("question", prompts.HEADLINE_QUESTIONS)
 def test_every_headline_question_ends_as_a_question(question):
     assert prompts.HEADLINE_QUESTIONS[question].endswith("?")
+
+
+@pytest.mark.parametrize(("num_decimals", "words"), [(0, "a whole number"), (1, "1 decimal"), (2, "2 decimals")])
+def test_formula_question_shows_the_formula_and_the_rounding(num_decimals, words):
+    asked = prompts.xbrl_formula_question(
+        "current ratio", "AssetsCurrent / LiabilitiesCurrent", num_decimals, "Fen plc", 2020
+    )
+    assert asked == (
+        "What is the current ratio of Fen plc for the Fiscal Year ending in FY 2020, by the formula "
+        f"AssetsCurrent / LiabilitiesCurrent, rounded to {words}?"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -11,6 +12,7 @@ from finlora.data.catalog import TASKS
 from finlora.data.pretraining import pretraining_texts
 
 NAMES = [name for name in TASKS if name.startswith("synthetic_")]
+FREE_TEXT = ("synthetic_xbrl", "synthetic_formulas")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def test_set_is_deterministic_distinct_and_disjoint(made, ask, name):
     assert not {item.group for item in splits.train} & {item.group for item in splits.test}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "synthetic_xbrl"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in FREE_TEXT])
 def test_labels_are_balanced(made, name):
     for examples in (made[name].train, made[name].test):
         assert len(set(Counter(item.label for item in examples).values())) == 1
@@ -42,6 +44,25 @@ def test_xbrl_answers_stand_once_in_a_short_context(made):
         assert len(item.prompt) < 600
 
 
+def test_formula_answers_follow_from_the_figures_of_the_fragment(made):
+    """Worked out anew from the prompt alone, by Python's own arithmetic."""
+    for item in (*made["synthetic_formulas"].train[:200], *made["synthetic_formulas"].test[:200]):
+        values = {tag: int(value) for tag, value in re.findall(r"<us-gaap:(\w+)>(-?\d+)</>", item.prompt)}
+        formula, _, rest = item.prompt.partition("by the formula ")[2].partition(", rounded to ")
+        digits = 0 if rest.startswith("a whole number?") else int(rest[0])
+        value = eval(formula, {"__builtins__": {}}, values)
+        assert abs(float(item.answer) - value) <= 0.5 * 10**-digits + 1e-9
+        assert len(item.answer.partition(".")[2]) == digits
+        assert len(values) == 5
+        assert len(item.prompt) < 600
+
+
+def test_each_formula_is_asked_as_often_as_any_other(made):
+    names = [item.prompt.partition("What is the ")[2].partition(" of ")[0] for item in made["synthetic_formulas"].test]
+    assert set(Counter(names).values()) == {60}
+    assert len(set(names)) == len(synthetic.FORMULAS) == 10
+
+
 def test_no_word_decides_the_sentiment(made):
     """Good and bad news share nouns and verbs: `rose` must occur under both labels."""
     labels = Counter(item.label for item in made["synthetic_sentiment"].train if " rose " in item.prompt)
@@ -49,7 +70,9 @@ def test_no_word_decides_the_sentiment(made):
 
 
 def test_mix_takes_the_four_tasks_by_turns(made):
-    assert [item.task for item in made["synthetic"].test[:4]] == NAMES
+    assert [item.task for item in made["synthetic"].test[:4]] == [
+        name for name in NAMES if name != "synthetic_formulas"
+    ]
     assert len(made["synthetic"].train) == 9600
     assert len({item.id for item in made["synthetic"].train}) == 9600
 
@@ -64,6 +87,7 @@ def test_pretraining_texts_repeat_and_hold_no_labelled_prompt(made):
         "entity type",
         "What is the US GAAP",
         "What is the value",
+        "by the formula",
     )
     assert not any(words in text for text in texts for words in instructions)
     assert not any(paraphrase.split("'")[0] in text for text in texts for paraphrase in prompts.ENTITY_PARAPHRASES[1:3])

@@ -20,6 +20,8 @@ from finlora.evaluate.metrics import (
     UNPARSABLE,
     confusion,
     contained_accuracy,
+    is_near,
+    is_number,
     normalise_free_text,
     parse_label,
     score_answers,
@@ -253,3 +255,42 @@ def test_score_answers_of_mixed_set_scores_classes_alone_by_f1():
     assert metrics["strict_accuracy"] == pytest.approx(2 / 3)
     assert metrics["weighted_f1"] == 0.5
     assert counts == {"negative": {UNPARSABLE: 1}, "positive": {"positive": 1}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "expected"),
+    [
+        ("33.3", "33.3", True),
+        ("33.6", "33.3", True),  # 0.9 % off
+        ("33.7", "33.3", False),  # 1.2 % off
+        ("$1,240.00", "1234", True),
+        ("33.3 %", "33.3", True),
+        ("-97", "-97", True),
+        ("97", "-97", False),
+        ("\u221297", "-97", True),
+        ("(120 - 80) / 120 = 0.33", "0.33", True),
+        ("0.33\nThe value of 2020 was 7", "0.33", True),
+        ("1.2 billion", "1200000000", False),
+        ("0", "0.0", True),
+        ("0.01", "0", False),
+        ("about a third", "0.33", False),
+        ("", "1", False),
+    ],
+)
+def test_number_near_the_truth(answer, label, expected):
+    assert is_near(answer, label) == expected
+
+
+def test_labels_that_are_numbers():
+    assert [is_number(text) for text in ("1,234", "-0.5", "$ 7", "us-gaap:Assets", "5 %", "")] == [True] * 3 + [
+        False
+    ] * 3
+
+
+def test_numeric_accuracy_is_over_the_numbers_alone():
+    examples = [make_example(n, label, ()) for n, label in enumerate(["100", "us-gaap:Assets", "200"])]
+    examples.append(make_example(3, "positive"))
+    metrics, _ = score_answers(["100.9", "Assets", "250", "positive"], examples)
+    assert metrics["numeric_accuracy"] == 0.5
+    assert (metrics["numeric_accuracy_low"], metrics["numeric_accuracy_high"]) == wilson_interval(1, 2)
+    assert "numeric_accuracy" not in score_answers(["positive"], examples[3:]).metrics

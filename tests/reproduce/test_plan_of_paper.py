@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from finlora.comparable import explain_missing, find_ours
+from finlora.data.catalog import TASKS
 from finlora.errors import ConfigError
 from finlora.paper import PAPER
 from finlora.reproduce.plan import make_plan
@@ -46,11 +47,11 @@ def test_plan_brings_every_number_of_the_paper(tmp_path):
 def test_steps_have_names_of_their_own_and_trainings_come_first(tmp_path):
     steps = make_plan(CONFIGS, tmp_path, [])
     names = [step.name for step in steps]
-    assert len(set(names)) == len(names) == 66
+    assert len(set(names)) == len(names) == 78
     for step in steps:
         if step.kind == "evaluate" and step.of_adapter:
             assert names.index(f"{step.config.name}-train") < names.index(step.name)
-    assert [step.kind for step in steps].count("train") == 23
+    assert [step.kind for step in steps].count("train") == 28
     assert "-70b-" not in "".join(names[: names.index("llama-70b-memory-16bit-evaluate")])
 
 
@@ -64,9 +65,28 @@ def test_runs_of_base_and_adapter_do_not_share_a_folder(tmp_path):
     assert (memory.eval.bits, memory.eval.batch_size, memory.data.max_test_examples) == (4, 1, 8)
 
 
-def test_sentiment_tasks_together_are_a_row_beyond_the_paper(tmp_path):
-    (train,) = make_plan(CONFIGS, tmp_path, [], "llama-8b-4bit-r4-sentiment-train")
-    assert train.config.data.tasks == ("fpb", "fiqa_paper", "tfns", "nwgi")
+@pytest.mark.parametrize(
+    ("row", "tasks"),
+    [
+        ("sentiment", ("fpb", "fiqa_paper", "tfns", "nwgi")),
+        ("classification", ("fpb", "fiqa_paper", "tfns", "nwgi", "ner", "headline")),
+        ("formulas", ("synthetic_formulas",)),
+    ],
+)
+def test_rows_beyond_the_paper_train_and_score_their_tasks(tmp_path, row, tasks):
+    for family in ("llama-8b-4bit-r4", "llama-8b-8bit-r8"):
+        train, evaluate = make_plan(CONFIGS, tmp_path, [], f"{family}-{row}-*")
+        assert (train.kind, evaluate.kind) == ("train", "evaluate")
+        assert train.config.data.tasks == evaluate.config.data.tasks == tasks
+        assert train.adapter == evaluate.adapter == tmp_path / "runs" / f"{family}-{row}" / "adapter"
+        assert set(tasks) <= set(TASKS)
+
+
+def test_base_answers_formulas_too_so_that_the_adapter_has_something_to_beat(tmp_path):
+    assert [step.config.data.tasks for step in make_plan(CONFIGS, tmp_path, [], "*-base-formulas-*")] == [
+        ("synthetic_formulas",),
+        ("synthetic_formulas",),
+    ]
 
 
 def test_sizes_have_bases_of_their_own_and_overrides_hold_for_all(tmp_path):
@@ -86,8 +106,8 @@ def test_key_changes_with_what_decides_the_outcome(tmp_path):
 
 def test_pattern_without_a_step_and_folder_without_rows_are_refused(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"--only 'x\*' fits none of 66 steps: their names are llama-8b-memory-16bit-evaluate"
+        ConfigError, match=r"--only 'x\*' fits none of 78 steps: their names are llama-8b-memory-16bit-evaluate"
     ):
         make_plan(CONFIGS, tmp_path, [], "x*")
-    with pytest.raises(ConfigError, match=r"lacks 21 of 21 rows of the paper"):
+    with pytest.raises(ConfigError, match=r"lacks 24 of 24 rows"):
         make_plan(tmp_path, tmp_path, [])

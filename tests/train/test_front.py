@@ -67,6 +67,14 @@ def test_best_is_first_in_the_first_objective_then_in_the_next():
     assert best_trial(RECORDS[4:], BOTH) is None
 
 
+def test_best_of_free_text_is_by_what_was_measured():
+    """Free text has no weighted F1; a search over it by the usual objectives must still find its best trial."""
+    records = [make_record(n, accuracy=value, hours=1.0) for n, value in enumerate((0.2, 0.9, 0.5))]
+    assert best_trial(records, ("weighted_f1", "accuracy", "hours")) is records[1]
+    half = [make_record(7, weighted_f1=0.1, accuracy=0.1), make_record(8, accuracy=0.9)]
+    assert best_trial(half, ("weighted_f1", "accuracy")) is half[0]
+
+
 def test_objective_that_nothing_measures_is_left_out():
     assert measured(RECORDS, ("accuracy", *BOTH)) == BOTH
 

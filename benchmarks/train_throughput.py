@@ -157,7 +157,7 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
         ),
     )
     training_set = load_training_set(config)
-    sampler = make_sampler(config, len(training_set.encoded))
+    sampler = make_sampler(config, training_set.encoded)
     verdict = plan_run(config, find_memory_gib(device), 1, training_set)
     with quiet_bitsandbytes(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)

@@ -44,10 +44,10 @@ def refuse_packing(config: RunConfig) -> str | None:
     return packing_refusal(values, config.lora.target_modules)
 
 
-def make_sampler(config: RunConfig, num_examples: int) -> Sampler:
+def make_sampler(config: RunConfig, examples: Sequence[Encoded]) -> Sampler:
     """Return the sampler of a run."""
     return Sampler(
-        num_examples=num_examples,
+        lengths=[item.num_tokens for item in examples],
         global_batch_size=config.train.global_batch_size,
         world_size=config.train.num_workers,
         seed=config.seed,
@@ -64,7 +64,7 @@ def plan_path(config: RunConfig, examples: Sequence[Encoded], memory_gib: float)
         ModelError: the base has no readable config.json.
     """
     lengths = [item.num_tokens for item in examples]
-    shares = list(_shares(config, len(examples)))
+    shares = list(_shares(config, examples))
     totals = [sum(lengths[index] for index in share) for share in shares]
     train = config.train
 
@@ -134,12 +134,10 @@ def take_path(
     return TrainPath(module=module, batches=packs)
 
 
-def _shares(config: RunConfig, num_examples: int) -> Iterator[list[int]]:
+def _shares(config: RunConfig, examples: Sequence[Encoded]) -> Iterator[list[int]]:
     """Yield what each worker gets at each step of the run."""
-    sampler = make_sampler(config, num_examples)
+    sampler = make_sampler(config, examples)
     steps = sampler.steps_per_epoch * config.train.epochs
     steps = min(steps, config.train.max_steps or steps)
     for batch in sampler.batches(steps):
-        for worker in range(sampler.world_size):
-            if share := sampler.share(batch, worker):
-                yield share
+        yield from filter(None, sampler.shares(batch))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +16,21 @@ class Sampler:
     An epoch is one permutation of all examples; step s takes its s-th slice of `global_batch_size`. The slice does not
     depend on the number of workers, so neither does the sequence of optimiser updates. The last batch of an epoch may
     be smaller; no example is dropped or seen twice in an epoch.
+
+    A batch is dealt out so that workers, who wait for one another, have about the same number of tokens: the longest example
+    first, each to the worker with the fewest tokens so far (Graham 1969, doi:10.1137/0117039, rule LPT), and no worker gets
+    more examples than an even deal would give it.
     """
 
-    num_examples: int
+    lengths: Sequence[int]
+    """Tokens of each example."""
     global_batch_size: int
     world_size: int
     seed: int
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.lengths)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -40,6 +50,18 @@ class Sampler:
             for position in range(min(self.steps_per_epoch, num_steps - epoch * self.steps_per_epoch)):
                 yield order[position * self.global_batch_size : (position + 1) * self.global_batch_size]
 
-    def share(self, batch: list[int], worker: int) -> list[int]:
-        """Return one worker's share of a global batch; empty when the batch ran out before it."""
-        return batch[worker :: self.world_size]
+    def shares(self, batch: Sequence[int]) -> list[list[int]]:
+        """Return every worker's share of a global batch, each in the batch's order; empty where the batch ran out."""
+        most = -(-len(batch) // self.world_size)
+        waiting = [(0, worker) for worker in range(self.world_size)]
+        places: list[list[int]] = [[] for _ in waiting]
+        for place in sorted(range(len(batch)), key=lambda place: -self.lengths[batch[place]]):
+            num_tokens, worker = heapq.heappop(waiting)
+            places[worker].append(place)
+            if len(places[worker]) < most:
+                heapq.heappush(waiting, (num_tokens + self.lengths[batch[place]], worker))
+        return [[batch[place] for place in sorted(own)] for own in places]
+
+    def share(self, batch: Sequence[int], worker: int) -> list[int]:
+        """Return one worker's share of a global batch."""
+        return self.shares(batch)[worker]

@@ -198,7 +198,7 @@ def _fit(tuner: tune.Tuner, folder: SearchFolder, trials: Sequence[Trial]) -> No
 
 def _count_steps(config: RunConfig) -> int:
     examples = load_training_set(config).encoded
-    return count_steps(make_sampler(config, len(examples)), config.train.epochs, config.train.max_steps)
+    return count_steps(make_sampler(config, examples), config.train.epochs, config.train.max_steps)
 
 
 def _bundles(config: RunConfig) -> list[Bundle]:

@@ -170,7 +170,7 @@ def _train(
     context = ray.train.get_context()
     worker, world_size = context.get_world_rank(), context.get_world_size()
     examples = training_set.encoded
-    sampler = make_sampler(config, len(examples))
+    sampler = make_sampler(config, examples)
     total_steps = count_steps(sampler, config.train.epochs, config.train.max_steps)
     if worker == 0:
         folder.plan.write_text(verdict.describe(config) + "\n", encoding="utf-8")

@@ -62,7 +62,7 @@ def model(tiny_base):
 
 def make_sampler(world_size=1, num_examples=11, global_batch_size=4):
     return Sampler(
-        num_examples=num_examples,
+        lengths=[example.num_tokens for example in EXAMPLES[:num_examples]],
         global_batch_size=global_batch_size,
         world_size=world_size,
         seed=3,

@@ -35,7 +35,7 @@ def build_packs(config, examples, plan):
         share_prefix=config.train.share_prefix,
         is_padded=config.train.device == "cuda",
     )
-    sampler = make_sampler(config, len(examples))
+    sampler = make_sampler(config, examples)
     for step in range(min(config.train.max_steps or 10**9, sampler.steps_per_epoch * config.train.epochs)):
         batch = sampler.global_batch(step)
         for worker in range(sampler.world_size):
@@ -90,7 +90,8 @@ def test_planned_path_is_taken(make_run):
 
 
 def test_batches_of_a_run_equal_those_drawn_one_by_one(make_run):
-    config, _ = make_run()
-    sampler = make_sampler(config, 37)
+    config, examples = make_run()
+    sampler = make_sampler(config, examples[:37])
+    assert sampler.num_examples == 37
     steps = 2 * sampler.steps_per_epoch + 1
     assert list(sampler.batches(steps)) == [sampler.global_batch(step) for step in range(steps)]

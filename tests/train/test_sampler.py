@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from finlora.train.sampler import Sampler
 
 
 def make(num_examples=37, world_size=1, seed=3, global_batch_size=8):
+    lengths = np.random.default_rng(num_examples).integers(20, 500, num_examples).tolist()
     return Sampler(
-        num_examples=num_examples,
+        lengths=lengths,
         global_batch_size=global_batch_size,
         world_size=world_size,
         seed=seed,
@@ -57,10 +59,30 @@ def test_workers_beyond_a_small_batch_get_nothing():
     assert [sampler.share(batch, worker) for worker in range(4)] == [batch, [], [], []]
 
 
-def test_shares_of_workers_differ_by_one_example_at_most():
+def test_no_worker_has_more_examples_than_an_even_deal_gives():
     sampler = make(num_examples=39, world_size=4)
     sizes = [len(sampler.share(sampler.global_batch(4), worker)) for worker in range(4)]
-    assert sizes == [2, 2, 2, 1]
+    assert sorted(sizes) == [1, 2, 2, 2]
+
+
+def test_longest_come_first_and_each_goes_to_the_lightest_worker():
+    """By hand: 9 -> a, 8 -> b, 7 -> b? b has 8 and a 9, so 7 -> b (15), then 6 -> a (15), 5 -> a by its number, 4 -> b."""
+    sampler = Sampler(lengths=[4, 9, 5, 8, 6, 7], global_batch_size=6, world_size=2, seed=0)
+    first, second = sampler.shares([0, 1, 2, 3, 4, 5])
+    assert (first, second) == ([1, 2, 4], [0, 3, 5])
+    assert [sum(sampler.lengths[index] for index in share) for share in (first, second)] == [20, 19]
+
+
+def test_workers_wait_less_than_after_a_deal_in_turn():
+    sampler = make(num_examples=640, world_size=4, global_batch_size=16)
+    loads = {"by length": [], "in turn": []}
+    for step in range(40):
+        batch = sampler.global_batch(step)
+        loads["by length"].append([sum(sampler.lengths[index] for index in share) for share in sampler.shares(batch)])
+        loads["in turn"].append([sum(sampler.lengths[index] for index in batch[worker::4]) for worker in range(4)])
+    busy = {name: np.mean([np.mean(step) / max(step) for step in steps]) for name, steps in loads.items()}
+    assert busy["in turn"] < 0.85
+    assert busy["by length"] > 0.96
 
 
 def test_order_changes_with_epoch_and_seed_and_repeats_for_both():

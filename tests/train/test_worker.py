@@ -106,7 +106,7 @@ def test_two_workers_equal_a_plain_adamw_loop(uninterrupted):
     parameters = trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.01, weight_decay=0.1)
     encoded = load_training_set(config).encoded
-    sampler = Sampler(num_examples=11, global_batch_size=4, world_size=1, seed=config.seed)
+    sampler = Sampler(lengths=[1] * 11, global_batch_size=4, world_size=1, seed=config.seed)
     losses = []
     for step in range(6):
         batch = collate([encoded[index] for index in sampler.global_batch(step)], 0)

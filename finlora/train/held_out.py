@@ -83,9 +83,12 @@ class HeldOut:
 
 
 def append_held_out(folder: RunFolder, step: int, loss: float) -> None:
-    """Keep the loss on the held-out examples after a step."""
-    with (folder.root / "held_out.jsonl").open("a", encoding="utf-8") as stream:
-        stream.write(json.dumps({"step": step, HELD_OUT: loss}) + "\n")
+    """Keep the loss on the held-out examples after a step; a line that a lost node or a full disk cut short is closed first."""
+    line = json.dumps({"step": step, HELD_OUT: loss}) + "\n"
+    with (folder.root / "held_out.jsonl").open("a+", encoding="utf-8") as stream:
+        stream.seek(0)
+        is_cut = not (stream.read() or "\n").endswith("\n")
+        stream.write(f"\n{line}" if is_cut else line)
 
 
 def read_held_out(folder: RunFolder) -> list[dict[str, float]]:

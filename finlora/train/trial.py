@@ -20,7 +20,7 @@ from finlora.train.held_out import HELD_OUT, read_held_out
 from finlora.train.room import free_group
 from finlora.train.run import RunFolder, read_progress
 from finlora.train.space import LARGER_IS_BETTER, Trial
-from finlora.train.trials import SearchFolder, State, TrialRecord, write_record
+from finlora.train.trials import SearchFolder, State, TrialRecord, read_record, write_record
 from finlora.train.worker import run_training
 
 
@@ -44,6 +44,9 @@ def drive_trial(params: dict[str, Any], tasks: dict[str, TrialTask]) -> None:
     run.root.mkdir(parents=True, exist_ok=True)
     (run.root / "busy").touch()
     free_group(run)  # of a driver of this trial that died
+    if read_record(folder, task.trial) is not None:  # it died after its last line, and before Ray Tune had heard of it
+        (run.root / "busy").unlink()
+        return
     started = time.time()
     # ASHA hears of a resumed trial what it had reported before the stop.
     for report in read_held_out(run):

@@ -104,7 +104,10 @@ def test_held_out_losses_come_back_in_step_order_without_a_broken_line(make_conf
         append_held_out(run, step, loss)
     with (run.root / "held_out.jsonl").open("a") as stream:
         stream.write('{"step": 12, "held_o')
-    assert read_held_out(run) == [{"step": 4, "held_out_loss": 0.9}, {"step": 8, "held_out_loss": 0.5}]
+    found = [{"step": 4, "held_out_loss": 0.9}, {"step": 8, "held_out_loss": 0.5}]
+    assert read_held_out(run) == found
+    append_held_out(run, 16, 0.25)  # by the worker that was started again: the broken line must not swallow it
+    assert read_held_out(run) == [*found, {"step": 16, "held_out_loss": 0.25}]
 
 
 def test_grace_is_at_least_a_step():

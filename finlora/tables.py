@@ -82,7 +82,9 @@ def score_table(results: Sequence[Result]) -> TextTable:
     for result in sorted(evaluations, key=lambda result: (name_base(result), result.variant != "base", result.variant)):
         row = rows.setdefault((name_base(result), result.variant, result.bits), {})
         row[name_column(result, evaluations)] = result
-    notes = ["% with 95 % interval; first accuracy (the answer contains the truth), then weighted F1, strict accuracy."]
+    notes = [
+        "% with 95 % interval; first accuracy (the answer contains the truth), then weighted F1 (of labels), strict accuracy."
+    ]
     if any("numeric_accuracy" in result.metrics for result in evaluations):
         notes.append(
             "Within 1 %: of the questions whose answer is a number, the share answered to one part in a hundred."
@@ -110,12 +112,10 @@ def _score_cell(result: Result | None) -> str:
     if result is None:
         return NOT_RUN
     mark = "*" if result.is_partial else ""
-    f1 = "" if result.metrics.get("weighted_f1") is None else format_score(result, "weighted_f1")
-    lines = [
-        f"{format_score(result, 'accuracy')}{mark}",
-        f"F1 {f1 or NOT_MEASURED}",
-        f"strict {format_score(result, 'strict_accuracy')}",
-    ]
+    lines = [f"{format_score(result, 'accuracy')}{mark}"]
+    if "weighted_f1" in result.metrics or "accuracy" not in result.metrics:  # free text has no classes
+        lines.append(f"F1 {format_score(result, 'weighted_f1')}")
+    lines.append(f"strict {format_score(result, 'strict_accuracy')}")
     if "numeric_accuracy" in result.metrics:
         lines.append(f"within 1 % {format_score(result, 'numeric_accuracy')}")
     return "\n".join(lines)

@@ -69,6 +69,13 @@ def test_score_cell_of_numbers_says_how_many_come_near():
     assert "one part in a hundred" not in "".join(score_table([result]).notes)
 
 
+def test_score_cell_of_free_text_has_no_f1():
+    metrics = {name: value for name, value in make_evaluation().metrics.items() if "f1" not in name}
+    cell = score_table([make_evaluation(metrics=metrics)]).rows[0][3]
+    assert cell == "86.3 (84.3–87.3)\nstrict 86.3 (84.3–87.3)"
+    assert "F1 not measured" in score_table([make_evaluation(metrics={})]).rows[0][3]
+
+
 def test_score_table_names_gaps_and_methods():
     results = [make_evaluation(), make_evaluation(task="ner", variant="base")]
     assert "not run" in score_table(results).rows[0]

@@ -39,4 +39,4 @@ def test_dry_reproduction_says_why_what_cannot_run(call, tiny_base, tmp_path):
 def test_reproduction_without_its_rows_is_refused(call, tmp_path):
     code, _, err = call("reproduce", "--configs", tmp_path, "--output", tmp_path / "out", "--dry-run")
     assert code == 2
-    assert "lacks 21 of 21 rows of the paper" in err
+    assert "lacks 24 of 24 rows" in err

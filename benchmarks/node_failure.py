@@ -30,6 +30,16 @@ BASE = (
 )
 
 
+def make_base(nodes: LocalNodes) -> None:
+    """Generate data and a small base in the cluster's folder."""
+    finlora = (sys.executable, "-m", "finlora.cli.main")
+    for command in (
+        ("prepare", "synthetic_sentiment", "--output", str(nodes.folder / "data")),
+        ("pretrain", "--tasks", "synthetic", "--output", str(nodes.folder / "base"), "--device", "cpu", *BASE),
+    ):
+        nodes.run(*finlora, *command, check=True)
+
+
 def settings(nodes: LocalNodes, name: str, steps: int) -> list[str]:
     """Return the overrides of a run: float32, so that two runs can be compared by the bit."""
     here = nodes.folder
@@ -61,12 +71,12 @@ def steps_done(nodes: LocalNodes, name: str) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
 
 
-def wait_until(what: str, is_true: Callable[[], bool]) -> float:
+def wait_until(what: str, is_true: Callable[[], bool], limit_s: float = LIMIT_S) -> float:
     """Return the seconds until something is true."""
     started = time.monotonic()
     while not is_true():
-        if time.monotonic() - started > LIMIT_S:
-            raise TimeoutError(f"waited {LIMIT_S:.0f} s for {what}")
+        if time.monotonic() - started > limit_s:
+            raise TimeoutError(f"waited {limit_s:.0f} s for {what}")
         time.sleep(0.25)
     return time.monotonic() - started
 
@@ -159,12 +169,7 @@ def main() -> int:
     started = time.monotonic()
     nodes = LocalNodes()
     try:
-        finlora = (sys.executable, "-m", "finlora.cli.main")
-        for command in (
-            ("prepare", "synthetic_sentiment", "--output", str(nodes.folder / "data")),
-            ("pretrain", "--tasks", "synthetic", "--output", str(nodes.folder / "base"), "--device", "cpu", *BASE),
-        ):
-            nodes.run(*finlora, *command, check=True)
+        make_base(nodes)
         nodes.start_head()
         nodes.start_node("a", 1)
         nodes.start_node("b", 1)

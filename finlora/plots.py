@@ -49,18 +49,24 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def new_figures(num_columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
     """Return an empty figure with axes side by side that share their y axis."""
+    figure, (row,) = new_grid(1, num_columns, width, height)
+    return figure, row
+
+
+def new_grid(num_rows: int, num_columns: int, width: float, height: float) -> tuple[Figure, list[list[Axes]]]:
+    """Return an empty figure with rows of axes that share their y axis."""
     # The object interface: no pyplot, hence no global state and no display; savefig falls back to Agg.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    all_axes = list(figure.subplots(1, num_columns, sharey=True, squeeze=False)[0])
-    for axes in all_axes:
+    grid = [list(row) for row in figure.subplots(num_rows, num_columns, sharey=True, squeeze=False)]
+    for axes in (axes for row in grid for axes in row):
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=11)
         axes.set_axisbelow(True)
-    return figure, all_axes
+    return figure, grid
 
 
 def _add_legend(figure: Figure) -> None:

@@ -34,16 +34,17 @@ STAIR = (
 # Where a heavy package may be imported at all: rooms, or modules of a room.
 HOMES = {
     "ray": {
+        *("lease", "cluster"),  # what training, search, stages and serving ask of a cluster alike
         *(
-            "lease",
-            "cluster",
             "train.worker",
             "train.room",
             "train.failure",
+        ),  # Ray Train, and the callbacks that it calls, which subclass its own
+        *(
             "train.search",
             "train.trial",
             "train.asha",
-        ),
+        ),  # Ray Tune, the body of a trial, and its scheduler, a subclass too
         *("engine.pipeline", "serve.app", "serve.model", "serve.measures", "serve.deploy"),
     },
     "deepspeed": {"train.worker"},

@@ -164,7 +164,7 @@ def _load_steps(shape: LlamaShape, bits: Bits, element_bytes: int) -> Iterator[t
         yield vocabulary, 0
 
 
-def _adapter_shapes(shape: LlamaShape, lora: LoraConfig) -> Iterator[tuple[str, tuple[int, int]]]:
+def adapter_shapes(shape: LlamaShape, lora: LoraConfig) -> Iterator[tuple[str, tuple[int, int]]]:
     """Yield (name in the file, shape) of every adapter tensor."""
     for layer in range(shape.num_layers):
         for target in lora.target_modules:
@@ -177,7 +177,7 @@ def _adapter_shapes(shape: LlamaShape, lora: LoraConfig) -> Iterator[tuple[str, 
 
 def count_adapter_parameters(shape: LlamaShape, lora: LoraConfig) -> int:
     """Return the sum of rank * (in + out) over the target modules of all layers."""
-    return sum(rows * columns for _, (rows, columns) in _adapter_shapes(shape, lora))
+    return sum(rows * columns for _, (rows, columns) in adapter_shapes(shape, lora))
 
 
 def count_adapter_file_bytes(shape: LlamaShape, lora: LoraConfig) -> int:
@@ -187,7 +187,7 @@ def count_adapter_file_bytes(shape: LlamaShape, lora: LoraConfig) -> int:
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, (rows, columns) in sorted(_adapter_shapes(shape, lora)):  # the writer sorts by name within a type
+    for name, (rows, columns) in sorted(adapter_shapes(shape, lora)):  # the writer sorts by name within a type
         end = offset + 2 * rows * columns
         header[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [offset, end]}
         offset = end
@@ -204,7 +204,7 @@ def count_optimizer_bytes(
     error in float32, the server's error for its share, and a byte mask, over parameters padded to blocks of 512; adapters
     that are not float32 (parameter_bytes != 4) add a float32 master copy.
     """
-    sizes = [rows * columns for _, (rows, columns) in _adapter_shapes(shape, lora)]
+    sizes = [rows * columns for _, (rows, columns) in adapter_shapes(shape, lora)]
     gradients = parameter_bytes * sum(sizes)
     if optimizer == "adamw":
         return gradients + 8 * sum(sizes)

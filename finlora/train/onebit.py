@@ -16,16 +16,17 @@ Source: 1-bit Adam, arXiv:2102.02888 (two-stage compressed_allreduce); 0/1 Adam,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from finlora.errors import ConfigError
-from finlora.train.wire import WireClock
+from finlora.train.wire import WireClock, ring_bytes
 
 _BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
 SCALE_BYTES = 4
@@ -83,6 +84,56 @@ class Schedule:
         longest = max(1, num_steps // (num_spans * GAPS_A_SPAN))
         return int(min(2**span, self.max_local_steps, longest))
 
+    def exchanges(self) -> Iterator[Literal["exact", "one_bit"] | None]:
+        """What travels at each step of the run, in order, where no learning rate is 0; None: the ranks step by themselves."""
+        since = 0
+        for step in range(1, self.total_steps + 1):
+            if self.is_variance_step(step):
+                yield "exact"
+            elif since + 1 >= self.sync_interval(step):
+                since = 0
+                yield "one_bit"
+            else:
+                since += 1
+                yield None
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What each of n ranks sends in one average of N elements: 2 (n - 1) messages of N / n elements.
+
+    Exact, it is a float32 ring all-reduce. Compressed, half of the messages are an all-to-all, the other half an all-gather.
+    """
+
+    num_elements: int
+    """N, padded."""
+    block_size: int
+    world_size: int
+
+    @property
+    def chunk_size(self) -> int:
+        """N / n."""
+        return self.num_elements // self.world_size
+
+    @property
+    def bytes_a_compressed_message(self) -> int:
+        """N / (8 n) sign bytes and 4 N / (B n) scale bytes."""
+        return self.chunk_size // 8 + SCALE_BYTES * self.chunk_size // self.block_size
+
+    @property
+    def bytes_per_compressed(self) -> int:
+        return 2 * (self.world_size - 1) * self.bytes_a_compressed_message
+
+    @property
+    def bytes_per_exact(self) -> int:
+        return ring_bytes(self.num_elements, self.world_size)
+
+
+def padded_size(sizes: Iterable[int], block_size: int, world_size: int) -> int:
+    """Return N: parameters of these sizes, each filled up to whole blocks, and the end until n ranks get whole blocks."""
+    num_blocks = sum(-(-size // block_size) for size in sizes)
+    return -(-num_blocks // world_size) * world_size * block_size
+
 
 def pack_signs(values: Tensor) -> Tensor:
     """Eight signs a byte, the first element in the lowest bit; a set bit means >= 0.
@@ -130,7 +181,7 @@ class FlatLayout:
         for parameter in parameters:
             self._slices.append(slice(start, start + parameter.numel()))
             start += -(-parameter.numel() // block_size) * block_size
-        self.size = -(-start // (block_size * world_size)) * block_size * world_size
+        self.size = padded_size((parameter.numel() for parameter in parameters), block_size, world_size)
         self.is_real = torch.zeros(self.size, dtype=torch.bool, device=parameters[0].device)
         for place in self._slices:
             self.is_real[place] = True
@@ -168,7 +219,8 @@ class OneBitExchange:
         self._communication = clock.running if clock else nullcontext
         self.rank, self.world_size = rank_and_world_size(process_group)
         self.block_size = block_size
-        self.chunk_size = is_real.numel() // self.world_size
+        self.traffic = Traffic(is_real.numel(), block_size, self.world_size)
+        self.chunk_size = self.traffic.chunk_size
         self._is_real = is_real
         self._real_per_block = is_real.view(-1, block_size).sum(1).clamp_(min=1)
         # With one rank there is no compression, hence no error to remember.
@@ -179,16 +231,6 @@ class OneBitExchange:
         self.num_compressed = 0
         self.num_exact = 0
 
-    @property
-    def bytes_per_compressed(self) -> int:
-        """2 (n - 1) messages of N / n elements: N / (8 n) sign bytes and 4 N / (B n) scale bytes each."""
-        return 2 * (self.world_size - 1) * (self.chunk_size // 8 + SCALE_BYTES * self.chunk_size // self.block_size)
-
-    @property
-    def bytes_per_exact(self) -> int:
-        """A float32 ring all-reduce: 2 (n - 1) messages of N / n elements."""
-        return 2 * (self.world_size - 1) * self.chunk_size * 4
-
     def average_exact(self, values: Tensor) -> Tensor:
         """Mean over ranks in float32, the same bits on every rank. Shapes: (N,) -> (N,)."""
         if self.world_size == 1:
@@ -196,7 +238,7 @@ class OneBitExchange:
         total = values.clone()
         with self._communication():
             dist.all_reduce(total, group=self.process_group)
-        self.bytes_sent += self.bytes_per_exact
+        self.bytes_sent += self.traffic.bytes_per_exact
         self.num_exact += 1
         return total.div_(self.world_size)
 
@@ -229,7 +271,7 @@ class OneBitExchange:
         with self._communication():
             dist.all_gather(list(from_servers), to_all[0], group=self.process_group)
 
-        self.bytes_sent += self.bytes_per_compressed
+        self.bytes_sent += self.traffic.bytes_per_compressed
         self.num_compressed += 1
         return self._decode(from_servers).flatten() * self._is_real
 

@@ -18,6 +18,11 @@ GRADIENT_BYTES = 4
 """DeepSpeed reduces the adapter's float32 gradients as they are."""
 
 
+def ring_bytes(num_elements: int, world_size: int) -> int:
+    """Return what each rank sends in one float32 ring all-reduce: 2 (n - 1) / n * 4 N."""
+    return 2 * (world_size - 1) * GRADIENT_BYTES * num_elements // world_size
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wire:
     """What one worker sent since the run's first step, over all resumes; steps done again after a crash count once."""
@@ -93,7 +98,7 @@ class WireMeter:
     def __init__(self, clock: WireClock, num_elements: int, world_size: int) -> None:
         self.clock = clock
         self._world_size = world_size
-        self._bytes_a_round = 2 * (world_size - 1) * GRADIENT_BYTES * num_elements // world_size
+        self._bytes_a_round = ring_bytes(num_elements, world_size)
         self._rounds = 0
         self._seconds_before = 0.0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +33,10 @@ from zero_one_adam_world import (
 
 from finlora.errors import CheckpointError
 from finlora.train.onebit import Schedule
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from cluster_model import ETHERNET_10, Cluster, Load, draw_steps, simulate
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
@@ -142,6 +148,23 @@ def test_long_run_sends_less_than_a_tenth_of_adam(reports) -> None:
         assert bytes_sent <= bytes_adam / 10
         assert num_syncs < 400 / 2
         assert bytes_sent > 0 or len(reports) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "sizes", "block_size", "schedule"),
+    [
+        ("bytes", (30, 15), BLOCK, Schedule.from_ratio(STEPS, FREEZE_RATIO, MAX_LOCAL_STEPS)),
+        ("long_bytes", (64 * 64,), 512, Schedule.from_ratio(400, 0.05, 16)),
+    ],
+)
+def test_simulated_cluster_sends_what_these_ranks_sent(reports, key, sizes, block_size, schedule) -> None:
+    """docs/scaling.md: its bytes and rounds are those of real processes."""
+    load = Load(name="x", sizes=sizes, step_seconds=1.0, batch_size=2, spread=0.5, jitter=0.0, block_size=block_size)
+    steps = draw_steps(load, len(reports), schedule.total_steps)
+    outcome = simulate(Cluster(between=ETHERNET_10), load, "0/1 adam", schedule, steps)
+    for report in reports:
+        bytes_sent, _, num_syncs = report[key]
+        assert (outcome.bytes_sent, outcome.rounds) == (bytes_sent, num_syncs)
 
 
 def test_bytes_counted_are_those_handed_to_collectives(reports) -> None:

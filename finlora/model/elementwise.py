@@ -16,6 +16,9 @@ from torch import Tensor
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
+_DRAWS = 2**16
+"""Different numbers that a mask is drawn from."""
+
 
 def fused(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Compile a function for CUDA tensors at its first call; on CPU it runs as it is written."""
@@ -45,30 +48,45 @@ def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def drop_threshold(dropout: float) -> int:
-    """Return the 31-bit number below which `draw_keep` drops."""
-    return int(dropout * 2**31)
+    """Return the 16-bit number below which `draw_keep` drops."""
+    return int(dropout * _DRAWS)
 
 
-def draw_keep(seed: Tensor, num_copies: int, num_rows: int, width: int, threshold: int) -> Tensor:
-    """Draw a dropout mask as a pure function of seed, row, copy and column: it is drawn again instead of stored.
+@fused
+def draw_keep(seed: Tensor, x: Tensor, num_copies: int, threshold: int) -> Tensor:
+    """Draw dropout masks as a pure function of seed, row, copy and column: they are drawn again instead of stored.
 
     Rows that are appended change nothing, so padding does not either, and CPU and GPU draw the same. The bits are those of
-    MurmurHash3's finaliser (Appleby, public domain) over a counter, uniform far beyond what dropout asks for.
+    MurmurHash3's finaliser (Appleby, public domain) over a counter, uniform far beyond what dropout asks for; a number serves
+    two copies. All copies' masks come at once, since drawing, not memory, is what would bound the steps that use them.
+
+    Shapes: x (T, H), only for its shape.
 
     Args:
         seed: () int32.
+        num_copies: at most 8.
         threshold: `drop_threshold` of the dropout.
 
     Returns:
-        (num_copies, num_rows, width) bool, True with probability 1 - dropout.
+        (T, H) uint8; bit c is set, with probability 1 - dropout, where copy c keeps.
     """
-    rows = torch.arange(num_rows, dtype=torch.int32, device=seed.device)[None, :, None]
-    copies = torch.arange(num_copies, dtype=torch.int32, device=seed.device)[:, None, None]
-    columns = torch.arange(width, dtype=torch.int32, device=seed.device)[None, None]
-    bits = ((rows * num_copies + copies) * width + columns) ^ seed
+    num_rows, width = x.shape
+    rows = torch.arange(num_rows, dtype=torch.int32, device=seed.device)[:, None]
+    columns = torch.arange(width, dtype=torch.int32, device=seed.device)[None]
     # Twice, with the seed between: a counter that met the seed once would give other seeds the same bits in another order.
-    bits = _mix(_mix(bits) + seed)
-    return (bits & 0x7FFFFFFF) >= threshold
+    bits = _mix(_mix((rows * width + columns) ^ seed) + seed)
+    keep = torch.zeros_like(bits)
+    for copy in range(num_copies):
+        if copy and copy % 2 == 0:
+            bits = _mix(bits + 0x3779B97F)
+        keep = keep | ((((bits >> 16 * (copy % 2)) & 0xFFFF) >= threshold).int() << copy)
+    return keep.to(torch.uint8)
+
+
+def split_keep(keep: Tensor, num_copies: int) -> Tensor:
+    """Return each copy's mask from `draw_keep`'s. Shapes: (T, H) uint8 -> (k, T, H) bool."""
+    copies = torch.arange(num_copies, dtype=torch.uint8, device=keep.device)[:, None, None]
+    return ((keep[None] >> copies) & 1).bool()
 
 
 def _mix(bits: Tensor) -> Tensor:
@@ -80,13 +98,12 @@ def _mix(bits: Tensor) -> Tensor:
 
 @fused
 def normalise_and_drop(
-    x: Tensor, weight: Tensor, eps: float, seed: Tensor, num_copies: int, threshold: int
+    x: Tensor, weight: Tensor, eps: float, keep: Tensor, num_copies: int, threshold: int
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm and, of its output, k copies under dropout. Shapes: (T, H), (H,) -> (T, H), (k, T, H)."""
+    """RMSNorm and, of its output, k copies under `draw_keep`'s masks. Shapes: (T, H), (H,) -> (T, H), (k, T, H)."""
     wide = x.float()
     out = weight * (wide * _inverse_rms(wide, eps)).to(x.dtype)
-    keep = draw_keep(seed, num_copies, x.shape[0], x.shape[1], threshold)
-    return out, torch.where(keep, out / (1 - threshold / 2**31), 0.0).to(x.dtype)
+    return out, torch.where(split_keep(keep, num_copies), out / (1 - threshold / _DRAWS), 0.0).to(x.dtype)
 
 
 def _norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -105,11 +122,11 @@ def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, resi
 
 @fused
 def normalise_and_drop_backward(
-    grad: Tensor, dropped: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor, seed: Tensor, threshold: int
+    grad: Tensor, dropped: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor, keep: Tensor, threshold: int
 ) -> Tensor:
     """The same with k dropped copies whose gradients are `dropped` (k, T, H)."""
-    keep = draw_keep(seed, dropped.shape[0], x.shape[0], x.shape[1], threshold)
-    total = grad.float() + torch.where(keep, dropped.float() / (1 - threshold / 2**31), 0.0).sum(0)
+    keeps = split_keep(keep, dropped.shape[0])
+    total = grad.float() + torch.where(keeps, dropped.float() / (1 - threshold / _DRAWS), 0.0).sum(0)
     return (residual.float() + _norm_gradient(total, x, weight, eps)).to(x.dtype)
 
 

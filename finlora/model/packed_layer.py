@@ -25,6 +25,7 @@ from finlora.data.encode import IGNORED
 from finlora.data.packing import Segments
 from finlora.model.attention import attend, attend_backward
 from finlora.model.elementwise import (
+    draw_keep,
     drop_threshold,
     gate,
     gate_backward,
@@ -123,7 +124,7 @@ def _run_attention(kept: Kept, layer: Layer, place: Place, seed: Tensor | None) 
     """The attention block; fills everything in `kept` but gate_up, and returns y."""
     x = kept.x
     num_heads, num_groups, width = layer.heads
-    normed, dropped = _normalise(x, layer, seed)
+    normed, dropped = _normalise(x, layer, _draw(x, layer, seed))
     qkv = layer.qkv.forward(normed)
     if layer.lora:
         down = _stack_down(layer, x.dtype)
@@ -162,7 +163,8 @@ def _attention_backward(
     kept.qkv = kept.attended = None
     gradients: list[Tensor] = []
     lows = []
-    _, dropped = _normalise(x, layer, seed)
+    keep = _draw(x, layer, seed)
+    _, dropped = _normalise(x, layer, keep)
     for index, lora in enumerate(layer.lora):
         part = grad_qkv[:, lora.columns]
         assert kept.low is not None
@@ -177,11 +179,11 @@ def _attention_backward(
     if not lows:
         return normalise_backward(grad_normed, x, layer.first_norm, layer.eps, residual), gradients
     grad_dropped = torch.stack(lows) @ _stack_down(layer, x.dtype)
-    if seed is None:
+    if keep is None:
         grad_normed = grad_normed + grad_dropped.sum(0)
         return normalise_backward(grad_normed, x, layer.first_norm, layer.eps, residual), gradients
     grad_x = normalise_and_drop_backward(
-        grad_normed, grad_dropped, x, layer.first_norm, layer.eps, residual, seed, drop_threshold(layer.dropout)
+        grad_normed, grad_dropped, x, layer.first_norm, layer.eps, residual, keep, drop_threshold(layer.dropout)
     )
     return grad_x, gradients
 
@@ -219,10 +221,17 @@ def _gather_backward(grad: Tensor, segments: Segments) -> Tensor:
     return torch.cat([grad[segments.prefix_slots].sum(0, dtype=torch.float32).to(grad.dtype), grad[segments.own_slots]])
 
 
-def _normalise(x: Tensor, layer: Layer, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return norm(x) and its dropped copies (k, T, H), drawn again from the seed in the backward pass."""
-    if seed is not None and layer.lora:
-        return normalise_and_drop(x, layer.first_norm, layer.eps, seed, len(layer.lora), drop_threshold(layer.dropout))
+def _draw(x: Tensor, layer: Layer, seed: Tensor | None) -> Tensor | None:
+    """Return the masks of a layer's dropout (T, H), the same in both passes; None where there is none."""
+    if seed is None or not layer.lora:
+        return None
+    return draw_keep(seed, x, len(layer.lora), drop_threshold(layer.dropout))
+
+
+def _normalise(x: Tensor, layer: Layer, keep: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return norm(x) and its dropped copies (k, T, H)."""
+    if keep is not None:
+        return normalise_and_drop(x, layer.first_norm, layer.eps, keep, len(layer.lora), drop_threshold(layer.dropout))
     normed = normalise(x, layer.first_norm, layer.eps)
     return normed, normed.expand(len(layer.lora), -1, -1)
 

@@ -7,7 +7,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from finlora.model import elementwise, frozen
-from finlora.model.elementwise import draw_keep, drop_threshold
+from finlora.model.elementwise import draw_keep, drop_threshold, split_keep
 
 T, H = 7, 16
 P = 0.1
@@ -19,6 +19,12 @@ def draw(*shape, seed=0):
 
 def seed_of(value):
     return torch.tensor(value, dtype=torch.int32)
+
+
+def masks(seed, num_rows, width, num_copies=3):
+    """(k, T, H) bool."""
+    keep = draw_keep(seed_of(seed), torch.empty(num_rows, width), num_copies, drop_threshold(P))
+    return split_keep(keep, num_copies)
 
 
 def test_norm_and_its_gradient_equal_transformers():
@@ -54,23 +60,24 @@ def test_gate_gradient_equals_autograd():
 
 
 def test_dropped_copies_and_their_gradient_agree_with_autograd():
-    x, weight, seed, threshold = draw(T, H), draw(H, seed=1), seed_of(5), drop_threshold(P)
-    keep = draw_keep(seed, 3, T, H, threshold)
-    normed, dropped = elementwise.normalise_and_drop(x, weight, 1e-5, seed, 3, threshold)
-    torch.testing.assert_close(dropped, torch.where(keep, normed / (1 - P), 0.0))
+    x, weight, threshold = draw(T, H), draw(H, seed=1), drop_threshold(P)
+    bits = draw_keep(seed_of(5), x, 3, threshold)
+    keep, kept_share = split_keep(bits, 3), 1 - threshold / 2**16
+    normed, dropped = elementwise.normalise_and_drop(x, weight, 1e-5, bits, 3, threshold)
+    torch.testing.assert_close(dropped, torch.where(keep, normed / kept_share, 0.0))
     leaf, grad, grad_dropped, residual = (
         x.clone().requires_grad_(),
         *(draw(*s, seed=3) for s in ((T, H), (3, T, H), (T, H))),
     )
     out = leaf * torch.rsqrt(leaf.square().mean(-1, keepdim=True) + 1e-5) * weight
-    ((out * grad).sum() + (torch.where(keep, out / (1 - P), 0.0) * grad_dropped).sum()).backward()
-    own = elementwise.normalise_and_drop_backward(grad, grad_dropped, x, weight, 1e-5, residual, seed, threshold)
+    ((out * grad).sum() + (torch.where(keep, out / kept_share, 0.0) * grad_dropped).sum()).backward()
+    own = elementwise.normalise_and_drop_backward(grad, grad_dropped, x, weight, 1e-5, residual, bits, threshold)
     torch.testing.assert_close(own, leaf.grad + residual, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, -7])
 def test_dropout_keeps_its_share_everywhere(seed):
-    keep = draw_keep(seed_of(seed), 3, 400, 256, drop_threshold(P)).double()
+    keep = masks(seed, 400, 256).double()
     deviation = (P * (1 - P)) ** 0.5
     for dims, count in (((0, 1, 2), keep.numel()), ((1, 2), 400 * 256), ((0, 1), 3 * 400), ((0, 2), 3 * 256)):
         error = (keep.mean(dims) - (1 - P)).abs().max()
@@ -78,27 +85,29 @@ def test_dropout_keeps_its_share_everywhere(seed):
 
 
 def test_dropout_of_copies_seeds_and_neighbours_is_unrelated():
-    one, other = (draw_keep(seed_of(seed), 3, 400, 256, drop_threshold(P)).float() for seed in (3, 4))
+    one, other = (masks(seed, 400, 256, num_copies=5).float() for seed in (3, 4))
     rows = [*one.flatten(1), *other.flatten(1), one[0].roll(1, 0).flatten(), one[0].roll(1, 1).flatten()]
     correlations = torch.corrcoef(torch.stack(rows)).fill_diagonal_(0)
     assert float(correlations.abs().max()) < 5 / (400 * 256) ** 0.5
 
 
 def test_dropout_of_a_row_does_not_depend_on_the_rows_after_it():
-    short, long = (draw_keep(seed_of(9), 3, rows, 32, drop_threshold(P)) for rows in (20, 33))
+    short, long = (masks(9, rows, 32) for rows in (20, 33))
     assert torch.equal(short, long[:, :20])
 
 
 def arguments_of(rows):
     """Name of each fused step and what it takes, in bfloat16 as on a GPU."""
-    x, weight, seed, threshold = draw(rows, H).bfloat16(), draw(H).bfloat16(), seed_of(5), drop_threshold(P)
+    x, weight, threshold = draw(rows, H).bfloat16(), draw(H).bfloat16(), drop_threshold(P)
+    keep = draw_keep(seed_of(5), x, 3, threshold)
     head = draw(rows, 4, 8).bfloat16()
     integers = torch.randint(-9, 9, (rows, H), generator=torch.Generator().manual_seed(0))
     return {
         "normalise": (x, weight, 1e-5),
-        "normalise_and_drop": (x, weight, 1e-5, seed, 3, threshold),
+        "draw_keep": (seed_of(5), x, 3, threshold),
+        "normalise_and_drop": (x, weight, 1e-5, keep, 3, threshold),
         "normalise_backward": (x, x * 2, weight, 1e-5, x),
-        "normalise_and_drop_backward": (x, draw(3, rows, H).bfloat16(), x, weight, 1e-5, x, seed, threshold),
+        "normalise_and_drop_backward": (x, draw(3, rows, H).bfloat16(), x, weight, 1e-5, x, keep, threshold),
         "rotate": (head, head[:, 0], head[:, 1]),
         "gate": (torch.cat([x, x], 1),),
         "gate_backward": (x, torch.cat([x, x], 1)),

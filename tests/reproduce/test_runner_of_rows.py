@@ -45,7 +45,7 @@ def reproduced(ray_instance, tiny_base, prepared_fpb, tmp_path_factory):
         *("train.num_workers=1", "train.precision=fp32", "train.global_batch_size=8", "train.max_steps=2"),
         *("eval.device=cpu", "data.max_train_examples=16", "data.max_test_examples=12", "max_wait_s=60"),
     ]
-    steps = make_plan(CONFIGS, output, overrides, "llama-8b-4bit-r4-f*")
+    steps = make_plan(CONFIGS, output, overrides, "llama-8b-4bit-r4-f[pi]*")
     steps += make_plan(CONFIGS, output, overrides, "llama-8b-base-fpb-*")
     return output, steps, run_plan(steps, output, lines.append), lines
 

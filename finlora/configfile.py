@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import difflib
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,12 @@ import yaml
 
 from finlora.config import RunConfig
 from finlora.errors import ConfigError
+from finlora.yamltext import parse_yaml, read_yaml
 
 _Settings = TypeVar("_Settings")
+_MAX_KEYS = 1000  # near names are looked for for each
+_SHOW = reprlib.Repr()
+_SHOW.maxstring = _SHOW.maxother = 80
 _KIND_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -60,7 +65,7 @@ def load_with_section(
         _apply_override(tree, override, faults)
     own = tree.pop(name, None) or {}
     if not isinstance(own, Mapping):
-        faults.append(f"{name}={own!r}: expected a section with keys")
+        faults.append(f"{name}={show(own)}: expected a section with keys")
         own = {}
     config, section = _build(RunConfig, tree, "", faults), _build(cls, own, f"{name}.", faults)
     if faults:
@@ -116,7 +121,7 @@ def _plain(value: Any) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(path)
     except FileNotFoundError:
         raise ConfigError(
             f"config file {path} does not exist: see jobs/configs/ for one YAML a row of the paper."
@@ -137,12 +142,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        faults.append(f"override {override!r}: expected section.key=value, for example train.epochs=2")
+        faults.append(f"override {show(override)}: expected section.key=value, for example train.epochs=2")
         return
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        faults.append(f"override {override!r}: the value is not valid YAML")
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        faults.append(f"override {show(override)}: the value is not valid YAML ({error})")
         return
     *sections, leaf = key.strip().split(".")
     for section in sections:
@@ -150,7 +155,7 @@ def _apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> N
             tree[section] = {}
         child = tree[section]
         if not isinstance(child, dict):
-            faults.append(f"override {override!r}: {section} is not a section")
+            faults.append(f"override {show(override)}: {section} is not a section")
             return
         tree = child
     tree[leaf] = value
@@ -160,17 +165,21 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     values: dict[str, Any] = {}
+    if len(tree) > _MAX_KEYS:
+        faults.append(f"{prefix.removesuffix('.') or 'the file'} holds {len(tree):,} keys: expected some of {names}")
+        return _WRONG
     for key, raw in tree.items():
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=2, cutoff=0.5) or names
-            faults.append(f"{prefix}{key} is not a setting: did you mean {' or '.join(near)}?")
+            shown = key if isinstance(key, str) and len(key) <= _SHOW.maxstring else show(key)
+            near = difflib.get_close_matches(str(shown), names, n=2, cutoff=0.5) or names
+            faults.append(f"{prefix}{shown} is not a setting: did you mean {' or '.join(near)}?")
         elif dataclasses.is_dataclass(hints[key]):
             if raw is None:  # `lora:` with every line below it commented out
                 continue
             if isinstance(raw, Mapping):
                 values[key] = _build(cast(type, hints[key]), raw, f"{prefix}{key}.", faults)
             else:
-                faults.append(f"{prefix}{key}={raw!r}: expected a section with keys")
+                faults.append(f"{prefix}{key}={show(raw)}: expected a section with keys")
         else:
             values[key] = _convert(hints[key], raw, prefix + key, faults)
     # A wrong section is replaced by its default here, so that relations between the good ones are still checked.
@@ -199,12 +208,14 @@ def _convert(hint: Any, raw: Any, name: str, faults: list[str]) -> Any:
     if origin is Literal:
         if raw in args and type(raw) in {type(arg) for arg in args}:
             return raw
-        faults.append(f"{name}={raw!r}: expected one of {', '.join(str(arg) for arg in args)}")
+        faults.append(f"{name}={show(raw)}: expected one of {', '.join(str(arg) for arg in args)}")
         return _WRONG
     if origin is tuple:
         if not isinstance(raw, list | tuple):
             words = "q_proj, k_proj" if "target" in name else "fpb, tfns"
-            faults.append(f"{name}={raw!r}: expected a list such as [{'4, 8' if args[0] in (int, float) else words}]")
+            faults.append(
+                f"{name}={show(raw)}: expected a list such as [{'4, 8' if args[0] in (int, float) else words}]"
+            )
             return _WRONG
         items = [_convert(args[0], item, f"{name}[{index}]", faults) for index, item in enumerate(raw)]
         return _WRONG if any(item is _WRONG for item in items) else tuple(items)
@@ -212,11 +223,30 @@ def _convert(hint: Any, raw: Any, name: str, faults: list[str]) -> Any:
         with contextlib.suppress(ValueError):
             raw = float(raw)  # YAML 1.1 reads 1e-4 (no dot) as text
     if hint is float and isinstance(raw, int) and not isinstance(raw, bool):
-        raw = float(raw)
+        raw = float(raw) if abs(raw) < 2**63 else math.inf
     if isinstance(raw, float) and hint is float and not math.isfinite(raw):
         faults.append(f"{name}={raw}: expected a finite number")
         return _WRONG
     if not isinstance(raw, hint) or (isinstance(raw, bool) and hint is not bool):
-        faults.append(f"{name}={raw!r}: expected {_KIND_NAMES[hint]}")
+        faults.append(f"{name}={show(raw)}: expected {_KIND_NAMES[hint]}")
+        return _WRONG
+    if isinstance(raw, int) and not -(2**63) <= raw < 2**63:
+        faults.append(f"{name} is an integer of more than 64 bits: expected one that a machine counts with")
+        return _WRONG
+    if isinstance(raw, str) and not raw.isprintable() and not _is_text(raw):
+        faults.append(f"{name}={show(raw)}: expected a text without zero bytes and halves of characters")
         return _WRONG
     return raw
+
+
+def _is_text(value: str) -> bool:
+    """Return whether a text can stand in a file and name one."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def show(value: object) -> str:
+    """Return a value as it looks in a message, cut where it is long: it comes from outside."""
+    try:
+        return _SHOW.repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} of too many digits"

@@ -19,6 +19,7 @@ STAIR = (
         "errors",
         "paper",
         "config",
+        "yamltext",
         "configfile",
         "results",
         "comparable",

@@ -13,25 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finlora.data.catalog import Task
 from finlora.data.example import Example, Splits
+from finlora.data.parquet import FACTS_KEY, SCHEMA, read_examples
 from finlora.errors import DatasetError
 
 SplitName = Literal["train", "test"]
-
-_SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in ("id", "task", "prompt", "answer", "label")),
-        ("choices", pa.list_(pa.string())),
-        *((name, pa.string()) for name in ("source", "group")),
-    ]
-)
-_KEY = b"finlora"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,20 +126,15 @@ def read_prepared(folder: Path, task: str, split: SplitName) -> PreparedSplit:
         )
         raise DatasetError(f"{path}: {why}. Run `finlora prepare {task} --output {folder}` first.")
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+        facts, examples = read_examples(path)
+    except (pa.ArrowException, OSError, MemoryError, ValueError, TypeError) as error:
         raise DatasetError(f"{path} is not readable Parquet, perhaps cut short ({error}). {again}") from error
-    facts = _facts(table.schema)
-    if facts is None or [field.name for field in table.schema] != _SCHEMA.names:
+    if facts is None:
         raise DatasetError(f"{path} was not written by FinLoRA: expected its columns and metadata. {again}")
     if (facts["task"], facts["split"]) != (task, split):
         raise DatasetError(
             f"{path} holds the {facts['split']} split of {facts['task']}: expected {split} of {task}. {again}"
         )
-    try:
-        examples = tuple(Example(**{**row, "choices": tuple(row["choices"])}) for row in table.to_pylist())
-    except TypeError as error:
-        raise DatasetError(f"{path} holds an example that is not whole ({error}). {again}") from error
     found = examples_hash(examples)
     if found != facts["hash"]:
         raise DatasetError(
@@ -221,8 +208,8 @@ def _write(
             fresh.mkdir()
             for split, examples in parts.items():
                 whole = {**facts, "split": split, "hash": hashes[split], "count": len(examples)}
-                schema = _SCHEMA.with_metadata({_KEY: json.dumps(whole, ensure_ascii=False).encode()})
-                columns = {name: [getattr(item, name) for item in examples] for name in _SCHEMA.names}
+                schema = SCHEMA.with_metadata({FACTS_KEY: json.dumps(whole, ensure_ascii=False).encode()})
+                columns = {name: [getattr(item, name) for item in examples] for name in SCHEMA.names}
                 pq.write_table(pa.table(columns, schema=schema), fresh / f"{split}.parquet")
             _move_in(fresh, folder, Path(scratch, "old"))
     except OSError as error:
@@ -242,16 +229,6 @@ def _move_in(fresh: Path, folder: Path, old: Path) -> None:
     except OSError:
         old.replace(folder)
         raise
-
-
-def _facts(schema: Any) -> dict[str, Any] | None:
-    raw = (schema.metadata or {}).get(_KEY)
-    needed = {"task", "split", "variant", "hash", "licence", "source", "version", "notes"}
-    try:
-        facts = json.loads(raw) if raw is not None else None
-    except ValueError:
-        return None
-    return facts if isinstance(facts, dict) and needed <= set(facts) else None
 
 
 def _report(

@@ -1,4 +1,4 @@
-"""Raw rows from text, CSV, JSON lines and Arrow files: each knows the file and line it came from.
+"""Raw rows from text, CSV and JSON lines files (Arrow: arrow.py): each knows the file and line it came from.
 
 Every reader here stops at the first malformed row with a DatasetError that names file, line and column. Nothing is
 skipped: what a task leaves out on purpose, the task counts in its notes.
@@ -9,14 +9,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from finlora.configfile import show
 from finlora.errors import DatasetError
 
 SplitChoice = Literal["all", "test"]
+MAX_RAW_BYTES = 2**30
+"""Largest raw file that is read, packed or unpacked: the largest published one has 30 MB."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,20 +47,25 @@ class Row:
         """Return a column's text as it stands, white space included.
 
         Raises:
-            DatasetError: the value is not a text, or is blank.
+            DatasetError: the value is not a text, is blank, or is not Unicode: JSON can hold halves of characters.
         """
         value = self.fields[column]
         if not isinstance(value, str) or not value.strip():
             raise self.fault(column, value, "a text that is not blank")
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise self.fault(column, value, "a text in Unicode, without half of a surrogate pair alone")
         return value
 
     def number(self, column: str) -> float:
-        """Return a column's number; texts that spell one are read."""
+        """Return a column's finite number; texts that spell one are read."""
         value = self.fields[column]
         try:
-            return float(value)
-        except (TypeError, ValueError):
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
             raise self.fault(column, value, "a number") from None
+        if not math.isfinite(number):
+            raise self.fault(column, value, "a finite number")
+        return number
 
     def one_of(self, column: str, meanings: Mapping[str, str]) -> str:
         """Return what a raw label means.
@@ -69,7 +78,7 @@ class Row:
             DatasetError: the label is not among `meanings`.
         """
         value = self.fields[column]
-        answer = meanings.get(str(value).strip())
+        answer = meanings.get(str(value).strip()) if isinstance(value, str | int | float) else None
         if answer is None:
             raise self.fault(column, value, f"one of {', '.join(meanings)}")
         return answer
@@ -84,7 +93,7 @@ class Row:
 
 def shorten(value: object) -> str:
     """Return a value as it looks in a message, cut to 60 characters."""
-    shown = repr(value)
+    shown = repr(value[:60]) if isinstance(value, str | bytes) else show(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
@@ -110,9 +119,12 @@ def find_file(source: Path, names: Sequence[str], task: str) -> Path:
 def read_text(path: Path, encoding: str) -> str:
     """Return a file's text; a wrong encoding is an error that names line and byte."""
     try:
-        raw = path.read_bytes()
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_RAW_BYTES + 1)
     except OSError as error:
         raise DatasetError(f"{path} cannot be read ({error}): expected a readable {encoding} file.") from error
+    if len(raw) > MAX_RAW_BYTES:
+        raise DatasetError(f"{path} has more than {MAX_RAW_BYTES:,} bytes: expected the file as published.")
     if b"\0" in raw:  # Latin-1 takes any byte, so this must be looked for
         line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
         raise DatasetError(
@@ -154,7 +166,7 @@ def read_csv(path: Path, encoding: str, required: Sequence[str]) -> list[Row]:
         for values in reader:
             if not header:
                 header = values
-                _require_columns(header, required, f"{path.name}:1")
+                require_columns(header, required, f"{path.name}:1")
             elif len(values) != len(header):
                 column = header[min(len(values), len(header) - 1)]
                 raise DatasetError(
@@ -168,7 +180,7 @@ def read_csv(path: Path, encoding: str, required: Sequence[str]) -> list[Row]:
         raise DatasetError(
             f"{path.name}:{line}: not valid CSV ({error}). Expected quotes doubled inside and closed at the end."
         ) from error
-    return _refuse_empty(rows, path.name)
+    return refuse_empty(rows, path.name)
 
 
 def read_jsonl(path: Path, required: Sequence[str]) -> list[Row]:
@@ -178,41 +190,20 @@ def read_jsonl(path: Path, required: Sequence[str]) -> list[Row]:
         place = f"{path.name}:{number}"
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
+            what = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else None
             raise DatasetError(
-                f"{place}: not valid JSON ({error.msg} at character {error.colno}). Expected one object a line with "
-                f"{', '.join(required)}: the file may be cut short, so fetch it again."
+                f"{place}: not valid JSON ({what or 'a number or nesting of more than it may have'}). Expected one object a "
+                f"line with {', '.join(required)}: the file may be cut short, so fetch it again."
             ) from error
         if not isinstance(fields, dict):
             raise DatasetError(f"{place}: found {shorten(fields)}, expected an object with {', '.join(required)}.")
-        _require_columns(list(fields), required, place)
+        require_columns(list(fields), required, place)
         rows.append(Row(fields=fields, source=place))
-    return _refuse_empty(rows, path.name)
+    return refuse_empty(rows, path.name)
 
 
-def read_arrow(path: Path, required: Sequence[str]) -> list[Row]:
-    """Read an Arrow table in stream form, as the hub's cache stores it, or in file form."""
-    import pyarrow as pa
-
-    with pa.OSFile(str(path), "rb") as file:
-        try:
-            table = pa.ipc.open_stream(file).read_all()
-        except (pa.ArrowInvalid, OSError):
-            file.seek(0)
-            try:
-                table = pa.ipc.open_file(file).read_all()
-            except (pa.ArrowInvalid, OSError) as error:
-                raise DatasetError(
-                    f"{path} is not an Arrow stream or file ({error}): it may be cut short, so fetch it again."
-                ) from error
-    _require_columns(table.column_names, required, path.name)
-    rows = [
-        Row(fields=fields, source=f"{path.name}:{number}") for number, fields in enumerate(table.to_pylist(), start=1)
-    ]
-    return _refuse_empty(rows, path.name)
-
-
-def _require_columns(found: Sequence[str], required: Sequence[str], place: str) -> None:
+def require_columns(found: Sequence[str], required: Sequence[str], place: str) -> None:
     missing = [column for column in required if column not in found]
     if missing:
         raise DatasetError(
@@ -221,7 +212,7 @@ def _require_columns(found: Sequence[str], required: Sequence[str], place: str) 
         )
 
 
-def _refuse_empty(rows: list[Row], place: str) -> list[Row]:
+def refuse_empty(rows: list[Row], place: str) -> list[Row]:
     if not rows:
         raise DatasetError(f"{place} holds no row: expected at least one. Fetch the file again.")
     return rows

@@ -13,10 +13,11 @@ from typing import TypeVar
 
 import numpy as np
 
+from finlora.data.arrow import read_arrow
 from finlora.data.example import Example, Splits
 from finlora.data.hub import load_hub_rows
 from finlora.data.prompts import SENTIMENTS, SEVEN_SENTIMENTS, sentiment_prompt, seven_sentiment_prompt
-from finlora.data.rows import Request, Row, find_file, read_arrow, read_csv, read_jsonl, read_lines
+from finlora.data.rows import Request, Row, find_file, read_csv, read_jsonl, read_lines
 from finlora.errors import DatasetError
 
 FPB_HUB_ID = "takala/financial_phrasebank"

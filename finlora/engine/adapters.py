@@ -5,18 +5,17 @@ Shapes: rank r, in K, out N of a projection.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from finlora.config import LLAMA_PROJECTIONS
+from finlora.configfile import show
 from finlora.errors import AdapterError
-from finlora.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from finlora.model.adapter_files import open_weights, read_lora_settings, require_finite
 from finlora.model.shapes import LlamaShape
 
 PRODUCTS = {
@@ -108,61 +107,53 @@ def read_adapter(folder: Path, shape: LlamaShape, span: range, dtype: torch.dtyp
     """Read an adapter's tensors for a span of layers.
 
     Raises:
-        AdapterError: files are missing, or it is no plain LoRA that fits a model of that shape.
+        AdapterError: files are missing, it is no plain LoRA that fits a model of that shape, or not all numbers are finite.
     """
-    from safetensors import safe_open
-
-    scale = _read_scale(folder)
+    settings = read_lora_settings(folder)
     adapter: dict[tuple[int, str], list[Update]] = {}
-    try:
-        with safe_open(str(folder / ADAPTER_WEIGHTS), framework="pt", device="cpu") as file:
-            names = set(file.keys())
-            for layer in range(shape.num_layers):
-                for product, targets in PRODUCTS.items():
-                    start = 0
-                    for target in targets:
-                        num_out, num_in = shape.projection(target)
-                        block = "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-                        prefix = f"base_model.model.model.layers.{layer}.{block}.{target}"
-                        pair = [f"{prefix}.lora_{part}.weight" for part in "AB"]
-                        if names.issuperset(pair):
-                            names.difference_update(pair)
-                            if layer in span:
-                                down, up = (file.get_tensor(name).to(device, dtype) for name in pair)
-                                if down.shape[1] != num_in or up.shape != (num_out, down.shape[0]):
-                                    raise AdapterError(
-                                        f"{folder} has {prefix} as {list(up.shape)} x {list(down.shape)}, the base's is "
-                                        f"{num_out} x {num_in}: it was made for another base."
-                                    )
-                                update = Update(slice(start, start + num_out), down, up, scale)
-                                adapter.setdefault((layer, product), []).append(update)
-                        start += num_out
-    except OSError as error:
-        raise AdapterError(
-            f"{folder}/{ADAPTER_WEIGHTS} cannot be read ({error}): train again or restore it."
-        ) from error
-    if names:
-        raise AdapterError(
-            f"{folder} has {len(names)} tensors that no layer of the base takes, such as {min(names)}: expected LoRA pairs on "
-            f"{', '.join(LLAMA_PROJECTIONS)}."
-        )
+    with open_weights(folder, settings) as (file, shapes):
+        places = _find_places(folder, shapes, shape)  # of all layers, so that all stages refuse what one refuses
+        for (layer, product), columns, pair in places:
+            if layer in span:
+                down, up = (file.get_tensor(name) for name in pair)
+                for name, tensor in zip(pair, (down, up), strict=True):
+                    require_finite(tensor, folder, name)
+                update = Update(columns, down.to(device, dtype), up.to(device, dtype), settings.scale)
+                adapter.setdefault((layer, product), []).append(update)
     return adapter
 
 
-def _read_scale(folder: Path) -> float:
-    """Return alpha / r of a plain LoRA."""
-    path = folder / ADAPTER_CONFIG
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        rank, alpha = settings["r"], settings["lora_alpha"]
-    except (OSError, ValueError, KeyError) as error:
+def _find_places(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], shape: LlamaShape
+) -> list[tuple[tuple[int, str], slice, list[str]]]:
+    """Return layer and product, columns, and the names of A and B of each update.
+
+    Raises:
+        AdapterError: a tensor has no place in the base, or another shape than its place.
+    """
+    places = []
+    names = set(shapes)
+    for layer in range(shape.num_layers):
+        for product, targets in PRODUCTS.items():
+            start = 0
+            for target in targets:
+                num_out, num_in = shape.projection(target)
+                block = "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+                prefix = f"base_model.model.model.layers.{layer}.{block}.{target}"
+                pair = [f"{prefix}.lora_{part}.weight" for part in "AB"]
+                if names.issuperset(pair):
+                    names.difference_update(pair)
+                    down, up = (shapes[name] for name in pair)
+                    if down[1] != num_in or up[0] != num_out:
+                        raise AdapterError(
+                            f"{folder} has {prefix} as {list(up)} x {list(down)}, the base's is "
+                            f"{num_out} x {num_in}: it was made for another base."
+                        )
+                    places.append(((layer, product), slice(start, start + num_out), pair))
+                start += num_out
+    if names:
         raise AdapterError(
-            f"{path} is missing or no LoRA configuration ({error!r}): expected an adapter folder as `finlora train` writes it."
-        ) from error
-    plain = {"peft_type": "LORA", "bias": "none"}
-    odd = [f"{key}={settings.get(key)}" for key, value in plain.items() if settings.get(key) != value]
-    for key in ("use_dora", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"):
-        odd += [f"{key}={settings[key]}"] if settings.get(key) else []
-    if odd:
-        raise AdapterError(f"{path} has {', '.join(odd)}: the engine runs plain LoRA without biases.")
-    return float(alpha) / float(rank)
+            f"{folder} has {len(names)} tensors that no layer of the base takes, such as {show(min(names))[1:-1]}: expected "
+            f"LoRA pairs on {', '.join(LLAMA_PROJECTIONS)}."
+        )
+    return places

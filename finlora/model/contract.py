@@ -6,6 +6,8 @@ It is the last file written into an adapter folder; a folder without it is incom
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,16 @@ from typing import Any
 import yaml
 
 from finlora.config import LoraConfig
+from finlora.configfile import show
 from finlora.errors import AdapterError
+from finlora.model.adapter_files import check_file
 from finlora.model.base import BaseModel
+from finlora.yamltext import read_yaml
 
 CONTRACT_FILE = "finlora.yaml"
 _VERSION = 1
+_MAX_BYTES = 2**16
+_MAX_TEXT = 1000
 QUANTISATION = {16: "none", 8: "LLM.int8", 4: "NF4, double quantisation"}
 
 
@@ -97,19 +104,52 @@ def read_contract(folder: Path) -> Contract:
         AdapterError: the folder or file is missing, or is not this format.
     """
     path = folder / CONTRACT_FILE
-    try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-        contract = Contract(**values)
-    except FileNotFoundError:
+    if not path.exists():
         what = "has no finlora.yaml, so its training did not finish" if folder.is_dir() else "does not exist"
-        raise AdapterError(
-            f"adapter {folder} {what}: run `finlora train` to its end, or give another folder."
-        ) from None
+        raise AdapterError(f"adapter {folder} {what}: run `finlora train` to its end, or give another folder.")
+    try:
+        check_file(path, _MAX_BYTES)
+        values: Any = read_yaml(path, _MAX_BYTES)
+        contract = Contract(**_check_kinds(values, path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
         raise AdapterError(f"{path} is not an adapter contract ({error}): train again or restore the file.") from error
-    if contract.finlora != _VERSION:
-        raise AdapterError(f"{path} has format {contract.finlora}, this FinLoRA reads {_VERSION}: update FinLoRA.")
     return contract
+
+
+def _check_kinds(values: Any, path: Path) -> dict[str, Any]:
+    """Return the fields of a contract, each of its own kind; texts that could change what a terminal shows are refused.
+
+    Raises:
+        AdapterError: names the field.
+    """
+    hints = typing.get_type_hints(Contract)
+    if not isinstance(values, dict):
+        raise AdapterError(
+            f"{path} is not an adapter contract (it holds {show(values)}): train again or restore the file."
+        )
+    if (version := values.get("finlora")) != _VERSION and isinstance(version, int):
+        raise AdapterError(f"{path} has format {version}, this FinLoRA reads {_VERSION}: update FinLoRA.")
+    for name, value in values.items():
+        if name not in hints or not _is_kind(value, hints[name]):
+            raise AdapterError(
+                f"{path} is not an adapter contract ({show(name)} is {show(value)}): train again or restore the file."
+            )
+    return values
+
+
+def _is_kind(value: object, hint: Any) -> bool:
+    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return any(_is_kind(value, kind) for kind in kinds)
+    if origin is list:
+        return isinstance(value, list) and all(_is_kind(item, kinds[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _is_kind(key, kinds[0]) and _is_kind(item, kinds[1]) for key, item in value.items()
+        )
+    if isinstance(value, str):
+        return hint is str and len(value) <= _MAX_TEXT and value.isprintable()
+    return isinstance(value, int | float if hint is float else hint) and not isinstance(value, bool)
 
 
 def make_contract(

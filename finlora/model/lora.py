@@ -12,13 +12,11 @@ import torch
 
 from finlora.config import LoraConfig
 from finlora.errors import AdapterError
+from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import LlamaForCausalLM
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def attach_lora(net: LlamaForCausalLM, lora: LoraConfig, base: str, seed: int) -> PeftModel:
@@ -79,15 +77,12 @@ def load_adapter(net: LlamaForCausalLM, folder: Path) -> PeftModel:
     """Put a saved adapter on its base, frozen and in eval mode.
 
     Raises:
-        AdapterError: the folder is missing or incomplete, or its tensors do not fit this base.
+        AdapterError: the folder is missing or incomplete, is not plain LoRA, holds numbers that are not finite, or its
+            tensors do not fit this base.
     """
     from peft import PeftModel
 
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise AdapterError(
-                f"{folder} has no {name}: expected an adapter folder as `finlora train` writes it (RUN/adapter)."
-            )
+    check_adapter(folder)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(

@@ -7,12 +7,11 @@ It is written under another name and renamed as a whole, so an interrupted merge
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -20,18 +19,15 @@ from torch import nn
 
 from finlora.config import ModelConfig
 from finlora.errors import AdapterError, ModelError
+from finlora.model.adapter_files import check_adapter, open_weights, require_finite
 from finlora.model.base import BaseModel, load_base
 from finlora.model.contract import Contract, read_contract
-from finlora.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 MERGED_FILE = "merged.yaml"
 _PREFIX = "base_model.model."
-# PEFT options that change W0 + (alpha / rank) B A into another formula, and the value that leaves it.
-_PLAIN = {"use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "bias": "none"}
-_EMPTY = ("modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +66,7 @@ def merge_lora(base: BaseModel, adapter: Path) -> int:
             f"the base is loaded at {base.bits} bit, a merge needs 16: rounded to {base.bits} bit again, the "
             "sum would lose most of the adapter. Load the base with bits=16, or serve base and adapter unmerged."
         )
-    settings, tensors = _read_adapter(adapter)
-    scale = float(settings["lora_alpha"]) / int(settings["r"])
+    scale, tensors = _read_adapter(adapter)
     names = sorted(name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight"))
     if not names or len(tensors) != 2 * len(names):
         raise AdapterError(
@@ -91,6 +86,7 @@ def merge_lora(base: BaseModel, adapter: Path) -> int:
         for weight, down, up in pairs:
             update = up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
             weight.copy_(weight.float().add_(update, alpha=scale))
+            require_finite(weight, adapter, "the merged weight")
     return len(pairs)
 
 
@@ -128,25 +124,11 @@ def export_merged(
     return Merged(folder=output, num_tensors=num_tensors, gib=size / 2**30, trained_bits=contract.bits)
 
 
-def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        settings: dict[str, Any] = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(str(folder / ADAPTER_WEIGHTS))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise AdapterError(
-            f"{folder} is not a complete adapter folder ({error}): train again or copy it anew."
-        ) from error
-    other = [f"{key}={settings[key]!r}" for key, plain in _PLAIN.items() if settings.get(key, plain) != plain]
-    other += [f"{key}={settings[key]!r}" for key in _EMPTY if settings.get(key)]
-    if other:
-        raise AdapterError(
-            f"{folder} is not plain LoRA ({', '.join(other)}): FinLoRA merges W0 + (alpha / rank) B A "
-            "only, use PEFT's own merge."
-        )
-    return settings, tensors
+def _read_adapter(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return alpha / rank and all tensors."""
+    settings = check_adapter(folder)
+    with open_weights(folder, settings) as (file, shapes):
+        return settings.scale, {name: file.get_tensor(name) for name in shapes}
 
 
 def _find_weight(net: LlamaForCausalLM, name: str, adapter: Path) -> torch.Tensor:

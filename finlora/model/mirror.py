@@ -107,7 +107,8 @@ def check_mirrored(folder: Path, update: Update) -> Mirrored:
     path = folder / MANIFEST
     try:
         mirrored = Mirrored(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        _check_names(mirrored)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({error}): run `finlora prefetch` again.") from error
     faults, done = [], 0
     for name, expected in mirrored.files.items():
@@ -126,6 +127,19 @@ def check_mirrored(folder: Path, update: Update) -> Mirrored:
         )
     update(mirrored.repository, done, mirrored.total_bytes, "")
     return mirrored
+
+
+def _check_names(mirrored: Mirrored) -> None:
+    """Raise ValueError unless the manifest names files of its own folder: it may have come with files of someone else."""
+    if not (isinstance(mirrored.files, dict) and mirrored.files):
+        raise ValueError("it names no files")
+    for name, expected in mirrored.files.items():
+        if Path(name).name != name or not isinstance(expected, str):
+            raise ValueError(f"it names {name!r}, which is no file of this folder")
+    if not isinstance(mirrored.repository, str) or not isinstance(mirrored.commit, str):
+        raise ValueError("its repository or commit is no text")
+    if not isinstance(mirrored.total_bytes, int):
+        raise ValueError("its size is no number")
 
 
 def hash_file(path: Path) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json"]
+_MAX_HEADER_BYTES = 2**24  # 100 times what the largest Llama's needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def _read_config(folder: Path) -> LlamaConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{folder} has no config.json: expected a Hugging Face model folder.") from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON ({error}): copy the model again.") from error
     family = values.get("model_type") if isinstance(values, dict) else None
     if family != "llama":
@@ -104,7 +105,10 @@ def _read_config(folder: Path) -> LlamaConfig:
         raise ModelError(
             f"{folder} holds weights that are already quantised: give the 16-bit model, FinLoRA quantises while loading."
         )
-    return LlamaConfig.from_dict(values)
+    try:
+        return LlamaConfig.from_dict(values)
+    except Exception as error:  # transformers checks each field with an error of its own
+        raise ModelError(f"{path} describes no Llama model ({error}): copy the model again.") from error
 
 
 def _find_shards(folder: Path) -> dict[str, Path]:
@@ -117,7 +121,7 @@ def _find_shards(folder: Path) -> dict[str, Path]:
             files = {str(name): folder / Path(file).name for name, file in weight_map.items()}
             if not files:  # no shards would mean random weights
                 raise ValueError("it names no tensor")
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelError(f"{index} is not a safetensors index ({error!r}): copy the model again.") from error
         missing = sorted({path.name for path in files.values() if not path.is_file()})
         if missing:
@@ -146,10 +150,10 @@ def _read_names(path: Path) -> list[str]:
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        header_is_whole = 0 < length <= min(size - 8, 100 * 2**20)
+        header_is_whole = 0 < length <= min(size - 8, _MAX_HEADER_BYTES)
         try:
             header: Any = json.loads(stream.read(length)) if header_is_whole else None
-        except ValueError:
+        except (ValueError, RecursionError):
             header = None
     try:
         tensors = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}

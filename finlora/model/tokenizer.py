@@ -47,7 +47,12 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     if path.is_file():
         tokenizer = _from_tiktoken(path)
     elif (path / "tokenizer.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+        except (
+            Exception
+        ) as error:  # the tokenizers library raises its own kinds, and plain Exception for a damaged file
+            raise ModelError(f"the tokenizer at {path} cannot be read ({error}): copy the model again.") from error
     elif (path / "tokenizer.model").is_file():
         tokenizer = _from_tiktoken(path / "tokenizer.model")
     else:

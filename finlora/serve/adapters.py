@@ -12,18 +12,20 @@ of the server, and a roll-back outlives a restart. A folder without finlora.yaml
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from finlora.errors import AdapterError
+from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_file
 from finlora.model.contract import CONTRACT_FILE, Contract, read_contract
-from finlora.model.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finlora.serve.model import ServedBase
 
 CURRENT_FILE = "current"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_VERSION = re.compile(r"v(\d+)")
+_VERSION = re.compile(r"v(\d{1,9})", re.ASCII)
+_MAX_CURRENT_BYTES = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +56,7 @@ class AdapterShelf:
     def __init__(self, folder: Path | None, base: ServedBase) -> None:
         self._folder, self._base = folder, base
         # Stamp of the files -> what they were found to be: hashing 21 MiB for each request would be felt.
-        self._known: dict[Path, tuple[tuple[int, ...], ServedAdapter]] = {}
+        self._known: dict[Path, tuple[tuple[int, ...], ServedAdapter | AdapterError]] = {}
 
     def list_names(self) -> list[str]:
         """Return all names with a complete version, whether or not it fits."""
@@ -80,10 +82,13 @@ class AdapterShelf:
         versions = _list_versions(home)
         if not versions:
             return None
-        try:
-            pinned = (home / CURRENT_FILE).read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
+        if not os.path.lexists(home / CURRENT_FILE):
             return versions[-1]
+        try:
+            check_file(home / CURRENT_FILE, _MAX_CURRENT_BYTES)
+            pinned = (home / CURRENT_FILE).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise AdapterError(f"{home / CURRENT_FILE} cannot be read ({error}): set the version anew.") from error
         if pinned not in versions:
             raise AdapterError(
                 f"adapter {name!r} is set to version {pinned!r}, which is not there: expected one of {', '.join(versions)}; "
@@ -112,19 +117,28 @@ class AdapterShelf:
             raise AdapterError(f"adapter {name!r} is incomplete ({error}): copy its folder again.") from error
         stamp = tuple(value for stat in stats for value in (stat.st_mtime_ns, stat.st_size, stat.st_ino))
         known = self._known.get(folder)
-        if known is not None and known[0] == stamp:
-            return known[1]
-        contract = read_contract(folder)
-        contract.check_hashes(folder, self._base.weights_hash, self._base.tokenizer_hash, self._base.template)
-        _check_whole(files[0])
-        digest = hashlib.sha256()
-        for file in files[:2]:
-            digest.update(file.read_bytes())
-        adapter = ServedAdapter(
-            name=name, version=version, folder=folder, hash=digest.hexdigest()[:16], contract=contract
-        )
-        self._known[folder] = (stamp, adapter)
-        return adapter
+        if known is None or known[0] != stamp:
+            known = self._known[folder] = (stamp, self._look_at(name, version, folder))
+        if isinstance(known[1], AdapterError):
+            raise known[1].with_traceback(None)
+        return known[1]
+
+    def _look_at(self, name: str, version: str | None, folder: Path) -> ServedAdapter | AdapterError:
+        """Read an adapter through; a refusal is returned, to be kept: reading a bad folder costs as much as a good one."""
+        try:
+            contract = read_contract(folder)
+            contract.check_hashes(folder, self._base.weights_hash, self._base.tokenizer_hash, self._base.template)
+            check_adapter(folder)
+            digest = hashlib.sha256()
+            for file in (folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG):
+                with file.open("rb") as stream:
+                    while block := stream.read(2**20):
+                        digest.update(block)
+        except AdapterError as error:
+            return error
+        except OSError as error:
+            return AdapterError(f"adapter {name!r} cannot be read ({error}): copy its folder again.")
+        return ServedAdapter(name=name, version=version, folder=folder, hash=digest.hexdigest()[:16], contract=contract)
 
     def set_current(self, name: str, version: str | None) -> ServedAdapter:
         """Serve a version from now on, in every copy of the server; None: the newest again.
@@ -153,17 +167,6 @@ class AdapterShelf:
             there = ", ".join(self.list_names()) or "none"
             raise AdapterError(f"there is no adapter {name!r}: expected one of {there}.")
         return self._folder / name
-
-
-def _check_whole(weights: Path) -> None:
-    """Look at header and length of a weights file: one that is still being copied must not reach the stages."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(weights), framework="pt") as file:
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{weights} is no whole safetensors file ({error}): copy the adapter again.") from error
 
 
 def _list_versions(home: Path) -> list[str]:

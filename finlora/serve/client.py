@@ -1,20 +1,30 @@
-"""Ask a served model from a terminal: what `finlora ask --server` does. The standard library alone, so it starts at once."""
+"""Ask a served model from a terminal: what `finlora ask --server` does. The standard library alone, so it starts at once.
+
+What comes back is taken for what a stranger may have sent: of bounded size, of the expected kinds, without control characters.
+"""
 
 from __future__ import annotations
 
+import http.client
 import json
+import time
+import unicodedata
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+from finlora.configfile import show
 from finlora.errors import ConfigError, ResourceError
 from finlora.serve.keys import KEY_VARIABLE
 
 _TIMEOUT_S = 330.0
 _RETRIABLE = (408, 429)
+_BLOCK_BYTES, _MAX_REPLY_BYTES, _MAX_MESSAGE = 2**16, 2**24, 1000
+
+_Kind = TypeVar("_Kind")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,25 +62,114 @@ def ask_server(
     """
     if not key:
         raise ConfigError(f"{KEY_VARIABLE} is not set: set it to a key of the server at {address}.")
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"{KEY_VARIABLE} holds characters that no key has: set it to a key of the server at {address}."
+        )
     body: dict[str, Any]
     if task is None:
         body = {"model": model, "messages": [{"role": "user", "content": text}], "stream": True}
         with _open(address, "/v1/chat/completions", key, body | {"temperature": temperature, "seed": seed}) as reply:
-            for event in _read_events(reply, address):
-                for choice in event["choices"]:
-                    on_text(choice["delta"].get("content") or "")
+            for piece in read_pieces(_read_blocks(reply, address), address):
+                on_text(piece)
         return ServedReply(probabilities={}, quote=None)
     if task.startswith("xbrl"):
         body = {"model": model, "task": task, "context": text, "question": about or ""}
         with _open(address, "/v1/extract", key, body) as reply:
-            answer = json.load(reply)
-        on_text(answer["answer"])
-        quote = answer["quote"]
-        return ServedReply(probabilities={}, quote=(quote["start"], quote["end"]) if quote else None)
+            answer, quote = read_extract(_read_whole(reply, address), address)
+        on_text(answer)
+        return ServedReply(probabilities={}, quote=quote)
     body = {"model": model, "task": task, "text": text} | ({"about": about} if about else {})
     with _open(address, "/v1/classify", key, body) as reply:
-        (result,) = json.load(reply)["results"]
-    return ServedReply(probabilities=result["probabilities"], quote=None)
+        return ServedReply(probabilities=read_probabilities(_read_whole(reply, address), address), quote=None)
+
+
+def read_pieces(blocks: Iterable[bytes], address: str) -> Iterator[str]:
+    """Yield the texts of a streamed answer, whichever way its bytes are cut into blocks.
+
+    Raises:
+        ResourceError: the server says that the answer broke off, the line was cut, or what comes is no stream of ours.
+    """
+    until = time.monotonic() + _TIMEOUT_S
+    rest = b""
+    for block in blocks:
+        *lines, rest = (rest + block).split(b"\n")
+        if len(rest) > _MAX_REPLY_BYTES or time.monotonic() > until:
+            raise _strange(address, "a stream without an end")
+        for line in lines:
+            if not line.startswith(b"data:"):
+                continue  # an empty line between two events, a comment or another field
+            data = line[5:].strip()
+            if data == b"[DONE]":
+                return
+            event = _parse(data, address)
+            if "error" in event:
+                raise ResourceError(f"the answer broke off: {_message_of(event) or 'the server does not say why'}")
+            for choice in _take(event, "choices", list, address):
+                delta = _take(choice, "delta", dict, address)
+                if delta.get("content") is not None:
+                    yield _plain(_take(delta, "content", str, address))
+    raise ResourceError(f"the line to {address} was cut before the answer was whole: ask again.")
+
+
+def read_extract(raw: bytes, address: str) -> tuple[str, tuple[int, int] | None]:
+    """Return an answer and its place. Raises ResourceError where it is none."""
+    answer = _parse(raw, address)
+    quote = answer.get("quote")
+    if quote is None:
+        return _plain(_take(answer, "answer", str, address)), None
+    start, end = (_take(quote, name, int, address) for name in ("start", "end"))
+    return _plain(_take(answer, "answer", str, address)), (start, end)
+
+
+def read_probabilities(raw: bytes, address: str) -> dict[str, float]:
+    """Return the probability of each label. Raises ResourceError where the reply is no classification of one text."""
+    results = _take(_parse(raw, address), "results", list, address)
+    if len(results) != 1:
+        raise _strange(address, f"{len(results)} results for one text")
+    pairs = _take(results[0], "probabilities", dict, address)
+    for value in pairs.values():
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise _strange(address, f"a probability of {show(value)}")
+    return {_plain(label): float(value) for label, value in pairs.items()}
+
+
+def _parse(raw: bytes, address: str) -> dict[str, Any]:
+    if len(raw) > _MAX_REPLY_BYTES:
+        raise _strange(address, f"more than {_MAX_REPLY_BYTES:,} bytes")
+    try:
+        values = json.loads(raw)
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise _strange(address, f"{show(raw[:60])}")
+    return values
+
+
+def _take(values: Any, name: str, kind: type[_Kind], address: str) -> _Kind:
+    value = values.get(name) if isinstance(values, dict) else None
+    if not isinstance(value, kind):
+        raise _strange(address, f"{name}={show(value)}")
+    return value
+
+
+def _strange(address: str, found: str) -> ResourceError:
+    return ResourceError(f"{address} answers with {found}, which no FinLoRA server sends: mend --server.")
+
+
+def _plain(text: str) -> str:
+    """Return a text without what would move a terminal's cursor, change its colours or its title."""
+    return "".join(
+        character if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs") else "\ufffd"
+        for character in text
+    )
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A server that sends elsewhere would have the key sent elsewhere."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
 
 
 @contextmanager
@@ -78,37 +177,54 @@ def _open(address: str, path: str, key: str, body: dict[str, Any]) -> Iterator[A
     if not address.startswith(("http://", "https://")):
         raise ConfigError(f"found the server {address!r}: expected an address such as http://127.0.0.1:8000.")
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    request = urllib.request.Request(address.rstrip("/") + path, json.dumps(body).encode(), headers)
+    with _failures_named(address):
+        request = urllib.request.Request(address.rstrip("/") + path, json.dumps(body).encode(), headers)
+        try:
+            reply = urllib.request.build_opener(_NoRedirects).open(request, timeout=_TIMEOUT_S)
+        except urllib.error.HTTPError as error:
+            with error:
+                message = _read_message(error.read(_BLOCK_BYTES))
+            kind = ResourceError if error.code >= 500 or error.code in _RETRIABLE else ConfigError
+            raise kind(f"the server answers {error.code}: {message}") from None
+    with reply:
+        yield reply
+
+
+@contextmanager
+def _failures_named(address: str) -> Iterator[None]:
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as reply:
-            yield reply
-    except urllib.error.HTTPError as error:
-        with error:
-            message = _read_message(error.read().decode(errors="replace"))
-        kind = ResourceError if error.code >= 500 or error.code in _RETRIABLE else ConfigError
-        raise kind(f"the server answers {error.code}: {message}") from None
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        yield
+    except (http.client.HTTPException, OSError, ValueError) as error:  # URLError and TimeoutError are of OSError
         reason = getattr(error, "reason", error)
         raise ResourceError(
             f"no server answers at {address} ({reason}): start one with `finlora serve`, or mend --server."
         ) from error
 
 
-def _read_message(text: str) -> str:
-    try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return text[:200]
-
-
-def _read_events(reply: Any, address: str) -> Iterator[dict[str, Any]]:
-    for raw in reply:
-        line = raw.decode().strip()
-        if line == "data: [DONE]":
+def _read_blocks(reply: Any, address: str) -> Iterator[bytes]:
+    while True:
+        with _failures_named(address):
+            block = reply.read1(_BLOCK_BYTES)
+        if not block:
             return
-        if line.startswith("data: "):
-            event = json.loads(line.removeprefix("data: "))
-            if "error" in event:
-                raise ResourceError(f"the answer broke off: {event['error']['message']}")
-            yield event
-    raise ResourceError(f"the line to {address} was cut before the answer was whole: ask again.")
+        yield block
+
+
+def _read_whole(reply: Any, address: str) -> bytes:
+    with _failures_named(address):
+        raw: bytes = reply.read(_MAX_REPLY_BYTES + 1)
+    return raw
+
+
+def _read_message(raw: bytes) -> str:
+    try:
+        message = _message_of(json.loads(raw))
+    except (ValueError, RecursionError):
+        message = None
+    return message or _plain(raw.decode(errors="replace")[:200])
+
+
+def _message_of(values: Any) -> str | None:
+    error = values.get("error") if isinstance(values, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    return _plain(message[:_MAX_MESSAGE]) if isinstance(message, str) else None

@@ -17,6 +17,7 @@ from finlora.errors import ConfigError, ResourceError
 from finlora.serve.keys import KeyRing
 from finlora.serve.model import read_base
 from finlora.serve.settings import ServeConfig, make_absolute, read_settings, to_args
+from finlora.yamltext import read_yaml
 
 IMPORT_PATH = "finlora.serve.app:build"
 
@@ -44,7 +45,7 @@ def read_deployment(path: Path, overrides: Sequence[str] = ()) -> Deployment:
     from ray.serve.schema import ServeDeploySchema
 
     try:
-        schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        schema = ServeDeploySchema.model_validate(read_yaml(path))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: see serve_configs/ for one YAML a deployment.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -31,6 +31,9 @@ _TABLE: tuple[tuple[type[FinloraError], int, str, str, int], ...] = (
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 
 
+_MAX_FAULTS, _MAX_NAME = 20, 100  # a body may name a million fields, each of any length
+
+
 class RefusedError(Exception):
     """A request that is answered with an error, as the HTTP layer alone knows it.
 
@@ -77,18 +80,21 @@ def error_reply(error: Exception) -> JSONResponse:
 
 def invalid_body(error: RequestValidationError) -> RefusedError:
     """Return all faults of a body in one message, without the values that were found: they may be confidential."""
+    found = error.errors()
     faults = []
-    for fault in error.errors():
-        place = ".".join(str(part) for part in fault["loc"] if part != "body")
+    for fault in found[:_MAX_FAULTS]:
+        place = ".".join(str(part)[:_MAX_NAME] for part in fault["loc"] if part != "body")
         faults.append(f"{place}: {fault['msg']}" if place else str(fault["msg"]))
-    first = error.errors()[0]["loc"]
-    param = str(first[1]) if len(first) > 1 else None
+    if len(found) > _MAX_FAULTS:
+        faults.append(f"and {len(found) - _MAX_FAULTS:,} faults more")
+    first = found[0]["loc"]
+    param = str(first[1])[:_MAX_NAME] if len(first) > 1 else None
     return RefusedError(400, "; ".join(dict.fromkeys(faults)), "invalid_body", param)
 
 
 def from_http(error: HTTPException) -> RefusedError:
     """Return Starlette's own errors, as of an unknown path, in our form."""
-    codes = {404: "unknown_path", 405: "method_not_allowed", 413: "too_large"}
+    codes = {404: "unknown_path", 405: "method_not_allowed", 408: "slow_body", 413: "too_large"}
     hints = {404: "there is nothing at this path: see /openapi.json.", 405: "this path takes another method."}
     message = hints.get(error.status_code, str(error.detail))
     return RefusedError(error.status_code, message, codes.get(error.status_code, "http_error"))

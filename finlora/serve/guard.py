@@ -5,6 +5,8 @@ Plain ASGI, since a streamed answer must pass through untouched. Nothing of a bo
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from finlora.errors import ConfigError
 from finlora.serve.failures import RefusedError, error_reply
 from finlora.serve.keys import KeyRecord, KeyRing
 
@@ -22,6 +25,10 @@ OPEN_PATHS = ("/healthz", "/")
 OPEN_FOLDER = "/page/"
 _DRAINED_BODIES = 4
 """Largest bodies' worth of bytes that are thrown away before a line is closed."""
+_BODY_S = 60.0
+"""Seconds in which a body must be whole: requests that send a byte now and then would fill all places."""
+_DRAIN_S = 5.0
+_MAX_DIGITS = 18
 _SECURITY_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
 
 
@@ -57,11 +64,18 @@ class Guard:
                 message = {**message, "headers": [*headers, (b"x-request-id", request_id.encode())]}
             await send(message)
 
-        received = 0
+        received, has_more = 0, True
 
         async def receive_bounded() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, has_more
+            if has_more:  # afterwards only the end of the line can come, however late
+                try:
+                    message = await asyncio.wait_for(receive(), started + _BODY_S - time.monotonic())
+                except TimeoutError:
+                    raise HTTPException(408, f"the body was not whole after {_BODY_S:g} s: send it at once.") from None
+            else:
+                message = await receive()
+            has_more = has_more and message.get("more_body", False)
             received += len(message.get("body", b"")) if message["type"] == "http.request" else 0
             if received > self._max_body_bytes:
                 raise HTTPException(413, str(self._too_large()))  # FastAPI passes on no other error of a body
@@ -98,23 +112,29 @@ class Guard:
             scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
             if scheme.lower() != "bearer" or not key:
                 raise RefusedError(401, "no API key came: send it as `Authorization: Bearer KEY`.", "missing_api_key")
-            record = self._keys.check(key.strip())
+            try:
+                record = self._keys.check(key.strip())
+            except ConfigError as error:  # nobody is let in, and nobody without a key is told why
+                _logger.error("no key can be checked: %s", error)
+                raise RefusedError(503, "keys cannot be checked now: ask again later.", "no_keys", None, 5) from error
             if record is None:
                 raise RefusedError(
                     401, "the API key is not known: ask whoever runs the server for one.", "invalid_api_key"
                 )
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > self._max_body_bytes:
+        if not length.isdigit() or len(length) > _MAX_DIGITS or int(length) > self._max_body_bytes:
             raise self._too_large()
         return record
 
     async def _drain(self, receive: Receive) -> None:
         """Take the body of a refused request, within reason: a line closed on a client that still sends hides the answer."""
         received, has_more = 0, True
-        while has_more and received <= _DRAINED_BODIES * self._max_body_bytes:
-            message = await receive()
-            received += len(message.get("body", b""))
-            has_more = message.get("more_body", False)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                while has_more and received <= _DRAINED_BODIES * self._max_body_bytes:
+                    message = await receive()
+                    received += len(message.get("body", b""))
+                    has_more = message.get("more_body", False)
 
     def _too_large(self) -> RefusedError:
         most = self._max_body_bytes

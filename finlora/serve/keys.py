@@ -20,11 +20,13 @@ import yaml
 
 from finlora.configfile import settings_from_tree
 from finlora.errors import ConfigError
+from finlora.yamltext import read_yaml
 
 KEY_VARIABLE = "FINLORA_API_KEY"
 ENVIRONMENT_ID = "environment"
 _FORM = re.compile(r"finlora-([a-z0-9]{1,32})-([A-Za-z0-9_-]{43})")
 _ID = re.compile(r"[a-z0-9]{1,32}")
+_HASH = re.compile(r"[0-9a-f]{64}")
 _MIN_LENGTH = 24
 
 
@@ -49,7 +51,11 @@ class KeyRecord:
     def __post_init__(self) -> None:
         checks = [
             (bool(_ID.fullmatch(self.id)), f"id={self.id!r}: expected 1 to 32 small letters and digits"),
-            (len(self.hash) == 64, f"{self.id}.hash has {len(self.hash)} characters: expected 64 hex digits"),
+            (
+                bool(_HASH.fullmatch(self.hash)),
+                f"{self.id}.hash has {len(self.hash)} characters: expected 64 hex digits",
+            ),
+            (self.salt.isascii(), f"{self.id}.salt is not ASCII: expected what `finlora key` wrote"),
             *(
                 (value is None or value >= 1, f"{self.id}.{name}={value}: expected at least 1, or null")
                 for name, value in (
@@ -126,7 +132,7 @@ def read_keys(file: Path) -> list[KeyRecord]:
     """
     try:
         mode = file.stat().st_mode & 0o077
-        tree = yaml.safe_load(file.read_text(encoding="utf-8")) or []
+        tree = read_yaml(file) or []
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"the key file {file} cannot be read ({error}): expected the file of `finlora key`."

@@ -33,6 +33,7 @@ from finlora.errors import ConfigError, DatasetError
 from finlora.results import SEARCH_MARK
 from finlora.train.run import RunFolder
 from finlora.train.space import SearchConfig, Trial, hash_search
+from finlora.yamltext import read_yaml
 
 State = Literal["finished", "pruned", "failed"]
 RECORD = "trial.json"
@@ -109,8 +110,13 @@ def open_search(config: RunConfig, search: SearchConfig) -> SearchFolder:
     folder = search_folder(config)
     key = hash_search(config, search)
     if folder.config.is_file():
-        found = yaml.safe_load(folder.config.read_text(encoding="utf-8")).get(_HASH)
-        if found != key:
+        try:
+            found = read_yaml(folder.config)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(
+                f"{folder.config} cannot be read ({error}): restore it, or choose another `name`."
+            ) from error
+        if not isinstance(found, dict) or found.get(_HASH) != key:
             raise ConfigError(
                 f"{folder.root} already holds a search with other settings than these, kept in {folder.config.name}: restore "
                 "them to go on with it, or choose another `name`."

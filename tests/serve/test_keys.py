@@ -79,7 +79,11 @@ def test_server_without_any_key_does_not_start():
         ("[", "cannot be read"),
         (f"- {{id: A b, salt: s, hash: {'a' * 64}}}", "expected 1 to 32 small letters"),
         (f"- {{id: a, salt: s, hash: {'a' * 64}, rate: 3}}", "rate is not a setting"),
-        (f"- &k {{id: a, salt: s, hash: {'a' * 64}}}\n- *k", "id a more than once"),
+        (f"- &k {{id: a, salt: s, hash: {'a' * 64}}}\n- *k", r"found an alias \(\*name\)"),
+        (f"- {{id: a, salt: s, hash: {'a' * 64}}}\n" * 2, "id a more than once"),
+        (f"- {{id: a, salt: s, hash: {'ä' * 64}}}", "expected 64 hex digits"),
+        (f'- {{id: a, salt: "\\ud800", hash: {"a" * 64}}}', "salt=.*expected a text without"),
+        (f"- {{id: a, salt: ß, hash: {'a' * 64}}}", "a.salt is not ASCII"),
     ],
 )
 def test_damaged_file_is_refused_by_words(file, text, words):

@@ -1,0 +1,70 @@
+"""The Parquet file of a prepared split: its columns, what its metadata says, and reading it without trust in it.
+
+A text that is kept once and named by each row, or a packed page, can grow a thousandfold: what is too much to have been written
+here stops the reading.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finlora.data.example import Example
+
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("id", "task", "prompt", "answer", "label")),
+        ("choices", pa.list_(pa.string())),
+        *((name, pa.string()) for name in ("source", "group")),
+    ]
+)
+FACTS_KEY = b"finlora"
+_MAX_FILE_BYTES, _MAX_BYTES = 2**28, 2**30
+_ROWS_AT_ONCE = 64
+
+
+def read_examples(path: Path) -> tuple[dict[str, Any] | None, tuple[Example, ...]]:
+    """Return what the metadata says, None where the file is not ours, and the examples, read in small parts.
+
+    Raises:
+        pa.ArrowException, OSError, ValueError, TypeError, MemoryError: it is damaged, too large, or holds what is no example.
+    """
+    if path.stat().st_size > _MAX_FILE_BYTES:
+        raise ValueError(f"it has more than {_MAX_FILE_BYTES:,} bytes")
+    examples: list[Example] = []
+    size = 0
+    with pq.ParquetFile(path) as file:
+        facts, groups = _facts(file.schema_arrow), file.metadata.num_row_groups
+        if facts is None or not file.schema_arrow.equals(SCHEMA):
+            return None, ()
+        columns = [file.metadata.row_group(group).column(n) for group in range(groups) for n in range(len(SCHEMA))]
+        if packed := {column.compression for column in columns} - {"SNAPPY", "UNCOMPRESSED"}:
+            raise ValueError(f"it is packed by {min(packed)}, where FinLoRA packs by SNAPPY")
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False):
+            batch.validate(full=True)
+            size += batch.get_total_buffer_size()
+            if size > _MAX_BYTES:
+                raise ValueError(f"unpacked it has more than {_MAX_BYTES:,} bytes")
+            for row in batch.to_pylist():
+                values = [*(row[name] for name in SCHEMA.names if name != "choices"), *row["choices"]]
+                if not all(isinstance(value, str) for value in values):
+                    raise TypeError("an example is not whole")
+                examples.append(Example(**{**row, "choices": tuple(row["choices"])}))
+    return facts, tuple(examples)
+
+
+def _facts(schema: Any) -> dict[str, Any] | None:
+    raw = (schema.metadata or {}).get(FACTS_KEY)
+    needed = {"task", "split", "variant", "hash", "licence", "source", "version", "notes"}
+    try:
+        facts = json.loads(raw) if raw is not None else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(facts, dict) or not needed <= set(facts) or not isinstance(facts["notes"], list):
+        return None
+    texts = [*(facts[name] for name in needed - {"notes"}), *facts["notes"]]
+    return facts if all(isinstance(text, str) and text.isprintable() for text in texts) else None

@@ -1,0 +1,89 @@
+"""YAML as settings are written in it, read so that no text can do more than fail: no code, no aliases, no endless nesting.
+
+PyYAML's own safe loader runs no code, but copies whatever an alias names, each level of a few bytes multiplying the one before
+it, and lets errors of other kinds than its own through (a date of month 13, a number of a million digits).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 2**20
+"""Largest file of settings, which takes about ten seconds to read."""
+_MAX_DEPTH = 50
+_MAX_DIGITS = 100  # reading a number in base 60 takes the square of its length
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """PyYAML's safe loader without aliases, with nesting and integers within bounds."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        if isinstance(event, yaml.AliasEvent):
+            raise _fault("found an alias (*name): write the value out", event.start_mark)
+        if self._depth == _MAX_DEPTH:
+            raise _fault(f"found more than {_MAX_DEPTH} levels", event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_DIGITS:
+            raise _fault(f"found a number of more than {_MAX_DIGITS} characters", node.start_mark)
+        try:
+            value = super().construct_object(node, deep)
+        except yaml.YAMLError:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
+            raise _fault(f"found a text that is no {node.tag.rpartition(':')[2]}", node.start_mark) from None
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise _fault("found an integer of more than 64 bits", node.start_mark)
+        return value
+
+
+def parse_yaml(text: str) -> Any:
+    """Return what a YAML text holds: dicts, lists and scalars.
+
+    Raises:
+        yaml.YAMLError: what is wrong, and in which line; the text itself is not repeated, since it may be confidential.
+    """
+    try:
+        loader = _PlainLoader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise _fault(error.problem or error.context or "it is not valid", mark) from None
+    except yaml.reader.ReaderError as error:
+        raise yaml.YAMLError(f"found the character {error.character!r}, which YAML does not allow") from None
+    except RecursionError:
+        raise yaml.YAMLError(f"found more than {_MAX_DEPTH} levels") from None
+
+
+def read_yaml(path: Path, max_bytes: int = MAX_BYTES) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+        yaml.YAMLError: it is not YAML, or larger than `max_bytes`.
+    """
+    with path.open("rb") as stream:
+        raw = stream.read(max_bytes + 1)
+    if len(raw) > max_bytes:
+        raise yaml.YAMLError(f"found more than {max_bytes:,} bytes")
+    return parse_yaml(raw.decode("utf-8"))
+
+
+def _fault(problem: str, mark: Any) -> yaml.YAMLError:
+    return yaml.YAMLError(f"{problem}, line {mark.line + 1}, column {mark.column + 1}" if mark else problem)

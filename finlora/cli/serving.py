@@ -64,11 +64,29 @@ def key(
     console.out(made)
 
 
-@app.command(epilog="Example:\n\n  finlora audit ~/finlora/audit")
-def audit(path: Annotated[Path, typer.Argument(help="An audit log, or the folder of all.")]) -> None:
-    """Check that audit logs are whole: no line changed, taken out or put in between."""
+@app.command(
+    epilog="Examples:\n\n  finlora audit ~/finlora/audit\n\n  finlora audit ~/finlora/audit --head 9f86d081884c7d65..."
+)
+def audit(
+    path: Annotated[Path, typer.Argument(help="An audit log, or the folder of all.")],
+    head: Annotated[
+        list[str] | None, typer.Option(help="A head that the server's log told: it must stand in one of the logs.")
+    ] = None,
+) -> None:
+    """Check that audit logs are whole: no line changed, taken out or put in between; with --head, none cut off before it."""
+    from finlora.errors import ResultError
     from finlora.serve.audit import list_logs, verify_audit
 
+    missing = {text.strip().lower() for text in head or []}
     for log in list_logs(path.expanduser()):
-        count, head = verify_audit(log)
-        say(f"{log}: {count:,} entries, whole; the last is {head}")
+        report = verify_audit(log, missing)
+        missing -= report.found
+        torn = (
+            "; behind it a line was begun and not ended, as when the server is killed" if report.has_torn_line else ""
+        )
+        say(f"{log}: {report.count:,} entries, whole; the last is {report.head}{torn}")
+    if missing:
+        raise ResultError(
+            f"no log of {path} holds the head {min(missing)}: entries that the server wrote were cut off, or a log was taken "
+            "away or written anew. Compare with a copy of the log."
+        )

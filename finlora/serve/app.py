@@ -68,9 +68,6 @@ class ServerDeployment:
         if hasattr(self, "server"):
             self.server.engine.close()
             if self.server.audit is not None:
-                logging.getLogger("finlora").warning(
-                    "The audit log %s ends with %s", self.server.audit.path, self.server.audit.head
-                )
                 self.server.audit.close()
 
 

@@ -1,18 +1,23 @@
 """The audit log: who asked which model what, and what came of it, as JSON lines that only grow.
 
 Each line carries the hash of the line before it, so a line that is changed, taken out or put in between breaks the chain from
-there on. Lines cut off at the end leave a whole chain: compare `head` with the one that the server's log names. Texts are left
-out unless asked for; their SHA-256 lets someone who holds a text show that it was the one.
+there on. Lines cut off at the end, or a whole chain written anew, leave a whole chain: so the head, which is the hash of the last
+line, is told to the server's log each minute, and `verify_audit` looks for those heads. Texts are left out unless asked
+for; their SHA-256 lets someone who holds a text show that it was the one.
 
 Each copy of the server writes a file of its own, named by its start, since two writers cannot share a chain.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import secrets
+import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +25,10 @@ from typing import Any
 
 from finlora.errors import ResultError
 
+_logger = logging.getLogger(__name__)
+
 _GENESIS = "0" * 64
+_MAX_LINE_BYTES = 2**26
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,32 +65,83 @@ def hash_text(text: str) -> str:
 class AuditLog:
     """Appends entries to a file of its own.
 
+    A crash of the process loses no entry that `append` returned from; a crash of the machine at most those since the last head
+    was told.
+
+    Args:
+        folder: made where it is missing.
+        tell_every_s: seconds between two heads in the server's log.
+
     Raises:
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tell_every_s: float = 60.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"audit-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
         self.path = folder / name
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-        self._stream = os.fdopen(descriptor, "w", encoding="utf-8")
-        self.head = _GENESIS
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        self.head, self.count = _GENESIS, 0
+        self._size, self._is_torn = 0, False
+        self._tell_every_s, self._told_at, self._told = tell_every_s, time.monotonic(), _GENESIS
 
     def append(self, entry: AuditEntry) -> None:
-        """Write an entry through to the operating system.
+        """Write an entry through to the operating system, whole or not at all.
 
         Raises:
-            OSError: the disk is full or gone.
+            OSError: the disk is full or gone; the chain stays whole and goes on when it is back.
         """
         values: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         values |= {name: value for name, value in asdict(entry).items() if name not in ("prompt", "output") or value}
-        line, self.head = _seal(values, self.head)
-        self._stream.write(line + "\n")
-        self._stream.flush()
+        line, head = _seal(values, self.head)
+        self._write(f"{line}\n".encode())
+        self.head, self.count = head, self.count + 1
+        if time.monotonic() >= self._told_at + self._tell_every_s:
+            self._tell()
 
     def close(self) -> None:
-        self._stream.close()
+        """Tell the last head and close the file; a second time does nothing."""
+        if self._descriptor >= 0:
+            self._tell()
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _write(self, raw: bytes) -> None:
+        if self._is_torn:
+            os.ftruncate(self._descriptor, self._size)
+            self._is_torn = False
+        try:
+            written = 0
+            while written < len(raw):
+                written += os.write(self._descriptor, raw[written:])
+        except OSError:
+            self._is_torn = True
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._size)
+                self._is_torn = False
+            raise
+        self._size += len(raw)
+
+    def _tell(self) -> None:
+        self._told_at = time.monotonic()
+        if self.head == self._told:
+            return
+        os.fsync(self._descriptor)
+        _logger.warning("The audit log %s has %d entries and ends with %s", self.path, self.count, self.head)
+        self._told = self.head
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AuditReport:
+    """What a log holds whose chain is whole."""
+
+    count: int
+    head: str
+    """Hash of the last entry."""
+    has_torn_line: bool
+    """Behind the last entry stands the beginning of one: the writer was ended while it wrote, or somebody cut there."""
+    found: frozenset[str]
+    """Those of the heads looked for that are in the chain."""
 
 
 def list_logs(path: Path) -> list[Path]:
@@ -99,29 +158,49 @@ def list_logs(path: Path) -> list[Path]:
     return logs
 
 
-def verify_audit(path: Path) -> tuple[int, str]:
-    """Follow a log's chain; returns its number of entries and the hash of the last.
+def verify_audit(path: Path, heads: Collection[str] = ()) -> AuditReport:
+    """Follow a log's chain.
+
+    Args:
+        path: the log.
+        heads: hashes to look for, as the server's log told them: one that is missing was cut off or written anew.
 
     Raises:
         ResultError: a line is changed, missing or damaged; says which.
     """
-    head, count = _GENESIS, 0
+    head, count, is_torn = _GENESIS, 0, False
+    found = set()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        with path.open("rb") as stream:
+            while raw := stream.readline(_MAX_LINE_BYTES):
+                if not raw.endswith(b"\n") and not stream.read(1):
+                    is_torn = True
+                    break
+                head = _follow(raw, head, f"{path}, line {count + 1}")
+                count += 1
+                found |= {head} & set(heads)
+    except OSError as error:
         raise ResultError(f"{path} cannot be read ({error}): expected an audit log.") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            values = json.loads(line)
-            found = (values.pop("previous"), values.pop("hash"))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ResultError(f"{path}, line {number} is no entry of an audit log ({error!r}).") from error
-        _, expected = _seal(values, head)
-        if found != (head, expected):
-            what = "was changed" if found[0] == head else "does not follow the one before it"
-            raise ResultError(f"{path}, line {number} {what}: the log was altered there or before.")
-        head, count = expected, number
-    return count, head
+    return AuditReport(count=count, head=head, has_torn_line=is_torn, found=frozenset(found))
+
+
+def _follow(raw: bytes, head: str, place: str) -> str:
+    """Return the hash of a line that follows the one with `head`.
+
+    Raises:
+        ResultError: it does not.
+    """
+    try:
+        line = raw.decode("ascii").removesuffix("\n")
+        values = json.loads(line)
+        previous, _ = values.pop("previous"), values.pop("hash")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ResultError(f"{place} is no entry of an audit log ({type(error).__name__}).") from error
+    expected, digest = _seal(values, head)
+    if line != expected:  # the whole line, so that a field that stands twice does not pass either
+        what = "was changed" if previous == head else "does not follow the one before it"
+        raise ResultError(f"{place} {what}: the log was altered there or before.")
+    return digest
 
 
 def _seal(values: dict[str, Any], previous: str) -> tuple[str, str]:

@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 LOCKS := requirements/torch-$(TORCH).lock requirements/build.lock requirements/packages.lock requirements/deepspeed.lock
 STAMP := $(VENV)/.installed-$(TORCH)
 
-.PHONY: setup demo test check lint clean
+.PHONY: setup demo test check lint fuzz audit clean
 
 setup: $(STAMP)
 
@@ -36,5 +36,17 @@ lint: $(STAMP)
 
 check: lint test
 
+# Minutes of broken inputs to whatever reads from outside; guided by coverage where atheris is installed too.
+fuzz: $(STAMP)
+	$(BIN)/python benchmarks/fuzz.py --seconds 60
+
+# Known holes in the locked packages: asks PyPI's advisories over the network, so not part of `check`. A package that cannot be
+# looked up fails it (--strict): else an index without advisories would read as "no known vulnerabilities".
+audit: $(STAMP)
+	$(PYTHON) -m venv .audit
+	.audit/bin/pip install -q pip-audit==2.10.1
+	sed 's/+cpu//' $(LOCKS) > .audit/requirements.txt
+	.audit/bin/pip-audit --strict --no-deps --disable-pip --desc off -r .audit/requirements.txt
+
 clean:
-	rm -rf $(VENV) .demo build *.egg-info
+	rm -rf $(VENV) .audit .demo build *.egg-info fuzz-found

@@ -1,4 +1,4 @@
-"""Reach a Ray cluster, or start a local one that only this machine can talk to, and check what it can give."""
+"""Reach a Ray cluster, or start a local one that asks for a token of its own, and check what it can give."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ _TOKEN_FILE = Path("~/.config/finlora/ray-token")
 
 
 def connect(log_to_driver: bool) -> None:
-    """Join the cluster of RAY_ADDRESS or the running job; start a local one on the loopback interface otherwise.
+    """Join the cluster of RAY_ADDRESS or the running job; start a local one otherwise.
 
-    A local one is guarded by a token of FinLoRA's own, never by one in Ray's default place, since that file would
+    Its dashboard and its own address are on the loopback interface; other ports of Ray listen on all of the machine's
+    (docs/security.md). It is guarded by a token of FinLoRA's own, never by one in Ray's default place, since that file would
     change how other Ray programs of this user behave.
 
     Args:
@@ -49,8 +50,8 @@ def connect(log_to_driver: bool) -> None:
             )
     except ConnectionError as error:
         raise ResourceError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): start one (`ray start --head`), mend the address, "
-            "or unset RAY_ADDRESS to run on this machine alone."
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): start one (`ray start --head`), mend the address or the "
+            "token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS to run on this machine alone."
         ) from error
 
 

@@ -27,6 +27,10 @@ class FinloraError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        # A message may quote what was found, and that may hold halves of characters, which no terminal or reply can show.
+        return super().__str__().encode("utf-8", "backslashreplace").decode()
+
 
 class ConfigError(FinloraError):
     """One or more settings are wrong. `faults` holds a line for each, so that all are mended at once."""

@@ -51,7 +51,10 @@ def _read_records(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
         if file.read(len(_MAGIC)) != _MAGIC:
             file.seek(0)
         messages = pa.ipc.MessageReader.open_stream(file)
-        schema = pa.ipc.read_schema(messages.read_next_message())
+        first = next(iter(messages), None)
+        if first is None:
+            raise ValueError("it is empty")
+        schema = pa.ipc.read_schema(first)
         names = [field.name for field in schema if _is_flat(field.type)]
         if len(set(schema.names)) != len(schema.names):
             raise ValueError("two columns have one name")

@@ -7,6 +7,7 @@ here stops the reading.
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ SCHEMA = pa.schema(
 )
 FACTS_KEY = b"finlora"
 _MAX_FILE_BYTES, _MAX_BYTES = 2**28, 2**30
+_MAX_SECONDS = 300.0
 _ROWS_AT_ONCE = 64
 
 
@@ -35,25 +37,29 @@ def read_examples(path: Path) -> tuple[dict[str, Any] | None, tuple[Example, ...
     """
     if path.stat().st_size > _MAX_FILE_BYTES:
         raise ValueError(f"it has more than {_MAX_FILE_BYTES:,} bytes")
-    examples: list[Example] = []
-    size = 0
     with pq.ParquetFile(path) as file:
-        facts, groups = _facts(file.schema_arrow), file.metadata.num_row_groups
+        facts = _facts(file.schema_arrow)
         if facts is None or not file.schema_arrow.equals(SCHEMA):
             return None, ()
-        columns = [file.metadata.row_group(group).column(n) for group in range(groups) for n in range(len(SCHEMA))]
-        if packed := {column.compression for column in columns} - {"SNAPPY", "UNCOMPRESSED"}:
-            raise ValueError(f"it is packed by {min(packed)}, where FinLoRA packs by SNAPPY")
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, use_threads=False):
-            batch.validate(full=True)
-            size += batch.get_total_buffer_size()
-            if size > _MAX_BYTES:
-                raise ValueError(f"unpacked it has more than {_MAX_BYTES:,} bytes")
-            for row in batch.to_pylist():
-                values = [*(row[name] for name in SCHEMA.names if name != "choices"), *row["choices"]]
-                if not all(isinstance(value, str) for value in values):
-                    raise TypeError("an example is not whole")
-                examples.append(Example(**{**row, "choices": tuple(row["choices"])}))
+        # One after the other: a page of each column at once, unpacked, could be 16 GiB. What the metadata says of columns
+        # is not looked at: where it is damaged, pyarrow 26 ends the process at `row_group(n).column(n)`.
+        columns: dict[str, list[Any]] = {}
+        size, until = 0, time.monotonic() + _MAX_SECONDS
+        for name in SCHEMA.names:
+            columns[name] = []
+            for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[name], use_threads=False):
+                batch.validate(full=True)
+                size += batch.get_total_buffer_size()
+                if size > _MAX_BYTES or time.monotonic() > until:
+                    raise ValueError(f"unpacked it has more than {_MAX_BYTES:,} bytes, or takes {_MAX_SECONDS:g} s")
+                columns[name] += batch.column(0).to_pylist()
+    examples = []
+    for values in zip(*columns.values(), strict=True):
+        row = dict(zip(SCHEMA.names, values, strict=True))
+        row["choices"] = tuple(row["choices"])
+        if not all(isinstance(value, str) for value in (*values[:5], *row["choices"], *values[6:])):
+            raise TypeError("an example is not whole")
+        examples.append(Example(**row))
     return facts, tuple(examples)
 
 

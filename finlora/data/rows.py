@@ -206,8 +206,9 @@ def read_jsonl(path: Path, required: Sequence[str]) -> list[Row]:
 def require_columns(found: Sequence[str], required: Sequence[str], place: str) -> None:
     missing = [column for column in required if column not in found]
     if missing:
+        shown = ", ".join(str(column)[:60] for column in found[:20])
         raise DatasetError(
-            f"{place}: found columns {', '.join(map(str, found))}, but {', '.join(missing)} is missing. "
+            f"{place}: found columns {shown}, but {', '.join(missing)} is missing. "
             f"Expected {', '.join(required)}: check that this is the published file."
         )
 

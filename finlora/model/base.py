@@ -19,7 +19,7 @@ from torch import nn
 from finlora.config import Bits, ModelConfig
 from finlora.errors import ModelError, ResourceError
 from finlora.model.base_cache import StoredBase, await_cache, find_cache, write_cache
-from finlora.model.quantised import quantise
+from finlora.model.quantised import quantise, require_range
 from finlora.model.source import ModelSource, find_source, fingerprint_weights
 from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
 
@@ -246,6 +246,8 @@ def _build(
                 net.set_submodule(owner_name, stored.read_layer(name, parameter.shape))
                 continue
             weight = stored.read_weight(name) if stored else read(name, parameter.shape)
+            if not stored and source.shards:
+                require_range(weight, name, bits if is_quantised else 16)
             if is_quantised:
                 net.set_submodule(owner_name, quantise(weight, bits, dtype))
             else:

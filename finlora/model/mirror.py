@@ -114,8 +114,12 @@ def check_mirrored(folder: Path, update: Update) -> Mirrored:
     for name, expected in mirrored.files.items():
         update(mirrored.repository, done, mirrored.total_bytes, name)
         file = folder / name
-        if not file.is_file():
-            faults.append(f"{name} is missing")
+        try:
+            is_there = file.is_file()
+        except OSError:  # a name that no file can have
+            is_there = False
+        if not is_there:
+            faults.append(f"{name[:100]} is missing")
             continue
         done += file.stat().st_size
         if hash_file(file) != expected:
@@ -134,7 +138,7 @@ def _check_names(mirrored: Mirrored) -> None:
     if not (isinstance(mirrored.files, dict) and mirrored.files):
         raise ValueError("it names no files")
     for name, expected in mirrored.files.items():
-        if Path(name).name != name or not isinstance(expected, str):
+        if Path(name).name != name or not name.isprintable() or not isinstance(expected, str):
             raise ValueError(f"it names {name!r}, which is no file of this folder")
     if not isinstance(mirrored.repository, str) or not isinstance(mirrored.commit, str):
         raise ValueError("its repository or commit is no text")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finlora.config import Bits
+from finlora.errors import ModelError
 
 
 def quantise(weight: Tensor, bits: Bits, dtype: torch.dtype) -> nn.Module:
@@ -33,6 +34,23 @@ def quantise(weight: Tensor, bits: Bits, dtype: torch.dtype) -> nn.Module:
         return layer
     quantised, scales, _ = bnb.functional.int8_vectorwise_quant(weight.to(torch.float16))
     return _make_linear8(quantised, scales)
+
+
+def require_range(weight: Tensor, name: str, bits: Bits) -> None:
+    """Refuse a weight that cannot be held: NaN and infinities, and at 8 bit what float16, from which int8 is made, does not reach.
+
+    Quantised, such a number would spoil its block or row, and whether as NaN or in silence depends on the device.
+
+    Raises:
+        ModelError: names the tensor.
+    """
+    low, high = (float(value) for value in torch.aminmax(weight.detach()))  # no temporary copy; NaN passes through
+    limit = torch.finfo(torch.float16).max if bits == 8 else torch.finfo(torch.float32).max
+    if not (-limit <= low and high <= limit):
+        raise ModelError(
+            f"{name} holds numbers from {low:g} to {high:g}, and {bits} bit needs finite ones of at most {limit:g}: copy the "
+            f"model again{', or load it at 4 or 16 bit' if bits == 8 else ''}."
+        )
 
 
 def layer_to_tensors(layer: Any) -> dict[str, Tensor]:

@@ -123,10 +123,11 @@ def _find_shards(folder: Path) -> dict[str, Path]:
                 raise ValueError("it names no tensor")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelError(f"{index} is not a safetensors index ({error!r}): copy the model again.") from error
-        missing = sorted({path.name for path in files.values() if not path.is_file()})
+        there = {path.name for path in folder.iterdir() if path.is_file()}
+        missing = sorted({path.name for path in files.values()} - there)
         if missing:
             raise ModelError(
-                f"{folder} lacks {len(missing)} shards named by its index ({missing[0]}, ...): copy them too."
+                f"{folder} lacks {len(missing)} shards named by its index ({missing[0][:100]}, ...): copy them too."
             )
         for path in sorted(set(files.values())):
             absent = {name for name, file in files.items() if file == path}.difference(_read_names(path))

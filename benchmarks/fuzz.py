@@ -1,0 +1,180 @@
+"""Feed what FinLoRA reads from outside with broken inputs, for as long as wanted: only its own errors may come of it.
+
+    python benchmarks/fuzz.py                                    # every target of fuzz_targets.py, a minute each
+    python benchmarks/fuzz.py --targets arrow parquet --seconds 600 --seed 7
+    python benchmarks/fuzz.py --targets arrow --replay fuzz-found/arrow-1f2e3d4c
+
+Each target runs in a process of its own, within a bound of memory and of seconds an input. Where `atheris` is installed
+(`pip install atheris`, not among FinLoRA's packages) inputs are bred by coverage of FinLoRA's code; else the seeds are changed
+at random, which finds less. The random seed is printed first: with it, and an empty --found, the same inputs come again. An input
+that breaks something is kept in --found, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import random
+import re
+import resource
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+_SLOW_S = 20.0
+_SHAVE = (
+    b"",
+    b"\0",
+    b"\xff",
+    b"[",
+    b"{",
+    b'"',
+    b"9" * 400,
+    b"\n",
+    b"&a *a",
+    b"\xed\xa0\x80",
+    b"\\ud800",
+    b"../",
+    b"NaN",
+    b"-1",
+    b"1e999",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", nargs="+", metavar="TARGET", help="without it: all")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each target")
+    parser.add_argument("--seed", type=int, help="without it: drawn, and printed")
+    parser.add_argument("--engine", choices=["atheris", "random"], help="without it: atheris where it is installed")
+    parser.add_argument("--memory-mib", type=int, default=4096, help="most that a target's process may take")
+    parser.add_argument("--found", type=Path, default=Path("fuzz-found"), help="folder of inputs that broke something")
+    parser.add_argument("--replay", type=Path, help="run the one target on this input alone, and show what it raises")
+    parser.add_argument("--run-one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    from fuzz_targets import TARGETS
+
+    unknown = set(options.targets or ()) - set(TARGETS)
+    if unknown:
+        parser.error(f"unknown target {min(unknown)}: expected some of {', '.join(TARGETS)}")
+    if options.replay:
+        if len(options.targets or ()) != 1:
+            parser.error("--replay needs exactly one of --targets")
+        from fuzz_targets import run_one
+
+        run_one(TARGETS[options.targets[0]], options.replay.read_bytes())
+        print("only FinLoRA's own errors, or none")
+        return 0
+    engine = options.engine or ("atheris" if importlib.util.find_spec("atheris") else "random")
+    seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**31)
+    if options.run_one:
+        return _run_here(options.run_one, engine, options.seconds, seed, options.memory_mib, options.found)
+    print(f"seed {seed}, inputs by {engine}, {options.seconds:g} s a target", flush=True)
+    options.found.mkdir(parents=True, exist_ok=True)
+    return max(_run_apart(name, engine, seed, options) for name in options.targets or TARGETS)
+
+
+def _run_apart(name: str, engine: str, seed: int, options: argparse.Namespace) -> int:
+    """Run a target in a process and print its line; returns 1 where something broke."""
+    settings = ["--seconds", str(options.seconds), "--seed", str(seed), "--memory-mib", str(options.memory_mib)]
+    command = [
+        sys.executable,
+        __file__,
+        "--run-one",
+        name,
+        "--engine",
+        engine,
+        *settings,
+        "--found",
+        str(options.found),
+    ]
+    started = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    counts = re.findall(r"(?:stat::number_of_executed_units:\s*|executed )(\d+)", done.stdout + done.stderr)
+    number = f"{int(counts[-1]):,}" if counts else "an unknown number of"
+    verdict = "nothing broke" if done.returncode == 0 else f"BROKEN (exit {done.returncode})"
+    print(f"{name:16} {number:>20} inputs {time.monotonic() - started:6.0f} s  {verdict}", flush=True)
+    if done.returncode:
+        print("\n".join((done.stdout + done.stderr).splitlines()[-60:]), flush=True)
+    return int(done.returncode != 0)
+
+
+def _run_here(name: str, engine: str, seconds: float, seed: int, memory_mib: int, found: Path) -> int:
+    if engine == "atheris":
+        _breed(name, seconds, seed, memory_mib, found)
+        return 0  # atheris ends the process itself
+    from fuzz_targets import TARGETS, run_one
+
+    target, dice = TARGETS[name], random.Random(f"{seed} {name}")
+    seeds = target.seeds()
+    for data in seeds:  # imports are done before the memory is bounded
+        run_one(target, data)
+    limit = memory_mib * 2**20
+    until, number = time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        data, started = _change(dice, seeds), time.monotonic()
+        try:
+            run_one(target, data)
+            _require_bounds(started, limit)
+        except Exception:
+            path = found / f"{name}-{hashlib.sha256(data).hexdigest()[:8]}"
+            path.write_bytes(data)
+            traceback.print_exc()
+            print(f"kept as {path}; executed {number}")
+            return 1
+        number += 1
+    print(f"executed {number}")
+    return 0
+
+
+def _require_bounds(started: float, limit: int) -> None:
+    seconds, peak = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if seconds > _SLOW_S:
+        raise RuntimeError(f"the input took {seconds:.1f} s")
+    if peak > limit:
+        raise RuntimeError(f"the input took {peak / 2**20:.0f} MiB")
+
+
+def _change(dice: random.Random, seeds: list[bytes]) -> bytes:
+    """Cut, double, swap and overwrite parts of a seed, a few times."""
+    data = bytearray(dice.choice(seeds))
+    for _ in range(dice.choice([1, 1, 2, 3, 8])):
+        start = dice.randrange(len(data) + 1)
+        stop = min(len(data), start + dice.choice([0, 1, 1, 2, 4, 8, 64]))
+        part = dice.choice([*_SHAVE, dice.randbytes(dice.choice([1, 2, 4, 8])), bytes(data[start:stop]) * 2])
+        if dice.random() < 0.3 and stop > start:
+            data[start] ^= 1 << dice.randrange(8)
+        else:
+            data[start:stop] = part * (5000 if dice.random() < 0.02 else 1)
+    return bytes(data)
+
+
+def _breed(name: str, seconds: float, seed: int, memory_mib: int, found: Path) -> None:
+    import atheris
+
+    corpus = found / "corpus" / name
+    corpus.mkdir(parents=True, exist_ok=True)
+    with atheris.instrument_imports(include=["finlora", "yaml"]):
+        from fuzz_targets import TARGETS, run_one
+
+        for data in TARGETS[name].seeds():
+            (corpus / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
+            run_one(TARGETS[name], data)  # imports what it needs
+    settings = [
+        f"-max_total_time={max(1, round(seconds))}",
+        f"-seed={seed or 1}",
+        f"-rss_limit_mb={memory_mib}",
+        f"-timeout={_SLOW_S:g}",
+        f"-artifact_prefix={found}/{name}-",
+        "-max_len=16384",
+        "-print_final_stats=1",
+    ]
+    atheris.Setup([sys.argv[0], *settings, str(corpus)], lambda data: run_one(TARGETS[name], data))
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

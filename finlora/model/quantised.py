@@ -37,7 +37,7 @@ def quantise(weight: Tensor, bits: Bits, dtype: torch.dtype) -> nn.Module:
 
 
 def require_range(weight: Tensor, name: str, bits: Bits) -> None:
-    """Refuse a weight that cannot be held: NaN and infinities, and at 8 bit what float16, from which int8 is made, does not reach.
+    """Refuse a weight that cannot be held: NaN and infinities, and at 8 bit what float16, from which int8 is made, cannot hold.
 
     Quantised, such a number would spoil its block or row, and whether as NaN or in silence depends on the device.
 

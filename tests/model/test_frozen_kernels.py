@@ -107,3 +107,123 @@ def test_the_strongest_columns_are_chosen(num_in, share):
     assert torch.equal(is_held.nonzero()[:, 0], columns[is_chosen].sort().values)
     if share == 1.0:
         assert columns.sort().values.tolist() == list(range(64))
+
+
+def spoil(x, kind):
+    """Adversarial rows of x, in place. Shapes: (T, K)."""
+    if kind == "zeros":
+        x[0] = 0
+    elif kind == "outliers":
+        x[:, ::17] *= 200
+    elif kind == "one huge":
+        x[0, 3] = 3e4
+    elif kind == "subnormal":
+        x[0] *= 1e-38
+    return x
+
+
+def assert_near(found, x, weight, residual=None):
+    """Within the rounding of the output and of the unpacked weights (2^-8 each on a GPU) and float32's of the sum.
+
+    Unlike `assert_close`, each output has a bound of its own, from the magnitudes of its terms: a huge row must not hide an error
+    in a small one.
+    """
+    expected, terms = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
+    if residual is not None:
+        expected, terms = expected + residual.double(), terms + residual.double().abs()
+    eps = 2.0**-7 if DEVICE == "cuda" else 2.0**-18
+    smallest = 2.0**-126 * (weight.abs().sum(1) + 1)  # numbers below it may be flushed to 0
+    assert ((found.double() - expected).abs() <= eps * terms + smallest).all()
+
+
+KINDS = ["zeros", "outliers", "one huge", "subnormal"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("num_rows", "num_out", "num_in"), SIZES)
+def test_few_rows_times_int8_on_adversarial_numbers(num_rows, num_out, num_in, kind):
+    x, residual = spoil(random_rows(num_rows, num_in), kind), random_rows(num_rows, num_out, seed=1)
+    values = random_int8(num_out, num_in)
+    values[0], values[1], values[2] = 0, 127, -127
+    scales = torch.logspace(-6, 4, num_out, device=DEVICE)
+    weight = values.double() * scales.double()[:, None] / 127
+    assert_near(few_int8(x, values, scales, None), x, weight)
+    assert_near(few_int8(x, values, scales, residual), x, weight, residual)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("num_rows", "num_out", "num_in"), [(1, 192, 256), (33, 128, 384)])
+def test_few_rows_times_nf4_on_adversarial_numbers(num_rows, num_out, num_in, kind):
+    layer = bnb.nn.Linear4bit(num_in, num_out, bias=False, compute_dtype=DTYPE, quant_type="nf4")
+    weight = spoil(random_rows(num_out, num_in, seed=3), kind)
+    parameter = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer)
+    layer.weight = parameter.to(DEVICE) if DEVICE == "cuda" else parameter._quantize("cpu")
+    state = layer.weight.quant_state
+    plain = bnb.functional.dequantize_4bit(layer.weight.data.view(-1, 1), state).double()
+    x = spoil(random_rows(num_rows, num_in), kind)
+    rows = read_nf4([layer])
+    assert_near(few_nf4(x, *rows, None, code=state.code), x, plain)
+    if DEVICE == "cuda":  # registers are not interpreted
+        assert_near(few_nf4(x, *rows, None), x, plain)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("product", ["int8", "nf4"])
+def test_row_that_is_not_finite_gives_nothing_finite_and_leaves_the_others(product, bad):
+    """int8 values that are 0 give 0 x inf = NaN, never 0."""
+    num_rows, num_out, num_in = 5, 128, 256
+    x = random_rows(num_rows, num_in)
+    spoiled = x.clone()
+    spoiled[2, 100] = bad
+    if product == "int8":
+        values, scales = random_int8(num_out, num_in), torch.linspace(0.1, 2.0, num_out, device=DEVICE)
+        values[:, 100] = torch.where(torch.arange(num_out, device=DEVICE) % 3 == 0, 0, 5).to(torch.int8)
+        found, clean = few_int8(spoiled, values, scales, None), few_int8(x, values, scales, None)
+    else:
+        layer = bnb.nn.Linear4bit(num_in, num_out, bias=False, compute_dtype=DTYPE, quant_type="nf4")
+        parameter = bnb.nn.Params4bit(
+            random_rows(num_out, num_in, seed=3),
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=True,
+            module=layer,
+        )
+        layer.weight = parameter.to(DEVICE) if DEVICE == "cuda" else parameter._quantize("cpu")
+        rows, code = read_nf4([layer]), layer.weight.quant_state.code
+        found, clean = few_nf4(spoiled, *rows, None, code=code), few_nf4(x, *rows, None, code=code)
+    assert not found[2].isfinite().any()
+    others = [0, 1, 3, 4]
+    assert torch.equal(found[others], clean[others])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_many_rows_with_a_scale_that_is_not_finite_give_nan_there_alone(bad):
+    """What a row of NaN or beyond float16 becomes: its int8 values mean nothing, its scale says so."""
+    x, values = random_int8(40, 256, seed=2), random_int8(192, 256, seed=3)
+    rows, scales = torch.linspace(0.5, 3.0, 40, device=DEVICE), torch.linspace(0.1, 2.0, 192, device=DEVICE)
+    few_x, few_weights = random_rows(40, 64, seed=4), random_rows(192, 64, seed=5)
+    clean = many_int8(x, rows, values, scales, few_x, few_weights, None)
+    rows[7] = bad
+    found = many_int8(x, rows, values, scales, few_x, few_weights, None)
+    assert not found[7].isfinite().any()
+    others = [row for row in range(40) if row != 7]
+    assert torch.equal(found[others], clean[others])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("num_rows", [3, 100])
+@pytest.mark.skipif(DEVICE != "cuda", reason="freeze takes its kernels on a GPU alone")
+def test_frozen_weight_on_a_gpu_never_turns_what_is_not_finite_into_a_number(bits, num_rows):
+    from finlora.model.frozen import freeze
+    from finlora.model.quantised import quantise
+
+    frozen = freeze([quantise(random_rows(256, 512, seed=1), bits, DTYPE)], DTYPE)
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        x = random_rows(num_rows, 512)
+        x[1, 77] = bad
+        found = frozen.forward(x)
+        assert not found[1].isfinite().any()
+        assert found[[0, 2]].isfinite().all()
+        grad = random_rows(num_rows, 256)
+        grad[1, 7] = bad
+        assert not frozen.backward(grad)[1].isfinite().any()

@@ -78,6 +78,7 @@ def ask(
         while not core.is_idle:
             answers += core.step(take)
     (answer,) = answers
+    answer.require_numbers()
     ranked = rank_choices(question.choices, answer.log_probs) if question.choices else {}
     text = next(iter(ranked), "") or "".join(pieces)
     return Reply(

@@ -66,6 +66,8 @@ class BatchEngine:
             while self.core.scheduler.num_waiting < _MAX_WAITING and (request := next(to_come, None)) is not None:
                 self.core.submit(request)
             if ended := self.core.step(add):
-                answers |= {answer.request_id: answer for answer in ended}
+                for answer in ended:
+                    answer.require_numbers()
+                    answers[answer.request_id] = answer
                 on_done(len(answers))
         return answers, texts

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from finlora.errors import ConfigError
+from finlora.errors import ConfigError, ModelError
 
 ADAPTER = "adapter"
 """Name of the adapter where an engine has one at most."""
@@ -93,6 +93,18 @@ class Answer:
     """Of each choice, the sum over its tokens."""
     num_cached: int = 0
     """Prompt tokens that were found in the prefix cache."""
+
+    def require_numbers(self) -> None:
+        """Refuse an answer that rests on NaN, of which the likeliest token is always the first: it would look like any other.
+
+        Raises:
+            ModelError: base and adapter together gave what is no number.
+        """
+        if any(math.isnan(value) for value in (*self.log_probs, *(token.log_prob for token in self.tokens))):
+            raise ModelError(
+                f"the model computed NaN for request {self.request_id}: the adapter's numbers are too large for this base, or "
+                "its weights are damaged. Ask the base alone, or train the adapter again."
+            )
 
 
 def normalise_choices(log_probs: Sequence[float]) -> list[float]:

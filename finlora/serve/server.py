@@ -213,6 +213,7 @@ class Server:
                         course.pieces.append(event)
                         yield event
                         continue
+                    event.require_numbers()
                     course.answer, course.outcome = event, event.finish
                     if event.finish == "deadline":
                         seconds = self.config.limits.deadline_s

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from finlora.data.encode import IGNORED, Encoded
 from finlora.data.pack_size import pad_pack
@@ -139,3 +141,38 @@ def test_split_keeps_order_and_the_limit():
     assert split_by_tokens([0, 1, 2, 4, 5], lengths, 9) == [[0, 1], [2, 4, 5]]
     assert split_by_tokens([2, 3, 4], lengths, 8) == [[2], [3], [4]]
     assert split_by_tokens([], lengths, 8) == []
+
+
+@st.composite
+def examples(draw):
+    """Examples of any lengths that may begin alike, as far as they like."""
+    shared = tuple(draw(st.lists(st.integers(1000, 1003), max_size=30)))
+    own = st.lists(st.integers(0, 5), min_size=1, max_size=12).map(tuple)
+    answer = st.lists(st.integers(500, 503), min_size=1, max_size=4).map(tuple)
+    return [Encoded(shared + draw(own), draw(answer)) for _ in range(draw(st.integers(1, 7)))]
+
+
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@given(items=examples(), share_prefix=st.booleans())
+def test_any_examples_see_in_a_pack_what_they_see_alone(items, share_prefix):
+    whole = pack_examples(items, share_prefix=share_prefix)
+    for pack in (whole, pad_pack(whole)):
+        seen = visible_tokens(pack, pack.segments)
+        expected = alone(items)
+        assert all(example[-1] in seen for example in expected)
+        answers = [
+            each for item, example in zip(items, expected, strict=True) for each in example[-len(item.answer_ids) :]
+        ]
+        targets = [token for item in items for token in item.answer_ids]
+        found = visible_tokens(pack, pack.last_segments)
+        assert found[: len(answers)] == answers
+        assert pack.targets.tolist()[: len(targets)] == targets
+        assert all(target == IGNORED for target in pack.targets.tolist()[len(targets) :])
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=20), most=st.integers(1, 60))
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+def test_any_examples_are_split_in_order_within_the_bound(lengths, most):
+    parts = split_by_tokens(range(len(lengths)), lengths, most)
+    assert [index for part in parts for index in part] == list(range(len(lengths)))
+    assert all(len(part) == 1 or sum(lengths[index] for index in part) <= most for part in parts)

@@ -97,3 +97,29 @@ def test_version_that_was_set_and_is_gone_is_named(shelf, folder):
     shutil.rmtree(folder / "good" / "v1")
     with pytest.raises(AdapterError, match=r"set to version 'v1', which is not there: expected one of v2"):
         shelf.find("good")
+
+
+def test_adapter_whose_numbers_overflow_is_an_error_and_spoils_nobody_else(tiny_base, tmp_path):
+    """Each number is finite, their products are not. Requests without it run in the same passes and the same cache."""
+    from live_server import live_server, make_adapter
+    from safetensors.torch import load_file, save_file
+    from wire import send
+
+    config = make_settings(tiny_base, adapters_dir=str(tmp_path / "adapters"))
+    folder = make_adapter(config.model, tmp_path / "adapters" / "huge", 1)
+    path = folder / "adapter_model.safetensors"
+    save_file({name: tensor.sign() * 1e30 for name, tensor in load_file(path).items()}, path)
+    ask = {"task": "fpb", "text": "Profit rose 12 %"}
+    chat = {"messages": [{"role": "user", "content": "Profit"}], "max_tokens": 4}
+    with live_server(config, tmp_path) as live:
+        key = live.keys["desk"]
+        (before,) = send(live.address, "/v1/classify", key, ask | {"model": "tiny"}).body["results"]
+        for path, body in (("/v1/classify", ask), ("/v1/chat/completions", chat)):
+            reply = send(live.address, path, key, body | {"model": "tiny:huge"})
+            assert (reply.status, "computed NaN" in reply.text) == (422, True), reply.text
+        streamed = send(live.address, "/v1/chat/completions", key, chat | {"model": "tiny:huge", "stream": True})
+        assert "computed NaN" in streamed.text
+        assert "[DONE]" not in streamed.text
+        (after,) = send(live.address, "/v1/classify", key, ask | {"model": "tiny"}).body["results"]
+        assert after["probabilities"] == pytest.approx(before["probabilities"], abs=1e-5)
+        assert live.engine.snapshot.num_losses == 0

@@ -52,8 +52,8 @@ def _read_records(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
             file.seek(0)
         messages = pa.ipc.MessageReader.open_stream(file)
         first = next(iter(messages), None)
-        if first is None:
-            raise ValueError("it is empty")
+        if first is None or first.type != "schema":
+            raise ValueError("it does not begin with a schema")
         schema = pa.ipc.read_schema(first)
         names = [field.name for field in schema if _is_flat(field.type)]
         if len(set(schema.names)) != len(schema.names):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import secrets
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
@@ -52,6 +54,13 @@ def connect(log_to_driver: bool) -> None:
         raise ResourceError(
             f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): start one (`ray start --head`), mend the address or the "
             "token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS to run on this machine alone."
+        ) from error
+    except Exception as error:  # Ray has no kind of its own for it
+        if "timed out during startup" not in str(error):
+            raise
+        raise ResourceError(
+            "Ray did not start on this machine within 30 s, its own limit: other work takes the processors. Run the same "
+            "command again when they are free, or name a cluster that runs with RAY_ADDRESS."
         ) from error
 
 
@@ -127,8 +136,12 @@ def _guard_local() -> None:
     token_file = _TOKEN_FILE.expanduser()
     if not token_file.is_file():
         token_file.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(token_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        # Under another name first: a process that is killed here must not leave an empty token, which Ray refuses for good.
+        descriptor, fresh = tempfile.mkstemp(prefix=".ray-token-", dir=token_file.parent)
         with os.fdopen(descriptor, "w") as stream:
             stream.write(secrets.token_hex(32))
+        with contextlib.suppress(FileExistsError):  # another process was first
+            os.link(fresh, token_file)
+        Path(fresh).unlink()
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, cast
 import yaml
 
 from finlora.config import RunConfig
+from finlora.durable import write_whole
 from finlora.errors import ConfigError
 from finlora.yamltext import parse_yaml, read_yaml
 
@@ -108,9 +109,9 @@ def config_to_tree(config: RunConfig) -> dict[str, Any]:
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Write the resolved config as YAML; `load_config` reads it back equal."""
+    """Write the resolved config as YAML; `load_config` reads it back equal. A crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config_to_tree(config), sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(config_to_tree(config), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:

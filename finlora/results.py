@@ -1,20 +1,20 @@
 """One Result record a measurement, appended as a JSON line; `finlora report` reads them back.
 
 A line is written whole with one write and fsync, so that a crash leaves at most one broken last line, which reading
-names instead of hiding.
+names instead of hiding. Each carries a hash of its values, so that a number that was changed later is named too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from finlora.durable import append_line, unseal
 from finlora.errors import ResultError
 
 SEARCH_MARK = "search.yaml"
@@ -93,21 +93,13 @@ def append_result(path: Path, result: Result) -> None:
     """
     record = dataclasses.asdict(result)
     record["created"] = record["created"] or datetime.now(UTC).isoformat(timespec="seconds")
-    line = (json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = b"\n" + line  # a crash cut the last line short: it must not swallow this one
-        num_written = os.write(descriptor, line)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    if num_written != len(line):
+        append_line(path, record, is_synced=True)
+    except OSError as error:
         raise ResultError(
-            f"{path}: only {num_written} of {len(line)} bytes were written. Make room, remove the last line."
-        )
+            f"{path}: the result could not be written ({error}), and the file is as it was. Make room, then run it again."
+        ) from error
 
 
 def read_results(path: Path) -> list[Result]:
@@ -139,10 +131,10 @@ def _read_file(file: Path) -> list[Result]:
         if not line.strip():
             continue
         try:
-            results.append(Result(**json.loads(line)))
+            results.append(Result(**unseal(json.loads(line))))
         except (ValueError, TypeError) as error:
             raise ResultError(
                 f"{file} line {number} is not a result ({error}): expected one JSON object a line as written by "
-                "`finlora evaluate`. Remove that line if a crash cut it short."
+                "`finlora evaluate`. Remove that line, which a crash cut short or which was changed."
             ) from error
     return results

@@ -17,6 +17,7 @@ NAMES = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file i
 STAIR = (
     *(
         "errors",
+        "durable",
         "paper",
         "config",
         "yamltext",
@@ -48,7 +49,7 @@ HOMES = {
         ),  # Ray Tune, the body of a trial, and its scheduler, a subclass too
         *("engine.pipeline", "serve.app", "serve.model", "serve.measures", "serve.deploy"),
     },
-    "deepspeed": {"train.worker"},
+    "deepspeed": {"train.data_parallel"},
     "bitsandbytes": {"model.base", "model.quantised"},
     "typer": {"cli"},
 }
@@ -119,8 +120,15 @@ def test_no_imports_run_in_a_circle():
 
 
 def test_ground_rooms_import_nothing_of_ours_but_errors():
-    assert GRAPH["finlora.errors"] == GRAPH["finlora.paper"] == GRAPH["finlora.data.example"] == set()
-    assert GRAPH["finlora.config"] == GRAPH["finlora.results"] == {"finlora.errors"}
+    assert (
+        GRAPH["finlora.errors"]
+        == GRAPH["finlora.durable"]
+        == GRAPH["finlora.paper"]
+        == GRAPH["finlora.data.example"]
+        == set()
+    )
+    assert GRAPH["finlora.config"] == {"finlora.errors"}
+    assert GRAPH["finlora.results"] == {"finlora.durable", "finlora.errors"}
     assert GRAPH["finlora.train.sampler"] == GRAPH["finlora.evaluate.intervals"] == set()
 
 

@@ -72,6 +72,14 @@ def test_append_after_broken_line_keeps_new_result_whole(tmp_path):
     assert json.loads(lines[1])["task"] == "fpb"
 
 
+def test_changed_number_is_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_result(path, make_result(metrics={"accuracy": 0.5}))
+    path.write_text(path.read_text().replace('"accuracy": 0.5', '"accuracy": 0.9'))
+    with pytest.raises(ResultError, match=r"line 1 is not a result \(it was changed after it was written"):
+        read_results(path)
+
+
 @pytest.mark.parametrize("line", ["[1, 2]", "3", '"text"', "null", '{"kind": "evaluation"}', '{"unknown": 1}'])
 def test_line_of_other_shape_is_refused(tmp_path, line):
     path = tmp_path / "results.jsonl"

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finlora.data.example import Example
+from finlora.durable import unseal
 
 SCHEMA = pa.schema(
     [
@@ -37,7 +38,7 @@ def read_examples(path: Path) -> tuple[dict[str, Any] | None, tuple[Example, ...
     """
     if path.stat().st_size > _MAX_FILE_BYTES:
         raise ValueError(f"it has more than {_MAX_FILE_BYTES:,} bytes")
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
         facts = _facts(file.schema_arrow)
         if facts is None or not file.schema_arrow.equals(SCHEMA):
             return None, ()
@@ -67,7 +68,7 @@ def _facts(schema: Any) -> dict[str, Any] | None:
     raw = (schema.metadata or {}).get(FACTS_KEY)
     needed = {"task", "split", "variant", "hash", "licence", "source", "version", "notes"}
     try:
-        facts = json.loads(raw) if raw is not None else None
+        facts = unseal(json.loads(raw)) if raw is not None else None
     except (ValueError, RecursionError):
         return None
     if not isinstance(facts, dict) or not needed <= set(facts) or not isinstance(facts["notes"], list):

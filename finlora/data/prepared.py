@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 from finlora.data.catalog import Task
 from finlora.data.example import Example, Splits
 from finlora.data.parquet import FACTS_KEY, SCHEMA, read_examples
+from finlora.durable import scratch_folder, seal
 from finlora.errors import DatasetError
 
 SplitName = Literal["train", "test"]
@@ -203,15 +203,17 @@ def _write(
 ) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-            fresh = Path(scratch, "fresh")
+        with scratch_folder(folder.parent, f".{folder.name}-") as scratch:
+            fresh = scratch / "fresh"
             fresh.mkdir()
             for split, examples in parts.items():
                 whole = {**facts, "split": split, "hash": hashes[split], "count": len(examples)}
-                schema = SCHEMA.with_metadata({FACTS_KEY: json.dumps(whole, ensure_ascii=False).encode()})
+                schema = SCHEMA.with_metadata({FACTS_KEY: json.dumps(seal(whole), ensure_ascii=False).encode()})
                 columns = {name: [getattr(item, name) for item in examples] for name in SCHEMA.names}
-                pq.write_table(pa.table(columns, schema=schema), fresh / f"{split}.parquet")
-            _move_in(fresh, folder, Path(scratch, "old"))
+                # Checksums of the pages: the hash of the examples leaves their source and group out.
+                table = pa.table(columns, schema=schema)
+                pq.write_table(table, fresh / f"{split}.parquet", write_page_checksum=True)
+            _move_in(fresh, folder, scratch / "old")
     except OSError as error:
         raise DatasetError(
             f"{folder} cannot be written ({error}): expected a writable --output with free space."

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from finlora.config import Bits, ModelConfig
 from finlora.engine.microbatch import MicroBatch, Output
+from finlora.engine.semaphores import remove_left_semaphores
 from finlora.engine.spans import split_layers
 from finlora.errors import FinloraError, ResourceError
 from finlora.lease import take_lease
@@ -91,6 +92,7 @@ class _StageActor:
         from finlora.engine.stage import Stage
         from finlora.model.base import load_base, quiet_bitsandbytes
 
+        remove_left_semaphores()
         settings, source = PipelineConfig(**config), ModelConfig(**model)
         device = torch.device("cuda:0" if settings.device == "cuda" else "cpu")
         layers = range(*span)

@@ -7,7 +7,7 @@ for all of them. Put the folder on a local disk, or into shared memory (/dev/shm
 Layout of FOLDER/BASE-4bit-KEY, KEY being a hash of the weights' fingerprint and of all that quantisation depends on:
     rest.safetensors       embedding, last norm and head
     layer-N.safetensors    decoder layer N: norms as they are, linear layers under bitsandbytes' names
-    cache.json             what KEY stands for, and each file's size; written last
+    cache.json             what KEY stands for, and each file's size and SHA-256; sealed, written last
 Source: the names are those of bitsandbytes' QuantState.as_dict, which transformers' 4-bit checkpoints use as well.
 """
 
@@ -19,7 +19,6 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from finlora.config import Bits, ModelConfig
+from finlora.durable import hash_file, scratch_folder, seal, unseal, write_whole
 from finlora.errors import ModelError, ResourceError
 from finlora.model.quantised import layer_from_tensors, layer_to_tensors
 from finlora.model.source import ModelSource, fingerprint_weights
@@ -48,14 +48,22 @@ class BaseCache:
 
     @property
     def is_complete(self) -> bool:
-        return (self.folder / _MARK).is_file()
+        return self.read_files() is not None
+
+    def read_files(self) -> dict[str, dict[str, Any]] | None:
+        """Return size and SHA-256 of each file; None where they are not written to their end, or the list is damaged."""
+        try:
+            files = unseal(json.loads((self.folder / _MARK).read_text(encoding="utf-8")))["files"]
+            return {name: {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])} for name, file in files.items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
 
 
 class StoredBase:
-    """Reads the tensors of a complete cache to a device, a file at a time.
+    """Reads the tensors of a complete cache to a device, a file at a time, each compared with its hash first.
 
     Raises:
-        ModelError: a file is missing or not of the size it was written with.
+        ModelError: a file is missing or not as it was written.
     """
 
     def __init__(self, cache: BaseCache, device: torch.device) -> None:
@@ -63,13 +71,13 @@ class StoredBase:
         self._name = ""
         self._file: Any = None
         self._tensors: dict[str, list[str]] = {}
-        sizes: dict[str, int] = json.loads((cache.folder / _MARK).read_text(encoding="utf-8"))["files"]
-        for name, size in sizes.items():
+        self._files = cache.read_files() or {}
+        for name, file in self._files.items():
             path = cache.folder / name
-            if not path.is_file() or path.stat().st_size != size:
+            if not path.is_file() or path.stat().st_size != file["bytes"]:
                 raise ModelError(
-                    f"{path} is missing or not of {size} bytes as when it was written: delete {cache.folder}, the next run "
-                    "writes it anew."
+                    f"{path} is missing or not of {file['bytes']} bytes as when it was written: delete {cache.folder}, the next "
+                    "run writes it anew."
                 )
 
     def read_weight(self, name: str) -> Tensor:
@@ -90,6 +98,12 @@ class StoredBase:
         wanted = _file_of(name)
         if wanted == self._name:
             return
+        # The pages that are hashed are those that are read next: it costs no second look at the disk.
+        if wanted not in self._files or hash_file(self._cache.folder / wanted) != self._files[wanted]["sha256"]:
+            raise ModelError(
+                f"{self._cache.folder / wanted} is not as it was written: delete {self._cache.folder}, the next run writes it "
+                "anew; if it happens again, test the disk and the memory of this machine."
+            )
         self._name = wanted
         self._file = safe_open(str(self._cache.folder / wanted), framework="pt", device="cpu")
         self._tensors = {}
@@ -163,13 +177,15 @@ def write_cache(cache: BaseCache, net: nn.Module) -> None:
         else:
             group[name] = parameter.data
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{cache.folder.name}-", dir=cache.folder.parent) as scratch:
-            fresh = Path(scratch, "fresh")
+        with scratch_folder(cache.folder.parent, f".{cache.folder.name}-") as scratch:
+            fresh = scratch / "fresh"
             fresh.mkdir()
             for file, tensors in groups.items():
                 save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, str(fresh / file))
-            sizes = {file: (fresh / file).stat().st_size for file in groups}
-            (fresh / _MARK).write_text(json.dumps({**cache.facts, "files": sizes}, indent=1), encoding="utf-8")
+            files = {
+                file: {"bytes": (fresh / file).stat().st_size, "sha256": hash_file(fresh / file)} for file in groups
+            }
+            write_whole(fresh / _MARK, json.dumps(seal({**cache.facts, "files": files}), indent=1))
             if not cache.is_complete:
                 shutil.rmtree(cache.folder, ignore_errors=True)
                 fresh.replace(cache.folder)

@@ -1,11 +1,14 @@
 """finlora.yaml: what an adapter folder says of itself, so that it is never put on a base it was not trained on.
 
-It is the last file written into an adapter folder; a folder without it is incomplete or was not made by FinLoRA.
+It is the last file written into an adapter folder; a folder without it is incomplete or was not made by FinLoRA. It names the
+SHA-256 of the files beside it, which is compared before an adapter is put on a base, and is sealed itself: a flipped bit anywhere
+in the folder is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import types
 import typing
 from dataclasses import dataclass, field
@@ -16,15 +19,20 @@ import yaml
 
 from finlora.config import LoraConfig
 from finlora.configfile import show
+from finlora.durable import SEAL, hash_file, seal, unseal, write_whole
 from finlora.errors import AdapterError
-from finlora.model.adapter_files import check_file
+from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_file
 from finlora.model.base import BaseModel
 from finlora.yamltext import read_yaml
 
 CONTRACT_FILE = "finlora.yaml"
-_VERSION = 1
+_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "config.yaml")
+_VERSION = 2
+_WITHOUT_HASHES = 1
+"""Format of the first adapters, which named no files."""
 _MAX_BYTES = 2**16
 _MAX_TEXT = 1000
+_logger = logging.getLogger(__name__)
 QUANTISATION = {16: "none", 8: "LLM.int8", 4: "NF4, double quantisation"}
 
 
@@ -51,6 +59,8 @@ class Contract:
     num_train_examples: int
     adapter_mib: float
     metrics: dict[str, float] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 in hex of each file beside it, filled in when it is written."""
     finlora: int = _VERSION
     """Version of this format."""
 
@@ -75,7 +85,8 @@ class Contract:
     def check_hashes(
         self, folder: Path, weights_hash: str, tokenizer_hash: str, template: str, bits: int | None = None
     ) -> None:
-        """The same where the base is not loaded, from its files' hashes."""
+        """The same where the base is not loaded, from its files' hashes; the adapter's own files are compared first."""
+        self.check_files(folder)
         found = {"weights hash": weights_hash, "tokenizer hash": tokenizer_hash, "template": template}
         expected = {"weights hash": self.weights_hash, "tokenizer hash": self.tokenizer_hash, "template": self.template}
         if bits is not None:
@@ -86,22 +97,42 @@ class Contract:
         if differing:
             raise AdapterError(
                 f"{folder} was trained on {self.base} and does not fit here: {'; '.join(differing)}. Load the base, tokenizer "
-                f"and template it was trained with, or edit its {CONTRACT_FILE} if you know that they are equal."
+                f"and template it was trained with, or edit its {CONTRACT_FILE} (and take its line `sha256` out) if you know "
+                "that they are equal."
+            )
+
+    def check_files(self, folder: Path) -> None:
+        """Read the adapter's files and compare their hashes.
+
+        Raises:
+            AdapterError: names each file that is missing or differs.
+        """
+        if self.finlora == _WITHOUT_HASHES:
+            _logger.warning("%s was written without hashes: a damaged file of it would not be noticed.", folder)
+        faults = [
+            f"{name} {'differs' if (folder / name).is_file() else 'is missing'}"
+            for name, expected in self.files.items()
+            if not (folder / Path(name).name).is_file() or hash_file(folder / Path(name).name) != expected
+        ]
+        if faults:
+            raise AdapterError(
+                f"{folder} is not as it was written: {', '.join(faults)}. Copy the adapter again from where it was trained, or "
+                "train it again."
             )
 
 
 def write_contract(folder: Path, contract: Contract) -> None:
-    """Write finlora.yaml as a whole; this marks the adapter folder complete."""
-    temporary = folder / f".{CONTRACT_FILE}"
-    temporary.write_text(yaml.safe_dump(dataclasses.asdict(contract), sort_keys=False), encoding="utf-8")
-    temporary.replace(folder / CONTRACT_FILE)
+    """Write finlora.yaml as a whole, with the hashes of the files beside it; this marks the adapter folder complete."""
+    files = {name: hash_file(folder / name) for name in _FILES if (folder / name).is_file()}
+    values = seal(dataclasses.asdict(dataclasses.replace(contract, files=files)))
+    write_whole(folder / CONTRACT_FILE, yaml.safe_dump(values, sort_keys=False))
 
 
 def read_contract(folder: Path) -> Contract:
     """Read finlora.yaml of an adapter folder.
 
     Raises:
-        AdapterError: the folder or file is missing, or is not this format.
+        AdapterError: the folder or file is missing, is not this format, or was changed.
     """
     path = folder / CONTRACT_FILE
     if not path.exists():
@@ -109,8 +140,7 @@ def read_contract(folder: Path) -> Contract:
         raise AdapterError(f"adapter {folder} {what}: run `finlora train` to its end, or give another folder.")
     try:
         check_file(path, _MAX_BYTES)
-        values: Any = read_yaml(path, _MAX_BYTES)
-        contract = Contract(**_check_kinds(values, path))
+        contract = Contract(**_check_kinds(read_yaml(path, _MAX_BYTES), path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
         raise AdapterError(f"{path} is not an adapter contract ({error}): train again or restore the file.") from error
     return contract
@@ -127,14 +157,21 @@ def _check_kinds(values: Any, path: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{path} is not an adapter contract (it holds {show(values)}): train again or restore the file."
         )
-    if (version := values.get("finlora")) != _VERSION and isinstance(version, int):
+    try:
+        record = unseal(values)
+    except ValueError as error:
+        raise AdapterError(
+            f"{path} is not an adapter contract ({error}): train again or restore the file. If you changed it on purpose, take "
+            f"its line `{SEAL}` out."
+        ) from error
+    if (version := record.get("finlora")) not in (_WITHOUT_HASHES, _VERSION) and isinstance(version, int):
         raise AdapterError(f"{path} has format {version}, this FinLoRA reads {_VERSION}: update FinLoRA.")
-    for name, value in values.items():
+    for name, value in record.items():
         if name not in hints or not _is_kind(value, hints[name]):
             raise AdapterError(
                 f"{path} is not an adapter contract ({show(name)} is {show(value)}): train again or restore the file."
             )
-    return values
+    return record
 
 
 def _is_kind(value: object, hint: Any) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finlora.config import LoraConfig
+from finlora.durable import scratch_folder
 from finlora.errors import AdapterError
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 
@@ -55,8 +54,7 @@ def save_adapter(model: PeftModel, folder: Path) -> float:
     from safetensors.torch import save_file
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with scratch_folder(folder.parent, f".{folder.name}-") as staging:
         state = get_peft_model_state_dict(model)
         tensors = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
         save_file(tensors, str(staging / ADAPTER_WEIGHTS), metadata={"format": "pt"})
@@ -68,8 +66,6 @@ def save_adapter(model: PeftModel, folder: Path) -> float:
         folder.mkdir(exist_ok=True)
         for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
             (staging / name).replace(folder / name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return size
 
 

@@ -7,8 +7,6 @@ It is written under another name and renamed as a whole, so an interrupted merge
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +16,7 @@ import yaml
 from torch import nn
 
 from finlora.config import ModelConfig
+from finlora.durable import scratch_folder
 from finlora.errors import AdapterError, ModelError
 from finlora.model.adapter_files import check_adapter, open_weights, require_finite
 from finlora.model.base import BaseModel, load_base
@@ -145,8 +144,7 @@ def _find_weight(net: LlamaForCausalLM, name: str, adapter: Path) -> torch.Tenso
 
 def _write(base: BaseModel, contract: Contract, adapter: Path, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with scratch_folder(output.parent, f".{output.name}-") as staging:
         base.model.save_pretrained(str(staging), max_shard_size="4GB")
         base.tokenizer.save_pretrained(str(staging))
         provenance = {
@@ -158,5 +156,3 @@ def _write(base: BaseModel, contract: Contract, adapter: Path, output: Path) -> 
         (staging / MERGED_FILE).write_text(yaml.safe_dump(provenance, sort_keys=False), encoding="utf-8")
         staging.chmod(0o755)  # mkdtemp's folder is private, a model is shared by the cluster
         staging.replace(output)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

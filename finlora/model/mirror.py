@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finlora.config import ModelConfig
+from finlora.durable import hash_file, seal, unseal, write_whole
 from finlora.errors import ModelError, ResourceError
 from finlora.model.source import HUB_FILES, find_source
 
@@ -89,7 +90,7 @@ def mirror_model(name: str, mirror: Path, update: Update) -> Mirrored:
     find_source(ModelConfig(base=str(folder)))
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's notes on unfinished files
     mirrored = Mirrored(repository=repository, commit=commit, files=files, total_bytes=total)
-    (folder / MANIFEST).write_text(json.dumps(asdict(mirrored), indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / MANIFEST, json.dumps(seal(asdict(mirrored)), indent=2) + "\n")
     return mirrored
 
 
@@ -106,7 +107,7 @@ def check_mirrored(folder: Path, update: Update) -> Mirrored:
     """
     path = folder / MANIFEST
     try:
-        mirrored = Mirrored(**json.loads(path.read_text(encoding="utf-8")))
+        mirrored = Mirrored(**unseal(json.loads(path.read_text(encoding="utf-8"))))
         _check_names(mirrored)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read ({error}): run `finlora prefetch` again.") from error
@@ -144,12 +145,6 @@ def _check_names(mirrored: Mirrored) -> None:
         raise ValueError("its repository or commit is no text")
     if not isinstance(mirrored.total_bytes, int):
         raise ValueError("its size is no number")
-
-
-def hash_file(path: Path) -> str:
-    """Return a file's SHA-256 in hex."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _hash_blob(path: Path) -> str:

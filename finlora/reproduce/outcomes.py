@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from finlora.data.prepared import read_prepared
-from finlora.errors import FinloraError
+from finlora.durable import seal, unseal, write_whole
+from finlora.errors import FinloraError, ResultError
 from finlora.model.contract import CONTRACT_FILE
 from finlora.model.source import find_source
 from finlora.reproduce.plan import Step
@@ -42,16 +43,23 @@ def write_outcome(output: Path, outcome: Outcome) -> None:
     """Write an outcome as a whole."""
     folder = output / "steps"
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{outcome.name}.json"
-    temporary.write_text(json.dumps(dataclasses.asdict(outcome), indent=1), encoding="utf-8")
-    temporary.replace(folder / f"{outcome.name}.json")
+    write_whole(folder / f"{outcome.name}.json", json.dumps(seal(dataclasses.asdict(outcome)), indent=1))
 
 
 def read_outcome(output: Path, step: Step) -> Outcome:
-    """Return how a step ended with its present settings; `to do` where it has not."""
+    """Return how a step ended with its present settings; `to do` where it has not.
+
+    Raises:
+        ResultError: the record is damaged.
+    """
     path = output / "steps" / f"{step.name}.json"
     if path.is_file():
-        outcome = Outcome(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            outcome = Outcome(**unseal(json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError) as error:
+            raise ResultError(
+                f"{path} does not say any more how the step ended ({error}): delete that file to do the step again."
+            ) from error
         is_there = step.kind == "evaluate" or (step.adapter is not None and (step.adapter / CONTRACT_FILE).is_file())
         if outcome.key == step.key and is_there:
             return outcome

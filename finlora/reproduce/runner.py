@@ -47,10 +47,10 @@ def run_plan(steps: Sequence[Step], output: Path, announce: Callable[[str], None
 
 
 def _run(step: Step, announce: Callable[[str], None]) -> Outcome:
-    started = time.time()
+    started = time.monotonic()
 
     def end(state: State, cause: str = "") -> Outcome:
-        return Outcome(name=step.name, key=step.key, state=state, cause=cause, seconds=time.time() - started)
+        return Outcome(name=step.name, key=step.key, state=state, cause=cause, seconds=time.monotonic() - started)
 
     if obstacle := find_obstacle(step):
         return end("cannot run", obstacle)

@@ -94,7 +94,7 @@ class Listener(tune.Callback):  # type: ignore[misc]
         self._started: dict[str, float] = {}
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._started.setdefault(trial.config["trial"], time.time())
+        self._started.setdefault(trial.config["trial"], time.monotonic())
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         task = self._tasks[trial.config["trial"]]

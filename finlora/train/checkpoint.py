@@ -3,14 +3,13 @@
 Layout of a checkpoint folder, for worker ranks r:
     adapter.safetensors        trainable parameters, float32 (rank 0; equal on all workers, see CheckpointSchedule)
     optimizer-r.pt             optimiser state of worker r, read with weights_only=True
-    manifest-r.json            written last by worker r: size and SHA-256 of its files, step, world size, run hash,
-                               and what the worker has sent so far
+    manifest-r.json            written last by worker r and sealed: size and SHA-256 of its files, step, world size, run
+                               hash, and what the worker has sent so far
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from finlora.errors import CheckpointError
+from finlora.durable import SEAL, hash_file, seal, unseal, write_whole
+from finlora.errors import CheckpointError, FinloraError
 from finlora.train.wire import Wire
 
 _ADAPTER = "adapter.safetensors"
@@ -63,6 +63,20 @@ class CheckpointSchedule:
         return True
 
 
+def require_finite(parameters: dict[str, torch.nn.Parameter], step: int) -> None:
+    """Keep what has become useless out of a checkpoint: the loss is looked at only at steps that are logged.
+
+    Raises:
+        FinloraError: an adapter tensor holds NaN or infinity; names it.
+    """
+    bad = [name for name, parameter in parameters.items() if not torch.isfinite(parameter).all()]
+    if bad:
+        raise FinloraError(
+            f"{len(bad)} adapter tensors hold NaN or infinity after step {step}, such as {bad[0]}: lower optim.learning_rate, or "
+            "check the data for empty prompts; the last checkpoint is from before."
+        )
+
+
 def save_checkpoint(
     folder: Path,
     worker: int,
@@ -84,11 +98,11 @@ def save_checkpoint(
         "world_size": info.world_size,
         "run_hash": info.run_hash,
         "wire": dataclasses.asdict(wire),
-        "files": {name: {"bytes": (folder / name).stat().st_size, "sha256": _hash(folder / name)} for name in names},
+        "files": {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": hash_file(folder / name)} for name in names
+        },
     }
-    temporary = folder / f".manifest-{worker}.json"
-    temporary.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    temporary.replace(folder / f"manifest-{worker}.json")
+    write_whole(folder / f"manifest-{worker}.json", json.dumps(seal(manifest), indent=1))
 
 
 def read_info(folder: Path, run_hash: str, world_size: int) -> CheckpointInfo:
@@ -98,17 +112,19 @@ def read_info(folder: Path, run_hash: str, world_size: int) -> CheckpointInfo:
         CheckpointError: a part is missing or damaged, or it belongs to other settings or another number of workers.
     """
     info: CheckpointInfo | None = None
+    steps = set()
     for worker in range(world_size):
         path = folder / f"manifest-{worker}.json"
         try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
+            manifest = _read_manifest(folder, worker)
             info = CheckpointInfo(**{key: manifest[key] for key in ("step", "world_size", "run_hash")})
             files = dict(manifest["files"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"checkpoint {folder} is incomplete: {path.name} cannot be read ({type(error).__name__}). Delete that "
+                f"checkpoint {folder} is incomplete: {path.name} cannot be read ({type(error).__name__}: {error}). Delete that "
                 "folder to go on from the one before."
             ) from error
+        steps.add(info.step)
         if info.world_size != world_size:
             raise CheckpointError(
                 f"checkpoint {folder} was written by {info.world_size} workers, this run has {world_size}: set "
@@ -120,11 +136,16 @@ def read_info(folder: Path, run_hash: str, world_size: int) -> CheckpointInfo:
             )
         for name, expected in files.items():
             file = folder / Path(name).name
-            if not file.is_file() or file.stat().st_size != expected["bytes"] or _hash(file) != expected["sha256"]:
+            if not file.is_file() or file.stat().st_size != expected["bytes"] or hash_file(file) != expected["sha256"]:
                 raise CheckpointError(
                     f"checkpoint {folder} is damaged: {name} is missing or differs from its manifest (expected "
                     f"{expected['bytes']} bytes). Delete that folder to go on from the one before."
                 )
+    if len(steps) > 1:
+        raise CheckpointError(
+            f"checkpoint {folder} is of steps {sorted(steps)} at once: expected one step of all workers. Delete that folder to "
+            "go on from the one before."
+        )
     assert info is not None
     return info
 
@@ -145,10 +166,13 @@ def load_checkpoint(
             parameter.copy_(saved[name])
     state = torch.load(folder / f"optimizer-{worker}.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state)
+    return Wire(**_read_manifest(folder, worker).get("wire", {}))
+
+
+def _read_manifest(folder: Path, worker: int) -> dict[str, Any]:
+    """Return a manifest. Raises OSError or ValueError: it is missing, no manifest, or was changed."""
     manifest = json.loads((folder / f"manifest-{worker}.json").read_text(encoding="utf-8"))
-    return Wire(**manifest.get("wire", {}))
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    values = unseal(manifest)
+    if SEAL not in manifest:
+        raise ValueError(f"it has no {SEAL} of its own")
+    return values

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from finlora.train.run import RunFolder, read_progress
+from finlora.train.progress import last_progress
+from finlora.train.run import RunFolder
 
 
 class Follower:
@@ -30,13 +31,12 @@ class Follower:
         self._is_plan_shown = False
 
     def __call__(self) -> None:
-        records = read_progress(self.folder)
-        if not records:
+        last = last_progress(self.folder)
+        if last is None:
             return
         if not self._is_plan_shown and self.folder.plan.is_file():
             self._is_plan_shown = True
             self.announce(self.folder.plan.read_text(encoding="utf-8").strip())
-        last = records[-1]
         note = (
             f"loss {last.loss:.4f}  {last.tokens_per_second:,.0f} tokens/s  {last.memory_gib:.1f} GiB  "
             f"{self.describe(last.seconds_left)} left"

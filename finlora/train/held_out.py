@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ import torch
 from finlora.config import RunConfig
 from finlora.data.encode import Encoded, collate, encode_examples
 from finlora.data.prepared import read_prepared
+from finlora.durable import append_line, read_lines
 from finlora.model.source import find_source
 from finlora.model.tokenizer import load_tokenizer
 from finlora.train.loop import AnswerLoss
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 HELD_OUT = "held_out_loss"
 """Name under which it is reported."""
+_FILE = "held_out.jsonl"
 _MAX_TOKENS = 4096
 """Tokens of a padded batch: less memory than a training step of any base takes, since no pass backward follows."""
 
@@ -83,22 +84,13 @@ class HeldOut:
 
 
 def append_held_out(folder: RunFolder, step: int, loss: float) -> None:
-    """Keep the loss on the held-out examples after a step; a line that a lost node or a full disk cut short is closed first."""
-    line = json.dumps({"step": step, HELD_OUT: loss}) + "\n"
-    with (folder.root / "held_out.jsonl").open("a+", encoding="utf-8") as stream:
-        stream.seek(0)
-        is_cut = not (stream.read() or "\n").endswith("\n")
-        stream.write(f"\n{line}" if is_cut else line)
+    """Keep the loss on the held-out examples after a step."""
+    append_line(folder.root / _FILE, {"step": step, HELD_OUT: loss})
 
 
 def read_held_out(folder: RunFolder) -> list[dict[str, float]]:
     """Return the losses in step order; of a step run twice the later one counts, a line cut short is left out."""
-    path = folder.root / "held_out.jsonl"
-    found: dict[int, dict[str, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        if line.endswith("}"):
-            record = json.loads(line)
-            found[record["step"]] = record
+    found = {record["step"]: record for record in read_lines(folder.root / _FILE) if "step" in record}
     return [found[step] for step in sorted(found)]
 
 

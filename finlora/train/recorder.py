@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from finlora.train.loop import Progress
-from finlora.train.run import RunFolder, append_progress
+from finlora.train.progress import append_progress
+from finlora.train.run import RunFolder
 from finlora.train.wire import Wire
 
 PUBLISHED = ("loss", "learning_rate", "tokens_per_second", "examples_per_second", "memory_gib", "step")

@@ -37,7 +37,6 @@ from finlora.data.prepared import read_prepared
 from finlora.errors import ConfigError, ResourceError
 from finlora.model.source import find_source
 from finlora.model.tokenizer import load_tokenizer
-from finlora.train.loop import Progress
 
 # What may differ between a run and its resumption: it changes where, how often and in which memory, never what is computed.
 _FREE_SETTINGS = {
@@ -248,34 +247,6 @@ def claim_run(folder: RunFolder) -> Iterator[None]:
         stream.write(f"process {os.getpid()} on {socket.gethostname()}")
         stream.flush()
         yield
-
-
-def append_progress(folder: RunFolder, progress: Progress) -> None:
-    """Append one line; a line that a crash cut short before it is closed first."""
-    line = (json.dumps(dataclasses.asdict(progress)) + "\n").encode()
-    descriptor = os.open(folder.progress, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
-            line = b"\n" + line
-        os.write(descriptor, line)
-    finally:
-        os.close(descriptor)
-
-
-def read_progress(folder: RunFolder) -> list[Progress]:
-    """Return the records in step order; of a step run twice (after a crash) the later one counts.
-
-    A line cut short, by a crash or because it is being written, is left out: the resumed run writes that step again.
-    """
-    if not folder.progress.is_file():
-        return []
-    by_step: dict[int, Progress] = {}
-    for line in folder.progress.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            record = Progress(**json.loads(line))
-            by_step[record.step] = record
-    return [by_step[step] for step in sorted(by_step)]
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -31,10 +31,10 @@ def mend_snapshot(root: Path) -> list[str]:
     Returns:
         Lines that tell the user what was changed; empty where the list was right.
     """
-    present = sorted(path.name for path in root.glob("checkpoint_*") if path.is_dir())  # names are times
     state = _read(root / SNAPSHOT)
     listed = {entry["checkpoint_dir_name"]: entry for entry in state["checkpoint_results"]} if state else {}
-    kept = [name for name in present if name in listed or _is_whole(root / name)]
+    present = [path.name for path in root.glob("checkpoint_*") if path.is_dir()]
+    kept = _in_order(root, list(listed), [name for name in present if name in listed or _is_whole(root / name)])
     lines = []
     for name in sorted(set(present) - set(kept)):
         shutil.rmtree(root / name)
@@ -77,6 +77,22 @@ def _read(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return state
+
+
+def _in_order(root: Path, listed: list[str], names: list[str]) -> list[str]:
+    """Sort checkpoints by their steps: their names are times, and a clock may have been set back between two of them."""
+    steps: dict[str, int] = {}
+    last = 0
+    for name in listed:  # Ray lists them as they come, so a damaged one is as far as the one before
+        last = steps[name] = _read_step(root / name, last)
+    return sorted(names, key=lambda name: (steps.get(name) or _read_step(root / name, 0), name not in listed, name))
+
+
+def _read_step(folder: Path, otherwise: int) -> int:
+    try:
+        return int(json.loads((folder / "manifest-0.json").read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return otherwise
 
 
 def _is_whole(folder: Path) -> bool:

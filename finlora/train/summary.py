@@ -10,7 +10,8 @@ from finlora.model.base import BaseModel
 from finlora.model.contract import make_contract, write_contract
 from finlora.model.lora import save_adapter
 from finlora.results import Result, describe_environment
-from finlora.train.run import RunFolder, TrainingSet, read_progress
+from finlora.train.progress import read_progress
+from finlora.train.run import RunFolder, TrainingSet
 
 
 def export_adapter(

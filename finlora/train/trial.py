@@ -17,8 +17,9 @@ from finlora.configfile import config_from_tree
 from finlora.errors import NoRoomError, StoppedError
 from finlora.results import Result, append_result, read_results
 from finlora.train.held_out import HELD_OUT, read_held_out
+from finlora.train.progress import read_progress
 from finlora.train.room import free_group
-from finlora.train.run import RunFolder, read_progress
+from finlora.train.run import RunFolder
 from finlora.train.space import LARGER_IS_BETTER, Trial
 from finlora.train.trials import SearchFolder, State, TrialRecord, read_record, write_record
 from finlora.train.worker import run_training
@@ -47,7 +48,7 @@ def drive_trial(params: dict[str, Any], tasks: dict[str, TrialTask]) -> None:
     if read_record(folder, task.trial) is not None:  # it died after its last line, and before Ray Tune had heard of it
         (run.root / "busy").unlink()
         return
-    started = time.time()
+    started = time.monotonic()
     # ASHA hears of a resumed trial what it had reported before the stop.
     for report in read_held_out(run):
         tune.report(report)
@@ -139,7 +140,7 @@ def write_end(
         total_steps=task.total_steps,
         held_out_loss=reports[-1][HELD_OUT] if reports else None,
         scores=scores or {},
-        seconds=time.time() - started,
+        seconds=time.monotonic() - started,
         cause=" ".join(cause.split()),  # one line of a table, whatever raised it
     )
     write_record(folder, record)

@@ -29,7 +29,8 @@ from finlora.configfile import config_to_tree, settings_from_tree
 from finlora.data.catalog import task_named
 from finlora.data.example import Splits
 from finlora.data.prepared import read_prepared, write_prepared
-from finlora.errors import ConfigError, DatasetError
+from finlora.durable import seal, unseal, write_whole
+from finlora.errors import ConfigError, DatasetError, ResultError
 from finlora.results import SEARCH_MARK
 from finlora.train.run import RunFolder
 from finlora.train.space import SearchConfig, Trial, hash_search
@@ -110,13 +111,8 @@ def open_search(config: RunConfig, search: SearchConfig) -> SearchFolder:
     folder = search_folder(config)
     key = hash_search(config, search)
     if folder.config.is_file():
-        try:
-            found = read_yaml(folder.config)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(
-                f"{folder.config} cannot be read ({error}): restore it, or choose another `name`."
-            ) from error
-        if not isinstance(found, dict) or found.get(_HASH) != key:
+        found = _read_hash(folder.config)
+        if found != key:
             raise ConfigError(
                 f"{folder.root} already holds a search with other settings than these, kept in {folder.config.name}: restore "
                 "them to go on with it, or choose another `name`."
@@ -127,7 +123,7 @@ def open_search(config: RunConfig, search: SearchConfig) -> SearchFolder:
         part_examples(Path(config.data.dir), task, folder.data, search.validation_share, config.seed)
     folder.trials.mkdir(parents=True, exist_ok=True)
     tree = {_HASH: key, **config_to_tree(config), "search": _listed(dataclasses.asdict(search))}
-    folder.config.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    write_whole(folder.config, yaml.safe_dump(tree, sort_keys=False))
     return folder
 
 
@@ -199,19 +195,39 @@ def write_record(folder: SearchFolder, record: TrialRecord) -> None:
     """Write how a trial ended, as a whole."""
     run = folder.run_of(record.trial)
     run.root.mkdir(parents=True, exist_ok=True)
-    temporary = run.root / f".{RECORD}"
-    temporary.write_text(json.dumps(dataclasses.asdict(record), indent=1), encoding="utf-8")
-    temporary.replace(run.root / RECORD)
+    write_whole(run.root / RECORD, json.dumps(seal(dataclasses.asdict(record)), indent=1))
 
 
 def read_record(folder: SearchFolder, trial: Trial) -> TrialRecord | None:
-    """Return how a trial ended; None where it has not."""
+    """Return how a trial ended; None where it has not.
+
+    Raises:
+        ResultError: the record is damaged.
+    """
     path = folder.run_of(trial).root / RECORD
     if not path.is_file():
         return None
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    own = settings_from_tree(Trial, values.pop("trial"))
-    return TrialRecord(trial=own, **values)
+    try:
+        values = unseal(json.loads(path.read_text(encoding="utf-8")))
+        own = settings_from_tree(Trial, values.pop("trial"))
+        return TrialRecord(trial=own, **values)
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise ResultError(
+            f"{path} does not say any more how the trial ended ({error}): delete that file, and the search scores its adapter "
+            "again without training it again."
+        ) from error
+
+
+def _read_hash(path: Path) -> str | None:
+    """Return the hash of a search's settings; None where the file is no search's."""
+    try:
+        tree = read_yaml(path)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({' '.join(str(error).split())}): delete that file and start the search with its settings again; "
+            "trials that have ended count."
+        ) from error
+    return tree.get(_HASH) if isinstance(tree, dict) else None
 
 
 def _listed(values: dict[str, Any]) -> dict[str, Any]:

@@ -26,14 +26,23 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from finlora import cluster
 from finlora.config import RunConfig
 from finlora.configfile import config_from_tree, config_to_tree
+from finlora.durable import scratch_folder
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.lora import attach_lora, trainable_parameters
 from finlora.results import Result, append_result
-from finlora.train.checkpoint import CheckpointInfo, CheckpointSchedule, load_checkpoint, read_info, save_checkpoint
+from finlora.train.checkpoint import (
+    CheckpointInfo,
+    CheckpointSchedule,
+    load_checkpoint,
+    read_info,
+    require_finite,
+    save_checkpoint,
+)
+from finlora.train.data_parallel import choose_collectives, make_engine
 from finlora.train.failure import GiveUp, own_error
 from finlora.train.held_out import HELD_OUT, HeldOut
 from finlora.train.loop import count_steps, run_steps
-from finlora.train.optimizer import clips_itself, is_synchronised, make_optimizer
+from finlora.train.optimizer import is_synchronised, make_optimizer
 from finlora.train.path import make_sampler, take_path
 from finlora.train.plan import Verdict, count_gpus, explain_out_of_memory, find_memory_gib, plan_run
 from finlora.train.recorder import PUBLISHED, Recorder, reduce_sum
@@ -86,7 +95,7 @@ def run_training(
     with claim_run(folder), stop_on_signals(folder.stop, announce):
         for line in mend_snapshot(folder.root):
             announce(line)
-        started = time.time()
+        started = time.monotonic()
         try:
             trainer = _make_trainer(config, folder, callbacks, holds_out)
             outcome = _fit(trainer, WaitingWords(folder.waiting, announce))
@@ -95,7 +104,7 @@ def run_training(
         step, total_steps = outcome.return_value
         if step < total_steps:
             raise describe_stop(folder.stop, step, total_steps)
-        result = summarise_run(config, folder, training_set, time.time() - started, outcome.metrics or {})
+        result = summarise_run(config, folder, training_set, time.monotonic() - started, outcome.metrics or {})
         append_result(folder.results, result)
     return result
 
@@ -112,7 +121,7 @@ def _make_trainer(
         scaling_config=ScalingConfig(
             num_workers=train.num_workers, use_gpu=train.device == "cuda", resources_per_worker=bundle
         ),
-        torch_config=TorchConfig(backend=_collectives(config)),
+        torch_config=TorchConfig(backend=choose_collectives(config)),
         run_config=ray.train.RunConfig(
             name=config.name,
             storage_path=config.output_dir,
@@ -181,9 +190,10 @@ def _train(
         parameters = trainable_parameters(model)
         meter = WireMeter(WireClock(device), sum(p.numel() for p in parameters.values()), world_size)
         optimizer = make_optimizer(list(parameters.values()), config.optim, total_steps, meter.clock)
-        engine = _make_engine(taken.module, optimizer, config)
+        engine = make_engine(taken.module, optimizer, config)
         meter.watch(engine)
-        info = CheckpointInfo(step=0, world_size=world_size, run_hash=hash_run(config, training_set.hashes))
+        hashes = {**training_set.hashes, "base": base.weights_hash}  # a base that was replaced meanwhile is another run
+        info = CheckpointInfo(step=0, world_size=world_size, run_hash=hash_run(config, hashes))
         start_step = 0
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:
@@ -210,13 +220,15 @@ def _train(
             return is_stop
 
         def save(step: int) -> None:
+            require_finite(parameters, step)
             metrics = {**record.metrics, "step": step}
             if held_out is not None:
                 metrics[HELD_OUT] = held_out.measure(step, model, device)
-            with tempfile.TemporaryDirectory(prefix="finlora-checkpoint-") as path:
+            # Most workers are killed while they write; the next one on the node sweeps what they left.
+            with scratch_folder(Path(tempfile.gettempdir()), "finlora-checkpoint-") as path:
                 here = dataclasses.replace(info, step=step)
                 state = optimizer.state_dict()
-                save_checkpoint(Path(path), worker, here, parameters, state, meter.read(optimizer))
+                save_checkpoint(path, worker, here, parameters, state, meter.read(optimizer))
                 ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(path))
 
         done = run_steps(
@@ -252,38 +264,6 @@ def _choose_device(config: RunConfig) -> torch.device:
     os.environ["LOCAL_RANK"] = str(device.index)  # workers that share a GPU see one device, whatever their local rank
     torch.cuda.set_device(device)
     return device
-
-
-def _collectives(config: RunConfig) -> str:
-    # NCCL refuses two ranks on one GPU, so workers that share a GPU talk over gloo.
-    return "nccl" if config.train.device == "cuda" and config.train.gpus_per_worker >= 1 else "gloo"
-
-
-def _make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Any:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # before it speaks, and again, since its import sets it
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed would compile its shared-memory collective with g++ (30 s); gloo does the same work.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=_collectives(config), verbose=False)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        dist_init_required=False,
-        config={
-            # The loop scales the loss and says when a step is due; DeepSpeed's own counts play no part.
-            "train_micro_batch_size_per_gpu": 1,
-            "managed_gradient_accumulation": False,
-            "zero_optimization": {"stage": 0},
-            "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"},
-            "gradient_clipping": 0.0 if clips_itself(config.optim) else config.optim.max_grad_norm,
-            "steps_per_print": None,
-        },
-    )
-    # 0/1 Adam communicates by itself, compressed.
-    engine.enable_backward_allreduce = config.optim.name == "adamw"
-    return engine
 
 
 def _make_gauges(config: RunConfig, worker: int) -> Callable[[dict[str, float]], None]:

@@ -86,7 +86,7 @@ def test_dry_run_writes_nothing(tmp_path):
 
 def test_failed_write_leaves_the_old_set(tmp_path, monkeypatch):
     write(tmp_path)
-    monkeypatch.setattr(pq, "write_table", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(pq, "write_table", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(DatasetError, match="disk full"):
         write(tmp_path, dataclasses.replace(SPLITS, train=SPLITS.train[:1]), overwrite=True)
     assert read_prepared(tmp_path, "fpb", "train").examples == SPLITS.train

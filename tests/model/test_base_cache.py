@@ -118,6 +118,21 @@ def test_damaged_cache_is_refused_by_name(tiny_base, tmp_path):
     assert folder.is_dir()
 
 
+def test_flipped_bit_in_a_cache_is_refused_and_a_damaged_list_is_written_anew(tiny_base, tmp_path, loads):
+    load(tiny_base, 4, tmp_path)
+    (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    path = folder / "layer-1.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"layer-1.safetensors is not as it was written: delete .*4bit"):
+        load(tiny_base, 4, tmp_path)
+    (folder / "cache.json").write_text((folder / "cache.json").read_text()[:-9])
+    del loads[:]
+    load(tiny_base, 4, tmp_path)
+    assert len(loads) == 14
+
+
 def test_interrupted_write_leaves_nothing_that_is_read(tiny_base, tmp_path, monkeypatch, loads):
     import safetensors.torch
 

@@ -85,6 +85,57 @@ def test_broken_contract_is_refused_by_words(tmp_path, content):
 
 
 def test_newer_format_is_refused_by_words(contract, tmp_path):
-    (tmp_path / CONTRACT_FILE).write_text(yaml.safe_dump(dataclasses.asdict(contract) | {"finlora": 2}))
-    with pytest.raises(AdapterError, match=r"has format 2, this FinLoRA reads 1: update FinLoRA"):
+    (tmp_path / CONTRACT_FILE).write_text(yaml.safe_dump(dataclasses.asdict(contract) | {"finlora": 3}))
+    with pytest.raises(AdapterError, match=r"has format 3, this FinLoRA reads 2: update FinLoRA"):
         read_contract(tmp_path)
+
+
+@pytest.fixture
+def folder(contract, tmp_path):
+    """A complete adapter folder, as far as its contract looks."""
+    for name in ("adapter_model.safetensors", "adapter_config.json", "config.yaml"):
+        (tmp_path / name).write_bytes(name.encode() * 50)
+    write_contract(tmp_path, contract)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "config.yaml"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
+def test_damaged_file_beside_it_is_refused_by_its_name(folder, base, name, damage):
+    read_contract(folder).check(folder, base, "raw")
+    content = bytearray((folder / name).read_bytes())
+    content[17] ^= 4
+    (folder / name).write_bytes(content if damage == "flipped" else content[:-1])
+    if damage == "missing":
+        (folder / name).unlink()
+    said = "is missing" if damage == "missing" else "differs"
+    with pytest.raises(AdapterError, match=rf"is not as it was written: {name} {said}. Copy the adapter again"):
+        read_contract(folder).check(folder, base, "raw")
+
+
+def test_changed_contract_is_refused_unless_its_hash_is_taken_out_too(folder):
+    path = folder / CONTRACT_FILE
+    path.write_text(path.read_text().replace("loss_last: 0.25", "loss_last: 0.24"))
+    with pytest.raises(AdapterError, match=r"it was changed after it was written.* take its line `sha256` out"):
+        read_contract(folder)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if not line.startswith("sha256: ")))
+    assert read_contract(folder).metrics == {"loss_last": 0.24}
+
+
+def test_cut_contract_is_refused_wherever_it_is_cut(folder):
+    text = (folder / CONTRACT_FILE).read_text()
+    last = text.index("finlora: 2") + len("finlora: 2")  # what follows is the hash alone
+    for end in range(last):
+        (folder / CONTRACT_FILE).write_text(text[:end])
+        with pytest.raises(AdapterError):
+            read_contract(folder)
+
+
+def test_adapter_of_the_first_format_loads_and_says_that_it_cannot_be_checked(folder, base, caplog):
+    values = yaml.safe_load((folder / CONTRACT_FILE).read_text())
+    for key in ("files", "sha256"):
+        del values[key]
+    (folder / CONTRACT_FILE).write_text(yaml.safe_dump(values | {"finlora": 1}))
+    read_contract(folder).check(folder, base, "raw")
+    assert "was written without hashes" in caplog.text

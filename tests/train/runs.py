@@ -7,7 +7,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from finlora.train.run import RunFolder, read_progress
+from finlora.train.progress import read_progress
+from finlora.train.run import RunFolder
 
 EXACT = [
     "model.bits=16",

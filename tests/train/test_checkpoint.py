@@ -8,8 +8,16 @@ from itertools import pairwise
 import pytest
 import torch
 
-from finlora.errors import CheckpointError
-from finlora.train.checkpoint import CheckpointInfo, CheckpointSchedule, load_checkpoint, read_info, save_checkpoint
+from finlora.durable import seal, unseal
+from finlora.errors import CheckpointError, FinloraError
+from finlora.train.checkpoint import (
+    CheckpointInfo,
+    CheckpointSchedule,
+    load_checkpoint,
+    read_info,
+    require_finite,
+    save_checkpoint,
+)
 from finlora.train.wire import Wire
 
 INFO = CheckpointInfo(step=7, world_size=2, run_hash="abc")
@@ -72,7 +80,7 @@ def test_folder_holds_adapter_once_and_a_state_a_worker(saved):
 def test_missing_manifest_is_refused_by_words(saved, name):
     (saved / name).unlink()
     with pytest.raises(
-        CheckpointError, match=rf"is incomplete: {name} cannot be read \(FileNotFoundError\). Delete that"
+        CheckpointError, match=rf"is incomplete: {name} cannot be read \(FileNotFoundError: .*\). Delete that"
     ):
         read_info(saved, "abc", 2)
 
@@ -82,6 +90,41 @@ def test_broken_manifest_is_refused_by_words(saved, content):
     (saved / "manifest-1.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"is incomplete: manifest-1.json cannot be read"):
         read_info(saved, "abc", 2)
+
+
+@pytest.mark.parametrize("name", ["step", "world_size", "run_hash", "wire", "files"])
+def test_manifest_whose_bits_have_changed_is_refused(saved, name):
+    """A digit of the step would let the run go on at another place, with the optimiser of this one."""
+    path = saved / "manifest-1.json"
+    manifest = json.loads(path.read_text())
+    manifest[name] = {"step": 5, "world_size": 3, "run_hash": "abd", "wire": {"rounds": 9}, "files": {}}[name]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"manifest-1.json cannot be read \(ValueError: it was changed after"):
+        read_info(saved, "abc", 2)
+    del manifest["sha256"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"it has no sha256 of its own"):
+        read_info(saved, "abc", 2)
+
+
+def test_parts_of_two_steps_are_no_checkpoint(saved):
+    path = saved / "manifest-1.json"
+    manifest = unseal(json.loads(path.read_text()))
+    path.write_text(json.dumps(seal({**manifest, "step": 9})))
+    with pytest.raises(CheckpointError, match=r"is of steps \[\d, 9\] at once: expected one step of all workers"):
+        read_info(saved, "abc", 2)
+
+
+def test_nan_and_infinity_are_kept_out_of_checkpoints():
+    parameters, _ = make(seed=1)
+    require_finite(parameters, 3)
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            parameters["a.lora_B"].view(-1)[2] = value
+        with pytest.raises(
+            FinloraError, match=r"1 adapter tensors hold NaN or infinity after step 3, such as a.lora_B"
+        ):
+            require_finite(parameters, 3)
 
 
 @pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer-0.pt", "optimizer-1.pt"])
@@ -120,13 +163,13 @@ def test_other_tensors_are_refused_by_words(saved):
 
 def test_manifest_cannot_name_files_outside_its_folder(saved, tmp_path):
     """A name with a path is looked up beside the manifest, so nothing outside is read."""
-    manifest = json.loads((saved / "manifest-0.json").read_text())
+    manifest = unseal(json.loads((saved / "manifest-0.json").read_text()))
     (tmp_path / "outside").write_bytes(b"x")
     manifest["files"]["../outside"] = {
         "bytes": 1,
         "sha256": "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881",
     }
-    (saved / "manifest-0.json").write_text(json.dumps(manifest))
+    (saved / "manifest-0.json").write_text(json.dumps(seal(manifest)))
     with pytest.raises(CheckpointError, match=r"is damaged: ../outside is missing"):
         read_info(saved, "abc", 2)
 

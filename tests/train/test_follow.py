@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from finlora.train.follow import Follower
 from finlora.train.loop import Progress
-from finlora.train.run import RunFolder, append_progress
+from finlora.train.progress import append_progress
+from finlora.train.run import RunFolder
 
 
 def record(step):

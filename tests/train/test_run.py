@@ -17,16 +17,15 @@ from finlora.configfile import load_config
 from finlora.errors import ConfigError, DatasetError, ResourceError
 from finlora.train.checkpoint import CheckpointInfo, save_checkpoint
 from finlora.train.loop import Progress
+from finlora.train.progress import append_progress, read_progress
 from finlora.train.run import (
     RunFolder,
-    append_progress,
     claim_run,
     describe_run,
     explain_full_disk,
     hash_run,
     load_training_set,
     open_run,
-    read_progress,
     resolve_paths,
 )
 from finlora.train.wire import Wire

@@ -9,6 +9,7 @@ import pytest
 import torch
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 
+from finlora.durable import seal, unseal
 from finlora.train.checkpoint import CheckpointInfo, save_checkpoint
 from finlora.train.snapshot import SNAPSHOT, mend_snapshot
 from finlora.train.wire import Wire
@@ -132,6 +133,15 @@ def test_checkpoint_of_other_data_is_not_thrown_away_with_a_broken_list(root):
     """It stays in the list, so that the workers refuse it by words."""
     (root / SNAPSHOT).write_text("")
     for path in root.glob("checkpoint_*/manifest-*.json"):
-        path.write_text(path.read_text().replace("abc", "xyz"))
+        path.write_text(json.dumps(seal({**unseal(json.loads(path.read_text())), "run_hash": "xyz"})))
     mend_snapshot(root)
     assert listed(root) == (name(4), [name(2), name(4)])
+
+
+def test_clock_that_was_set_back_does_not_turn_the_order_round(root):
+    """Names are times: the checkpoint of step 6 was written an hour earlier by the clock, and the list was lost."""
+    late = "checkpoint_2025-12-31_23-00-00.000000"
+    (root / write(root, 6)).replace(root / late)
+    (root / SNAPSHOT).write_text("")
+    assert mend_snapshot(root)[-1] == f"The run goes on from {root / late}."
+    assert listed(root) == (late, [name(2), name(4), late])

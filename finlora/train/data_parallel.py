@@ -1,0 +1,45 @@
+"""DeepSpeed's engine around a worker's copy of the model, and what its workers talk over. No Ray here."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from finlora.config import RunConfig
+from finlora.train.optimizer import clips_itself
+
+
+def choose_collectives(config: RunConfig) -> str:
+    """Return the backend of torch.distributed."""
+    # NCCL refuses two ranks on one GPU, so workers that share a GPU talk over gloo.
+    return "nccl" if config.train.device == "cuda" and config.train.gpus_per_worker >= 1 else "gloo"
+
+
+def make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Any:
+    """Return DeepSpeed's engine at ZeRO stage 0; its loss must be scaled by the caller."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # before it speaks, and again, since its import sets it
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed would compile its shared-memory collective with g++ (30 s); gloo does the same work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=choose_collectives(config), verbose=False)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        dist_init_required=False,
+        config={
+            # The loop scales the loss and says when a step is due; DeepSpeed's own counts play no part.
+            "train_micro_batch_size_per_gpu": 1,
+            "managed_gradient_accumulation": False,
+            "zero_optimization": {"stage": 0},
+            "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"},
+            "gradient_clipping": 0.0 if clips_itself(config.optim) else config.optim.max_grad_norm,
+            "steps_per_print": None,
+        },
+    )
+    # 0/1 Adam communicates by itself, compressed.
+    engine.enable_backward_allreduce = config.optim.name == "adamw"
+    return engine

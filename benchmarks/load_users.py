@@ -81,8 +81,14 @@ async def run_users(
     num_users: int,
     seconds: float,
     meanwhile: Callable[[], Any] | None = None,
+    may_break: bool = False,
 ) -> Tally:
-    """Let `num_users` ask one question after the other for `seconds`; every question begun is seen to its end."""
+    """Let `num_users` ask one question after the other for `seconds`; every question begun is seen to its end.
+
+    Args:
+        meanwhile: runs beside the users, who go on until it has ended too.
+        may_break: a broken line is a refusal, asked again: what a client does whose proxy was killed.
+    """
     tally, todo = Tally(), itertools.cycle(questions)
     until, started = time.monotonic() + seconds, time.monotonic()
     # One line a user and no more: what waits, waits in the server.
@@ -92,11 +98,11 @@ async def run_users(
     async with aiohttp.ClientSession(address, connector=connector, headers=headers, timeout=timeout) as session:
 
         async def user() -> None:
-            while time.monotonic() < until:
-                await _ask(session, model, next(todo), expected, tally)
+            while time.monotonic() < until or (other is not None and not other.done()):
+                await _ask(session, model, next(todo), expected, tally, may_break)
 
-        tasks = [asyncio.create_task(user()) for _ in range(num_users)]
         other = asyncio.create_task(meanwhile()) if meanwhile is not None else None
+        tasks = [asyncio.create_task(user()) for _ in range(num_users)]
         await asyncio.gather(*tasks)
         if other is not None:
             await other
@@ -105,7 +111,7 @@ async def run_users(
 
 
 async def _ask(
-    session: aiohttp.ClientSession, model: str, question: Question, expected: Expected, tally: Tally
+    session: aiohttp.ClientSession, model: str, question: Question, expected: Expected, tally: Tally, may_break: bool
 ) -> None:
     """Ask until there is an answer; a stated refusal is asked again, as its Retry-After invites to."""
     while True:
@@ -113,8 +119,8 @@ async def _ask(
         try:
             async with session.post(question.path, json=question.body(model)) as reply:
                 if reply.status == 200:
-                    answer = await _read(reply, question, tally, started)
-                    if isinstance(answer, _Refused):
+                    answer = await read_answer(reply, question, tally, started)
+                    if isinstance(answer, Refused):
                         tally.refused[answer.code] += 1
                     else:
                         tally.whole.append(time.monotonic() - started)
@@ -132,19 +138,23 @@ async def _ask(
                         return
                     tally.refused[code] += 1
         except (aiohttp.ClientError, TimeoutError) as error:
+            if may_break and isinstance(error, aiohttp.ClientError):
+                tally.refused["the line broke"] += 1
+                await asyncio.sleep(RETRY_S)
+                continue
             tally.lost.append(f"{type(error).__name__}: {error}")
             return
         await asyncio.sleep(RETRY_S)
 
 
 @dataclass(frozen=True, slots=True)
-class _Refused:
+class Refused:
     code: str
 
 
-async def _read(
+async def read_answer(
     reply: aiohttp.ClientResponse, question: Question, tally: Tally, started: float
-) -> dict[str, float] | str | _Refused:
+) -> dict[str, float] | str | Refused:
     if question.is_label:
         body = await reply.json()
         return dict(body["results"][0]["probabilities"])
@@ -157,7 +167,7 @@ async def _read(
             return "".join(pieces)
         event = json.loads(line.removeprefix("data: "))
         if "error" in event:
-            return _Refused(event["error"]["code"])
+            return Refused(event["error"]["code"])
         if not pieces:
             tally.first.append(time.monotonic() - started)
         pieces.append(event["choices"][0]["text"])

@@ -4,9 +4,11 @@ TORCH ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 LOCKS := requirements/torch-$(TORCH).lock requirements/build.lock requirements/packages.lock requirements/deepspeed.lock
+SEED ?= 0
+MINUTES ?= 25
 STAMP := $(VENV)/.installed-$(TORCH)
 
-.PHONY: setup demo test check lint fuzz audit clean
+.PHONY: setup demo test check lint chaos soak fuzz audit clean
 
 setup: $(STAMP)
 
@@ -47,6 +49,13 @@ audit: $(STAMP)
 	.audit/bin/pip install -q pip-audit==2.10.1
 	sed 's/+cpu//' $(LOCKS) > .audit/requirements.txt
 	.audit/bin/pip-audit --strict --no-deps --disable-pip --desc off -r .audit/requirements.txt
+
+# SIGKILLs, full disks and flipped bits: SEED and MINUTES are yours to set.
+chaos: $(STAMP)
+	$(BIN)/python benchmarks/chaos.py --seed $(SEED) --minutes $(MINUTES) --table chaos.md --record chaos.jsonl
+
+soak: $(STAMP)
+	$(BIN)/python benchmarks/soak.py --minutes 60 --figure soak.png --record soak.jsonl
 
 clean:
 	rm -rf $(VENV) .audit .demo build *.egg-info fuzz-found

@@ -53,6 +53,7 @@ class Fire:
         self.seen: dict[int, psutil.Process] = {}
         self.names = iter("abcdefghijklmnopqrstuvwxyz")
         self.alive: list[str] = []
+        self.is_up = False
 
     def start(self) -> None:
         finlora = (sys.executable, "-m", "finlora.cli.main")
@@ -64,6 +65,7 @@ class Fire:
         ):
             self.nodes.run(*finlora, *command, check=True, env=own)
         self.nodes.start_head()
+        self.is_up = True
         for _ in range(2):
             self.add_node()
         wait_until("three nodes", lambda: len(self._list("nodes", tries=1)) == 3)
@@ -105,7 +107,7 @@ class Fire:
         """Look at what stays behind in Ray, end the nodes, and look again."""
         for role in TITLES:
             self.find(role)
-        left = [f"{what} in Ray" for what in ("actors", "placement-groups") if self._list(what)]
+        left = [f"{what} in Ray" for what in ("actors", "placement-groups") if self.is_up and self._list(what)]
         for name in [*self.alive, "head"]:
             if name in self.nodes.processes:
                 self.nodes.kill_node(name)

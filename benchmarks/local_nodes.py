@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-_START_SECONDS = 180.0
+_START_SECONDS = 240.0
 
 
 class LocalNodes:

@@ -81,10 +81,8 @@ class Soak:
         self.live.make_base()
         self.live.choose_port()
         try:
-            served = self.live.serve_settings()
-            self.live.start("server", "serve", "--config", "serve_configs/cpu-demo.yaml", *served)
             # One after the other: two Rays that start at once on two busy cores run into Ray's own limit of 30 s.
-            self.live.wait_for("Serving ")
+            self.live.serve()
             self.live.start(
                 "training",
                 "train",

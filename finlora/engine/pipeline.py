@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections import deque
 from contextlib import ExitStack
@@ -93,6 +94,9 @@ class _StageActor:
         from finlora.model.base import load_base, quiet_bitsandbytes
 
         remove_left_semaphores()
+        # oneDNN keeps a kernel for each shape it meets, and micro-batches are of all sizes: with its default of 1,024 a stage on
+        # the CPU grew for hours.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
         settings, source = PipelineConfig(**config), ModelConfig(**model)
         device = torch.device("cuda:0" if settings.device == "cuda" else "cpu")
         layers = range(*span)

@@ -147,7 +147,8 @@ def run_training_under_fire(tally: Tally, seed: int) -> None:
         while pending and not tally.is_over:
             number += 1
             injections = _train_under_fire(fire, f"troubled-{number}", pending, rng, tally)
-            lost = _compare(fire, f"troubled-{number}")
+            # A run that stood still has lost already, and has no end to compare.
+            lost = "" if any(each.lost for each in injections) else _compare(fire, f"troubled-{number}")
             for each in injections:
                 tally.add(Injection(**{**values_of(each), "lost": each.lost or lost}))
     finally:
@@ -170,7 +171,12 @@ def _train_under_fire(fire: Fire, name: str, pending: list[str], rng: random.Ran
     command = ("train", *_settings(fire, name), "train.max_failures=50")
     driver, injections = fire.launch(*command), []
     while True:
-        _wait_for_steps(fire, name, rng.randrange(5, 60), driver)
+        try:
+            _wait_for_steps(fire, name, rng.randrange(5, 60), driver)
+        except TimeoutError as error:  # it went on after the fault and stood still later: lost all the same
+            driver.kill()
+            last = injections.pop() if injections else Injection("no fault", name, 0, "nothing")
+            return [*injections, Injection(**{**values_of(last), "lost": f"the run stood still: {error}"})]
         if driver.poll() is not None and _last(fire, name) >= STEPS:
             return injections
         if driver.poll() is not None:

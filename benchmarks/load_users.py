@@ -16,6 +16,8 @@ import aiohttp
 LABEL_TOLERANCE = 2e-3
 """Probabilities may differ by rounding alone: a batch of other sizes adds in another order."""
 RETRY_S = 0.25
+PROXY_WORDS = "Internal Server Error"
+"""What Ray Serve's proxy says, in plain text, for what was under way at a replica that was killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ async def run_users(
 
     Args:
         meanwhile: runs beside the users, who go on until it has ended too.
-        may_break: a broken line is a refusal, asked again: what a client does whose proxy was killed.
+        may_break: a broken line, or the proxy's own 500, is a refusal, asked again: what a client does whose proxy or replica
+            was killed.
     """
     tally, todo = Tally(), itertools.cycle(questions)
     until, started = time.monotonic() + seconds, time.monotonic()
@@ -131,6 +134,10 @@ async def _ask(
                     try:
                         code = json.loads(text)["error"]["code"]
                     except (ValueError, KeyError, TypeError):
+                        if may_break and (reply.status, text) == (500, PROXY_WORDS):
+                            tally.refused["500 of Ray's proxy, without a code"] += 1
+                            await asyncio.sleep(RETRY_S)
+                            continue
                         tally.lost.append(f"{reply.status}: {text[:200]}")
                         return
                     if reply.status not in (429, 503):

@@ -119,8 +119,8 @@ def run_bare(
     num_asked = num_ended = 0
     since = float("inf")
 
-    def take(name: str, piece: str) -> None:
-        texts[name] = texts.get(name, "") + piece
+    def take(name: str, piece: Any) -> None:
+        texts[name] = texts.get(name, "") + piece.text
 
     try:
         while time.monotonic() < since + seconds or not core.is_idle:
@@ -209,7 +209,7 @@ def stage_pids() -> list[int]:
 
     address = ray.get_runtime_context().gcs_address
     actors = list_actors(address=address, detail=True, filters=[("state", "=", "ALIVE")])
-    return [actor.pid for actor in actors if actor.class_name == "_StageActor"]
+    return [actor.pid for actor in actors if actor.class_name == "StageActor"]
 
 
 async def wait_until_served(address: str, key: str, num_losses: int) -> float:

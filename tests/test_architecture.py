@@ -47,7 +47,7 @@ HOMES = {
             "train.trial",
             "train.asha",
         ),  # Ray Tune, the body of a trial, and its scheduler, a subclass too
-        *("engine.pipeline", "serve.app", "serve.model", "serve.measures", "serve.deploy"),
+        *("engine.pipeline", "engine.stage_actor", "serve.app", "serve.model", "serve.measures", "serve.deploy"),
     },
     "deepspeed": {"train.data_parallel"},
     "bitsandbytes": {"model.base", "model.quantised"},

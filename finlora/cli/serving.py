@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,8 @@ def serve(
             f"{settings.stages.cache_rows:,} tokens of cache"
         )
         return
+    # A machine at work takes longer to start Ray Serve's HTTP proxy than the 5 s that Ray gives it.
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
     cluster.connect(log_to_driver=False)
     from finlora.serve.deploy import read_deployment, run_server  # Ray reads its settings when it is imported
 

@@ -5,6 +5,7 @@ Shapes: rank r, in K, out N of a projection.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,13 @@ from torch import Tensor
 from finlora.config import LLAMA_PROJECTIONS
 from finlora.configfile import show
 from finlora.errors import AdapterError
-from finlora.model.adapter_files import open_weights, read_lora_settings, require_finite
+from finlora.model.adapter_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    open_weights,
+    read_lora_settings,
+    require_finite,
+)
 from finlora.model.shapes import LlamaShape
 
 PRODUCTS = {
@@ -61,8 +68,13 @@ class Bank:
             num_out: columns of each product.
         """
         number = next(n for n in range(self._room + 1) if n not in self.numbers.values())
+        self.numbers[name] = number  # first, so that `remove` clears what a failure leaves
         has_moved = number == self._room
         self._room *= 2 if has_moved else 1
+        # Also of products that this adapter leaves alone: its rows look there too.
+        for key, (downs, ups) in self._pairs.items():
+            if len(downs) < self._room:
+                self._pairs[key], has_moved = self._grow((downs, ups), downs[0], ups[0]), True
         for (layer, product), updates in adapter.items():
             down = torch.cat([update.down for update in updates])
             up = down.new_zeros(num_out[product], len(down))
@@ -72,18 +84,17 @@ class Bank:
                 up[update.columns, start : start + size] = update.up * update.scale
                 start += size
             pair = self._pairs.get((layer, product))
-            if pair is None or pair[0].shape[0] < self._room or pair[0].shape[1] < len(down):
+            if pair is None or pair[0].shape[1] < len(down):
                 pair, has_moved = self._grow(pair, down, up), True
                 self._pairs[layer, product] = pair
             pair[0][number, : len(down)], pair[1][number, :, : len(down)] = down, up
-        self.numbers[name] = number
         return has_moved
 
     def remove(self, name: str) -> None:
         number = self.numbers.pop(name)
         for down, up in self._pairs.values():
-            down[number].zero_()
-            up[number].zero_()
+            down[number : number + 1].zero_()  # none where the tensors had not grown yet
+            up[number : number + 1].zero_()
 
     def apply(self, out: Tensor, x: Tensor, numbers: Tensor, layer: int, product: str) -> Tensor:
         """Add each row's own update to a product. Shapes: out (T, N), x (T, K), numbers (T,) -> out."""
@@ -101,6 +112,26 @@ class Bank:
             count, old_rank = pair[0].shape[:2]
             downs[:count, :old_rank], ups[:count, :, :old_rank] = pair
         return downs, ups
+
+
+def hash_adapter(folder: Path) -> str:
+    """Return 16 hex digits over an adapter's weights and settings.
+
+    Raises:
+        AdapterError: one of them is missing.
+    """
+    digest = hashlib.sha256()
+    try:
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            if (folder / name).exists() and not (folder / name).is_file():  # reading a pipe would not end
+                raise AdapterError(f"{folder / name} is no regular file: copy the adapter's own files.")
+            digest.update((folder / name).read_bytes())
+    except OSError as error:
+        raise AdapterError(
+            f"{error.filename} is missing or cannot be read ({error.strerror}): expected an adapter folder as `finlora train` "
+            "writes it."
+        ) from error
+    return digest.hexdigest()[:16]
 
 
 def read_adapter(folder: Path, shape: LlamaShape, span: range, dtype: torch.dtype, device: torch.device) -> Adapter:

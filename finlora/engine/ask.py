@@ -11,7 +11,7 @@ from finlora.config import RunConfig
 from finlora.data.encode import encode_answer, encode_prompt
 from finlora.data.question import Question
 from finlora.engine.grounding import find_quote
-from finlora.engine.request import ADAPTER, Finish, Request, Sampling, normalise_choices
+from finlora.engine.request import ADAPTER, Finish, Piece, Request, Sampling, normalise_choices
 from finlora.model.contract import read_contract
 from finlora.model.source import find_source, fingerprint_weights
 from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
@@ -70,9 +70,9 @@ def ask(
         core.submit(request)
         pieces: list[str] = []
 
-        def take(_request_id: str, piece: str) -> None:
-            pieces.append(piece)
-            on_text(piece)
+        def take(_request_id: str, piece: Piece) -> None:
+            pieces.append(piece.text)
+            on_text(piece.text)
 
         answers = []
         while not core.is_idle:

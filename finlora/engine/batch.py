@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from finlora.engine.drive import EngineCore
-from finlora.engine.request import Answer, Request, Sampling, normalise_choices
+from finlora.engine.request import Answer, Piece, Request, Sampling, normalise_choices
 
 _MAX_WAITING = 64
 """Requests in line: enough to fill a micro-batch, few enough to look through at each admission."""
@@ -59,8 +59,8 @@ class BatchEngine:
         answers: dict[str, Answer] = {}
         texts = {request.id: "" for request in requests}
 
-        def add(request_id: str, piece: str) -> None:
-            texts[request_id] += piece
+        def add(request_id: str, piece: Piece) -> None:
+            texts[request_id] += piece.text
 
         while len(answers) < len(requests):
             while self.core.scheduler.num_waiting < _MAX_WAITING and (request := next(to_come, None)) is not None:
@@ -70,4 +70,5 @@ class BatchEngine:
                     answer.require_numbers()
                     answers[answer.request_id] = answer
                 on_done(len(answers))
+            assert not self.core.is_stalled, "nobody else uses the core, so what cannot start now never will"
         return answers, texts

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from finlora.engine.detokenise import Detokeniser
 from finlora.engine.meter import BubbleMeter
 from finlora.engine.microbatch import MicroBatch, Output
-from finlora.engine.request import Answer, Finish, Request
+from finlora.engine.request import Answer, Finish, Piece, Request, Token
 from finlora.engine.scheduler import Scheduler
 from finlora.errors import AdapterError
 
@@ -36,9 +36,17 @@ class Executor(Protocol):
         """Wait for the oldest micro-batch under way."""
         ...
 
-    def load_adapter(self, name: str, folder: Path) -> None: ...
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Load an adapter on every stage, or on none.
 
-    def unload_adapter(self, name: str) -> None: ...
+        Raises:
+            AdapterError: the folder does not hold one that fits.
+        """
+        ...
+
+    def unload_adapter(self, name: str) -> None:
+        """Drop an adapter from every stage."""
+        ...
 
     def peak_memory_gib(self) -> float | None:
         """Return the most memory that all stages together took since they were loaded, in GiB; None where unknown."""
@@ -66,8 +74,12 @@ class InProcess:
         return self._outputs.popleft()
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        for stage in self.stages:
-            stage.load_adapter(name, folder)
+        try:
+            for stage in self.stages:
+                stage.load_adapter(name, folder)
+        except AdapterError:
+            self.unload_adapter(name)  # from the stages before the one that refused it
+            raise
 
     def unload_adapter(self, name: str) -> None:
         for stage in self.stages:
@@ -77,8 +89,8 @@ class InProcess:
         return self.stages[0].peak_memory_gib()  # they share a process
 
 
-OnText = Callable[[str, str], None]
-"""Called with a request's id and the text that it has gained."""
+OnPiece = Callable[[str, Piece], None]
+"""Called with a request's id and what it has gained."""
 
 
 class EngineCore:
@@ -93,7 +105,11 @@ class EngineCore:
         self.adapters: dict[str, Path] = {}
         self.meter = BubbleMeter()
         self._texts: dict[str, Detokeniser] = {}
+        self._untold: dict[str, list[Token]] = {}
+        """Tokens of each request since its last piece."""
         self._ended: list[Answer] = []
+        self.is_stalled = False
+        """The last `step` found nothing to compute and nothing to tell, though requests are left: another would find the same."""
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Make an adapter available under a name; requests at work go on.
@@ -134,6 +150,7 @@ class EngineCore:
         self.scheduler.submit(request)
         if not request.choices:
             self._texts[request.id] = Detokeniser(self.tokenizer, request.sampling.stop)
+            self._untold[request.id] = []
 
     def cancel(self, request_id: str) -> None:
         """End a request; its answer comes with a later `step`."""
@@ -145,39 +162,45 @@ class EngineCore:
         scheduler = self.scheduler
         return not (scheduler.num_waiting or scheduler.num_active or scheduler.num_in_flight or self._ended)
 
-    def step(self, on_text: OnText | None = None) -> list[Answer]:
+    def step(self, on_piece: OnPiece | None = None) -> list[Answer]:
         """Start what can be started, wait for the oldest micro-batch, and return the answers that are complete.
 
         Args:
-            on_text: gets new text of generated answers, the last piece before the answer is returned.
+            on_piece: gets new text of generated answers, the last piece before the answer is returned.
         """
         self._ended += self.scheduler.expire(time.monotonic())
         while (batch := self.scheduler.next_batch()) is not None:
             self.meter.start(batch.num_rows)
             self.executor.start(batch)
-        if self.scheduler.num_in_flight:
+        has_work = self.scheduler.num_in_flight > 0
+        if has_work:
             output = self.executor.collect()
             self.meter.end(output.stage_seconds)
             tokens, answers = self.scheduler.complete(output)
             self._ended += answers
             for request_id, token in tokens:
                 text = self._texts[request_id]
-                piece = text.push(token.id)
-                if piece and on_text is not None:
-                    on_text(request_id, piece)
+                self._untold[request_id].append(token)
+                self._tell(request_id, text.push(token.id), on_piece)
                 if text.is_stopped:
                     self._end(request_id, "stop")
         ended, self._ended = self._ended, []
-        return [self._close(answer, on_text) for answer in ended]
+        self.is_stalled = not (has_work or ended or self.is_idle)
+        return [self._close(answer, on_piece) for answer in ended]
 
-    def _close(self, answer: Answer, on_text: OnText | None) -> Answer:
+    def _tell(self, request_id: str, text: str, on_piece: OnPiece | None) -> None:
+        if text:
+            tokens, self._untold[request_id] = self._untold[request_id], []
+            if on_piece is not None:
+                on_piece(request_id, Piece(text, tokens))
+
+    def _close(self, answer: Answer, on_piece: OnPiece | None) -> Answer:
         """Hand out the rest of an answer's text."""
         text = self._texts.pop(answer.request_id, None)
         if text is None:
             return answer
-        rest = text.finish()
-        if rest and on_text is not None:
-            on_text(answer.request_id, rest)
+        self._tell(answer.request_id, text.finish(), on_piece)
+        del self._untold[answer.request_id]
         # The token that completes a stop string may also be the last one allowed.
         return dataclasses.replace(answer, finish="stop") if text.is_stopped else answer
 

@@ -3,43 +3,50 @@
 The actors form one Ray compiled graph: hidden states go straight from a stage to the next through shared memory, several
 micro-batches are under way at once, and each stage works through them in the order in which they were started. Adapters are
 loaded by the same way, so they come between the same two micro-batches everywhere.
+
+A stage that dies takes the graph with it and not the others: `repair` starts it alone, in its old place, and joins it to those
+that live, whose weights and adapters stay where they are.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import time
+import threading
 from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import ray
-from ray.dag import DAGContext, InputNode
+from ray.dag import InputNode
+from ray.exceptions import RayError
+from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from finlora.config import Bits, ModelConfig
 from finlora.engine.microbatch import MicroBatch, Output
-from finlora.engine.semaphores import remove_left_semaphores
 from finlora.engine.spans import split_layers
-from finlora.errors import FinloraError, ResourceError
-from finlora.lease import take_lease
+from finlora.engine.stage_actor import Change, Message, StageActor
+from finlora.errors import AdapterError, FinloraError, ResourceError, StageLostError
+from finlora.lease import Patience, take_lease
 from finlora.model.shapes import read_shape
 from finlora.model.source import find_source
-
-if TYPE_CHECKING:
-    from finlora.engine.transport import Neighbours
 
 _logger = logging.getLogger(__name__)
 
 _BUFFER_BYTES = 64 * 2**20
 """Largest message between two stages: 2,048 rows of 8,192 in bfloat16 take half of it."""
 _TIMEOUT_S = 600.0
-_CLOSE_TIMEOUT_S = 2
-"""Seconds for a stage to leave the graph by itself."""
+_CLOSE_TIMEOUT_S = 2.0
+"""Seconds for a stage to leave the graph by itself: now and then one goes on waiting for a message that nobody sends any more."""
+_REPAIR_TIMEOUT_S = 15.0
+"""The same where it is to live on: it may compute a long prompt first."""
+_SIGN_TIMEOUT_S = 30.0
+"""Seconds for a loaded stage to do what takes it a moment; one that does not is taken for dead."""
+_POLL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,113 +68,6 @@ class PipelineConfig:
     """Seconds to wait for the stages' places while others hold them. None: without limit."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
-    """Load an adapter, or unload it (folder None)."""
-
-    name: str
-    folder: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Message:
-    """What passes from stage to stage."""
-
-    work: MicroBatch | _Change | None
-    state: Any = None
-    """Hidden states, an error of a stage before, or from the last stage what the micro-batch asked for."""
-    seconds: tuple[float, ...] = ()
-    """How long each stage so far worked on it."""
-    peaks_gib: tuple[float, ...] = ()
-    """The most memory that each stage so far has taken since it was loaded."""
-
-
-class _StageActor:
-    """One stage in a process of its own."""
-
-    def __init__(
-        self, model: dict[str, Any], bits: Bits, span: tuple[int, int], config: dict[str, Any], seed: int
-    ) -> None:
-        import torch
-
-        from finlora.engine.stage import Stage
-        from finlora.model.base import load_base, quiet_bitsandbytes
-
-        remove_left_semaphores()
-        # oneDNN keeps a kernel for each shape it meets, and micro-batches are of all sizes: with its default of 1,024 a stage on
-        # the CPU grew for hours.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
-        settings, source = PipelineConfig(**config), ModelConfig(**model)
-        device = torch.device("cuda:0" if settings.device == "cuda" else "cpu")
-        layers = range(*span)
-        self.device, self.settings = device, settings
-        self.neighbours: Neighbours | None = None
-        with quiet_bitsandbytes():
-            base = load_base(source, bits, device, seed, layers)
-        dtype = torch.bfloat16 if source.compute_dtype == "bfloat16" else torch.float32
-        self.stage = Stage(base.model, layers, settings.cache_rows, dtype, keep_unpacked=settings.keep_unpacked)
-        self.weights_gib = base.weights_gib
-
-    def offer(self) -> str:
-        """Return an address on which the stages can meet."""
-        from finlora.engine.transport import find_free_address
-
-        return find_free_address(ray.util.get_node_ip_address())
-
-    def join(self, stage: int, address: str) -> None:
-        """Connect to the stages beside this one."""
-        from finlora.engine.transport import Neighbours
-
-        transport, hidden_size = self.settings.transport, self.stage.net.config.hidden_size
-        assert transport != "messages"
-        self.neighbours = Neighbours(
-            transport, stage, self.settings.num_stages, address, hidden_size, self.stage.dtype, self.device
-        )
-
-    def describe(self) -> dict[str, float]:
-        """Return what the stage holds, which also says that it is loaded."""
-        return {"weights_gib": self.weights_gib, "cache_gib": self.stage.cache_bytes / 2**30}
-
-    def run(self, message: _Message) -> _Message:
-        """Work on a message from the stage before, and give it to the next."""
-        if isinstance(message.state, FinloraError):
-            return message
-        started = time.perf_counter()
-        work: MicroBatch | _Change | None = message.work
-        try:
-            state = self._work(work, message.state)
-        except FinloraError as error:
-            state = error
-        work = None if isinstance(state, Output) else work
-        seconds = (*message.seconds, time.perf_counter() - started)
-        return _Message(work, state, seconds, (*message.peaks_gib, self.stage.peak_memory_gib()))
-
-    def _work(self, work: MicroBatch | _Change | None, state: Any) -> Any:
-        import torch
-
-        from finlora.model.base import quiet_bitsandbytes
-
-        if isinstance(work, _Change):
-            if work.folder is None:
-                self.stage.unload_adapter(work.name)
-            else:
-                self.stage.load_adapter(work.name, Path(work.folder))
-            return None
-        assert work is not None
-        if self.neighbours is not None and not self.stage.is_first:
-            state = self.neighbours.receive(work.num_rows)
-        with quiet_bitsandbytes():
-            result = self.stage.run(work, state)
-        if isinstance(result, Output):
-            return result
-        if self.neighbours is None:
-            return result.cpu()
-        self.neighbours.send(result)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # until then its seconds are not over
-        return None
-
-
 class Pipeline:
     """An executor over stage actors. Ray must be connected; call `close` at the end.
 
@@ -179,80 +79,182 @@ class Pipeline:
     def __init__(self, model: ModelConfig, bits: Bits, config: PipelineConfig, seed: int) -> None:
         shape = read_shape(find_source(model).folder)
         self.spans = split_layers(shape, bits, config.num_stages)
-        gpus = config.gpus_per_stage if config.device == "cuda" else 0.0
-        self._require(config.num_stages, config.cpus_per_stage, gpus)
+        self._model, self._bits, self._config, self._seed = model, bits, config, seed
+        self._gpus = config.gpus_per_stage if config.device == "cuda" else 0.0
+        self._require(config.num_stages, config.cpus_per_stage, self._gpus)
         # All places or none: two pipelines that each got half of theirs would wait for each other for good.
-        bundle = {kind: share for kind, share in (("CPU", config.cpus_per_stage), ("GPU", gpus)) if share}
+        bundle = {kind: share for kind, share in (("CPU", config.cpus_per_stage), ("GPU", self._gpus)) if share}
         self._lease = ExitStack()
         name = f"finlora pipeline of {config.num_stages} stages"
-        group = self._lease.enter_context(
+        self._group = self._lease.enter_context(
             take_lease([bundle] * config.num_stages, config.wait_s, _logger.warning, name)
         )
-        actor: Any = ray.remote(_StageActor)
-        self.actors = [
-            actor.options(
-                num_cpus=config.cpus_per_stage,
-                num_gpus=gpus,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
-            ).remote(dataclasses.asdict(model), bits, (span.start, span.stop), dataclasses.asdict(config), seed)
-            for index, span in enumerate(self.spans)
-        ]
+        self.actors = [self._start_actor(index) for index in range(config.num_stages)]
+        self.adapters: dict[str, tuple[Path, str]] = {}
+        """Folder of each adapter that every stage has, and the hash of its files."""
         self._refs: deque[Any] = deque()
         self._outputs: deque[Output] = deque()
         self._peaks_gib: tuple[float, ...] = ()
         self._graph: Any = None
         try:
             self.stages: list[dict[str, float]] = ray.get([actor.describe.remote() for actor in self.actors])
-            if config.transport != "messages":
-                address = ray.get(self.actors[0].offer.remote())
-                ray.get([actor.join.remote(stage, address) for stage, actor in enumerate(self.actors)])
-            with InputNode() as message:
-                node = message
-                for actor in self.actors:
-                    node = actor.run.bind(node)
-            self._graph = node.experimental_compile(
-                _buffer_size_bytes=_BUFFER_BYTES,
-                _submit_timeout=_TIMEOUT_S,
-                _max_inflight_executions=config.num_stages + 2,
-            )
+            self._connect()
         except BaseException:
             self.close()
             raise
 
     def start(self, batch: MicroBatch) -> None:
-        self._refs.append(self._graph.execute(_Message(batch)))
+        self._refs.append(self._graph.execute(Message(batch)))
 
     def collect(self) -> Output:
         output: Output = self._outputs.popleft() if self._outputs else self._receive()
         return output
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        self._change(_Change(name, str(folder)))
+        try:
+            digest = self._change(Change(name, str(folder)))
+        except FinloraError:
+            self._change(Change(name, None))  # the stages before the one that refused it
+            raise
+        self.adapters[name] = (folder, digest)
 
     def unload_adapter(self, name: str) -> None:
-        self._change(_Change(name, None))
+        self.adapters.pop(name, None)
+        self._change(Change(name, None))
 
     def peak_memory_gib(self) -> float | None:
         return sum(self._peaks_gib) if self._peaks_gib else None
 
+    def check(self) -> None:
+        """Raise RayError where a stage is dead or gives no sign."""
+        ray.get([actor.describe.remote() for actor in self.actors], timeout=_SIGN_TIMEOUT_S)
+
+    def repair(self) -> list[int]:
+        """Start dead stages alone, and join them to those that live. Nothing is under way and all caches are empty after it.
+
+        Living stages keep weights and adapters, new ones load them again; an adapter whose files are no longer what the others
+        hold is dropped everywhere, and missing in `adapters`.
+
+        Returns:
+            Numbers of the stages that were started, from 0.
+
+        Raises:
+            StageLostError: none is dead, so it is not known which one failed; or all are.
+            ResourceError: the place of a dead stage did not come back in time.
+            RayError: another stage died meanwhile. After each of them only `close` and a new pipeline help.
+        """
+        dead = sorted(self._leave_graph(_REPAIR_TIMEOUT_S) | self._find_dead())
+        if not dead or len(dead) == len(self.actors):
+            raise StageLostError(f"{len(dead)} of {len(self.actors)} stages are dead: only a new pipeline helps.")
+        for index in dead:
+            ray.kill(self.actors[index])
+            self.actors[index] = self._start_actor(index)
+        living = [actor for index, actor in enumerate(self.actors) if index not in dead]
+        ray.get([actor.start_afresh.remote() for actor in living], timeout=_SIGN_TIMEOUT_S)
+        for index, facts in zip(dead, self._await_loaded([self.actors[index] for index in dead]), strict=True):
+            self.stages[index] = facts
+        for name, (folder, digest) in list(self.adapters.items()):
+            try:
+                ray.get([self.actors[index].load_adapter.remote(name, str(folder), digest) for index in dead])
+            except AdapterError as error:
+                _logger.warning("Adapter %s cannot be put back and is unloaded: %s", name, error)
+                ray.get([actor.unload_adapter.remote(name) for actor in self.actors], timeout=_SIGN_TIMEOUT_S)
+                del self.adapters[name]
+        self._connect()
+        return dead
+
     def close(self) -> None:
         """End the actors and free what they hold."""
-        if self._graph is not None:
-            # Now and then a stage goes on waiting for a message that nobody sends any more: then it is ended by force.
-            DAGContext.get_current().teardown_timeout = _CLOSE_TIMEOUT_S
-            self._graph.teardown(kill_actors=True)
+        self._leave_graph(_CLOSE_TIMEOUT_S)
         for actor in self.actors:
             ray.kill(actor)
         self._lease.close()
 
-    def _change(self, change: _Change) -> None:
+    def _start_actor(self, index: int) -> Any:
+        config, span, actor = self._config, self.spans[index], ray.remote(StageActor)
+        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        options: Any = actor.options(num_cpus=config.cpus_per_stage, num_gpus=self._gpus, scheduling_strategy=place)
+        return options.remote(
+            dataclasses.asdict(self._model),
+            self._bits,
+            (span.start, span.stop),
+            self._seed,
+            device=config.device,
+            cache_rows=config.cache_rows,
+            keep_unpacked=config.keep_unpacked,
+        )
+
+    def _connect(self) -> None:
+        """Join loaded stages that have no graph."""
+        transport, num_stages = self._config.transport, len(self.actors)
+        if transport != "messages":
+            address = ray.get(self.actors[0].offer.remote())
+            joins = [
+                actor.join.remote(transport, index, num_stages, address) for index, actor in enumerate(self.actors)
+            ]
+            ray.get(joins)
+        with InputNode() as message:
+            node = message
+            for actor in self.actors:
+                node = actor.run.bind(node)
+        self._graph = node.experimental_compile(
+            _buffer_size_bytes=_BUFFER_BYTES,
+            _submit_timeout=_TIMEOUT_S,
+            _max_inflight_executions=num_stages + 2,
+        )
+
+    def _leave_graph(self, timeout_s: float) -> set[int]:
+        """Give up what is under way and have the stages leave the graph; those that do not are killed and returned."""
+        graph, self._graph = self._graph, None
+        if graph is None:
+            return set()
+        loops = [graph.worker_task_refs[actor] for actor in self.actors]
+        # Ray waits without end for a stage that does not leave, and has begun to by itself where one died.
+        leaving = threading.Thread(target=graph.teardown, name="leave-graph", daemon=True)
+        leaving.start()
+        _, staying = ray.wait(loops, num_returns=len(loops), timeout=timeout_s, fetch_local=False)
+        stuck = {index for index, loop in enumerate(loops) if loop in staying}
+        for index in stuck:
+            _logger.warning("Stage %d did not leave the graph in %.0f s and is ended by force", index, timeout_s)
+            ray.kill(self.actors[index])
+        leaving.join(_SIGN_TIMEOUT_S)
+        self._refs.clear()  # only now: what waits in a graph that stands is still fetched by it
+        self._outputs.clear()
+        return stuck
+
+    def _find_dead(self) -> set[int]:
+        refs = [actor.describe.remote() for actor in self.actors]
+        ray.wait(refs, num_returns=len(refs), timeout=_SIGN_TIMEOUT_S)
+        dead = set()
+        for index, ref in enumerate(refs):
+            try:
+                ray.get(ref, timeout=0)
+            except RayError:  # it died, or it has given no sign
+                dead.add(index)
+        return dead
+
+    def _await_loaded(self, actors: Sequence[Any]) -> list[dict[str, float]]:
+        """Return what new actors hold once they are loaded; only the wait for their places is bounded.
+
+        Raises:
+            ResourceError: a place lay on a node that is gone, and no other came in time.
+        """
+        refs = [actor.describe.remote() for actor in actors]
+        patience = Patience(self._config.wait_s, _logger.warning)
+        while ray.wait(refs, num_returns=len(refs), timeout=_POLL_S)[1]:
+            if placement_group_table(self._group)["state"] != "CREATED":
+                patience.check("the node of a stage is gone, and no other has room for the stage")
+        facts: list[dict[str, float]] = ray.get(refs)
+        return facts
+
+    def _change(self, change: Change) -> Any:
         while self._refs:
             self._outputs.append(self._receive())
-        self._refs.append(self._graph.execute(_Message(change)))
-        self._receive()
+        self._refs.append(self._graph.execute(Message(change)))
+        return self._receive()
 
     def _receive(self) -> Any:
-        message: _Message = ray.get(self._refs.popleft(), timeout=_TIMEOUT_S)
+        message: Message = ray.get(self._refs.popleft(), timeout=_TIMEOUT_S)
         if isinstance(message.state, FinloraError):
             raise message.state
         self._peaks_gib = message.peaks_gib

@@ -81,6 +81,16 @@ class Token:
     """Natural logarithm of its probability before temperature and top_p."""
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a generated answer has gained."""
+
+    text: str
+    """Text that is certain now; all pieces joined are the answer's."""
+    tokens: Sequence[Token]
+    """Those that came since the piece before; the text of the last ones may still be held back."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
     """What came of a request."""

@@ -19,6 +19,7 @@ from finlora.engine.adapters import PRODUCTS, Adapter, Bank, read_adapter
 from finlora.engine.decode import DecodePasses, Rows, is_decode
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.sampling import choice_log_probs, sample
+from finlora.errors import AdapterError
 from finlora.model.attention import attend, attend_cache
 from finlora.model.elementwise import gate, normalise, rotate
 from finlora.model.packed import read_layer
@@ -69,18 +70,32 @@ class Stage:
         """Read an adapter's updates of this span.
 
         Raises:
-            AdapterError: the folder holds no adapter that fits.
+            AdapterError: the folder holds no adapter that fits, or memory has no room for it; nothing changes then.
         """
         shape = shape_of(self.net.config.to_dict())
         adapter = read_adapter(folder, shape, self.span, self.dtype, self.device)
         sizes = {name: sum(shape.projection(part)[0] for part in parts) for name, parts in PRODUCTS.items()}
-        if self.bank.add(name, adapter, sizes):
+        try:
+            has_moved = self.bank.add(name, adapter, sizes)
+        except torch.OutOfMemoryError as error:
+            self.bank.remove(name)
+            self._decode.forget()  # some tensors may have moved
+            raise AdapterError(
+                f"{folder} does not fit into the memory that is left on {self.device} ({error}): hold fewer adapters at once "
+                "(max_adapters), or a smaller KV cache."
+            ) from error
+        if has_moved:
             self._decode.forget()
         self.adapters[name] = adapter
 
     def unload_adapter(self, name: str) -> None:
-        del self.adapters[name]
-        self.bank.remove(name)
+        """Drop an adapter where it is there."""
+        if self.adapters.pop(name, None) is not None:
+            self.bank.remove(name)
+
+    def clear_cache(self) -> None:
+        """Forget every row, in place: recorded passes write there."""
+        self.cache.zero_()
 
     @torch.inference_mode()
     def run(self, batch: MicroBatch, hidden: Tensor | None) -> Tensor | Output:

@@ -38,7 +38,7 @@ class Neighbours:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.stage, self.hidden_size, self.dtype = stage, hidden_size, dtype
+        self.transport, self.stage, self.hidden_size, self.dtype = transport, stage, hidden_size, dtype
         self.device = device if transport == "nccl" else torch.device("cpu")
         dist.init_process_group(
             transport,
@@ -62,6 +62,15 @@ class Neighbours:
             self._sent[0].wait()
         hidden = hidden.to(self.device, copy=True)  # recorded passes write their result to the same place again
         self._sent = dist.isend(hidden, dst=self.stage + 1), hidden
+
+    def close(self) -> None:
+        """Leave the other stages, of which some may be dead; the process can connect anew after it."""
+        self._sent = None
+        if self.transport == "nccl":
+            # In order, NCCL would wait for those that are dead.
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
 
 
 def find_free_address(host: str) -> str:

@@ -11,12 +11,12 @@ of the server, and a roll-back outlives a restart. A folder without finlora.yaml
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from finlora.engine.adapters import hash_adapter
 from finlora.errors import AdapterError
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_file
 from finlora.model.contract import CONTRACT_FILE, Contract, read_contract
@@ -129,16 +129,10 @@ class AdapterShelf:
             contract = read_contract(folder)
             contract.check_hashes(folder, self._base.weights_hash, self._base.tokenizer_hash, self._base.template)
             check_adapter(folder)
-            digest = hashlib.sha256()
-            for file in (folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG):
-                with file.open("rb") as stream:
-                    while block := stream.read(2**20):
-                        digest.update(block)
+            digest = hash_adapter(folder)
         except AdapterError as error:
             return error
-        except OSError as error:
-            return AdapterError(f"adapter {name!r} cannot be read ({error}): copy its folder again.")
-        return ServedAdapter(name=name, version=version, folder=folder, hash=digest.hexdigest()[:16], contract=contract)
+        return ServedAdapter(name=name, version=version, folder=folder, hash=digest, contract=contract)
 
     def set_current(self, name: str, version: str | None) -> ServedAdapter:
         """Serve a version from now on, in every copy of the server; None: the newest again.

@@ -57,7 +57,7 @@ class ServerDeployment:
     def __serve_build_asgi_app__(self) -> Any:
         from finlora.serve.asgi import make_app
 
-        return make_app(self.server)
+        return make_app(self.server, has_proxy=True)
 
     def check_health(self) -> None:
         """Have Ray Serve replace the replica where its engine has ended; a lost stage is the engine's own to bring back."""

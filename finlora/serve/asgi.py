@@ -27,12 +27,17 @@ _SHOW_EVERY_S = 1.0
 _DESCRIPTION = """A Llama base with adapters for financial questions, on your own GPUs.
 
 Every path but `/healthz` and the web page at `/` needs a key: `Authorization: Bearer KEY`. Each answer carries an
-`X-Request-Id`, which the server's log and audit log name too. Errors have OpenAI's form. Limits: one answer a request (`n`
+`X-Request-Id`, which the server's log and audit log name too; send one of your own (up to 64 letters, digits, `.`, `_`, `-`)
+and it is kept. Errors have OpenAI's form. Limits: one answer a request (`n`
 is 1), log-probabilities of the chosen tokens alone."""
 
 
-def make_app(server: Server) -> ASGIApp:
-    """Return the application around a server whose engine runs."""
+def make_app(server: Server, *, has_proxy: bool) -> ASGIApp:
+    """Return the application around a server whose engine runs.
+
+    Args:
+        has_proxy: a proxy before it puts `X-Request-Id` on requests and answers.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -75,7 +80,8 @@ def make_app(server: Server) -> ASGIApp:
         _logger.error("%s failed", request.state.request_id, exc_info=error)
         return error_reply(error)
 
-    return Guard(app, server.keys, server.config.limits.max_body_bytes, server.meter.count_request)
+    most = server.config.limits.max_body_bytes
+    return Guard(app, server.keys, most, server.meter.count_request, has_proxy=has_proxy)
 
 
 async def _show_gauges(server: Server) -> None:

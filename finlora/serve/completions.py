@@ -15,16 +15,20 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from finlora.engine.request import Answer, Sampling
+from finlora.engine.request import Answer, Piece, Sampling
 from finlora.serve.doorway import ERRORS, gather_all, key_of, request_id_of, server_of
 from finlora.serve.failures import RefusedError, as_refusal, error_body
 from finlora.serve.ledger import Call
-from finlora.serve.logprobs import chat_logprobs, completion_logprobs
+from finlora.serve.logprobs import TokenRow, TokenRows, chat_logprobs, completion_logprobs, list_rows
 from finlora.serve.prompt import encode_messages, encode_plain
 from finlora.serve.protocol import CachedTokens, ChatRequest, CompletionRequest, GenerationRequest, Usage
 from finlora.serve.server import Server
 
 router = APIRouter(tags=["OpenAI"], responses=ERRORS)
+
+
+_Rows = Sequence[TokenRow] | None
+"""Tokens with their log-probabilities; None where they were not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,26 +71,23 @@ class _Chat:
     def __init__(self, server: Server, call: Call, has_logprobs: bool) -> None:
         self.server, self.call, self.has_logprobs = server, call, has_logprobs
 
-    def whole(self, index: int, text: str, answer: Answer) -> dict[str, Any]:
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "finish_reason": finish_reason(answer),
-            "logprobs": self._logprobs(text, answer),
-        }
+    def whole(self, index: int, text: str, answer: Answer, rows: _Rows) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message} | self._rest(rows, answer)
 
     def first(self) -> dict[str, Any] | None:
-        return {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None, "logprobs": None}
+        return {"index": 0, "delta": {"role": "assistant", "content": ""}} | self._rest(None)
 
-    def piece(self, text: str) -> dict[str, Any]:
-        return {"index": 0, "delta": {"content": text}, "finish_reason": None, "logprobs": None}
+    def piece(self, text: str, rows: _Rows) -> dict[str, Any]:
+        return {"index": 0, "delta": {"content": text}} | self._rest(rows)
 
-    def last(self, text: str, answer: Answer) -> dict[str, Any]:
-        reason, logprobs = finish_reason(answer), self._logprobs(text, answer)
-        return {"index": 0, "delta": {}, "finish_reason": reason, "logprobs": logprobs}
+    def last(self, answer: Answer, rows: _Rows) -> dict[str, Any]:
+        return {"index": 0, "delta": {}} | self._rest(rows or None, answer)
 
-    def _logprobs(self, text: str, answer: Answer) -> dict[str, Any] | None:
-        return chat_logprobs(answer, text, self.server.base.tokenizer) if self.has_logprobs else None
+    @staticmethod
+    def _rest(rows: _Rows, answer: Answer | None = None) -> dict[str, Any]:
+        logprobs = None if rows is None else chat_logprobs(rows)
+        return {"finish_reason": finish_reason(answer) if answer else None, "logprobs": logprobs}
 
 
 class _Completion:
@@ -97,18 +98,21 @@ class _Completion:
     def __init__(self, server: Server, call: Call, has_logprobs: bool) -> None:
         self.server, self.call, self.has_logprobs = server, call, has_logprobs
 
-    def whole(self, index: int, text: str, answer: Answer) -> dict[str, Any]:
-        logprobs = completion_logprobs(answer, text, self.server.base.tokenizer) if self.has_logprobs else None
-        return {"index": index, "text": text, "finish_reason": finish_reason(answer), "logprobs": logprobs}
+    def whole(self, index: int, text: str, answer: Answer | None, rows: _Rows) -> dict[str, Any]:
+        reason, logprobs = (
+            finish_reason(answer) if answer else None,
+            completion_logprobs(rows) if rows is not None else None,
+        )
+        return {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
 
     def first(self) -> dict[str, Any] | None:
         return None
 
-    def piece(self, text: str) -> dict[str, Any]:
-        return {"index": 0, "text": text, "finish_reason": None, "logprobs": None}
+    def piece(self, text: str, rows: _Rows) -> dict[str, Any]:
+        return self.whole(0, text, None, rows)
 
-    def last(self, text: str, answer: Answer) -> dict[str, Any]:
-        return self.whole(0, text, answer) | {"text": ""}
+    def last(self, answer: Answer, rows: _Rows) -> dict[str, Any]:
+        return self.whole(0, "", answer, rows or None)
 
 
 async def _reply(
@@ -127,7 +131,11 @@ async def _reply(
     results = await gather_all(
         [_collect(server, call, prompt, sampling, index) for index, prompt in enumerate(prompts)]
     )
-    choices = [form.whole(index, text, answer) for index, (text, answer) in enumerate(results)]
+    tokenizer = server.base.tokenizer
+    choices = [
+        form.whole(index, text, answer, list_rows(answer, text, tokenizer) if form.has_logprobs else None)
+        for index, (text, answer) in enumerate(results)
+    ]
     usage = count_usage([(len(p.ids), answer) for p, (_, answer) in zip(prompts, results, strict=True)])
     return JSONResponse({**frame, "object": form.kind, "choices": choices, "usage": usage.model_dump()})
 
@@ -135,8 +143,8 @@ async def _reply(
 async def _stream(
     form: _Chat | _Completion,
     frame: dict[str, Any],
-    first: str | Answer,
-    events: AsyncIterator[str | Answer],
+    first: Piece | Answer,
+    events: AsyncIterator[Piece | Answer],
     num_prompt: int,
     wants_usage: bool,
 ) -> AsyncIterator[str]:
@@ -144,17 +152,16 @@ async def _stream(
         return f"data: {json.dumps({**frame, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
 
     usage = {"usage": None} if wants_usage else {}
-    text = ""
+    rows = TokenRows(form.server.base.tokenizer) if form.has_logprobs else None
     async with contextlib.aclosing(events):  # type: ignore[type-var]
         try:
             if (opening := form.first()) is not None:
                 yield event([opening], **usage)
             item = first
-            while isinstance(item, str):
-                text += item
-                yield event([form.piece(item)], **usage)
+            while isinstance(item, Piece):
+                yield event([form.piece(item.text, rows.take(item) if rows else None)], **usage)
                 item = await anext(events)
-            yield event([form.last(text, item)], **usage)
+            yield event([form.last(item, rows.finish(item) if rows else None)], **usage)
             if wants_usage:
                 yield event([], usage=count_usage([(num_prompt, item)]).model_dump())
             yield "data: [DONE]\n\n"
@@ -168,7 +175,7 @@ async def _collect(server: Server, call: Call, prompt: _Prompt, sampling: Sampli
     async for event in server.generate(call, prompt.text, prompt.ids, sampling, index):
         if isinstance(event, Answer):
             return "".join(pieces), event
-        pieces.append(event)
+        pieces.append(event.text)
     raise AssertionError("a stream ends with its answer or an error")
 
 
@@ -192,6 +199,7 @@ def _sampling_of(body: GenerationRequest, prompt: _Prompt, server: Server, max_t
     return server.make_sampling(
         prompt.ids,
         max_tokens=max_tokens,
+        default_tokens=server.config.limits.default_new_tokens,
         temperature=body.temperature,
         top_p=body.top_p,
         stop=body.stop_texts,

@@ -84,6 +84,7 @@ def run_server(deployment: Deployment, host: str | None, port: int | None, annou
         ResourceError: the server did not come up; says why.
     """
     from ray import serve
+    from ray.exceptions import RayError
 
     from finlora.serve.app import ServerDeployment
 
@@ -95,13 +96,13 @@ def run_server(deployment: Deployment, host: str | None, port: int | None, annou
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stop = threading.Event()
     previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    serve.start(http_options=http, proxy_location=deployment.proxy_location)
     try:
         remote: Any = ServerDeployment
         try:
+            serve.start(http_options=http, proxy_location=deployment.proxy_location)
             application = remote.options(**deployment.options).bind(to_args(settings))
             serve.run(application, name=deployment.name, route_prefix=deployment.route_prefix)
-        except RuntimeError as error:
+        except (RuntimeError, RayError) as error:
             raise ResourceError(f"the server did not come up: {error}") from error
         scheme = "https" if http.get("ssl_certfile") else "http"
         where = f"{scheme}://{http.get('host', '127.0.0.1')}:{http.get('port', 8000)}"

@@ -2,7 +2,7 @@
 
 The thread alone touches the core. Coroutines hand it calls through a queue; what a step brings goes back to their event loop
 in one piece. When the stages are lost, every request under way ends with StageLostError, later ones are refused at once, and
-the thread opens the stages anew until they stand.
+the thread brings the stages back (finlora/serve/recovery.py).
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from finlora.engine.drive import EngineCore
-from finlora.engine.request import Answer, Request
+from finlora.engine.request import Answer, Piece, Request
 from finlora.errors import FinloraError, QueueFullError, StageLostError
+from finlora.serve.recovery import Recovery, close_quietly
 from finlora.serve.stages import AdapterRef, OpenCore, Snapshot, StageFacts
 
 _logger = logging.getLogger(__name__)
-_MAX_BACKOFF_S = 30.0
 _SNAPSHOT_S = 0.5
+_WAIT_S = 0.25
+"""Longest wait for a call while there is nothing to compute."""
 _GRACE_S = 5.0
 """Seconds after its deadline that an answer of the core is waited for: it ends requests between two steps."""
 _STUCK_S = 300.0
@@ -36,14 +38,14 @@ _STUCK_S = 300.0
 @dataclass(eq=False, slots=True)
 class _Stream:
     loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[str | Answer | Exception] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[Piece | Answer | Exception] = field(default_factory=asyncio.Queue)
 
 
 class AsyncEngine:
     """Requests of coroutines, answered by a core in a thread.
 
     Args:
-        open_core: brings the stages up; called again after they were lost.
+        open_core: brings the stages up; called again after they were lost and could not be repaired.
         max_adapters: adapters held at once.
         check_every_s: seconds between two looks at idle stages.
     """
@@ -55,7 +57,7 @@ class AsyncEngine:
         self._last_use: OrderedDict[str, None] = OrderedDict()
         self._closing = threading.Event()
         self._opened: OpenCore | None = None
-        self._why_down = "the model is being loaded"
+        self._recovery = Recovery(open_core, self._closing)
         self._first_error: BaseException | None = None
         self._first_try = threading.Event()
         self._next_snapshot = 0.0
@@ -93,9 +95,9 @@ class AsyncEngine:
     def require_ready(self) -> None:
         """Raise StageLostError while the stages do not stand."""
         if self._opened is None:
-            raise StageLostError(f"{self._why_down}: ask again in a few seconds.")
+            raise StageLostError(f"{self._recovery.why_down}: ask again in a few seconds.")
 
-    async def ask(self, request: Request, adapter: AdapterRef | None = None) -> AsyncIterator[str | Answer]:
+    async def ask(self, request: Request, adapter: AdapterRef | None = None) -> AsyncIterator[Piece | Answer]:
         """Yield the pieces of an answer's text as they come, and last the Answer. Leaving early cancels the request.
 
         Raises:
@@ -123,7 +125,7 @@ class AsyncEngine:
         try:
             while True:
                 event = await self._wait(stream, request)
-                is_over = not isinstance(event, str)
+                is_over = not isinstance(event, Piece)
                 if isinstance(event, Exception):
                     raise event
                 yield event
@@ -135,7 +137,7 @@ class AsyncEngine:
                 self._calls.put(lambda core: core.cancel(request.id))
 
     @staticmethod
-    async def _wait(stream: _Stream, request: Request) -> str | Answer | Exception:
+    async def _wait(stream: _Stream, request: Request) -> Piece | Answer | Exception:
         left = None if request.deadline is None else request.deadline - time.monotonic() + _GRACE_S
         try:
             return await asyncio.wait_for(stream.events.get(), left)
@@ -151,64 +153,78 @@ class AsyncEngine:
         raise AssertionError("a stream ends with its answer or an error")
 
     def _run(self) -> None:
-        backoff, lost_at = 1.0, None
-        while not self._closing.is_set():
-            try:
-                opened = self._open_core()
-            except Exception as error:
-                if not self._first_try.is_set():
-                    self._first_error = error
-                    self._first_try.set()
-                    return
-                self._why_down = f"the stages of the model could not be restarted ({error})"
-                _logger.exception("The stages could not be restarted; the next try is in %.0f s", backoff)
-                self._closing.wait(backoff)
-                backoff = min(2 * backoff, _MAX_BACKOFF_S)
-                continue
-            if lost_at is not None:
-                seconds = time.monotonic() - lost_at
-                self._note(recovery_s=seconds)
-                _logger.warning("All stages stand again, %.1f s after the loss", seconds)
-            backoff = 1.0
-            self._last_use.clear()
+        opened = self._open_first()
+        while opened is not None and not self._closing.is_set():
+            # Of adapters, those that went through a repair are still there.
+            self._last_use = OrderedDict.fromkeys(name for name in self._last_use if name in opened.core.adapters)
             self._opened = opened
             self._first_try.set()
             try:
                 self._drive(opened)
             except Exception as error:
-                lost_at = time.monotonic()
-                self._lose(error)
-            finally:
-                self._opened = self._step_began = None
-                _quietly(opened.close)
-        self._why_down = "the server is shutting down"
+                opened = self._recover(opened, error)
+        self._recovery.why_down = "the server is shutting down"
+        self._opened = None
+        if opened is not None:
+            close_quietly(opened)
         self._fail_all(StageLostError("the server shut down before the answer was complete: ask again."))
+
+    def _open_first(self) -> OpenCore | None:
+        try:
+            return self._open_core()
+        except Exception as error:
+            self._first_error = error
+            self._first_try.set()
+            return None
+
+    def _recover(self, lost: OpenCore, error: Exception) -> OpenCore | None:
+        """End what is under way, and bring the stages back; None where the server closes first."""
+        lost_at = time.monotonic()
+        _logger.error("The stages were lost: %s: %s", type(error).__name__, error)
+        self._opened = self._step_began = None
+        self._note(num_losses=self.snapshot.num_losses + 1)
+        self._fail_all(StageLostError("a stage of the model died before the answer was complete: ask again."))
+        back = self._recovery.bring_back(lost)
+        if back is None:
+            return None
+        opened, is_repaired = back
+        seconds = time.monotonic() - lost_at
+        self._note(recovery_s=seconds, num_repairs=self.snapshot.num_repairs + is_repaired)
+        how = "the dead one was started alone" if is_repaired else "all were started anew"
+        _logger.warning("All stages stand again, %.1f s after the loss: %s", seconds, how)
+        return opened
 
     def _drive(self, opened: OpenCore) -> None:
         core = opened.core
         next_check = time.monotonic() + self._check_every_s
         while not self._closing.is_set():
             self._take_calls(core)
+            if (core.is_idle or core.is_stalled) and time.monotonic() >= next_check:
+                opened.check()
+                next_check = time.monotonic() + self._check_every_s
             if core.is_idle:
                 self._take_snapshot(core)
-                if time.monotonic() >= next_check:
-                    opened.check()
-                    next_check = time.monotonic() + self._check_every_s
                 continue
-            events: list[tuple[str, str | Answer | Exception]] = []
+            events: list[tuple[str, Piece | Answer | Exception]] = []
             self._step_began = time.monotonic()
             answers = core.step(lambda name, piece: events.append((name, piece)))  # noqa: B023
             self._step_began = None
             events += [(answer.request_id, answer) for answer in answers]
+            if answers:
+                self._recovery.prove()
             self._send(events)
             self._take_snapshot(core)
-            next_check = time.monotonic() + self._check_every_s
+            if not core.is_stalled:  # what has just computed lives
+                next_check = time.monotonic() + self._check_every_s
 
     def _take_calls(self, core: EngineCore) -> None:
         """Carry out all calls at hand; where there is nothing else to do, wait for the first."""
         try:
-            wait_s = min(self._check_every_s, 0.25)
-            call = self._calls.get(timeout=wait_s) if core.is_idle else self._calls.get_nowait()
+            # Where requests are left that cannot start, their deadlines are looked at between two waits.
+            has_nothing = core.is_idle or core.is_stalled
+            call = (
+                self._calls.get(timeout=min(self._check_every_s, _WAIT_S)) if has_nothing else self._calls.get_nowait()
+            )
             while True:
                 call(core)
                 call = self._calls.get_nowait()
@@ -230,13 +246,6 @@ class AsyncEngine:
         self._last_use[adapter.name] = None
         self._last_use.move_to_end(adapter.name)
 
-    def _lose(self, error: Exception) -> None:
-        _logger.error("The stages were lost: %s: %s", type(error).__name__, error)
-        self._opened = None
-        self._why_down = "a stage of the model died and is being restarted"
-        self._note(num_losses=self.snapshot.num_losses + 1)
-        self._fail_all(StageLostError("a stage of the model died before the answer was complete: ask again."))
-
     def _fail_all(self, error: FinloraError) -> None:
         """End every request, those that were not yet taken on as well."""
         with contextlib.suppress(queue.Empty):
@@ -244,7 +253,7 @@ class AsyncEngine:
                 self._calls.get_nowait()
         self._send([(name, error) for name in list(self._streams)])
 
-    def _send(self, events: list[tuple[str, str | Answer | Exception]]) -> None:
+    def _send(self, events: list[tuple[str, Piece | Answer | Exception]]) -> None:
         """Hand events to the coroutines that await them, with one wake-up of their loop."""
         wanted = [(stream, event) for name, event in events if (stream := self._streams.get(name)) is not None]
         if not wanted:
@@ -277,11 +286,3 @@ class AsyncEngine:
 
     def _note(self, **changes: Any) -> None:
         self.snapshot = dataclasses.replace(self.snapshot, **changes)
-
-
-def _quietly(close: Callable[[], None]) -> None:
-    """Close stages of which some may be dead."""
-    try:
-        close()
-    except Exception as error:
-        _logger.warning("Stages could not be closed in order: %s: %s", type(error).__name__, error)

@@ -83,12 +83,13 @@ async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
         )
     question = make_question(body.task, body.context, body.question)
     ids = encode_prompt(question.prompt, server.base.tokenizer, server.base.template)
-    sampling = server.make_sampling(ids, max_tokens=body.max_tokens)
+    default = server.config.limits.default_extract_tokens
+    sampling = server.make_sampling(ids, max_tokens=body.max_tokens, default_tokens=default)
     pieces: list[str] = []
     async for event in server.generate(call, question.prompt, ids, sampling):
         if isinstance(event, Answer):
             break
-        pieces.append(event)
+        pieces.append(event.text)
     text = "".join(pieces).strip()
     place = find_quote(text, body.context)
     return ExtractResponse(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import secrets
 import time
 from collections.abc import Callable
@@ -29,27 +30,42 @@ _BODY_S = 60.0
 """Seconds in which a body must be whole: requests that send a byte now and then would fill all places."""
 _DRAIN_S = 5.0
 _MAX_DIGITS = 18
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SECURITY_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
 
 
 class Guard:
     """Lets a request through to the app when its key is known and its body is not too large.
 
+    A request keeps the `X-Request-Id` that it brings, so that a caller's own logs and this server's name it alike.
+
     Args:
         on_end: told path, as it is declared, status and seconds of each request.
+        has_proxy: a proxy before it gives each request an `X-Request-Id` and puts that on the answer, as Ray Serve's does.
     """
 
     def __init__(
-        self, app: ASGIApp, keys: KeyRing, max_body_bytes: int, on_end: Callable[[str, int, float], None]
+        self,
+        app: ASGIApp,
+        keys: KeyRing,
+        max_body_bytes: int,
+        on_end: Callable[[str, int, float], None],
+        *,
+        has_proxy: bool,
     ) -> None:
         self._app, self._keys, self._max_body_bytes, self._on_end = app, keys, max_body_bytes, on_end
+        self._has_proxy = has_proxy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
             return
-        request_id, started = f"req-{secrets.token_hex(12)}", time.monotonic()
+        started = time.monotonic()
+        ids = [value for name, value in scope["headers"] if name == b"x-request-id"]
+        given = ids[0].decode("latin-1") if ids else ""  # the first, as Ray Serve does
+        is_good = _REQUEST_ID.fullmatch(given) is not None
+        request_id = given if is_good else f"req-{secrets.token_hex(12)}"
         state = scope.setdefault("state", {})
         state["request_id"], state["key"] = request_id, None
         status = 0
@@ -61,7 +77,9 @@ class Guard:
                 headers = list(message.get("headers", []))
                 names = {name.lower() for name, _ in headers}
                 headers += [pair for pair in _SECURITY_HEADERS if pair[0] not in names]
-                message = {**message, "headers": [*headers, (b"x-request-id", request_id.encode())]}
+                if not self._has_proxy:
+                    headers.append((b"x-request-id", request_id.encode()))
+                message = {**message, "headers": headers}
             await send(message)
 
         received, has_more = 0, True
@@ -83,6 +101,12 @@ class Guard:
 
         try:
             try:
+                if given and not is_good:
+                    raise RefusedError(
+                        400,
+                        f"X-Request-Id has {len(given)} characters: expected 1 to 64 letters, digits, '.', '_' and '-', or none.",
+                        "invalid_request_id",
+                    )
                 state["key"] = self._admit(scope)
                 await self._app(scope, receive_bounded, send_marked)
             except RefusedError as refusal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ class Call:
     """As it was asked for."""
     adapter: ServedAdapter | None
     """None: the base alone."""
+    engine_id: str = field(default_factory=lambda: secrets.token_hex(12))
+    """Its name in the engine: two clients may give their requests one id."""
 
 
 @dataclass(slots=True)

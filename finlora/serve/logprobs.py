@@ -2,44 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finlora.engine.request import Answer
+from finlora.engine.detokenise import Detokeniser
+from finlora.engine.request import Answer, Piece, Token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-def chat_logprobs(answer: Answer, text: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class TokenRow:
+    """One token of an answer."""
+
+    text: str
+    """Of the token alone; a part of a character is U+FFFD."""
+    log_prob: float
+    place: int
+    """Character of the answer's text at which it begins."""
+
+
+class TokenRows:
+    """Tells which tokens go with the text that is out, piece by piece; over a whole answer the same as in one go."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._tokenizer, self._text = tokenizer, Detokeniser(tokenizer)
+        self._num_taken = self._place = self._num_out = 0
+        self._waiting: list[TokenRow] = []
+
+    def take(self, piece: Piece) -> list[TokenRow]:
+        """Return the tokens whose text begins within what is out with this piece."""
+        self._add(piece.tokens)
+        self._num_out += len(piece.text)
+        rows = [row for row in self._waiting if row.place < self._num_out]
+        self._waiting = self._waiting[len(rows) :]
+        return rows
+
+    def finish(self, answer: Answer) -> list[TokenRow]:
+        """Return the rest; behind a stop string nothing, since those tokens only spell it."""
+        self._add(answer.tokens[self._num_taken :])
+        return [] if answer.finish == "stop" else self._waiting
+
+    def _add(self, tokens: Sequence[Token]) -> None:
+        for token in tokens:
+            self._waiting.append(TokenRow(str(self._tokenizer.decode([token.id])), token.log_prob, self._place))
+            self._place += len(self._text.push(token.id))
+        self._num_taken += len(tokens)
+
+
+def list_rows(answer: Answer, text: str, tokenizer: PreTrainedTokenizerFast) -> list[TokenRow]:
+    """Return the tokens of a whole answer."""
+    rows = TokenRows(tokenizer)
+    return rows.take(Piece(text, answer.tokens)) + rows.finish(answer)
+
+
+def chat_logprobs(rows: Sequence[TokenRow]) -> dict[str, Any]:
     """Return `choices[].logprobs` of chat completions."""
     content = [
-        {"token": piece, "logprob": log_prob, "bytes": _bytes_of(piece), "top_logprobs": []}
-        for piece, log_prob, _ in _list_tokens(answer, text, tokenizer)
+        {"token": row.text, "logprob": row.log_prob, "bytes": _bytes_of(row.text), "top_logprobs": []} for row in rows
     ]
     return {"content": content, "refusal": None}
 
 
-def completion_logprobs(answer: Answer, text: str, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def completion_logprobs(rows: Sequence[TokenRow]) -> dict[str, Any]:
     """Return `choices[].logprobs` of completions."""
-    rows = _list_tokens(answer, text, tokenizer)
     return {
-        "tokens": [piece for piece, _, _ in rows],
-        "token_logprobs": [log_prob for _, log_prob, _ in rows],
+        "tokens": [row.text for row in rows],
+        "token_logprobs": [row.log_prob for row in rows],
         "top_logprobs": None,
-        "text_offset": [place for _, _, place in rows],
+        "text_offset": [row.place for row in rows],
     }
-
-
-def _list_tokens(answer: Answer, text: str, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, float, int]]:
-    """Return (text, log-probability, place) of each token; those that only spell a stop string are left out."""
-    rows, place = [], 0
-    for token in answer.tokens:
-        if answer.finish == "stop" and place >= len(text):
-            break
-        piece = str(tokenizer.decode([token.id]))
-        rows.append((piece, token.log_prob, place))
-        place += len(piece)
-    return rows
 
 
 def _bytes_of(piece: str) -> list[int] | None:

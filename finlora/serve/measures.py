@@ -44,6 +44,7 @@ class Measures:
         self._bubble = Gauge("finlora_pipeline_bubble_ratio", "Share of the stages' time idle while there was work.")
         self._ready = Gauge("finlora_ready", "1 while all stages stand.")
         self._losses = Gauge("finlora_stage_losses", "How often stages were lost.")
+        self._repairs = Gauge("finlora_stage_repairs", "How often only the dead stages were started for it.")
         self._recovery = Gauge("finlora_stage_recovery_seconds", "From the last loss until the stages stood again.")
         self._adapters = Gauge("finlora_adapters_loaded", "Adapters held in memory.")
 
@@ -85,6 +86,7 @@ class Measures:
         self._bubble.set(snapshot.bubble)
         self._ready.set(float(is_ready))
         self._losses.set(snapshot.num_losses)
+        self._repairs.set(snapshot.num_repairs)
         self._adapters.set(len(snapshot.adapters))
         if snapshot.recovery_s is not None:
             self._recovery.set(snapshot.recovery_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from finlora.serve.stages import OpenCore, StageFacts
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-_CHECK_TIMEOUT_S = 30.0
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,8 +61,6 @@ def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
         ResourceError: the cluster has too little, or others held it for too long.
         ModelError: the base's files are not usable.
     """
-    import ray
-
     from finlora.engine.opening import warm_up
     from finlora.engine.pipeline import Pipeline, PipelineConfig
 
@@ -77,15 +76,13 @@ def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
         wait_s=stages.wait_s,
     )
     pipeline = Pipeline(config.model, config.bits, settings, config.seed)
-    if stages.device == "cuda":  # kernels are compiled and passes recorded before anybody waits for them
-        warm_up(pipeline, stages.cache_rows, config.limits.max_batch_tokens)
 
-    def check() -> None:
-        ray.get([actor.describe.remote() for actor in pipeline.actors], timeout=_CHECK_TIMEOUT_S)
-
-    return OpenCore(
-        core=EngineCore(pipeline, make_scheduler(config, base, stages.num), base.tokenizer),
-        stages=tuple(
+    def describe() -> OpenCore:
+        if stages.device == "cuda":  # kernels are compiled and passes recorded before anybody waits for them
+            warm_up(pipeline, stages.cache_rows, config.limits.max_batch_tokens)
+        core = EngineCore(pipeline, make_scheduler(config, base, stages.num), base.tokenizer)
+        core.adapters |= {name: folder for name, (folder, _) in pipeline.adapters.items()}
+        facts = tuple(
             StageFacts(
                 first_layer=span.start,
                 last_layer=span.stop - 1,
@@ -93,10 +90,15 @@ def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
                 cache_gib=held["cache_gib"],
             )
             for span, held in zip(pipeline.spans, pipeline.stages, strict=True)
-        ),
-        check=check,
-        close=pipeline.close,
-    )
+        )
+        return OpenCore(core=core, stages=facts, check=pipeline.check, close=pipeline.close, repair=repair)
+
+    def repair() -> OpenCore:
+        dead = pipeline.repair()
+        _logger.warning("Started again alone: stage %s of %d", ", ".join(map(str, dead)), stages.num)
+        return describe()
+
+    return describe()
 
 
 def make_scheduler(config: ServeConfig, base: ServedBase, max_in_flight: int) -> Scheduler:

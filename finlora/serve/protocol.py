@@ -105,7 +105,7 @@ class ChatRequest(GenerationRequest):
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens, which it goes before.")
     logprobs: bool | None = Field(
-        False, description="Give each token's log-probability, in the last event of a stream."
+        False, description="Give each token's log-probability; in a stream, each event those of its tokens."
     )
     top_logprobs: Literal[0] | None = Field(None, description="Only 0: other tokens' probabilities are not offered.")
 
@@ -159,7 +159,7 @@ class ExtractRequest(_Body):
     task: Literal["xbrl_tags", "xbrl_values"]
     context: str = Field(description="XBRL fragment or other text in which the answer stands.")
     question: str = Field(description="What is looked for in it.")
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, description="Most new tokens. Left out: enough for a tag or a number.")
 
 
 class VersionRequest(_Body):

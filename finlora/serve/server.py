@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 
 from finlora.data.encode import encode_answer, encode_prompt
 from finlora.data.question import Question
-from finlora.engine.request import Answer, Request, Sampling
+from finlora.engine.request import Answer, Piece, Request, Sampling
 from finlora.errors import AdapterError
 from finlora.serve.adapters import AdapterShelf
 from finlora.serve.audit import AuditLog
@@ -89,18 +89,22 @@ class Server:
         prompt_ids: Sequence[int],
         *,
         max_tokens: int | None,
+        default_tokens: int,
         temperature: float | None = 0.0,
         top_p: float | None = 1.0,
         stop: tuple[str, ...] = (),
         seed: int | None = None,
     ) -> Sampling:
-        """Return how an answer to a prompt is drawn; a number of new tokens that was not named is cut to what fits.
+        """Return how an answer to a prompt is drawn.
+
+        Args:
+            max_tokens: None: `default_tokens`, or fewer where no more fit.
 
         Raises:
             RefusedError: the prompt, or prompt and answer, are longer than the model takes.
         """
         limits, room = self.config.limits, self.base.max_tokens - len(prompt_ids)
-        wanted = max_tokens if max_tokens is not None else max(1, min(limits.default_new_tokens, room))
+        wanted = max_tokens if max_tokens is not None else max(1, min(default_tokens, room))
         if wanted > limits.max_new_tokens:
             raise RefusedError(
                 400,
@@ -125,7 +129,7 @@ class Server:
 
     async def generate(
         self, call: Call, prompt: str, prompt_ids: tuple[int, ...], sampling: Sampling, index: int = 0
-    ) -> AsyncIterator[str | Answer]:
+    ) -> AsyncIterator[Piece | Answer]:
         """Yield an answer's text as it comes, and last the Answer. Leaving early frees what the request held.
 
         Args:
@@ -137,7 +141,7 @@ class Server:
             FinloraError: as AsyncEngine.ask.
         """
         request = Request(
-            id=f"{call.request_id}-{index}",
+            id=f"{call.engine_id}-{index}",
             prompt_ids=prompt_ids,
             adapter=call.adapter.engine_name if call.adapter else None,
             sampling=sampling,
@@ -157,7 +161,7 @@ class Server:
         """
         base = self.base
         request = Request(
-            id=f"{call.request_id}-{index}",
+            id=f"{call.engine_id}-{index}",
             prompt_ids=encode_prompt(question.prompt, base.tokenizer, base.template),
             adapter=call.adapter.engine_name if call.adapter else None,
             choices=tuple(encode_answer(choice, base.tokenizer, base.template) for choice in question.choices),
@@ -200,7 +204,7 @@ class Server:
 
     async def _follow(
         self, call: Call, prompt: str, request: Request, choices: Sequence[str] = ()
-    ) -> AsyncIterator[str | Answer]:
+    ) -> AsyncIterator[Piece | Answer]:
         """Pass the engine's events on; whatever comes of them is counted and logged."""
         adapter = AdapterRef(request.adapter, call.adapter.folder) if call.adapter and request.adapter else None
         course = Course(call, prompt, len(request.prompt_ids), choices)
@@ -209,8 +213,8 @@ class Server:
                 async for event in events:
                     if course.first_s is None:
                         course.first_s = time.monotonic() - course.started
-                    if isinstance(event, str):
-                        course.pieces.append(event)
+                    if isinstance(event, Piece):
+                        course.pieces.append(event.text)
                         yield event
                         continue
                     event.require_numbers()

@@ -49,6 +49,8 @@ class LimitsConfig:
     """Most new tokens of an answer."""
     default_new_tokens: int = 256
     """New tokens of an answer that does not say how many."""
+    default_extract_tokens: int = 48
+    """New tokens of an extracted tag or number whose request does not say how many."""
     max_texts: int = 256
     """Most texts of one classification."""
     max_waiting: int = 1024
@@ -90,6 +92,7 @@ class ServeConfig:
             "limits.max_body_bytes": (limits.max_body_bytes, 1024),
             "limits.max_new_tokens": (limits.max_new_tokens, 1),
             "limits.default_new_tokens": (limits.default_new_tokens, 1),
+            "limits.default_extract_tokens": (limits.default_extract_tokens, 1),
             "limits.max_texts": (limits.max_texts, 1),
             "limits.max_waiting": (limits.max_waiting, 1),
             "limits.max_batch_tokens": (limits.max_batch_tokens, 16),
@@ -105,11 +108,11 @@ class ServeConfig:
         faults += [f"{key}={value}: expected more than 0" for key, value in above.items() if value <= 0]
         if not self.name or set(self.name) & set(":@/ \n"):
             faults.append(f"name={self.name!r}: expected a name without colon, at sign, slash and space")
-        if limits.default_new_tokens > limits.max_new_tokens:
-            faults.append(
-                f"limits.default_new_tokens={limits.default_new_tokens}: expected at most "
-                f"limits.max_new_tokens={limits.max_new_tokens}"
-            )
+        faults += [
+            f"limits.{name}={value}: expected at most limits.max_new_tokens={limits.max_new_tokens}"
+            for name in ("default_new_tokens", "default_extract_tokens")
+            if (value := getattr(limits, name)) > limits.max_new_tokens
+        ]
         if self.audit_texts and self.audit_dir is None:
             faults.append("audit_texts=true without an audit log: set audit_dir, or leave it out")
         if faults:

@@ -28,6 +28,8 @@ class OpenCore:
     check: Callable[[], None]
     """Raises when a stage is dead."""
     close: Callable[[], None]
+    repair: Callable[[], OpenCore] | None = None
+    """Starts dead stages alone and returns a fresh core over all; raises where only opening anew helps. None: it cannot."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +46,8 @@ class Snapshot:
     adapters: tuple[str, ...] = ()
     num_losses: int = 0
     """How often stages were lost."""
+    num_repairs: int = 0
+    """How often only the dead ones had to be started for it."""
     recovery_s: float | None = None
     """Seconds from the last loss until the stages stood again."""
 

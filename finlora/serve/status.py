@@ -43,6 +43,7 @@ class StagesState(BaseModel):
     kv_total: int
     bubble: float = Field(description="Share of the stages' time idle while there was work.")
     losses: int = Field(description="How often stages were lost.")
+    repairs: int = Field(description="How often only the dead stages had to be started for it; else all were.")
     recovery_s: float | None = Field(description="Seconds from the last loss until the stages stood again.")
 
 
@@ -109,6 +110,7 @@ async def show_stages(request: Request) -> StagesState:
         kv_total=snapshot.kv_total,
         bubble=snapshot.bubble,
         losses=snapshot.num_losses,
+        repairs=snapshot.num_repairs,
         recovery_s=snapshot.recovery_s,
     )
 

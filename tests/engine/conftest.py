@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from finlora.config import LLAMA_PROJECTIONS, LoraConfig, ModelConfig
 from finlora.engine.drive import EngineCore, InProcess
@@ -44,6 +45,16 @@ def adapter_folders(four_layers, tmp_path_factory):
         folders[name] = tmp_path_factory.mktemp("adapters") / name
         save_adapter(model, folders[name])
     return folders
+
+
+@pytest.fixture(scope="session")
+def late_fault(adapter_folders, tmp_path_factory):
+    """An adapter that only the stage with the last layer finds wrong."""
+    folder = shutil.copytree(adapter_folders["all"], tmp_path_factory.mktemp("late") / "fault")
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.3.self_attn.v_proj.lora_B.weight"
+    save_file(tensors | {name: tensors[name][:-8].clone()}, folder / "adapter_model.safetensors")
+    return folder
 
 
 @pytest.fixture(scope="session")

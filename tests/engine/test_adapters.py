@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finlora.engine.adapters import read_adapter
+from finlora.engine.adapters import Bank, read_adapter
 from finlora.errors import AdapterError
 from finlora.model.shapes import read_shape
 
@@ -91,3 +91,12 @@ def test_damaged_or_missing_files_are_refused(read, copy, tmp_path):
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"has no adapter_model.safetensors"):
         read(folder)
+
+
+def test_bank_has_a_row_for_each_adapter_also_where_it_changes_nothing(read, adapter_folders):
+    bank, sizes = Bank(), {"qkv": 128, "out": 64, "gate_up": 256, "down": 64}
+    for number, name in enumerate(("all", "few", "few", "few", "few"), start=1):
+        bank.add(f"a{number}", read(adapter_folders[name]), sizes)
+    x, out = torch.ones(6, 64), torch.zeros(6, 64)
+    changed = bank.apply(out, x, torch.arange(6), 0, "out").count_nonzero(dim=1) > 0
+    assert changed.tolist() == [False, True, False, False, False, False]

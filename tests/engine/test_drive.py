@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from finlora.engine.adapters import Bank
 from finlora.engine.request import Request, Sampling
 from finlora.errors import AdapterError
 from finlora.model.base import quiet_bitsandbytes
@@ -45,7 +46,7 @@ def run(core, requests, on_step=None):
     answers, texts = {}, {request.id: "" for request in requests}
 
     def add(name, piece):
-        texts[name] = texts.get(name, "") + piece
+        texts[name] = texts.get(name, "") + piece.text
 
     steps = 0
     while not core.is_idle:
@@ -186,3 +187,50 @@ def test_adapters_are_loaded_and_unloaded_by_name(make_core, adapter_folders):
     core.load_adapter("few", adapter_folders["all"])
     answers, _ = run(core, [Request(id="again", prompt_ids=(5, 6, 7), adapter="few")])
     assert answers["again"].num_cached == 0  # the name means another adapter now
+
+
+def adapters_of(core):
+    """What each stage holds: names, and the rows of its tensors that are not zero."""
+    return [
+        (
+            sorted(stage.adapters),
+            {key: down.count_nonzero(dim=(1, 2)).nonzero().tolist() for key, (down, _) in stage.bank._pairs.items()},
+        )
+        for stage in core.executor.stages
+    ]
+
+
+def test_adapter_that_a_later_stage_refuses_is_left_on_none(make_core, plain, late_fault, adapter_folders):
+    core = make_core(2)
+    before = adapters_of(core)
+    with pytest.raises(AdapterError, match=r"layers.3.self_attn.v_proj as \[24, 4\]"):
+        core.load_adapter("late", late_fault)
+    assert adapters_of(core) == before
+    core.load_adapter("late", adapter_folders["few"])  # the name is free
+    answers, _ = run(core, make_requests(count=4, adapter="late"))
+    assert tokens_of(answers["r2"]) == generate_alone(plain(adapter="few"), RAGGED[2], 4)
+
+
+def test_adapter_that_memory_has_no_room_for_is_left_on_none(make_core, plain, adapter_folders, monkeypatch):
+    core = make_core(2)
+    core.load_adapter("third", adapter_folders["few"])  # there is no room for a fourth
+    before = adapters_of(core)
+    grow, calls = Bank._grow, []
+
+    def grow_until_full(self, *tensors):
+        calls.append(self)
+        if len(calls) == 11:  # of eight on each stage: the second has begun
+            raise torch.OutOfMemoryError("no room")
+        return grow(self, *tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bank, "_grow", grow_until_full)
+        with pytest.raises(AdapterError, match=r"does not fit into the memory that is left on cpu \(no room\)"):
+            core.load_adapter("fourth", adapter_folders["all"])
+    assert len({id(bank) for bank in calls}) == 2
+    assert adapters_of(core) == before
+    answers, _ = run(core, make_requests(count=4, adapter="all"))
+    assert tokens_of(answers["r2"]) == generate_alone(plain(adapter="all"), RAGGED[2], 4)
+    core.load_adapter("fourth", adapter_folders["few"])
+    answers, _ = run(core, make_requests(count=4, adapter="fourth"))
+    assert tokens_of(answers["r2"]) == generate_alone(plain(adapter="few"), RAGGED[2], 4)

@@ -66,10 +66,22 @@ def test_adapter_is_loaded_between_micro_batches_of_others(core, plain, adapter_
 
 
 def test_error_of_a_stage_comes_back_and_the_others_go_on(core, plain, tmp_path):
-    with pytest.raises(AdapterError, match=r"has no adapter_config.json: expected an adapter folder"):
+    with pytest.raises(AdapterError, match=r"adapter_model.safetensors is missing or cannot be read"):
         core.load_adapter("broken", tmp_path)
     answers, _ = run(core, make_requests(RAGGED[:2], 3))
     assert tokens_of(answers["r1"]) == generate_alone(plain(), RAGGED[1], 3)
+
+
+def test_adapter_that_a_later_stage_refuses_is_left_on_none(core, plain, late_fault, adapter_folders):
+    import ray
+
+    with pytest.raises(AdapterError, match=r"layers.3.self_attn.v_proj as \[24, 4\]"):
+        core.load_adapter("late", late_fault)
+    held = [actor.__ray_call__.remote(lambda self: sorted(self.stage.adapters)) for actor in core.executor.actors]
+    assert ray.get(held) == [["few"], ["few"]]
+    core.load_adapter("late", adapter_folders["all"])
+    answers, _ = run(core, make_requests(RAGGED[:3], 4, adapter="late"))
+    assert tokens_of(answers["r2"]) == generate_alone(plain(adapter="all"), RAGGED[2], 4)
 
 
 def test_cluster_that_is_too_small_is_refused_by_words(four_layers, ray_instance):
@@ -93,7 +105,7 @@ def test_stages_come_all_or_none_and_who_holds_their_places_is_said(four_layers,
         config = PipelineConfig(num_stages=2, cache_rows=64, device="cpu", cpus_per_stage=cores / 4, wait_s=2.0)
         with pytest.raises(ResourceError, match=r"by night-training \(job .*Waited \d+ s"):
             Pipeline(four_layers, 16, config, seed=0)
-        assert [each.what for each in list_holdings("CPU") if "_StageActor" in each.what] == []
+        assert [each.what for each in list_holdings("CPU") if "StageActor" in each.what] == []
     assert "by night-training" in caplog.text
 
 

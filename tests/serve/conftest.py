@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from live_server import Live, live_server, make_adapter, make_settings
+from mortal_stages import make_engine_of
 from pretend_server import KEY, Script, serving
 
 if TYPE_CHECKING:
@@ -19,6 +20,25 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 # A browser looks for its maker's servers at each start; a closed network would be asked in vain.
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 WAIT_MS = 10_000
+
+
+@pytest.fixture
+def opened():
+    """Every core that an engine had, the newest last."""
+    return []
+
+
+@pytest.fixture
+def make_engine(tiny_base, opened):
+    engines = []
+
+    def build(**changes):
+        engines.append(make_engine_of(tiny_base, opened, **changes))
+        return engines[-1]
+
+    yield build
+    for engine in engines:
+        engine.close()
 
 
 @pytest.fixture

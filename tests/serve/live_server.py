@@ -117,7 +117,7 @@ def live_server(config: ServeConfig, folder: Path, executor=InProcess) -> Iterat
     server = Server(config, read_base(config), engine, ring, meter, audit)
     engine.start()
     settings = uvicorn.Config(
-        make_app(server), host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1
+        make_app(server, has_proxy=False), host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1
     )
     web = uvicorn.Server(settings)
     thread = threading.Thread(target=web.run)

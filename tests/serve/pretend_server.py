@@ -45,6 +45,7 @@ STAGES = {
     "kv_total": 8192,
     "bubble": 0.12,
     "losses": 0,
+    "repairs": 0,
     "recovery_s": None,
 }
 

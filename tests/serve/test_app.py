@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import shutil
 import signal
@@ -95,7 +97,7 @@ def stage_pids():
 
     address = ray.get_runtime_context().gcs_address
     actors = list_actors(address=address, detail=True, filters=[("state", "=", "ALIVE")])
-    return [actor.pid for actor in actors if actor.class_name == "_StageActor"]
+    return [actor.pid for actor in actors if actor.class_name == "StageActor"]
 
 
 def test_openai_client_and_financial_paths_answer_through_serve(deployed, ask):
@@ -115,6 +117,29 @@ def test_openai_client_and_financial_paths_answer_through_serve(deployed, ask):
     assert sum(labels.values()) == pytest.approx(1)
     assert ask("/readyz").status == ask("/healthz", key=None).status == 200
     assert len(ask("/v1/stages").body["stages"]) == 2
+
+
+def test_request_id_is_one_value_on_the_answer_and_in_the_audit_log(home, deployed):
+    address, key, tls = deployed
+    host, port = address.removeprefix("https://").split(":")
+
+    def ask(headers):
+        line = http.client.HTTPSConnection(host, int(port), timeout=60, context=tls)
+        headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json", **headers}
+        line.request("POST", "/v1/classify", json.dumps(ASK), headers)
+        reply = line.getresponse()
+        body = json.loads(reply.read())
+        line.close()
+        return reply.status, [value for name, value in reply.getheaders() if name.lower() == "x-request-id"], body
+
+    (log,) = list_logs(home / ".demo" / "audit")
+    for headers in ({}, {"X-Request-Id": "trade-77"}):
+        status, ids, body = ask(headers)
+        assert (status, ids) == (200, [body["id"]])
+        assert json.loads(log.read_text().splitlines()[-1])["request_id"] == body["id"]
+    assert body["id"] == "trade-77"
+    status, ids, body = ask({"X-Request-Id": "no good"})
+    assert (status, len(ids), body["error"]["code"]) == (400, 1, "invalid_request_id")
 
 
 def test_without_tls_nothing_comes_through(deployed):
@@ -166,12 +191,13 @@ def test_hung_up_stream_frees_its_rows_behind_the_proxy(deployed, ask):
 
 def test_dead_stage_gives_503_at_once_and_serves_again(ask):
     """Requests under way end in order or with a retriable error, none hangs; afterwards answers are as before."""
-    before = ask("/v1/classify", ASK).body["results"]
+    before = ask("/v1/classify", ASK | {"model": "demo:good"}).body["results"]
+    pids = stage_pids()
     long = {"model": "demo", "prompt": "Profit rose", "max_tokens": 480}
     with ThreadPoolExecutor(8) as pool:
         waiting = [pool.submit(ask, "/v1/completions", long) for _ in range(8)]
         time.sleep(0.3)
-        os.kill(stage_pids()[1], signal.SIGKILL)
+        os.kill(pids[1], signal.SIGKILL)
         killed = time.monotonic()
         replies = [future.result(timeout=30) for future in waiting]
         assert {reply.status for reply in replies} <= {200, 503}
@@ -186,12 +212,15 @@ def test_dead_stage_gives_503_at_once_and_serves_again(ask):
     while ask("/readyz").status != 200:
         assert time.monotonic() - killed < 90
         time.sleep(0.2)
-    after = ask("/v1/classify", ASK).body["results"]
+    assert "good" in {a["name"] for a in ask("/v1/adapters").body["data"] if a.get("loaded")}
+    after = ask("/v1/classify", ASK | {"model": "demo:good"}).body["results"]
     assert after[0]["probabilities"] == pytest.approx(before[0]["probabilities"], rel=1e-4)
     stages = ask("/v1/stages").body
-    assert stages["losses"] == 1
+    assert (stages["losses"], stages["repairs"]) == (1, 1)
     assert 0 < stages["recovery_s"] < 90
-    assert len(stage_pids()) == 2
+    living = stage_pids()
+    assert len(living) == 2
+    assert set(living) & set(pids) == {pids[0]}, "the stage that lived was restarted too"
 
 
 def test_metrics_stand_in_rays_endpoint(ask):
@@ -204,6 +233,7 @@ def test_metrics_stand_in_rays_endpoint(ask):
         "finlora_kv_cache_rows",
         "finlora_stage_busy_ratio",
         "finlora_ready",
+        "finlora_stage_repairs",
     }
     until = time.monotonic() + 30
     while True:

@@ -76,9 +76,36 @@ def test_stream_joins_to_the_whole_and_tells_its_usage(client):
     assert len(events) > 5, "it came in one piece"
 
 
-def test_completion_stream_ends_with_its_log_probabilities(client):
-    events = list(client.completions.create(model="tiny", prompt=PROMPT, max_tokens=6, logprobs=0, stream=True))
-    assert "".join(event.choices[0].text for event in events) == "".join(events[-1].choices[0].logprobs.tokens)
+@pytest.mark.parametrize("stops", [False, True])
+def test_streamed_log_probabilities_equal_the_whole_ones(client, live, stops):
+    text = answer_alone(live, "The", 12)
+    asked = {"model": "tiny", "max_tokens": 12, "stop": [text[5:9]] if stops else None}
+    whole = client.completions.create(**asked, prompt="The", logprobs=0).choices[0]
+    events = [e.choices[0] for e in client.completions.create(**asked, prompt="The", logprobs=0, stream=True)]
+    told = [event.logprobs for event in events if event.logprobs is not None]
+    assert whole.finish_reason == ("stop" if stops else "length")
+    for field in ("tokens", "token_logprobs", "text_offset"):
+        assert [value for part in told for value in getattr(part, field)] == getattr(whole.logprobs, field)
+    place = 0
+    for event in events:
+        place += len(event.text)
+        if event.text:
+            assert all(offset < place for offset in event.logprobs.text_offset)
+    assert len(told) > 1, "they came in one piece"
+
+    asked |= {"messages": [{"role": "user", "content": "The"}], "logprobs": True}
+    whole = client.chat.completions.create(**asked).choices[0]
+    events = [event.choices[0] for event in client.chat.completions.create(**asked, stream=True)]
+    content = [token for event in events if event.logprobs for token in event.logprobs.content]
+    assert content == whole.logprobs.content
+    assert "".join(event.delta.content or "" for event in events) == whole.message.content
+    assert events[0].logprobs is None
+    assert all(event.logprobs.content for event in events if event.delta.content)
+
+
+def test_stream_holds_no_log_probabilities_unless_asked(client):
+    events = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=3, stream=True)
+    assert {event.choices[0].logprobs for event in events} == {None}
 
 
 def test_stop_text_ends_the_answer_and_is_left_out(client, live):

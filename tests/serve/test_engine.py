@@ -1,4 +1,4 @@
-"""The engine for coroutines: each gets its own answer, who leaves frees what it held, lost stages end nothing in silence."""
+"""The engine for coroutines: each gets its own answer, who leaves frees what it held."""
 
 from __future__ import annotations
 
@@ -9,84 +9,11 @@ import threading
 import time
 
 import pytest
-from live_server import make_settings, open_in_process
+from mortal_stages import collect, make_request, wait_for
 
-from finlora.engine.drive import InProcess
-from finlora.engine.request import Answer, Request, Sampling
 from finlora.errors import AdapterError, ConfigError, ModelError, QueueFullError, StageLostError
 from finlora.serve.engine import AsyncEngine
 from finlora.serve.stages import AdapterRef
-
-PROMPTS = [tuple(range(3 + n, 20 + 3 * n)) for n in range(8)]
-
-
-class Mortal(InProcess):
-    """Stages of this process that die when they are told to."""
-
-    def __init__(self, stages) -> None:
-        super().__init__(stages)
-        self.is_dead, self.is_stuck = threading.Event(), threading.Event()
-
-    def collect(self):
-        while self.is_stuck.is_set():
-            time.sleep(0.02)
-        if self.is_dead.is_set():
-            raise OSError("the process of the stage is gone")
-        return super().collect()
-
-    def check(self) -> None:
-        if self.is_dead.is_set():
-            raise OSError("the process of the stage is gone")
-
-
-@pytest.fixture
-def opened():
-    """Every core that an engine opened, the newest last."""
-    return []
-
-
-@pytest.fixture
-def make_engine(tiny_base, opened):
-    engines = []
-
-    def build(max_adapters=2, fail=lambda _number: None, **stages):
-        config = make_settings(tiny_base, stages={"num": 2, "device": "cpu", "cache_rows": 1024} | stages)
-
-        def open_core():
-            fail(len(opened))
-            core = open_in_process(config, Mortal)
-            core = dataclasses.replace(core, check=core.core.executor.check)
-            opened.append(core.core)
-            return core
-
-        engine = AsyncEngine(open_core, max_adapters, 0.05)
-        engine.start()
-        engines.append(engine)
-        return engine
-
-    yield build
-    for engine in engines:
-        engine.close()
-
-
-def make_request(number, count=8, **changes):
-    return Request(id=f"r{number}", prompt_ids=PROMPTS[number], sampling=Sampling(max_tokens=count), **changes)
-
-
-async def collect(engine, request, adapter=None):
-    pieces = []
-    async for event in engine.ask(request, adapter):
-        if isinstance(event, Answer):
-            return "".join(pieces), event
-        pieces.append(event)
-    raise AssertionError
-
-
-def wait_for(is_so, seconds=20.0):
-    until = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def test_many_at_once_answer_as_one_alone(make_engine):
@@ -180,67 +107,27 @@ def test_adapter_unused_for_longest_gives_way_and_one_at_work_never(make_engine,
     assert "all 2 places for adapters are at work" in str(refused)
 
 
-def test_lost_stages_end_each_request_with_a_retriable_error_and_come_back(make_engine, opened):
+def test_requests_that_cannot_start_are_waited_for_without_spinning(make_engine, opened, monkeypatch):
     engine = make_engine()
-    before = asyncio.run(collect(engine, make_request(0)))[0]
+    core, steps = opened[0], []
+    step = core.step
+    monkeypatch.setattr(core, "step", lambda on_text: steps.append(time.monotonic()) or step(on_text))
+    asyncio.run(collect(engine, make_request(1)))
+    full = core.scheduler.pool.allocate(None, (), 1024, None)  # as if others held every row
+    steps.clear()
 
-    async def lose():
-        tasks = [asyncio.ensure_future(collect(engine, make_request(n, 500))) for n in range(4)]
-        await asyncio.sleep(0.2)
-        opened[0].executor.is_dead.set()
-        return await asyncio.gather(*tasks, return_exceptions=True)
+    async def wait():
+        waiting = asyncio.ensure_future(collect(engine, make_request(0)))
+        late = asyncio.ensure_future(collect(engine, make_request(2, deadline=time.monotonic() + 0.3)))
+        await asyncio.sleep(1.0)
+        num_steps = len(steps)
+        assert (await late)[1].finish == "deadline"
+        engine._calls.put(lambda core: core.scheduler.pool.release(full))
+        return num_steps, (await waiting)[1].finish
 
-    errors = asyncio.run(lose())
-    assert [type(error) for error in errors] == [StageLostError] * 4
-    assert "died before the answer was complete: ask again" in str(errors[0])
-    wait_for(lambda: engine.stages)
-    assert len(opened) == 2
-    assert asyncio.run(collect(engine, make_request(0)))[0] == before
-    assert (engine.snapshot.num_losses, engine.snapshot.recovery_s > 0) == (1, True)
-
-
-def test_idle_stage_that_dies_is_noticed_and_requests_are_refused_at_once(make_engine, opened):
-    wait = threading.Event()
-    engine = make_engine(fail=lambda number: wait.wait(20) if number else None)
-    opened[0].executor.is_dead.set()
-    wait_for(lambda: not engine.stages)
-    started = time.monotonic()
-    with pytest.raises(StageLostError, match=r"is being restarted: ask again in a few seconds"):
-        asyncio.run(collect(engine, make_request(0)))
-    assert time.monotonic() - started < 1
-    wait.set()
-    wait_for(lambda: engine.stages)
-
-
-def test_stage_that_gives_no_sign_hangs_nobody(make_engine, opened, monkeypatch):
-    monkeypatch.setattr("finlora.serve.engine._GRACE_S", 0.1)
-    monkeypatch.setattr("finlora.serve.engine._STUCK_S", 0.3)
-    engine = make_engine()
-    stuck = opened[0].executor.is_stuck
-    stuck.set()
-    with pytest.raises(StageLostError, match="gave no sign of life: ask again"):
-        asyncio.run(collect(engine, make_request(0, deadline=time.monotonic() + 0.3)))
-    wait_for(lambda: not engine.is_alive)
-    stuck.clear()
-    wait_for(lambda: engine.is_alive)
-    assert asyncio.run(collect(engine, make_request(1)))[1].finish == "length"
-
-
-def test_restart_that_fails_is_tried_again(make_engine, opened):
-    attempts = []
-
-    def fail(number):
-        if number == 1 and not attempts:
-            attempts.append(number)
-            raise ModelError("the disk is gone")
-
-    engine = make_engine(fail=fail)
-    opened[0].executor.is_dead.set()
-    wait_for(lambda: attempts)
-    with pytest.raises(StageLostError, match=r"could not be restarted \(the disk is gone\)|is being restarted"):
-        asyncio.run(collect(engine, make_request(0)))
-    wait_for(lambda: engine.stages)
-    assert asyncio.run(collect(engine, make_request(0)))[1].finish == "length"
+    num_steps, finish = asyncio.run(wait())
+    assert num_steps <= 1.0 / 0.05 + 4  # one a look at the stages, and one a call
+    assert finish == "length"
 
 
 def test_first_start_that_fails_is_raised(tiny_base):

@@ -66,6 +66,12 @@ def test_extract_says_where_the_answer_stands(post, task):
     assert reply["usage"]["completion_tokens"] == 12
 
 
+def test_extract_writes_no_more_than_a_tag_needs_unless_asked(post):
+    asked = {"task": "xbrl_values", "context": "<a>1234</a>", "question": "How much?"}
+    assert post("/v1/extract", asked).body["usage"]["completion_tokens"] == 48
+    assert post("/v1/extract", asked | {"max_tokens": 60}).body["usage"]["completion_tokens"] == 60
+
+
 @pytest.mark.parametrize(
     ("path", "body", "words"),
     [

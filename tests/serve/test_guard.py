@@ -44,6 +44,43 @@ def test_key_and_texts_never_reach_the_log(live, caplog):
     assert "sss" not in caplog.text
 
 
+def ask_with_id(live, *ids):
+    """Status, ids on the answer, and its text."""
+    host, port = live.address.removeprefix("http://").split(":")
+    line = http.client.HTTPConnection(host, int(port), timeout=30)
+    line.putrequest("GET", "/v1/models")
+    for name, value in (("Authorization", f"Bearer {live.keys['desk']}"), *(("X-Request-Id", value) for value in ids)):
+        line.putheader(name, value)
+    line.endheaders()
+    reply = line.getresponse()
+    text = reply.read().decode()
+    line.close()
+    return reply.status, [value for name, value in reply.getheaders() if name.lower() == "x-request-id"], text
+
+
+def test_request_keeps_the_id_that_it_brings(live, caplog):
+    with caplog.at_level(logging.INFO):
+        assert ask_with_id(live, "desk-42.a_B")[:2] == (200, ["desk-42.a_B"])
+        assert ask_with_id(live, "first", "second")[:2] == (200, ["first"])
+    assert "desk-42.a_B key=desk GET '/v1/models' 200" in caplog.text
+    for wrong in ("a b", "x" * 65, "é", "a;b"):
+        status, ids, text = ask_with_id(live, wrong)
+        assert (status, len(ids), ids[0].startswith("req-")) == (400, 1, True)
+        assert "expected 1 to 64 letters, digits" in json.loads(text)["error"]["message"]
+
+
+def test_two_requests_of_one_id_each_get_their_answer(live):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(number):
+        body = {"model": "tiny", "prompt": f"Profit {number}", "max_tokens": 40}
+        return send(live.address, "/v1/completions", live.keys["desk"], body, headers={"X-Request-Id": "same"})
+
+    alone = [ask(number).body["choices"][0]["text"] for number in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        assert [reply.body["choices"][0]["text"] for reply in pool.map(ask, range(8))] == alone
+
+
 def test_requests_beyond_the_minute_are_refused_until_there_is_room(live):
     statuses = [send(live.address, "/v1/classify", live.keys["slow"], ASK).status for _ in range(3)]
     assert statuses == [200, 200, 200]
@@ -132,7 +169,7 @@ def test_metrics_count_each_answer_and_share_a_name_for_unknown_paths(live):
 def test_stages_and_readiness_tell_what_is(live):
     stages = send(live.address, "/v1/stages", live.keys["desk"]).body
     assert [stage["layers"] for stage in stages["stages"]] == [[0, 0], [1, 1]]
-    assert (stages["kv_total"], stages["losses"], stages["recovery_s"]) == (1024, 0, None)
+    assert (stages["kv_total"], stages["losses"], stages["repairs"], stages["recovery_s"]) == (1024, 0, 0, None)
     ready = send(live.address, "/readyz", live.keys["desk"])
     assert (ready.status, ready.body["status"]) == (200, "ready")
 

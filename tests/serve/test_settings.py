@@ -39,6 +39,7 @@ def test_all_faults_are_reported_together():
         ({"name": "a:b"}, "without colon, at sign, slash and space"),
         ({"name": ""}, "without colon"),
         ({"audit_texts": True}, "audit_texts=true without an audit log"),
+        ({"limits": {"max_new_tokens": 8}}, "default_extract_tokens=48: expected at most limits.max_new_tokens=8"),
         ({"limits": {"max_new_tokens": 8}}, "default_new_tokens=256: expected at most limits.max_new_tokens=8"),
     ],
 )

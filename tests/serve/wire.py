@@ -32,10 +32,11 @@ def send(
     body: object = None,
     raw: bytes | None = None,
     tls: ssl.SSLContext | None = None,
+    headers: dict[str, str] | None = None,
 ) -> Reply:
     """Ask a server; a body goes as JSON, or as the bytes given."""
     data = raw if raw is not None else json.dumps(body).encode() if body is not None else None
-    request = urllib.request.Request(address + path, data=data)
+    request = urllib.request.Request(address + path, data=data, headers=headers or {})
     if data is not None:
         request.add_header("Content-Type", "application/json")
     if key is not None:

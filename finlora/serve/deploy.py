@@ -32,6 +32,8 @@ class Deployment:
     options: dict[str, Any]
     """Of Ray Serve's deployment: num_replicas and the like."""
     http: dict[str, Any]
+    logging: dict[str, Any]
+    """Of Ray Serve's own lines."""
     proxy_location: str
 
 
@@ -69,6 +71,7 @@ def read_deployment(path: Path, overrides: Sequence[str] = ()) -> Deployment:
         settings=read_settings(application.args, overrides),
         options=options,
         http=schema.http_options.model_dump(exclude_unset=True),
+        logging=schema.logging_config.model_dump(exclude_unset=True) if schema.logging_config else {},
         proxy_location=str(schema.proxy_location.value),
     )
 
@@ -101,7 +104,8 @@ def run_server(deployment: Deployment, host: str | None, port: int | None, annou
         try:
             serve.start(http_options=http, proxy_location=deployment.proxy_location)
             application = remote.options(**deployment.options).bind(to_args(settings))
-            serve.run(application, name=deployment.name, route_prefix=deployment.route_prefix)
+            place = {"name": deployment.name, "route_prefix": deployment.route_prefix}
+            serve.run(application, **place, logging_config=deployment.logging or None)
         except (RuntimeError, RayError) as error:
             raise ResourceError(f"the server did not come up: {error}") from error
         scheme = "https" if http.get("ssl_certfile") else "http"

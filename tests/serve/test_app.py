@@ -80,7 +80,8 @@ def deployed(home, ray_instance):
     http = deployment.http | {"port": port, "ssl_certfile": str(certificate), "ssl_keyfile": str(home / "server.key")}
     serve.start(http_options=http, proxy_location=deployment.proxy_location)
     application = ServerDeployment.options(**deployment.options).bind(to_args(settings))
-    serve.run(application, name=deployment.name, route_prefix=deployment.route_prefix)
+    place = {"name": deployment.name, "route_prefix": deployment.route_prefix}
+    serve.run(application, **place, logging_config=deployment.logging)
     yield f"https://127.0.0.1:{port}", key, ssl.create_default_context(cafile=str(certificate))
     serve.shutdown()
 
@@ -120,6 +121,8 @@ def test_openai_client_and_financial_paths_answer_through_serve(deployed, ask):
 
 
 def test_request_id_is_one_value_on_the_answer_and_in_the_audit_log(home, deployed):
+    import ray
+
     address, key, tls = deployed
     host, port = address.removeprefix("https://").split(":")
 
@@ -138,6 +141,10 @@ def test_request_id_is_one_value_on_the_answer_and_in_the_audit_log(home, deploy
         assert (status, ids) == (200, [body["id"]])
         assert json.loads(log.read_text().splitlines()[-1])["request_id"] == body["id"]
     assert body["id"] == "trade-77"
+    logs = Path(ray.worker.global_worker.node.get_logs_dir_path(), "serve").glob("replica_finlora_Server_*.log")
+    lines = [line for path in logs for line in path.read_text().splitlines() if "trade-77" in line]
+    assert len(lines) == 1, "the YAML turns Ray Serve's own line for each request off"
+    assert "trade-77 key=desk POST '/v1/classify' 200" in lines[0]
     status, ids, body = ask({"X-Request-Id": "no good"})
     assert (status, len(ids), body["error"]["code"]) == (400, 1, "invalid_request_id")
 

@@ -38,6 +38,9 @@ def test_yaml_says_what_its_name_says(name):
     found = (settings.stages.num, settings.bits, deployment.options["num_replicas"])
     assert found == SHIPPED[name]
     assert deployment.http["host"] == "127.0.0.1", "other machines must be let in on purpose"
+    assert deployment.logging == {"enable_access_log": False}, (
+        "the server writes its own line a request, with the key's id"
+    )
     assert settings.keys_file
     assert settings.audit_dir
     assert deployment.http["request_timeout_s"] > settings.limits.deadline_s, (

@@ -164,6 +164,10 @@ def _check_kinds(values: Any, path: Path) -> dict[str, Any]:
             f"{path} is not an adapter contract ({error}): train again or restore the file. If you changed it on purpose, take "
             f"its line `{SEAL}` out."
         ) from error
+    if "finlora" not in record:
+        raise AdapterError(
+            f"{path} is not an adapter contract (it does not name its format): train again or restore the file."
+        )
     if (version := record.get("finlora")) not in (_WITHOUT_HASHES, _VERSION) and isinstance(version, int):
         raise AdapterError(f"{path} has format {version}, this FinLoRA reads {_VERSION}: update FinLoRA.")
     for name, value in record.items():

@@ -83,7 +83,7 @@ def test_every_fault_of_both_is_reported_at_once():
     ("override", "words"),
     [
         ("search.learning_rate=[1e-3, 1e-4]", "expected the lowest and the highest"),
-        ("search.objectives=[peak_memory_gib]", "expected one of accuracy, weighted_f1, strict_accuracy to come first"),
+        ("search.objectives=[peak_memory_gib]", "strict_accuracy, numeric_accuracy to come first"),
         ("search.objectives=[speed]", "expected one of accuracy"),
         ("search.validation_share=0.9", "at most 0.5"),
         ("search.grace_share=0", "more than 0"),

@@ -78,7 +78,7 @@ def train(config: RunConfig, spoil_at: int | None = None, jump_seed: int | None 
     folder, training_set = open_run(config), load_training_set(config)
     mend_snapshot(folder.root)
     examples = training_set.encoded
-    sampler = make_sampler(config, len(examples))
+    sampler = make_sampler(config, examples)
     total = count_steps(sampler, config.train.epochs, config.train.max_steps)
     base = load_base(config.model, 16, CPU, config.seed)
     model = attach_lora(base.model, config.lora, config.model.base, config.seed)

@@ -24,7 +24,7 @@ from load_users import RETRY_S, Question, Refused, read_answer, run_users
 from load_users import Tally as Answers
 
 PLAN = (*["stage"] * 3, *["replica"] * 3, *["proxy"] * 3)
-TITLES = {"stage": "ray::_StageActor", "replica": "ray::ServeReplica", "proxy": "ray::ProxyActor"}
+TITLES = {"stage": "ray::StageActor", "replica": "ray::ServeReplica", "proxy": "ray::ProxyActor"}
 MODELS = "demo"
 USERS, QUESTIONS = 6, 24
 HANG_S = 340.0

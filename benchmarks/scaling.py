@@ -68,7 +68,8 @@ class Run:
 
 def measure(folder: Path, base: Path, data: Path, task: str, optimiser: str, workers: int, steps: int) -> Run:
     """Train on the connected Ray and read what the run wrote; the first tenth of the steps warms up and is not timed."""
-    from finlora.train.run import RunFolder, read_progress
+    from finlora.train.progress import read_progress
+    from finlora.train.run import RunFolder
     from finlora.train.worker import run_training
 
     name = f"{optimiser}-{workers}"

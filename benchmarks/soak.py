@@ -36,7 +36,7 @@ from soak_curve import RAYS_OWN, report
 ROLES = (
     ("proxy", r"ray::ProxyActor"),
     ("replica", r"ray::ServeReplica"),
-    ("stage", r"ray::_StageActor"),
+    ("stage", r"ray::StageActor"),
     ("controller", r"ray::(TrainController|ServeController)"),
     ("worker", r"ray::(RayTrainWorker|_?RayTrain|TrainWorker)"),
     ("driver", r"finlora\.cli\.main"),

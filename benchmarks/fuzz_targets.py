@@ -191,7 +191,7 @@ def _body(data: bytes, folder: Path) -> None:
     from finlora.serve.asgi import make_app
 
     if not _apps:
-        _apps.append(make_app(_Desk()))  # type: ignore[arg-type]
+        _apps.append(make_app(_Desk(), has_proxy=False))  # type: ignore[arg-type]
     path, rest = _PATHS[data[0] % len(_PATHS)] if data else _PATHS[0], data[1:]
     headers = [(b"authorization", b"Bearer a-key-of-the-fuzzer-alone"), (b"content-type", b"application/json")]
     _ask(path, headers, [rest])

@@ -8,6 +8,7 @@ import pytest
 from live_server import make_settings
 
 from finlora.errors import AdapterError
+from finlora.model.contract import read_contract, write_contract
 from finlora.serve.adapters import AdapterShelf
 from finlora.serve.model import read_base
 
@@ -109,6 +110,7 @@ def test_adapter_whose_numbers_overflow_is_an_error_and_spoils_nobody_else(tiny_
     folder = make_adapter(config.model, tmp_path / "adapters" / "huge", 1)
     path = folder / "adapter_model.safetensors"
     save_file({name: tensor.sign() * 1e30 for name, tensor in load_file(path).items()}, path)
+    write_contract(folder, read_contract(folder))  # the file's hash, as of an adapter that was trained so
     ask = {"task": "fpb", "text": "Profit rose 12 %"}
     chat = {"messages": [{"role": "user", "content": "Profit"}], "max_tokens": 4}
     with live_server(config, tmp_path) as live:

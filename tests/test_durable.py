@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -18,13 +19,15 @@ from finlora.durable import append_line, read_last_line, read_lines, scratch_fol
 RECORD = {"loss": 0.1, "name": "a\u2028b", "rate": 1e-05, "nested": {"n": [1, None, True]}, "bad": float("inf")}
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_files():
-    """Files may grow to 2,000 bytes: what a full disk does, without one."""
+    """Files may grow to 2,000 bytes: what a full disk does, without one. Not for a whole test, whose log may be a file too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_sealed_record_reads_back_and_each_flipped_bit_is_noticed():
@@ -50,21 +53,21 @@ def test_what_is_no_record_is_refused(value):
         unseal(value)
 
 
-def test_file_is_replaced_whole_or_left(tmp_path, small_files):
+def test_file_is_replaced_whole_or_left(tmp_path):
     path = tmp_path / "file"
     write_whole(path, "old")
-    with pytest.raises(OSError) as caught:  # noqa: PT011  (the number is looked at)
+    with small_files(), pytest.raises(OSError) as caught:  # noqa: PT011  (the number is looked at)
         write_whole(path, "x" * 2001)
     assert caught.value.errno == errno.EFBIG
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file"]  # noqa: PTH208
 
 
-def test_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path, small_files):
+def test_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "lines.jsonl"
     append_line(path, {"text": "x" * 1000})
     before = path.read_bytes()
-    with pytest.raises(OSError, match=r"only \d+ of \d+ bytes were written") as caught:
+    with small_files(), pytest.raises(OSError, match=r"only \d+ of \d+ bytes were written") as caught:
         append_line(path, {"text": "y" * 1000})
     assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == before

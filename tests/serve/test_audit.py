@@ -183,14 +183,13 @@ while True:
 def test_two_servers_write_one_folder_and_a_killed_one_loses_nothing(tmp_path):
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    counts = []
+    told, counts = [], []
     try:
         for writer in writers:
-            for _ in range(50):
-                writer.stdout.readline()
-        for writer in writers:
+            told.append([int(writer.stdout.readline()) for _ in range(50)])
+        for writer, first in zip(writers, told, strict=True):
             writer.kill()
-            counts.append([int(line) for line in writer.stdout if line.endswith("\n")][-1])
+            counts.append([*first, *(int(line) for line in writer.stdout if line.endswith("\n"))][-1])
     finally:
         for writer in writers:
             writer.kill()

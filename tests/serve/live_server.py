@@ -120,7 +120,7 @@ def live_server(config: ServeConfig, folder: Path, executor=InProcess) -> Iterat
         make_app(server, has_proxy=False), host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1
     )
     web = uvicorn.Server(settings)
-    thread = threading.Thread(target=web.run)
+    thread = threading.Thread(target=web.run, daemon=True)
     thread.start()
     try:
         while not web.started:

@@ -143,7 +143,7 @@ def serving(script: Script) -> Iterator[str]:
         make_app(script), host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         while not server.started:

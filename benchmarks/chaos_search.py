@@ -20,7 +20,7 @@ def run_search_under_fire(tally: Tally, seed: int) -> None:
     try:
         fire.start()
         quiet = fire.launch("tune", *_search_settings(fire, "quiet"))
-        wait_until("the quiet search", lambda: quiet.poll() is not None, 2 * LIMIT_S)
+        wait_until("the quiet search", lambda: quiet.poll() is not None, limit_s=2 * LIMIT_S)
         if quiet.returncode != 0:
             raise RuntimeError(f"the quiet search ended with {quiet.returncode}: {fire.said()}")
         search = fire.launch("tune", *_search_settings(fire, "troubled"))
@@ -33,7 +33,7 @@ def run_search_under_fire(tally: Tally, seed: int) -> None:
                 continue
             victims[-1].kill()
             injections.append(Injection("killed", "trial of a search", own, "the trial is started again and goes on"))
-        wait_until("the search", lambda: search.poll() is not None, 3 * LIMIT_S)
+        wait_until("the search", lambda: search.poll() is not None, limit_s=3 * LIMIT_S)
         lost = (
             _compare_searches(fire) if search.returncode == 0 else f"it ended with {search.returncode}: {fire.said()}"
         )

@@ -8,6 +8,7 @@ trial again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -17,8 +18,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
+import node_failure
 import psutil
 from chaos_record import Injection, Tally, plain, say, traces
 from local_nodes import ROOT, LocalNodes
@@ -28,6 +29,7 @@ from finlora.durable import scratch_folder
 
 STEPS = 600
 LIMIT_S = 400.0
+wait_until = functools.partial(node_failure.wait_until, limit_s=LIMIT_S, every_s=0.1)
 """Longest wait for any one thing, on a machine that others use too."""
 PLAN = (
     *(["worker killed"] * 4 + ["controller killed"] * 3 + ["driver killed"] * 3 + ["node killed"] * 3),
@@ -270,14 +272,6 @@ def _wait_for_steps(fire: Fire, name: str, count: int, driver: subprocess.Popen[
     """Return when so many steps more are noted, or the command has ended."""
     before = len(steps_done(fire.nodes, name))
     wait_until("steps", lambda: len(steps_done(fire.nodes, name)) >= before + count or driver.poll() is not None)
-
-
-def wait_until(what: str, is_true: Callable[[], bool], limit_s: float = LIMIT_S) -> None:
-    started = time.monotonic()
-    while not is_true():
-        if time.monotonic() - started > limit_s:
-            raise TimeoutError(f"waited {limit_s:.0f} s for {what}")
-        time.sleep(0.1)
 
 
 def values_of(injection: Injection) -> dict[str, object]:

@@ -71,13 +71,13 @@ def steps_done(nodes: LocalNodes, name: str) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
 
 
-def wait_until(what: str, is_true: Callable[[], bool], limit_s: float = LIMIT_S) -> float:
-    """Return the seconds until something is true."""
+def wait_until(what: str, is_true: Callable[[], bool], limit_s: float = LIMIT_S, every_s: float = 0.25) -> float:
+    """Return the seconds until something is true, looked at every so often."""
     started = time.monotonic()
     while not is_true():
         if time.monotonic() - started > limit_s:
             raise TimeoutError(f"waited {limit_s:.0f} s for {what}")
-        time.sleep(0.25)
+        time.sleep(every_s)
     return time.monotonic() - started
 
 

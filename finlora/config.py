@@ -15,6 +15,7 @@ from typing import Literal
 from finlora.errors import ConfigError
 
 Bits = Literal[16, 8, 4]
+Transport = Literal["messages", "nccl", "gloo"]
 Template = Literal["raw", "chat"]
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -238,7 +239,7 @@ class EvalConfig:
     """Examples that the KV cache holds at once; fewer where the memory asks for it."""
     num_stages: int = 1
     """Ray actors that the layers are spread over, each on eval.num_gpus; 1: the evaluating process holds them all."""
-    transport: Literal["messages", "nccl", "gloo"] = "messages"
+    transport: Transport = "messages"
     """How hidden states pass between these stages: in Ray's messages; from GPU to GPU, each stage having one; over sockets."""
     method: Literal["labels", "generate"] = "labels"
     """Closed-label tasks: `labels` scores every allowed label in one forward pass, `generate` decodes freely.

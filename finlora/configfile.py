@@ -242,7 +242,12 @@ def _convert(hint: Any, raw: Any, name: str, faults: list[str]) -> Any:
 
 def _is_text(value: str) -> bool:
     """Return whether a text can stand in a file and name one."""
-    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+    return "\0" not in value and is_unicode(value)
+
+
+def is_unicode(value: str) -> bool:
+    """Return whether a text can be encoded: JSON and YAML can hold halves of surrogate pairs."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def show(value: object) -> str:

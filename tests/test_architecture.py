@@ -17,6 +17,7 @@ NAMES = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file i
 STAIR = (
     *(
         "errors",
+        "onednn",
         "durable",
         "paper",
         "config",
@@ -47,7 +48,7 @@ HOMES = {
             "train.trial",
             "train.asha",
         ),  # Ray Tune, the body of a trial, and its scheduler, a subclass too
-        *("engine.pipeline", "engine.stage_actor", "serve.app", "serve.model", "serve.measures", "serve.deploy"),
+        *("engine.pipeline", "serve.app", "serve.model", "serve.measures", "serve.deploy"),
     },
     "deepspeed": {"train.data_parallel"},
     "bitsandbytes": {"model.base", "model.quantised"},

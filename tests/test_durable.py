@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+from small_disk import small_files
 
 from finlora.durable import append_line, read_last_line, read_lines, scratch_folder, seal, unseal, write_whole
 
 RECORD = {"loss": 0.1, "name": "a\u2028b", "rate": 1e-05, "nested": {"n": [1, None, True]}, "bad": float("inf")}
-
-
-@contextlib.contextmanager
-def small_files():
-    """Files may grow to 2,000 bytes: what a full disk does, without one. Not for a whole test, whose log may be a file too."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_sealed_record_reads_back_and_each_flipped_bit_is_noticed():
@@ -56,7 +44,7 @@ def test_what_is_no_record_is_refused(value):
 def test_file_is_replaced_whole_or_left(tmp_path):
     path = tmp_path / "file"
     write_whole(path, "old")
-    with small_files(), pytest.raises(OSError) as caught:  # noqa: PT011  (the number is looked at)
+    with small_files(2000), pytest.raises(OSError) as caught:  # noqa: PT011  (the number is looked at)
         write_whole(path, "x" * 2001)
     assert caught.value.errno == errno.EFBIG
     assert path.read_text() == "old"
@@ -67,7 +55,7 @@ def test_line_that_does_not_fit_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "lines.jsonl"
     append_line(path, {"text": "x" * 1000})
     before = path.read_bytes()
-    with small_files(), pytest.raises(OSError, match=r"only \d+ of \d+ bytes were written") as caught:
+    with small_files(2000), pytest.raises(OSError, match=r"only \d+ of \d+ bytes were written") as caught:
         append_line(path, {"text": "y" * 1000})
     assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == before

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from finlora.cli import answers, data, reporting, searching, serving, training
 from finlora.cli.app import app
+from finlora.onednn import bound_kernel_cache
 from finlora.terminal import exit_with
 
 # Importing a group registers its verbs.
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")  # see train/worker.py: shapes differ all the time
+    bound_kernel_cache()
     exit_with(lambda: app(args=list(arguments) if arguments is not None else None, standalone_mode=True))
 
 

@@ -41,6 +41,27 @@ class Task:
     read: Callable[[Request], Splits]
 
 
+def _generated(
+    name: str,
+    title: str,
+    read: Callable[[Request], Splits],
+    *,
+    choices: tuple[str, ...] = (),
+    is_free_text: bool = False,
+) -> Task:
+    return Task(
+        name=name,
+        title=title,
+        family="synthetic",
+        hub_id=None,
+        licence=_GENERATED,
+        choices=choices,
+        is_free_text=is_free_text,
+        variants=_PUBLISHED,
+        read=read,
+    )
+
+
 _ROWS = (
     Task(
         name="fpb",
@@ -141,72 +162,24 @@ _ROWS = (
         variants=_PUBLISHED,
         read=xbrl.read_xbrl_values,
     ),
-    Task(
-        name="synthetic_sentiment",
-        title="Generated sentiment of news",
-        family="synthetic",
-        hub_id=None,
-        licence=_GENERATED,
-        choices=SENTIMENTS,
-        is_free_text=False,
-        variants=_PUBLISHED,
-        read=synthetic.read_synthetic_sentiment,
+    _generated(
+        "synthetic_sentiment", "Generated sentiment of news", synthetic.read_synthetic_sentiment, choices=SENTIMENTS
     ),
-    Task(
-        name="synthetic_headline",
-        title="Generated headlines: does the price go up?",
-        family="synthetic",
-        hub_id=None,
-        licence=_GENERATED,
+    _generated(
+        "synthetic_headline",
+        "Generated headlines: does the price go up?",
+        synthetic.read_synthetic_headline,
         choices=YES_NO,
-        is_free_text=False,
-        variants=_PUBLISHED,
-        read=synthetic.read_synthetic_headline,
     ),
-    Task(
-        name="synthetic_ner",
-        title="Generated entity types",
-        family="synthetic",
-        hub_id=None,
-        licence=_GENERATED,
-        choices=ENTITY_TYPES,
-        is_free_text=False,
-        variants=_PUBLISHED,
-        read=synthetic.read_synthetic_ner,
-    ),
-    Task(
-        name="synthetic_xbrl",
-        title="Generated XBRL tags and numbers",
-        family="synthetic",
-        hub_id=None,
-        licence=_GENERATED,
-        choices=(),
+    _generated("synthetic_ner", "Generated entity types", synthetic.read_synthetic_ner, choices=ENTITY_TYPES),
+    _generated("synthetic_xbrl", "Generated XBRL tags and numbers", synthetic.read_synthetic_xbrl, is_free_text=True),
+    _generated(
+        "synthetic_formulas",
+        "Generated XBRL formulas: margins and ratios",
+        synthetic.read_synthetic_formulas,
         is_free_text=True,
-        variants=_PUBLISHED,
-        read=synthetic.read_synthetic_xbrl,
     ),
-    Task(
-        name="synthetic_formulas",
-        title="Generated XBRL formulas: margins and ratios",
-        family="synthetic",
-        hub_id=None,
-        licence=_GENERATED,
-        choices=(),
-        is_free_text=True,
-        variants=_PUBLISHED,
-        read=synthetic.read_synthetic_formulas,
-    ),
-    Task(
-        name="synthetic",
-        title="Four generated tasks together, all but formulas",
-        family="synthetic",
-        hub_id=None,
-        licence=_GENERATED,
-        choices=(),
-        is_free_text=False,
-        variants=_PUBLISHED,
-        read=synthetic.read_synthetic,
-    ),
+    _generated("synthetic", "Four generated tasks together, all but formulas", synthetic.read_synthetic),
 )
 
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ROWS})

@@ -40,11 +40,11 @@ def measure_pack(items: Sequence[Encoded], *, share_prefix: bool, is_padded: boo
     return PackSize(num_rows=num_rows + more_rows, num_labels=num_labels + more_places)
 
 
-def least_tokens(num_rows: int) -> int:
-    """Return how many tokens make a padded pack of at most so many rows, however they are padded."""
-    more_places = _PLACES_STEP
-    if num_rows > MAX_RECORDED_ROWS + _ROWS_STEP + more_places:
-        return num_rows - _ROWS_STEP - more_places
+def most_tokens(num_rows: int) -> int:
+    """Return the most tokens whose padded pack has at most so many rows, however it is padded."""
+    padding = _ROWS_STEP + _PLACES_STEP
+    if num_rows > MAX_RECORDED_ROWS + padding:
+        return num_rows - padding
     return int(min(num_rows, MAX_RECORDED_ROWS) * 16 / 17)
 
 

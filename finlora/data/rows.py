@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finlora.configfile import show
+from finlora.configfile import is_unicode, show
 from finlora.errors import DatasetError
 
 SplitChoice = Literal["all", "test"]
@@ -52,7 +52,7 @@ class Row:
         value = self.fields[column]
         if not isinstance(value, str) or not value.strip():
             raise self.fault(column, value, "a text that is not blank")
-        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        if not is_unicode(value):
             raise self.fault(column, value, "a text in Unicode, without half of a surrogate pair alone")
         return value
 

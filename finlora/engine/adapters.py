@@ -125,7 +125,8 @@ def hash_adapter(folder: Path) -> str:
         for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
             if (folder / name).exists() and not (folder / name).is_file():  # reading a pipe would not end
                 raise AdapterError(f"{folder / name} is no regular file: copy the adapter's own files.")
-            digest.update((folder / name).read_bytes())
+            with (folder / name).open("rb") as stream:
+                hashlib.file_digest(stream, lambda: digest)
     except OSError as error:
         raise AdapterError(
             f"{error.filename} is missing or cannot be read ({error.strerror}): expected an adapter folder as `finlora train` "

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.dag import InputNode
@@ -26,10 +26,11 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from finlora.config import Bits, ModelConfig
+from finlora.config import Bits, ModelConfig, Transport
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.spans import split_layers
 from finlora.engine.stage_actor import Change, Message, StageActor
+from finlora.engine.transport import find_free_address
 from finlora.errors import AdapterError, FinloraError, ResourceError, StageLostError
 from finlora.lease import Patience, take_lease
 from finlora.model.shapes import read_shape
@@ -62,7 +63,7 @@ class PipelineConfig:
     cpus_per_stage: float = 1.0
     keep_unpacked: bool = False
     """Hold 4-bit weights unpacked."""
-    transport: Literal["messages", "nccl", "gloo"] = "messages"
+    transport: Transport = "messages"
     """How hidden states travel: within Ray's messages, or by torch.distributed (finlora/engine/transport.py)."""
     wait_s: float | None = 600.0
     """Seconds to wait for the stages' places while others hold them. None: without limit."""
@@ -188,7 +189,7 @@ class Pipeline:
         """Join loaded stages that have no graph."""
         transport, num_stages = self._config.transport, len(self.actors)
         if transport != "messages":
-            address = ray.get(self.actors[0].offer.remote())
+            address = ray.get(self.actors[0].__ray_call__.remote(_offer_address))
             joins = [
                 actor.join.remote(transport, index, num_stages, address) for index, actor in enumerate(self.actors)
             ]
@@ -271,3 +272,8 @@ class Pipeline:
                     f"{num_stages} stages need {need:g} {name}s and the cluster has {there.get(name, 0.0):g}: take fewer stages, "
                     f"a smaller share of {name}s for each, or add nodes."
                 )
+
+
+def _offer_address(_stage: StageActor) -> str:
+    """Return an address on which the stages can meet; runs where the first one is."""
+    return find_free_address(ray.util.get_node_ip_address())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from finlora.config import Bits, ModelConfig
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.semaphores import remove_left_semaphores
 from finlora.errors import AdapterError, FinloraError
+from finlora.onednn import bound_kernel_cache
 
 if TYPE_CHECKING:
     from finlora.engine.transport import Neighbours
@@ -66,9 +66,7 @@ class StageActor:
         from finlora.model.base import load_base, quiet_bitsandbytes
 
         remove_left_semaphores()
-        # oneDNN keeps a kernel for each shape it meets, and micro-batches are of all sizes: with its default of 1,024 a stage on
-        # the CPU grew for hours.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+        bound_kernel_cache()
         source, layers = ModelConfig(**model), range(*span)
         self.device = torch.device("cuda:0" if device == "cuda" else "cpu")
         self.neighbours: Neighbours | None = None
@@ -77,14 +75,6 @@ class StageActor:
         dtype = torch.bfloat16 if source.compute_dtype == "bfloat16" else torch.float32
         self.stage = Stage(base.model, layers, cache_rows, dtype, keep_unpacked=keep_unpacked)
         self.weights_gib = base.weights_gib
-
-    def offer(self) -> str:
-        """Return an address on which the stages can meet."""
-        import ray
-
-        from finlora.engine.transport import find_free_address
-
-        return find_free_address(ray.util.get_node_ip_address())
 
     def join(self, transport: Literal["nccl", "gloo"], stage: int, num_stages: int, address: str) -> None:
         """Connect to the stages beside this one."""

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from finlora.config import RunConfig
-from finlora.data.pack_size import PackSize, least_tokens
+from finlora.data.pack_size import PackSize, most_tokens
 from finlora.model.activations import MemoryPlan, element_bytes
 from finlora.model.shapes import (
     GIB,
@@ -176,7 +176,7 @@ def plan_packs(shape: LlamaShape, config: RunConfig, work: Workload, memory_gib:
             none = PackSize(num_rows=0, num_labels=largest.num_labels)
             fixed = forecast_packs(shape, config, none, recompute, keep_unpacked=keep_unpacked).train_peak_gib
             room = (memory_gib - fixed) / (found.memory.train_peak_gib - fixed) * largest.num_rows
-            fitting = max(work.longest, min(most, least_tokens(int(room))))
+            fitting = max(work.longest, min(most, most_tokens(int(room))))
             found = plan(fitting, work.measure(fitting), recompute, keep_unpacked)
         plans.append(found)
     fitting_plans = [plan for plan in plans if plan.fits(memory_gib)]

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from finlora.data.prepared import read_prepared
 from finlora.data.pretraining import pretraining_texts
 from finlora.data.unlabelled import input_of, unlabelled_texts
+from finlora.durable import scratch_folder
 from finlora.errors import DatasetError, ModelError
 from finlora.model.base import check_device
 
@@ -245,13 +245,10 @@ def _fit(
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with scratch_folder(output.parent, f".{output.name}-") as staging:
         # Shards of 15 MB let a small base travel through size-limited channels, and exercise the sharded reader.
         model.to("cpu", torch.bfloat16).save_pretrained(str(staging), max_shard_size="15MB")
         tokenizer.save_pretrained(str(staging))
         output.mkdir(exist_ok=True)
         for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
             shutil.move(path, output / path.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from finlora.config import Bits, ModelConfig
+from finlora.config import Bits, ModelConfig, Transport
 from finlora.configfile import settings_from_tree
 from finlora.errors import ConfigError
 
@@ -33,7 +33,7 @@ class StagesConfig:
     """Tokens that the KV cache holds; each stage has the rows of its own layers."""
     keep_unpacked: bool = False
     """Hold 4-bit weights unpacked in bfloat16: faster long prompts for four times the memory."""
-    transport: Literal["messages", "nccl", "gloo"] = "messages"
+    transport: Transport = "messages"
     """How hidden states travel between stages (finlora/engine/pipeline.py)."""
     wait_s: float | None = 600.0
     """Seconds to wait for the stages' places while others hold them. None: without limit."""

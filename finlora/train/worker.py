@@ -29,6 +29,7 @@ from finlora.configfile import config_from_tree, config_to_tree
 from finlora.durable import scratch_folder
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.lora import attach_lora, trainable_parameters
+from finlora.onednn import bound_kernel_cache
 from finlora.results import Result, append_result
 from finlora.train.checkpoint import (
     CheckpointInfo,
@@ -256,9 +257,7 @@ def _choose_device(config: RunConfig) -> torch.device:
     """Pick this worker's device and tell DeepSpeed, which reads LOCAL_RANK and DS_ACCELERATOR at import."""
     if config.train.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        # oneDNN keeps a kernel for each shape it meets; packs are all of different sizes, and its default of 1,024 cost a
-        # gigabyte and, past 100 steps of the demo, half the speed.
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+        bound_kernel_cache()
         return torch.device("cpu")
     device: torch.device = ray.train.torch.get_device()
     os.environ["LOCAL_RANK"] = str(device.index)  # workers that share a GPU see one device, whatever their local rank

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import json
 import os
-import resource
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from small_disk import small_files
 
 from finlora.configfile import load_config
 from finlora.errors import ConfigError, DatasetError, ResourceError
@@ -206,17 +205,6 @@ def test_second_driver_is_kept_out_of_a_run(make_config):
         assert (folder.root / "lock").read_text().startswith("process ")
 
 
-@contextlib.contextmanager
-def small_files():
-    """Let no file grow past 8 KiB, which ends a write as a full disk does; the log that pytest writes to is a file too."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("kind", ["text", "torch", "safetensors", "checkpoint"])
 def test_write_that_did_not_fit_is_explained_whoever_wrote(kind, tmp_path):
     tensors = {"a": torch.ones(100_000)}
@@ -228,7 +216,7 @@ def test_write_that_did_not_fit_is_explained_whoever_wrote(kind, tmp_path):
         "safetensors": lambda: save_file(tensors, str(tmp_path / "file")),
         "checkpoint": lambda: save_checkpoint(tmp_path / "c", 0, info, parameters, {"state": 1}, Wire()),
     }
-    with pytest.raises(Exception) as caught, small_files():  # noqa: PT011 - each library raises a kind of its own
+    with pytest.raises(Exception) as caught, small_files(8192):  # noqa: PT011 - each library raises a kind of its own
         writes[kind]()
     said = explain_full_disk(caught.value, RunFolder(tmp_path))
     assert isinstance(said, ResourceError)

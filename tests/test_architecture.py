@@ -51,7 +51,8 @@ HOMES = {
         *("engine.pipeline", "serve.app", "serve.model", "serve.measures", "serve.deploy"),
     },
     "deepspeed": {"train.data_parallel"},
-    "bitsandbytes": {"model.base", "model.quantised"},
+    "bitsandbytes": {"model.base", "model.nf4", "model.quantised"},
+    "cuda": {"model.cuda_source"},
     "typer": {"cli"},
 }
 

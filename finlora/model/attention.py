@@ -21,8 +21,8 @@ from finlora.data.pack_size import MAX_RECORDED_ROWS
 from finlora.data.packing import Segments
 
 _LENGTH_STEP = 256
-_LONG = 1024
-"""Mean rows of a segment from which on one launch a segment does not matter."""
+LONG = 1024
+"""Rows of a segment from which on a launch of its own does not matter."""
 
 
 def can_flash(query: Tensor) -> bool:
@@ -153,13 +153,26 @@ def attend_backward(
     return first, second, third
 
 
+def can_attend_alone(query: Tensor) -> bool:
+    """Return whether `attend_alone` takes these tensors, and is worth it: cuDNN's attention on a Hopper or newer."""
+    return can_flash(query) and query.shape[-1] <= 128 and torch.cuda.get_device_capability(query.device) >= (9, 0)
+
+
+def attend_alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Return the output (Q, h, d) of one segment that sees no keys but its own: key and value (Q, g, d)."""
+    size = _round_up(query.shape[0])
+    parts = (_cut(tensor, 0, size) for tensor in (query, key, value))
+    output: Tensor = torch.ops.aten._cudnn_attention_forward(
+        *parts, None, None, None, size, size, False, 0.0, True, False
+    )[0]
+    return output[0].transpose(0, 1)[: query.shape[0]]
+
+
 def _suits_cudnn(query: Tensor, segments: Segments) -> bool:
     return (
-        can_flash(query)
-        and MAX_RECORDED_ROWS < query.shape[0] >= _LONG * len(segments.query_lengths)
+        MAX_RECORDED_ROWS < query.shape[0] >= LONG * len(segments.query_lengths)
         and segments.query_lengths == segments.key_lengths
-        and query.shape[-1] <= 128
-        and torch.cuda.get_device_capability(query.device) >= (9, 0)
+        and can_attend_alone(query)
     )
 
 
@@ -199,8 +212,12 @@ def _rounded(segments: Segments) -> Iterator[tuple[int, int, int]]:
     """Yield each segment's first row, its rows, and these rounded up."""
     start = 0
     for length in segments.query_lengths:
-        yield start, length, -(-length // _LENGTH_STEP) * _LENGTH_STEP
+        yield start, length, _round_up(length)
         start += length
+
+
+def _round_up(length: int) -> int:
+    return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 
 def _cut(tensor: Tensor, start: int, size: int) -> Tensor:

@@ -30,8 +30,6 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _Reader = Callable[[str, torch.Size], torch.Tensor]
 Int8Rows = tuple[torch.Tensor, torch.Tensor]
 """int8 values (N, K) and the float32 magnitude (N,) that 127 stands for in each row."""
-Nf4Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""What `read_nf4` returns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,43 +119,6 @@ def measure_weights(net: nn.Module) -> int:
         if isinstance(scales, torch.Tensor):
             total += scales.numel() * scales.element_size()
     return total
-
-
-def unpack_nf4(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return the (N, K) weight of a 4-bit layer in `dtype`; the values are the ones its own products use."""
-    import bitsandbytes as bnb
-
-    weight = layer.weight
-    unpacked: torch.Tensor = bnb.functional.dequantize_4bit(weight.data.view(-1, 1), weight.quant_state)
-    return unpacked.to(dtype)
-
-
-def read_nf4(layers: Sequence[Any]) -> Nf4Rows | None:
-    """Join the rows of 4-bit layers of one input, each keeping a view of its own; None where their blocks do not line up.
-
-    Returns:
-        packed weights (N K / 2,) uint8, scales of blocks of 64 (N K / 64,) uint8, the numbers that these stand for (256,), scales
-        of 256 of them (N K / 16384,), and each row's mean scale (N,).
-    """
-    states = [layer.weight.quant_state for layer in layers]
-    for state in states:
-        is_nested = state.nested and state.blocksize == 64 and state.state2.blocksize == 256
-        if not is_nested or (len(layers) > 1 and len(state.absmax) % 256):
-            return None
-    packed = _join([layer.weight for layer in layers], "data")
-    levels, scales = _join(states, "absmax"), _join([state.state2 for state in states], "absmax")
-    sizes = torch.tensor([layer.out_features for layer in layers], device=packed.device)
-    means = torch.stack([state.offset.to(packed.device, torch.float32) for state in states])
-    return packed, levels, states[0].state2.code, scales, means.repeat_interleave(sizes)
-
-
-def _join(owners: Sequence[Any], name: str) -> torch.Tensor:
-    """Lay an attribute of several owners end to end, flat; each keeps a view of its own part."""
-    parts = [getattr(owner, name) for owner in owners]
-    joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-    for owner, view in zip(owners, joined.split([len(part) for part in parts]), strict=True):
-        setattr(owner, name, view)
-    return joined.view(-1)
 
 
 def read_int8(layers: Sequence[Any]) -> Int8Rows:

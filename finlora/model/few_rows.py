@@ -15,15 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finlora.model.nf4 import UNPACK_NF4
-
-GROUP = 64
-"""Weights that share one scale at 4 bit; K is a multiple of it, and of 128 at 8 bit."""
-
 _MIN_DOT = 16  # rows of the smallest product on the tensor cores
 _PROGRAMS_A_PROCESSOR = 4
-
-_UNPACK = tl.constexpr(UNPACK_NF4)
 
 
 @triton.jit
@@ -42,50 +35,6 @@ def _few_int8(
         x = tl.load(x_ptr + rows[None] * num_in + ins[:, None], mask=is_row[None], other=0.0)
         acc = tl.dot(w.to(x_ptr.dtype.element_ty), x, acc)
     acc = acc * (tl.load(scale_ptr + outs, mask=is_out, other=0.0) / 127.0)[:, None]
-    place = (tl.program_id(1) * num_rows + rows[None]) * num_out + outs[:, None]
-    tl.store(out_ptr + place, acc, mask=is_out[:, None] & is_row[None])
-
-
-@triton.jit
-def _few_nf4(
-    x_ptr, w_ptr, level_ptr, level_code_ptr, level_scale_ptr, mean_ptr, code_ptr, out_ptr, num_rows, num_out, num_in, part,
-    ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BY_TABLE: tl.constexpr,
-):  # fmt: skip
-    """x is (2, T, K / 2): even columns, then odd ones, as they lie in the high and the low half of a weight's bytes."""
-    outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    rows = tl.arange(0, ROWS)
-    half = num_in // 2
-    start = tl.program_id(1) * part
-    is_out, is_row = outs < num_out, rows < num_rows
-    safe = tl.where(is_out, outs, 0)
-    mean = tl.load(mean_ptr + safe)
-    first_group = safe * (num_in // 64)
-    odd_ptr = x_ptr + num_rows * half
-    acc = tl.zeros((BLOCK_OUT, ROWS), dtype=tl.float32)
-    level = tl.load(level_ptr + first_group + start // 64).to(tl.int32)
-    scale = tl.load(level_code_ptr + level) * tl.load(level_scale_ptr + (first_group + start // 64) // 256) + mean
-    end = min(start + part, num_in)
-    for offset in range(start, end, 64):
-        # The scales of the next round are on their way while this one computes.
-        group = first_group + min(offset + 64, end - 64) // 64
-        next_level = tl.load(level_ptr + group).to(tl.int32)
-        next_factor = tl.load(level_scale_ptr + group // 256)
-        ins = offset // 2 + tl.arange(0, 32)
-        packed = tl.load(w_ptr + safe[:, None] * half + ins[None])
-        if BY_TABLE:
-            number = packed.to(tl.int32)
-            high = tl.load(code_ptr + (number >> 4)).to(x_ptr.dtype.element_ty)
-            low = tl.load(code_ptr + (number & 15)).to(x_ptr.dtype.element_ty)
-        else:
-            high, low = tl.inline_asm_elementwise(
-                _UNPACK, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-            )
-        even = tl.load(x_ptr + rows[None] * half + ins[:, None], mask=is_row[None], other=0.0)
-        odd = tl.load(odd_ptr + rows[None] * half + ins[:, None], mask=is_row[None], other=0.0)
-        own = tl.dot(high, even)
-        own = tl.dot(low, odd, own)
-        acc += own * scale[:, None]
-        scale = tl.load(level_code_ptr + next_level) * next_factor + mean
     place = (tl.program_id(1) * num_rows + rows[None]) * num_out + outs[:, None]
     tl.store(out_ptr + place, acc, mask=is_out[:, None] & is_row[None])
 
@@ -114,41 +63,6 @@ def few_int8(x: Tensor, values: Tensor, scales: Tensor, residual: Tensor | None)
     _few_int8[(triton.cdiv(num_out, block_out), parts)](
         x, values, scales, out, num_rows, num_out, num_in, part,
         ROWS=_pad_rows(num_rows), BLOCK_OUT=block_out, BLOCK_IN=256 if num_in % 256 == 0 else 128, num_warps=4, num_stages=4,
-    )  # fmt: skip
-    return _sum_parts(out, residual, x.dtype)
-
-
-def few_nf4(
-    x: Tensor,
-    packed: Tensor,
-    levels: Tensor,
-    level_code: Tensor,
-    level_scales: Tensor,
-    means: Tensor,
-    residual: Tensor | None,
-    *,
-    code: Tensor | None = None,
-) -> Tensor:
-    """Return x W^T (+ residual) in x's type, W unpacked from NF4 with double quantisation on the way.
-
-    NF4's numbers are rounded to bfloat16 and the products of a group scaled in float32, where bitsandbytes rounds each scaled
-    weight to bfloat16: both are as far from the stored weight.
-
-    Shapes: x (T, K) bfloat16, packed (N K / 2,) uint8, levels (N K / 64,) uint8, level_code (256,), level_scales (N K / 16384,)
-    and means (N,) float32, residual (T, N) -> (T, N).
-
-    Args:
-        code: NF4's 16 numbers, to look them up in memory; None: in registers.
-    """
-    (num_rows, num_in), num_out = x.shape, means.shape[0]
-    block_out, num_padded = 64, _pad_rows(num_rows)
-    parts, part = _split(num_out, num_in, block_out, GROUP, x.device)
-    out = torch.empty(parts, num_rows, num_out, dtype=torch.float32, device=x.device)
-    halves = x.view(num_rows, num_in // 2, 2).permute(2, 0, 1).contiguous()
-    _few_nf4[(triton.cdiv(num_out, block_out), parts)](
-        halves, packed, levels, level_code, level_scales, means, level_code if code is None else code, out,
-        num_rows, num_out, num_in, part,
-        ROWS=num_padded, BLOCK_OUT=block_out, BY_TABLE=code is not None, num_warps=2 if num_padded <= 32 else 4, num_stages=4,
     )  # fmt: skip
     return _sum_parts(out, residual, x.dtype)
 

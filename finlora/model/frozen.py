@@ -10,8 +10,8 @@ Shapes: T rows, K in, N out (several projections of one input are one weight, th
 bitsandbytes counts the outlier columns on the host, which stops the GPU's queue at each product. Here the MAX_OUTLIERS
 strongest columns are taken without counting; should there be more, the weakest of them are quantised like all others.
 
-On a GPU products run as kernels of our own (few_rows.py and many_rows.py) where the sizes allow it. A product of few rows
-waits for its weights alone: they are unpacked on the way, at 8 bit too, so that x need not be rounded to int8.
+On a GPU products run as kernels of our own (few_nf4.cu, few_rows.py and many_rows.py) where the sizes allow it. A product of
+few rows waits for its weights alone: they are unpacked on the way, at 8 bit too, so that x need not be rounded to int8.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from finlora.model.base import Int8Rows, Nf4Rows, read_int8, read_nf4, unpack_nf4
+from finlora.model.base import Int8Rows, read_int8
 from finlora.model.elementwise import fused
+from finlora.model.nf4 import Nf4Rows, read_nf4, unpack_nf4
 
 OUTLIER_THRESHOLD = 6.0
 MAX_OUTLIERS = 64
 MAX_FEW_ROWS = 64
 """Rows up to which a product takes as long as reading its weights, so that these are unpacked on the way."""
 _MIN_INT8_ROWS = 32  # cuBLAS refuses int8 products of 16 rows and fewer
-_KERNEL_COLUMNS = 128  # columns that a kernel reads at a time
+_INT8_COLUMNS, _NF4_COLUMNS = 128, 256  # columns that a kernel reads at a time
 
 
 class FrozenWeight(Protocol):
@@ -68,14 +69,14 @@ class Nf4Weight:
         self.layers = layers
         self.dtype = dtype
         self.sizes = [int(layer.out_features) for layer in layers]
-        has_kernel = layers[0].weight.is_cuda and layers[0].in_features % 64 == 0 and dtype == torch.bfloat16
+        has_kernel = layers[0].weight.is_cuda and layers[0].in_features % _NF4_COLUMNS == 0 and dtype == torch.bfloat16
         self.rows: Nf4Rows | None = read_nf4(layers) if has_kernel else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if x.is_cuda and x.shape[0] <= MAX_FEW_ROWS and self.rows is not None:
-            from finlora.model.few_rows import few_nf4
+            from finlora.model.few_nf4 import few_nf4
 
-            return few_nf4(x.contiguous(), *self.rows, residual)
+            return few_nf4(x.contiguous(), self.rows, None if residual is None else residual.contiguous())
         if len(self.layers) == 1:
             return DenseWeight(unpack_nf4(self.layers[0], self.dtype)).forward(x, residual)
         out = x.new_empty(x.shape[0], sum(self.sizes))
@@ -99,7 +100,7 @@ class Int8Weight:
         self.dtype = dtype
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if x.is_cuda and x.shape[1] % _KERNEL_COLUMNS == 0:
+        if x.is_cuda and x.shape[1] % _INT8_COLUMNS == 0:
             return self._forward_by_kernels(x.contiguous(), residual)
         num_columns = min(MAX_OUTLIERS, x.shape[1])
         strength, columns = torch.topk(_find_outliers(x), num_columns)

@@ -1,41 +1,69 @@
-"""NF4's sixteen numbers (arXiv:2305.14314, appendix E) in bfloat16, looked up in registers by PTX.
+"""4-bit weights as bitsandbytes holds them: NF4 (arXiv:2305.14314, appendix E) with double quantisation, in blocks of 64."""
 
-Input $4: four bytes, each an even column in its high half and an odd one in its low half. Outputs $0 and $1: the four even
-columns, $2 and $3: the four odd ones, two bfloat16 each.
+from __future__ import annotations
 
-The low bytes of the numbers are one table of 16 bytes, the high bytes another. `prmt` looks four of them up at once by their low
-three bits, in the lower and in the upper half of a table, and bit 3 chooses between both: a byte of m is 0xff where it is 0.
-"""
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-UNPACK_NF4 = """\
-{
-.reg .b32 s, t, m, lo, hi, la, ha, lb, hb;
-and.b32 s, $4, 0x7777;
-and.b32 t, $4, 0x8888;
-prmt.b32 m, 0x7f, 0, t;
-shl.b32 t, m, 1;
-or.b32 m, m, t;
-prmt.b32 lo, 0xca063280, 0x00ba3d92, s;
-prmt.b32 hi, 0xad7c25a3, 0x803910e2, s;
-lop3.b32 la, lo, hi, m, 0xe4;
-prmt.b32 lo, 0xbebfbfbf, 0x00bdbebe, s;
-prmt.b32 hi, 0x3e3e3e3d, 0x3f3f3f3e, s;
-lop3.b32 ha, lo, hi, m, 0xe4;
-shr.u32 t, $4, 16;
-and.b32 s, t, 0x7777;
-and.b32 t, t, 0x8888;
-prmt.b32 m, 0x7f, 0, t;
-shl.b32 t, m, 1;
-or.b32 m, m, t;
-prmt.b32 lo, 0xca063280, 0x00ba3d92, s;
-prmt.b32 hi, 0xad7c25a3, 0x803910e2, s;
-lop3.b32 lb, lo, hi, m, 0xe4;
-prmt.b32 lo, 0xbebfbfbf, 0x00bdbebe, s;
-prmt.b32 hi, 0x3e3e3e3d, 0x3f3f3f3e, s;
-lop3.b32 hb, lo, hi, m, 0xe4;
-prmt.b32 $0, la, ha, 0x7351;
-prmt.b32 $1, lb, hb, 0x7351;
-prmt.b32 $2, la, ha, 0x6240;
-prmt.b32 $3, lb, hb, 0x6240;
-}
-"""
+import torch
+from torch import Tensor
+
+
+class Nf4Rows(NamedTuple):
+    """Rows of 4-bit layers of one input, joined; a row's scale of a block is level_code[level] * level_scale + mean.
+
+    Shapes: N outputs in all, K inputs.
+    """
+
+    packed: Tensor
+    """(N K / 2,) uint8: an even column in a byte's high half, the odd one after it in the low half."""
+    levels: Tensor
+    """(N K / 64,) uint8."""
+    level_code: Tensor
+    """(256,) float32: the numbers that levels stand for."""
+    level_scales: Tensor
+    """(N K / 16384,) float32."""
+    means: Tensor
+    """(N,) float32."""
+    pairs: Tensor
+    """(256,) int32: the two bfloat16 that a byte stands for, the even column's in the low bits."""
+
+
+def unpack_nf4(layer: Any, dtype: torch.dtype) -> Tensor:
+    """Return the (N, K) weight of a 4-bit layer in `dtype`; the values are the ones its own products use."""
+    import bitsandbytes as bnb
+
+    weight = layer.weight
+    unpacked: Tensor = bnb.functional.dequantize_4bit(weight.data.view(-1, 1), weight.quant_state)
+    return unpacked.to(dtype)
+
+
+def read_nf4(layers: Sequence[Any]) -> Nf4Rows | None:
+    """Join the rows of 4-bit layers of one input, each keeping a view of its own; None where their blocks do not line up."""
+    states = [layer.weight.quant_state for layer in layers]
+    for state in states:
+        is_nested = state.nested and state.blocksize == 64 and state.state2.blocksize == 256
+        if not is_nested or (len(layers) > 1 and len(state.absmax) % 256):
+            return None
+    packed = _join([layer.weight for layer in layers], "data")
+    levels, scales = _join(states, "absmax"), _join([state.state2 for state in states], "absmax")
+    sizes = torch.tensor([layer.out_features for layer in layers], device=packed.device)
+    means = torch.stack([state.offset.to(packed.device, torch.float32) for state in states])
+    return Nf4Rows(
+        packed, levels, states[0].state2.code, scales, means.repeat_interleave(sizes), pair_up(states[0].code)
+    )
+
+
+def _join(owners: Sequence[Any], name: str) -> Tensor:
+    """Lay an attribute of several owners end to end, flat; each keeps a view of its own part."""
+    parts = [getattr(owner, name) for owner in owners]
+    joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+    for owner, view in zip(owners, joined.split([len(part) for part in parts]), strict=True):
+        setattr(owner, name, view)
+    return joined.view(-1)
+
+
+def pair_up(code: Tensor) -> Tensor:
+    """Return `Nf4Rows.pairs` of NF4's numbers. Shapes: (16,) float32 -> (256,) int32."""
+    bits = code.bfloat16().view(torch.int16)
+    return torch.stack([bits.repeat_interleave(16), bits.repeat(16)], 1).view(torch.int32)[:, 0].contiguous()

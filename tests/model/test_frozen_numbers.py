@@ -19,8 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finlora.errors import ModelError
-from finlora.model.base import unpack_nf4
 from finlora.model.frozen import MAX_OUTLIERS, OUTLIER_THRESHOLD, freeze
+from finlora.model.nf4 import unpack_nf4
 from finlora.model.quantised import quantise, require_range
 
 NF4_HALF_GAP = 0.152

@@ -1,0 +1,109 @@
+"""CUDA C++ of this package, compiled for the GPU at hand when it is first needed, and launched on torch's current stream.
+
+NVRTC comes with torch's CUDA build, and `cuda-bindings` speaks to it and to the driver; no CUDA toolkit is needed. Imported only
+where a CUDA tensor is at hand.
+
+Source: https://nvidia.github.io/cuda-python/cuda-bindings/latest/overview.html
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finlora.errors import ResourceError
+
+try:
+    from cuda.bindings import driver, nvrtc
+except ImportError as error:
+    raise ResourceError(
+        "products with a 4-bit base on a GPU need the package cuda-bindings, which is not installed: `make setup TORCH=gpu`, or "
+        f"pip install 'cuda-bindings>=13,<14' ({error})."
+    ) from error
+
+
+class CudaKernel:
+    """A function of a .cu file on one GPU.
+
+    Args:
+        shared_bytes: dynamic shared memory of a block.
+    """
+
+    def __init__(self, function: Any, context: Any, threads: int, shared_bytes: int) -> None:
+        self._function, self._context = function, context
+        self._threads, self._shared_bytes = threads, shared_bytes
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _check(driver.cuFuncSetAttribute(function, limit, shared_bytes))
+        self.blocks_a_processor: int = _check(
+            driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared_bytes)
+        )
+
+    def launch(self, grid: tuple[int, int], *arguments: Tensor | int | None) -> None:
+        """Queue the kernel on the current stream; a tensor is passed as a pointer to its data, None as a null pointer."""
+        _check(driver.cuCtxSetCurrent(self._context))  # a thread that has not used the GPU yet has none
+        values = tuple(each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments)
+        types = tuple(ctypes.c_int if isinstance(each, int) else ctypes.c_void_p for each in arguments)
+        stream = torch.cuda.current_stream().cuda_stream
+        blocks = (*grid, 1, self._threads, 1, 1)
+        _check(driver.cuLaunchKernel(self._function, *blocks, self._shared_bytes, stream, (values, types), 0))
+
+
+def load_kernels(
+    file: str, device: torch.device, defines: Mapping[str, int], sizes: Mapping[str, tuple[int, int]]
+) -> dict[str, CudaKernel]:
+    """Compile a file of this folder and return its functions.
+
+    Args:
+        defines: the constants that it leaves open.
+        sizes: name of a function -> (threads, bytes of shared memory) of a block.
+
+    Raises:
+        ResourceError: the GPU's generation is too old for it, or the compiler is missing.
+    """
+    with torch.cuda.device(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        options = ["--std=c++17", f"--gpu-architecture=sm_{major}{minor}"]
+        options += [f"-D{name}={value}" for name, value in sorted(defines.items())]
+        binary = _compile(file, tuple(options))
+        context = _check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(torch.cuda.current_device()))))
+        _check(driver.cuCtxSetCurrent(context))
+        module = _check(driver.cuModuleLoadData(binary))
+        return {
+            name: CudaKernel(_check(driver.cuModuleGetFunction(module, name.encode())), context, *size)
+            for name, size in sizes.items()
+        }
+
+
+@functools.cache
+def _compile(file: str, options: tuple[str, ...]) -> bytes:
+    source = (resources.files("finlora.model") / file).read_bytes()
+    try:
+        program = _check(nvrtc.nvrtcCreateProgram(source, file.encode(), 0, [], []))
+    except RuntimeError as error:  # cuda-bindings finds no library
+        raise ResourceError(
+            f"NVIDIA's run-time compiler (nvidia-cuda-nvrtc, which torch installs) is missing: {error}"
+        ) from error
+    flags = [option.encode() for option in options]
+    if int(nvrtc.nvrtcCompileProgram(program, len(flags), flags)[0]):
+        log = bytes(_check(nvrtc.nvrtcGetProgramLogSize(program)))
+        _check(nvrtc.nvrtcGetProgramLog(program, log))
+        raise ResourceError(
+            f"{file} cannot be compiled for this GPU ({' '.join(options)}): {log.decode().strip()[:2000]}"
+        )
+    binary = bytes(_check(nvrtc.nvrtcGetCUBINSize(program)))
+    _check(nvrtc.nvrtcGetCUBIN(program, binary))
+    return binary
+
+
+def _check(result: tuple[Any, ...]) -> Any:
+    """Return what a call gives beside its status, or raise."""
+    status, *values = result
+    if int(status):
+        raise RuntimeError(f"CUDA: {status.name}")
+    return values[0] if values else None

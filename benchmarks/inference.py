@@ -156,7 +156,7 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
     import torch
 
     from finlora.engine.drive import EngineCore
-    from finlora.engine.opening import choose_batch_rows, open_executor
+    from finlora.engine.opening import choose_batch_rows, choose_in_flight, open_executor
     from finlora.engine.request import Request, Sampling
     from finlora.engine.scheduler import Limits, Scheduler
     from finlora.model.base import quiet_bitsandbytes
@@ -182,8 +182,9 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
             stack.callback(ray.shutdown)
         executor, rows = stack.enter_context(open_executor(config, work.num_stages, rows, sizes[0]))
         tokenizer = load_tokenizer(find_source(config.model).tokenizer_path)
-        in_flight = options.in_flight or work.num_stages
-        batch_rows = options.batch_tokens or choose_batch_rows(work.num_stages)
+        gpus_per_stage = config.eval.num_gpus if device.type == "cuda" else None
+        in_flight = options.in_flight or choose_in_flight(work.num_stages, gpus_per_stage)
+        batch_rows = options.batch_tokens or choose_batch_rows(in_flight)
 
         def run(asked: Sequence[Any]) -> Any:
             # Another scheduler has another prefix cache: nothing is left of the run before.
@@ -284,7 +285,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=64, help="requests that the KV cache holds")
     parser.add_argument("--batch-tokens", type=int, help="most rows of a micro-batch; default: as an evaluation has")
     parser.add_argument("--transport", choices=["messages", "nccl", "gloo"], default="messages", help="between stages")
-    parser.add_argument("--in-flight", type=int, help="micro-batches under way; default: the stages")
+    parser.add_argument("--in-flight", type=int, help="micro-batches under way; default: as an evaluation has")
     options = parser.parse_args()
     for name in options.works:
         parse_work(name)

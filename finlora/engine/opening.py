@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,7 +93,8 @@ def open_engine(
 ) -> Iterator[EngineCore]:
     """Hold a base and at most one adapter, under the name ADAPTER, while inside; arguments and errors as `open_executor`."""
     with open_executor(config, num_stages, wanted_rows, least_rows) as (executor, rows):
-        limits = Limits(cache_rows=rows, max_in_flight=num_stages, max_batch_tokens=choose_batch_rows(num_stages))
+        in_flight = choose_in_flight(num_stages, config.eval.num_gpus if config.eval.device == "cuda" else None)
+        limits = Limits(cache_rows=rows, max_in_flight=in_flight, max_batch_tokens=choose_batch_rows(in_flight))
         end = end_token_id(tokenizer, config.model.template)
         core = EngineCore(executor, Scheduler(limits, end, lambda: random.getrandbits(31)), tokenizer)
         if adapter is not None:
@@ -100,10 +102,26 @@ def open_engine(
         yield core
 
 
-def choose_batch_rows(num_stages: int) -> int:
-    """Return the most rows of a micro-batch: a stage alone reads and unpacks its weights half as often with twice as many,
-    several are kept busy by more micro-batches of fewer rows."""
-    return 4096 if num_stages == 1 else 2048
+def choose_in_flight(num_stages: int, gpus_per_stage: float | None) -> int:
+    """Return how many micro-batches are under way at once: one for each processor that the stages compute on.
+
+    Stages that share a GPU take turns on it. More micro-batches would only be smaller ones, each of which reads all weights.
+
+    Args:
+        gpus_per_stage: share of a GPU; None: stages on CPU.
+    """
+    if gpus_per_stage is None or gpus_per_stage >= 1:
+        return num_stages
+    return min(num_stages, max(1, math.ceil(num_stages * gpus_per_stage - 1e-6)))
+
+
+def choose_batch_rows(in_flight: int) -> int:
+    """Return the most rows of a micro-batch.
+
+    One alone at work reads and unpacks the weights a quarter as often with four times as many rows; several stages are kept busy
+    by more micro-batches of fewer rows.
+    """
+    return 8192 if in_flight == 1 else 2048
 
 
 def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:

@@ -6,30 +6,37 @@ width d, N wanted rows, V vocabulary. For inference only: nothing is kept for a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finlora.data.packing import Segments
 from finlora.engine.adapters import PRODUCTS, Adapter, Bank, read_adapter
+from finlora.engine.attending import Attend, make_attention, narrow
 from finlora.engine.decode import DecodePasses, Rows, is_decode
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.sampling import choice_log_probs, sample
 from finlora.errors import AdapterError
-from finlora.model.attention import attend, attend_cache
+from finlora.model.attention import attend_cache
 from finlora.model.elementwise import gate, normalise, rotate
 from finlora.model.packed import read_layer
 from finlora.model.peak import measure_peak_gib
 from finlora.model.shapes import shape_of
 
-_Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(query, all cached keys of a layer, all values) -> output."""
 _Adapt = Callable[[Tensor, Tensor, int, str], Tensor]
 """(product, its input, layer of the span, product's name) -> product with the adapters' updates."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Rows whose last hidden states are wanted: behind the keys and values of the last layer, no other row is computed."""
+
+    rows: Tensor
+    attend_keys: Attend
+    adapt: _Adapt
 
 
 class Stage:
@@ -113,21 +120,27 @@ class Stage:
                 return result
             rows = self._ids([draw.row for draw in batch.draws])
             return Output(batch.number, sample(result[rows], batch.draws), ())
-        x = self.forward(batch, hidden)
-        return self._finish(batch, x) if self.is_last else x
+        if not self.is_last:
+            return self.forward(batch, hidden)
+        wanted = sorted({draw.row for draw in batch.draws} | {score.row for score in batch.scores})
+        return self._finish(batch, wanted, self.forward(batch, hidden, wanted))
 
     @torch.inference_mode()
-    def forward(self, batch: MicroBatch, hidden: Tensor | None) -> Tensor:
-        """Return the hidden states (T, H) behind the span's last layer, and fill the cache."""
+    def forward(self, batch: MicroBatch, hidden: Tensor | None, wanted: Sequence[int] | None = None) -> Tensor:
+        """Return the hidden states (T, H) behind the span's last layer, and fill the cache.
+
+        Args:
+            wanted: rows, in ascending order, whose states are returned, (N, H); None: all.
+        """
         for source, target, count in batch.copies:
             self.cache[:, :, target : target + count] = self.cache[:, :, source : source + count].clone()
-        attend_keys = self._make_attention(batch)
-
-        def adapt(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
-            return self._adapt(out, x, index, product, batch)
-
         ids, positions, slots = (self._ids(numbers) for numbers in (batch.input_ids, batch.positions, batch.slots))
-        return self._run_layers(ids, positions, slots, hidden, attend_keys, adapt)
+        few = None
+        if wanted is not None:
+            segments, adapters = narrow(batch, wanted)
+            few = _Wanted(self._ids(wanted), make_attention(segments, self.device), self._make_adapt(adapters))
+        attend_keys, adapt = make_attention(batch.segments, self.device), self._make_adapt(batch.adapters)
+        return self._run_layers(ids, positions, slots, hidden, attend_keys, adapt, few)
 
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor) -> Tensor:
@@ -150,7 +163,14 @@ class Stage:
         return self.compute_logits(x) if self.is_last else x
 
     def _run_layers(
-        self, ids: Tensor, positions: Tensor, slots: Tensor, hidden: Tensor | None, attend_keys: _Attend, adapt: _Adapt
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        hidden: Tensor | None,
+        attend_keys: Attend,
+        adapt: _Adapt,
+        wanted: _Wanted | None = None,
     ) -> Tensor:
         if self.is_first:
             hidden = self.net.model.embed_tokens(ids).to(self.dtype)
@@ -164,68 +184,48 @@ class Stage:
             rotated = rotate(qkv[:, : num_heads + num_groups], cosine, sine)
             keys, values = self.cache[index]
             keys[slots], values[slots] = rotated[:, num_heads:], qkv[:, num_heads + num_groups :]
-            attended = attend_keys(rotated[:, :num_heads].contiguous(), keys, values).flatten(1)
+            query = rotated[:, :num_heads]
+            if wanted is not None and index == len(self.layers) - 1:
+                x, query, attend_keys, adapt = x[wanted.rows], query[wanted.rows], wanted.attend_keys, wanted.adapt
+                if not len(x):
+                    break
+            attended = attend_keys(query.contiguous(), keys, values).flatten(1)
             y = adapt(layer.out.forward(attended, x), attended, index, "out")
             normed = normalise(y, layer.second_norm, layer.eps)
             inner = gate(adapt(layer.gate_up.forward(normed), normed, index, "gate_up"))
             x = adapt(layer.down.forward(inner, y), inner, index, "down")
         return x
 
-    def _adapt(self, out: Tensor, x: Tensor, index: int, product: str, batch: MicroBatch) -> Tensor:
-        """Add the updates of each adapter to its own rows of a product, in place."""
-        start = 0
-        for name, num_rows in batch.adapters:
-            rows = slice(start, start + num_rows)
-            start += num_rows
-            if name is None:
-                continue
-            for update in self.adapters[name].get((self.span[index], product), ()):
-                out[rows, update.columns].addmm_(x[rows] @ update.down.t(), update.up.t(), alpha=update.scale)
-        return out
+    def _make_adapt(self, adapters: Sequence[tuple[str | None, int]]) -> _Adapt:
+        """Return what adds the updates of each adapter to its own rows of a product, in place.
 
-    def _finish(self, batch: MicroBatch, hidden: Tensor) -> Output:
-        wanted = sorted({draw.row for draw in batch.draws} | {score.row for score in batch.scores})
+        Args:
+            adapters: (name, rows) in the order of the rows.
+        """
+
+        def adapt(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
+            start = 0
+            for name, num_rows in adapters:
+                rows = slice(start, start + num_rows)
+                start += num_rows
+                if name is None or not num_rows:
+                    continue
+                for update in self.adapters[name].get((self.span[index], product), ()):
+                    out[rows, update.columns].addmm_(x[rows] @ update.down.t(), update.up.t(), alpha=update.scale)
+            return out
+
+        return adapt
+
+    def _finish(self, batch: MicroBatch, wanted: Sequence[int], hidden: Tensor) -> Output:
+        """Shapes: hidden (N, H), of the wanted rows."""
         if not wanted:
             return Output(batch.number, (), ())
         places = {row: place for place, row in enumerate(wanted)}
-        logits = self.compute_logits(hidden[self._ids(wanted)])
+        logits = self.compute_logits(hidden)
         drawn = logits[self._ids([places[draw.row] for draw in batch.draws])] if batch.draws else logits[:0]
         scored = logits[self._ids([places[score.row] for score in batch.scores])] if batch.scores else logits[:0]
         targets = self._ids([score.token for score in batch.scores])
         return Output(batch.number, sample(drawn, batch.draws), choice_log_probs(scored, targets))
 
-    def _make_attention(self, batch: MicroBatch) -> _Attend:
-        """Return attention over a micro-batch's keys, which are gathered only where some segment's lie in several places."""
-        queries = [segment.num_rows for segment in batch.segments]
-        cumulative_queries = self._ids([0, *accumulate(queries)]).int()
-        if all(len(segment.keys) == 1 for segment in batch.segments):
-            starts = self._ids([*(segment.keys[0][0] for segment in batch.segments), 0]).int()
-            lengths = self._ids([segment.keys[0][1] for segment in batch.segments]).int()
-            longest = max(queries)
-
-            def attend_in_place(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-                return attend_cache(query, keys, values, cumulative_queries, starts, lengths, longest)
-
-            return attend_in_place
-        counts = [sum(count for _, count in segment.keys) for segment in batch.segments]
-        places = [torch.arange(start, start + count) for segment in batch.segments for start, count in segment.keys]
-        key_rows = torch.cat(places).to(self.device)
-        segments = Segments(
-            query_lengths=tuple(queries),
-            key_lengths=tuple(counts),
-            max_queries=max(queries),
-            max_keys=max(counts),
-            cumulative_queries=cumulative_queries,
-            cumulative_keys=self._ids([0, *accumulate(counts)]).int(),
-            key_rows=key_rows,
-            prefix_slots=None,
-            own_slots=None,
-        )
-
-        def attend_gathered(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return attend(query, keys[key_rows], values[key_rows], segments)[0]
-
-        return attend_gathered
-
-    def _ids(self, numbers: list[int]) -> Tensor:
+    def _ids(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long).to(self.device)

@@ -61,7 +61,7 @@ def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
         ResourceError: the cluster has too little, or others held it for too long.
         ModelError: the base's files are not usable.
     """
-    from finlora.engine.opening import warm_up
+    from finlora.engine.opening import choose_in_flight, warm_up
     from finlora.engine.pipeline import Pipeline, PipelineConfig
 
     stages = config.stages
@@ -76,11 +76,12 @@ def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
         wait_s=stages.wait_s,
     )
     pipeline = Pipeline(config.model, config.bits, settings, config.seed)
+    in_flight = choose_in_flight(stages.num, stages.gpus if stages.device == "cuda" else None)
 
     def describe() -> OpenCore:
         if stages.device == "cuda":  # kernels are compiled and passes recorded before anybody waits for them
             warm_up(pipeline, stages.cache_rows, config.limits.max_batch_tokens)
-        core = EngineCore(pipeline, make_scheduler(config, base, stages.num), base.tokenizer)
+        core = EngineCore(pipeline, make_scheduler(config, base, in_flight), base.tokenizer)
         core.adapters |= {name: folder for name, (folder, _) in pipeline.adapters.items()}
         facts = tuple(
             StageFacts(

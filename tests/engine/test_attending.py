@@ -1,0 +1,120 @@
+"""Attention of a micro-batch's rows: rows narrowed to those wanted, and long segments that go alone, against all in place."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from finlora.engine import attending
+from finlora.engine.attending import make_attention, narrow
+from finlora.engine.microbatch import MicroBatch
+from finlora.engine.opening import choose_batch_rows, choose_in_flight
+from finlora.engine.request import Request
+
+CPU = torch.device("cpu")
+PLACES = [(8, [(20, 8)]), (3, [(0, 9)]), (1, [(40, 5)]), (6, [(28, 6)]), (5, [(10, 5)])]
+"""(rows, keys) of segments: alone, behind a cached beginning, one token, and two alone side by side."""
+
+
+def make_batch(places, adapters=()):
+    batch = MicroBatch(0, adapters=list(adapters))
+    for num_rows, keys in places:
+        batch.add([0] * num_rows, 0, [0] * num_rows, keys)
+    return batch
+
+
+def random_tensors(num_rows, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(num_rows, 4, 8, generator=generator)
+    return query, *(torch.randn(64, 2, 8, generator=generator) for _ in range(2))
+
+
+def test_wanted_rows_see_the_keys_up_to_their_own():
+    batch = make_batch([(4, [(20, 3), (50, 4)]), (2, [(0, 2)]), (1, [(7, 9)])], [(None, 4), ("a", 3)])
+    segments, adapters = narrow(batch, [0, 1, 3, 5, 6])
+    assert [segment.num_rows for segment in segments] == [1] * 5
+    assert [segment.keys for segment in segments] == [
+        ((20, 3), (50, 1)),
+        ((20, 3), (50, 2)),
+        ((20, 3), (50, 4)),
+        ((0, 2),),
+        ((7, 9),),
+    ]
+    assert adapters == [(None, 3), ("a", 2)]
+    assert narrow(batch, []) == ([], [(None, 0), ("a", 0)])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_wanted_rows_attend_as_they_do_among_all(seed):
+    rng = random.Random(seed)
+    places = [(8, [(20, 3), (50, 7)]), *PLACES]
+    total = sum(num_rows for num_rows, _ in places)
+    wanted = sorted(rng.sample(range(total), rng.randint(1, total)))
+    query, keys, values = random_tensors(total, seed)
+    batch = make_batch(places)
+    segments, _ = narrow(batch, wanted)
+    everything = make_attention(batch.segments, CPU)(query, keys, values)
+    narrowed = make_attention(segments, CPU)(query[wanted], keys, values)
+    torch.testing.assert_close(narrowed, everything[wanted], rtol=1e-6, atol=1e-6)
+
+
+def test_long_segments_go_alone_and_the_others_together(monkeypatch):
+    query, keys, values = random_tensors(sum(num_rows for num_rows, _ in PLACES))
+    batch = make_batch(PLACES)
+    expected = make_attention(batch.segments, CPU)(query, keys, values)
+    alone = []
+
+    def attend_alone(query, key, value):
+        alone.append((len(query), len(key)))
+        wide = [tensor.repeat_interleave(2, 1).transpose(0, 1) for tensor in (key, value)]
+        out = torch.nn.functional.scaled_dot_product_attention(query.transpose(0, 1), *wide, is_causal=True)
+        return out.transpose(0, 1)
+
+    monkeypatch.setattr(attending, "LONG", 5)
+    monkeypatch.setattr(attending, "attend_alone", attend_alone)
+    attend_keys = make_attention(batch.segments, CPU)
+    torch.testing.assert_close(attend_keys(query, keys, values), expected, rtol=0, atol=0)  # no cuDNN here
+    assert not alone
+    monkeypatch.setattr(attending, "can_attend_alone", lambda _query: True)
+    torch.testing.assert_close(attend_keys(query, keys, values), expected, rtol=1e-5, atol=1e-6)
+    assert alone == [(8, 8), (6, 6), (5, 5)]
+
+
+@pytest.mark.parametrize("wanted", [[], [3], [0, 10, 11, 20]])
+def test_states_of_wanted_rows_are_those_of_all_and_the_cache_is_filled_alike(make_core, wanted):
+    states, caches = [], []
+    for rows in (None, wanted):
+        core = make_core(1, cache_rows=256)
+        for name, adapter in (("a", None), ("b", "few"), ("c", "all")):
+            core.submit(Request(id=name, prompt_ids=tuple(range(3, 12)), adapter=adapter))
+        batch = core.scheduler.next_batch()
+        stage = core.executor.stages[0]
+        states.append(stage.forward(batch, None, rows))
+        caches.append(stage.cache.clone())
+    atol = 1e-5 * float(states[0].abs().max())
+    torch.testing.assert_close(states[1], states[0][wanted], rtol=1e-5, atol=atol)
+    assert torch.equal(*caches)
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "gpus_per_stage", "expected"),
+    [
+        (1, None, 1),
+        (4, None, 4),
+        (4, 1.0, 4),
+        (4, 0.25, 1),
+        (4, 0.5, 2),
+        (3, 1 / 3, 1),
+        (4, 0.3, 2),
+        (2, 0.9, 2),
+        (4, 2.0, 4),
+    ],
+)
+def test_as_many_micro_batches_are_under_way_as_gpus_compute(num_stages, gpus_per_stage, expected):
+    assert choose_in_flight(num_stages, gpus_per_stage) == expected
+
+
+def test_one_micro_batch_at_work_is_larger():
+    assert choose_batch_rows(1) == 4 * choose_batch_rows(2) == 4 * choose_batch_rows(4)

@@ -257,7 +257,7 @@ def _compare(fire: Fire, name: str) -> str:
 
 def _settings(fire: Fire, name: str) -> list[str]:
     own = [each for each in settings(fire.nodes, name, STEPS) if not each.startswith("train.epochs")]
-    return [*own, "train.epochs=50", "max_wait_s=600"]
+    return [*own, "train.epochs=50", "train.max_stall_s=60", "max_wait_s=600"]
 
 
 def _last(fire: Fire, name: str) -> int:

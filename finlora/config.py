@@ -163,8 +163,7 @@ class TrainConfig:
     global_batch_size: int = 16
     """Examples an optimiser step, over all workers."""
     micro_batch_size: int = 4
-    """Padded rows only: examples a worker, a forward pass. Gradient accumulation follows from it, the global batch and the number
-    of workers. Packing cuts a worker's share by tokens instead (max_pack_tokens)."""
+    """Padded rows only: examples a worker, a forward pass; gradient accumulation follows. Packing cuts by max_pack_tokens."""
     epochs: int = 4
     """Passes over the training set."""
     max_steps: int | None = None
@@ -172,8 +171,8 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Padded rows only: recompute activations in the backward pass: less memory, about a third more time."""
     packing: bool = True
-    """Train on examples laid end to end instead of padded rows: the same result, without padding. False: padded rows through
-    transformers' own forward pass. Models that cannot run packed fall back to it and say why."""
+    """Lay examples end to end: the same result without padding. False, and for models that cannot run so (it is said why):
+    padded rows through transformers' own forward pass."""
     share_prefix: bool = True
     """Packing computes the tokens that all prompts of a pack begin with once. Exact but for dropout, whose masks on these
     tokens the examples of a pack then share."""
@@ -191,9 +190,11 @@ class TrainConfig:
     """bf16: DeepSpeed runs the forward pass under bf16 autocast, adapter and optimiser state stay float32."""
     max_failures: int = 3
     """How often Ray Train restarts failed workers from the last checkpoint before the run fails."""
+    max_stall_s: float | None = 900.0
+    """A worker without a new step for so long ends, as failed. None: it may wait for ever, say for one that hangs."""
     checkpoint_every_steps: int | None = 100
-    """Write a checkpoint each so many optimiser steps, besides the one an epoch, so that a crash costs minutes and not an
-    epoch. None: only the one an epoch. With 0/1 Adam it waits for the next step at which all workers agree."""
+    """Optimiser steps between checkpoints, besides the one an epoch. None: only that one. With 0/1 Adam a checkpoint waits for
+    the next step at which all workers agree."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept on disk; the adapter of the last step is always exported beside them."""
     log_every_steps: int = 10
@@ -209,19 +210,17 @@ class TrainConfig:
             "train",
             [
                 *((value >= 1, f"{key}={value}: expected at least 1") for key, value in values.items()),
-                (
-                    self.max_steps is None or self.max_steps >= 1,
-                    f"max_steps={self.max_steps}: expected at least 1, or null",
+                *(
+                    (value is None or value >= 1, f"{key}={value}: expected at least 1, or null")
+                    for key in ("max_steps", "checkpoint_every_steps")
+                    for value in (getattr(self, key),)
                 ),
-                (
-                    self.checkpoint_every_steps is None or self.checkpoint_every_steps >= 1,
-                    f"checkpoint_every_steps={self.checkpoint_every_steps}: expected at least 1, or null",
+                *(
+                    (value is None or value > 0, f"{key}={value}: expected more than 0, or null")
+                    for key in ("memory_gib", "max_stall_s")
+                    for value in (getattr(self, key),)
                 ),
                 (self.max_pack_tokens >= 1, f"max_pack_tokens={self.max_pack_tokens}: expected at least 1"),
-                (
-                    self.memory_gib is None or self.memory_gib > 0,
-                    f"memory_gib={self.memory_gib}: expected more than 0, or null",
-                ),
                 (self.max_failures >= 0, f"max_failures={self.max_failures}: expected at least 0"),
                 (self.gpus_per_worker > 0, f"gpus_per_worker={self.gpus_per_worker}: expected more than 0"),
                 (self.cpus_per_worker > 0, f"cpus_per_worker={self.cpus_per_worker}: expected more than 0"),

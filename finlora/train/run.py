@@ -45,7 +45,14 @@ _FREE_SETTINGS = {
     "data": ("dir", "max_test_examples"),
     # The last four lay the same work out in memory otherwise: sums are rounded in another order, dropout draws other masks.
     "train": (
-        *("max_failures", "keep_checkpoints", "checkpoint_every_steps", "log_every_steps", "cpus_per_worker"),
+        *(
+            "max_failures",
+            "max_stall_s",
+            "keep_checkpoints",
+            "checkpoint_every_steps",
+            "log_every_steps",
+            "cpus_per_worker",
+        ),
         *("memory_gib", "max_pack_tokens", "recompute", "unpack_weights"),
     ),
 }

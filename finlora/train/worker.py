@@ -58,6 +58,7 @@ from finlora.train.run import (
     open_run,
 )
 from finlora.train.snapshot import mend_snapshot
+from finlora.train.stall import StallGuard
 from finlora.train.stop import StopRequest, describe_stop, stop_on_signals
 from finlora.train.summary import export_adapter, summarise_run
 from finlora.train.wire import WireClock, WireMeter
@@ -218,6 +219,7 @@ def _train(
             is_stop = is_agreed and step < total_steps and stop.is_asked()
             if is_due or is_stop:
                 save(step)
+            guard.tick()
             return is_stop
 
         def save(step: int) -> None:
@@ -232,21 +234,22 @@ def _train(
                 save_checkpoint(path, worker, here, parameters, state, meter.read(optimizer))
                 ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(path))
 
-        done = run_steps(
-            engine,
-            examples,
-            sampler,
-            config.optim,
-            worker=worker,
-            start_step=start_step,
-            total_steps=total_steps,
-            batches=taken.batches,
-            device=device,
-            log_every_steps=config.train.log_every_steps,
-            reduce_sum=reduce_sum,
-            on_log=record,
-            on_step_end=end_step,
-        )
+        with StallGuard(config.train.max_stall_s) as guard:
+            done = run_steps(
+                engine,
+                examples,
+                sampler,
+                config.optim,
+                worker=worker,
+                start_step=start_step,
+                total_steps=total_steps,
+                batches=taken.batches,
+                device=device,
+                log_every_steps=config.train.log_every_steps,
+                reduce_sum=reduce_sum,
+                on_log=record,
+                on_step_end=end_step,
+            )
         record.close()
         if worker == 0 and done == total_steps:
             export_adapter(config, folder, base, model, training_set)

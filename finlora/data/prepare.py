@@ -53,13 +53,14 @@ def prepare_task(
         output,
         variant=chosen,
         source=origin if source is None else str(source),
-        version=_version(),
+        version=code_version(),
         overwrite=overwrite,
         dry_run=dry_run,
     )
 
 
-def _version() -> str:
+def code_version() -> str:
+    """Return FinLoRA's version, which a checkout that is not installed does not have."""
     try:
         return metadata.version("finlora")
     except metadata.PackageNotFoundError:

@@ -9,7 +9,7 @@ import logging
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +173,8 @@ def _build_or_read(
             net = _build(source, model, bits, device, seed, span, None)
             write_cache(cache, net)
             return net
-    return _build(source, model, bits, device, seed, span, StoredBase(cache, device))
+    with closing(StoredBase(cache, device)) as stored:
+        return _build(source, model, bits, device, seed, span, stored)
 
 
 def _build(

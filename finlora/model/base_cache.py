@@ -20,6 +20,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from finlora.model.quantised import layer_from_tensors, layer_to_tensors
 from finlora.model.source import ModelSource, fingerprint_weights
 
 _MARK = "cache.json"
+_HASHERS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +74,6 @@ class StoredBase:
         self._file: Any = None
         self._tensors: dict[str, list[str]] = {}
         self._files = cache.read_files() or {}
-        self._checked: set[str] = set()
         for name, file in self._files.items():
             path = cache.folder / name
             if not path.is_file() or path.stat().st_size != file["bytes"]:
@@ -80,6 +81,15 @@ class StoredBase:
                     f"{path} is missing or not of {file['bytes']} bytes as when it was written: delete {cache.folder}, the next "
                     "run writes it anew."
                 )
+        # One core hashes slower than a GPU takes the numbers in, so the files that come next are hashed ahead, by threads. The
+        # pages are those that are read next: it costs no second look at the disk.
+        self._pool = ThreadPoolExecutor(_HASHERS, "hash-base")
+        self._order = sorted(self._files, key=_place_of)
+        self._hashes: dict[str, Future[str]] = {}
+
+    def close(self) -> None:
+        """Hash no more."""
+        self._pool.shutdown(cancel_futures=True)
 
     def read_weight(self, name: str) -> Tensor:
         """Return a parameter that was not quantised."""
@@ -99,22 +109,25 @@ class StoredBase:
         wanted = _file_of(name)
         if wanted == self._name:
             return
-        # The pages that are hashed are those that are read next: it costs no second look at the disk. Embedding and head lie in
-        # one file, the first and the last that is opened.
-        if wanted not in self._checked and (
-            wanted not in self._files or hash_file(self._cache.folder / wanted) != self._files[wanted]["sha256"]
-        ):
+        if wanted not in self._files or self._hash(wanted) != self._files[wanted]["sha256"]:
             raise ModelError(
                 f"{self._cache.folder / wanted} is not as it was written: delete {self._cache.folder}, the next run writes it "
                 "anew; if it happens again, test the disk and the memory of this machine."
             )
-        self._checked.add(wanted)
         self._name = wanted
         self._file = safe_open(str(self._cache.folder / wanted), framework="pt", device="cpu")
         self._tensors = {}
         for key in self._file.keys():  # noqa: SIM118  (not a dict)
             owner, _, leaf = key.partition(":")
             self._tensors.setdefault(owner, []).append(leaf)
+
+    def _hash(self, wanted: str) -> str:
+        """Return a file's hash, once it is there, and begin with those of the next ones."""
+        place = self._order.index(wanted)
+        for name in self._order[place : place + 1 + _HASHERS]:
+            if name not in self._hashes:
+                self._hashes[name] = self._pool.submit(hash_file, self._cache.folder / name)
+        return self._hashes[wanted].result()
 
 
 def find_cache(
@@ -204,3 +217,8 @@ def write_cache(cache: BaseCache, net: nn.Module) -> None:
 def _file_of(name: str) -> str:
     parts = name.split(".")
     return f"layer-{parts[2]}.safetensors" if parts[:2] == ["model", "layers"] else "rest.safetensors"
+
+
+def _place_of(file: str) -> int:
+    """Return the order in which files are read: the embedding's first, then layer after layer."""
+    return int(file.removeprefix("layer-").removesuffix(".safetensors")) if file.startswith("layer-") else -1

@@ -15,7 +15,6 @@ Layout of OUTPUT_DIR/NAME:
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from finlora.config import RunConfig
 from finlora.configfile import config_to_tree, settings_from_tree
 from finlora.data.catalog import task_named
 from finlora.data.example import Splits
+from finlora.data.prepare import code_version
 from finlora.data.prepared import read_prepared, write_prepared
 from finlora.durable import seal, unseal, write_whole
 from finlora.errors import ConfigError, DatasetError, ResultError
@@ -158,7 +158,7 @@ def part_examples(source: Path, task: str, target: Path, share: float, seed: int
         target,
         variant=split.variant,
         source=f"train split {split.hash[:16]} of {split.source}",
-        version=importlib.metadata.version("finlora"),
+        version=code_version(),
         overwrite=False,
         dry_run=False,
     )

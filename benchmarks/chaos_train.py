@@ -28,6 +28,8 @@ from node_failure import BASE, settings, steps_done
 from finlora.durable import scratch_folder
 
 STEPS = 600
+COORDINATOR = "_AutoscalingCoordinatorActor"
+"""Ray Train's own: one a cluster, detached, so that it stays for the next run."""
 LIMIT_S = 400.0
 wait_until = functools.partial(node_failure.wait_until, limit_s=LIMIT_S, every_s=0.1)
 """Longest wait for any one thing, on a machine that others use too."""
@@ -109,7 +111,11 @@ class Fire:
         """Look at what stays behind in Ray, end the nodes, and look again."""
         for role in TITLES:
             self.find(role)
-        left = [f"{what} in Ray" for what in ("actors", "placement-groups") if self.is_up and self._list(what)]
+        left = []
+        for what in ("actors", "placement-groups") if self.is_up else ():
+            found = self._list(what)
+            kinds = sorted({str(each.get("class_name", each.get("name", ""))) for each in found})
+            left += [f"{what} in Ray ({', '.join(kinds)})"] if found else []
         for name in [*self.alive, "head"]:
             if name in self.nodes.processes:
                 self.nodes.kill_node(name)
@@ -122,15 +128,15 @@ class Fire:
         self.nodes.close()
         return left
 
-    def _list(self, what: str, tries: int = 10) -> list[object]:
-        """Return what lives in Ray of a kind, after a moment in which the last ones may end."""
+    def _list(self, what: str, tries: int = 10) -> list[dict[str, object]]:
+        """Return what lives in Ray of a kind, after a moment in which the last ones may end; Ray's own does not count."""
         state = "CREATED" if what == "placement-groups" else "ALIVE"
         form = ("--format", "json", "--address", self.nodes.dashboard)
-        found: list[object] = []
+        found: list[dict[str, object]] = []
         for _ in range(tries):
             done = self.nodes.run("ray", "list", what, "--filter", f"state={state}", *form)
             with contextlib.suppress(ValueError):
-                found = json.loads(done.stdout)
+                found = [each for each in json.loads(done.stdout) if each.get("class_name") != COORDINATOR]
                 if not found:
                     break
             time.sleep(1.0)

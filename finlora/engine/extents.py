@@ -3,12 +3,16 @@
 A request gets one extent for all rows that it can need, so it never has to give way once admitted. Rows that two requests
 have in common are copied, not shared: a copy of 4,400 rows of 8B takes about a millisecond, computing them a hundred.
 
+Kept prompts, of which there are thousands, are also held in lexicographic order: what shares the longest beginning with a prompt
+lies beside its place there. Requests at work are a few dozen, and are looked through.
+
 Stages work through micro-batches in one order, so rows can be copied, or their extent given to another request, as soon as the
 micro-batch that fills or reads them is scheduled.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,8 +31,6 @@ class Extent:
     """Prompt tokens that its rows hold, or will."""
     num_ready: int = 0
     """Rows of `ids` that are computed by micro-batches scheduled so far."""
-    is_held: bool = True
-    """A request still uses it."""
 
 
 class ExtentPool:
@@ -43,18 +45,21 @@ class ExtentPool:
         self.num_rows = num_rows // BLOCK * BLOCK
         self._keeps_prefixes = keeps_prefixes
         self._free: list[tuple[int, int]] = [(0, self.num_rows)] if self.num_rows else []
+        self._held: dict[int, Extent] = {}
         # Insertion order is the order of last use.
-        self._extents: dict[int, Extent] = {}
+        self._kept: dict[int, Extent] = {}
+        self._in_order: dict[str | None, list[tuple[tuple[int, ...], int]]] = {}
+        """Of each adapter the kept (ids, start)."""
 
     @property
     def num_held(self) -> int:
         """Rows of requests at work."""
-        return sum(extent.num_rows for extent in self._extents.values() if extent.is_held)
+        return sum(extent.num_rows for extent in self._held.values())
 
     @property
     def num_kept(self) -> int:
         """Rows of prompts that are kept as prefixes."""
-        return sum(extent.num_rows for extent in self._extents.values() if not extent.is_held)
+        return sum(extent.num_rows for extent in self._kept.values())
 
     @property
     def num_free(self) -> int:
@@ -69,11 +74,14 @@ class ExtentPool:
         best, longest = None, 0
         if not self._keeps_prefixes:
             return best, longest
-        for extent in self._extents.values():
-            limit = min(extent.num_ready, len(ids) - 1)
+        in_order, prompt = self._in_order.get(adapter, []), tuple(ids)
+        place = bisect_left(in_order, (prompt,))
+        beside = [self._kept[start] for _, start in in_order[max(0, place - 1) : place + 1]]
+        for extent in (*beside, *self._held.values()):
+            limit = min(extent.num_ready, len(prompt) - 1)
             if extent.adapter != adapter or limit <= longest:
                 continue
-            length = common_length(extent.ids, ids, limit)
+            length = common_length(extent.ids, prompt, limit)
             if length > longest:
                 best, longest = extent, length
         return best, longest
@@ -90,50 +98,51 @@ class ExtentPool:
         if not self._could_fit(size, spare):
             return None
         while (start := self._take(size)) is None:
-            oldest = next(item for item in self._extents.values() if not item.is_held and item is not spare)
-            self._drop(oldest)
+            self._drop(next(item for item in self._kept.values() if item is not spare))
         extent = Extent(start, size, adapter, tuple(ids))
-        self._extents[start] = extent
+        self._held[start] = extent
         return extent
 
     def touch(self, extent: Extent) -> None:
         """Count an extent as used just now."""
-        self._extents[extent.start] = self._extents.pop(extent.start)
+        if extent.start in self._kept:
+            self._kept[extent.start] = self._kept.pop(extent.start)
 
     def release(self, extent: Extent) -> None:
         """Take an extent back from its request; the ready rows of its prompt stay as prefix."""
-        extent.is_held = False
+        del self._held[extent.start]
         keep = -(-extent.num_ready // BLOCK) * BLOCK if self._keeps_prefixes else 0
+        extent.ids = extent.ids[: extent.num_ready]
         if keep == 0 or self._is_elsewhere(extent):
-            self._drop(extent)
+            self._give(extent.start, extent.num_rows)
             return
         if keep < extent.num_rows:
             self._give(extent.start + keep, extent.num_rows - keep)
             extent.num_rows = keep
-        extent.ids = extent.ids[: extent.num_ready]
-        self.touch(extent)
+        self._kept[extent.start] = extent
+        insort(self._in_order.setdefault(extent.adapter, []), (extent.ids, extent.start))
 
     def _is_elsewhere(self, extent: Extent) -> bool:
         """Return whether another extent holds the same rows."""
-        size = extent.num_ready
+        size, in_order = extent.num_ready, self._in_order.get(extent.adapter, [])
+        place = bisect_left(in_order, (extent.ids,))  # whatever begins with them comes from here on
+        if place < len(in_order) and in_order[place][0][:size] == extent.ids:
+            return True
         return any(
-            other is not extent
-            and other.adapter == extent.adapter
-            and other.num_ready >= size
-            and other.ids[:size] == extent.ids[:size]
-            for other in self._extents.values()
+            other.adapter == extent.adapter and other.num_ready >= size and other.ids[:size] == extent.ids
+            for other in self._held.values()
         )
 
     def forget(self, adapter: str) -> None:
         """Drop the kept prefixes of an adapter."""
-        for extent in [item for item in self._extents.values() if item.adapter == adapter and not item.is_held]:
+        for extent in [item for item in self._kept.values() if item.adapter == adapter]:
             self._drop(extent)
 
     def _could_fit(self, size: int, spare: Extent | None) -> bool:
         """Return whether some run of rows is long enough once every droppable prefix is dropped."""
-        fixed = sorted((item.start, item.num_rows) for item in self._extents.values() if item.is_held or item is spare)
+        fixed = {item.start: item.num_rows for item in (*self._held.values(), *([spare] if spare else []))}
         place = 0
-        for start, num_rows in [*fixed, (self.num_rows, 0)]:
+        for start, num_rows in [*sorted(fixed.items()), (self.num_rows, 0)]:
             if start - place >= size:
                 return True
             place = start + num_rows
@@ -150,7 +159,10 @@ class ExtentPool:
         return start
 
     def _drop(self, extent: Extent) -> None:
-        del self._extents[extent.start]
+        """Give up a kept prefix."""
+        del self._kept[extent.start]
+        in_order = self._in_order[extent.adapter]
+        del in_order[bisect_left(in_order, (extent.ids, extent.start))]
         self._give(extent.start, extent.num_rows)
 
     def _give(self, start: int, num_rows: int) -> None:

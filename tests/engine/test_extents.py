@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from finlora.engine import extents
 from finlora.engine.extents import BLOCK, ExtentPool, common_length
 
 
@@ -87,6 +88,50 @@ def test_prefixes_of_an_adapter_are_forgotten():
     pool.forget("a")
     assert pool.find("a", (1,) * 20)[0] is None
     assert pool.find(None, (1,) * 20)[1] == 16
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_extent_shares_a_longer_beginning_than_the_one_found(seed):
+    rng = random.Random(seed)
+    pool, at_work, everything = ExtentPool(4096), [], []
+    for _ in range(400):
+        ids = tuple(rng.randrange(3) for _ in range(rng.randint(1, 12)))
+        adapter = rng.choice([None, "a", "b"])
+        best = max(
+            (
+                common_length(each.ids, ids, min(each.num_ready, len(ids) - 1))
+                for each in everything
+                if each.adapter == adapter
+            ),
+            default=0,
+        )
+        found, length = pool.find(adapter, ids)
+        assert length == best
+        if found is not None:
+            assert (found.adapter, found.ids[:length]) == (adapter, ids[:length])
+            pool.touch(found)
+        extent = take(pool, ids, rng.randint(len(ids), 60), adapter, found)
+        if extent is not None:
+            extent.num_ready = rng.randint(1, len(ids))
+            at_work.append(extent)
+        while len(at_work) > 5 or (extent is None and at_work):
+            pool.release(at_work.pop(rng.randrange(len(at_work))))
+        everything = [*pool._held.values(), *pool._kept.values()]
+        kept = [(each.adapter, each.ids) for each in pool._kept.values()]
+        assert len(kept) == len(set(kept))
+        assert sum(len(each) for each in pool._in_order.values()) == len(kept)
+        assert pool.num_held + pool.num_kept + pool.num_free == pool.num_rows
+
+
+def test_a_thousand_kept_prompts_are_not_looked_through(monkeypatch):
+    pool = ExtentPool(BLOCK * 1100)
+    for number in range(1000):
+        pool.release(take(pool, (1, 2, number, 4)))
+    calls = []
+    monkeypatch.setattr(extents, "common_length", lambda *args: calls.append(1) or common_length(*args))
+    assert pool.find(None, (1, 2, 500, 4, 5))[1] == 4
+    assert pool.find(None, (1, 2, 5000, 4, 5))[1] == 2
+    assert len(calls) <= 4
 
 
 @pytest.mark.parametrize("length", [0, 1, 5, 7])

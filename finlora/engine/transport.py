@@ -49,6 +49,12 @@ class Neighbours:
             device_id=device if transport == "nccl" else None,
         )
         self._sent: tuple[dist.Work | None, Tensor] | None = None
+        # Two NCCL ranks connect in their first exchange, and the sender's call does not return before the receiver has made its
+        # own. Later on that would be for ever: a stage receives once the message has come that the sender sends after the states.
+        if stage > 0:
+            self.receive(1)
+        if stage < num_stages - 1:
+            self.send(torch.zeros(1, hidden_size, dtype=dtype, device=self.device))
 
     def receive(self, num_rows: int) -> Tensor:
         """Return the hidden states (T, H) that the stage before sent next."""

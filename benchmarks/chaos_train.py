@@ -213,6 +213,8 @@ def _break(
     _inject(fire, target, fault, rng, driver)
     seen = []
     try:
+        if target == "controller":  # workers still do a step or two, and that is no recovery
+            driver.wait(LIMIT_S)
         while len(steps_done(fire.nodes, name)) <= lines and _last(fire, name) < STEPS:
             if driver.poll() is not None:
                 if target != "driver":
@@ -222,7 +224,7 @@ def _break(
             if time.monotonic() - started > LIMIT_S:
                 raise TimeoutError(f"no step within {LIMIT_S:.0f} s of the fault")
             time.sleep(0.1)
-    except TimeoutError as error:
+    except (TimeoutError, subprocess.TimeoutExpired) as error:
         lost = str(error)
         driver.kill()
     words = "; ".join(seen) or ("nothing" if fault == "held up" else "the run waits and goes on by itself")

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import aiohttp
@@ -36,6 +37,18 @@ class Question:
         if self.is_label:
             return {"model": model, "task": "fpb", "text": self.text}
         return {"model": model, "prompt": self.text, "max_tokens": self.num_tokens, "stream": True}
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Several texts in one request, asked for their labels."""
+
+    questions: tuple[Question, ...]
+    is_label = True
+    path = "/v1/classify"
+
+    def body(self, model: str) -> dict[str, Any]:
+        return {"model": model, "task": "fpb", "texts": [question.text for question in self.questions]}
 
 
 Expected = Mapping[Question, dict[str, float] | str]
@@ -84,6 +97,7 @@ async def run_users(
     seconds: float,
     meanwhile: Callable[[], Any] | None = None,
     may_break: bool = False,
+    num_texts: int = 1,
 ) -> Tally:
     """Let `num_users` ask one question after the other for `seconds`; every question begun is seen to its end.
 
@@ -91,6 +105,7 @@ async def run_users(
         meanwhile: runs beside the users, who go on until it has ended too.
         may_break: a broken line, or the proxy's own 500, is a refusal, asked again: what a client does whose proxy or replica
             was killed.
+        num_texts: of each request; more than one asks for labels alone.
     """
     tally, todo = Tally(), itertools.cycle(questions)
     until, started = time.monotonic() + seconds, time.monotonic()
@@ -102,7 +117,8 @@ async def run_users(
 
         async def user() -> None:
             while time.monotonic() < until or (other is not None and not other.done()):
-                await _ask(session, model, next(todo), expected, tally, may_break)
+                asked = Texts(tuple(islice(todo, num_texts))) if num_texts > 1 else next(todo)
+                await _ask(session, model, asked, expected, tally, may_break)
 
         other = asyncio.create_task(meanwhile()) if meanwhile is not None else None
         tasks = [asyncio.create_task(user()) for _ in range(num_users)]
@@ -114,7 +130,12 @@ async def run_users(
 
 
 async def _ask(
-    session: aiohttp.ClientSession, model: str, question: Question, expected: Expected, tally: Tally, may_break: bool
+    session: aiohttp.ClientSession,
+    model: str,
+    question: Question | Texts,
+    expected: Expected,
+    tally: Tally,
+    may_break: bool,
 ) -> None:
     """Ask until there is an answer; a stated refusal is asked again, as its Retry-After invites to."""
     while True:
@@ -122,6 +143,12 @@ async def _ask(
         try:
             async with session.post(question.path, json=question.body(model)) as reply:
                 if reply.status == 200:
+                    if isinstance(question, Texts):
+                        results = (await reply.json())["results"]
+                        tally.whole.append(time.monotonic() - started)
+                        for own, result in zip(question.questions, results, strict=True):
+                            _check(own, dict(result["probabilities"]), expected[own], tally)
+                        return
                     answer = await read_answer(reply, question, tally, started)
                     if isinstance(answer, Refused):
                         tally.refused[answer.code] += 1

@@ -6,9 +6,10 @@
 
 First the bare engine, stages and all, answers with as many questions at once as there are users: that is the truth and the
 rate to compare with. Questions come again and again, so their prompts lie in the prefix cache where it is large enough: give
-more `--questions` than fit for the rate of new ones. Then the same YAML is deployed on a Ray of this machine and asked over
-HTTP. A user waits for its answer before it asks again; a refusal with a stated code is asked again and counted. `--kills N`
-ends a stage's process N times meanwhile. Exit code 1 where an answer was lost or wrong.
+more `--questions` than fit for the rate of new ones. `--texts N` asks for N labels a request, so that the engine has users x
+texts at once, and the bare one gets as many. Then the same YAML is deployed on a Ray of this machine and asked over HTTP. A user
+waits for its answer before it asks again; a refusal with a stated code is asked again and counted. `--kills N` ends a stage's
+process N times meanwhile. Exit code 1 where an answer was lost or wrong.
 
 In bfloat16 a prompt found in the prefix cache and one computed anew can differ by more than the tolerance (seen: 0.007 of a
 probability, where float32 gives the same five digits), and is then counted as wrong: `model.compute_dtype=float32` tells
@@ -50,9 +51,12 @@ def main() -> int:
     parser.add_argument(
         "--labels-only", action="store_true", help="ask for labels alone; else every fourth is continued"
     )
+    parser.add_argument("--texts", type=int, default=1, help="of each request; with --labels-only")
     parser.add_argument("--kills", type=int, default=0, help="stages killed meanwhile")
     parser.add_argument("--output", type=Path, help="JSON file of all numbers")
     options = parser.parse_args()
+    if options.texts > 1 and not options.labels_only:
+        parser.error("--texts asks for labels: give --labels-only too")
 
     os.environ.setdefault("FINLORA_API_KEY", secrets.token_urlsafe(32))
     from finlora import cluster
@@ -65,7 +69,7 @@ def main() -> int:
     # The key of this run's environment alone, and no audit log: both would be somebody's own.
     settings = dataclasses.replace(make_absolute(deployment.settings), keys_file=None, audit_dir=None)
     questions = make_questions(options.questions, options.tokens, options.labels_only)
-    bare, expected = run_bare(settings, questions, options.users, min(BARE_S, options.seconds))
+    bare, expected = run_bare(settings, questions, options.users * options.texts, min(BARE_S, options.seconds))
     say(f"bare engine: {bare['per_second']:.1f} answers/s, {bare['latency_ms']}")
     tally, kills = serve_load(deployment, settings, questions, expected, options)
     http = {
@@ -199,7 +203,8 @@ def serve_load(
         application = ServerDeployment.options(**deployment.options).bind(to_args(settings))
         serve.run(application, name=deployment.name, route_prefix=deployment.route_prefix)
         work = run_users(
-            *(address, key, settings.name, questions, expected, options.users, options.seconds, kill_stages)
+            *(address, key, settings.name, questions, expected, options.users, options.seconds, kill_stages),
+            num_texts=options.texts,
         )
         return asyncio.run(work), kills
     finally:

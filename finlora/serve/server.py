@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 
@@ -52,6 +53,10 @@ class Server:
         )
         self.shelf = AdapterShelf(config.adapters_folder, base)
         self._quota = Quota(time.monotonic)
+        # Labels are few and come with each question.
+        self._encode_choice = functools.lru_cache(256)(
+            lambda choice: encode_answer(choice, base.tokenizer, base.template)
+        )
         self._ledger = Ledger(self._quota, meter, base.weights_hash, audit, has_texts=config.audit_texts)
 
     def list_models(self, key: KeyRecord) -> list[str]:
@@ -164,7 +169,7 @@ class Server:
             id=f"{call.engine_id}-{index}",
             prompt_ids=encode_prompt(question.prompt, base.tokenizer, base.template),
             adapter=call.adapter.engine_name if call.adapter else None,
-            choices=tuple(encode_answer(choice, base.tokenizer, base.template) for choice in question.choices),
+            choices=tuple(self._encode_choice(choice) for choice in question.choices),
             client=call.key.id,
             deadline=time.monotonic() + self.config.limits.deadline_s,
         )

@@ -31,7 +31,8 @@ class Message:
 
     work: MicroBatch | Change | None
     state: Any = None
-    """Hidden states, the hash of an adapter, an error of a stage before, or from the last stage what the work asked for."""
+    """Hidden states as an array, the hash of an adapter, an error of a stage before, or from the last stage what the work asked
+    for."""
     seconds: tuple[float, ...] = ()
     """How long each stage so far worked on it."""
     peaks_gib: tuple[float, ...] = ()
@@ -67,11 +68,13 @@ class StageActor:
 
         remove_left_semaphores()
         bound_kernel_cache()
+        # For as long as the process lives: to change levels of loggers for each micro-batch took a fifth of a short one's time.
+        self._quiet = quiet_bitsandbytes()
+        self._quiet.__enter__()
         source, layers = ModelConfig(**model), range(*span)
         self.device = torch.device("cuda:0" if device == "cuda" else "cpu")
         self.neighbours: Neighbours | None = None
-        with quiet_bitsandbytes():
-            base = load_base(source, bits, self.device, seed, layers)
+        base = load_base(source, bits, self.device, seed, layers)
         dtype = torch.bfloat16 if source.compute_dtype == "bfloat16" else torch.float32
         self.stage = Stage(base.model, layers, cache_rows, dtype, keep_unpacked=keep_unpacked)
         self.weights_gib = base.weights_gib
@@ -135,7 +138,7 @@ class StageActor:
     def _work(self, work: MicroBatch | Change | None, state: Any) -> Any:
         import torch
 
-        from finlora.model.base import quiet_bitsandbytes
+        from finlora.engine.transport import from_message, to_message
 
         if isinstance(work, Change):
             if work.folder is not None:
@@ -145,12 +148,13 @@ class StageActor:
         assert work is not None
         if self.neighbours is not None and not self.stage.is_first:
             state = self.neighbours.receive(work.num_rows)
-        with quiet_bitsandbytes():
-            result = self.stage.run(work, state)
+        elif not self.stage.is_first:
+            state = from_message(state, self.stage.dtype)
+        result = self.stage.run(work, state)
         if isinstance(result, Output):
             return result
         if self.neighbours is None:
-            return result.cpu()
+            return to_message(result)
         self.neighbours.send(result)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # until then its seconds are not over

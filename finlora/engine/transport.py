@@ -12,8 +12,10 @@ import socket
 from datetime import timedelta
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 _TIMEOUT = timedelta(minutes=10)
@@ -77,6 +79,20 @@ class Neighbours:
             dist.distributed_c10d._abort_process_group()
         else:
             dist.destroy_process_group()
+
+
+def to_message(hidden: Tensor) -> NDArray[np.int8]:
+    """Return hidden states as a message carries them best: Ray passes an array's bytes on, a tensor it has torch.save pickle.
+
+    Shapes: (T, H) of any type -> (T, bytes of a row).
+    """
+    array: NDArray[np.int8] = hidden.cpu().contiguous().view(torch.int8).numpy()
+    return array
+
+
+def from_message(array: NDArray[np.int8], dtype: torch.dtype) -> Tensor:
+    """Return the hidden states (T, H) of a message, whose memory serves for the next one."""
+    return torch.from_numpy(array.copy()).view(dtype)
 
 
 def find_free_address(host: str) -> str:

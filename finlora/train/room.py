@@ -45,7 +45,7 @@ class AwaitRoom(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         """
         # Another job may be faster when room comes up; then Ray Train tries again and the wait goes on where it was.
         self._patience = self._patience or Patience(self._wait_s, self._say)
-        wait_for_room(self._bundles, self._patience, self._raise_when_stopped)
+        wait_for_room(self._bundles, self._patience, self._look)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Begin the next wait, if there is one, afresh; write down which placement group the workers are in."""
@@ -58,7 +58,9 @@ class AwaitRoom(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         with self._folder.waiting.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
-    def _raise_when_stopped(self) -> None:
+    def _look(self) -> None:
+        """Make what room can be made, and see whether the run is still wanted."""
+        free_orphans()
         if self._folder.stop.read_bytes().strip():
             raise describe_stop(self._folder.stop, 0, 0)
 
@@ -84,6 +86,31 @@ def free_group(folder: RunFolder) -> None:
     group = PlacementGroupID(bytes.fromhex(folder.group.read_text(encoding="utf-8")))
     remove_placement_group(PlacementGroup(group))
     folder.group.unlink()
+
+
+def free_orphans() -> list[str]:
+    """Remove the placement groups of this job whose creator, a controller or a trial, is dead; returns their ids.
+
+    Ray keeps a group until the job ends that created it, a whole search here. A run's group is known to `free_group` once its
+    workers have started, and to nobody where the trial is killed before that: the next try would wait for it for ever.
+    """
+    import ray
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    job = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    # Who created a group is in Ray's table alone: placement_group_table() leaves it out.
+    accessor = ray._private.state.state._connect_and_get_accessor()
+    freed = []
+    for raw in accessor.get_placement_group_table():
+        facts = PlacementGroupTableData.FromString(raw)
+        is_by_actor = not ray.ActorID(facts.creator_actor_id).is_nil()  # a driver's own counts as one of a dead actor
+        is_there = facts.state != PlacementGroupTableData.REMOVED and not facts.is_detached
+        if is_there and is_by_actor and facts.creator_actor_dead and facts.creator_job_id == job:
+            group = ray.PlacementGroupID(facts.placement_group_id)
+            remove_placement_group(PlacementGroup(group))
+            freed.append(group.hex())
+    return freed
 
 
 class WaitingWords:

@@ -191,7 +191,7 @@ class TrainConfig:
     max_failures: int = 3
     """How often Ray Train restarts failed workers from the last checkpoint before the run fails."""
     max_stall_s: float | None = 900.0
-    """A worker without a new step for so long ends, as failed. None: it may wait for ever, say for one that hangs."""
+    """A worker that finishes no pass, step or checkpoint for so long ends, as failed. None: it may wait for ever."""
     checkpoint_every_steps: int | None = 100
     """Optimiser steps between checkpoints, besides the one an epoch. None: only that one. With 0/1 Adam a checkpoint waits for
     the next step at which all workers agree."""

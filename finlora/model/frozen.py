@@ -69,7 +69,10 @@ class Nf4Weight:
         self.layers = layers
         self.dtype = dtype
         self.sizes = [int(layer.out_features) for layer in layers]
-        has_kernel = layers[0].weight.is_cuda and layers[0].in_features % _NF4_COLUMNS == 0 and dtype == torch.bfloat16
+        num_in = int(layers[0].in_features)
+        # The kernel counts weights in 32 bits.
+        is_of_size = num_in % _NF4_COLUMNS == 0 and sum(self.sizes) * num_in < 2**32
+        has_kernel = layers[0].weight.is_cuda and is_of_size and dtype == torch.bfloat16
         self.rows: Nf4Rows | None = read_nf4(layers) if has_kernel else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

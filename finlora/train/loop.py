@@ -103,6 +103,7 @@ def run_steps(
     reduce_sum: Callable[[torch.Tensor], torch.Tensor],
     on_log: Callable[[Progress], None],
     on_step_end: Callable[[int], bool],
+    on_pass: Callable[[], object] = lambda: None,
 ) -> int:
     """Train from `start_step` to `total_steps`.
 
@@ -112,6 +113,7 @@ def run_steps(
         reduce_sum: sums a float tensor over all workers in place and returns it.
         on_log: called on every worker each `log_every_steps` steps and after the last one.
         on_step_end: called on every worker with the number of steps done; writes checkpoints, returns whether to stop.
+        on_pass: called after each forward and backward pass.
 
     Returns:
         The steps done: `total_steps`, or fewer after a stop.
@@ -137,6 +139,7 @@ def run_steps(
             window.loss_sum += loss.detach().double() / num_targets
             # The name would hold the graph through the next pass, and LLM.int8() keeps its inputs on the nodes of the graph.
             del loss
+            on_pass()
         engine.step()
         window.num_steps += 1
         done = step + 1

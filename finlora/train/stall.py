@@ -44,14 +44,14 @@ class StallGuard:
             self._thread.join()
 
     def tick(self) -> None:
-        """Say that a step is done."""
+        """Say that work is done: a pass, a step, a checkpoint."""
         self._last = time.monotonic()
 
     def _watch(self) -> None:
         assert self._max_stall_s is not None
         message = (
-            f"finlora: no step was done for {self._max_stall_s:g} s: this worker hangs, or waits for one that does. It ends, and "
-            "the run goes on from its last checkpoint. If steps may take longer, set train.max_stall_s higher.\n"
+            f"finlora: nothing was done for {self._max_stall_s:g} s: this worker hangs, or waits for one that does. It ends, and "
+            "the run goes on from its last checkpoint. If a pass or a checkpoint may take longer, set train.max_stall_s higher.\n"
         )
         while not self._is_over.wait(min(1.0, self._max_stall_s / 4)):
             if time.monotonic() - self._last > self._max_stall_s:

@@ -249,6 +249,7 @@ def _train(
                 reduce_sum=reduce_sum,
                 on_log=record,
                 on_step_end=end_step,
+                on_pass=guard.tick,
             )
         record.close()
         if worker == 0 and done == total_steps:

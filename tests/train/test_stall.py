@@ -14,7 +14,7 @@ from finlora.errors import ConfigError
 from finlora.train.stall import EXIT_CODE, StallGuard
 
 
-def test_worker_without_a_step_is_ended_and_told():
+def test_worker_that_does_nothing_is_ended_and_told():
     said, is_ended = [], threading.Event()
 
     def end(message):
@@ -23,7 +23,7 @@ def test_worker_without_a_step_is_ended_and_told():
 
     with StallGuard(0.2, end):
         assert is_ended.wait(30)
-    assert "no step was done for 0.2 s" in said[0]
+    assert "nothing was done for 0.2 s" in said[0]
     assert "train.max_stall_s" in said[0]
 
 
@@ -43,7 +43,7 @@ def test_process_that_hangs_ends():
     code = "import time; from finlora.train.stall import StallGuard; StallGuard(0.3).__enter__(); time.sleep(100)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == EXIT_CODE
-    assert done.stderr.startswith("finlora: no step was done for 0.3 s")
+    assert done.stderr.startswith("finlora: nothing was done for 0.3 s")
 
 
 def test_setting_is_checked():

@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOCKS := requirements/torch-$(TORCH).lock requirements/build.lock requirements/packages.lock requirements/deepspeed.lock
 SEED ?= 0
-MINUTES ?= 25
+MINUTES ?= 50
 STAMP := $(VENV)/.installed-$(TORCH)
 
 .PHONY: setup demo test check lint chaos soak fuzz audit clean

@@ -1,6 +1,6 @@
 """Break the system on purpose, at random places and times, and look at what is lost: nothing may be.
 
-    make chaos                                                   # all kinds, about 20 minutes on two quiet cores
+    make chaos                                                   # all kinds, about 40 minutes on two quiet cores
     python benchmarks/chaos.py --parts files writers --seed 7    # without Ray, about two minutes
     python benchmarks/chaos.py --parts train serve --minutes 15
     python benchmarks/chaos.py --parts files --only "bit flipped/checkpoint" --only-seed 123456  # one fault again
@@ -35,7 +35,7 @@ ROUNDS = 8
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=25.0, help="no fault is injected after that")
+    parser.add_argument("--minutes", type=float, default=50.0, help="no fault is injected after that")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="faults of each cheap kind")
     parser.add_argument("--only", help="KIND/TARGET of a cheap fault")

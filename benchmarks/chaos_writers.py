@@ -58,22 +58,20 @@ def list_faults(folder: Path) -> list[tuple[str, str, Callable[[int], Injection]
 
 def _list_writers(world: World) -> list[Writer]:
     def prepare(folder: Path, value: int) -> None:
-        import importlib.metadata
-
         from finlora.data.catalog import task_named
         from finlora.data.example import Splits
+        from finlora.data.prepare import code_version
         from finlora.data.prepared import read_prepared, write_prepared
 
         split = read_prepared(world.folder / "data", _TASK, "train")
         parts = Splits(train=split.examples[value % 7 :], test=split.examples[:3], notes=(str(value),))
-        version = importlib.metadata.version("finlora")
         write_prepared(
             task_named(_TASK),
             parts,
             folder,
             variant=str(value),
             source="",
-            version=version,
+            version=code_version(),
             overwrite=True,
             dry_run=False,
         )

@@ -182,8 +182,7 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
             stack.callback(ray.shutdown)
         executor, rows = stack.enter_context(open_executor(config, work.num_stages, rows, sizes[0]))
         tokenizer = load_tokenizer(find_source(config.model).tokenizer_path)
-        gpus_per_stage = config.eval.num_gpus if device.type == "cuda" else None
-        in_flight = options.in_flight or choose_in_flight(work.num_stages, gpus_per_stage)
+        in_flight = options.in_flight or choose_in_flight(work.num_stages, config.eval.device, config.eval.num_gpus)
         batch_rows = options.batch_tokens or choose_batch_rows(in_flight)
 
         def run(asked: Sequence[Any]) -> Any:

@@ -44,7 +44,6 @@ class Texts:
     """Several texts in one request, asked for their labels."""
 
     questions: tuple[Question, ...]
-    is_label = True
     path = "/v1/classify"
 
     def body(self, model: str) -> dict[str, Any]:

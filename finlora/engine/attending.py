@@ -13,35 +13,33 @@ from torch import Tensor
 
 from finlora.data.packing import Segments
 from finlora.engine.microbatch import MicroBatch, Segment
-from finlora.model.attention import LONG, attend, attend_alone, attend_cache, can_attend_alone
+from finlora.model.attention import LONG, attend, attend_alone, attend_cache
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query (T, h, d), all cached keys of a layer (R, g, d), all values (R, g, d)) -> output (T, h, d)."""
 
 
-def make_attention(segments: Sequence[Segment], device: torch.device) -> Attend:
+def make_attention(segments: Sequence[Segment], device: torch.device, *, goes_alone: bool = False) -> Attend:
     """Return attention of segments, whose keys are gathered only where some segment's lie in several places.
 
-    A long segment that sees no keys but its own goes to cuDNN by itself, where the GPU has that.
+    Args:
+        goes_alone: a long segment that sees no keys but its own goes to cuDNN by itself (`can_attend_alone`).
     """
     if not segments:
         return lambda query, _keys, _values: query
     if any(len(segment.keys) != 1 for segment in segments):
         return _gather(segments, device)
-    runs = [(alone, list(run)) for alone, run in groupby(segments, key=_is_alone)]
-    in_place = _attend_in_place(segments, device)
-    if not any(alone for alone, _ in runs):
-        return in_place
     parts: list[tuple[int, Attend]] = []
-    for alone, run in runs:
-        if alone:
+    for is_alone, group in groupby(segments, key=lambda segment: goes_alone and _is_alone(segment)):
+        run = list(group)
+        if is_alone:
             parts += [(segment.num_rows, _attend_alone(segment)) for segment in run]
         else:
             parts.append((sum(segment.num_rows for segment in run), _attend_in_place(run, device)))
+    if len(parts) == 1:
+        return parts[0][1]
 
     def attend_in_runs(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        if not can_attend_alone(query):
-            return in_place(query, keys, values)
         pieces = query.split([num_rows for num_rows, _ in parts])
         return torch.cat([run(piece, keys, values) for piece, (_, run) in zip(pieces, parts, strict=True)])
 

@@ -93,7 +93,7 @@ def open_engine(
 ) -> Iterator[EngineCore]:
     """Hold a base and at most one adapter, under the name ADAPTER, while inside; arguments and errors as `open_executor`."""
     with open_executor(config, num_stages, wanted_rows, least_rows) as (executor, rows):
-        in_flight = choose_in_flight(num_stages, config.eval.num_gpus if config.eval.device == "cuda" else None)
+        in_flight = choose_in_flight(num_stages, config.eval.device, config.eval.num_gpus)
         limits = Limits(cache_rows=rows, max_in_flight=in_flight, max_batch_tokens=choose_batch_rows(in_flight))
         end = end_token_id(tokenizer, config.model.template)
         core = EngineCore(executor, Scheduler(limits, end, lambda: random.getrandbits(31)), tokenizer)
@@ -102,15 +102,16 @@ def open_engine(
         yield core
 
 
-def choose_in_flight(num_stages: int, gpus_per_stage: float | None) -> int:
+def choose_in_flight(num_stages: int, device: str, gpus_per_stage: float) -> int:
     """Return how many micro-batches are under way at once: one for each processor that the stages compute on.
 
     Stages that share a GPU take turns on it. More micro-batches would only be smaller ones, each of which reads all weights.
 
     Args:
-        gpus_per_stage: share of a GPU; None: stages on CPU.
+        device: `cuda` or `cpu`.
+        gpus_per_stage: share of a GPU; of no use on CPU.
     """
-    if gpus_per_stage is None or gpus_per_stage >= 1:
+    if device != "cuda" or gpus_per_stage >= 1:
         return num_stages
     return min(num_stages, max(1, math.ceil(num_stages * gpus_per_stage - 1e-6)))
 

@@ -20,7 +20,7 @@ from finlora.engine.decode import DecodePasses, Rows, is_decode
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.sampling import choice_log_probs, sample
 from finlora.errors import AdapterError
-from finlora.model.attention import attend_cache
+from finlora.model.attention import attend_cache, can_attend_alone
 from finlora.model.elementwise import gate, normalise, rotate
 from finlora.model.packed import read_layer
 from finlora.model.peak import measure_peak_gib
@@ -63,6 +63,7 @@ class Stage:
         _, num_groups, width = self.layers[0].heads
         # One row more, for rows that only fill up a recorded pass.
         self.cache = torch.zeros(len(span), 2, num_rows + 1, num_groups, width, dtype=dtype, device=self.device)
+        self._goes_alone = can_attend_alone(self.cache)  # its type and width are those of queries
         self._decode = DecodePasses(self._run_decode, num_rows, self.device)
 
     @property
@@ -139,7 +140,8 @@ class Stage:
         if wanted is not None:
             segments, adapters = narrow(batch, wanted)
             few = _Wanted(self._ids(wanted), make_attention(segments, self.device), self._make_adapt(adapters))
-        attend_keys, adapt = make_attention(batch.segments, self.device), self._make_adapt(batch.adapters)
+        attend_keys = make_attention(batch.segments, self.device, goes_alone=self._goes_alone)
+        adapt = self._make_adapt(batch.adapters)
         return self._run_layers(ids, positions, slots, hidden, attend_keys, adapt, few)
 
     @torch.inference_mode()

@@ -146,10 +146,9 @@ class StageActor:
             self.unload_adapter(work.name)
             return None
         assert work is not None
-        if self.neighbours is not None and not self.stage.is_first:
-            state = self.neighbours.receive(work.num_rows)
-        elif not self.stage.is_first:
-            state = from_message(state, self.stage.dtype)
+        if not self.stage.is_first:
+            beside = self.neighbours
+            state = beside.receive(work.num_rows) if beside else from_message(state, self.stage.dtype)
         result = self.stage.run(work, state)
         if isinstance(result, Output):
             return result

@@ -154,7 +154,7 @@ def attend_backward(
 
 
 def can_attend_alone(query: Tensor) -> bool:
-    """Return whether `attend_alone` takes these tensors, and is worth it: cuDNN's attention on a Hopper or newer."""
+    """Return whether `attend_alone` takes tensors of this device, type and width, and is worth it: on a Hopper or newer."""
     return can_flash(query) and query.shape[-1] <= 128 and torch.cuda.get_device_capability(query.device) >= (9, 0)
 
 

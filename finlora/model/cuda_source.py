@@ -9,7 +9,6 @@ Source: https://nvidia.github.io/cuda-python/cuda-bindings/latest/overview.html
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Mapping
 from importlib import resources
 from typing import Any
@@ -80,7 +79,6 @@ def load_kernels(
         }
 
 
-@functools.cache
 def _compile(file: str, options: tuple[str, ...]) -> bytes:
     source = (resources.files("finlora.model") / file).read_bytes()
     try:

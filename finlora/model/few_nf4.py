@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 
 from finlora.model.cuda_source import CudaKernel, load_kernels
-from finlora.model.nf4 import Nf4Rows
-
-UNIT = 256
-"""Columns of which a block reads a multiple."""
+from finlora.model.nf4 import UNIT, Nf4Rows
 
 _WARPS, _OUT_TILES = 8, 2
 _THREADS, _TILE = 32 * _WARPS, 16 * _WARPS * _OUT_TILES

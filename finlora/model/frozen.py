@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from finlora.model.base import Int8Rows, read_int8
 from finlora.model.elementwise import fused
-from finlora.model.nf4 import Nf4Rows, read_nf4, unpack_nf4
+from finlora.model.nf4 import UNIT, Nf4Rows, read_nf4, unpack_nf4
 
 OUTLIER_THRESHOLD = 6.0
 MAX_OUTLIERS = 64
 MAX_FEW_ROWS = 64
 """Rows up to which a product takes as long as reading its weights, so that these are unpacked on the way."""
 _MIN_INT8_ROWS = 32  # cuBLAS refuses int8 products of 16 rows and fewer
-_INT8_COLUMNS, _NF4_COLUMNS = 128, 256  # columns that a kernel reads at a time
+_INT8_COLUMNS = 128  # columns that a kernel reads at a time
 
 
 class FrozenWeight(Protocol):
@@ -71,7 +71,7 @@ class Nf4Weight:
         self.sizes = [int(layer.out_features) for layer in layers]
         num_in = int(layers[0].in_features)
         # The kernel counts weights in 32 bits.
-        is_of_size = num_in % _NF4_COLUMNS == 0 and sum(self.sizes) * num_in < 2**32
+        is_of_size = num_in % UNIT == 0 and sum(self.sizes) * num_in < 2**32
         has_kernel = layers[0].weight.is_cuda and is_of_size and dtype == torch.bfloat16
         self.rows: Nf4Rows | None = read_nf4(layers) if has_kernel else None
 

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+UNIT = 256
+"""Columns of which the kernel for few rows reads a multiple."""
+
 
 class Nf4Rows(NamedTuple):
     """Rows of 4-bit layers of one input, joined; a row's scale of a block is level_code[level] * level_scale + mean.

@@ -76,7 +76,7 @@ def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
         wait_s=stages.wait_s,
     )
     pipeline = Pipeline(config.model, config.bits, settings, config.seed)
-    in_flight = choose_in_flight(stages.num, stages.gpus if stages.device == "cuda" else None)
+    in_flight = choose_in_flight(stages.num, stages.device, stages.gpus)
 
     def describe() -> OpenCore:
         if stages.device == "cuda":  # kernels are compiled and passes recorded before anybody waits for them

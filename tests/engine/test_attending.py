@@ -77,7 +77,7 @@ def test_long_segments_go_alone_and_the_others_together(monkeypatch):
     attend_keys = make_attention(batch.segments, CPU)
     torch.testing.assert_close(attend_keys(query, keys, values), expected, rtol=0, atol=0)  # no cuDNN here
     assert not alone
-    monkeypatch.setattr(attending, "can_attend_alone", lambda _query: True)
+    attend_keys = make_attention(batch.segments, CPU, goes_alone=True)
     torch.testing.assert_close(attend_keys(query, keys, values), expected, rtol=1e-5, atol=1e-6)
     assert alone == [(8, 8), (6, 6), (5, 5)]
 
@@ -113,7 +113,8 @@ def test_states_of_wanted_rows_are_those_of_all_and_the_cache_is_filled_alike(ma
     ],
 )
 def test_as_many_micro_batches_are_under_way_as_gpus_compute(num_stages, gpus_per_stage, expected):
-    assert choose_in_flight(num_stages, gpus_per_stage) == expected
+    device = "cpu" if gpus_per_stage is None else "cuda"
+    assert choose_in_flight(num_stages, device, gpus_per_stage or 1.0) == expected
 
 
 def test_one_micro_batch_at_work_is_larger():

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from adversarial import assert_near, spoil
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -79,33 +80,8 @@ def test_the_strongest_columns_are_chosen(num_in, share):
         assert columns.sort().values.tolist() == list(range(64))
 
 
-def spoil(x, kind):
-    """Adversarial rows of x, in place. Shapes: (T, K)."""
-    if kind == "zeros":
-        x[0] = 0
-    elif kind == "outliers":
-        x[:, ::17] *= 200
-    elif kind == "one huge":
-        x[0, 3] = 3e4
-    elif kind == "subnormal":
-        x[0] *= 1e-38
-    return x
-
-
-def assert_near(found, x, weight, residual=None):
-    """Within the rounding of the output and of the unpacked weights (2^-8 each on a GPU) and float32's of the sum.
-
-    Unlike `assert_close`, each output has a bound of its own, from the magnitudes of its terms: a huge row must not hide an error
-    in a small one.
-    """
-    expected, terms = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
-    if residual is not None:
-        expected, terms = expected + residual.double(), terms + residual.double().abs()
-    eps = 2.0**-7 if DEVICE == "cuda" else 2.0**-18
-    smallest = 2.0**-126 * (weight.abs().sum(1) + 1)  # numbers below it may be flushed to 0
-    assert ((found.double() - expected).abs() <= eps * terms + smallest).all()
-
-
+EPS = 2.0**-7 if DEVICE == "cuda" else 2.0**-18
+"""The rounding of the output and of the unpacked weights (2^-8 each on a GPU), and float32's of the sum."""
 KINDS = ["zeros", "outliers", "one huge", "subnormal"]
 
 
@@ -117,8 +93,8 @@ def test_few_rows_times_int8_on_adversarial_numbers(num_rows, num_out, num_in, k
     values[0], values[1], values[2] = 0, 127, -127
     scales = torch.logspace(-6, 4, num_out, device=DEVICE)
     weight = values.double() * scales.double()[:, None] / 127
-    assert_near(few_int8(x, values, scales, None), x, weight)
-    assert_near(few_int8(x, values, scales, residual), x, weight, residual)
+    assert_near(few_int8(x, values, scales, None), x, weight, eps=EPS)
+    assert_near(few_int8(x, values, scales, residual), x, weight, residual, eps=EPS)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

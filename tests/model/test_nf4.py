@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import adversarial
 import bitsandbytes as bnb
 import pytest
 import torch
+from adversarial import spoil
 
 from finlora.model.frozen import MAX_FEW_ROWS, Nf4Weight
 from finlora.model.nf4 import pair_up, read_nf4, unpack_nf4
@@ -43,27 +45,10 @@ def random_rows(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to("cuda", torch.bfloat16)
 
 
-def spoil(x, kind):
-    """Adversarial rows of x, in place. Shapes: (T, K)."""
-    if kind == "zeros":
-        x[0] = 0
-    elif kind == "outliers":
-        x[:, ::17] *= 200
-    elif kind == "one huge":
-        x[0, 3] = 3e4
-    elif kind == "subnormal":
-        x[0] *= 1e-38
-    return x
-
-
 def assert_near(found, x, weight, residual=None):
-    """Each output within 3 x 2^-8 of its terms' magnitudes: NF4's numbers, bitsandbytes' weights and the output are rounded."""
-    expected, terms = x.double() @ weight.t(), x.double().abs() @ weight.abs().t()
-    if residual is not None:
-        expected, terms = expected + residual.double(), terms + residual.double().abs()
-    smallest = 2.0**-126 * (weight.abs().sum(1) + 1)  # numbers below it may be flushed to 0
+    """NF4's numbers, bitsandbytes' weights and the output are rounded: 2^-8 each."""
     assert found.dtype == torch.bfloat16
-    assert ((found.double() - expected).abs() <= 3 * 2.0**-8 * terms + smallest).all()
+    adversarial.assert_near(found, x, weight, residual, eps=3 * 2.0**-8)
 
 
 @on_gpu

@@ -185,15 +185,21 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
         in_flight = options.in_flight or choose_in_flight(work.num_stages, config.eval.device, config.eval.num_gpus)
         batch_rows = options.batch_tokens or choose_batch_rows(in_flight)
 
-        def run(asked: Sequence[Any]) -> Any:
+        def run(asked: Sequence[Any]) -> tuple[Any, Any]:
+            """Return the meter's readings of the whole run, and from the last prompt's to the first answer's end."""
             # Another scheduler has another prefix cache: nothing is left of the run before.
             limits = Limits(cache_rows=rows, max_in_flight=in_flight, max_batch_tokens=batch_rows)
             core = EngineCore(executor, Scheduler(limits, NEVER, lambda: 0), tokenizer)
             for request in asked:
                 core.submit(request)
+            begun = steady = None
             while not core.is_idle:
-                core.step()
-            return core.meter.read()
+                ended = core.step()
+                if begun is None and not core.scheduler.num_waiting:
+                    begun = core.meter.totals() if core.scheduler.num_prefilled == len(asked) else None
+                elif begun is not None and steady is None and ended:
+                    steady = core.meter.read(begun)
+            return core.meter.read(), steady
 
         run(requests)  # kernels are compiled, passes of each size seen for the first time
         run(requests)
@@ -201,16 +207,20 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
         seconds = _time(lambda: readings.append(run(requests)), device, options.repeats)
         lone = [Request(id="lone", prompt_ids=requests[0].prompt_ids, sampling=Sampling(max_tokens=1))]
         run(lone)
-        first = _time(lambda: run(lone), device, options.repeats)
+        firsts: list[Any] = []
+        first = _time(lambda: firsts.append(run(lone)), device, options.repeats)
         peak = executor.peak_memory_gib() or 0.0
+        whole, steady = readings[-1]
         weights = [stage["weights_gib"] for stage in executor.stages] if work.num_stages > 1 else None  # type: ignore[attr-defined]
     return {
         "seconds_per_example": seconds / len(requests),
         "first_seconds": first,
         "weights_gib": sum(weights) if weights else None,
         "peak_gb": peak * 2**30 / 1e9,
-        "notes": readings[-1].describe(),
-        "reading": asdict(readings[-1]),
+        "notes": f"{whole.describe()}; first token: {_describe_stages(firsts[-1][0])}"
+        + (f"; decoding alone: {steady.describe()}" if steady and work.num_stages > 1 else ""),
+        "reading": asdict(whole),
+        "steady": steady and asdict(steady),
     }
 
 
@@ -266,6 +276,11 @@ def _time(run: Callable[[], object], device: Any, repeats: int) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
+
+
+def _describe_stages(reading: Any) -> str:
+    stages = " + ".join(f"{share * reading.seconds * 1e3:.1f}" for share in reading.busy)
+    return f"{stages} ms computed of {reading.seconds * 1e3:.1f}"
 
 
 def show(row: dict[str, Any], reference: dict[str, Any]) -> str:

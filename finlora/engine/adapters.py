@@ -50,6 +50,10 @@ Adapter = Mapping[tuple[int, str], list[Update]]
 """(layer, product) -> its updates."""
 
 
+_MAX_GATHERED_ROWS = 64
+"""Rows up to which each fetches its own adapter's matrices; more of them multiply by all adapters' and keep their own's part."""
+
+
 class Bank:
     """All adapters of a span side by side, so that each row of a pass can use another one, by its number.
 
@@ -77,17 +81,17 @@ class Bank:
                 self._pairs[key], has_moved = self._grow((downs, ups), downs[0], ups[0]), True
         for (layer, product), updates in adapter.items():
             down = torch.cat([update.down for update in updates])
-            up = down.new_zeros(num_out[product], len(down))
+            up = down.new_zeros(len(down), num_out[product])
             start = 0
             for update in updates:
                 size = len(update.down)
-                up[update.columns, start : start + size] = update.up * update.scale
+                up[start : start + size, update.columns] = (update.up * update.scale).t()
                 start += size
             pair = self._pairs.get((layer, product))
             if pair is None or pair[0].shape[1] < len(down):
                 pair, has_moved = self._grow(pair, down, up), True
                 self._pairs[layer, product] = pair
-            pair[0][number, : len(down)], pair[1][number, :, : len(down)] = down, up
+            pair[0][number, : len(down)], pair[1][number, : len(down)] = down, up
         return has_moved
 
     def remove(self, name: str) -> None:
@@ -101,16 +105,22 @@ class Bank:
         pair = self._pairs.get((layer, product))
         if pair is None:
             return out
-        low = torch.bmm(pair[0][numbers], x[..., None])
-        return out + torch.bmm(pair[1][numbers], low)[..., 0]
+        downs, ups = pair
+        if len(x) <= _MAX_GATHERED_ROWS:
+            low = torch.bmm(downs[numbers], x[..., None])
+            return out + torch.bmm(low.transpose(1, 2), ups[numbers])[:, 0]
+        low = (x @ downs.flatten(0, 1).t()).view(len(x), *downs.shape[:2])
+        is_own = numbers[:, None, None] == torch.arange(len(downs), device=x.device)[None, :, None]
+        # Not times 0: what another's update makes of a row need not be finite.
+        return out.addmm_(torch.where(is_own, low, 0).flatten(1), ups.flatten(0, 1))
 
     def _grow(self, pair: tuple[Tensor, Tensor] | None, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """Return zeros with room for all numbers and ranks, holding what was there."""
         rank = max(len(down), 0 if pair is None else pair[0].shape[1])
-        downs, ups = down.new_zeros(self._room, rank, down.shape[1]), up.new_zeros(self._room, len(up), rank)
+        downs, ups = (tensor.new_zeros(self._room, rank, tensor.shape[1]) for tensor in (down, up))
         if pair is not None:
             count, old_rank = pair[0].shape[:2]
-            downs[:count, :old_rank], ups[:count, :, :old_rank] = pair
+            downs[:count, :old_rank], ups[:count, :old_rank] = pair
         return downs, ups
 
 

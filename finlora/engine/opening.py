@@ -13,10 +13,10 @@ import torch
 
 from finlora.config import RunConfig
 from finlora.data.encode import end_token_id
-from finlora.engine.decode import SIZES
 from finlora.engine.drive import EngineCore, Executor, InProcess
 from finlora.engine.extents import BLOCK
 from finlora.engine.microbatch import MicroBatch
+from finlora.engine.recorded import DECODE_SIZES, PROMPT_SIZES
 from finlora.engine.request import ADAPTER
 from finlora.engine.scheduler import Limits, Scheduler
 from finlora.engine.stage import Stage
@@ -134,11 +134,12 @@ def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:
         batch_tokens: most rows of a micro-batch.
     """
     longest = min(batch_tokens, num_rows)
-    for size in (longest, longest // 2, longest):
+    recorded = [size for size in PROMPT_SIZES if size < longest] * 2
+    for size in (longest, longest // 2, longest, *recorded):
         prompt = MicroBatch(0, adapters=[(None, size)])
         prompt.add([0] * size, 0, range(size), [(0, size)])
         _pass(executor, prompt)
-    for size in (*SIZES, *SIZES):  # seen for the first time, then recorded
+    for size in (*DECODE_SIZES, *DECODE_SIZES):  # seen for the first time, then recorded
         tokens = MicroBatch(0, adapters=[(None, size)])
         for _ in range(size):
             tokens.add([0], 0, [num_rows], [(num_rows, 1)])  # the row behind the cache belongs to nobody

@@ -8,7 +8,7 @@ micro-batches keep all of them at work: tokens of different requests, or chunks 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -73,6 +73,11 @@ class Scheduler:
         return len(self._active)
 
     @property
+    def num_prefilled(self) -> int:
+        """Requests at work whose prompt is computed, or on its way."""
+        return sum(work.is_prefilled for work in self._active.values())
+
+    @property
     def num_in_flight(self) -> int:
         """Micro-batches under way."""
         return len(self._in_flight)
@@ -88,7 +93,7 @@ class Scheduler:
             raise ConfigError(
                 f"request {request.id}: expected at least one token in its prompt and in each of its choices"
             )
-        if request.id in self._active or any(request.id == other.id for line in self._lines.values() for other in line):
+        if any(request.id == other.id for other in self._requests()):
             raise ConfigError(f"request {request.id}: a request of this id is at work already, expected a new one")
         if request.num_tokens > self.pool.num_rows:
             raise ConfigError(
@@ -116,8 +121,7 @@ class Scheduler:
 
     def uses_adapter(self, name: str) -> bool:
         """Return whether a request in line or at work names the adapter."""
-        waiting = (request for line in self._lines.values() for request in line)
-        return any(r.adapter == name for r in (*waiting, *(work.request for work in self._active.values())))
+        return any(request.adapter == name for request in self._requests())
 
     def forget_adapter(self, name: str) -> None:
         """Drop the kept prefixes of an adapter, whose name may come to mean another."""
@@ -125,9 +129,7 @@ class Scheduler:
 
     def expire(self, now: float) -> list[Answer]:
         """End all requests whose deadline has passed."""
-        requests = [request for line in self._lines.values() for request in line]
-        requests += [work.request for work in self._active.values()]
-        late = [request.id for request in requests if request.deadline is not None and request.deadline < now]
+        late = [request.id for request in self._requests() if request.deadline is not None and request.deadline < now]
         return [answer for name in late if (answer := self.end(name, "deadline")) is not None]
 
     def next_batch(self) -> MicroBatch | None:
@@ -179,6 +181,10 @@ class Scheduler:
                 answers.append(self._finish(work, finish))
         return news, answers
 
+    def _requests(self) -> Iterator[Request]:
+        yield from chain.from_iterable(self._lines.values())
+        yield from (work.request for work in self._active.values())
+
     def _finish(self, work: Work, finish: Finish, log_probs: list[float] | None = None) -> Answer:
         del self._active[work.request.id]
         if work.is_prefilled and work.tokens:  # the last token was drawn, not computed
@@ -200,7 +206,7 @@ class Scheduler:
         chosen: list[tuple[Work, int]] = []
         ready = [work for work in self._active.values() if not work.in_flight and work.is_prefilled]
         # Split evenly over the passes in flight, or the first would take all and leave the other stages nothing.
-        share = -(-sum(work.is_prefilled for work in self._active.values()) // self.limits.max_in_flight)
+        share = -(-self.num_prefilled // self.limits.max_in_flight)
         for work in ready[: min(share, budget)]:
             chosen.append((work, 0))
             budget -= 1

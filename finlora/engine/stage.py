@@ -16,8 +16,8 @@ from torch import Tensor
 
 from finlora.engine.adapters import PRODUCTS, Adapter, Bank, read_adapter
 from finlora.engine.attending import Attend, make_attention, narrow
-from finlora.engine.decode import DecodePasses, Rows, is_decode
 from finlora.engine.microbatch import MicroBatch, Output
+from finlora.engine.recorded import RecordedPasses, Rows
 from finlora.engine.sampling import choice_log_probs, sample
 from finlora.errors import AdapterError
 from finlora.model.attention import attend_cache, can_attend_alone
@@ -64,7 +64,7 @@ class Stage:
         # One row more, for rows that only fill up a recorded pass.
         self.cache = torch.zeros(len(span), 2, num_rows + 1, num_groups, width, dtype=dtype, device=self.device)
         self._goes_alone = can_attend_alone(self.cache)  # its type and width are those of queries
-        self._decode = DecodePasses(self._run_decode, num_rows, self.device)
+        self.passes = RecordedPasses(self._run_rows, num_rows, self.device, fills=self.device.type == "cuda")
 
     @property
     def cache_bytes(self) -> int:
@@ -87,13 +87,13 @@ class Stage:
             has_moved = self.bank.add(name, adapter, sizes)
         except torch.OutOfMemoryError as error:
             self.bank.remove(name)
-            self._decode.forget()  # some tensors may have moved
+            self.passes.forget()  # some tensors may have moved
             raise AdapterError(
                 f"{folder} does not fit into the memory that is left on {self.device} ({error}): hold fewer adapters at once "
                 "(max_adapters), or a smaller KV cache."
             ) from error
         if has_moved:
-            self._decode.forget()
+            self.passes.forget()
         self.adapters[name] = adapter
 
     def unload_adapter(self, name: str) -> None:
@@ -115,16 +115,21 @@ class Stage:
         Returns:
             (T, H) for the next stage; from the last one, what the micro-batch asks for.
         """
-        if is_decode(batch):
-            result = self._decode.run(batch, hidden, self.bank.numbers)
-            if not self.is_last:
-                return result
-            rows = self._ids([draw.row for draw in batch.draws])
-            return Output(batch.number, sample(result[rows], batch.draws), ())
-        if not self.is_last:
-            return self.forward(batch, hidden)
+        self._copy_rows(batch)
         wanted = sorted({draw.row for draw in batch.draws} | {score.row for score in batch.scores})
-        return self._finish(batch, wanted, self.forward(batch, hidden, wanted))
+        taken = self.passes.take(batch)
+        if taken is None:
+            result = self.forward(batch, hidden, wanted if self.is_last else None)
+        else:
+            result = self.passes.run(batch, taken, hidden, self.bank.numbers)
+        if not self.is_last:
+            return result
+        if not wanted:
+            return Output(batch.number, (), ())
+        if taken is not None and taken[0].is_decode:
+            return self._finish(batch, range(batch.num_rows), result)
+        states = result if taken is None else result[self._ids(wanted)]
+        return self._finish(batch, wanted, self.compute_logits(states))
 
     @torch.inference_mode()
     def forward(self, batch: MicroBatch, hidden: Tensor | None, wanted: Sequence[int] | None = None) -> Tensor:
@@ -133,8 +138,6 @@ class Stage:
         Args:
             wanted: rows, in ascending order, whose states are returned, (N, H); None: all.
         """
-        for source, target, count in batch.copies:
-            self.cache[:, :, target : target + count] = self.cache[:, :, source : source + count].clone()
         ids, positions, slots = (self._ids(numbers) for numbers in (batch.input_ids, batch.positions, batch.slots))
         few = None
         if wanted is not None:
@@ -152,17 +155,24 @@ class Stage:
         logits: Tensor = (normed @ self.net.lm_head.weight.to(self.dtype).t()).float()
         return logits
 
-    def _run_decode(self, rows: Rows, hidden: Tensor | None) -> Tensor:
-        """Compute one token of each row; returns hidden states, or logits at the last stage."""
+    def _run_rows(self, rows: Rows, hidden: Tensor | None) -> Tensor:
+        """Compute a pass that can be recorded; returns hidden states, or where the last stage decodes, logits."""
+        form = rows.form
 
         def attend_keys(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return attend_cache(query, keys, values, rows.cumulative_queries, rows.starts, rows.lengths, 1)
+            places = rows.cumulative_queries, rows.starts, rows.lengths
+            return attend_cache(query, keys, values, *places, rows.max_queries)
 
         def adapt(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
-            return self.bank.apply(out, x, rows.adapters, self.span[index], product) if rows.has_adapters else out
+            return self.bank.apply(out, x, rows.adapters, self.span[index], product) if form.has_adapters else out
 
         x = self._run_layers(rows.ids, rows.positions, rows.slots, hidden, attend_keys, adapt)
-        return self.compute_logits(x) if self.is_last else x
+        return self.compute_logits(x) if self.is_last and form.is_decode else x
+
+    def _copy_rows(self, batch: MicroBatch) -> None:
+        """Copy the cache rows of beginnings that requests share."""
+        for source, target, count in batch.copies:
+            self.cache[:, :, target : target + count] = self.cache[:, :, source : source + count].clone()
 
     def _run_layers(
         self,
@@ -218,12 +228,9 @@ class Stage:
 
         return adapt
 
-    def _finish(self, batch: MicroBatch, wanted: Sequence[int], hidden: Tensor) -> Output:
-        """Shapes: hidden (N, H), of the wanted rows."""
-        if not wanted:
-            return Output(batch.number, (), ())
-        places = {row: place for place, row in enumerate(wanted)}
-        logits = self.compute_logits(hidden)
+    def _finish(self, batch: MicroBatch, rows: Sequence[int], logits: Tensor) -> Output:
+        """Return what the micro-batch asks for, from the logits (N, V) of some of its rows."""
+        places = {row: place for place, row in enumerate(rows)}
         drawn = logits[self._ids([places[draw.row] for draw in batch.draws])] if batch.draws else logits[:0]
         scored = logits[self._ids([places[score.row] for score in batch.scores])] if batch.scores else logits[:0]
         targets = self._ids([score.token for score in batch.scores])

@@ -77,7 +77,7 @@ def plain(four_layers, adapter_folders):
 def make_core(four_layers, adapter_folders):
     """Build an engine of some stages in this process, with both adapters loaded."""
 
-    def build(num_stages=1, bits=16, keep_unpacked=False, **limits):
+    def build(num_stages=1, bits=16, keep_unpacked=False, fills=False, **limits):
         settings = Limits(**{"cache_rows": 1024, "max_in_flight": num_stages} | limits)
         size = 4 // num_stages
         stages = []
@@ -86,6 +86,7 @@ def make_core(four_layers, adapter_folders):
                 span = range(number * size, (number + 1) * size)
                 base = load_base(four_layers, bits, CPU, 0, span)
                 stage = Stage(base.model, span, settings.cache_rows, torch.float32, keep_unpacked=keep_unpacked)
+                stage.passes.fills = fills
                 stages.append(stage)
         core = EngineCore(InProcess(stages), Scheduler(settings, END, lambda: 3), base.tokenizer)
         for name, folder in adapter_folders.items():

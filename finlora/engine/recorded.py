@@ -1,0 +1,203 @@
+"""Passes of few rows, recorded as CUDA graphs: hundreds of launches become one.
+
+Up to a thousand rows the GPU has computed a pass sooner than the host has launched it. A graph holds for one `Form`, so rows and
+segments are filled up to the next of the sizes below. A form runs as it is at first, which compiles its kernels, is recorded
+when it comes again and replayed from then on. On CPU nothing is recorded, and nothing filled up.
+
+Rows that fill up a pass write to a cache row of their own. They repeat rows of the pass, since the outliers of all rows together
+say which columns an int8 product holds back: others would change the result. Where each row is a segment, no product does that
+(finlora/model/frozen.py, MAX_FEW_ROWS), and they see one key instead of many.
+
+Shapes: T rows, B segments, H hidden. Source: https://docs.pytorch.org/docs/2.11/notes/cuda.html#cuda-graphs
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, cycle
+
+import torch
+from torch import Tensor
+
+from finlora.engine.microbatch import MicroBatch, Segment
+
+DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64)
+"""Rows of passes in which each row is a segment."""
+PROMPT_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)
+"""Rows of all other recorded passes; larger ones run as they are."""
+SEGMENT_SIZES = (4, 64)
+"""Segments of these passes, whose attention starts a program for each, also for empty ones."""
+
+Run = Callable[["Rows", Tensor | None], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What a graph holds for."""
+
+    num_rows: int
+    num_segments: int
+    is_decode: bool
+    """Each row is a segment: a request's next token."""
+    has_adapters: bool
+    """Without an adapter in it, a pass is recorded without their products."""
+
+
+class Rows:
+    """Where the rows of a pass stand.
+
+    Args:
+        numbers: (4 T + 3 B,) int64: each row's id, position, cache row and adapter's number; each segment's end in the rows,
+            first key row and number of keys.
+    """
+
+    def __init__(self, numbers: Tensor, form: Form) -> None:
+        self.form = form
+        rows, segments = numbers.split([4 * form.num_rows, 3 * form.num_segments])
+        self.ids, self.positions, self.slots, self.adapters = rows.view(4, -1)
+        ends, starts, lengths = segments.view(3, -1).int()
+        self.cumulative_queries = torch.nn.functional.pad(ends, (1, 0))
+        self.starts = torch.nn.functional.pad(starts, (0, 1))
+        self.lengths = lengths
+        self.max_queries = 1 if form.is_decode else form.num_rows
+
+
+def is_decode(batch: MicroBatch) -> bool:
+    """Return whether every row of a micro-batch is a request's next token, whose keys lie side by side."""
+    return batch.num_rows <= DECODE_SIZES[-1] and all(
+        segment.num_rows == 1 and len(segment.keys) == 1 for segment in batch.segments
+    )
+
+
+class RecordedPasses:
+    """Runs micro-batches of few rows.
+
+    Args:
+        run: computes rows, from hidden states (T, H) where the stage is not the first.
+        spare_row: cache row that belongs to no request.
+        fills: whether passes are filled up to their sizes, as recorded ones must be.
+    """
+
+    def __init__(self, run: Run, spare_row: int, device: torch.device, *, fills: bool) -> None:
+        self._run, self._spare_row, self._device, self.fills = run, spare_row, device, fills
+        self._graphs: dict[Form, _Graph] = {}
+        self._seen: set[Form] = set()
+        self._pool: torch.cuda.MemPool | None = None
+
+    def forget(self) -> None:
+        """Drop what is recorded, since tensors that it reads have moved."""
+        self._graphs.clear()
+
+    def take(self, batch: MicroBatch) -> tuple[Form, list[tuple[int, Segment]]] | None:
+        """Return the form of a micro-batch, and with their first rows the segments that fill it up; None where it has none."""
+        has_adapters = any(name is not None for name, _ in batch.adapters)
+        count = batch.num_rows
+        if is_decode(batch):
+            size = _find(DECODE_SIZES, count) if self.fills else count
+            assert size is not None
+            alone = Segment(1, ((self._spare_row, 1),))
+            return Form(size, size, True, has_adapters), [(0, alone)] * (size - count)
+        size = _find(PROMPT_SIZES, count)
+        if not self.fills or size is None or any(len(segment.keys) != 1 for segment in batch.segments):
+            return None
+        filling = _repeat(batch.segments, size - count)
+        num_segments = _find(SEGMENT_SIZES, len(batch.segments) + len(filling))
+        return None if num_segments is None else (Form(size, num_segments, False, has_adapters), filling)
+
+    def run(
+        self,
+        batch: MicroBatch,
+        taken: tuple[Form, Sequence[tuple[int, Segment]]],
+        hidden: Tensor | None,
+        adapters: Mapping[str | None, int],
+    ) -> Tensor:
+        """Return the result of the micro-batch's rows; it holds until the next call.
+
+        Args:
+            taken: what `take` returned.
+            hidden: (rows, H) from the stage before; None at the first stage.
+            adapters: their numbers.
+        """
+        form, filling = taken
+        sources = [row for first, segment in filling for row in range(first, first + segment.num_rows)]
+        numbers = self._lay_out(batch, form, [segment for _, segment in filling], sources, adapters)
+        if hidden is not None and sources:
+            hidden = torch.cat([hidden, hidden[sources]])
+        if self._device.type == "cuda" and (form in self._graphs or form in self._seen):
+            if form not in self._graphs:
+                self._pool = self._pool or torch.cuda.MemPool()
+                self._graphs[form] = _Graph(self._run, numbers, hidden, form, self._device, self._pool)
+            return self._graphs[form].replay(numbers, hidden)[: batch.num_rows]
+        self._seen.add(form)
+        on_device = None if hidden is None else hidden.to(self._device)
+        return self._run(Rows(numbers.to(self._device), form), on_device)[: batch.num_rows]
+
+    def _lay_out(
+        self,
+        batch: MicroBatch,
+        form: Form,
+        filling: Sequence[Segment],
+        sources: Sequence[int],
+        adapters: Mapping[str | None, int],
+    ) -> Tensor:
+        """Return what `Rows` takes.
+
+        Args:
+            sources: rows that the filling ones repeat.
+        """
+        segments = [*batch.segments, *filling]
+        empty = form.num_segments - len(segments)
+        names = [adapters[name] for name, rows in batch.adapters for _ in range(rows)]
+        ends = list(accumulate(segment.num_rows for segment in segments))
+        keys = [segment.keys[0] for segment in segments] + [(self._spare_row, 1)] * empty
+        rows = (batch.input_ids, batch.positions, [*batch.slots], names)
+        filled = [[*numbers, *(numbers[row] for row in sources)] for numbers in rows]
+        filled[2][batch.num_rows :] = [self._spare_row] * len(sources)
+        columns = (*filled, ends + ends[-1:] * empty, [start for start, _ in keys], [count for _, count in keys])
+        return torch.tensor([number for column in columns for number in column])
+
+
+def _find(sizes: Sequence[int], least: int) -> int | None:
+    return next((size for size in sizes if size >= least), None)
+
+
+def _repeat(segments: Sequence[Segment], missing: int) -> list[tuple[int, Segment]]:
+    """Return beginnings of segments, the longest ones', that have as many rows together, with their first rows."""
+    firsts = accumulate((segment.num_rows for segment in segments), initial=0)
+    pieces = []
+    for first, segment in cycle(sorted(zip(firsts, segments, strict=False), key=lambda place: -place[1].num_rows)):
+        if not missing:
+            break
+        count = min(missing, segment.num_rows)
+        start, num_keys = segment.keys[0]
+        pieces.append((first, Segment(count, ((start, num_keys - segment.num_rows + count),))))
+        missing -= count
+    return pieces
+
+
+class _Graph:
+    """One recorded pass with the memory that its inputs are read from."""
+
+    def __init__(
+        self,
+        run: Run,
+        numbers: Tensor,
+        hidden: Tensor | None,
+        form: Form,
+        device: torch.device,
+        pool: torch.cuda.MemPool,
+    ) -> None:
+        self.numbers = numbers.to(device)
+        self.hidden = None if hidden is None else hidden.to(device, copy=True)
+        torch.cuda.synchronize(device)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool.id):  # type: ignore[arg-type]
+            self.output = run(Rows(self.numbers, form), self.hidden)
+
+    def replay(self, numbers: Tensor, hidden: Tensor | None) -> Tensor:
+        self.numbers.copy_(numbers)
+        if self.hidden is not None and hidden is not None:
+            self.hidden.copy_(hidden)
+        self.graph.replay()
+        return self.output

@@ -1,0 +1,154 @@
+"""Passes that are filled up to recorded sizes answer as the same passes do without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_drive import RAGGED, make_requests, run, tokens_of
+
+from finlora.engine.microbatch import MicroBatch
+from finlora.engine.recorded import DECODE_SIZES, PROMPT_SIZES, SEGMENT_SIZES, Form, RecordedPasses
+from finlora.engine.request import Request, Sampling
+from finlora.engine.stage import Stage
+from finlora.model.base import load_base, quiet_bitsandbytes
+
+SPARE = 1000
+
+
+@pytest.fixture
+def passes():
+    return RecordedPasses(lambda _rows, _hidden: torch.zeros(0), SPARE, torch.device("cpu"), fills=True)
+
+
+def make_batch(*segments, adapters=None):
+    """(rows, first key row, keys) of each segment."""
+    batch = MicroBatch(0, adapters=adapters or [(None, sum(count for count, *_ in segments))])
+    for count, start, num_keys in segments:
+        own = range(start + num_keys - count, start + num_keys)
+        batch.add([7 + place for place in range(count)], num_keys - count, own, [(start, num_keys)])
+    return batch
+
+
+def lay_out(passes, batch, adapters=None):
+    form, filling = passes.take(batch)
+    found = []
+    passes._run = lambda rows, _hidden: found.append(rows) or torch.zeros(form.num_rows)
+    passes.run(batch, (form, filling), None, adapters or {None: 0})
+    return form, found[0]
+
+
+def test_a_prompt_is_filled_up_with_its_own_first_rows(passes):
+    form, rows = lay_out(passes, make_batch((100, 16, 120), adapters=[("a", 100)]), {"a": 3})
+    assert form == Form(128, 4, False, True)
+    assert rows.ids.tolist() == [*range(7, 107), *range(7, 35)]
+    assert rows.positions.tolist() == [*range(20, 120), *range(20, 48)]
+    assert rows.slots.tolist() == [*range(36, 136)] + [SPARE] * 28
+    assert rows.adapters.tolist() == [3] * 128
+    assert rows.cumulative_queries.tolist() == [0, 100, 128, 128, 128]
+    # The repeated 28 see the 20 keys before the segment and their own.
+    assert (rows.starts.tolist()[:2], rows.lengths.tolist()[:2]) == ([16, 16], [120, 48])
+
+
+def test_the_longest_segments_are_repeated_and_again_where_they_are_too_short(passes):
+    form, rows = lay_out(passes, make_batch((3, 0, 3), (65, 16, 65), (1, 96, 9)))
+    assert (form.num_rows, form.num_segments) == (128, 4)
+    assert rows.cumulative_queries.tolist() == [0, 3, 68, 69, 128]
+    form, rows = lay_out(passes, make_batch((2, 0, 2), (3, 16, 3)))
+    assert (form.num_rows, form.num_segments) == (64, 64)
+    assert rows.cumulative_queries.tolist()[:8] == [0, 2, 5, 8, 10, 13, 15, 18]
+    assert rows.cumulative_queries.tolist()[-1] == 64
+
+
+def test_tokens_that_follow_are_filled_up_with_rows_that_see_one_key(passes):
+    form, rows = lay_out(passes, make_batch((1, 0, 30), (1, 48, 20), (1, 96, 9)))
+    assert form == Form(4, 4, True, False)
+    assert (rows.slots.tolist(), rows.lengths.tolist()) == ([29, 67, 104, SPARE], [30, 20, 9, 1])
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        make_batch((PROMPT_SIZES[-1] + 1, 0, PROMPT_SIZES[-1] + 1)),
+        make_batch(*((2, 16 * place, 2) for place in range(SEGMENT_SIZES[-1] + 1))),
+    ],
+)
+def test_a_pass_without_a_size_runs_as_it_is(passes, batch):
+    assert passes.take(batch) is None
+
+
+def test_keys_in_two_places_run_as_they_are(passes):
+    batch = make_batch((4, 0, 4))
+    batch.add([5, 6], 4, [20, 21], [(0, 4), (20, 2)])
+    assert passes.take(batch) is None
+
+
+def test_every_number_of_rows_has_the_next_size(passes):
+    for count in range(1, PROMPT_SIZES[-1] + 1):
+        form, filling = passes.take(make_batch((count, 0, count)))
+        sizes = DECODE_SIZES if count == 1 else PROMPT_SIZES
+        assert form.num_rows == min(size for size in sizes if size >= count)
+        assert count + sum(segment.num_rows for _, segment in filling) == form.num_rows
+
+
+def make_mixed():
+    """Adapters and the base side by side, a common beginning, choices of one token and of several, and generated text."""
+    shared = RAGGED[3][:32]
+    return [
+        Request(id="a", prompt_ids=(*shared, 5), choices=((9,), (10,)), adapter="all"),
+        Request(id="b", prompt_ids=(*shared, 6, 7), choices=((9, 1), (10, 11, 1))),
+        *make_requests(RAGGED, 6, adapter="few"),
+        Request(id="c", prompt_ids=(*shared, 8), sampling=Sampling(max_tokens=5)),
+        Request(id="d", prompt_ids=RAGGED[5], sampling=Sampling(max_tokens=4), adapter="all"),
+    ]
+
+
+@pytest.mark.parametrize(("num_stages", "bits"), [(1, 16), (2, 16), (1, 8), (1, 4)])
+def test_filled_passes_answer_as_the_same_do_without(make_core, num_stages, bits):
+    cores = [make_core(num_stages, bits, fills=fills, max_in_flight=1) for fills in (True, False)]
+    forms = []
+    stage = cores[0].executor.stages[-1]
+    compute = stage.passes._run
+    stage.passes._run = lambda rows, hidden: forms.append(rows.form) or compute(rows, hidden)
+    for requests in (make_mixed(), make_requests(RAGGED[2:3])):
+        (filled, _), (bare, _) = (run(core, requests) for core in cores)
+        for name, answer in bare.items():
+            assert tokens_of(filled[name]) == tokens_of(answer)
+            assert list(filled[name].log_probs) == pytest.approx(list(answer.log_probs), rel=1e-5)
+    assert {(form.is_decode, form.has_adapters) for form in forms} == {
+        (is_decode, has_adapters) for is_decode in (True, False) for has_adapters in (True, False)
+    }
+
+
+def test_a_label_whose_last_chunk_is_one_token_is_scored(make_core):
+    """Such a chunk looks like a generated token's, of which no label is asked."""
+    request = Request(id="l", prompt_ids=RAGGED[2], choices=((9,), (10,)))
+    whole, cut = (run(make_core(max_batch_tokens=rows), [request])[0]["l"] for rows in (64, 32))
+    assert list(cut.log_probs) == pytest.approx(list(whole.log_probs), rel=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_recorded_passes_equal_passes_as_they_are(four_layers, adapter_folders, bits):
+    device = torch.device("cuda")
+    stages = []
+    for fills in (True, False):
+        with quiet_bitsandbytes():
+            base = load_base(four_layers, bits, device, 0)
+        stages.append(Stage(base.model, range(4), 512, torch.bfloat16))
+        stages[-1].passes.fills = fills
+        for name, folder in adapter_folders.items():
+            stages[-1].load_adapter(name, folder)
+    for adapters in ([(None, 133)], [(None, 1), ("all", 100), ("few", 32)]):
+        batch = make_batch((1, 0, 30), (100, 48, 120), (32, 176, 32), adapters=adapters)
+        states = []
+        for stage in stages:
+            stage.is_last = False
+            torch.manual_seed(0)
+            stage.cache.copy_(torch.randn(stage.cache.shape, device=device))
+            # Seen, recorded, replayed.
+            states.append([stage.run(batch, None).clone() for _ in range(3)])
+        for found in states[0]:
+            torch.testing.assert_close(found, states[1][0], rtol=0, atol=0.02 * float(states[1][0].abs().max()))
+        assert torch.equal(states[0][1], states[0][2])
+    assert {form.has_adapters for form in stages[0].passes._graphs} == {True, False}

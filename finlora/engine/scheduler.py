@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import chain
 
 from finlora.engine.extents import ExtentPool, common_length
-from finlora.engine.microbatch import Draw, MicroBatch, Output, Score
+from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.request import Answer, Finish, Request, Token
-from finlora.engine.work import Work
+from finlora.engine.work import Work, add_rows
 from finlora.errors import ConfigError, QueueFullError
 
 MIN_PREFIX = 16
@@ -145,7 +145,7 @@ class Scheduler:
         chosen.sort(key=lambda item: item[0].request.adapter or "")
         for work, count in chosen:
             before = batch.num_rows
-            self._add(batch, work, count)
+            add_rows(batch, work, count)
             adapter, rows = work.request.adapter, batch.num_rows - before
             if batch.adapters and batch.adapters[-1][0] == adapter:
                 batch.adapters[-1] = (adapter, batch.adapters[-1][1] + rows)
@@ -272,35 +272,3 @@ class Scheduler:
                 if common_length(work.request.prompt_ids, request.prompt_ids, limit) >= found + MIN_PREFIX:
                     return self.limits.keeps_prefixes
         return False
-
-    def _add(self, batch: MicroBatch, work: Work, count: int) -> None:
-        request, start = work.request, work.extent.start
-        size = len(request.prompt_ids)
-        if count == 0:
-            place = size + len(work.tokens) - 1
-            row = batch.add([work.tokens[-1].id], place, [start + place], [(start, place + 1)])
-            self._draw(batch, work, row)
-            return
-        done, end = work.num_computed, work.num_computed + count
-        first = batch.add(request.prompt_ids[done:end], done, range(start + done, start + end), [(start, end)])
-        work.num_computed = work.extent.num_ready = end
-        if end < size:
-            return
-        last = first + count - 1
-        if not request.choices:
-            self._draw(batch, work, last)
-            return
-        place = start + size
-        for choice in request.choices:
-            own = choice[:-1]
-            row = last
-            batch.scores.append(Score(last, choice[0]))
-            if own:
-                keys = [(start, size), (place, len(own))]
-                row = batch.add(own, size, range(place, place + len(own)), keys)
-                batch.scores += [Score(row + index, token) for index, token in enumerate(choice[1:])]
-            place += len(own)
-
-    def _draw(self, batch: MicroBatch, work: Work, row: int) -> None:
-        sampling = work.request.sampling
-        batch.draws.append(Draw(row, sampling.temperature, sampling.top_p, work.seed, len(work.tokens)))

@@ -1,10 +1,11 @@
-"""A request that the scheduler has admitted, and how far it has come."""
+"""A request that the scheduler has admitted, how far it has come, and its rows in a micro-batch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from finlora.engine.extents import Extent
+from finlora.engine.microbatch import Draw, MicroBatch, Score
 from finlora.engine.request import Finish, Request, Token
 
 
@@ -27,3 +28,42 @@ class Work:
     @property
     def is_prefilled(self) -> bool:
         return self.num_computed >= len(self.request.prompt_ids)
+
+
+def add_rows(batch: MicroBatch, work: Work, count: int) -> None:
+    """Add the next rows of a request to a micro-batch, and what is wanted of them.
+
+    Args:
+        count: prompt tokens; 0: its last generated token.
+    """
+    request, start = work.request, work.extent.start
+    size = len(request.prompt_ids)
+    if count == 0:
+        place = size + len(work.tokens) - 1
+        row = batch.add([work.tokens[-1].id], place, [start + place], [(start, place + 1)])
+        _draw(batch, work, row)
+        return
+    done, end = work.num_computed, work.num_computed + count
+    first = batch.add(request.prompt_ids[done:end], done, range(start + done, start + end), [(start, end)])
+    work.num_computed = work.extent.num_ready = end
+    if end < size:
+        return
+    last = first + count - 1
+    if not request.choices:
+        _draw(batch, work, last)
+        return
+    place = start + size
+    for choice in request.choices:
+        own = choice[:-1]
+        row = last
+        batch.scores.append(Score(last, choice[0]))
+        if own:
+            keys = [(start, size), (place, len(own))]
+            row = batch.add(own, size, range(place, place + len(own)), keys)
+            batch.scores += [Score(row + index, token) for index, token in enumerate(choice[1:])]
+        place += len(own)
+
+
+def _draw(batch: MicroBatch, work: Work, row: int) -> None:
+    sampling = work.request.sampling
+    batch.draws.append(Draw(row, sampling.temperature, sampling.top_p, work.seed, len(work.tokens)))

@@ -31,6 +31,7 @@ from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.spans import split_layers
 from finlora.engine.stage_actor import Change, Message, StageActor
 from finlora.engine.transport import find_free_address
+from finlora.engine.waiting import wait_with_pauses
 from finlora.errors import AdapterError, FinloraError, ResourceError, StageLostError
 from finlora.lease import Patience, take_lease
 from finlora.model.shapes import read_shape
@@ -81,6 +82,7 @@ class Pipeline:
         shape = read_shape(find_source(model).folder)
         self.spans = split_layers(shape, bits, config.num_stages)
         self._model, self._bits, self._config, self._seed = model, bits, config, seed
+        wait_with_pauses(config.device)
         self._gpus = config.gpus_per_stage if config.device == "cuda" else 0.0
         self._require(config.num_stages, config.cpus_per_stage, self._gpus)
         # All places or none: two pipelines that each got half of theirs would wait for each other for good.

@@ -122,16 +122,16 @@ class RecordedPasses:
         form, filling = taken
         sources = [row for first, segment in filling for row in range(first, first + segment.num_rows)]
         numbers = self._lay_out(batch, form, [segment for _, segment in filling], sources, adapters)
-        if hidden is not None and sources:
-            hidden = torch.cat([hidden, hidden[sources]])
+        if hidden is not None:
+            hidden = hidden.to(self._device)
+            hidden = torch.cat([hidden, hidden[sources]]) if sources else hidden
         if self._device.type == "cuda" and (form in self._graphs or form in self._seen):
             if form not in self._graphs:
                 self._pool = self._pool or torch.cuda.MemPool()
                 self._graphs[form] = _Graph(self._run, numbers, hidden, form, self._device, self._pool)
             return self._graphs[form].replay(numbers, hidden)[: batch.num_rows]
         self._seen.add(form)
-        on_device = None if hidden is None else hidden.to(self._device)
-        return self._run(Rows(numbers.to(self._device), form), on_device)[: batch.num_rows]
+        return self._run(Rows(numbers.to(self._device), form), hidden)[: batch.num_rows]
 
     def _lay_out(
         self,
@@ -189,7 +189,7 @@ class _Graph:
         pool: torch.cuda.MemPool,
     ) -> None:
         self.numbers = numbers.to(device)
-        self.hidden = None if hidden is None else hidden.to(device, copy=True)
+        self.hidden = None if hidden is None else hidden.clone()
         torch.cuda.synchronize(device)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool.id):  # type: ignore[arg-type]

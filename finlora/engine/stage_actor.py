@@ -64,10 +64,13 @@ class StageActor:
         import torch
 
         from finlora.engine.stage import Stage
+        from finlora.engine.transport import Letters
+        from finlora.engine.waiting import wait_with_pauses
         from finlora.model.base import load_base, quiet_bitsandbytes
 
         remove_left_semaphores()
         bound_kernel_cache()
+        wait_with_pauses(device)
         # For as long as the process lives: to change levels of loggers for each micro-batch took a fifth of a short one's time.
         self._quiet = quiet_bitsandbytes()
         self._quiet.__enter__()
@@ -77,6 +80,7 @@ class StageActor:
         base = load_base(source, bits, self.device, seed, layers)
         dtype = torch.bfloat16 if source.compute_dtype == "bfloat16" else torch.float32
         self.stage = Stage(base.model, layers, cache_rows, dtype, keep_unpacked=keep_unpacked)
+        self.letters = Letters(dtype, self.device)
         self.weights_gib = base.weights_gib
 
     def join(self, transport: Literal["nccl", "gloo"], stage: int, num_stages: int, address: str) -> None:
@@ -138,8 +142,6 @@ class StageActor:
     def _work(self, work: MicroBatch | Change | None, state: Any) -> Any:
         import torch
 
-        from finlora.engine.transport import from_message, to_message
-
         if isinstance(work, Change):
             if work.folder is not None:
                 return self.load_adapter(work.name, work.folder, state)
@@ -148,12 +150,12 @@ class StageActor:
         assert work is not None
         if not self.stage.is_first:
             beside = self.neighbours
-            state = beside.receive(work.num_rows) if beside else from_message(state, self.stage.dtype)
+            state = beside.receive(work.num_rows) if beside else self.letters.unpack(state)
         result = self.stage.run(work, state)
         if isinstance(result, Output):
             return result
         if self.neighbours is None:
-            return to_message(result)
+            return self.letters.pack(result)
         self.neighbours.send(result)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # until then its seconds are not over

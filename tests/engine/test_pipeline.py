@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+import ray
 from test_drive import RAGGED, generate_alone, make_requests, run, tokens_of
 
 from finlora.engine.drive import EngineCore
@@ -40,6 +43,18 @@ def test_tokens_equal_transformers(core, plain):
     answers, _ = run(core, make_requests(count=6))
     for number, prompt in enumerate(RAGGED):
         assert tokens_of(answers[f"r{number}"]) == generate_alone(plain(), prompt, 6)
+
+
+def test_stages_that_wait_take_hardly_any_of_a_core(pipeline):
+    """Ray's own reads take all of one for each stage."""
+
+    def look():
+        return ray.get([actor.__ray_call__.remote(lambda _stage: time.process_time()) for actor in pipeline.actors])
+
+    before, started = look(), time.monotonic()
+    time.sleep(1.0)
+    after, passed = look(), time.monotonic() - started
+    assert all(new - old < 0.3 * passed for old, new in zip(before, after, strict=True))
 
 
 def test_both_stages_are_kept_at_work(core):

@@ -6,6 +6,7 @@ Embedding, norms and the output head stay in the compute type, as in the papers 
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,14 @@ class BaseModel:
     """GiB of all weights on the device, quantisation statistics included."""
     load_peak_gib: float | None
     """Highest device memory while loading; None on CPU."""
+    load_seconds: float
+    is_cached: bool
+    """It was read as an earlier load had quantised it."""
+
+    def describe_loading(self) -> str:
+        """Return in a line where the weights came from, and how long it took."""
+        source = "read from the cache" if self.is_cached else "made from the model's files"
+        return f"Base: {self.weights_gib:.2f} GiB at {self.bits} bit, {source} in {self.load_seconds:.1f} s."
 
 
 def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, span: range | None = None) -> BaseModel:
@@ -63,6 +72,7 @@ def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, s
         ModelError: the files are not a complete Llama model, or tensors are missing or of another shape.
         ResourceError: the device is not there, or out of memory.
     """
+    started = time.monotonic()
     check_device(device)
     source = find_source(model)
     tokenizer = load_tokenizer(source.tokenizer_path)
@@ -75,7 +85,7 @@ def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, s
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        net = _build_or_read(source, model, bits, device, seed, span)
+        net, is_cached = _build_or_read(source, model, bits, device, seed, span)
     except torch.cuda.OutOfMemoryError as error:
         raise ResourceError(
             f"out of GPU memory while loading {model.base} at {bits} bit ({error}): use fewer bits or a larger GPU."
@@ -89,6 +99,8 @@ def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, s
         revision=source.revision,
         weights_gib=measure_weights(net) / 2**30,
         load_peak_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
+        load_seconds=time.monotonic() - started,
+        is_cached=is_cached,
     )
 
 
@@ -164,17 +176,18 @@ def _is_in_span(name: str, span: range, num_layers: int, is_tied: bool) -> bool:
 
 def _build_or_read(
     source: ModelSource, model: ModelConfig, bits: Bits, device: torch.device, seed: int, span: range | None
-) -> LlamaForCausalLM:
+) -> tuple[LlamaForCausalLM, bool]:
+    """Return the model, and whether it was read as an earlier load had quantised it."""
     cache = find_cache(model, source, bits, _DTYPES[model.compute_dtype], device, seed)
     if cache is None or (span is not None and not cache.is_complete):  # a part of a base is not worth keeping
-        return _build(source, model, bits, device, seed, span, None)
+        return _build(source, model, bits, device, seed, span, None), False
     with await_cache(cache) as is_written:
         if not is_written:
             net = _build(source, model, bits, device, seed, span, None)
             write_cache(cache, net)
-            return net
+            return net, False
     with closing(StoredBase(cache, device)) as stored:
-        return _build(source, model, bits, device, seed, span, stored)
+        return _build(source, model, bits, device, seed, span, stored), True
 
 
 def _build(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_drive import RAGGED, make_requests, run, tokens_of
 
 from finlora.engine.microbatch import MicroBatch
@@ -13,6 +18,7 @@ from finlora.engine.stage import Stage
 from finlora.model.base import load_base, quiet_bitsandbytes
 
 SPARE = 1000
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.fixture
@@ -126,29 +132,40 @@ def test_a_label_whose_last_chunk_is_one_token_is_scored(make_core):
     assert list(cut.log_probs) == pytest.approx(list(whole.log_probs), rel=1e-5)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.fixture(scope="module")
+def mild(four_layers, adapter_folders, tmp_path_factory):
+    """The same base and adapters with smaller numbers, which 16-bit rounding changes little."""
+    folder = shutil.copytree(four_layers.base, tmp_path_factory.mktemp("mild") / "base")
+    values = json.loads((folder / "config.json").read_text()) | {"initializer_range": 0.05}
+    (folder / "config.json").write_text(json.dumps(values))
+    adapters = {}
+    for name, source in adapter_folders.items():
+        adapters[name] = shutil.copytree(source, folder.parent / name)
+        file = adapters[name] / "adapter_model.safetensors"
+        save_file({key: tensor * 0.3 for key, tensor in load_file(file).items()}, file)
+    return dataclasses.replace(four_layers, base=str(folder)), adapters
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_recorded_passes_equal_passes_as_they_are(four_layers, adapter_folders, bits):
-    device = torch.device("cuda")
-    stages = []
-    for fills in (True, False):
+@pytest.mark.parametrize("adapters", [[(None, 133)], [(None, 1), ("all", 100), ("few", 32)]])
+def test_filled_passes_in_16_bit(mild, device, bits, adapters):
+    """Against float32 no further away than passes as they are; on a GPU first seen, then recorded, then replayed."""
+    batch = make_batch((1, 0, 30), (100, 48, 120), (32, 176, 32), adapters=adapters)
+    states = {}
+    for dtype, fills in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         with quiet_bitsandbytes():
-            base = load_base(four_layers, bits, device, 0)
-        stages.append(Stage(base.model, range(4), 512, torch.bfloat16))
-        stages[-1].passes.fills = fills
-        for name, folder in adapter_folders.items():
-            stages[-1].load_adapter(name, folder)
-    for adapters in ([(None, 133)], [(None, 1), ("all", 100), ("few", 32)]):
-        batch = make_batch((1, 0, 30), (100, 48, 120), (32, 176, 32), adapters=adapters)
-        states = []
-        for stage in stages:
-            stage.is_last = False
-            torch.manual_seed(0)
-            stage.cache.copy_(torch.randn(stage.cache.shape, device=device))
-            # Seen, recorded, replayed.
-            states.append([stage.run(batch, None).clone() for _ in range(3)])
-        for found in states[0]:
-            torch.testing.assert_close(found, states[1][0], rtol=0, atol=0.02 * float(states[1][0].abs().max()))
-        assert torch.equal(states[0][1], states[0][2])
-    assert {form.has_adapters for form in stages[0].passes._graphs} == {True, False}
+            stage = Stage(load_base(mild[0], bits, torch.device(device), 0).model, range(4), 512, dtype)
+            stage.passes.fills, stage.is_last = fills, False
+            for name, folder in mild[1].items():
+                stage.load_adapter(name, folder)
+            cached = torch.randn(stage.cache.shape, generator=torch.Generator().manual_seed(0))
+            stage.cache.copy_(cached)
+            states[dtype, fills] = [stage.run(batch, None).float() for _ in range(3)]
+    truth = states[torch.float32, False][0]
+    errors = [float((found - truth).norm() / truth.norm()) for found in states[torch.bfloat16, True]]
+    bare = float((states[torch.bfloat16, False][0] - truth).norm() / truth.norm())
+    assert max(errors) < 1.2 * bare < 0.05, (errors, bare)
+    if device == "cuda":
+        (graph,) = stage.passes._graphs
+        assert graph.num_rows == 192

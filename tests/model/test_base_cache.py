@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 
@@ -46,6 +47,13 @@ def test_base_read_back_computes_the_same_without_quantising(tiny_base, tmp_path
         num_quantised = len(loads)
         read = load(tiny_base, bits, tmp_path / "cache", weights=weights)
         assert len(loads) == num_quantised == 2 * 14
+        assert [base.is_cached for base in (plain, written, read)] == [False, False, True]
+        told = rf"Base: 0\.00 GiB at {bits} bit, (made from the model's files|read from the cache) in \d+\.\d s\."
+        assert [re.fullmatch(told, base.describe_loading())[1][:4] for base in (plain, written, read)] == [
+            "made",
+            "made",
+            "read",
+        ]
         for other in (written, read):
             assert other.weights_gib == plain.weights_gib
             parameters = dict(other.model.named_parameters())

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -29,6 +30,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +53,11 @@ def main() -> int:
     parser.add_argument(
         "--labels-only", action="store_true", help="ask for labels alone; else every fourth is continued"
     )
-    parser.add_argument("--texts", type=int, default=1, help="of each request; with --labels-only")
+    parser.add_argument("--texts", type=int, nargs="+", default=[1], help="of each request, one run for each number")
     parser.add_argument("--kills", type=int, default=0, help="stages killed meanwhile")
     parser.add_argument("--output", type=Path, help="JSON file of all numbers")
     options = parser.parse_args()
-    if options.texts > 1 and not options.labels_only:
+    if max(options.texts) > 1 and not options.labels_only:
         parser.error("--texts asks for labels: give --labels-only too")
 
     os.environ.setdefault("FINLORA_API_KEY", secrets.token_urlsafe(32))
@@ -69,30 +71,35 @@ def main() -> int:
     # The key of this run's environment alone, and no audit log: both would be somebody's own.
     settings = dataclasses.replace(make_absolute(deployment.settings), keys_file=None, audit_dir=None)
     questions = make_questions(options.questions, options.tokens, options.labels_only)
-    bare, expected = run_bare(settings, questions, options.users * options.texts, min(BARE_S, options.seconds))
-    say(f"bare engine: {bare['per_second']:.1f} answers/s, {bare['latency_ms']}")
-    tally, kills = serve_load(deployment, settings, questions, expected, options)
-    http = {
-        "per_second": round(tally.per_second, 2),
-        "latency_ms": percentiles(tally.whole),
-        "first_text_ms": percentiles(tally.first),
-        "right": tally.num_right,
-        "wrong": len(tally.wrong),
-        "lost": len(tally.lost),
-        "refused": dict(tally.refused),
-        "seconds_until_served_again": kills,
-    }
-    say(f"over HTTP:   {http['per_second']:.1f} answers/s, {http['latency_ms']}, first text {http['first_text_ms']}")
-    say(
-        f"{http['right']:,} right, {http['wrong']} wrong, {http['lost']} lost, refused {http['refused']}, kills {kills}"
-    )
-    for line in (*tally.wrong[:5], *tally.lost[:5]):
-        say(f"  {line}")
-    say(f"HTTP / bare: {tally.per_second / bare['per_second']:.2f}")
+    at_once = [options.users * texts for texts in options.texts]
+    bares, expected = run_bare(settings, questions, at_once, min(BARE_S, options.seconds))
+    tallies, kills = serve_load(deployment, settings, questions, expected, options)
+    runs = []
+    for texts, bare, tally in zip(options.texts, bares, tallies, strict=True):
+        http = {
+            "per_second": round(tally.per_second, 2),
+            "latency_ms": percentiles(tally.whole),
+            "first_text_ms": percentiles(tally.first),
+            "right": tally.num_right,
+            "wrong": len(tally.wrong),
+            "lost": len(tally.lost),
+            "refused": dict(tally.refused),
+        }
+        runs.append({"texts": texts, "bare": bare, "http": http})
+        say(f"{options.users} users, {texts} text{'s' * (texts > 1)} a request")
+        say(f"  bare engine: {bare['per_second']:.1f} answers/s, {bare['latency_ms']}")
+        say(
+            f"  over HTTP:   {http['per_second']:.1f} answers/s, {http['latency_ms']}, first text {http['first_text_ms']}"
+        )
+        say(f"  HTTP / bare: {tally.per_second / bare['per_second']:.2f}")
+        say(f"  {http['right']:,} right, {http['wrong']} wrong, {http['lost']} lost, refused {http['refused']}")
+        for line in (*tally.wrong[:5], *tally.lost[:5]):
+            say(f"    {line}")
+    say(f"seconds until served again after kills: {kills}")
     if options.output:
-        values = {"users": options.users, "seconds": options.seconds, "bare": bare, "http": http}
+        values = {"users": options.users, "seconds": options.seconds, "kills": kills, "runs": runs}
         options.output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return int(bool(tally.wrong or tally.lost))
+    return int(any(tally.wrong or tally.lost for tally in tallies))
 
 
 def make_questions(count: int, num_tokens: int, labels_only: bool) -> list[Question]:
@@ -107,43 +114,51 @@ def make_questions(count: int, num_tokens: int, labels_only: bool) -> list[Quest
 
 
 def run_bare(
-    settings: Any, questions: list[Question], num_users: int, seconds: float
-) -> tuple[dict[str, Any], dict[Question, Any]]:
-    """Ask the engine itself, `num_users` at once: each question once for its answer, then all over again for `seconds`.
+    settings: Any, questions: list[Question], at_once: list[int], seconds: float
+) -> tuple[list[dict[str, Any]], dict[Question, Any]]:
+    """Ask the engine itself: each question once for its answer, then all over again for `seconds`, so many at once.
 
     Returns:
-        Rate and latencies of the second part, in which prompts are as much in the prefix cache as they are over HTTP; and the
-        answers of the first.
+        Rate and latencies of the second part for each number at once, in which prompts are as much in the prefix cache as they
+        are over HTTP; and the answers of the first.
     """
     from finlora.data.question import make_question
     from finlora.engine.ask import rank_choices
     from finlora.serve.model import open_pipeline, read_base
 
+    started = time.monotonic()
     base = read_base(settings)
     opened = open_pipeline(settings, base)
+    say(f"the bare engine stands after {time.monotonic() - started:.0f} s")
     core, texts, first = opened.core, {}, {}
-    begun: dict[str, float] = {}
-    taken: list[float] = []
-    num_asked = num_ended = 0
-    since = float("inf")
+    numbers = itertools.count()
+    todo = itertools.cycle(questions)
 
     def take(name: str, piece: Any) -> None:
         texts[name] = texts.get(name, "") + piece.text
 
-    try:
-        while time.monotonic() < since + seconds or not core.is_idle:
-            while num_asked - num_ended < num_users and time.monotonic() < since + seconds:
-                core.submit(make_request(f"q{num_asked}", questions[num_asked % len(questions)], base))
-                begun[f"q{num_asked}"] = time.monotonic()
-                num_asked += 1
+    def ask(num_users: int, until: Callable[[int], bool]) -> tuple[list[float], list[Any]]:
+        """Have so many under way until enough are asked; returns the seconds that each took, and the answers."""
+        begun: dict[str, float] = {}
+        taken: list[float] = []
+        answers: list[Any] = []
+        while not until(len(begun)) or not core.is_idle:
+            while len(begun) - len(answers) < num_users and not until(len(begun)):
+                request = make_request(f"q{next(numbers)}", next(todo), base)
+                begun[request.id] = time.monotonic()
+                core.submit(request)
             for answer in core.step(take):
-                num_ended += 1
-                if since < begun[answer.request_id]:
-                    taken.append(time.monotonic() - begun[answer.request_id])
-                if int(answer.request_id[1:]) < len(questions):
-                    first[answer.request_id] = answer
-                    since = time.monotonic() if len(first) == len(questions) else since
-        passed = time.monotonic() - since
+                answers.append(answer)
+                taken.append(time.monotonic() - begun[answer.request_id])
+        return taken, answers
+
+    try:
+        first = {answer.request_id: answer for answer in ask(at_once[0], lambda count: count == len(questions))[1]}
+        bares = []
+        for num_users in at_once:
+            since = time.monotonic()
+            taken, _ = ask(num_users, lambda _count: time.monotonic() > since + seconds)  # noqa: B023
+            bares.append({"per_second": len(taken) / (time.monotonic() - since), "latency_ms": percentiles(taken)})
     finally:
         opened.close()
     expected = {
@@ -152,7 +167,7 @@ def run_bare(
         else texts.get(f"q{number}", "")
         for number, question in enumerate(questions)
     }
-    return {"per_second": len(taken) / passed, "latency_ms": percentiles(taken)}, expected
+    return bares, expected
 
 
 def make_request(name: str, question: Question, base: Any) -> Any:
@@ -172,7 +187,7 @@ def make_request(name: str, question: Question, base: Any) -> Any:
 
 def serve_load(
     deployment: Any, settings: Any, questions: list[Question], expected: dict[Question, Any], options: Any
-) -> tuple[Tally, list[float]]:
+) -> tuple[list[Tally], list[float]]:
     """Deploy, let the users ask, and shut down; returns what they saw, and after each kill the seconds until all stages stood."""
     from ray import serve
 
@@ -185,6 +200,7 @@ def serve_load(
     serve.start(
         http_options=deployment.http | {"host": "127.0.0.1", "port": port}, proxy_location=deployment.proxy_location
     )
+    started = time.monotonic()
     kills: list[float] = []
     key = os.environ["FINLORA_API_KEY"]
     address = f"http://127.0.0.1:{port}"
@@ -202,11 +218,15 @@ def serve_load(
     try:
         application = ServerDeployment.options(**deployment.options).bind(to_args(settings))
         serve.run(application, name=deployment.name, route_prefix=deployment.route_prefix)
-        work = run_users(
-            *(address, key, settings.name, questions, expected, options.users, options.seconds, kill_stages),
-            num_texts=options.texts,
-        )
-        return asyncio.run(work), kills
+        say(f"the server stands after {time.monotonic() - started:.0f} s")
+        tallies = []
+        for texts in options.texts:
+            work = run_users(
+                *(address, key, settings.name, questions, expected, options.users, options.seconds, kill_stages),
+                num_texts=texts,
+            )
+            tallies.append(asyncio.run(work))
+        return tallies, kills
     finally:
         serve.shutdown()
 

@@ -1,16 +1,17 @@
 """One pass through all stages: which tokens, where their keys lie, and what is wanted of the last stage. Plain numbers, no torch.
 
-Rows of a micro-batch are the tokens to compute, several requests' end to end, those of one adapter side by side.
+Rows of a micro-batch are the tokens to compute, several requests' end to end, those of one adapter side by side. What there are
+many of is a named tuple: a frozen dataclass with slots takes four times as long to unpickle, and every stage does that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(NamedTuple):
     """Rows of one request that attend causally: the last row sees all keys, the one before all but the last, and so on."""
 
     num_rows: int
@@ -18,8 +19,7 @@ class Segment:
     """Cache rows as (start, count), in the order of their tokens; the last `num_rows` of them are the segment's own."""
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """A token to be sampled."""
 
     row: int
@@ -31,8 +31,7 @@ class Draw:
     """Tokens that its request has generated so far."""
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
+class Score(NamedTuple):
     """A token whose log-probability is wanted."""
 
     row: int

@@ -21,8 +21,9 @@ from ray.experimental.channel.shared_memory_channel import CompositeChannel
 
 EAGER_S = {"cuda": 0.25, "cpu": 0.0}
 """Seconds of waiting without pauses: on a GPU a hop takes least so, on CPU the cores have others to compute for."""
-_SHARE, _LEAST_S, _MOST_S = 0.1, 5e-5, 1e-3
+_SHARE, _LEAST_S = 0.1, 5e-5
 """A pause is a tenth of what was waited so far, within bounds."""
+_MOST_S = {"cuda": 1e-3, "cpu": 5e-3}
 
 _Read = Callable[[CompositeChannel, float | None], Any]
 
@@ -34,10 +35,10 @@ def wait_with_pauses(device: str) -> None:
         device: `cuda` or `cpu`, that the stages compute on.
     """
     plain = getattr(CompositeChannel.read, "__wrapped__", CompositeChannel.read)
-    CompositeChannel.read = _pausing(plain, EAGER_S[device])
+    CompositeChannel.read = _pausing(plain, EAGER_S[device], _MOST_S[device])
 
 
-def _pausing(plain: _Read, eager_s: float) -> _Read:
+def _pausing(plain: _Read, eager_s: float, most_s: float) -> _Read:
     began: WeakKeyDictionary[CompositeChannel, float] = (
         WeakKeyDictionary()
     )  # of waits that go on: Ray asks for slices of one
@@ -58,7 +59,7 @@ def _pausing(plain: _Read, eager_s: float) -> _Read:
             else:
                 del began[channel]
                 return message
-            time.sleep(min(max(_SHARE * (now - since), _LEAST_S), _MOST_S))
+            time.sleep(min(max(_SHARE * (now - since), _LEAST_S), most_s))
             left = 0.0
 
     return read

@@ -48,13 +48,18 @@ class BaseModel:
     load_peak_gib: float | None
     """Highest device memory while loading; None on CPU."""
     load_seconds: float
+    waited_seconds: float
+    """For another load that quantised it; not in `load_seconds`."""
     is_cached: bool
-    """It was read as an earlier load had quantised it."""
+    """It was read as another load had quantised it."""
 
     def describe_loading(self) -> str:
         """Return in a line where the weights came from, and how long it took."""
         source = "read from the cache" if self.is_cached else "made from the model's files"
-        return f"Base: {self.weights_gib:.2f} GiB at {self.bits} bit, {source} in {self.load_seconds:.1f} s."
+        waited = (
+            f", after {self.waited_seconds:.1f} s in which another load wrote it" if self.waited_seconds >= 1 else ""
+        )
+        return f"Base: {self.weights_gib:.2f} GiB at {self.bits} bit, {source} in {self.load_seconds:.1f} s{waited}."
 
 
 def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, span: range | None = None) -> BaseModel:
@@ -85,7 +90,7 @@ def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, s
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        net, is_cached = _build_or_read(source, model, bits, device, seed, span)
+        net, is_cached, waited = _build_or_read(source, model, bits, device, seed, span)
     except torch.cuda.OutOfMemoryError as error:
         raise ResourceError(
             f"out of GPU memory while loading {model.base} at {bits} bit ({error}): use fewer bits or a larger GPU."
@@ -99,7 +104,8 @@ def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, s
         revision=source.revision,
         weights_gib=measure_weights(net) / 2**30,
         load_peak_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
-        load_seconds=time.monotonic() - started,
+        load_seconds=time.monotonic() - started - waited,
+        waited_seconds=waited,
         is_cached=is_cached,
     )
 
@@ -176,18 +182,20 @@ def _is_in_span(name: str, span: range, num_layers: int, is_tied: bool) -> bool:
 
 def _build_or_read(
     source: ModelSource, model: ModelConfig, bits: Bits, device: torch.device, seed: int, span: range | None
-) -> tuple[LlamaForCausalLM, bool]:
-    """Return the model, and whether it was read as an earlier load had quantised it."""
+) -> tuple[LlamaForCausalLM, bool, float]:
+    """Return the model, and whether it was read as another load had quantised it, and the seconds of waiting for that."""
     cache = find_cache(model, source, bits, _DTYPES[model.compute_dtype], device, seed)
     if cache is None or (span is not None and not cache.is_complete):  # a part of a base is not worth keeping
-        return _build(source, model, bits, device, seed, span, None), False
+        return _build(source, model, bits, device, seed, span, None), False, 0.0
+    started = time.monotonic()
     with await_cache(cache) as is_written:
+        waited = time.monotonic() - started
         if not is_written:
             net = _build(source, model, bits, device, seed, span, None)
             write_cache(cache, net)
-            return net, False
+            return net, False, waited
     with closing(StoredBase(cache, device)) as stored:
-        return _build(source, model, bits, device, seed, span, stored), True
+        return _build(source, model, bits, device, seed, span, stored), True, waited
 
 
 def _build(

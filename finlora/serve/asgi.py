@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from importlib.metadata import version
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from finlora.data.prepare import code_version
 from finlora.errors import FinloraError
 from finlora.serve import completions, finance, status
 from finlora.serve.failures import RefusedError, error_reply, from_http, invalid_body
@@ -49,7 +49,7 @@ def make_app(server: Server, *, has_proxy: bool) -> ASGIApp:
 
     app = FastAPI(
         title="FinLoRA",
-        version=version("finlora"),
+        version=code_version(),
         description=_DESCRIPTION,
         lifespan=lifespan,
         docs_url=None,  # both pages load scripts from elsewhere

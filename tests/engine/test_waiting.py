@@ -47,7 +47,7 @@ def make_read(clock):
         clock.now = max(clock.now, channel.ready_at)
         return "message"
 
-    return lambda eager_s: waiting._pausing(plain, eager_s)
+    return lambda eager_s: waiting._pausing(plain, eager_s, 1e-3)
 
 
 def test_a_message_that_is_near_is_asked_for_without_pause(make_read, clock):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 import threading
@@ -105,13 +106,20 @@ def test_span_of_layers_is_read_from_a_whole_cache_and_writes_none(tiny_base, tm
 
 def test_processes_at_once_quantise_once(tiny_base, tmp_path, loads):
     """Threads stand for processes: each opens the lock file anew, and flock counts by open file."""
-    threads = [threading.Thread(target=load, args=(tiny_base, 4, tmp_path)) for _ in range(3)]
+    bases = []
+    threads = [threading.Thread(target=lambda: bases.append(load(tiny_base, 4, tmp_path))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(loads) == 14
     assert len(set(loads)) == 1
+    (writer,) = [base for base in bases if not base.is_cached]
+    waits = [base.waited_seconds for base in bases if base.is_cached]
+    assert all(0 <= writer.waited_seconds < waited for waited in waits)
+    late = dataclasses.replace(writer, is_cached=True, load_seconds=5.94, waited_seconds=17.62)
+    words = "at 4 bit, read from the cache in 5.9 s, after 17.6 s in which another load wrote it."
+    assert late.describe_loading().endswith(words)
 
 
 def test_damaged_cache_is_refused_by_name(tiny_base, tmp_path):

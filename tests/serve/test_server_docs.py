@@ -7,10 +7,14 @@ import re
 import subprocess
 import sys
 import textwrap
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from wire import send
+
+from finlora.serve.asgi import make_app
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 BLOCKS = re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
@@ -68,3 +72,17 @@ def test_every_kind_of_request_has_an_example():
         "/v1/adapters",
     }
     assert len(PROGRAMS) == 1
+
+
+def test_checkout_that_is_not_installed_serves_too(monkeypatch):
+    """As `serve deploy` with a working_dir has it."""
+
+    def find(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", find)
+    limits = SimpleNamespace(max_body_bytes=1)
+    server = SimpleNamespace(
+        keys=None, config=SimpleNamespace(limits=limits), meter=SimpleNamespace(count_request=None)
+    )
+    assert make_app(server, has_proxy=True)._app.version == "not installed"

@@ -25,6 +25,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["RAY_AUTH_MODE"] = "token"
+# Ray Train takes one report a worker at each look at its workers, every 2 s by default: a run with a checkpoint at each
+# second step would mostly wait for the next look. Who waits for whom stays as it is.
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 
 
 @pytest.fixture(scope="session")

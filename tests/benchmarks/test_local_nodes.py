@@ -26,6 +26,8 @@ ASK = (
 
 def test_units_make_a_cluster_that_a_node_joins_and_leaves():
     nodes = LocalNodes()
+    # A node counts as dead once it has missed five looks of the head, which are 3 s apart by default.
+    nodes.environment["RAY_health_check_period_ms"] = "500"
     try:
         nodes.start_head()
         nodes.start_node("a", 3)

@@ -35,7 +35,8 @@ def server(status, headers, body):
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, daemon=True)
+        # By default it looks twice a second whether it shall end, and each test would wait for the next look.
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{http.server_address[1]}", seen
         http.shutdown()

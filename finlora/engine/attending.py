@@ -15,6 +15,9 @@ from finlora.data.packing import Segments
 from finlora.engine.microbatch import MicroBatch, Segment
 from finlora.model.attention import LONG, attend, attend_alone, attend_cache
 
+_MOST_CACHED = 0.25
+"""Cached rows, as a share of a segment's own, up to which it goes to cuDNN: that computes them again, in half the time."""
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query (T, h, d), all cached keys of a layer (R, g, d), all values (R, g, d)) -> output (T, h, d)."""
 
@@ -23,7 +26,7 @@ def make_attention(segments: Sequence[Segment], device: torch.device, *, goes_al
     """Return attention of segments, whose keys are gathered only where some segment's lie in several places.
 
     Args:
-        goes_alone: a long segment that sees no keys but its own goes to cuDNN by itself (`can_attend_alone`).
+        goes_alone: a long segment that sees few keys but its own goes to cuDNN by itself (`can_attend_alone`).
     """
     if not segments:
         return lambda query, _keys, _values: query
@@ -78,12 +81,20 @@ def _first_keys(keys: Sequence[tuple[int, int]], num_unseen: int) -> tuple[tuple
 
 
 def _is_alone(segment: Segment) -> bool:
-    return segment.num_rows >= LONG and segment.keys[0][1] == segment.num_rows
+    num_cached = segment.keys[0][1] - segment.num_rows
+    return segment.num_rows >= LONG and num_cached <= _MOST_CACHED * segment.num_rows
 
 
 def _attend_alone(segment: Segment) -> Attend:
-    own = slice(segment.keys[0][0], segment.keys[0][0] + segment.num_rows)
-    return lambda query, keys, values: attend_alone(query, keys[own], values[own])
+    start, num_keys = segment.keys[0]
+    own, num_cached = slice(start, start + num_keys), num_keys - segment.num_rows
+
+    def attend_keys(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        # Rows that stand for those of the cached beginning: cuDNN's causal mask begins at the first key.
+        square = torch.nn.functional.pad(query, (0, 0, 0, 0, num_cached, 0))
+        return attend_alone(square, keys[own], values[own])[num_cached:]
+
+    return attend_keys
 
 
 def _attend_in_place(segments: Sequence[Segment], device: torch.device) -> Attend:

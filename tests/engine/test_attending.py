@@ -9,13 +9,14 @@ import torch
 
 from finlora.engine import attending
 from finlora.engine.attending import make_attention, narrow
-from finlora.engine.microbatch import MicroBatch
+from finlora.engine.microbatch import MicroBatch, Segment
 from finlora.engine.opening import choose_batch_rows, choose_in_flight
 from finlora.engine.request import Request
+from finlora.model.attention import can_attend_alone
 
 CPU = torch.device("cpu")
-PLACES = [(8, [(20, 8)]), (3, [(0, 9)]), (1, [(40, 5)]), (6, [(28, 6)]), (5, [(10, 5)])]
-"""(rows, keys) of segments: alone, behind a cached beginning, one token, and two alone side by side."""
+PLACES = [(8, [(20, 8)]), (3, [(0, 9)]), (1, [(40, 5)]), (6, [(28, 6)]), (5, [(10, 5)]), (8, [(0, 10)]), (8, [(0, 11)])]
+"""(rows, keys) of segments: alone, behind a cached beginning, one token, two alone side by side, behind a short one, a longer one."""
 
 
 def make_batch(places, adapters=()):
@@ -79,7 +80,7 @@ def test_long_segments_go_alone_and_the_others_together(monkeypatch):
     assert not alone
     attend_keys = make_attention(batch.segments, CPU, goes_alone=True)
     torch.testing.assert_close(attend_keys(query, keys, values), expected, rtol=1e-5, atol=1e-6)
-    assert alone == [(8, 8), (6, 6), (5, 5)]
+    assert alone == [(8, 8), (6, 6), (5, 5), (10, 10)]
 
 
 @pytest.mark.parametrize("wanted", [[], [3], [0, 10, 11, 20]])
@@ -119,3 +120,20 @@ def test_as_many_micro_batches_are_under_way_as_gpus_compute(num_stages, gpus_pe
 
 def test_one_micro_batch_at_work_is_larger():
     assert choose_batch_rows(1) == 4 * choose_batch_rows(2) == 4 * choose_batch_rows(4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("num_cached", [0, 1, 61, 500])
+def test_long_segment_behind_a_beginning_equals_flash_attention(num_cached):
+    rows, device = 2100, torch.device("cuda")
+    if not can_attend_alone(torch.empty(1, 1, 128, dtype=torch.bfloat16, device=device)):
+        pytest.skip("needs a Hopper")
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, keys, values = (
+        torch.randn(count, heads, 128, generator=generator, device=device, dtype=torch.bfloat16)
+        for count, heads in ((rows, 8), (4000, 2), (4000, 2))
+    )
+    segments = [Segment(rows, ((300, num_cached + rows),))]
+    alone, flash = (make_attention(segments, device, goes_alone=way)(query, keys, values) for way in (True, False))
+    torch.testing.assert_close(alone, flash, rtol=0, atol=0.01)

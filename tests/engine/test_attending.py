@@ -16,7 +16,7 @@ from finlora.model.attention import can_attend_alone
 
 CPU = torch.device("cpu")
 PLACES = [(8, [(20, 8)]), (3, [(0, 9)]), (1, [(40, 5)]), (6, [(28, 6)]), (5, [(10, 5)]), (8, [(0, 10)]), (8, [(0, 11)])]
-"""(rows, keys) of segments: alone, behind a cached beginning, one token, two alone side by side, behind a short one, a longer one."""
+"""(rows, keys) of segments: alone, behind a cached beginning, one token, alone side by side, behind a short one, a longer one."""
 
 
 def make_batch(places, adapters=()):

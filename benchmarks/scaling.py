@@ -130,7 +130,7 @@ def run_measurements(options: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory(prefix="finlora-scaling-") as name:
         folder = Path(name)
-        data = options.data or folder / "data"
+        data = options.data.resolve() if options.data else folder / "data"  # workers stand in a folder of their own
         if options.data is None:
             prepare_task(options.task, None, data, None, "all", False, False)
         settings = {key: int(value) for key, value in (text.split("=") for text in BASE)}

@@ -6,10 +6,10 @@
 
 First the bare engine, stages and all, answers with as many questions at once as there are users: that is the truth and the
 rate to compare with. Questions come again and again, so their prompts lie in the prefix cache where it is large enough: give
-more `--questions` than fit for the rate of new ones. `--texts N` asks for N labels a request, so that the engine has users x
-texts at once, and the bare one gets as many. Then the same YAML is deployed on a Ray of this machine and asked over HTTP. A user
-waits for its answer before it asks again; a refusal with a stated code is asked again and counted. `--kills N` ends a stage's
-process N times meanwhile. Exit code 1 where an answer was lost or wrong.
+more `--questions` than fit for the rate of new ones. `--texts 1 8`, behind the overrides, asks for one label a request and then
+for eight, so that the engine has users x texts at once, and the bare one gets as many. Then the same YAML is deployed on a Ray
+of this machine and asked over HTTP. A user waits for its answer before it asks again; a refusal with a stated code is asked
+again and counted. `--kills N` ends a stage's process N times in each run. Exit code 1 where an answer was lost or wrong.
 
 In bfloat16 a prompt found in the prefix cache and one computed anew can differ by more than the tolerance (seen: 0.007 of a
 probability, where float32 gives the same five digits), and is then counted as wrong: `model.compute_dtype=float32` tells
@@ -130,7 +130,7 @@ def run_bare(
     base = read_base(settings)
     opened = open_pipeline(settings, base)
     say(f"the bare engine stands after {time.monotonic() - started:.0f} s")
-    core, texts, first = opened.core, {}, {}
+    core, texts = opened.core, {}
     numbers = itertools.count()
     todo = itertools.cycle(questions)
 

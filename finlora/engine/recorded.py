@@ -151,11 +151,13 @@ class RecordedPasses:
         names = [adapters[name] for name, rows in batch.adapters for _ in range(rows)]
         ends = list(accumulate(segment.num_rows for segment in segments))
         keys = [segment.keys[0] for segment in segments] + [(self._spare_row, 1)] * empty
-        rows = (batch.input_ids, batch.positions, [*batch.slots], names)
-        filled = [[*numbers, *(numbers[row] for row in sources)] for numbers in rows]
-        filled[2][batch.num_rows :] = [self._spare_row] * len(sources)
-        columns = (*filled, ends + ends[-1:] * empty, [start for start, _ in keys], [count for _, count in keys])
-        return torch.tensor([number for column in columns for number in column])
+        ids, positions, names = (
+            [*numbers, *(numbers[row] for row in sources)] for numbers in (batch.input_ids, batch.positions, names)
+        )
+        slots = [*batch.slots, *[self._spare_row] * len(sources)]
+        ends += ends[-1:] * empty
+        starts, counts = zip(*keys, strict=True)
+        return torch.tensor([*ids, *positions, *slots, *names, *ends, *starts, *counts])
 
 
 def _find(sizes: Sequence[int], least: int) -> int | None:

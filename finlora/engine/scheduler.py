@@ -93,7 +93,8 @@ class Scheduler:
             raise ConfigError(
                 f"request {request.id}: expected at least one token in its prompt and in each of its choices"
             )
-        if any(request.id == other.id for other in self._requests()):
+        waiting = chain.from_iterable(self._lines.values())
+        if request.id in self._active or any(request.id == other.id for other in waiting):
             raise ConfigError(f"request {request.id}: a request of this id is at work already, expected a new one")
         if request.num_tokens > self.pool.num_rows:
             raise ConfigError(

@@ -116,13 +116,15 @@ class Stage:
             (T, H) for the next stage; from the last one, what the micro-batch asks for.
         """
         self._copy_rows(batch)
-        wanted = sorted({draw.row for draw in batch.draws} | {score.row for score in batch.scores})
+        wanted = None
+        if self.is_last:
+            wanted = sorted({draw.row for draw in batch.draws} | {score.row for score in batch.scores})
         taken = self.passes.take(batch)
         if taken is None:
-            result = self.forward(batch, hidden, wanted if self.is_last else None)
+            result = self.forward(batch, hidden, wanted)
         else:
             result = self.passes.run(batch, taken, hidden, self.bank.numbers)
-        if not self.is_last:
+        if wanted is None:
             return result
         if not wanted:
             return Output(batch.number, (), ())

@@ -21,9 +21,8 @@ from ray.experimental.channel.shared_memory_channel import CompositeChannel
 
 EAGER_S = {"cuda": 0.25, "cpu": 0.0}
 """Seconds of waiting without pauses: on a GPU a hop takes least so, on CPU the cores have others to compute for."""
-_SHARE, _LEAST_S = 0.1, 5e-5
+_SHARE, _LEAST_S, _MOST_S = 0.1, 5e-5, {"cuda": 1e-3, "cpu": 5e-3}
 """A pause is a tenth of what was waited so far, within bounds."""
-_MOST_S = {"cuda": 1e-3, "cpu": 5e-3}
 
 _Read = Callable[[CompositeChannel, float | None], Any]
 
@@ -39,9 +38,8 @@ def wait_with_pauses(device: str) -> None:
 
 
 def _pausing(plain: _Read, eager_s: float, most_s: float) -> _Read:
-    began: WeakKeyDictionary[CompositeChannel, float] = (
-        WeakKeyDictionary()
-    )  # of waits that go on: Ray asks for slices of one
+    # Of waits that go on: Ray asks for slices of one.
+    began: WeakKeyDictionary[CompositeChannel, float] = WeakKeyDictionary()
 
     @functools.wraps(plain)
     def read(channel: CompositeChannel, timeout: float | None = None) -> Any:

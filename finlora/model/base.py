@@ -183,7 +183,7 @@ def _is_in_span(name: str, span: range, num_layers: int, is_tied: bool) -> bool:
 def _build_or_read(
     source: ModelSource, model: ModelConfig, bits: Bits, device: torch.device, seed: int, span: range | None
 ) -> tuple[LlamaForCausalLM, bool, float]:
-    """Return the model, and whether it was read as another load had quantised it, and the seconds of waiting for that."""
+    """Return the model, whether it was read as another load had quantised it, and the seconds of waiting for that."""
     cache = find_cache(model, source, bits, _DTYPES[model.compute_dtype], device, seed)
     if cache is None or (span is not None and not cache.is_complete):  # a part of a base is not worth keeping
         return _build(source, model, bits, device, seed, span, None), False, 0.0

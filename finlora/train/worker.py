@@ -183,10 +183,13 @@ def _train(
     examples = training_set.encoded
     sampler = make_sampler(config, examples)
     total_steps = count_steps(sampler, config.train.epochs, config.train.max_steps)
+    if worker == 0:  # before the base is loaded, which is where memory can run out
+        folder.plan.write_text(verdict.describe(config) + "\n", encoding="utf-8")
     with quiet_bitsandbytes():
         base = load_base(config.model, config.model.bits, device, config.seed)
         if worker == 0:
-            folder.plan.write_text(f"{verdict.describe(config)}\n{base.describe_loading()}\n", encoding="utf-8")
+            with folder.plan.open("a", encoding="utf-8") as plan:
+                plan.write(base.describe_loading() + "\n")
         model = attach_lora(base.model, config.lora, config.model.base, config.seed)
         taken = take_path(model.train(), config, examples, verdict.packs, device, base.tokenizer.pad_token_id)
         parameters = trainable_parameters(model)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -83,6 +84,13 @@ def test_only_the_newest_checkpoints_stay(quantised):
         "optimizer-0.pt",
         "optimizer-1.pt",
     }
+
+
+def test_plan_says_how_the_run_trains_and_where_its_base_came_from(quantised):
+    config, _ = quantised
+    first, *_, last = folder_of(config).plan.read_text().splitlines()
+    assert first.startswith("Training packed")
+    assert re.fullmatch(r"Base: 0\.00 GiB at 4 bit, made from the model's files in \d+\.\d s\.", last)
 
 
 def test_progress_reaches_tensorboard(quantised):

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 
 LABEL_TOLERANCE = 2e-3
-"""Probabilities may differ by rounding alone: a batch of other sizes adds in another order."""
+"""Probabilities may differ at least so much by rounding: a batch of other sizes adds in another order."""
 RETRY_S = 0.25
 PROXY_WORDS = "Internal Server Error"
 """What Ray Serve's proxy says, in plain text, for what was under way at a replica that was killed."""
@@ -58,6 +58,8 @@ Expected = Mapping[Question, dict[str, float] | str]
 class Tally:
     """What all users saw."""
 
+    tolerance: float = LABEL_TOLERANCE
+    """Of a label's probability."""
     seconds: float = 0.0
     whole: list[float] = field(default_factory=list)
     """Seconds of each answer, from question to its end."""
@@ -97,6 +99,7 @@ async def run_users(
     meanwhile: Callable[[], Any] | None = None,
     may_break: bool = False,
     num_texts: int = 1,
+    tolerance: float = LABEL_TOLERANCE,
 ) -> Tally:
     """Let `num_users` ask one question after the other for `seconds`; every question begun is seen to its end.
 
@@ -105,8 +108,9 @@ async def run_users(
         may_break: a broken line, or the proxy's own 500, is a refusal, asked again: what a client does whose proxy or replica
             was killed.
         num_texts: of each request; more than one asks for labels alone.
+        tolerance: of a label's probability.
     """
-    tally, todo = Tally(), itertools.cycle(questions)
+    tally, todo = Tally(tolerance), itertools.cycle(questions)
     until, started = time.monotonic() + seconds, time.monotonic()
     # One line a user and no more: what waits, waits in the server.
     connector = aiohttp.TCPConnector(limit=num_users)
@@ -210,7 +214,7 @@ async def read_answer(
 def _check(question: Question, answer: dict[str, float] | str, expected: dict[str, float] | str, tally: Tally) -> None:
     if isinstance(answer, dict) and isinstance(expected, dict):
         is_right = answer.keys() == expected.keys() and all(
-            abs(answer[label] - expected[label]) <= LABEL_TOLERANCE for label in expected
+            abs(answer[label] - expected[label]) <= tally.tolerance for label in expected
         )
     else:
         is_right = answer == expected

@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 
 from finlora.engine.extents import ExtentPool, common_length
 from finlora.engine.microbatch import MicroBatch, Output
@@ -21,7 +22,9 @@ from finlora.errors import ConfigError, QueueFullError
 MIN_PREFIX = 16
 """Tokens of common beginning from which a request waits one micro-batch for another that computes them."""
 MIN_CHUNK = 512
-"""Prompt tokens below which a micro-batch is not cut further to give every stage a part."""
+"""Prompt tokens below which a micro-batch is not cut further to give every stage a part, nor started ahead."""
+MIN_AHEAD_CHUNK = 2048
+"""Prompt tokens below which a micro-batch is not cut to have one ready ahead: each part reads and unpacks all weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +38,8 @@ class Limits:
     max_waiting: int = 1024
     """Most requests in line."""
     max_in_flight: int = 1
-    """Micro-batches under way at once: the number of stages."""
+    """Micro-batches under way at once: the number of stages. While all that is left are prompts, one more waits before the first
+    stage, which then need not wait for what becomes of the last one: over HTTP, for a whole round of questions."""
     keeps_prefixes: bool = True
 
     def __post_init__(self) -> None:
@@ -135,7 +139,7 @@ class Scheduler:
 
     def next_batch(self) -> MicroBatch | None:
         """Return the next micro-batch, or None where nothing can be computed now."""
-        if len(self._in_flight) >= self.limits.max_in_flight:
+        if len(self._in_flight) >= self.limits.max_in_flight and not self._may_go_ahead():
             return None
         chosen = self._choose()
         if not chosen:
@@ -213,23 +217,44 @@ class Scheduler:
             budget -= 1
             self._active.move_to_end(work.request.id)
         prompts = [work for work in self._active.values() if not work.is_prefilled and not work.ending]
-        budget = self._cut(prompts, budget)
+        budget = self._cut(budget)
         for work in prompts:
             budget = self._take_prompt(chosen, work, budget)
         while budget > 0 and (new := self._admit(chosen)) is not None:
             budget = self._take_prompt(chosen, new, budget)
         return chosen
 
-    def _cut(self, prompts: list[Work], budget: int) -> int:
+    def _may_go_ahead(self) -> bool:
+        """Return whether a micro-batch may wait before the first stage: where it has many rows, and no next token behind it."""
+        if len(self._in_flight) > self.limits.max_in_flight or self._is_decoding:
+            return False
+        return self._count_prompt_tokens(MIN_CHUNK, attrgetter("num_computed")) >= MIN_CHUNK
+
+    @property
+    def _is_decoding(self) -> bool:
+        return any(work.is_prefilled and not work.request.choices for work in self._active.values())
+
+    def _cut(self, budget: int) -> int:
         """Return how many prompt tokens to compute now, so that each stage gets a part of what there is."""
-        lengths = [len(work.request.prompt_ids) - work.num_cached for work in prompts]
+        most = self.limits.max_in_flight
+        # Of prompts that have begun the whole: their parts stay equal.
+        rest = self._count_prompt_tokens(budget * (most + 1), attrgetter("num_cached"))
+        part = max(MIN_CHUNK, -(-rest // most))
+        if not self._is_decoding:
+            part = min(part, max(MIN_AHEAD_CHUNK, -(-rest // max(1, most + 1 - len(self._in_flight)))))
+        return min(budget, part)
+
+    def _count_prompt_tokens(self, enough: int, done: Callable[[Work], int]) -> int:
+        """Return the tokens of all prompts but those done, counting until there are enough."""
+        active = (work for work in self._active.values() if not work.is_prefilled and not work.ending)
+        started = (len(work.request.prompt_ids) - done(work) for work in active)
         waiting = (len(request.prompt_ids) for line in self._lines.values() for request in line)
-        most, rest = budget * self.limits.max_in_flight, 0
-        for length in chain(lengths, waiting):
+        rest = 0
+        for length in chain(started, waiting):
             rest += length
-            if rest >= most:
-                return budget
-        return min(budget, max(MIN_CHUNK, -(-rest // self.limits.max_in_flight)))
+            if rest >= enough:
+                break
+        return rest
 
     def _take_prompt(self, chosen: list[tuple[Work, int]], work: Work, budget: int) -> int:
         """Add as much of a prompt as the budget allows; choices go with its last part, whatever their number."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter, deque
 
@@ -78,8 +79,11 @@ def test_random_traffic_is_answered_once_and_as_alone(seed):
                 done += [answer] if (answer := scheduler.end(name, "cancelled")) else []
         if rng.random() < 0.7 and (batch := scheduler.next_batch()) is not None:
             assert batch.num_rows > 0
+            if (num_ahead := len(under_way) - scheduler.limits.max_in_flight + 1) > 0:
+                assert num_ahead == 1
+                assert not any(other.draws for other in under_way)  # whoever draws goes on with its next token
             under_way.append(batch)
-        assert len(under_way) == scheduler.num_in_flight <= scheduler.limits.max_in_flight
+        assert len(under_way) == scheduler.num_in_flight
         if under_way and rng.random() < 0.6:
             tokens, ended = scheduler.complete(model.run(under_way.popleft()))
             done += ended
@@ -159,6 +163,38 @@ def test_decoding_is_split_over_the_passes_in_flight():
     batches = [batch for _ in range(5) if (batch := scheduler.next_batch()) is not None]
     assert len(batches) == 4
     assert max(batch.num_rows for batch in batches) <= 2
+
+
+def test_prompts_are_ready_ahead_of_the_first_stage():
+    scheduler = make_scheduler(cache_rows=16384, max_batch_tokens=8192)
+    model = PretendModel(16384)
+    choices = ((4, 9), (7,))
+
+    def submit(count, length, **changes):
+        for _ in range(count):
+            prompt = [rng.randint(1, 38) for _ in range(length)]
+            scheduler.submit(make_request(f"r{next(numbers)}", prompt, **changes))
+
+    numbers, rng = itertools.count(), random.Random(1)
+    submit(64, 101, choices=choices)
+    first, second = scheduler.next_batch(), scheduler.next_batch()
+    assert [len(batch.scores) for batch in (first, second)] == [3 * 32, 3 * 32]
+    submit(3, 101, choices=choices)
+    assert scheduler.next_batch() is None  # one ahead is enough
+    scheduler.complete(model.run(first))
+    assert scheduler.next_batch() is None  # three prompts would be too little work for a pass of their own
+    submit(3, 101, choices=choices)
+    third = scheduler.next_batch()
+    assert len(third.scores) == 3 * 6
+    for batch in (second, third):
+        scheduler.complete(model.run(batch))
+    submit(1, 101, max_tokens=9)
+    first = scheduler.next_batch()
+    submit(64, 101, choices=choices)
+    assert scheduler.next_batch() is None  # its next token waits for nothing but its own pass
+    scheduler.complete(model.run(first))
+    assert scheduler.next_batch().draws
+    assert scheduler.next_batch() is None
 
 
 def test_long_prompt_is_cut_and_does_not_stop_the_others():

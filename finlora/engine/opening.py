@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _ROOM_SHARE, _ROOM_BYTES = 0.05, 1.5 * GIB
 """Of a GPU's memory, kept free for what a micro-batch computes."""
+_SHORT_PROMPT = 128
 
 
 @contextmanager
@@ -119,10 +121,10 @@ def choose_in_flight(num_stages: int, device: str, gpus_per_stage: float) -> int
 def choose_batch_rows(in_flight: int) -> int:
     """Return the most rows of a micro-batch.
 
-    One alone at work reads and unpacks the weights a quarter as often with four times as many rows; several stages are kept busy
-    by more micro-batches of fewer rows.
+    One alone at work reads and unpacks the weights a sixth as often with six times as many rows; several stages are kept busy by
+    more micro-batches of fewer rows.
     """
-    return 8192 if in_flight == 1 else 2048
+    return 12288 if in_flight == 1 else 2048
 
 
 def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:
@@ -134,16 +136,28 @@ def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:
         batch_tokens: most rows of a micro-batch.
     """
     longest = min(batch_tokens, num_rows)
-    recorded = [size for size in PROMPT_SIZES if size < longest] * 2
-    for size in (longest, longest // 2, longest, *recorded):
-        prompt = MicroBatch(0, adapters=[(None, size)])
-        prompt.add([0] * size, 0, range(size), [(0, size)])
-        _pass(executor, prompt)
+    sizes = [size for size in PROMPT_SIZES if size < longest]
+    # Seen for the first time, then recorded: prompts alone, and with the last tokens of labels, a few and many.
+    for size, num_labels in ((longest, 0), (longest // 2, 0), (longest, 0), *[*product(sizes, (0, 1, 17))] * 2):
+        _pass(executor, _make_prompts(size, num_labels))
     for size in (*DECODE_SIZES, *DECODE_SIZES):  # seen for the first time, then recorded
         tokens = MicroBatch(0, adapters=[(None, size)])
         for _ in range(size):
             tokens.add([0], 0, [num_rows], [(num_rows, 1)])  # the row behind the cache belongs to nobody
         _pass(executor, tokens)
+
+
+def _make_prompts(num_rows: int, num_labels: int) -> MicroBatch:
+    """Return a micro-batch of one prompt, or where it has many labels of short ones; each label has a token behind the first."""
+    batch, left = MicroBatch(0, adapters=[(None, num_rows)]), num_rows - num_labels
+    first = size = min(left, _SHORT_PROMPT) if num_labels > 1 else left
+    while left:
+        place, size = batch.num_rows, min(left, size)
+        batch.add([0] * size, 0, range(place, place + size), [(place, size)])
+        left -= size
+    for place in range(batch.num_rows, num_rows):
+        batch.add([0], first, [place], [(0, first), (place, 1)])
+    return batch
 
 
 def _pass(executor: Executor, batch: MicroBatch) -> None:

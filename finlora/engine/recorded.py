@@ -1,7 +1,7 @@
 """Passes of few rows, recorded as CUDA graphs: hundreds of launches become one.
 
-Up to a thousand rows the GPU has computed a pass sooner than the host has launched it. A graph holds for one `Form`, so rows and
-segments are filled up to the next of the sizes below. A form runs as it is at first, which compiles its kernels, is recorded
+Up to two thousand rows the GPU has computed a pass sooner than the host has launched it. A graph holds for one `Form`, so rows
+and segments are filled up to the next of the sizes below. A form runs as it is at first, which compiles its kernels, is recorded
 when it comes again and replayed from then on. On CPU nothing is recorded, and nothing filled up.
 
 Rows that fill up a pass write to a cache row of their own. They repeat rows of the pass, since the outliers of all rows together
@@ -16,18 +16,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, cycle
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from finlora.engine.attending import Tail, split_tails
 from finlora.engine.microbatch import MicroBatch, Segment
+from finlora.model.attention import Places
 
 DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64)
 """Rows of passes in which each row is a segment."""
-PROMPT_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)
+PROMPT_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 """Rows of all other recorded passes; larger ones run as they are."""
-SEGMENT_SIZES = (4, 64)
-"""Segments of these passes, whose attention starts a program for each, also for empty ones."""
+PART_SIZES = ((4, 0), (64, 0), (24, 16), (320, 256))
+"""Segments of these passes, with keys in one place each, and rows with keys in a second: attention starts a program for each,
+also for empty ones."""
+_SHORT, _FEW = 128, 24
+"""Queries that a program of FlashAttention takes: of more than a few segments with no more each, it starts one for each."""
 
 Run = Callable[["Rows", Tensor | None], Tensor]
 
@@ -38,29 +44,49 @@ class Form:
 
     num_rows: int
     num_segments: int
+    num_tails: int
+    """Rows with keys in a second place."""
+    max_queries: int
     is_decode: bool
     """Each row is a segment: a request's next token."""
     has_adapters: bool
     """Without an adapter in it, a pass is recorded without their products."""
 
 
+class Taken(NamedTuple):
+    """A micro-batch that can be recorded."""
+
+    form: Form
+    segments: Sequence[Segment]
+    """With keys in one place each."""
+    tails: Sequence[Tail]
+    """What rows see in a second one."""
+    filling: Sequence[tuple[int, Segment]]
+    """Segments that fill it up, with the rows that their first ones repeat."""
+
+
 class Rows:
-    """Where the rows of a pass stand.
+    """Where the rows of a pass stand: tensors that a graph reads again each time.
 
     Args:
-        numbers: (4 T + 3 B,) int64: each row's id, position, cache row and adapter's number; each segment's end in the rows,
-            first key row and number of keys.
+        numbers: (4 T + 3 B + 4 C,) int64: each row's id, position, cache row and adapter's number; each segment's end in the
+            rows, first key row and number of keys; of C rows with keys in a second place the row, and for up to C segments of
+            them the same as for the others.
     """
 
     def __init__(self, numbers: Tensor, form: Form) -> None:
         self.form = form
-        rows, segments = numbers.split([4 * form.num_rows, 3 * form.num_segments])
+        rows, segments, tails = numbers.split([4 * form.num_rows, 3 * form.num_segments, 4 * form.num_tails])
         self.ids, self.positions, self.slots, self.adapters = rows.view(4, -1)
-        ends, starts, lengths = segments.view(3, -1).int()
-        self.cumulative_queries = torch.nn.functional.pad(ends, (1, 0))
-        self.starts = torch.nn.functional.pad(starts, (0, 1))
-        self.lengths = lengths
-        self.max_queries = 1 if form.is_decode else form.num_rows
+        self.places = _to_places(segments.view(3, -1), form.max_queries)
+        self.tail_rows = tails[: form.num_tails]
+        self.tail_places = _to_places(tails[form.num_tails :].view(3, -1), form.num_tails)
+
+
+def _to_places(numbers: Tensor, max_queries: int) -> Places:
+    ends, starts, lengths = numbers.int()
+    pad = torch.nn.functional.pad
+    return Places(pad(ends, (1, 0)), pad(starts, (0, 1)), lengths, max_queries)
 
 
 def is_decode(batch: MicroBatch) -> bool:
@@ -89,29 +115,29 @@ class RecordedPasses:
         """Drop what is recorded, since tensors that it reads have moved."""
         self._graphs.clear()
 
-    def take(self, batch: MicroBatch) -> tuple[Form, list[tuple[int, Segment]]] | None:
-        """Return the form of a micro-batch, and with their first rows the segments that fill it up; None where it has none."""
+    def take(self, batch: MicroBatch) -> Taken | None:
+        """Return how a micro-batch is recorded; None where it has no size."""
         has_adapters = any(name is not None for name, _ in batch.adapters)
         count = batch.num_rows
         if is_decode(batch):
             size = _find(DECODE_SIZES, count) if self.fills else count
             assert size is not None
             alone = Segment(1, ((self._spare_row, 1),))
-            return Form(size, size, True, has_adapters), [(0, alone)] * (size - count)
+            return Taken(Form(size, size, 0, 1, True, has_adapters), batch.segments, (), [(0, alone)] * (size - count))
         size = _find(PROMPT_SIZES, count)
-        if not self.fills or size is None or any(len(segment.keys) != 1 for segment in batch.segments):
+        if not self.fills or size is None:
             return None
         filling = _repeat(batch.segments, size - count)
-        num_segments = _find(SEGMENT_SIZES, len(batch.segments) + len(filling))
-        return None if num_segments is None else (Form(size, num_segments, False, has_adapters), filling)
+        segments, tails = split_tails(batch.segments)
+        num_parts = len(segments) + len(filling), sum(tail.num_rows for tail in tails)
+        most = next((most for most in PART_SIZES if num_parts[0] <= most[0] and num_parts[1] <= most[1]), None)
+        if most is None:
+            return None
+        is_short = most[0] > _FEW and max(segment.num_rows for segment in batch.segments) <= _SHORT
+        max_queries = min(size, _SHORT) if is_short else size
+        return Taken(Form(size, *most, max_queries, False, has_adapters), segments, tails, filling)
 
-    def run(
-        self,
-        batch: MicroBatch,
-        taken: tuple[Form, Sequence[tuple[int, Segment]]],
-        hidden: Tensor | None,
-        adapters: Mapping[str | None, int],
-    ) -> Tensor:
+    def run(self, batch: MicroBatch, taken: Taken, hidden: Tensor | None, adapters: Mapping[str | None, int]) -> Tensor:
         """Return the result of the micro-batch's rows; it holds until the next call.
 
         Args:
@@ -119,9 +145,9 @@ class RecordedPasses:
             hidden: (rows, H) from the stage before; None at the first stage.
             adapters: their numbers.
         """
-        form, filling = taken
-        sources = [row for first, segment in filling for row in range(first, first + segment.num_rows)]
-        numbers = self._lay_out(batch, form, [segment for _, segment in filling], sources, adapters)
+        form = taken.form
+        sources = [row for first, segment in taken.filling for row in range(first, first + segment.num_rows)]
+        numbers = self._lay_out(batch, taken, sources, adapters)
         if hidden is not None:
             hidden = hidden.to(self._device)
             hidden = torch.cat([hidden, hidden[sources]]) if sources else hidden
@@ -134,30 +160,37 @@ class RecordedPasses:
         return self._run(Rows(numbers.to(self._device), form), hidden)[: batch.num_rows]
 
     def _lay_out(
-        self,
-        batch: MicroBatch,
-        form: Form,
-        filling: Sequence[Segment],
-        sources: Sequence[int],
-        adapters: Mapping[str | None, int],
+        self, batch: MicroBatch, taken: Taken, sources: Sequence[int], adapters: Mapping[str | None, int]
     ) -> Tensor:
         """Return what `Rows` takes.
 
         Args:
             sources: rows that the filling ones repeat.
         """
-        segments = [*batch.segments, *filling]
-        empty = form.num_segments - len(segments)
+        form = taken.form
         names = [adapters[name] for name, rows in batch.adapters for _ in range(rows)]
-        ends = list(accumulate(segment.num_rows for segment in segments))
-        keys = [segment.keys[0] for segment in segments] + [(self._spare_row, 1)] * empty
         ids, positions, names = (
             [*numbers, *(numbers[row] for row in sources)] for numbers in (batch.input_ids, batch.positions, names)
         )
         slots = [*batch.slots, *[self._spare_row] * len(sources)]
+        segments = (*taken.segments, *(segment for _, segment in taken.filling))
+        parts = [(segment.num_rows, *segment.keys[0]) for segment in segments]
+        tails = [(tail.num_rows, tail.start, tail.num_keys) for tail in taken.tails]
+        tail_rows = [row for tail in taken.tails for row in range(tail.row, tail.row + tail.num_rows)]
+        if taken.tails:  # the first of these rows fills them up
+            first, missing = taken.tails[0], form.num_tails - len(tail_rows)
+            tails += [(1, first.start, first.num_keys - first.num_rows + 1)] * missing
+            tail_rows += [first.row] * missing
+        places = (*self._pad(parts, form.num_segments), *tail_rows, *self._pad(tails, form.num_tails))
+        return torch.tensor([*ids, *positions, *slots, *names, *places])
+
+    def _pad(self, parts: Sequence[tuple[int, int, int]], count: int) -> list[int]:
+        """Return ends, first key rows and numbers of keys of so many segments, of which the last are empty."""
+        empty = count - len(parts)
+        ends = list(accumulate(num_rows for num_rows, _, _ in parts))
         ends += ends[-1:] * empty
-        starts, counts = zip(*keys, strict=True)
-        return torch.tensor([*ids, *positions, *slots, *names, *ends, *starts, *counts])
+        starts = [start for _, start, _ in parts] + [self._spare_row] * empty
+        return [*ends, *starts, *(num_keys for _, _, num_keys in parts), *[1] * empty]
 
 
 def _find(sizes: Sequence[int], least: int) -> int | None:
@@ -167,8 +200,9 @@ def _find(sizes: Sequence[int], least: int) -> int | None:
 def _repeat(segments: Sequence[Segment], missing: int) -> list[tuple[int, Segment]]:
     """Return beginnings of segments, the longest ones', that have as many rows together, with their first rows."""
     firsts = accumulate((segment.num_rows for segment in segments), initial=0)
+    places = [place for place in zip(firsts, segments, strict=False) if len(place[1].keys) == 1]
     pieces = []
-    for first, segment in cycle(sorted(zip(firsts, segments, strict=False), key=lambda place: -place[1].num_rows)):
+    for first, segment in cycle(sorted(places, key=lambda place: -place[1].num_rows)):
         if not missing:
             break
         count = min(missing, segment.num_rows)

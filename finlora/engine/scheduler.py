@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
 
-from finlora.engine.extents import ExtentPool, common_length
+from finlora.engine.extents import ExtentPool
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.request import Answer, Finish, Request, Token
+from finlora.engine.sharing import Beginnings
 from finlora.engine.work import Work, add_rows
 from finlora.errors import ConfigError, QueueFullError
 
@@ -217,11 +218,12 @@ class Scheduler:
             budget -= 1
             self._active.move_to_end(work.request.id)
         prompts = [work for work in self._active.values() if not work.is_prefilled and not work.ending]
-        budget = self._cut(budget)
+        whole = budget = self._cut(budget)
+        beginnings = Beginnings()
         for work in prompts:
-            budget = self._take_prompt(chosen, work, budget)
-        while budget > 0 and (new := self._admit(chosen)) is not None:
-            budget = self._take_prompt(chosen, new, budget)
+            budget = self._take_prompt(chosen, beginnings, work, budget)
+        while budget > 0 and (new := self._admit(beginnings, budget, whole)) is not None:
+            budget = self._take_prompt(chosen, beginnings, new, budget)
         return chosen
 
     def _may_go_ahead(self) -> bool:
@@ -256,15 +258,17 @@ class Scheduler:
                 break
         return rest
 
-    def _take_prompt(self, chosen: list[tuple[Work, int]], work: Work, budget: int) -> int:
+    def _take_prompt(self, chosen: list[tuple[Work, int]], beginnings: Beginnings, work: Work, budget: int) -> int:
         """Add as much of a prompt as the budget allows; choices go with its last part, whatever their number."""
         count = min(budget, len(work.request.prompt_ids) - work.num_computed)
         if count > 0:
             chosen.append((work, count))
+            beginnings.add(work.request, work.num_computed + count)
         return budget - count
 
-    def _admit(self, chosen: list[tuple[Work, int]]) -> Work | None:
-        """Admit the first request of the client whose turn it is; None where nobody waits or the cache has no room."""
+    def _admit(self, beginnings: Beginnings, budget: int, whole: int) -> Work | None:
+        """Admit the first request of the client whose turn it is; None where nobody waits, the cache has no room, or the next
+        micro-batch suits it better than this one, which takes `budget` more tokens of `whole`."""
         while self._lines and not next(iter(self._lines.values())):
             self._lines.popitem(last=False)
         if not self._lines:
@@ -272,7 +276,10 @@ class Scheduler:
         client, line = next(iter(self._lines.items()))
         request = line[0]
         source, length = self.pool.find(request.adapter, request.prompt_ids)
-        if self._could_share(chosen, request, length):
+        if self.limits.keeps_prefixes and beginnings.has(request, length + MIN_PREFIX):
+            return None  # the next micro-batch copies them
+        # Cut prompts attend at half the speed, and one stage alone has no others to cut them for.
+        if self.limits.max_in_flight == 1 and budget < len(request.prompt_ids) - length <= whole >= 2 * budget:
             return None
         extent = self.pool.allocate(request.adapter, request.prompt_ids, request.num_tokens, source)
         if extent is None and not self._active:  # the prefix itself lies in the way, and nobody's end would make room
@@ -289,12 +296,3 @@ class Scheduler:
         seed = request.sampling.seed if request.sampling.seed is not None else self._draw_seed()
         work = self._active[request.id] = Work(request, extent, seed, length, length)
         return work
-
-    def _could_share(self, chosen: list[tuple[Work, int]], request: Request, found: int) -> bool:
-        """Return whether this very micro-batch computes a longer beginning, to be copied from the next one on."""
-        for work, count in chosen:
-            if count and work.request.adapter == request.adapter:
-                limit = min(work.num_computed + count, len(request.prompt_ids) - 1)
-                if common_length(work.request.prompt_ids, request.prompt_ids, limit) >= found + MIN_PREFIX:
-                    return self.limits.keeps_prefixes
-        return False

@@ -20,7 +20,7 @@ from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.recorded import RecordedPasses, Rows
 from finlora.engine.sampling import choice_log_probs, sample
 from finlora.errors import AdapterError
-from finlora.model.attention import attend_cache, can_attend_alone
+from finlora.model.attention import attend_cache, attend_two_places, can_attend_alone, can_flash
 from finlora.model.elementwise import gate, normalise, rotate
 from finlora.model.packed import read_layer
 from finlora.model.peak import measure_peak_gib
@@ -63,7 +63,8 @@ class Stage:
         _, num_groups, width = self.layers[0].heads
         # One row more, for rows that only fill up a recorded pass.
         self.cache = torch.zeros(len(span), 2, num_rows + 1, num_groups, width, dtype=dtype, device=self.device)
-        self._goes_alone = can_attend_alone(self.cache)  # its type and width are those of queries
+        # Its type and width are those of queries.
+        self._flashes, self._goes_alone = can_flash(self.cache), can_attend_alone(self.cache)
         self.passes = RecordedPasses(self._run_rows, num_rows, self.device, fills=self.device.type == "cuda")
 
     @property
@@ -128,7 +129,7 @@ class Stage:
             return result
         if not wanted:
             return Output(batch.number, (), ())
-        if taken is not None and taken[0].is_decode:
+        if taken is not None and taken.form.is_decode:
             return self._finish(batch, range(batch.num_rows), result)
         states = result if taken is None else result[self._ids(wanted)]
         return self._finish(batch, wanted, self.compute_logits(states))
@@ -144,8 +145,9 @@ class Stage:
         few = None
         if wanted is not None:
             segments, adapters = narrow(batch, wanted)
-            few = _Wanted(self._ids(wanted), make_attention(segments, self.device), self._make_adapt(adapters))
-        attend_keys = make_attention(batch.segments, self.device, goes_alone=self._goes_alone)
+            attend_few = make_attention(segments, self.device, flashes=self._flashes)
+            few = _Wanted(self._ids(wanted), attend_few, self._make_adapt(adapters))
+        attend_keys = make_attention(batch.segments, self.device, flashes=self._flashes, goes_alone=self._goes_alone)
         adapt = self._make_adapt(batch.adapters)
         return self._run_layers(ids, positions, slots, hidden, attend_keys, adapt, few)
 
@@ -162,8 +164,9 @@ class Stage:
         form = rows.form
 
         def attend_keys(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            places = rows.cumulative_queries, rows.starts, rows.lengths
-            return attend_cache(query, keys, values, *places, rows.max_queries)
+            if form.num_tails:
+                return attend_two_places(query, keys, values, rows.places, rows.tail_rows, rows.tail_places)
+            return attend_cache(query, keys, values, rows.places)[0]
 
         def adapt(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
             return self.bank.apply(out, x, rows.adapters, self.span[index], product) if form.has_adapters else out
@@ -172,9 +175,18 @@ class Stage:
         return self.compute_logits(x) if self.is_last and form.is_decode else x
 
     def _copy_rows(self, batch: MicroBatch) -> None:
-        """Copy the cache rows of beginnings that requests share."""
+        """Copy the cache rows of beginnings that requests share, all at once."""
+        if not batch.copies:
+            return
+        origins: dict[int, int] = {}  # of rows that are overwritten: each copy reads what those before it have left
         for source, target, count in batch.copies:
-            self.cache[:, :, target : target + count] = self.cache[:, :, source : source + count].clone()
+            read = [origins.get(row, row) for row in range(source, source + count)]
+            origins.update(zip(range(target, target + count), read, strict=True))
+        targets, sources = self._ids([*origins]), self._ids([*origins.values()])
+        for rows in self.cache.flatten(
+            0, 1
+        ):  # of keys, or of values, of a layer: whole rows are copied many times faster
+            rows.index_copy_(0, targets, rows.index_select(0, sources))
 
     def _run_layers(
         self,

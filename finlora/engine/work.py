@@ -58,7 +58,8 @@ def add_rows(batch: MicroBatch, work: Work, count: int) -> None:
         row = last
         batch.scores.append(Score(last, choice[0]))
         if own:
-            keys = [(start, size), (place, len(own))]
+            # The first choice's lie behind the prompt's.
+            keys = [(start, size), (place, len(own))] if place > start + size else [(start, size + len(own))]
             row = batch.add(own, size, range(place, place + len(own)), keys)
             batch.scores += [Score(row + index, token) for index, token in enumerate(choice[1:])]
         place += len(own)

@@ -13,6 +13,7 @@ Source: FlashAttention-2, arXiv:2307.08691, as torch ships it (aten::_flash_atte
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,26 +60,28 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tup
     return torch.cat(outputs), torch.cat(sums, -1)
 
 
-def attend_cache(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cumulative_queries: Tensor,
-    starts: Tensor,
-    lengths: Tensor,
-    max_queries: int,
-) -> Tensor:
-    """Return the output (Q, h, d) of segments whose keys lie where they are cached, without moving them.
+class Places(NamedTuple):
+    """Where the keys of segments are cached, side by side each."""
+
+    cumulative_queries: Tensor
+    """(segments + 1,) int32."""
+    starts: Tensor
+    """(segments + 1,) int32: the first key row of each segment; the last number is not read."""
+    lengths: Tensor
+    """(segments,) int32: key rows of each segment, those of its own queries included."""
+    max_queries: int
+    """At least the longest segment's queries."""
+
+
+def attend_cache(query: Tensor, key: Tensor, value: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+    """Return the output (Q, h, d) of segments whose keys stay where they are, and log-sum-exp of the scores (h, Q).
 
     Args:
         key: (R, g, d), all rows of the cache; as `value`.
-        cumulative_queries: (segments + 1,) int32.
-        starts: (segments + 1,) int32, the first key row of each segment; the last number is not read.
-        lengths: (segments,) int32, key rows of each segment, those of its own queries included.
-        max_queries: at least the longest segment's queries.
     """
+    cumulative_queries, starts, lengths, max_queries = places
     if can_flash(query):
-        output: Tensor = torch.ops.aten._flash_attention_forward(
+        output, log_sum, *_ = torch.ops.aten._flash_attention_forward(
             query,
             key,
             value,
@@ -90,15 +93,38 @@ def attend_cache(
             True,
             False,
             seqused_k=lengths,
-        )[0]
-        return output
-    outputs = []
-    places = zip(query.split(cumulative_queries.diff().tolist()), starts.tolist(), lengths.tolist(), strict=False)
-    for queries, start, length in places:
-        keys, values = key[start : start + length], value[start : start + length]
-        probabilities = torch.softmax(_scores(queries, keys), -1)
-        outputs.append(_heads_out(probabilities @ _heads_in(values, queries)).to(query.dtype))
-    return torch.cat(outputs)
+        )
+        return output, log_sum
+    outputs, sums = [], []
+    parts = zip(query.split(cumulative_queries.diff().tolist()), starts.tolist(), lengths.tolist(), strict=False)
+    for queries, start, length in parts:
+        scores = _scores(queries, key[start : start + length])
+        sums.append(scores.logsumexp(-1))
+        values = _heads_in(value[start : start + length], queries)
+        outputs.append(_heads_out(torch.softmax(scores, -1) @ values).to(query.dtype))
+    return torch.cat(outputs), torch.cat(sums, -1)
+
+
+def attend_two_places(
+    query: Tensor, key: Tensor, value: Tensor, places: Places, rows: Tensor, second: Places
+) -> Tensor:
+    """Return the output (Q, h, d), where some rows see keys in a second place too.
+
+    Softmax over both is the mean of the two outputs, weighted by the sums of their scores' exponentials.
+
+    Args:
+        rows: (C,) the queries that do, in the order of `second`; a row that comes twice comes with the same keys.
+        second: their segments.
+    """
+    output, log_sum = attend_cache(query, key, value, places)
+    return join_places(output, log_sum, rows, *attend_cache(query[rows], key, value, second))
+
+
+def join_places(output: Tensor, log_sum: Tensor, rows: Tensor, other: Tensor, other_sum: Tensor) -> Tensor:
+    """Return the output (Q, h, d) with that of other keys (C, h, d) joined to some rows; log-sum-exps (h, Q) and (h, C)."""
+    share = torch.sigmoid(other_sum - log_sum[:, rows]).t()[..., None]
+    joined = torch.lerp(output[rows].float(), other.float(), share)
+    return output.index_copy(0, rows, joined.to(output.dtype))
 
 
 def attend_backward(

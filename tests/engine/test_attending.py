@@ -75,12 +75,58 @@ def test_long_segments_go_alone_and_the_others_together(monkeypatch):
 
     monkeypatch.setattr(attending, "LONG", 5)
     monkeypatch.setattr(attending, "attend_alone", attend_alone)
-    attend_keys = make_attention(batch.segments, CPU)
-    torch.testing.assert_close(attend_keys(query, keys, values), expected, rtol=0, atol=0)  # no cuDNN here
+    attend_keys = make_attention(batch.segments, CPU, flashes=True)
+    torch.testing.assert_close(attend_keys(query, keys, values), expected, rtol=1e-5, atol=1e-6)
     assert not alone
-    attend_keys = make_attention(batch.segments, CPU, goes_alone=True)
+    attend_keys = make_attention(batch.segments, CPU, flashes=True, goes_alone=True)
     torch.testing.assert_close(attend_keys(query, keys, values), expected, rtol=1e-5, atol=1e-6)
     assert alone == [(8, 8), (6, 6), (5, 5), (10, 10)]
+
+
+def test_rows_with_keys_in_two_places_attend_to_all_of_them(monkeypatch):
+    """Against softmax over the same keys laid side by side; one by one, joined, and wanted rows alone."""
+    places = [(6, [(4, 9)]), (2, [(4, 9), (13, 2)]), (1, [(4, 9), (15, 1)]), (3, [(4, 9), (16, 3)]), *PLACES]
+    total = sum(num_rows for num_rows, _ in places)
+    query, keys, values = random_tensors(total)
+    expected, row = [], 0
+    for num_rows, parts in places:
+        own = [index for start, count in parts for index in range(start, start + count)]
+        for place in range(num_rows):
+            seen = own[: len(own) - num_rows + place + 1]
+            wide = [tensor[seen].repeat_interleave(2, 1) for tensor in (keys, values)]
+            scores = torch.einsum("hd,khd->hk", query[row], wide[0]) * 8**-0.5
+            expected.append(torch.einsum("hk,khd->hd", torch.softmax(scores, -1), wide[1]))
+            row += 1
+    expected, batch = torch.stack(expected), make_batch(places)
+    wanted = [2, 6, 7, 8, 10, 11, 15]
+    segments, _ = narrow(batch, wanted)
+    for flashes in (False, True):
+        found = make_attention(batch.segments, CPU, flashes=flashes)(query, keys, values)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        found = make_attention(segments, CPU, flashes=flashes)(query[wanted], keys, values)
+        torch.testing.assert_close(found, expected[wanted], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_rows_with_keys_in_two_places_on_a_gpu():
+    places = [
+        (600, [(4, 900)]),
+        (2, [(4, 900), (904, 2)]),
+        (1, [(4, 900), (906, 1)]),
+        (3, [(4, 900), (907, 3)]),
+        (1, [(950, 9)]),
+    ]
+    total = sum(num_rows for num_rows, _ in places)
+    generator = torch.Generator().manual_seed(0)
+    query, keys, values = (
+        torch.randn(count, heads, 128, generator=generator) for count, heads in ((total, 8), (1000, 2), (1000, 2))
+    )
+    segments = make_batch(places).segments
+    expected = make_attention(segments, CPU)(query, keys, values)
+    tensors = (tensor.to("cuda", torch.bfloat16) for tensor in (query, keys, values))
+    found = make_attention(segments, torch.device("cuda"), flashes=True)(*tensors)
+    torch.testing.assert_close(found.float().cpu(), expected, rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("wanted", [[], [3], [0, 10, 11, 20]])
@@ -119,7 +165,7 @@ def test_as_many_micro_batches_are_under_way_as_gpus_compute(num_stages, gpus_pe
 
 
 def test_one_micro_batch_at_work_is_larger():
-    assert choose_batch_rows(1) == 4 * choose_batch_rows(2) == 4 * choose_batch_rows(4)
+    assert choose_batch_rows(1) == 6 * choose_batch_rows(2) == 6 * choose_batch_rows(4)
 
 
 @pytest.mark.gpu
@@ -135,5 +181,7 @@ def test_long_segment_behind_a_beginning_equals_flash_attention(num_cached):
         for count, heads in ((rows, 8), (4000, 2), (4000, 2))
     )
     segments = [Segment(rows, ((300, num_cached + rows),))]
-    alone, flash = (make_attention(segments, device, goes_alone=way)(query, keys, values) for way in (True, False))
+    alone, flash = (
+        make_attention(segments, device, flashes=True, goes_alone=way)(query, keys, values) for way in (True, False)
+    )
     torch.testing.assert_close(alone, flash, rtol=0, atol=0.01)

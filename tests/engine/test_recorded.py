@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_drive import RAGGED, make_requests, run, tokens_of
 
 from finlora.engine.microbatch import MicroBatch
-from finlora.engine.recorded import DECODE_SIZES, PROMPT_SIZES, SEGMENT_SIZES, Form, RecordedPasses
+from finlora.engine.recorded import DECODE_SIZES, PART_SIZES, PROMPT_SIZES, Form, RecordedPasses
 from finlora.engine.request import Request, Sampling
 from finlora.engine.stage import Stage
 from finlora.model.base import load_base, quiet_bitsandbytes
@@ -36,61 +36,78 @@ def make_batch(*segments, adapters=None):
 
 
 def lay_out(passes, batch, adapters=None):
-    form, filling = passes.take(batch)
-    found = []
-    passes._run = lambda rows, _hidden: found.append(rows) or torch.zeros(form.num_rows)
-    passes.run(batch, (form, filling), None, adapters or {None: 0})
-    return form, found[0]
+    taken, found = passes.take(batch), []
+    passes._run = lambda rows, _hidden: found.append(rows) or torch.zeros(taken.form.num_rows)
+    passes.run(batch, taken, None, adapters or {None: 0})
+    return taken.form, found[0]
 
 
 def test_a_prompt_is_filled_up_with_its_own_first_rows(passes):
     form, rows = lay_out(passes, make_batch((100, 16, 120), adapters=[("a", 100)]), {"a": 3})
-    assert form == Form(128, 4, False, True)
+    assert form == Form(128, 4, 0, 128, False, True)
     assert rows.ids.tolist() == [*range(7, 107), *range(7, 35)]
     assert rows.positions.tolist() == [*range(20, 120), *range(20, 48)]
     assert rows.slots.tolist() == [*range(36, 136)] + [SPARE] * 28
     assert rows.adapters.tolist() == [3] * 128
-    assert rows.cumulative_queries.tolist() == [0, 100, 128, 128, 128]
+    assert rows.places.cumulative_queries.tolist() == [0, 100, 128, 128, 128]
     # The repeated 28 see the 20 keys before the segment and their own.
-    assert (rows.starts.tolist()[:2], rows.lengths.tolist()[:2]) == ([16, 16], [120, 48])
+    assert (rows.places.starts.tolist()[:2], rows.places.lengths.tolist()[:2]) == ([16, 16], [120, 48])
 
 
 def test_the_longest_segments_are_repeated_and_again_where_they_are_too_short(passes):
     form, rows = lay_out(passes, make_batch((3, 0, 3), (65, 16, 65), (1, 96, 9)))
     assert (form.num_rows, form.num_segments) == (128, 4)
-    assert rows.cumulative_queries.tolist() == [0, 3, 68, 69, 128]
+    assert rows.places.cumulative_queries.tolist() == [0, 3, 68, 69, 128]
     form, rows = lay_out(passes, make_batch((2, 0, 2), (3, 16, 3)))
     assert (form.num_rows, form.num_segments) == (64, 64)
-    assert rows.cumulative_queries.tolist()[:8] == [0, 2, 5, 8, 10, 13, 15, 18]
-    assert rows.cumulative_queries.tolist()[-1] == 64
+    assert rows.places.cumulative_queries.tolist()[:8] == [0, 2, 5, 8, 10, 13, 15, 18]
+    assert rows.places.cumulative_queries.tolist()[-1] == 64
 
 
 def test_tokens_that_follow_are_filled_up_with_rows_that_see_one_key(passes):
     form, rows = lay_out(passes, make_batch((1, 0, 30), (1, 48, 20), (1, 96, 9)))
-    assert form == Form(4, 4, True, False)
-    assert (rows.slots.tolist(), rows.lengths.tolist()) == ([29, 67, 104, SPARE], [30, 20, 9, 1])
+    assert form == Form(4, 4, 0, 1, True, False)
+    assert (rows.slots.tolist(), rows.places.lengths.tolist()) == ([29, 67, 104, SPARE], [30, 20, 9, 1])
 
 
 @pytest.mark.parametrize(
     "batch",
     [
         make_batch((PROMPT_SIZES[-1] + 1, 0, PROMPT_SIZES[-1] + 1)),
-        make_batch(*((2, 16 * place, 2) for place in range(SEGMENT_SIZES[-1] + 1))),
+        make_batch(*((2, 16 * place, 2) for place in range(PART_SIZES[-1][0] + 1))),
     ],
 )
 def test_a_pass_without_a_size_runs_as_it_is(passes, batch):
     assert passes.take(batch) is None
 
 
-def test_keys_in_two_places_run_as_they_are(passes):
-    batch = make_batch((4, 0, 4))
+def test_keys_in_a_second_place_are_filled_up_with_the_first_row_that_has_some(passes):
+    batch = make_batch((4, 0, 4), adapters=[(None, 6)])
     batch.add([5, 6], 4, [20, 21], [(0, 4), (20, 2)])
-    assert passes.take(batch) is None
+    form, rows = lay_out(passes, batch)
+    assert form == Form(64, 24, 16, 64, False, False)
+    # Both rows see the four keys before them, and by themselves their own; what fills up are rows of the first four.
+    assert rows.places.cumulative_queries.tolist()[:5] == [0, 4, 5, 6, 10]
+    assert (rows.places.starts.tolist()[:3], rows.places.lengths.tolist()[:4]) == ([0, 0, 0], [4, 4, 4, 4])
+    assert rows.tail_rows.tolist() == [4, 5, *[4] * 14]
+    assert rows.tail_places.cumulative_queries.tolist() == [0, *range(2, 17), 16]
+    assert rows.tail_places.starts.tolist() == [*[20] * 15, SPARE, 0]
+    assert rows.tail_places.lengths.tolist() == [2, *[1] * 15]
+
+
+def test_only_few_segments_pay_for_programs_that_long_ones_need(passes):
+    sizes = {}
+    for count, length in ((3, 200), (30, 20), (30, 4), (3, 20)):
+        form = passes.take(make_batch(*((length, 256 * place, length) for place in range(count)))).form
+        sizes[count, length] = (form.num_rows, form.num_segments, form.max_queries)
+    assert sizes == {(3, 200): (768, 4, 768), (30, 20): (768, 64, 128), (30, 4): (128, 64, 128), (3, 20): (64, 4, 64)}
+    mixed = [(130, 0, 130), *((9, 256 * place, 9) for place in range(1, 30))]
+    assert passes.take(make_batch(*mixed)).form == Form(512, 64, 0, 512, False, False)
 
 
 def test_every_number_of_rows_has_the_next_size(passes):
     for count in range(1, PROMPT_SIZES[-1] + 1):
-        form, filling = passes.take(make_batch((count, 0, count)))
+        form, _, _, filling = passes.take(make_batch((count, 0, count)))
         sizes = DECODE_SIZES if count == 1 else PROMPT_SIZES
         assert form.num_rows == min(size for size in sizes if size >= count)
         assert count + sum(segment.num_rows for _, segment in filling) == form.num_rows
@@ -115,11 +132,14 @@ def test_filled_passes_answer_as_the_same_do_without(make_core, num_stages, bits
     stage = cores[0].executor.stages[-1]
     compute = stage.passes._run
     stage.passes._run = lambda rows, hidden: forms.append(rows.form) or compute(rows, hidden)
+    # Attention adds in another order, and rounding to int8 can make a step of 1/127 of a difference in the last digit.
+    rel = 5e-3 if bits == 8 else 1e-5
     for requests in (make_mixed(), make_requests(RAGGED[2:3])):
         (filled, _), (bare, _) = (run(core, requests) for core in cores)
         for name, answer in bare.items():
             assert tokens_of(filled[name]) == tokens_of(answer)
-            assert list(filled[name].log_probs) == pytest.approx(list(answer.log_probs), rel=1e-5)
+            assert list(filled[name].log_probs) == pytest.approx(list(answer.log_probs), rel=rel)
+    assert any(form.num_tails for form in forms)
     assert {(form.is_decode, form.has_adapters) for form in forms} == {
         (is_decode, has_adapters) for is_decode in (True, False) for has_adapters in (True, False)
     }

@@ -282,3 +282,16 @@ def test_prompt_that_is_cancelled_ends_with_its_last_chunk_under_way():
     assert [len(answers) for answers in ended] == [0, 0, 1]
     assert ended[2][0].finish == "cancelled"
     assert scheduler.pool.num_held == 0
+
+
+def test_one_stage_alone_leaves_a_prompt_that_does_not_fit_to_the_next_pass():
+    scheduler = make_scheduler(cache_rows=16384, max_batch_tokens=1000, keeps_prefixes=False)
+    model, rng = PretendModel(16384), random.Random(2)
+    for number, length in enumerate((400, 450, 300, 2300, 900, 300, 900)):
+        scheduler.submit(make_request(f"r{number}", [rng.randint(1, 38) for _ in range(length)], choices=((4,),)))
+    sizes = []
+    while (batch := scheduler.next_batch()) is not None:
+        sizes.append([segment.num_rows for segment in batch.segments])
+        scheduler.complete(model.run(batch))
+    # One that fits no pass is cut where it comes, and one that comes where a pass is less than half full is cut too.
+    assert sizes == [[400, 450], [300, 700], [1000], [600], [900], [300, 700], [200]]

@@ -44,7 +44,14 @@ class ExtentPool:
     def __init__(self, num_rows: int, *, keeps_prefixes: bool = True) -> None:
         self.num_rows = num_rows // BLOCK * BLOCK
         self._keeps_prefixes = keeps_prefixes
-        self._free: list[tuple[int, int]] = [(0, self.num_rows)] if self.num_rows else []
+        self._free: list[tuple[int, int]] = []
+        """(rows, start), in order."""
+        self._free_ends: dict[int, int] = {}
+        """Of each free run its start by its end."""
+        self._free_rows: dict[int, int] = {}
+        """Of each free run its rows by its start."""
+        if self.num_rows:
+            self._give(0, self.num_rows)
         self._held: dict[int, Extent] = {}
         # Insertion order is the order of last use.
         self._kept: dict[int, Extent] = {}
@@ -64,7 +71,7 @@ class ExtentPool:
     @property
     def num_free(self) -> int:
         """Rows that hold nothing."""
-        return sum(size for _, size in self._free)
+        return sum(self._free_rows.values())
 
     def find(self, adapter: str | None, ids: Sequence[int]) -> tuple[Extent | None, int]:
         """Return the extent whose ready rows share the longest beginning with a prompt, and its length.
@@ -79,7 +86,8 @@ class ExtentPool:
         beside = [self._kept[start] for _, start in in_order[max(0, place - 1) : place + 1]]
         for extent in (*beside, *self._held.values()):
             limit = min(extent.num_ready, len(prompt) - 1)
-            if extent.adapter != adapter or limit <= longest:
+            # Of hundreds with the same instruction nearly all differ in the token by which they would be longer.
+            if limit <= longest or extent.ids[longest] != prompt[longest] or extent.adapter != adapter:
                 continue
             length = common_length(extent.ids, prompt, limit)
             if length > longest:
@@ -95,9 +103,10 @@ class ExtentPool:
             spare: a kept prefix that it will copy from, not to be dropped.
         """
         size = -(-num_rows // BLOCK) * BLOCK
-        if not self._could_fit(size, spare):
+        start = self._take(size)
+        if start is None and not self._could_fit(size, spare):
             return None
-        while (start := self._take(size)) is None:
+        while start is None and (start := self._take(size)) is None:
             self._drop(next(item for item in self._kept.values() if item is not spare))
         extent = Extent(start, size, adapter, tuple(ids))
         self._held[start] = extent
@@ -129,7 +138,10 @@ class ExtentPool:
         if place < len(in_order) and in_order[place][0][:size] == extent.ids:
             return True
         return any(
-            other.adapter == extent.adapter and other.num_ready >= size and other.ids[:size] == extent.ids
+            other.num_ready >= size
+            and other.ids[size - 1] == extent.ids[-1]
+            and other.adapter == extent.adapter
+            and other.ids[:size] == extent.ids
             for other in self._held.values()
         )
 
@@ -149,13 +161,13 @@ class ExtentPool:
         return False
 
     def _take(self, size: int) -> int | None:
-        fitting = [(room, start) for start, room in self._free if room >= size]
-        if not fitting:
+        place = bisect_left(self._free, (size, 0))
+        if place == len(self._free):
             return None
-        room, start = min(fitting)
-        self._free.remove((start, room))
+        room, start = self._free[place]
+        self._remove_free(start)
         if room > size:
-            self._free.append((start + size, room - size))
+            self._give(start + size, room - size)
         return start
 
     def _drop(self, extent: Extent) -> None:
@@ -167,11 +179,19 @@ class ExtentPool:
 
     def _give(self, start: int, num_rows: int) -> None:
         """Make rows free, joined with free neighbours."""
-        for other in list(self._free):
-            if other[0] + other[1] == start or start + num_rows == other[0]:
-                self._free.remove(other)
-                start, num_rows = min(start, other[0]), num_rows + other[1]
-        self._free.append((start, num_rows))
+        if start + num_rows in self._free_rows:
+            num_rows += self._remove_free(start + num_rows)
+        if start in self._free_ends:
+            start = self._free_ends[start]
+            num_rows += self._remove_free(start)
+        insort(self._free, (num_rows, start))
+        self._free_rows[start], self._free_ends[start + num_rows] = num_rows, start
+
+    def _remove_free(self, start: int) -> int:
+        """Take a free run out of the lists; returns its rows."""
+        num_rows = self._free_rows.pop(start)
+        del self._free_ends[start + num_rows], self._free[bisect_left(self._free, (num_rows, start))]
+        return num_rows
 
 
 def common_length(left: Sequence[int], right: Sequence[int], limit: int) -> int:

@@ -57,6 +57,7 @@ def main() -> int:
         "--labels-only", action="store_true", help="ask for labels alone; else every fourth is continued"
     )
     parser.add_argument("--texts", type=int, nargs="+", default=[1], help="of each request, one run for each number")
+    parser.add_argument("--direct", action="store_true", help="ask the server itself, past Ray Serve's proxy")
     parser.add_argument("--kills", type=int, default=0, help="stages killed meanwhile")
     parser.add_argument("--output", type=Path, help="JSON file of all numbers")
     options = parser.parse_args()
@@ -65,7 +66,11 @@ def main() -> int:
 
     os.environ.setdefault("FINLORA_API_KEY", secrets.token_urlsafe(32))
     from finlora import cluster
+    from finlora.serve.direct import open_direct_port
 
+    port, direct_port = find_free_port(), find_free_port()
+    if options.direct:
+        open_direct_port(direct_port)
     cluster.connect(log_to_driver=False)
     from finlora.serve.deploy import read_deployment
     from finlora.serve.settings import make_absolute
@@ -78,7 +83,8 @@ def main() -> int:
     bares, expected, spread = run_bare(settings, questions, at_once, min(BARE_S, options.seconds))
     say(f"the engine's own answers to a question differ by up to {spread:.5f} of a probability")
     tolerance = max(LABEL_TOLERANCE, 2 * spread)
-    (warm_up, *tallies), kills = serve_load(deployment, settings, questions, expected, tolerance, options)
+    ports = port, direct_port if options.direct else port
+    (warm_up, *tallies), kills = serve_load(deployment, settings, questions, expected, tolerance, ports, options)
     runs = []
     for texts, bare, tally in zip(options.texts, bares, tallies, strict=True):
         http = {
@@ -106,6 +112,12 @@ def main() -> int:
         values = {"users": options.users, "seconds": options.seconds, "spread": spread, "kills": kills, "runs": runs}
         options.output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     return int(any(tally.wrong or tally.lost for tally in (warm_up, *tallies)))
+
+
+def find_free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def make_questions(count: int, num_tokens: int, labels_only: bool) -> list[Question]:
@@ -206,9 +218,13 @@ def serve_load(
     questions: list[Question],
     expected: dict[Question, Any],
     tolerance: float,
+    ports: tuple[int, int],
     options: Any,
 ) -> tuple[list[Tally], list[float]]:
     """Deploy, let the users ask, and shut down.
+
+    Args:
+        ports: of Ray Serve's proxy, and the one that is asked.
 
     Returns:
         What they saw, at first while the server warmed up, and after each kill the seconds until all stages stood.
@@ -218,16 +234,12 @@ def serve_load(
     from finlora.serve.app import ServerDeployment
     from finlora.serve.settings import to_args
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    serve.start(
-        http_options=deployment.http | {"host": "127.0.0.1", "port": port}, proxy_location=deployment.proxy_location
-    )
+    http = deployment.http | {"host": "127.0.0.1", "port": ports[0]}
+    serve.start(http_options=http, proxy_location=deployment.proxy_location)
     started = time.monotonic()
     kills: list[float] = []
     key = os.environ["FINLORA_API_KEY"]
-    address = f"http://127.0.0.1:{port}"
+    address = f"http://127.0.0.1:{ports[1]}"
 
     async def kill_stages() -> None:
         if not options.kills:

@@ -20,10 +20,17 @@ def serve(
     overrides: Overrides = None,
     host: Annotated[str | None, typer.Option(help="Address to listen at. Without it: the YAML's, 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="Without it: the YAML's.")] = None,
+    direct_port: Annotated[
+        int | None,
+        typer.Option(
+            min=1024, max=65535, help="Answer here too, past Ray Serve's proxy: three times the requests a second."
+        ),
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Serve a base and its adapters over HTTP until Ctrl-C: OpenAI's paths, classification, extraction, a web page."""
     from finlora import cluster
+    from finlora.serve.direct import open_direct_port
 
     if dry_run:
         from finlora.serve.deploy import read_deployment
@@ -38,10 +45,12 @@ def serve(
         return
     # A machine at work takes longer to start Ray Serve's HTTP proxy than the 5 s that Ray gives it.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
+    if direct_port is not None:
+        open_direct_port(direct_port)
     cluster.connect(log_to_driver=False)
     from finlora.serve.deploy import read_deployment, run_server  # Ray reads its settings when it is imported
 
-    run_server(read_deployment(config, overrides or []), host, port, say)
+    run_server(read_deployment(config, overrides or []), host, port, say, direct_port)
 
 
 @app.command(

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from finlora.errors import ConfigError, ResourceError
+from finlora.serve.direct import require_one_copy
 from finlora.serve.keys import KeyRing
 from finlora.serve.model import read_base
 from finlora.serve.settings import ServeConfig, make_absolute, read_settings, to_args
@@ -76,13 +77,22 @@ def read_deployment(path: Path, overrides: Sequence[str] = ()) -> Deployment:
     )
 
 
-def run_server(deployment: Deployment, host: str | None, port: int | None, announce: Callable[[str], None]) -> None:
+def run_server(
+    deployment: Deployment,
+    host: str | None,
+    port: int | None,
+    announce: Callable[[str], None],
+    direct_port: int | None = None,
+) -> None:
     """Serve on the connected Ray until a signal comes, then let answers under way end.
 
     Everything that can be wrong without a GPU is looked at first: base, tokenizer, keys.
 
+    Args:
+        direct_port: of `open_direct_port`, where Ray was started with one.
+
     Raises:
-        ConfigError: there is no key.
+        ConfigError: there is no key, or the direct port leads nowhere.
         ModelError: the base's files are not usable.
         ResourceError: the server did not come up; says why.
     """
@@ -94,7 +104,10 @@ def run_server(deployment: Deployment, host: str | None, port: int | None, annou
     settings = make_absolute(deployment.settings)
     KeyRing(Path(settings.keys_file).expanduser() if settings.keys_file else None, os.environ)
     read_base(settings)
-    http = deployment.http | {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    http: dict[str, Any] = {"host": "127.0.0.1", "port": 8000} | deployment.http
+    http |= {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    if direct_port is not None:
+        require_one_copy(direct_port, http["port"], deployment.options.get("num_replicas", 1))
     # It says of each step of its own that it was done, and once that our options are not applied, which they are.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stop = threading.Event()
@@ -109,8 +122,9 @@ def run_server(deployment: Deployment, host: str | None, port: int | None, annou
         except (RuntimeError, RayError) as error:
             raise ResourceError(f"the server did not come up: {error}") from error
         scheme = "https" if http.get("ssl_certfile") else "http"
-        where = f"{scheme}://{http.get('host', '127.0.0.1')}:{http.get('port', 8000)}"
-        announce(f"Serving {settings.name} at {where} (page, /v1/...). Ctrl-C ends it.")
+        where = f"{scheme}://{http['host']}:{http['port']}"
+        beside = f", and by itself at port {direct_port}" if direct_port is not None else ""
+        announce(f"Serving {settings.name} at {where} (page, /v1/...){beside}. Ctrl-C ends it.")
         stop.wait()
         announce("Letting the answers under way end.")
     finally:

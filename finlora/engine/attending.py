@@ -1,7 +1,7 @@
 """How the rows of a micro-batch attend to the KV cache of a layer.
 
 Where FlashAttention is there, it finds keys that lie side by side; rows that see keys in two places, those of a question's
-answers, see each place by itself (`attend_two_places`). Elsewhere the rows of a request are one product with a mask.
+answers, see each place by itself (`attend_tails`). Elsewhere the rows of a request are one product with a mask.
 
 Shapes: T rows of a micro-batch, R rows of the cache, h heads, g key-value heads of width d.
 """
@@ -16,26 +16,28 @@ import torch
 from torch import Tensor
 
 from finlora.engine.microbatch import MicroBatch, Segment
-from finlora.model.attention import LONG, Places, attend_alone, attend_cache, join_places
+from finlora.model.attention import LONG, attend_alone
+from finlora.model.cached_attention import Places, Tails, attend_cache, attend_tails
 
 _MOST_CACHED = 0.25
 """Cached rows, as a share of a segment's own, up to which it goes to cuDNN: that computes them again, in half the time."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query (T, h, d), all cached keys of a layer (R, g, d), all values (R, g, d)) -> output (T, h, d)."""
-_AttendRun = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""The same for some segments that follow each other; with the log-sum-exp of the scores (h, rows)."""
 
 
 class Tail(NamedTuple):
-    """Rows of a segment with keys in two places: those in the second, which are the rows' own and lie behind the others."""
+    """Rows of a segment with keys in two places."""
 
     row: int
-    """The first."""
+    """The first of them."""
     num_rows: int
+    first: tuple[int, int]
+    """Key rows (start, count) that all of them see."""
     start: int
-    """First key row."""
+    """First key row of the second place."""
     num_keys: int
+    """Of the second place, which the last row sees; the row before one less, and so on."""
 
 
 def make_attention(
@@ -52,42 +54,67 @@ def make_attention(
     if not flashes:
         return _attend_masked(segments, device)
     wholes, tails = split_tails(segments)
-    runs: list[tuple[int, _AttendRun]] = []
+    runs: list[tuple[int, Attend]] = []
     for is_alone, group in groupby(wholes, key=lambda segment: goes_alone and _is_alone(segment)):
         run = list(group)
         if is_alone:
             runs += [(segment.num_rows, _attend_alone(segment)) for segment in run]
         else:
             runs.append((sum(segment.num_rows for segment in run), _attend_in_place(run, device)))
-    tail_rows = _to_tensor([row for tail in tails for row in range(tail.row, tail.row + tail.num_rows)], device)
-    tail_places = (
-        _find_places([(tail.num_rows, tail.start, tail.num_keys) for tail in tails], device) if tails else None
-    )
+    both = make_tails(tails, device) if tails else None
 
     def attend_keys(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         pieces = query.split([num_rows for num_rows, _ in runs])
         parts = [run(piece, keys, values) for piece, (_, run) in zip(pieces, runs, strict=True)]
-        output = torch.cat([part for part, _ in parts]) if len(parts) > 1 else parts[0][0]
-        if tail_places is None:
-            return output
-        log_sum = torch.cat([sums for _, sums in parts], -1)
-        return join_places(output, log_sum, tail_rows, *attend_cache(query[tail_rows], keys, values, tail_places))
+        output = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return output if both is None else attend_tails(output, query, keys, values, both)
 
     return attend_keys
 
 
 def split_tails(segments: Sequence[Segment]) -> tuple[list[Segment], list[Tail]]:
-    """Return segments with keys in one place each, and what rows see in a second one."""
-    wholes, tails, row = [], [], 0
+    """Return segments with keys in one place each, and what rows see that have keys in a second one.
+
+    The answers of a question follow its prompt, in the rows as in the cache, so all are one segment: to see what lies between
+    them is wrong for the tails alone, whose output is computed anew.
+    """
+    wholes: list[Segment] = []
+    tails, row, start, stop = [], 0, -1, -1
     for segment in segments:
-        if len(segment.keys) == 1:
-            wholes.append(segment)
+        (first, count), (own, num_own) = segment.keys[0], segment.keys[-1]
+        if len(segment.keys) > 1:
+            tails.append(Tail(row, segment.num_rows, (first, count), own, num_own))
+        if first == start and own + num_own == stop + segment.num_rows:
+            stop += segment.num_rows
+            wholes[-1] = Segment(wholes[-1].num_rows + segment.num_rows, ((start, stop - start),))
+        elif len(segment.keys) > 1:
+            wholes += [Segment(1, ((first, count),))] * segment.num_rows
+            start = stop = -1
         else:
-            first, own = segment.keys
-            wholes += [Segment(1, (first,))] * segment.num_rows
-            tails.append(Tail(row, segment.num_rows, *own))
+            wholes.append(segment)
+            start, stop = first, first + count
         row += segment.num_rows
     return wholes, tails
+
+
+def make_tails(tails: Sequence[Tail], device: torch.device) -> Tails:
+    """Lay tails out for `attend_tails`."""
+    numbers = zip(*(row for tail in tails for row in list_rows(tail)), strict=True)
+    rows, starts, counts = (_to_tensor(column, device) for column in numbers)
+    most = max(tail.num_keys for tail in tails)
+    return Tails(rows, find_places(group_tails(tails), device), starts, counts, most)
+
+
+def list_rows(tail: Tail) -> list[tuple[int, int, int]]:
+    """Return (row, first key row in the second place, keys there) of each row."""
+    unseen = tail.num_keys - tail.num_rows
+    return [(tail.row + place, tail.start, unseen + place + 1) for place in range(tail.num_rows)]
+
+
+def group_tails(tails: Sequence[Tail]) -> list[tuple[int, int, int]]:
+    """Return (rows, first key row, keys) of tails that follow each other with the same first keys."""
+    groups = groupby(tails, key=lambda tail: tail.first)
+    return [(sum(tail.num_rows for tail in group), *first) for first, group in groups]
 
 
 def narrow(batch: MicroBatch, rows: Sequence[int]) -> tuple[list[Segment], list[tuple[str | None, int]]]:
@@ -126,22 +153,21 @@ def _is_alone(segment: Segment) -> bool:
     return segment.num_rows >= LONG and num_cached <= _MOST_CACHED * segment.num_rows
 
 
-def _attend_alone(segment: Segment) -> _AttendRun:
+def _attend_alone(segment: Segment) -> Attend:
     start, num_keys = segment.keys[0]
     own, num_cached = slice(start, start + num_keys), num_keys - segment.num_rows
 
-    def attend_keys(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def attend_keys(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         # Rows that stand for those of the cached beginning: cuDNN's causal mask begins at the first key.
         square = torch.nn.functional.pad(query, (0, 0, 0, 0, num_cached, 0))
-        unasked = query.new_zeros(query.shape[1], len(query), dtype=torch.float32)  # no tail belongs to these rows
-        return attend_alone(square, keys[own], values[own])[num_cached:], unasked
+        return attend_alone(square, keys[own], values[own])[num_cached:]
 
     return attend_keys
 
 
-def _attend_in_place(segments: Sequence[Segment], device: torch.device) -> _AttendRun:
-    places = _find_places([(segment.num_rows, *segment.keys[0]) for segment in segments], device)
-    return lambda query, keys, values: attend_cache(query, keys, values, places)
+def _attend_in_place(segments: Sequence[Segment], device: torch.device) -> Attend:
+    places = find_places([(segment.num_rows, *segment.keys[0]) for segment in segments], device)
+    return lambda query, keys, values: attend_cache(query, keys, values, places)[0]
 
 
 def _attend_masked(segments: Sequence[Segment], device: torch.device) -> Attend:
@@ -172,7 +198,7 @@ def _attend_masked(segments: Sequence[Segment], device: torch.device) -> Attend:
     return attend_keys
 
 
-def _find_places(parts: Sequence[tuple[int, int, int]], device: torch.device) -> Places:
+def find_places(parts: Sequence[tuple[int, int, int]], device: torch.device) -> Places:
     """Lay out (queries, first key row, keys) of segments."""
     queries, starts, lengths = zip(*parts, strict=True)
     numbers = ([0, *accumulate(queries)], [*starts, 0], lengths)

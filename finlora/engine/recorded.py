@@ -2,7 +2,7 @@
 
 Up to two thousand rows the GPU has computed a pass sooner than the host has launched it. A graph holds for one `Form`, so rows
 and segments are filled up to the next of the sizes below. A form runs as it is at first, which compiles its kernels, is recorded
-when it comes again and replayed from then on. On CPU nothing is recorded, and nothing filled up.
+when it comes again and replayed from then on. Without FlashAttention, as on CPU, nothing is recorded and nothing filled up.
 
 Rows that fill up a pass write to a cache row of their own. They repeat rows of the pass, since the outliers of all rows together
 say which columns an int8 product holds back: others would change the result. Where each row is a segment, no product does that
@@ -21,17 +21,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finlora.engine.attending import Tail, split_tails
+from finlora.engine.attending import Tail, group_tails, list_rows, split_tails
 from finlora.engine.microbatch import MicroBatch, Segment
-from finlora.model.attention import Places
+from finlora.model.cached_attention import Places, Tails
 
 DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64)
 """Rows of passes in which each row is a segment."""
 PROMPT_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 """Rows of all other recorded passes; larger ones run as they are."""
-PART_SIZES = ((4, 0), (64, 0), (24, 16), (320, 256))
-"""Segments of these passes, with keys in one place each, and rows with keys in a second: attention starts a program for each,
-also for empty ones."""
+PART_SIZES = ((4, 0), (64, 0), (24, 16), (96, 256))
+"""Segments of these passes, and rows with keys in a second place: attention starts a program for each, also for empty ones."""
+_MOST_KEYS = 8
+"""Keys in a second place that a recorded pass takes."""
 _SHORT, _FEW = 128, 24
 """Queries that a program of FlashAttention takes: of more than a few segments with no more each, it starts one for each."""
 
@@ -52,6 +53,11 @@ class Form:
     has_adapters: bool
     """Without an adapter in it, a pass is recorded without their products."""
 
+    @property
+    def num_groups(self) -> int:
+        """Rows with keys in a second place that follow each other and share those of the first, one group to spare."""
+        return self.num_segments if self.num_tails else 0
+
 
 class Taken(NamedTuple):
     """A micro-batch that can be recorded."""
@@ -69,18 +75,19 @@ class Rows:
     """Where the rows of a pass stand: tensors that a graph reads again each time.
 
     Args:
-        numbers: (4 T + 3 B + 4 C,) int64: each row's id, position, cache row and adapter's number; each segment's end in the
-            rows, first key row and number of keys; of C rows with keys in a second place the row, and for up to C segments of
-            them the same as for the others.
+        numbers: (4 T + 3 B + 3 C + 3 B,) int64: each row's id, position, cache row and adapter's number; each segment's end in
+            the rows, first key row and number of keys; of C rows with keys in a second place, if any, the row, its first key row
+            there and number of keys, and of their keys in the first place the segments.
     """
 
     def __init__(self, numbers: Tensor, form: Form) -> None:
         self.form = form
-        rows, segments, tails = numbers.split([4 * form.num_rows, 3 * form.num_segments, 4 * form.num_tails])
+        sizes = (4 * form.num_rows, 3 * form.num_segments, 3 * form.num_tails, 3 * form.num_groups)
+        rows, segments, tails, groups = numbers.split(sizes)
         self.ids, self.positions, self.slots, self.adapters = rows.view(4, -1)
         self.places = _to_places(segments.view(3, -1), form.max_queries)
-        self.tail_rows = tails[: form.num_tails]
-        self.tail_places = _to_places(tails[form.num_tails :].view(3, -1), form.num_tails)
+        tail_rows, starts, counts = tails.view(3, -1)
+        self.tails = Tails(tail_rows, _to_places(groups.view(3, -1), form.num_tails), starts, counts, _MOST_KEYS)
 
 
 def _to_places(numbers: Tensor, max_queries: int) -> Places:
@@ -129,7 +136,10 @@ class RecordedPasses:
             return None
         filling = _repeat(batch.segments, size - count)
         segments, tails = split_tails(batch.segments)
-        num_parts = len(segments) + len(filling), sum(tail.num_rows for tail in tails)
+        # Of tails one group more: rows that fill them up.
+        num_parts = len(segments) + max(len(filling), bool(tails)), sum(tail.num_rows for tail in tails)
+        if any(tail.num_keys > _MOST_KEYS for tail in tails):
+            return None
         most = next((most for most in PART_SIZES if num_parts[0] <= most[0] and num_parts[1] <= most[1]), None)
         if most is None:
             return None
@@ -151,7 +161,7 @@ class RecordedPasses:
         if hidden is not None:
             hidden = hidden.to(self._device)
             hidden = torch.cat([hidden, hidden[sources]]) if sources else hidden
-        if self._device.type == "cuda" and (form in self._graphs or form in self._seen):
+        if self.fills and self._device.type == "cuda" and (form in self._graphs or form in self._seen):
             if form not in self._graphs:
                 self._pool = self._pool or torch.cuda.MemPool()
                 self._graphs[form] = _Graph(self._run, numbers, hidden, form, self._device, self._pool)
@@ -175,13 +185,13 @@ class RecordedPasses:
         slots = [*batch.slots, *[self._spare_row] * len(sources)]
         segments = (*taken.segments, *(segment for _, segment in taken.filling))
         parts = [(segment.num_rows, *segment.keys[0]) for segment in segments]
-        tails = [(tail.num_rows, tail.start, tail.num_keys) for tail in taken.tails]
-        tail_rows = [row for tail in taken.tails for row in range(tail.row, tail.row + tail.num_rows)]
-        if taken.tails:  # the first of these rows fills them up
-            first, missing = taken.tails[0], form.num_tails - len(tail_rows)
-            tails += [(1, first.start, first.num_keys - first.num_rows + 1)] * missing
-            tail_rows += [first.row] * missing
-        places = (*self._pad(parts, form.num_segments), *tail_rows, *self._pad(tails, form.num_tails))
+        tails = [(row, start, count) for tail in taken.tails for row, start, count in list_rows(tail)]
+        groups = group_tails(taken.tails)
+        if missing := form.num_tails - len(tails):  # the first of these rows fills them up
+            tails += tails[:1] * missing
+            groups.append((missing, *taken.tails[0].first))
+        columns = (number for column in zip(*tails, strict=True) for number in column)
+        places = (*self._pad(parts, form.num_segments), *columns, *self._pad(groups, form.num_groups))
         return torch.tensor([*ids, *positions, *slots, *names, *places])
 
     def _pad(self, parts: Sequence[tuple[int, int, int]], count: int) -> list[int]:

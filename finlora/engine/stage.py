@@ -20,7 +20,8 @@ from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.recorded import RecordedPasses, Rows
 from finlora.engine.sampling import choice_log_probs, sample
 from finlora.errors import AdapterError
-from finlora.model.attention import attend_cache, attend_two_places, can_attend_alone, can_flash
+from finlora.model.attention import can_attend_alone, can_flash
+from finlora.model.cached_attention import attend_cache, attend_tails
 from finlora.model.elementwise import gate, normalise, rotate
 from finlora.model.packed import read_layer
 from finlora.model.peak import measure_peak_gib
@@ -65,7 +66,7 @@ class Stage:
         self.cache = torch.zeros(len(span), 2, num_rows + 1, num_groups, width, dtype=dtype, device=self.device)
         # Its type and width are those of queries.
         self._flashes, self._goes_alone = can_flash(self.cache), can_attend_alone(self.cache)
-        self.passes = RecordedPasses(self._run_rows, num_rows, self.device, fills=self.device.type == "cuda")
+        self.passes = RecordedPasses(self._run_rows, num_rows, self.device, fills=self._flashes)
 
     @property
     def cache_bytes(self) -> int:
@@ -164,9 +165,8 @@ class Stage:
         form = rows.form
 
         def attend_keys(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            if form.num_tails:
-                return attend_two_places(query, keys, values, rows.places, rows.tail_rows, rows.tail_places)
-            return attend_cache(query, keys, values, rows.places)[0]
+            output, _ = attend_cache(query, keys, values, rows.places)
+            return attend_tails(output, query, keys, values, rows.tails) if form.num_tails else output
 
         def adapt(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
             return self.bank.apply(out, x, rows.adapters, self.span[index], product) if form.has_adapters else out

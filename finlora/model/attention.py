@@ -13,7 +13,6 @@ Source: FlashAttention-2, arXiv:2307.08691, as torch ships it (aten::_flash_atte
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,77 +53,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tup
         return output, log_sum
     outputs, sums = [], []
     for queries, keys, values in _split(query, key, value, segments):
-        scores = _scores(queries, keys)
+        scores = score_keys(queries, keys)
         sums.append(scores.logsumexp(-1))
-        outputs.append(_heads_out(torch.softmax(scores, -1) @ _heads_in(values, queries)).to(query.dtype))
+        outputs.append(_heads_out(torch.softmax(scores, -1) @ widen_heads(values, queries)).to(query.dtype))
     return torch.cat(outputs), torch.cat(sums, -1)
-
-
-class Places(NamedTuple):
-    """Where the keys of segments are cached, side by side each."""
-
-    cumulative_queries: Tensor
-    """(segments + 1,) int32."""
-    starts: Tensor
-    """(segments + 1,) int32: the first key row of each segment; the last number is not read."""
-    lengths: Tensor
-    """(segments,) int32: key rows of each segment, those of its own queries included."""
-    max_queries: int
-    """At least the longest segment's queries."""
-
-
-def attend_cache(query: Tensor, key: Tensor, value: Tensor, places: Places) -> tuple[Tensor, Tensor]:
-    """Return the output (Q, h, d) of segments whose keys stay where they are, and log-sum-exp of the scores (h, Q).
-
-    Args:
-        key: (R, g, d), all rows of the cache; as `value`.
-    """
-    cumulative_queries, starts, lengths, max_queries = places
-    if can_flash(query):
-        output, log_sum, *_ = torch.ops.aten._flash_attention_forward(
-            query,
-            key,
-            value,
-            cumulative_queries,
-            starts,
-            max_queries,
-            key.shape[0],
-            0.0,
-            True,
-            False,
-            seqused_k=lengths,
-        )
-        return output, log_sum
-    outputs, sums = [], []
-    parts = zip(query.split(cumulative_queries.diff().tolist()), starts.tolist(), lengths.tolist(), strict=False)
-    for queries, start, length in parts:
-        scores = _scores(queries, key[start : start + length])
-        sums.append(scores.logsumexp(-1))
-        values = _heads_in(value[start : start + length], queries)
-        outputs.append(_heads_out(torch.softmax(scores, -1) @ values).to(query.dtype))
-    return torch.cat(outputs), torch.cat(sums, -1)
-
-
-def attend_two_places(
-    query: Tensor, key: Tensor, value: Tensor, places: Places, rows: Tensor, second: Places
-) -> Tensor:
-    """Return the output (Q, h, d), where some rows see keys in a second place too.
-
-    Softmax over both is the mean of the two outputs, weighted by the sums of their scores' exponentials.
-
-    Args:
-        rows: (C,) the queries that do, in the order of `second`; a row that comes twice comes with the same keys.
-        second: their segments.
-    """
-    output, log_sum = attend_cache(query, key, value, places)
-    return join_places(output, log_sum, rows, *attend_cache(query[rows], key, value, second))
-
-
-def join_places(output: Tensor, log_sum: Tensor, rows: Tensor, other: Tensor, other_sum: Tensor) -> Tensor:
-    """Return the output (Q, h, d) with that of other keys (C, h, d) joined to some rows; log-sum-exps (h, Q) and (h, C)."""
-    share = torch.sigmoid(other_sum - log_sum[:, rows]).t()[..., None]
-    joined = torch.lerp(output[rows].float(), other.float(), share)
-    return output.index_copy(0, rows, joined.to(output.dtype))
 
 
 def attend_backward(
@@ -167,11 +99,11 @@ def attend_backward(
     )
     pieces = []
     for (queries, keys, values), grads, outputs, sums in parts:
-        probabilities = torch.exp(_scores(queries, keys) - sums[..., None])
-        wide, expanded = grads.float().transpose(0, 1), _heads_in(values, queries)
+        probabilities = torch.exp(score_keys(queries, keys) - sums[..., None])
+        wide, expanded = grads.float().transpose(0, 1), widen_heads(values, queries)
         row_sums = (wide * outputs.float().transpose(0, 1)).sum(-1, keepdim=True)
         grad_scores = probabilities * (wide @ expanded.transpose(1, 2) - row_sums) * scale
-        grad_query = _heads_out(grad_scores @ _heads_in(keys, queries))
+        grad_query = _heads_out(grad_scores @ widen_heads(keys, queries))
         grad_key = _sum_groups(grad_scores.transpose(1, 2) @ queries.float().transpose(0, 1), num_groups)
         grad_value = _sum_groups(probabilities.transpose(1, 2) @ wide, num_groups)
         pieces.append((grad_query, grad_key, grad_value))
@@ -263,16 +195,18 @@ def _split(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> Ite
     )
 
 
-def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+def score_keys(queries: Tensor, keys: Tensor, *, is_causal: bool = True) -> Tensor:
     """Masked scores of one segment in float32. Shapes: (q, h, d), (k, g, d) -> (h, q, k)."""
     num_queries, num_keys = queries.shape[0], keys.shape[0]
     wide, width = queries.float().transpose(0, 1), queries.shape[-1]
-    scores: Tensor = wide @ _heads_in(keys, queries).transpose(1, 2) * width**-0.5
+    scores: Tensor = wide @ widen_heads(keys, queries).transpose(1, 2) * width**-0.5
+    if not is_causal:
+        return scores
     visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=queries.device).tril(num_keys - num_queries)
     return scores.masked_fill(~visible, -torch.inf)
 
 
-def _heads_in(tensor: Tensor, queries: Tensor) -> Tensor:
+def widen_heads(tensor: Tensor, queries: Tensor) -> Tensor:
     """Repeat key-value heads for their query heads. Shapes: (k, g, d) -> (h, k, d), float32."""
     return tensor.float().transpose(0, 1).repeat_interleave(queries.shape[1] // tensor.shape[1], 0)
 

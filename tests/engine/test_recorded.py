@@ -87,12 +87,32 @@ def test_keys_in_a_second_place_are_filled_up_with_the_first_row_that_has_some(p
     form, rows = lay_out(passes, batch)
     assert form == Form(64, 24, 16, 64, False, False)
     # Both rows see the four keys before them, and by themselves their own; what fills up are rows of the first four.
-    assert rows.places.cumulative_queries.tolist()[:5] == [0, 4, 5, 6, 10]
+    assert rows.places.cumulative_queries.tolist()[:4] == [0, 4, 5, 6]
     assert (rows.places.starts.tolist()[:3], rows.places.lengths.tolist()[:4]) == ([0, 0, 0], [4, 4, 4, 4])
-    assert rows.tail_rows.tolist() == [4, 5, *[4] * 14]
-    assert rows.tail_places.cumulative_queries.tolist() == [0, *range(2, 17), 16]
-    assert rows.tail_places.starts.tolist() == [*[20] * 15, SPARE, 0]
-    assert rows.tail_places.lengths.tolist() == [2, *[1] * 15]
+    assert rows.tails.rows.tolist() == [4, 5, *[4] * 14]
+    assert (rows.tails.starts.tolist(), rows.tails.counts.tolist()) == ([20] * 16, [1, 2, *[1] * 14])
+    assert rows.tails.first.cumulative_queries.tolist() == [0, 2, *[16] * 23]
+    assert (rows.tails.first.starts.tolist()[:3], rows.tails.first.lengths.tolist()[:3]) == ([0, 0, SPARE], [4, 4, 1])
+
+
+def test_answers_that_follow_their_prompt_are_one_segment_with_it(passes):
+    batch = make_batch((4, 16, 24), adapters=[(None, 8)])
+    batch.add([5], 24, [40], [(16, 25)])
+    batch.add([6, 7], 24, [41, 42], [(16, 24), (41, 2)])
+    batch.add([8], 24, [43], [(16, 24), (43, 1)])
+    _, rows = lay_out(passes, batch)
+    assert rows.places.cumulative_queries.tolist()[:2] == [0, 8]
+    assert (rows.places.starts.tolist()[0], rows.places.lengths.tolist()[0]) == (16, 28)
+    assert rows.tails.rows.tolist()[:3] == [5, 6, 7]
+    assert (rows.tails.starts.tolist()[:3], rows.tails.counts.tolist()[:3]) == ([41, 41, 43], [1, 2, 1])
+    assert (rows.tails.first.starts.tolist()[0], rows.tails.first.lengths.tolist()[0]) == (16, 24)
+    assert rows.tails.first.cumulative_queries.tolist()[:3] == [0, 3, 16]
+
+
+def test_long_answers_run_as_they_are(passes):
+    batch = make_batch((4, 16, 24), adapters=[(None, 13)])
+    batch.add([5] * 9, 24, range(60, 69), [(16, 24), (60, 9)])
+    assert passes.take(batch) is None
 
 
 def test_only_few_segments_pay_for_programs_that_long_ones_need(passes):

@@ -7,6 +7,7 @@ micro-batches keep all of them at work: tokens of different requests, or chunks 
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class Scheduler:
         self._in_flight: dict[int, list[tuple[Work, bool]]] = {}  # with whether it brings what the request waits for
         self._copies: list[tuple[int, int, int]] = []
         self._number = 0
+        self._cached_share = 0.0  # of the last prompts' tokens
 
     @property
     def num_waiting(self) -> int:
@@ -228,9 +230,8 @@ class Scheduler:
 
     def _may_go_ahead(self) -> bool:
         """Return whether a micro-batch may wait before the first stage: where it has many rows, and no next token behind it."""
-        if len(self._in_flight) > self.limits.max_in_flight or self._is_decoding:
-            return False
-        return self._count_prompt_tokens(MIN_CHUNK, attrgetter("num_computed")) >= MIN_CHUNK
+        is_free = len(self._in_flight) <= self.limits.max_in_flight and not self._is_decoding
+        return is_free and self._count_prompt_tokens(MIN_CHUNK, attrgetter("num_computed")) >= MIN_CHUNK
 
     @property
     def _is_decoding(self) -> bool:
@@ -240,17 +241,19 @@ class Scheduler:
         """Return how many prompt tokens to compute now, so that each stage gets a part of what there is."""
         most = self.limits.max_in_flight
         # Of prompts that have begun the whole: their parts stay equal.
-        rest = self._count_prompt_tokens(budget * (most + 1), attrgetter("num_cached"))
+        rest = self._count_prompt_tokens(
+            budget * (most + 1), attrgetter("num_cached"), 1 - self._cached_share * (most > 1)
+        )
         part = max(MIN_CHUNK, -(-rest // most))
         if not self._is_decoding:
             part = min(part, max(MIN_AHEAD_CHUNK, -(-rest // max(1, most + 1 - len(self._in_flight)))))
         return min(budget, part)
 
-    def _count_prompt_tokens(self, enough: int, done: Callable[[Work], int]) -> int:
-        """Return the tokens of all prompts but those done, counting until there are enough."""
+    def _count_prompt_tokens(self, enough: int, done: Callable[[Work], int], share: float = 1.0) -> int:
+        """Return the tokens of all prompts but those done, and a share of those in line, counting until there are enough."""
         active = (work for work in self._active.values() if not work.is_prefilled and not work.ending)
         started = (len(work.request.prompt_ids) - done(work) for work in active)
-        waiting = (len(request.prompt_ids) for line in self._lines.values() for request in line)
+        waiting = (math.ceil(share * len(request.prompt_ids)) for line in self._lines.values() for request in line)
         rest = 0
         for length in chain(started, waiting):
             rest += length
@@ -267,8 +270,8 @@ class Scheduler:
         return budget - count
 
     def _admit(self, beginnings: Beginnings, budget: int, whole: int) -> Work | None:
-        """Admit the first request of the client whose turn it is; None where nobody waits, the cache has no room, or the next
-        micro-batch suits it better than this one, which takes `budget` more tokens of `whole`."""
+        """Admit the first request of the client whose turn it is, into what is left of a budget; None where nobody waits, the
+        cache has no room, or the next micro-batch suits it better."""
         while self._lines and not next(iter(self._lines.values())):
             self._lines.popitem(last=False)
         if not self._lines:
@@ -293,6 +296,7 @@ class Scheduler:
             self._copies.append((source.start, extent.start, length))
             self.pool.touch(source)
         extent.num_ready = length
+        self._cached_share += 0.1 * (length / len(request.prompt_ids) - self._cached_share)
         seed = request.sampling.seed if request.sampling.seed is not None else self._draw_seed()
         work = self._active[request.id] = Work(request, extent, seed, length, length)
         return work

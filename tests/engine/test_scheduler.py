@@ -295,3 +295,24 @@ def test_one_stage_alone_leaves_a_prompt_that_does_not_fit_to_the_next_pass():
         scheduler.complete(model.run(batch))
     # One that fits no pass is cut where it comes, and one that comes where a pass is less than half full is cut too.
     assert sizes == [[400, 450], [300, 700], [1000], [600], [900], [300, 700], [200]]
+
+
+def test_prompts_whose_beginning_is_cached_are_shared_out_by_what_is_left_of_them():
+    scheduler = make_scheduler(cache_rows=2**16, max_in_flight=2)
+    model, rng = PretendModel(2**16), random.Random(3)
+    instruction = [rng.randint(1, 38) for _ in range(400)]
+    sizes = []
+    for start in (0, 100):
+        for number in range(start, start + 64):
+            own = [rng.randint(1, 38) for _ in range(40)]
+            scheduler.submit(make_request(f"r{number}", [*instruction, *own], choices=((4,),)))
+        sizes.append([])
+        under_way = deque()
+        while scheduler.num_waiting or scheduler.num_active:
+            while (batch := scheduler.next_batch()) is not None:
+                sizes[-1].append(len(batch.scores))
+                under_way.append(batch)
+            scheduler.complete(model.run(under_way.popleft()))
+    # Of the second 64 questions some 2,700 tokens are new: half of them, half of the rest, then what is left, not all in one.
+    assert sizes[1][:2] == [pytest.approx(32, abs=3), pytest.approx(16, abs=3)]
+    assert sum(sizes[1]) == 64

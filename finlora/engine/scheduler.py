@@ -40,8 +40,7 @@ class Limits:
     max_waiting: int = 1024
     """Most requests in line."""
     max_in_flight: int = 1
-    """Micro-batches under way at once: the number of stages. While all that is left are prompts, one more waits before the first
-    stage, which then need not wait for what becomes of the last one: over HTTP, for a whole round of questions."""
+    """Micro-batches under way at once: the number of stages, and one more before the first while no text is generated."""
     keeps_prefixes: bool = True
 
     def __post_init__(self) -> None:
@@ -270,8 +269,7 @@ class Scheduler:
         return budget - count
 
     def _admit(self, beginnings: Beginnings, budget: int, whole: int) -> Work | None:
-        """Admit the first request of the client whose turn it is, into what is left of a budget; None where nobody waits, the
-        cache has no room, or the next micro-batch suits it better."""
+        """Admit the request whose turn it is; None without one, without room, or where the next micro-batch suits it better."""
         while self._lines and not next(iter(self._lines.values())):
             self._lines.popitem(last=False)
         if not self._lines:

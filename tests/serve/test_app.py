@@ -13,14 +13,10 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
-from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from certificate import make_certificate
 from wire import send
 
 from finlora.serve.audit import list_logs, verify_audit
@@ -40,22 +36,6 @@ def home(tiny_base, adapters, tmp_path_factory):
     shutil.copytree(tiny_base, home / ".demo" / "base")
     shutil.copytree(adapters, home / ".demo" / "adapters")
     return home
-
-
-def make_certificate(folder):
-    """Write server.key and a certificate of the loopback address that signs itself; returns the latter."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a test")])
-    now = datetime.now(UTC)
-    builder = x509.CertificateBuilder(
-        name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(1)
-    )
-    loopback = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
-    signed = builder.add_extension(loopback, critical=False).sign(key, hashes.SHA256())
-    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
-    (folder / "server.key").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
-    (folder / "server.crt").write_bytes(signed.public_bytes(pem))
-    return folder / "server.crt"
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,100 @@
+"""How prompts are cut, kept whole and started ahead, so that no stage waits and none is cut for nothing."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import deque
+
+import pytest
+from pretend_model import PretendModel, answer_alone
+from test_scheduler import make_request, make_scheduler
+
+from finlora.engine.request import Request, Sampling
+
+
+def test_prompts_are_ready_ahead_of_the_first_stage():
+    scheduler = make_scheduler(cache_rows=16384, max_batch_tokens=8192)
+    model = PretendModel(16384)
+    choices = ((4, 9), (7,))
+
+    def submit(count, length, **changes):
+        for _ in range(count):
+            prompt = [rng.randint(1, 38) for _ in range(length)]
+            scheduler.submit(make_request(f"r{next(numbers)}", prompt, **changes))
+
+    numbers, rng = itertools.count(), random.Random(1)
+    submit(64, 101, choices=choices)
+    first, second = scheduler.next_batch(), scheduler.next_batch()
+    assert [len(batch.scores) for batch in (first, second)] == [3 * 32, 3 * 32]
+    submit(3, 101, choices=choices)
+    assert scheduler.next_batch() is None  # one ahead is enough
+    scheduler.complete(model.run(first))
+    assert scheduler.next_batch() is None  # three prompts would be too little work for a pass of their own
+    submit(3, 101, choices=choices)
+    third = scheduler.next_batch()
+    assert len(third.scores) == 3 * 6
+    for batch in (second, third):
+        scheduler.complete(model.run(batch))
+    submit(1, 101, max_tokens=9)
+    first = scheduler.next_batch()
+    submit(64, 101, choices=choices)
+    assert scheduler.next_batch() is None  # its next token waits for nothing but its own pass
+    scheduler.complete(model.run(first))
+    assert scheduler.next_batch().draws
+    assert scheduler.next_batch() is None
+
+
+def test_chunks_of_one_prompt_are_under_way_together_and_cut_for_all_stages():
+    prompt = tuple(1 + n % 30 for n in range(4400))
+    scheduler = make_scheduler(cache_rows=8192, max_in_flight=4, max_batch_tokens=2048)
+    scheduler.submit(Request(id="long", prompt_ids=prompt, sampling=Sampling(max_tokens=1)))
+    batches = []
+    while (batch := scheduler.next_batch()) is not None:
+        batches.append(batch)
+    assert [batch.num_rows for batch in batches] == [1100] * 4
+    model = PretendModel(scheduler.pool.num_rows)
+    answers = []
+    while batches:
+        _, ended = scheduler.complete(model.run(batches.pop(0)))
+        answers += ended
+        if (batch := scheduler.next_batch()) is not None:
+            batches.append(batch)
+    (answer,) = answers
+    assert [token.id for token in answer.tokens] == answer_alone(
+        Request(id="x", prompt_ids=prompt, sampling=Sampling(max_tokens=1))
+    )[0]
+
+
+def test_one_stage_alone_leaves_a_prompt_that_does_not_fit_to_the_next_pass():
+    scheduler = make_scheduler(cache_rows=16384, max_batch_tokens=1000, keeps_prefixes=False)
+    model, rng = PretendModel(16384), random.Random(2)
+    for number, length in enumerate((400, 450, 300, 2300, 900, 300, 900)):
+        scheduler.submit(make_request(f"r{number}", [rng.randint(1, 38) for _ in range(length)], choices=((4,),)))
+    sizes = []
+    while (batch := scheduler.next_batch()) is not None:
+        sizes.append([segment.num_rows for segment in batch.segments])
+        scheduler.complete(model.run(batch))
+    # One that fits no pass is cut where it comes, and one that comes where a pass is less than half full is cut too.
+    assert sizes == [[400, 450], [300, 700], [1000], [600], [900], [300, 700], [200]]
+
+
+def test_prompts_whose_beginning_is_cached_are_shared_out_by_what_is_left_of_them():
+    scheduler = make_scheduler(cache_rows=2**16, max_in_flight=2)
+    model, rng = PretendModel(2**16), random.Random(3)
+    instruction = [rng.randint(1, 38) for _ in range(400)]
+    sizes = []
+    for start in (0, 100):
+        for number in range(start, start + 64):
+            own = [rng.randint(1, 38) for _ in range(40)]
+            scheduler.submit(make_request(f"r{number}", [*instruction, *own], choices=((4,),)))
+        sizes.append([])
+        under_way = deque()
+        while scheduler.num_waiting or scheduler.num_active:
+            while (batch := scheduler.next_batch()) is not None:
+                sizes[-1].append(len(batch.scores))
+                under_way.append(batch)
+            scheduler.complete(model.run(under_way.popleft()))
+    # Of the second 64 questions some 2,700 tokens are new: half of them, half of the rest, then what is left, not all in one.
+    assert sizes[1][:2] == [pytest.approx(32, abs=3), pytest.approx(16, abs=3)]
+    assert sum(sizes[1]) == 64

@@ -143,7 +143,7 @@ class RecordedPasses:
         most = next((most for most in PART_SIZES if num_parts[0] <= most[0] and num_parts[1] <= most[1]), None)
         if most is None:
             return None
-        is_short = most[0] > _FEW and max(segment.num_rows for segment in batch.segments) <= _SHORT
+        is_short = most[0] > _FEW and max(segment.num_rows for segment in segments) <= _SHORT
         max_queries = min(size, _SHORT) if is_short else size
         return Taken(Form(size, *most, max_queries, False, has_adapters), segments, tails, filling)
 

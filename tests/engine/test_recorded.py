@@ -109,6 +109,21 @@ def test_answers_that_follow_their_prompt_are_one_segment_with_it(passes):
     assert rows.tails.first.cumulative_queries.tolist()[:3] == [0, 3, 16]
 
 
+def test_a_prompt_that_is_long_with_its_answers_alone_gets_all_its_programs(passes):
+    batch = MicroBatch(0, adapters=[(None, 30 * 130)])
+    for start in range(0, 30 * 256, 256):
+        batch.add([7] * 60, 0, range(start, start + 60), [(start, 60)])
+        batch.add([5], 60, [start + 60], [(start, 61)])
+        batch.add([6], 60, [start + 61], [(start, 60), (start + 61, 1)])
+    assert passes.take(batch).form.max_queries == 128
+    place = 30 * 256
+    batch.add([7] * 127, 0, range(place, place + 127), [(place, 127)])
+    batch.add([5], 127, [place + 127], [(place, 128)])
+    assert passes.take(batch).form.max_queries == 128
+    batch.add([6], 127, [place + 128], [(place, 127), (place + 128, 1)])
+    assert passes.take(batch).form.max_queries == passes.take(batch).form.num_rows  # 129 queries in one segment
+
+
 def test_long_answers_run_as_they_are(passes):
     batch = make_batch((4, 16, 24), adapters=[(None, 13)])
     batch.add([5] * 9, 24, range(60, 69), [(16, 24), (60, 9)])

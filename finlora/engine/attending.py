@@ -61,7 +61,7 @@ def make_attention(
             runs += [(segment.num_rows, _attend_alone(segment)) for segment in run]
         else:
             runs.append((sum(segment.num_rows for segment in run), _attend_in_place(run, device)))
-    both = make_tails(tails, device) if tails else None
+    both = _make_tails(tails, device) if tails else None
 
     def attend_keys(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         pieces = query.split([num_rows for num_rows, _ in runs])
@@ -97,12 +97,12 @@ def split_tails(segments: Sequence[Segment]) -> tuple[list[Segment], list[Tail]]
     return wholes, tails
 
 
-def make_tails(tails: Sequence[Tail], device: torch.device) -> Tails:
+def _make_tails(tails: Sequence[Tail], device: torch.device) -> Tails:
     """Lay tails out for `attend_tails`."""
     numbers = zip(*(row for tail in tails for row in list_rows(tail)), strict=True)
     rows, starts, counts = (_to_tensor(column, device) for column in numbers)
     most = max(tail.num_keys for tail in tails)
-    return Tails(rows, find_places(group_tails(tails), device), starts, counts, most)
+    return Tails(rows, _find_places(group_tails(tails), device), starts, counts, most)
 
 
 def list_rows(tail: Tail) -> list[tuple[int, int, int]]:
@@ -166,7 +166,7 @@ def _attend_alone(segment: Segment) -> Attend:
 
 
 def _attend_in_place(segments: Sequence[Segment], device: torch.device) -> Attend:
-    places = find_places([(segment.num_rows, *segment.keys[0]) for segment in segments], device)
+    places = _find_places([(segment.num_rows, *segment.keys[0]) for segment in segments], device)
     return lambda query, keys, values: attend_cache(query, keys, values, places)[0]
 
 
@@ -198,7 +198,7 @@ def _attend_masked(segments: Sequence[Segment], device: torch.device) -> Attend:
     return attend_keys
 
 
-def find_places(parts: Sequence[tuple[int, int, int]], device: torch.device) -> Places:
+def _find_places(parts: Sequence[tuple[int, int, int]], device: torch.device) -> Places:
     """Lay out (queries, first key row, keys) of segments."""
     queries, starts, lengths = zip(*parts, strict=True)
     numbers = ([0, *accumulate(queries)], [*starts, 0], lengths)

@@ -106,8 +106,9 @@ class ExtentPool:
         start = self._take(size)
         if start is None and not self._could_fit(size, spare):
             return None
-        while start is None and (start := self._take(size)) is None:
+        while start is None:
             self._drop(next(item for item in self._kept.values() if item is not spare))
+            start = self._take(size)
         extent = Extent(start, size, adapter, tuple(ids))
         self._held[start] = extent
         return extent

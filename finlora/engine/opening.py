@@ -17,7 +17,7 @@ from finlora.data.encode import end_token_id
 from finlora.engine.drive import EngineCore, Executor, InProcess
 from finlora.engine.extents import BLOCK
 from finlora.engine.microbatch import MicroBatch
-from finlora.engine.recorded import DECODE_SIZES, PROMPT_SIZES
+from finlora.engine.recorded import DECODE_SIZES, FEW_TAILS, PROMPT_SIZES, SHORT
 from finlora.engine.request import ADAPTER
 from finlora.engine.scheduler import Limits, Scheduler
 from finlora.engine.stage import Stage
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _ROOM_SHARE, _ROOM_BYTES = 0.05, 1.5 * GIB
 """Of a GPU's memory, kept free for what a micro-batch computes."""
-_SHORT_PROMPT = 128
 
 
 @contextmanager
@@ -136,9 +135,9 @@ def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:
         batch_tokens: most rows of a micro-batch.
     """
     longest = min(batch_tokens, num_rows)
-    sizes = [size for size in PROMPT_SIZES if size < longest]
+    sizes, label_counts = [size for size in PROMPT_SIZES if size < longest], (0, 1, FEW_TAILS + 1)
     # Seen for the first time, then recorded: prompts alone, and with the last tokens of labels, a few and many.
-    for size, num_labels in ((longest, 0), (longest // 2, 0), (longest, 0), *[*product(sizes, (0, 1, 17))] * 2):
+    for size, num_labels in ((longest, 0), (longest // 2, 0), (longest, 0), *[*product(sizes, label_counts)] * 2):
         _pass(executor, _make_prompts(size, num_labels))
     for size in (*DECODE_SIZES, *DECODE_SIZES):  # seen for the first time, then recorded
         tokens = MicroBatch(0, adapters=[(None, size)])
@@ -150,7 +149,7 @@ def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:
 def _make_prompts(num_rows: int, num_labels: int) -> MicroBatch:
     """Return a micro-batch of one prompt, or where it has many labels of short ones; each label has a token behind the first."""
     batch, left = MicroBatch(0, adapters=[(None, num_rows)]), num_rows - num_labels
-    first = size = min(left, _SHORT_PROMPT) if num_labels > 1 else left
+    first = size = min(left, SHORT) if num_labels > 1 else left
     while left:
         place, size = batch.num_rows, min(left, size)
         batch.add([0] * size, 0, range(place, place + size), [(place, size)])

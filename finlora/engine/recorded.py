@@ -33,8 +33,9 @@ PART_SIZES = ((4, 0), (64, 0), (24, 16), (96, 256))
 """Segments of these passes, and rows with keys in a second place: attention starts a program for each, also for empty ones."""
 _MOST_KEYS = 8
 """Keys in a second place that a recorded pass takes."""
-_SHORT, _FEW = 128, 24
+SHORT = 128
 """Queries that a program of FlashAttention takes: of more than a few segments with no more each, it starts one for each."""
+FEW_SEGMENTS, FEW_TAILS = PART_SIZES[-2]
 
 Run = Callable[["Rows", Tensor | None], Tensor]
 
@@ -143,8 +144,8 @@ class RecordedPasses:
         most = next((most for most in PART_SIZES if num_parts[0] <= most[0] and num_parts[1] <= most[1]), None)
         if most is None:
             return None
-        is_short = most[0] > _FEW and max(segment.num_rows for segment in segments) <= _SHORT
-        max_queries = min(size, _SHORT) if is_short else size
+        is_short = most[0] > FEW_SEGMENTS and max(segment.num_rows for segment in segments) <= SHORT
+        max_queries = min(size, SHORT) if is_short else size
         return Taken(Form(size, *most, max_queries, False, has_adapters), segments, tails, filling)
 
     def run(self, batch: MicroBatch, taken: Taken, hidden: Tensor | None, adapters: Mapping[str | None, int]) -> Tensor:

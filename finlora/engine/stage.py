@@ -183,9 +183,8 @@ class Stage:
             read = [origins.get(row, row) for row in range(source, source + count)]
             origins.update(zip(range(target, target + count), read, strict=True))
         targets, sources = self._ids([*origins]), self._ids([*origins.values()])
-        for rows in self.cache.flatten(
-            0, 1
-        ):  # of keys, or of values, of a layer: whole rows are copied many times faster
+        # Keys, or values, of one layer at a time: whole rows are copied many times faster.
+        for rows in self.cache.flatten(0, 1):
             rows.index_copy_(0, targets, rows.index_select(0, sources))
 
     def _run_layers(

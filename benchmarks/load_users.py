@@ -8,8 +8,10 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
+from multiprocessing import get_context
 from typing import Any
 
 import aiohttp
@@ -72,6 +74,14 @@ class Tally:
     lost: list[str] = field(default_factory=list)
     """Lines cut, statuses that nothing states, answers that never came."""
 
+    def add(self, other: Tally) -> None:
+        """Count in what users of another process saw meanwhile."""
+        self.seconds = max(self.seconds, other.seconds)
+        self.num_right += other.num_right
+        self.refused += other.refused
+        for name in ("whole", "first", "wrong", "lost"):
+            getattr(self, name).extend(getattr(other, name))
+
     @property
     def per_second(self) -> float:
         return self.num_right / self.seconds if self.seconds else 0.0
@@ -130,6 +140,30 @@ async def run_users(
             await other
     tally.seconds = time.monotonic() - started
     return tally
+
+
+def run_clients(num_clients: int, users: tuple[Any, ...], num_texts: int, tolerance: float) -> Tally:
+    """Let users ask from several processes, each of which begins elsewhere in the questions; returns what all saw.
+
+    Args:
+        users: the arguments of `run_users` up to `seconds`.
+    """
+    *asked, questions, expected, num_users, seconds = users
+    tally = Tally(tolerance)
+    with ProcessPoolExecutor(num_clients, get_context("spawn")) as pool:
+        runs = []
+        for client in range(num_clients):
+            first = client * len(questions) // num_clients
+            turned = [*questions[first:], *questions[:first]]
+            own = (*asked, turned, expected, num_users // num_clients, seconds)
+            runs.append(pool.submit(_run_client, own, num_texts, tolerance))
+        for run in runs:
+            tally.add(run.result())
+    return tally
+
+
+def _run_client(users: tuple[Any, ...], num_texts: int, tolerance: float) -> Tally:
+    return asyncio.run(run_users(*users, num_texts=num_texts, tolerance=tolerance))
 
 
 async def _ask(

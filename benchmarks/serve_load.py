@@ -35,7 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from load_users import LABEL_TOLERANCE, Question, Tally, percentiles, run_users
+from load_users import LABEL_TOLERANCE, Question, Tally, percentiles, run_clients, run_users
 
 FIRST_S = 20.0
 """Seconds of load before the first kill."""
@@ -57,27 +57,32 @@ def main() -> int:
         "--labels-only", action="store_true", help="ask for labels alone; else every fourth is continued"
     )
     parser.add_argument("--texts", type=int, nargs="+", default=[1], help="of each request, one run for each number")
-    parser.add_argument("--direct", action="store_true", help="ask the server itself, past Ray Serve's proxy")
+    parser.add_argument("--direct", type=int, help="ask so many processes of the server's own, past Ray Serve's proxy")
+    parser.add_argument("--clients", type=int, default=1, help="processes that the users are shared out to")
     parser.add_argument("--kills", type=int, default=0, help="stages killed meanwhile")
     parser.add_argument("--output", type=Path, help="JSON file of all numbers")
     options = parser.parse_args()
     if max(options.texts) > 1 and not options.labels_only:
         parser.error("--texts asks for labels: give --labels-only too")
+    if options.users % options.clients:
+        parser.error(f"--users {options.users} cannot be shared out evenly to --clients {options.clients}")
+    if options.kills and options.clients > 1:
+        parser.error("--kills takes one client: the users go on until all stages stand again")
 
     os.environ.setdefault("FINLORA_API_KEY", secrets.token_urlsafe(32))
     from finlora import cluster
-    from finlora.serve.direct import open_direct_port
 
     port, direct_port = find_free_port(), find_free_port()
-    if options.direct:
-        open_direct_port(direct_port)
     cluster.connect(log_to_driver=False)
     from finlora.serve.deploy import read_deployment
-    from finlora.serve.settings import make_absolute
+    from finlora.serve.settings import DirectConfig, make_absolute
 
     deployment = read_deployment(options.config, options.overrides)
     # The key of this run's environment alone, and no audit log: both would be somebody's own.
     settings = dataclasses.replace(make_absolute(deployment.settings), keys_file=None, audit_dir=None)
+    if options.direct:
+        direct = DirectConfig(port=direct_port, processes=options.direct)
+        settings = dataclasses.replace(settings, direct=direct)
     questions = make_questions(options.questions, options.tokens, options.labels_only)
     at_once = [options.users * texts for texts in options.texts]
     bares, expected, spread = run_bare(settings, questions, at_once, min(BARE_S, options.seconds))
@@ -258,8 +263,10 @@ def serve_load(
         say(f"the server stands after {time.monotonic() - started:.0f} s")
 
         def run(num_texts: int, seconds: float, meanwhile: Any = None) -> Tally:
-            users = (address, key, settings.name, questions, expected, options.users, seconds, meanwhile)
-            return asyncio.run(run_users(*users, num_texts=num_texts, tolerance=tolerance))
+            users = (address, key, settings.name, questions, expected, options.users, seconds)
+            if options.clients > 1:
+                return run_clients(options.clients, users, num_texts, tolerance)
+            return asyncio.run(run_users(*users, meanwhile, num_texts=num_texts, tolerance=tolerance))
 
         tallies = [run(options.texts[0], min(WARM_UP_S, options.seconds))]
         tallies += [run(num_texts, options.seconds, kill_stages) for num_texts in options.texts]

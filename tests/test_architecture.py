@@ -48,7 +48,15 @@ HOMES = {
             "train.trial",
             "train.asha",
         ),  # Ray Tune, the body of a trial, and its scheduler, a subclass too
-        *("engine.pipeline", "engine.waiting", "serve.app", "serve.model", "serve.measures", "serve.deploy"),
+        *(
+            "engine.pipeline",
+            "engine.waiting",
+            "serve.app",
+            "serve.fronts",
+            "serve.model",
+            "serve.measures",
+            "serve.deploy",
+        ),
     },
     "deepspeed": {"train.data_parallel"},
     "bitsandbytes": {"model.base", "model.nf4", "model.quantised"},

@@ -23,19 +23,19 @@ def serve(
     direct_port: Annotated[
         int | None,
         typer.Option(
-            min=1024, max=65535, help="Answer here too, past Ray Serve's proxy: three times the requests a second."
+            min=1, max=65535, help="Answer here too, past Ray Serve's proxy: several times the requests a second."
         ),
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
     """Serve a base and its adapters over HTTP until Ctrl-C: OpenAI's paths, classification, extraction, a web page."""
     from finlora import cluster
-    from finlora.serve.direct import open_direct_port
 
+    changes = [*(overrides or []), *([f"direct.port={direct_port}"] if direct_port is not None else [])]
     if dry_run:
         from finlora.serve.deploy import read_deployment
 
-        deployment = read_deployment(config, overrides or [])
+        deployment = read_deployment(config, changes)
         settings = deployment.settings
         say(
             f"{settings.name}: {settings.model.base} at {settings.bits} bit in {settings.stages.num} stages on "
@@ -45,12 +45,10 @@ def serve(
         return
     # A machine at work takes longer to start Ray Serve's HTTP proxy than the 5 s that Ray gives it.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
-    if direct_port is not None:
-        open_direct_port(direct_port)
     cluster.connect(log_to_driver=False)
     from finlora.serve.deploy import read_deployment, run_server  # Ray reads its settings when it is imported
 
-    run_server(read_deployment(config, overrides or []), host, port, say, direct_port)
+    run_server(read_deployment(config, changes), host, port, say)
 
 
 @app.command(

@@ -1,13 +1,17 @@
 """The Ray Serve application: `serve deploy serve_configs/NAME.yaml`, or `finlora serve` on one machine.
 
 Each replica is a copy of the server and holds a pipeline of stage actors of its own, so a stage that dies takes no HTTP server
-with it: requests are refused at once until the replica has its stages again.
+with it: requests are refused at once until the replica has its stages again. Where there is a direct port, processes of the
+replica's own answer there and ask the engine through a hub.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,41 +38,56 @@ class ServerDeployment:
     Raises:
         ConfigError: the settings are wrong, or there is no key.
         ModelError: the base's files are not usable.
-        ResourceError: the cluster has too little for the stages.
+        ResourceError: the cluster has too little for the stages, or the direct port is taken.
     """
 
     def __init__(self, args: dict[str, Any]) -> None:
         from finlora.serve.audit import AuditLog
         from finlora.serve.engine import AsyncEngine
+        from finlora.serve.fronts import Fronts
+        from finlora.serve.hub import Hub
         from finlora.serve.keys import KeyRing
         from finlora.serve.measures import Measures
         from finlora.serve.model import open_pipeline, read_base
+        from finlora.serve.quota import Quota
         from finlora.serve.server import Server
 
         _log_as_serve_does()
+        self._closers = contextlib.ExitStack()
         config = read_settings(args)
         keys = KeyRing(Path(config.keys_file).expanduser() if config.keys_file else None, os.environ)
         base = read_base(config)
         audit = AuditLog(Path(config.audit_dir).expanduser()) if config.audit_dir else None
-        engine = AsyncEngine(lambda: open_pipeline(config, base), config.max_adapters, config.ready_every_s)
-        self.server = Server(config, base, engine, keys, Measures(), audit)
-        engine.start()
+        if audit is not None:
+            self._closers.callback(audit.close)
+        self._engine = AsyncEngine(lambda: open_pipeline(config, base), config.max_adapters, config.ready_every_s)
+        quota = Quota(time.monotonic)
+        self._server = Server(config, base, self._engine, keys, Measures(), audit, quota)
+        self._engine.start()
+        self._closers.callback(self._engine.close)
+        self._fronts: Fronts | None = None
+        if config.direct.port is not None:
+            hub = Hub(self._engine, quota, _socket_path())
+            hub.start()
+            self._closers.callback(hub.close)
+            self._fronts = Fronts(config, hub.path)
+            self._closers.callback(self._fronts.close)
 
     def __serve_build_asgi_app__(self) -> Any:
         from finlora.serve.asgi import make_app
 
-        return make_app(self.server, has_proxy=True)
+        return make_app(self._server, has_proxy=True)
 
     def check_health(self) -> None:
         """Have Ray Serve replace the replica where its engine has ended; a lost stage is the engine's own to bring back."""
-        if not self.server.engine.is_alive:
+        if not self._engine.is_alive:
             raise RuntimeError("the engine's thread has ended")
+        if self._fronts is not None:
+            self._fronts.check()
 
     def __del__(self) -> None:
-        if hasattr(self, "server"):
-            self.server.engine.close()
-            if self.server.audit is not None:
-                self.server.audit.close()
+        if hasattr(self, "_closers"):
+            self._closers.close()
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -81,6 +100,16 @@ def build(args: dict[str, Any]) -> serve.Application:
     deployment: Any = ServerDeployment
     application: serve.Application = deployment.bind(args)
     return application
+
+
+def _socket_path() -> Path:
+    """Return a free name where Ray keeps its own sockets, which are as short-lived and whose paths are as short as they must be.
+
+    Source: https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/node.py
+    """
+    from ray._private.worker import _global_node
+
+    return Path(_global_node.get_sockets_dir_path()) / f"finlora-{secrets.token_hex(4)}"
 
 
 def _log_as_serve_does() -> None:

@@ -41,7 +41,7 @@ class _Prompt:
 async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer as OpenAI's chat completions do. With `stream` the answer comes as server-sent events, closed by `[DONE]`."""
     server = server_of(request)
-    call = server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
     text = json.dumps([[message.role, message.text] for message in body.messages], ensure_ascii=False)
     prompt = _Prompt(text, encode_messages(body.messages, server.base))
     sampling = _sampling_of(body, prompt, server, body.max_completion_tokens or body.max_tokens)
@@ -52,7 +52,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
 async def complete(body: CompletionRequest, request: Request) -> Response:
     """Continue a text as OpenAI's completions do, without any template around it. Several prompts only without `stream`."""
     server = server_of(request)
-    call = server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
     prompts = _read_prompts(body, server)
     if body.stream and len(prompts) > 1:
         raise RefusedError(

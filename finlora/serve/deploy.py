@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 import yaml
 
 from finlora.errors import ConfigError, ResourceError
-from finlora.serve.direct import require_one_copy
+from finlora.serve.doors import check_certificate, require_free
 from finlora.serve.keys import KeyRing
 from finlora.serve.model import read_base
 from finlora.serve.settings import ServeConfig, make_absolute, read_settings, to_args
@@ -82,17 +83,13 @@ def run_server(
     host: str | None,
     port: int | None,
     announce: Callable[[str], None],
-    direct_port: int | None = None,
 ) -> None:
     """Serve on the connected Ray until a signal comes, then let answers under way end.
 
     Everything that can be wrong without a GPU is looked at first: base, tokenizer, keys.
 
-    Args:
-        direct_port: of `open_direct_port`, where Ray was started with one.
-
     Raises:
-        ConfigError: there is no key, or the direct port leads nowhere.
+        ConfigError: there is no key, or the direct port cannot be as it is wanted.
         ModelError: the base's files are not usable.
         ResourceError: the server did not come up; says why.
     """
@@ -101,13 +98,11 @@ def run_server(
 
     from finlora.serve.app import ServerDeployment
 
-    settings = make_absolute(deployment.settings)
-    KeyRing(Path(settings.keys_file).expanduser() if settings.keys_file else None, os.environ)
-    read_base(settings)
     http: dict[str, Any] = {"host": "127.0.0.1", "port": 8000} | deployment.http
     http |= {key: value for key, value in (("host", host), ("port", port)) if value is not None}
-    if direct_port is not None:
-        require_one_copy(direct_port, http["port"], deployment.options.get("num_replicas", 1))
+    settings = make_absolute(_follow_proxy(deployment.settings, http))
+    KeyRing(Path(settings.keys_file).expanduser() if settings.keys_file else None, os.environ)
+    read_base(settings)
     # It says of each step of its own that it was done, and once that our options are not applied, which they are.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stop = threading.Event()
@@ -123,7 +118,8 @@ def run_server(
             raise ResourceError(f"the server did not come up: {error}") from error
         scheme = "https" if http.get("ssl_certfile") else "http"
         where = f"{scheme}://{http['host']}:{http['port']}"
-        beside = f", and by itself at port {direct_port}" if direct_port is not None else ""
+        direct = settings.direct
+        beside = f", and by itself at {scheme}://{direct.host}:{direct.port}" if direct.port is not None else ""
         announce(f"Serving {settings.name} at {where} (page, /v1/...){beside}. Ctrl-C ends it.")
         stop.wait()
         announce("Letting the answers under way end.")
@@ -131,3 +127,31 @@ def run_server(
         serve.shutdown()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _follow_proxy(settings: ServeConfig, http: dict[str, Any]) -> ServeConfig:
+    """Return the settings with the proxy's address and certificate at the direct port, where it has none of its own.
+
+    Raises:
+        ConfigError: both ports are one, or what guards the proxy cannot guard the direct port.
+        ResourceError: the port is taken.
+    """
+    direct = settings.direct
+    if direct.port is None:
+        return settings
+    if direct.port == http["port"]:
+        raise ConfigError(f"direct.port={direct.port} is the port of Ray Serve's proxy as well: expected another one.")
+    certificate = direct.ssl_certfile, direct.ssl_keyfile
+    if direct.ssl_certfile is None:
+        if unknown := [name for name in ("ssl_keyfile_password", "ssl_ca_certs") if http.get(name)]:
+            raise ConfigError(
+                f"http_options.{unknown[0]} guards the proxy, and direct.port={direct.port} takes a certificate and a key "
+                "without a password alone: leave the direct port out, or give it its own direct.ssl_certfile and ssl_keyfile."
+            )
+        certificate = http.get("ssl_certfile"), http.get("ssl_keyfile")
+    direct = dataclasses.replace(
+        direct, host=direct.host or http["host"], ssl_certfile=certificate[0], ssl_keyfile=certificate[1]
+    )
+    check_certificate(direct)
+    require_free(direct)
+    return dataclasses.replace(settings, direct=direct)

@@ -1,7 +1,7 @@
-"""The engine for coroutines: one thread drives it, any number of requests await their text, and lost stages come back.
+"""The engine in a thread: it drives the core, any number of requests await their text, and lost stages come back.
 
-The thread alone touches the core. Coroutines hand it calls through a queue; what a step brings goes back to their event loop
-in one piece. When the stages are lost, every request under way ends with StageLostError, later ones are refused at once, and
+The thread alone touches the core. Others hand it calls through a queue; what a step brings goes back to each of them in one
+piece. When the stages are lost, every request under way ends with StageLostError, later ones are refused at once, and
 the thread brings the stages back (finlora/serve/recovery.py).
 """
 
@@ -15,34 +15,29 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 from finlora.engine.drive import EngineCore
-from finlora.engine.request import Answer, Piece, Request
+from finlora.engine.request import Piece, Request
 from finlora.errors import FinloraError, QueueFullError, StageLostError
+from finlora.serve.asking import AskedEngine, Events
 from finlora.serve.recovery import Recovery, close_quietly
-from finlora.serve.stages import AdapterRef, OpenCore, Snapshot, StageFacts
+from finlora.serve.stages import AdapterRef, OpenCore, StageFacts
 
 _logger = logging.getLogger(__name__)
 _SNAPSHOT_S = 0.5
 _WAIT_S = 0.25
 """Longest wait for a call while there is nothing to compute."""
-_GRACE_S = 5.0
-"""Seconds after its deadline that an answer of the core is waited for: it ends requests between two steps."""
 _STUCK_S = 300.0
 """Seconds that no step takes: the first one of a GPU, which builds its kernels, takes a minute."""
 
-
-@dataclass(eq=False, slots=True)
-class _Stream:
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[Piece | Answer | Exception] = field(default_factory=asyncio.Queue)
+Sink = Callable[[Events], None]
+"""Takes what came of requests, in the engine's thread; must not wait."""
 
 
-class AsyncEngine:
-    """Requests of coroutines, answered by a core in a thread.
+class AsyncEngine(AskedEngine):
+    """Requests of coroutines and of other processes, answered by a core in a thread.
 
     Args:
         open_core: brings the stages up; called again after they were lost and could not be repaired.
@@ -51,9 +46,12 @@ class AsyncEngine:
     """
 
     def __init__(self, open_core: Callable[[], OpenCore], max_adapters: int, check_every_s: float) -> None:
+        super().__init__()
         self._open_core, self._max_adapters, self._check_every_s = open_core, max_adapters, check_every_s
         self._calls: queue.SimpleQueue[Callable[[EngineCore], None]] = queue.SimpleQueue()
-        self._streams: dict[str, _Stream] = {}
+        self._sinks: dict[str, Sink] = {}
+        self._home: tuple[asyncio.AbstractEventLoop, Sink] | None = None
+        """Event loop of this process's coroutines, and what hands it events."""
         self._last_use: OrderedDict[str, None] = OrderedDict()
         self._closing = threading.Event()
         self._opened: OpenCore | None = None
@@ -62,7 +60,6 @@ class AsyncEngine:
         self._first_try = threading.Event()
         self._next_snapshot = 0.0
         self._step_began: float | None = None
-        self.snapshot = Snapshot()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -95,24 +92,20 @@ class AsyncEngine:
     def require_ready(self) -> None:
         """Raise StageLostError while the stages do not stand."""
         if self._opened is None:
-            raise StageLostError(f"{self._recovery.why_down}: ask again in a few seconds.")
+            raise StageLostError(f"{self.why_down}: ask again in a few seconds.")
 
-    async def ask(self, request: Request, adapter: AdapterRef | None = None) -> AsyncIterator[Piece | Answer]:
-        """Yield the pieces of an answer's text as they come, and last the Answer. Leaving early cancels the request.
+    @property
+    def why_down(self) -> str:
+        """What the stages wait for while they do not stand."""
+        return self._recovery.why_down
 
-        Raises:
-            ConfigError: the request can never be answered.
-            AdapterError: its adapter does not fit.
-            QueueFullError: too many wait, or too many adapters are at work.
-            StageLostError: the stages do not stand, or died meanwhile.
-        """
-        self.require_ready()
-        stream = _Stream(asyncio.get_running_loop())
-        self._streams[request.id] = stream
+    def submit(self, request: Request, adapter: AdapterRef | None, sink: Sink) -> None:
+        """Have a request answered: `sink` gets what comes of it, last an Answer or an error. Safe in every thread."""
+        self._sinks[request.id] = sink
 
-        def submit(core: EngineCore) -> None:
-            if request.id not in self._streams:
-                return  # the stages were lost meanwhile, and the caller knows
+        def take_on(core: EngineCore) -> None:
+            if request.id not in self._sinks:
+                return  # the stages were lost meanwhile, or nobody waits any more
             try:
                 if adapter is not None:
                     self._ensure_adapter(core, adapter)
@@ -120,37 +113,35 @@ class AsyncEngine:
             except FinloraError as error:
                 self._send([(request.id, error)])
 
-        is_over = False
-        self._calls.put(submit)
-        try:
-            while True:
-                event = await self._wait(stream, request)
-                is_over = not isinstance(event, Piece)
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-                if is_over:
-                    return
-        finally:
-            self._streams.pop(request.id, None)
-            if not is_over:
-                self._calls.put(lambda core: core.cancel(request.id))
+        self._calls.put(take_on)
 
-    @staticmethod
-    async def _wait(stream: _Stream, request: Request) -> Piece | Answer | Exception:
-        left = None if request.deadline is None else request.deadline - time.monotonic() + _GRACE_S
-        try:
-            return await asyncio.wait_for(stream.events.get(), left)
-        except TimeoutError:
-            return StageLostError("the stages of the model gave no sign of life: ask again.")
+    def cancel(self, request_id: str) -> None:
+        """End a request: its sink gets nothing from now on. Safe in every thread."""
+        if self._sinks.pop(request_id, None) is not None:
+            self._calls.put(lambda core: core.cancel(request_id))
 
-    async def answer(self, request: Request, adapter: AdapterRef | None = None) -> Answer:
-        """Return the answer alone."""
-        async with contextlib.aclosing(self.ask(request, adapter)) as events:  # type: ignore[type-var]
-            async for event in events:
-                if isinstance(event, Answer):
-                    return event
-        raise AssertionError("a stream ends with its answer or an error")
+    def leave(self, sink: Sink) -> None:
+        """End all requests of a sink that takes nothing any more."""
+        for name, other in list(self._sinks.items()):
+            if other is sink:
+                self.cancel(name)
+
+    def _submit(self, request: Request, adapter: AdapterRef | None) -> None:
+        self.submit(request, adapter, self._find_home())
+
+    def _cancel(self, request_id: str) -> None:
+        self.cancel(request_id)
+
+    def _find_home(self) -> Sink:
+        loop = asyncio.get_running_loop()
+        if self._home is None or self._home[0] is not loop:
+
+            def hand_over(events: Events) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everyone who waited
+                    loop.call_soon_threadsafe(self._deliver, events)
+
+            self._home = loop, hand_over
+        return self._home[1]
 
     def _run(self) -> None:
         opened = self._open_first()
@@ -205,7 +196,7 @@ class AsyncEngine:
             if core.is_idle:
                 self._take_snapshot(core)
                 continue
-            events: list[tuple[str, Piece | Answer | Exception]] = []
+            events: Events = []
             self._step_began = time.monotonic()
             answers = core.step(lambda name, piece: events.append((name, piece)))  # noqa: B023
             self._step_began = None
@@ -251,20 +242,18 @@ class AsyncEngine:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._calls.get_nowait()
-        self._send([(name, error) for name in list(self._streams)])
+        self._send([(name, error) for name in list(self._sinks)])
 
-    def _send(self, events: list[tuple[str, Piece | Answer | Exception]]) -> None:
-        """Hand events to the coroutines that await them, with one wake-up of their loop."""
-        wanted = [(stream, event) for name, event in events if (stream := self._streams.get(name)) is not None]
-        if not wanted:
-            return
-
-        def deliver() -> None:
-            for stream, event in wanted:
-                stream.events.put_nowait(event)
-
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everyone who waited
-            wanted[0][0].loop.call_soon_threadsafe(deliver)
+    def _send(self, events: Events) -> None:
+        """Hand events to those that await them, in one piece to each."""
+        shares: dict[Sink, Events] = {}
+        for name, event in events:
+            is_over = not isinstance(event, Piece)
+            sink = self._sinks.pop(name, None) if is_over else self._sinks.get(name)
+            if sink is not None:
+                shares.setdefault(sink, []).append((name, event))
+        for sink, share in shares.items():
+            sink(share)
 
     def _take_snapshot(self, core: EngineCore) -> None:
         now = time.monotonic()

@@ -52,7 +52,7 @@ async def list_tasks() -> TaskList:
 async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
     """Return the probability of each label of a task for each text, from one forward pass a text."""
     server = server_of(request)
-    call = server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
     most = server.config.limits.max_texts
     if len(body.all_texts) > most:
         raise RefusedError(
@@ -76,7 +76,7 @@ async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
 async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
     """Answer a question from a fragment, and say where in it the answer stands. `grounded` false: check it yourself."""
     server = server_of(request)
-    call = server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
     if not body.question.strip():
         raise RefusedError(
             400, "question is empty: say what is looked for in the context.", "invalid_value", "question"

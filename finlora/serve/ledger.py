@@ -12,7 +12,7 @@ from finlora.engine.request import Answer
 from finlora.serve.adapters import ServedAdapter
 from finlora.serve.audit import AuditEntry, AuditLog, hash_text
 from finlora.serve.keys import KeyRecord
-from finlora.serve.quota import Quota
+from finlora.serve.quota import KeptQuota
 from finlora.serve.stages import Snapshot
 
 
@@ -86,7 +86,9 @@ class Ledger:
         has_texts: whether the audit log holds prompts and answers themselves.
     """
 
-    def __init__(self, quota: Quota, meter: Meter, base_hash: str, audit: AuditLog | None, *, has_texts: bool) -> None:
+    def __init__(
+        self, quota: KeptQuota, meter: Meter, base_hash: str, audit: AuditLog | None, *, has_texts: bool
+    ) -> None:
         self.quota, self.meter, self.audit = quota, meter, audit
         self._base_hash, self._has_texts = base_hash, has_texts
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from finlora.errors import QuotaError
 from finlora.serve.keys import KeyRecord
+
+
+class KeptQuota(Protocol):
+    """Where a server counts what keys ask, in this process or in the one that counts for several."""
+
+    async def admit(self, key: KeyRecord) -> None:
+        """Count a request, or raise QuotaError."""
+
+    def take_tokens(self, key: KeyRecord, count: int) -> None:
+        """Count tokens that were computed."""
 
 
 @dataclass(slots=True)
@@ -17,7 +29,7 @@ class _Bucket:
 
 
 class Quota:
-    """Buckets of all keys: a minute's worth at most, refilled over a minute.
+    """Buckets of all keys: a minute's worth at most, refilled over a minute. Safe in every thread.
 
     Args:
         clock: seconds that only grow.
@@ -26,6 +38,11 @@ class Quota:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._buckets: dict[tuple[str, str], _Bucket] = {}
+        self._lock = threading.Lock()
+
+    async def admit(self, key: KeyRecord) -> None:
+        """Do what `take_request` does."""
+        self.take_request(key)
 
     def take_request(self, key: KeyRecord) -> None:
         """Count a request.
@@ -33,14 +50,16 @@ class Quota:
         Raises:
             QuotaError: the key has none left, or its tokens are spent.
         """
-        self._require(key, "tokens", key.tokens_per_minute, 0)
-        self._require(key, "requests", key.requests_per_minute, 1)
+        with self._lock:
+            self._require(key, "tokens", key.tokens_per_minute, 0)
+            self._require(key, "requests", key.requests_per_minute, 1)
 
     def take_tokens(self, key: KeyRecord, count: int) -> None:
         """Count tokens that were computed; what goes beyond the minute's worth is missing from the next one's."""
-        bucket = self._fill(key, "tokens", key.tokens_per_minute)
-        if bucket is not None:
-            bucket.level -= count
+        with self._lock:
+            bucket = self._fill(key, "tokens", key.tokens_per_minute)
+            if bucket is not None:
+                bucket.level -= count
 
     def _require(self, key: KeyRecord, kind: str, per_minute: int | None, count: int) -> None:
         bucket = self._fill(key, kind, per_minute)

@@ -13,13 +13,13 @@ from finlora.data.question import Question
 from finlora.engine.request import Answer, Piece, Request, Sampling
 from finlora.errors import AdapterError
 from finlora.serve.adapters import AdapterShelf
+from finlora.serve.asking import AskedEngine
 from finlora.serve.audit import AuditLog
-from finlora.serve.engine import AsyncEngine
 from finlora.serve.failures import RefusedError, as_refusal
 from finlora.serve.keys import KeyRecord, KeyRing
 from finlora.serve.ledger import Call, Course, Ledger, Meter
 from finlora.serve.model import ServedBase
-from finlora.serve.quota import Quota
+from finlora.serve.quota import KeptQuota, Quota
 from finlora.serve.settings import ServeConfig
 from finlora.serve.stages import AdapterRef
 
@@ -32,16 +32,18 @@ class Server:
     Args:
         engine: started.
         audit: None: nothing is logged.
+        quota: what keys have asked; None: counted here.
     """
 
     def __init__(
         self,
         config: ServeConfig,
         base: ServedBase,
-        engine: AsyncEngine,
+        engine: AskedEngine,
         keys: KeyRing,
         meter: Meter,
         audit: AuditLog | None,
+        quota: KeptQuota | None = None,
     ) -> None:
         self.config, self.base, self.engine, self.keys, self.meter, self.audit = (
             config,
@@ -52,19 +54,19 @@ class Server:
             audit,
         )
         self.shelf = AdapterShelf(config.adapters_folder, base)
-        self._quota = Quota(time.monotonic)
+        self.quota = Quota(time.monotonic) if quota is None else quota
         # Labels are few and come with each question.
         self._encode_choice = functools.lru_cache(256)(
             lambda choice: encode_answer(choice, base.tokenizer, base.template)
         )
-        self._ledger = Ledger(self._quota, meter, base.weights_hash, audit, has_texts=config.audit_texts)
+        self._ledger = Ledger(self.quota, meter, base.weights_hash, audit, has_texts=config.audit_texts)
 
     def list_models(self, key: KeyRecord) -> list[str]:
         """Return the names that a key may ask."""
         names: list[str | None] = [None, *self.shelf.list_names()]
         return [f"{self.config.name}:{name}" if name else self.config.name for name in names if key.may_use(name)]
 
-    def open_call(self, request_id: str, key: KeyRecord, path: str, model: str) -> Call:
+    async def open_call(self, request_id: str, key: KeyRecord, path: str, model: str) -> Call:
         """Let a request in: find its model, and count it.
 
         Raises:
@@ -85,7 +87,7 @@ class Server:
                 "model",
             )
         adapter = self.shelf.find(name, version or None) if name else None
-        self._quota.take_request(key)
+        await self.quota.admit(key)
         self.engine.require_ready()
         return Call(request_id=request_id, key=key, path=path, model=model, adapter=adapter)
 
@@ -143,7 +145,7 @@ class Server:
 
         Raises:
             RefusedError: the deadline passed.
-            FinloraError: as AsyncEngine.ask.
+            FinloraError: as AskedEngine.ask.
         """
         request = Request(
             id=f"{call.engine_id}-{index}",
@@ -162,7 +164,7 @@ class Server:
 
         Raises:
             RefusedError: the prompt is longer than the model takes, or the deadline passed.
-            FinloraError: as AsyncEngine.ask.
+            FinloraError: as AskedEngine.ask.
         """
         base = self.base
         request = Request(

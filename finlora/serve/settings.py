@@ -1,7 +1,7 @@
 """Every setting of a served model: the `args` of an application in serve_configs/*.yaml, checked like a run's config.
 
-Host, port and TLS belong to Ray Serve's own `http_options`; how many copies there are to its `deployments`. No secrets here:
-keys come hashed from a file, or from the environment.
+Host, port and TLS of the proxy belong to Ray Serve's own `http_options`; how many copies there are to its `deployments`. No
+secrets here: keys come hashed from a file, or from the environment.
 """
 
 from __future__ import annotations
@@ -62,6 +62,27 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DirectConfig:
+    """A port at which the server answers by itself, beside Ray Serve's proxy, by processes of its own.
+
+    A request costs a third of the processor time there, and as many processes as are asked for share the requests.
+    """
+
+    port: int | None = None
+    """None: there is none. All copies of a node answer at the same one."""
+    host: str | None = None
+    """Address of this machine to listen at. None: 127.0.0.1; with `finlora serve` the proxy's."""
+    processes: int = 2
+    """Of each copy."""
+    ssl_certfile: str | None = None
+    """PEM. None: plain HTTP; with `finlora serve` the proxy's."""
+    ssl_keyfile: str | None = None
+    """PEM without a password."""
+    keep_alive_timeout_s: int = 75
+    """Seconds that a line without a request stays open."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     name: str = "base"
     """Name of the base in `/v1/models`; an adapter is `name:adapter`."""
@@ -69,6 +90,7 @@ class ServeConfig:
     """The base; model.bits says how it is held."""
     stages: StagesConfig = field(default_factory=StagesConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    direct: DirectConfig = field(default_factory=DirectConfig)
     adapters_dir: str | None = None
     """Folder of adapters: DIR/NAME is one, or holds its versions DIR/NAME/v1, v2, ... None: the base alone."""
     max_adapters: int = 16
@@ -96,6 +118,8 @@ class ServeConfig:
             "limits.max_texts": (limits.max_texts, 1),
             "limits.max_waiting": (limits.max_waiting, 1),
             "limits.max_batch_tokens": (limits.max_batch_tokens, 16),
+            "direct.processes": (self.direct.processes, 1),
+            "direct.keep_alive_timeout_s": (self.direct.keep_alive_timeout_s, 1),
             "max_adapters": (self.max_adapters, 1),
         }
         above = {
@@ -113,6 +137,11 @@ class ServeConfig:
             for name in ("default_new_tokens", "default_extract_tokens")
             if (value := getattr(limits, name)) > limits.max_new_tokens
         ]
+        port, pair = self.direct.port, (self.direct.ssl_certfile, self.direct.ssl_keyfile)
+        if port is not None and not 1 <= port <= 65535:
+            faults.append(f"direct.port={port}: expected 1 to 65535, or null")
+        if (pair[0] is None) != (pair[1] is None):
+            faults.append("direct.ssl_certfile and direct.ssl_keyfile: expected both, or neither")
         if self.audit_texts and self.audit_dir is None:
             faults.append("audit_texts=true without an audit log: set audit_dir, or leave it out")
         if faults:
@@ -158,4 +187,9 @@ def make_absolute(config: ServeConfig) -> ServeConfig:
         adapters_dir=absolute(config.adapters_dir),
         keys_file=absolute(config.keys_file),
         audit_dir=absolute(config.audit_dir),
+        direct=dataclasses.replace(
+            config.direct,
+            ssl_certfile=absolute(config.direct.ssl_certfile),
+            ssl_keyfile=absolute(config.direct.ssl_keyfile),
+        ),
     )

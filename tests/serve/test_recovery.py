@@ -46,7 +46,7 @@ def test_idle_stage_that_dies_is_noticed_and_requests_are_refused_at_once(make_e
 
 
 def test_stage_that_gives_no_sign_hangs_nobody(make_engine, opened, monkeypatch):
-    monkeypatch.setattr("finlora.serve.engine._GRACE_S", 0.1)
+    monkeypatch.setattr("finlora.serve.asking._GRACE_S", 0.1)
     monkeypatch.setattr("finlora.serve.engine._STUCK_S", 0.3)
     engine = make_engine()
     stuck = opened[0].executor.is_stuck

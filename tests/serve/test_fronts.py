@@ -1,7 +1,8 @@
-"""The server at a port of its own, past Ray Serve's proxy: the same guard, the same answers, started by `finlora serve`."""
+"""The server at a port of its own, past Ray Serve's proxy: the same guard, the same answers, from two processes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,19 +13,32 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from certificate import make_certificate
 from wire import send
 
 from finlora.errors import ConfigError
-from finlora.serve.direct import open_direct_port, require_one_copy
+from finlora.serve.deploy import read_deployment, run_server
+from finlora.serve.settings import read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 ASK = {"model": "demo", "task": "fpb", "text": "Profit rose 12 %"}
+
+
+def find_processes(home):
+    """Return the processes at the direct port of the server with this home folder."""
+    found = []
+    for each in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, IndexError):
+            if each.cmdline()[0].startswith("ray::FrontActor") and each.environ()["HOME"] == str(home):
+                found.append(each)
+    return found
 
 
 def find_free_ports():
@@ -36,7 +50,7 @@ def find_free_ports():
 
 @pytest.fixture(scope="module")
 def served(tiny_base, tmp_path_factory):
-    """(proxy's address, direct address, key, TLS context) of `finlora serve` in a process with a Ray of its own."""
+    """(proxy's address, direct address, key, TLS context, home folder) of `finlora serve` in a process with a Ray of its own."""
     port, direct_port = find_free_ports()
     key, home = secrets.token_urlsafe(32), tmp_path_factory.mktemp("home")
     certificate = make_certificate(home)
@@ -59,10 +73,10 @@ def served(tiny_base, tmp_path_factory):
                 break
         said = " ".join(" ".join(lines).split())
         assert re.search(
-            rf"at https://127.0.0.1:{port} \(page, /v1/...\), and by itself at port {direct_port}", said
+            rf"at https://127.0.0.1:{port} \(page, /v1/...\), and by itself at https://127.0.0.1:{direct_port}", said
         ), said + (home / "log").read_text()
         tls = ssl.create_default_context(cafile=str(certificate))
-        yield f"https://127.0.0.1:{port}", f"https://127.0.0.1:{direct_port}", key, tls
+        yield f"https://127.0.0.1:{port}", f"https://127.0.0.1:{direct_port}", key, tls, home
         server.send_signal(signal.SIGINT)
         server.stdout.read()
         assert server.wait(timeout=90) == 0, (home / "log").read_text()[-2000:]
@@ -73,7 +87,7 @@ def served(tiny_base, tmp_path_factory):
 
 @pytest.mark.ray
 def test_server_answers_past_the_proxy_as_behind_it(served):
-    *addresses, key, tls = served
+    *addresses, key, tls, _ = served
     answers = []
     for address in addresses:
         refused = send(address, "/v1/classify", None, ASK, tls=tls)
@@ -87,7 +101,7 @@ def test_server_answers_past_the_proxy_as_behind_it(served):
 
 @pytest.mark.ray
 def test_streams_come_piece_by_piece_past_the_proxy(served):
-    _, address, key, tls = served
+    _, address, key, tls, _ = served
     body = {"model": "demo", "prompt": "Profit", "max_tokens": 6, "stream": True}
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)
@@ -97,14 +111,45 @@ def test_streams_come_piece_by_piece_past_the_proxy(served):
     assert len(lines) > 2
 
 
-def test_what_a_direct_port_cannot_be_is_said(monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+@pytest.mark.ray
+def test_process_that_dies_takes_no_other_with_it_and_is_started_again(served):
+    _, address, key, tls, home = served
+    first, second = find_processes(home)
+    first.kill()
+    first.wait(timeout=10)
+    until = time.monotonic() + 60
+    while len(now := find_processes(home)) < 2:
+        assert second in now
+        assert send(address, "/v1/classify", key, ASK, tls=tls).status == 200
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    assert first not in now
+    assert {send(address, "/v1/classify", key, ASK, tls=tls).status for _ in range(8)} == {200}
+
+
+@pytest.mark.parametrize(
+    ("http", "words"),
+    [
+        ({"port": 9000}, r"direct.port=9000 is the port of Ray Serve's proxy as well: expected another one"),
+        (
+            {"ssl_ca_certs": "x"},
+            r"http_options.ssl_ca_certs guards the proxy, and direct.port=9000 takes a certificate",
+        ),
+        ({"ssl_certfile": "/absent", "ssl_keyfile": "/absent"}, r"direct.ssl_certfile=/absent .* cannot be used"),
+    ],
+)
+def test_what_a_direct_port_cannot_be_is_said_before_anything_starts(tmp_path, tiny_base, monkeypatch, http, words):
+    monkeypatch.setenv("FINLORA_API_KEY", secrets.token_urlsafe(32))
+    tree = yaml.safe_load((ROOT / "serve_configs" / "cpu-demo.yaml").read_text())
+    tree["http_options"] |= http
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
+    changes = [f"model.base={tiny_base}", "adapters_dir=null", "keys_file=null", "audit_dir=null", "direct.port=9000"]
+    with pytest.raises(ConfigError, match=words):
+        run_server(read_deployment(tmp_path / "x.yaml", changes), None, None, print)
+
+
+def test_settings_of_a_direct_port_are_checked():
     with pytest.raises(
-        ConfigError, match=r"direct-port=9000 with RAY_ADDRESS=10.0.0.1:6379: a cluster that runs has its own"
+        ConfigError, match=r"(?s)3 settings are wrong.*direct.processes=0.*direct.port=0.*expected both"
     ):
-        open_direct_port(9000)
-    with pytest.raises(ConfigError, match=r"direct-port=9000 with num_replicas=4: one port leads to one copy"):
-        require_one_copy(9000, 8000, 4)
-    with pytest.raises(ConfigError, match=r"direct-port=8000 is the port of Ray Serve's proxy as well"):
-        require_one_copy(8000, 8000, 1)
-    require_one_copy(9000, 8000, 1)
+        read_settings({"direct": {"port": 0, "processes": 0, "ssl_certfile": "x"}})

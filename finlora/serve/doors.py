@@ -1,0 +1,68 @@
+"""A port at which several processes of one user listen; the kernel shares connections out among them.
+
+Source: socket(7), SO_REUSEPORT.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+
+from finlora.errors import ConfigError, ResourceError
+from finlora.serve.settings import DirectConfig
+
+_HERE = "127.0.0.1"
+
+
+def listen_shared(direct: DirectConfig) -> socket.socket:
+    """Return a socket at the port; who accepts connections calls listen().
+
+    Raises:
+        ResourceError: another user listens there, or one that does not share, or the address is not this machine's.
+    """
+    return _bind(direct, is_shared=True)
+
+
+def require_free(direct: DirectConfig) -> None:
+    """Look whether nobody listens at the port: another server of this user would get a part of the requests.
+
+    Raises:
+        ResourceError: somebody does, or the address is not this machine's.
+    """
+    _bind(direct, is_shared=False).close()
+
+
+def check_certificate(direct: DirectConfig) -> None:
+    """Look whether the port's certificate and key can be used, where it has them.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if direct.ssl_certfile is None or direct.ssl_keyfile is None:
+        return
+    try:  # an empty password: OpenSSL would ask the terminal for one
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(direct.ssl_certfile, direct.ssl_keyfile, password="")
+    except OSError as error:
+        raise ConfigError(
+            f"direct.ssl_certfile={direct.ssl_certfile} and direct.ssl_keyfile={direct.ssl_keyfile} cannot be used ({error}): "
+            "expected a certificate and its key without a password, both PEM."
+        ) from error
+
+
+def _bind(direct: DirectConfig, *, is_shared: bool) -> socket.socket:
+    host = direct.host or _HERE
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, direct.port, type=socket.SOCK_STREAM)[0]
+        door = socket.socket(family, kind)
+        try:
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(is_shared))
+            door.bind(address)
+        except OSError:
+            door.close()
+            raise
+    except OSError as error:
+        raise ResourceError(
+            f"direct.port={direct.port} at {host} cannot be listened at ({error.strerror}): take a free port of this machine."
+        ) from error
+    return door

@@ -1,0 +1,89 @@
+"""The processes at a server's own port as Ray actors of its replica, on the replica's node; Ray starts one again that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from finlora.errors import ResourceError
+from finlora.serve.front import DRAIN_S, answer_http
+from finlora.serve.measures import Measures
+from finlora.serve.settings import ServeConfig, read_settings, to_args
+
+_FORM = "%(levelname)s %(asctime)s %(name)s -- %(message)s"
+
+
+class FrontActor:
+    """One process."""
+
+    def __init__(self, args: dict[str, Any], hub: str) -> None:
+        # Ray keeps what a process writes to stderr in a log of its own.
+        logging.basicConfig(stream=sys.stderr, format=_FORM)
+        logging.getLogger("finlora").setLevel(logging.INFO)
+        self._config, self._hub = read_settings(args), Path(hub)
+        self._opened, self._closing = asyncio.Event(), asyncio.Event()
+
+    async def run(self) -> None:
+        """Answer until `close`."""
+        await answer_http(self._config, self._hub, Measures(), self._opened, self._closing)
+
+    async def wait_until_open(self) -> None:
+        """Return when the port answers."""
+        await self._opened.wait()
+
+    async def close(self) -> None:
+        """Take no more connections, and have `run` end when the answers under way have."""
+        self._closing.set()
+
+
+class Fronts:
+    """All processes at the port of one replica, in which this is called.
+
+    Args:
+        hub: socket at which the engine is asked.
+
+    Raises:
+        ConfigError: the certificate cannot be used.
+        ResourceError: the port is taken by others.
+    """
+
+    def __init__(self, config: ServeConfig, hub: Path) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        # As Ray Serve's own proxy they reserve no core: what a machine has left for HTTP is theirs.
+        actor = ray.remote(FrontActor).options(
+            num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
+        )
+        self._actors = [actor.remote(to_args(config), str(hub)) for _ in range(config.direct.processes)]
+        self._runs = [each.run.remote() for each in self._actors]
+        waits = [each.wait_until_open.remote() for each in self._actors]
+        try:
+            while waits:
+                (done, *_), _ = ray.wait([*self._runs, *waits])
+                if done in self._runs:
+                    ray.get(done)  # raises what ended it
+                    raise ResourceError(
+                        f"nothing answers at direct.port={config.direct.port}: see the log of FrontActor."
+                    )
+                waits.remove(done)
+        except BaseException:
+            self.close(0.0)
+            raise
+
+    def check(self) -> None:
+        """Raise RuntimeError where a process has ended for good."""
+        if ray.wait(self._runs, timeout=0)[0]:
+            raise RuntimeError("a process of the direct port has ended")
+
+    def close(self, drain_s: float = DRAIN_S) -> None:
+        """Let answers under way end, for so many seconds, and then the processes."""
+        for each in self._actors:
+            each.close.remote()
+        ray.wait(self._runs, num_returns=len(self._runs), timeout=drain_s)
+        for each in self._actors:
+            ray.kill(each)

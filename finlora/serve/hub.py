@@ -1,0 +1,112 @@
+"""The engine of one copy for other processes of it: they ask over sockets, in a thread of its own, and get what comes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from pathlib import Path
+
+from finlora.errors import QuotaError, StageLostError
+from finlora.serve.asking import Events
+from finlora.serve.engine import AsyncEngine
+from finlora.serve.link import Link, listen
+from finlora.serve.quota import Quota
+
+_logger = logging.getLogger(__name__)
+_SHOW_EVERY_S = 0.1
+"""Seconds between two looks at how the engine stands; who asks meanwhile is refused by the hub itself."""
+
+
+class Hub:
+    """Passes on what is asked of an engine, and what keys may still ask, to as many processes as connect.
+
+    Args:
+        path: of the socket; made here, and taken away by `close`.
+    """
+
+    def __init__(self, engine: AsyncEngine, quota: Quota, path: Path) -> None:
+        self._engine, self._quota, self.path = engine, quota, path
+        self._links: set[Link] = set()
+        self._loop: asyncio.AbstractEventLoop
+        self._closing: asyncio.Event
+        self._listens = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="hub", daemon=True)
+
+    def start(self) -> None:
+        """Let others connect."""
+        self._listener = listen(self.path)
+        self._thread.start()
+        self._listens.wait()
+
+    def close(self) -> None:
+        """Close every link: who still waits at the other end is told that the server is gone. A second time does nothing."""
+        if not self._thread.is_alive():
+            return
+        self._loop.call_soon_threadsafe(self._closing.set)
+        self._thread.join()
+        self.path.unlink(missing_ok=True)
+
+    def _run(self) -> None:
+        asyncio.run(self._work())
+
+    async def _work(self) -> None:
+        self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
+        server = await asyncio.start_unix_server(self._serve, sock=self._listener)
+        shows = asyncio.ensure_future(self._show())
+        self._listens.set()
+        await self._closing.wait()
+        shows.cancel()
+        server.close()
+        for link in self._links:
+            link.close()
+        while self._links:  # each leaves the engine
+            await asyncio.sleep(0.01)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        link, engine = Link(reader, writer), self._engine
+        self._links.add(link)
+
+        def sink(events: Events) -> None:
+            with contextlib.suppress(RuntimeError):  # the hub is closed
+                self._loop.call_soon_threadsafe(link.put, "events", events)
+
+        link.put("standing", engine.snapshot, engine.stages, engine.why_down)
+        try:
+            async for kind, *rest in link.receive():
+                if kind == "ask":
+                    request, adapter = rest
+                    try:
+                        engine.require_ready()
+                    except StageLostError as error:
+                        link.put("events", [(request.id, error)])
+                    else:
+                        engine.submit(request, adapter, sink)
+                elif kind == "cancel":
+                    engine.cancel(*rest)
+                elif kind == "admit":
+                    number, key = rest
+                    try:
+                        self._quota.take_request(key)
+                    except QuotaError as error:
+                        link.put("admitted", number, error)
+                    else:
+                        link.put("admitted", number, None)
+                elif kind == "spend":
+                    self._quota.take_tokens(*rest)
+        finally:
+            engine.leave(sink)
+            self._links.discard(link)
+            link.close()
+
+    async def _show(self) -> None:
+        shown: tuple[object, ...] = ()
+        while True:
+            engine = self._engine
+            standing = engine.snapshot, engine.stages, engine.why_down
+            if standing != shown:
+                shown = standing
+                for link in self._links:
+                    link.put("standing", *standing)
+            await asyncio.sleep(_SHOW_EVERY_S)

@@ -155,14 +155,8 @@ def _is_alone(segment: Segment) -> bool:
 
 def _attend_alone(segment: Segment) -> Attend:
     start, num_keys = segment.keys[0]
-    own, num_cached = slice(start, start + num_keys), num_keys - segment.num_rows
-
-    def attend_keys(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        # Rows that stand for those of the cached beginning: cuDNN's causal mask begins at the first key.
-        square = torch.nn.functional.pad(query, (0, 0, 0, 0, num_cached, 0))
-        return attend_alone(square, keys[own], values[own])[num_cached:]
-
-    return attend_keys
+    own = slice(start, start + num_keys)
+    return lambda query, keys, values: attend_alone(query, keys[own], values[own])
 
 
 def _attend_in_place(segments: Sequence[Segment], device: torch.device) -> Attend:
@@ -172,9 +166,12 @@ def _attend_in_place(segments: Sequence[Segment], device: torch.device) -> Atten
 
 def _attend_masked(segments: Sequence[Segment], device: torch.device) -> Attend:
     """Attend with one product for the segments of a request: their first keys are the same."""
-    parts: list[tuple[int, slice, Tensor]] = []
+    parts: list[tuple[int, slice, Tensor | None]] = []
     for start, group in groupby(segments, key=lambda segment: segment.keys[0][0]):
         run = list(group)
+        if len(run) == run[0].num_rows == len(run[0].keys) == 1:  # a next token sees all
+            parts.append((1, slice(start, start + run[0].keys[0][1]), None))
+            continue
         stop = max(first + count for segment in run for first, count in segment.keys)
         visible = torch.zeros(sum(segment.num_rows for segment in run), stop - start, dtype=torch.bool)
         row = 0

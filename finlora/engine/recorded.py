@@ -124,16 +124,18 @@ class RecordedPasses:
         self._graphs.clear()
 
     def take(self, batch: MicroBatch) -> Taken | None:
-        """Return how a micro-batch is recorded; None where it has no size."""
+        """Return how a micro-batch is recorded; None where it has no size, or passes are not filled up."""
+        if not self.fills:
+            return None
         has_adapters = any(name is not None for name, _ in batch.adapters)
         count = batch.num_rows
         if is_decode(batch):
-            size = _find(DECODE_SIZES, count) if self.fills else count
+            size = _find(DECODE_SIZES, count)
             assert size is not None
             alone = Segment(1, ((self._spare_row, 1),))
             return Taken(Form(size, size, 0, 1, True, has_adapters), batch.segments, (), [(0, alone)] * (size - count))
         size = _find(PROMPT_SIZES, count)
-        if not self.fills or size is None:
+        if size is None:
             return None
         filling = _repeat(batch.segments, size - count)
         segments, tails = split_tails(batch.segments)
@@ -162,7 +164,7 @@ class RecordedPasses:
         if hidden is not None:
             hidden = hidden.to(self._device)
             hidden = torch.cat([hidden, hidden[sources]]) if sources else hidden
-        if self.fills and self._device.type == "cuda" and (form in self._graphs or form in self._seen):
+        if self._device.type == "cuda" and (form in self._graphs or form in self._seen):
             if form not in self._graphs:
                 self._pool = self._pool or torch.cuda.MemPool()
                 self._graphs[form] = _Graph(self._run, numbers, hidden, form, self._device, self._pool)

@@ -117,13 +117,18 @@ def can_attend_alone(query: Tensor) -> bool:
 
 
 def attend_alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return the output (Q, h, d) of one segment that sees no keys but its own: key and value (Q, g, d)."""
-    size = _round_up(query.shape[0])
-    parts = (_cut(tensor, 0, size) for tensor in (query, key, value))
+    """Return the output (Q, h, d) of one segment's queries, which see its keys up to their own: key and value (S, g, d)."""
+    num_queries, num_keys = query.shape[0], key.shape[0]
+    first, size = num_keys - num_queries, _round_up(num_keys)
+    # The causal mask begins at the first key and the first row: rows before and behind the queries, of any content, go unread.
+    square = query if num_queries == size else query.new_empty(size, *query.shape[1:])
+    if square is not query:
+        square[first:num_keys] = query
+    parts = (_cut(tensor, 0, size) for tensor in (square, key, value))
     output: Tensor = torch.ops.aten._cudnn_attention_forward(
         *parts, None, None, None, size, size, False, 0.0, True, False
     )[0]
-    return output[0].transpose(0, 1)[: query.shape[0]]
+    return output[0].transpose(0, 1)[first:num_keys]
 
 
 def _suits_cudnn(query: Tensor, segments: Segments) -> bool:

@@ -21,8 +21,8 @@ from finlora.engine.recorded import RecordedPasses, Rows
 from finlora.engine.sampling import choice_log_probs, sample
 from finlora.errors import AdapterError
 from finlora.model.attention import can_attend_alone, can_flash
-from finlora.model.cached_attention import attend_cache, attend_tails
-from finlora.model.elementwise import gate, normalise, rotate
+from finlora.model.cached_attention import attend_cache, attend_tails, write_cache
+from finlora.model.elementwise import gate, normalise
 from finlora.model.packed import read_layer
 from finlora.model.peak import measure_peak_gib
 from finlora.model.shapes import shape_of
@@ -203,18 +203,16 @@ class Stage:
         x = hidden.to(self.device)
         cosine, sine = (table[0] for table in self.net.model.rotary_emb(x, positions[None]))
         for index, layer in enumerate(self.layers):
-            num_heads, num_groups, width = layer.heads
+            *_, width = layer.heads
             normed = normalise(x, layer.first_norm, layer.eps)
             qkv = adapt(layer.qkv.forward(normed), normed, index, "qkv").view(len(x), -1, width)
-            rotated = rotate(qkv[:, : num_heads + num_groups], cosine, sine)
             keys, values = self.cache[index]
-            keys[slots], values[slots] = rotated[:, num_heads:], qkv[:, num_heads + num_groups :]
-            query = rotated[:, :num_heads]
+            query = write_cache(qkv, cosine, sine, slots, keys, values)
             if wanted is not None and index == len(self.layers) - 1:
                 x, query, attend_keys, adapt = x[wanted.rows], query[wanted.rows], wanted.attend_keys, wanted.adapt
                 if not len(x):
                     break
-            attended = attend_keys(query.contiguous(), keys, values).flatten(1)
+            attended = attend_keys(query, keys, values).flatten(1)
             y = adapt(layer.out.forward(attended, x), attended, index, "out")
             normed = normalise(y, layer.second_norm, layer.eps)
             inner = gate(adapt(layer.gate_up.forward(normed), normed, index, "gate_up"))

@@ -14,6 +14,23 @@ import torch
 from torch import Tensor
 
 from finlora.model.attention import can_flash, score_keys, widen_heads
+from finlora.model.elementwise import rotate
+
+
+def write_cache(qkv: Tensor, cosine: Tensor, sine: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Rotate queries and keys, write keys and values to their rows of the cache, and return the queries (T, h, d).
+
+    Shapes: qkv (T, h + 2 g, d), cosine and sine (T, d), slots (T,) int64, key and value (R, g, d).
+    """
+    if qkv.is_cuda and _suits_triton(qkv.shape[-1]):
+        from finlora.model.cache_rows import write_rows
+
+        return write_rows(qkv, cosine, sine, slots, key, value)
+    first_value = qkv.shape[1] - key.shape[1]
+    rotated = rotate(qkv[:, :first_value], cosine, sine)
+    first_key = first_value - key.shape[1]
+    key[slots], value[slots] = rotated[:, first_key:], qkv[:, first_value:]
+    return rotated[:, :first_key]
 
 
 class Places(NamedTuple):
@@ -39,6 +56,10 @@ def attend_cache(
         is_causal: otherwise each query sees all keys of its segment.
     """
     cumulative_queries, starts, lengths, max_queries = places
+    if can_flash(query) and max_queries == 1 and _suits_triton(query.shape[-1]):
+        from finlora.model.single_rows import attend_singly
+
+        return attend_singly(query, key, value, starts, lengths)
     if can_flash(query):
         output, log_sum, *_ = torch.ops.aten._flash_attention_forward(
             query,
@@ -96,3 +117,8 @@ def attend_tails(output: Tensor, query: Tensor, key: Tensor, value: Tensor, tail
     second = torch.einsum("cgrk,ckgd->cgrd", torch.softmax(scores, -1), value[slots].float()).flatten(1, 2)
     share = torch.sigmoid(scores.logsumexp(-1).flatten(1) - first_sum.t())[..., None]
     return output.index_copy(0, tails.rows, torch.lerp(first.float(), second, share).to(output.dtype))
+
+
+def _suits_triton(width: int) -> bool:
+    """Return whether Triton's kernels take heads of this width: a power of two, of which its products need 16."""
+    return width >= 16 and width & (width - 1) == 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
+import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -73,6 +76,8 @@ class Tally:
     """Code of the error -> how often; each was asked again and answered."""
     lost: list[str] = field(default_factory=list)
     """Lines cut, statuses that nothing states, answers that never came."""
+    stages: str = ""
+    """How busy the stages were."""
 
     def add(self, other: Tally) -> None:
         """Count in what users of another process saw meanwhile."""
@@ -140,6 +145,40 @@ async def run_users(
             await other
     tally.seconds = time.monotonic() - started
     return tally
+
+
+class StageWatch(threading.Thread):
+    """Asks twice a second how the server stands, while inside."""
+
+    def __init__(self, address: str, key: str) -> None:
+        super().__init__(daemon=True)
+        self._request = urllib.request.Request(f"{address}/v1/stages", headers={"Authorization": f"Bearer {key}"})
+        self._over = threading.Event()
+        self._seen: list[dict[str, Any]] = []
+
+    def run(self) -> None:
+        while not self._over.wait(0.5):
+            with contextlib.suppress(OSError), urllib.request.urlopen(self._request, timeout=5) as reply:
+                self._seen.append(json.load(reply))
+
+    def __enter__(self) -> StageWatch:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.join()
+
+    def describe(self) -> str:
+        seen = [body for body in self._seen if body["stages"]]
+        if not seen:
+            return "the stages were not seen at work"
+        busy = [
+            sum(body["stages"][index]["busy"] for body in seen) / len(seen) for index in range(len(seen[0]["stages"]))
+        ]
+        counts = {name: sum(body[name] for body in seen) / len(seen) for name in ("active", "queue")}
+        shares = " / ".join(f"{share:.0%}" for share in busy)
+        return f"stages busy {shares}, {counts['active']:.0f} requests at work and {counts['queue']:.0f} in line"
 
 
 def run_clients(num_clients: int, users: tuple[Any, ...], num_texts: int, tolerance: float) -> Tally:

@@ -35,7 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from load_users import LABEL_TOLERANCE, Question, Tally, percentiles, run_clients, run_users
+from load_users import LABEL_TOLERANCE, Question, StageWatch, Tally, percentiles, run_clients, run_users
 
 FIRST_S = 20.0
 """Seconds of load before the first kill."""
@@ -100,6 +100,7 @@ def main() -> int:
             "wrong": len(tally.wrong),
             "lost": len(tally.lost),
             "refused": dict(tally.refused),
+            "stages": tally.stages,
         }
         runs.append({"texts": texts, "bare": bare, "http": http})
         say(f"{options.users} users, {texts} text{'s' * (texts > 1)} a request")
@@ -107,6 +108,7 @@ def main() -> int:
         say(
             f"  over HTTP:   {http['per_second']:.1f} answers/s, {http['latency_ms']}, first text {http['first_text_ms']}"
         )
+        say(f"               {tally.stages}")
         say(f"  HTTP / bare: {tally.per_second / bare['per_second']:.2f}")
         say(f"  {http['right']:,} right, {http['wrong']} wrong, {http['lost']} lost, refused {http['refused']}")
     for tally in (warm_up, *tallies):
@@ -264,9 +266,13 @@ def serve_load(
 
         def run(num_texts: int, seconds: float, meanwhile: Any = None) -> Tally:
             users = (address, key, settings.name, questions, expected, options.users, seconds)
-            if options.clients > 1:
-                return run_clients(options.clients, users, num_texts, tolerance)
-            return asyncio.run(run_users(*users, meanwhile, num_texts=num_texts, tolerance=tolerance))
+            with StageWatch(address, key) as watch:
+                if options.clients > 1:
+                    tally = run_clients(options.clients, users, num_texts, tolerance)
+                else:
+                    tally = asyncio.run(run_users(*users, meanwhile, num_texts=num_texts, tolerance=tolerance))
+            tally.stages = watch.describe()
+            return tally
 
         tallies = [run(options.texts[0], min(WARM_UP_S, options.seconds))]
         tallies += [run(num_texts, options.seconds, kill_stages) for num_texts in options.texts]

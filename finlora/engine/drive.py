@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from finlora.engine.detokenise import Detokeniser
+from finlora.engine.forecast import Forecast
 from finlora.engine.meter import BubbleMeter
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.request import Answer, Finish, Piece, Request, Token
@@ -89,6 +90,9 @@ class InProcess:
         return self.stages[0].peak_memory_gib()  # they share a process
 
 
+_BUSY_SHARE, _MOST_SPARE_S = 0.75, 0.1
+"""Share of a micro-batch's time for which more requests are waited for, and the most seconds."""
+
 OnPiece = Callable[[str, Piece], None]
 """Called with a request's id and what it has gained."""
 
@@ -104,6 +108,9 @@ class EngineCore:
         self.executor, self.scheduler, self.tokenizer = executor, scheduler, tokenizer
         self.adapters: dict[str, Path] = {}
         self.meter = BubbleMeter()
+        self._forecast, self._sizes = Forecast(), deque[int]()
+        self._began = 0.0
+        """When the oldest micro-batch under way came to be computed."""
         self._texts: dict[str, Detokeniser] = {}
         self._untold: dict[str, list[Token]] = {}
         """Tokens of each request since its last piece."""
@@ -162,6 +169,28 @@ class EngineCore:
         scheduler = self.scheduler
         return not (scheduler.num_waiting or scheduler.num_active or scheduler.num_in_flight or self._ended)
 
+    @property
+    def spare_s(self) -> float:
+        """Seconds between `start` and `step` in which more requests may come at no cost: the one stage computes for longer.
+
+        The next micro-batch then waits ahead with all that came. After `step` it would have them too, but the stage would stand
+        still meanwhile; before, only the first of them.
+        """
+        scheduler = self.scheduler
+        if scheduler.limits.max_in_flight > 1 or scheduler.num_in_flight != 1 or scheduler.is_decoding:
+            return 0.0
+        busy_s = _BUSY_SHARE * self._forecast.tell(self._sizes[0])
+        return min(_MOST_SPARE_S, max(0.0, self._began + busy_s - time.monotonic()))
+
+    def start(self) -> None:
+        """Start what can be started; `step` does so too, and waits for it."""
+        while (batch := self.scheduler.next_batch()) is not None:
+            self.meter.start(batch.num_rows)
+            if not self._sizes:
+                self._began = time.monotonic()
+            self._sizes.append(batch.num_rows)
+            self.executor.start(batch)
+
     def step(self, on_piece: OnPiece | None = None) -> list[Answer]:
         """Start what can be started, wait for the oldest micro-batch, and return the answers that are complete.
 
@@ -169,12 +198,12 @@ class EngineCore:
             on_piece: gets new text of generated answers, the last piece before the answer is returned.
         """
         self._ended += self.scheduler.expire(time.monotonic())
-        while (batch := self.scheduler.next_batch()) is not None:
-            self.meter.start(batch.num_rows)
-            self.executor.start(batch)
+        self.start()
         has_work = self.scheduler.num_in_flight > 0
         if has_work:
             output = self.executor.collect()
+            self._began = time.monotonic()
+            self._forecast.add(self._sizes.popleft(), sum(output.stage_seconds))
             self.meter.end(output.stage_seconds)
             tokens, answers = self.scheduler.complete(output)
             self._ended += answers

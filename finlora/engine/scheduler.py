@@ -67,8 +67,7 @@ class Scheduler:
         self._active: OrderedDict[str, Work] = OrderedDict()
         self._in_flight: dict[int, list[tuple[Work, bool]]] = {}  # with whether it brings what the request waits for
         self._copies: list[tuple[int, int, int]] = []
-        self._number = 0
-        self._cached_share = 0.0  # of the last prompts' tokens
+        self._number, self._cached_share = 0, 0.0  # the share is of the last prompts' tokens
 
     @property
     def num_waiting(self) -> int:
@@ -229,11 +228,12 @@ class Scheduler:
 
     def _may_go_ahead(self) -> bool:
         """Return whether a micro-batch may wait before the first stage: where it has many rows, and no next token behind it."""
-        is_free = len(self._in_flight) <= self.limits.max_in_flight and not self._is_decoding
+        is_free = len(self._in_flight) <= self.limits.max_in_flight and not self.is_decoding
         return is_free and self._count_prompt_tokens(MIN_CHUNK, attrgetter("num_computed")) >= MIN_CHUNK
 
     @property
-    def _is_decoding(self) -> bool:
+    def is_decoding(self) -> bool:
+        """Whether text is generated."""
         return any(work.is_prefilled and not work.request.choices for work in self._active.values())
 
     def _cut(self, budget: int) -> int:
@@ -244,7 +244,7 @@ class Scheduler:
             budget * (most + 1), attrgetter("num_cached"), 1 - self._cached_share * (most > 1)
         )
         part = max(MIN_CHUNK, -(-rest // most))
-        if not self._is_decoding:
+        if not self.is_decoding:
             part = min(part, max(MIN_AHEAD_CHUNK, -(-rest // max(1, most + 1 - len(self._in_flight)))))
         return min(budget, part)
 

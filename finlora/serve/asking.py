@@ -91,6 +91,7 @@ class AskedEngine(ABC):
 async def _wait(events: asyncio.Queue[Event], request: Request) -> Event:
     left = None if request.deadline is None else request.deadline - time.monotonic() + _GRACE_S
     try:
-        return await asyncio.wait_for(events.get(), left)
+        async with asyncio.timeout(left):
+            return await events.get()
     except TimeoutError:
         return StageLostError("the stages of the model gave no sign of life: ask again.")

@@ -48,6 +48,8 @@ def request_id_of(request: Request) -> str:
 
 async def gather_all(works: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
     """Await all; the first failure cancels the others and is raised as it was."""
+    if len(works) == 1:
+        return [await works[0]]
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*tasks)

@@ -198,6 +198,9 @@ class AsyncEngine(AskedEngine):
                 continue
             events: Events = []
             self._step_began = time.monotonic()
+            if not core.spare_s:
+                core.start()
+            self._take_more_calls(core)
             answers = core.step(lambda name, piece: events.append((name, piece)))  # noqa: B023
             self._step_began = None
             events += [(answer.request_id, answer) for answer in answers]
@@ -221,6 +224,13 @@ class AsyncEngine(AskedEngine):
                 call = self._calls.get_nowait()
         except queue.Empty:
             return
+
+    def _take_more_calls(self, core: EngineCore) -> None:
+        """Carry out calls that come while the stage computes, for as long as it has enough to do without them."""
+        until = time.monotonic() + core.spare_s
+        with contextlib.suppress(queue.Empty):
+            while (left := until - time.monotonic()) > 0:
+                self._calls.get(timeout=left)(core)
 
     def _ensure_adapter(self, core: EngineCore, adapter: AdapterRef) -> None:
         """Load an adapter unless it is there; the one unused for longest gives way."""

@@ -88,7 +88,8 @@ class Guard:
             nonlocal received, has_more
             if has_more:  # afterwards only the end of the line can come, however late
                 try:
-                    message = await asyncio.wait_for(receive(), started + _BODY_S - time.monotonic())
+                    async with asyncio.timeout(started + _BODY_S - time.monotonic()):
+                        message = await receive()
                 except TimeoutError:
                     raise HTTPException(408, f"the body was not whole after {_BODY_S:g} s: send it at once.") from None
             else:

@@ -5,15 +5,48 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import queue
 import threading
 import time
 
 import pytest
 from mortal_stages import collect, make_request, wait_for
 
+from finlora.engine.drive import EngineCore
+from finlora.engine.microbatch import Output
+from finlora.engine.request import Request
+from finlora.engine.scheduler import Limits, Scheduler
 from finlora.errors import AdapterError, ConfigError, ModelError, QueueFullError, StageLostError
 from finlora.serve.engine import AsyncEngine
-from finlora.serve.stages import AdapterRef
+from finlora.serve.stages import AdapterRef, OpenCore
+
+
+class SlowStage:
+    """One stage in a thread, which takes the same time for each micro-batch and counts what labels each has."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._inbox, self._outbox = queue.SimpleQueue(), queue.SimpleQueue()
+        self.sizes, self.idle_s = [], 0.0
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        ended = None
+        while (batch := self._inbox.get()) is not None:
+            self.idle_s += time.monotonic() - ended if ended else 0.0
+            self.sizes.append(len(batch.scores))
+            time.sleep(self._seconds)
+            ended = time.monotonic()
+            self._outbox.put(Output(batch.number, (), [-1.0] * len(batch.scores), [self._seconds]))
+
+    def start(self, batch) -> None:
+        self._inbox.put(batch)
+
+    def collect(self):
+        return self._outbox.get()
+
+    def close(self) -> None:
+        self._inbox.put(None)
 
 
 def test_many_at_once_answer_as_one_alone(make_engine):
@@ -128,6 +161,30 @@ def test_requests_that_cannot_start_are_waited_for_without_spinning(make_engine,
     num_steps, finish = asyncio.run(wait())
     assert num_steps <= 1.0 / 0.05 + 4  # one a look at the stages, and one a call
     assert finish == "length"
+
+
+def test_questions_that_come_while_the_stage_computes_wait_ahead_together():
+    stage = SlowStage(0.1)
+    scheduler = Scheduler(Limits(cache_rows=4096, max_in_flight=1, max_batch_tokens=2048), -1, lambda: 0)
+    core = EngineCore(stage, scheduler, None)
+    engine = AsyncEngine(lambda: OpenCore(core=core, stages=(), check=lambda: None, close=stage.close), 1, 5.0)
+    engine.start()
+
+    async def ask(number, delay_s=0.0):
+        await asyncio.sleep(delay_s)
+        prompt = tuple(range(number, number + 64))
+        await engine.answer(Request(id=f"q{number}", prompt_ids=prompt, choices=((1,),)))
+
+    async def ask_all():
+        await ask(1000)  # tells how long a micro-batch takes
+        stage.idle_s = 0.0
+        await asyncio.gather(ask(0), *(ask(number, 0.0025 * number) for number in range(1, 21)))
+
+    asyncio.run(ask_all())
+    engine.close()
+    # All that came in the first 75 of 100 ms are one micro-batch, and the stage did not stand still before it.
+    assert stage.sizes == [1, 1, 20]
+    assert stage.idle_s < 0.05
 
 
 def test_first_start_that_fails_is_raised(tiny_base):

@@ -11,7 +11,7 @@
 // a fixed order. A step's columns are on their way from memory while those of the one before are computed.
 //
 // Defined when this is compiled: WARPS of a block, SLICES that they take side by side, OUT_TILES of 16 outputs for each, ROW_TILES
-// of 8 rows, BLOCKS of a processor, WORDS of four levels that are loaded at once.
+// of 8 rows, BLOCKS of a processor, WORDS of four levels that are loaded at once, and whether it FETCHES_LINES that are read by half.
 
 constexpr int THREADS = 32 * WARPS, OUTS = OUT_TILES * 16, TILE = WARPS / SLICES * OUTS, ROWS = ROW_TILES * 8;
 constexpr int GROUPS = 2, SLICE = GROUPS * 64, STEP = SLICES * SLICE;
@@ -73,7 +73,14 @@ __device__ void load_weights(Weights& weights, const Source& source, const unsig
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const unsigned char* bytes = source.packed + (rows[m][half] + column) / 2;
-            weights.bytes[m][half] = __ldcs(reinterpret_cast<const uint4*>(bytes) + (threadIdx.x & 3));
+            const uint4* place = reinterpret_cast<const uint4*>(bytes) + (threadIdx.x & 3);
+            uint4& four = weights.bytes[m][half];
+            if (FETCHES_LINES)  // the other half of the line comes into L2, to be read in the next step
+                asm volatile("ld.global.cs.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                             : "=r"(four.x), "=r"(four.y), "=r"(four.z), "=r"(four.w)
+                             : "l"(place));
+            else
+                four = __ldcs(place);
         }
     __syncwarp();  // holds the loads here: the compiler would move them down to where the weights are used
 }

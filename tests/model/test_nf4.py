@@ -52,11 +52,13 @@ def assert_near(found, x, weight, residual=None):
 
 
 @on_gpu
+@pytest.mark.parametrize("large_bytes", [0, 2**40], ids=["large", "small"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("num_rows", "num_out", "num_in"), SIZES)
-def test_few_rows(num_rows, num_out, num_in, kind):
+def test_few_rows(num_rows, num_out, num_in, kind, large_bytes, monkeypatch):
     from finlora.model.few_nf4 import few_nf4
 
+    monkeypatch.setattr("finlora.model.few_nf4._LARGE_BYTES", large_bytes)
     layer = make_layer(spoil(random_rows(num_out, num_in, seed=3), kind))
     plain = bnb.functional.dequantize_4bit(layer.weight.data.view(-1, 1), layer.weight.quant_state).double()
     x, residual = spoil(random_rows(num_rows, num_in), kind), random_rows(num_rows, num_out, seed=1)

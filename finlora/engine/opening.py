@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _ROOM_SHARE, _ROOM_BYTES = 0.05, 1.5 * GIB
 """Of a GPU's memory, kept free for what a micro-batch computes."""
+_ODD = 37
+"""Rows above the most of a micro-batch that are warmed up for."""
 
 
 @contextmanager
@@ -136,8 +138,10 @@ def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:
     """
     longest = min(batch_tokens, num_rows)
     sizes, label_counts = [size for size in PROMPT_SIZES if size < longest], (0, 1, FEW_TAILS + 1)
+    # Labels come on top of the most rows, by any number: kernels are compiled anew for rows that are no multiple of 16.
+    whole = [(longest, 0), (longest // 2, 0), (longest, 0), (min(longest + _ODD, num_rows), FEW_TAILS + 1)]
     # Seen for the first time, then recorded: prompts alone, and with the last tokens of labels, a few and many.
-    for size, num_labels in ((longest, 0), (longest // 2, 0), (longest, 0), *[*product(sizes, label_counts)] * 2):
+    for size, num_labels in (*whole, *[*product(sizes, label_counts)] * 2):
         _pass(executor, _make_prompts(size, num_labels))
     for size in (*DECODE_SIZES, *DECODE_SIZES):  # seen for the first time, then recorded
         tokens = MicroBatch(0, adapters=[(None, size)])

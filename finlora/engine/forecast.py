@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-_KEPT = 0.9
-"""What a micro-batch counts for after the next one."""
+import statistics
+from collections import deque
+
+_KEPT, _NEAR = 32, 5
 
 
 class Forecast:
-    """A straight line of seconds over rows through the last micro-batches (least squares, weights that fade)."""
+    """The median of the last micro-batches that were most alike, so that one that compiled kernels does not count."""
 
     def __init__(self) -> None:
-        self._weight = self._rows = self._seconds = self._squares = self._products = 0.0
+        self._seen: deque[tuple[int, float]] = deque(maxlen=_KEPT)
 
     def add(self, num_rows: int, seconds: float) -> None:
         """Count a micro-batch that was computed."""
-        news = (1.0, num_rows, seconds, num_rows**2, num_rows * seconds)
-        sums = (self._weight, self._rows, self._seconds, self._squares, self._products)
-        self._weight, self._rows, self._seconds, self._squares, self._products = (
-            _KEPT * old + new for old, new in zip(sums, news, strict=True)
-        )
+        self._seen.append((num_rows, seconds))
 
     def tell(self, num_rows: int) -> float:
-        """Return the seconds that so many rows will take; 0 before the first micro-batch."""
-        if not self._weight:
-            return 0.0
-        mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight
-        spread = self._squares / self._weight - mean_rows**2
-        common = self._products / self._weight - mean_rows * mean_seconds
-        slope = max(0.0, common / spread) if spread > 1e-3 * mean_rows**2 else 0.0
-        return max(0.0, mean_seconds + slope * (num_rows - mean_rows))
+        """Return the seconds that so many rows will take at least; 0 before the first micro-batch.
+
+        Of larger ones their share is taken, and of smaller ones all: both are rather too little.
+        """
+        near = sorted(self._seen, key=lambda seen: abs(seen[0] - num_rows))[:_NEAR]
+        return statistics.median(seconds * min(1.0, num_rows / rows) for rows, seconds in near) if near else 0.0

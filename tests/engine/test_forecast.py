@@ -1,4 +1,4 @@
-"""The line through micro-batches that were: exact where they lie on one, and forgetful."""
+"""How long micro-batches take, told from those that were: near where they were alike, never too long where they were not."""
 
 from __future__ import annotations
 
@@ -18,22 +18,18 @@ def test_nothing_is_told_before_the_first():
     assert Forecast().tell(100) == 0.0
 
 
-def test_line_is_found():
-    forecast = fill([(rows, 0.01 + 5e-5 * rows) for rows in (40, 900, 300, 40, 700)])
-    assert forecast.tell(500) == pytest.approx(0.035)
-    assert forecast.tell(0) == pytest.approx(0.01)
+def test_of_two_sizes_each_has_its_own_time():
+    forecast = fill([(440, 0.035), (150, 0.018)] * 8)
+    assert forecast.tell(440) == pytest.approx(0.035)
+    assert forecast.tell(150) == pytest.approx(0.018)
 
 
-def test_equal_sizes_tell_their_mean_and_no_slope():
-    forecast = fill([(256, seconds) for seconds in (0.02, 0.02, 0.02)])
-    assert forecast.tell(256) == forecast.tell(2048) == pytest.approx(0.02)
+def test_few_rows_after_large_micro_batches_alone_are_not_said_to_take_as_long():
+    forecast = fill([(12288, 0.3)] * 20)
+    assert forecast.tell(14) == pytest.approx(0.3 * 14 / 12288)
+    assert forecast.tell(20000) == pytest.approx(0.3)
 
 
-def test_more_rows_never_take_less_and_nothing_takes_less_than_no_time():
-    assert fill([(100, 0.04), (1000, 0.01)]).tell(5000) >= 0.01
-    assert fill([(1000, 1.0), (2000, 3.0)]).tell(10) == 0.0
-
-
-def test_what_is_long_ago_fades():
-    forecast = fill([(256, 9.0), *[(256, 0.02)] * 100])
-    assert forecast.tell(256) == pytest.approx(0.02, rel=0.02)
+def test_one_that_compiled_counts_for_nothing_and_what_is_long_ago_is_forgotten():
+    assert fill([*[(256, 0.02)] * 4, (256, 3.0)]).tell(256) == pytest.approx(0.02)
+    assert fill([*[(256, 3.0)] * 9, *[(256, 0.02)] * 32]).tell(256) == pytest.approx(0.02)

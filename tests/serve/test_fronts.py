@@ -41,6 +41,13 @@ def find_processes(home):
     return found
 
 
+def open_stream(address, key, tls, num_tokens):
+    body = {"model": "demo", "prompt": "Profit", "max_tokens": num_tokens, "stream": True}
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)
+    return urllib.request.urlopen(request, timeout=60, context=tls)
+
+
 def find_free_ports():
     with socket.socket() as first, socket.socket() as second:
         for each in (first, second):
@@ -63,7 +70,7 @@ def served(tiny_base, tmp_path_factory):
         command = [sys.executable, "-m", "finlora.cli.main", "serve"]
         command += ["--config", str(home / "tls.yaml"), "--port", str(port)]
         command += ["--direct-port", str(direct_port), f"model.base={tiny_base}", "model.bits=16", "stages.num=1"]
-        command += ["adapters_dir=null", "keys_file=null", "audit_dir=null"]
+        command += ["adapters_dir=null", "keys_file=null", "audit_dir=null", "model.max_seq_len=2048"]
         with (home / "log").open("w") as log:
             server = subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True)
         lines = []
@@ -77,7 +84,13 @@ def served(tiny_base, tmp_path_factory):
         ), said + (home / "log").read_text()
         tls = ssl.create_default_context(cafile=str(certificate))
         yield f"https://127.0.0.1:{port}", f"https://127.0.0.1:{direct_port}", key, tls, home
-        server.send_signal(signal.SIGINT)
+        # What is under way when the server is asked to end comes to its end.
+        with open_stream(f"https://127.0.0.1:{direct_port}", key, tls, 1800) as reply:
+            begun = reply.readline()
+            server.send_signal(signal.SIGINT)
+            lines = [line for line in reply.read().decode().splitlines() if line]
+        assert begun.startswith(b"data: {")
+        assert lines[-1] == "data: [DONE]", lines[-3:]
         server.stdout.read()
         assert server.wait(timeout=90) == 0, (home / "log").read_text()[-2000:]
         server.stdout.close()
@@ -102,10 +115,7 @@ def test_server_answers_past_the_proxy_as_behind_it(served):
 @pytest.mark.ray
 def test_streams_come_piece_by_piece_past_the_proxy(served):
     _, address, key, tls, _ = served
-    body = {"model": "demo", "prompt": "Profit", "max_tokens": 6, "stream": True}
-    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=60, context=tls) as reply:
+    with open_stream(address, key, tls, 6) as reply:
         lines = [line for line in reply.read().decode().splitlines() if line]
     assert lines[-1] == "data: [DONE]"
     assert len(lines) > 2

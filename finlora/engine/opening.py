@@ -141,7 +141,8 @@ def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:
     # Labels come on top of the most rows, by any number: kernels are compiled anew for rows that are no multiple of 16.
     whole = [(longest, 0), (longest // 2, 0), (longest, 0), (min(longest + _ODD, num_rows), FEW_TAILS + 1)]
     # Seen for the first time, then recorded: prompts alone, and with the last tokens of labels, a few and many.
-    for size, num_labels in (*whole, *[*product(sizes, label_counts)] * 2):
+    recorded = [(size, num_labels) for size, num_labels in product(sizes, label_counts) if num_labels < size]
+    for size, num_labels in (*whole, *recorded, *recorded):
         _pass(executor, _make_prompts(size, num_labels))
     for size in (*DECODE_SIZES, *DECODE_SIZES):  # seen for the first time, then recorded
         tokens = MicroBatch(0, adapters=[(None, size)])

@@ -27,7 +27,7 @@ from finlora.model.cached_attention import Places, Tails
 
 DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64)
 """Rows of passes in which each row is a segment."""
-PROMPT_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
+PROMPT_SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 """Rows of all other recorded passes; larger ones run as they are."""
 PART_SIZES = ((4, 0), (64, 0), (24, 16), (96, 256))
 """Segments of these passes, and rows with keys in a second place: attention starts a program for each, also for empty ones."""

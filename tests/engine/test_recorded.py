@@ -59,9 +59,9 @@ def test_the_longest_segments_are_repeated_and_again_where_they_are_too_short(pa
     assert (form.num_rows, form.num_segments) == (128, 4)
     assert rows.places.cumulative_queries.tolist() == [0, 3, 68, 69, 128]
     form, rows = lay_out(passes, make_batch((2, 0, 2), (3, 16, 3)))
-    assert (form.num_rows, form.num_segments) == (64, 64)
-    assert rows.places.cumulative_queries.tolist()[:8] == [0, 2, 5, 8, 10, 13, 15, 18]
-    assert rows.places.cumulative_queries.tolist()[-1] == 64
+    assert (form.num_rows, form.num_segments) == (16, 64)
+    assert rows.places.cumulative_queries.tolist()[:8] == [0, 2, 5, 8, 10, 13, 15, 16]
+    assert rows.places.cumulative_queries.tolist()[-1] == 16
 
 
 def test_tokens_that_follow_are_filled_up_with_rows_that_see_one_key(passes):
@@ -85,7 +85,7 @@ def test_keys_in_a_second_place_are_filled_up_with_the_first_row_that_has_some(p
     batch = make_batch((4, 0, 4), adapters=[(None, 6)])
     batch.add([5, 6], 4, [20, 21], [(0, 4), (20, 2)])
     form, rows = lay_out(passes, batch)
-    assert form == Form(64, 24, 16, 64, False, False)
+    assert form == Form(16, 24, 16, 16, False, False)
     # Both rows see the four keys before them, and by themselves their own; what fills up are rows of the first four.
     assert rows.places.cumulative_queries.tolist()[:4] == [0, 4, 5, 6]
     assert (rows.places.starts.tolist()[:3], rows.places.lengths.tolist()[:4]) == ([0, 0, 0], [4, 4, 4, 4])

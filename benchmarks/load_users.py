@@ -22,6 +22,8 @@ import aiohttp
 LABEL_TOLERANCE = 2e-3
 """Probabilities may differ at least so much by rounding: a batch of other sizes adds in another order."""
 RETRY_S = 0.25
+START_UP_S = 4.0
+"""Seconds that processes of users have to start."""
 PROXY_WORDS = "Internal Server Error"
 """What Ray Serve's proxy says, in plain text, for what was under way at a replica that was killed."""
 
@@ -188,20 +190,21 @@ def run_clients(num_clients: int, users: tuple[Any, ...], num_texts: int, tolera
         users: the arguments of `run_users` up to `seconds`.
     """
     *asked, questions, expected, num_users, seconds = users
-    tally = Tally(tolerance)
+    tally, begin = Tally(tolerance), time.monotonic() + START_UP_S
     with ProcessPoolExecutor(num_clients, get_context("spawn")) as pool:
         runs = []
         for client in range(num_clients):
             first = client * len(questions) // num_clients
             turned = [*questions[first:], *questions[:first]]
             own = (*asked, turned, expected, num_users // num_clients, seconds)
-            runs.append(pool.submit(_run_client, own, num_texts, tolerance))
+            runs.append(pool.submit(_run_client, own, num_texts, tolerance, begin))
         for run in runs:
             tally.add(run.result())
     return tally
 
 
-def _run_client(users: tuple[Any, ...], num_texts: int, tolerance: float) -> Tally:
+def _run_client(users: tuple[Any, ...], num_texts: int, tolerance: float, begin: float) -> Tally:
+    time.sleep(max(0.0, begin - time.monotonic()))  # all together: their answers are summed over one time
     return asyncio.run(run_users(*users, num_texts=num_texts, tolerance=tolerance))
 
 

@@ -86,7 +86,7 @@ def _join_parts(
 def attend_singly(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Return the output (Q, h, d) of queries that see a run of keys each, and log-sum-exp of the scores (h, Q).
 
-    Shapes: query (Q, h, d), key and value (R, g, d), starts and lengths, at least 1, (Q,) int32.
+    Shapes: query (Q, h, d), key and value (R, g, d), all contiguous; starts and lengths, at least 1, (Q,) int32.
     """
     (num_queries, num_heads, width), num_groups = query.shape, key.shape[1]
     wanted = _PROGRAMS_A_PROCESSOR * _num_processors(query.device) // (num_queries * num_groups)

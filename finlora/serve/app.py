@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class ServerDeployment:
 
     def __init__(self, args: dict[str, Any]) -> None:
         from finlora.serve.audit import AuditLog
+        from finlora.serve.doors import check_certificate, listen_shared
         from finlora.serve.engine import AsyncEngine
         from finlora.serve.fronts import Fronts
         from finlora.serve.hub import Hub
@@ -61,13 +62,18 @@ class ServerDeployment:
         if audit is not None:
             self._closers.callback(audit.close)
         self._engine = AsyncEngine(lambda: open_pipeline(config, base), config.max_adapters, config.ready_every_s)
+        if config.direct.port is not None:  # before minutes are spent on the model
+            check_certificate(config.direct)
+            listen_shared(config.direct).close()
         quota = Quota(time.monotonic)
         self._server = Server(config, base, self._engine, keys, Measures(), audit, quota)
         self._engine.start()
         self._closers.callback(self._engine.close)
         self._fronts: Fronts | None = None
         if config.direct.port is not None:
-            hub = Hub(self._engine, quota, _socket_path())
+            # A folder of this user's alone: in Ray's others could put a socket of theirs in the place of ours.
+            folder = self._closers.enter_context(tempfile.TemporaryDirectory(prefix="finlora-"))
+            hub = Hub(self._engine, quota, Path(folder) / "hub")
             hub.start()
             self._closers.callback(hub.close)
             self._fronts = Fronts(config, hub.path)
@@ -100,16 +106,6 @@ def build(args: dict[str, Any]) -> serve.Application:
     deployment: Any = ServerDeployment
     application: serve.Application = deployment.bind(args)
     return application
-
-
-def _socket_path() -> Path:
-    """Return a free name where Ray keeps its own sockets, which are as short-lived and whose paths are as short as they must be.
-
-    Source: https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/_private/node.py
-    """
-    from ray._private.worker import _global_node
-
-    return Path(_global_node.get_sockets_dir_path()) / f"finlora-{secrets.token_hex(4)}"
 
 
 def _log_as_serve_does() -> None:

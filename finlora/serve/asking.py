@@ -59,8 +59,8 @@ class AskedEngine(ABC):
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._awaited[request.id] = events
         is_over = False
-        self._submit(request, adapter)
         try:
+            self._submit(request, adapter)
             while True:
                 event = await _wait(events, request)
                 is_over = not isinstance(event, Piece)

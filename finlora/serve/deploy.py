@@ -91,7 +91,7 @@ def run_server(
     Raises:
         ConfigError: there is no key, or the direct port cannot be as it is wanted.
         ModelError: the base's files are not usable.
-        ResourceError: the server did not come up; says why.
+        ResourceError: the direct port is taken, or the server did not come up; says why.
     """
     from ray import serve
     from ray.exceptions import RayError
@@ -101,6 +101,10 @@ def run_server(
     http: dict[str, Any] = {"host": "127.0.0.1", "port": 8000} | deployment.http
     http |= {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     settings = make_absolute(_follow_proxy(deployment.settings, http))
+    direct = settings.direct
+    if direct.port is not None:
+        check_certificate(direct)
+        require_free(direct)
     KeyRing(Path(settings.keys_file).expanduser() if settings.keys_file else None, os.environ)
     read_base(settings)
     # It says of each step of its own that it was done, and once that our options are not applied, which they are.
@@ -116,13 +120,19 @@ def run_server(
             serve.run(application, **place, logging_config=deployment.logging or None)
         except (RuntimeError, RayError) as error:
             raise ResourceError(f"the server did not come up: {error}") from error
-        scheme = "https" if http.get("ssl_certfile") else "http"
-        where = f"{scheme}://{http['host']}:{http['port']}"
-        direct = settings.direct
-        beside = f", and by itself at {scheme}://{direct.host}:{direct.port}" if direct.port is not None else ""
+        where = _name(http.get("ssl_certfile"), http["host"], http["port"])
+        beside = (
+            f", and by itself at {_name(direct.ssl_certfile, direct.host, direct.port)}"
+            if direct.port is not None
+            else ""
+        )
         announce(f"Serving {settings.name} at {where} (page, /v1/...){beside}. Ctrl-C ends it.")
         stop.wait()
         announce("Letting the answers under way end.")
+        try:
+            serve.delete(deployment.name)  # shutting down alone would cut them after half a minute
+        except TimeoutError:
+            announce("Answers that were not complete after a minute are cut.")
     finally:
         serve.shutdown()
         for number, handler in previous.items():
@@ -134,7 +144,6 @@ def _follow_proxy(settings: ServeConfig, http: dict[str, Any]) -> ServeConfig:
 
     Raises:
         ConfigError: both ports are one, or what guards the proxy cannot guard the direct port.
-        ResourceError: the port is taken.
     """
     direct = settings.direct
     if direct.port is None:
@@ -152,6 +161,8 @@ def _follow_proxy(settings: ServeConfig, http: dict[str, Any]) -> ServeConfig:
     direct = dataclasses.replace(
         direct, host=direct.host or http["host"], ssl_certfile=certificate[0], ssl_keyfile=certificate[1]
     )
-    check_certificate(direct)
-    require_free(direct)
     return dataclasses.replace(settings, direct=direct)
+
+
+def _name(certificate: str | None, host: str | None, port: int | None) -> str:
+    return f"{'https' if certificate else 'http'}://{host}:{port}"

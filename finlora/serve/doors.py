@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+from pathlib import Path
 
 from finlora.errors import ConfigError, ResourceError
 from finlora.serve.settings import DirectConfig
@@ -38,15 +39,23 @@ def check_certificate(direct: DirectConfig) -> None:
     Raises:
         ConfigError: they cannot.
     """
-    if direct.ssl_certfile is None or direct.ssl_keyfile is None:
+    certificate, key = certificate_of(direct)
+    if certificate is None or key is None:
         return
     try:  # an empty password: OpenSSL would ask the terminal for one
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(direct.ssl_certfile, direct.ssl_keyfile, password="")
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except OSError as error:
         raise ConfigError(
             f"direct.ssl_certfile={direct.ssl_certfile} and direct.ssl_keyfile={direct.ssl_keyfile} cannot be used ({error}): "
             "expected a certificate and its key without a password, both PEM."
         ) from error
+
+
+def certificate_of(direct: DirectConfig) -> tuple[str | None, str | None]:
+    """Return the files of certificate and key; None: plain HTTP."""
+    pair = direct.ssl_certfile, direct.ssl_keyfile
+    certificate, key = (str(Path(file).expanduser()) if file is not None else None for file in pair)
+    return certificate, key
 
 
 def _bind(direct: DirectConfig, *, is_shared: bool) -> socket.socket:

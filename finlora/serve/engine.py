@@ -87,7 +87,8 @@ class AsyncEngine(AskedEngine):
     @property
     def stages(self) -> tuple[StageFacts, ...]:
         """Stages that stand now; empty while they are lost."""
-        return self._opened.stages if self._opened is not None else ()
+        opened = self._opened  # another thread may lose it meanwhile
+        return opened.stages if opened is not None else ()
 
     def require_ready(self) -> None:
         """Raise StageLostError while the stages do not stand."""

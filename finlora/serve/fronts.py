@@ -16,6 +16,9 @@ from finlora.serve.front import DRAIN_S, answer_http
 from finlora.serve.measures import Measures
 from finlora.serve.settings import ServeConfig, read_settings, to_args
 
+_logger = logging.getLogger(__name__)
+_MAX_FAILURES = 10
+"""Looks in a row, one each few seconds, at which a process had ended; then the whole copy is started anew."""
 _FORM = "%(levelname)s %(asctime)s %(name)s -- %(message)s"
 
 
@@ -61,6 +64,7 @@ class Fronts:
         )
         self._actors = [actor.remote(to_args(config), str(hub)) for _ in range(config.direct.processes)]
         self._runs = [each.run.remote() for each in self._actors]
+        self._num_failures = [0] * len(self._runs)
         waits = [each.wait_until_open.remote() for each in self._actors]
         try:
             while waits:
@@ -76,9 +80,22 @@ class Fronts:
             raise
 
     def check(self) -> None:
-        """Raise RuntimeError where a process has ended for good."""
-        if ray.wait(self._runs, timeout=0)[0]:
-            raise RuntimeError("a process of the direct port has ended")
+        """Have processes that ended with an error begin again; Ray does so with those that died.
+
+        Raises:
+            RuntimeError: one ended at this and the last looks.
+        """
+        for index, run in enumerate(self._runs):
+            if not ray.wait([run], timeout=0)[0]:
+                self._num_failures[index] = 0
+                continue
+            self._num_failures[index] += 1
+            if self._num_failures[index] >= _MAX_FAILURES:
+                raise RuntimeError(
+                    f"a process of the direct port ended {_MAX_FAILURES} times: see the log of FrontActor"
+                )
+            _logger.error("A process of the direct port ended and begins again: %s", _why(run))
+            self._runs[index] = self._actors[index].run.remote()
 
     def close(self, drain_s: float = DRAIN_S) -> None:
         """Let answers under way end, for so many seconds, and then the processes."""
@@ -87,3 +104,11 @@ class Fronts:
         ray.wait(self._runs, num_returns=len(self._runs), timeout=drain_s)
         for each in self._actors:
             ray.kill(each)
+
+
+def _why(run: Any) -> str:
+    try:
+        ray.get(run)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "it lost its link to the engine"

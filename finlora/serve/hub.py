@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 from pathlib import Path
+from typing import Any
 
-from finlora.errors import QuotaError, StageLostError
 from finlora.serve.asking import Events
-from finlora.serve.engine import AsyncEngine
+from finlora.serve.engine import AsyncEngine, Sink
 from finlora.serve.link import Link, listen
 from finlora.serve.quota import Quota
 
-_logger = logging.getLogger(__name__)
 _SHOW_EVERY_S = 0.1
 """Seconds between two looks at how the engine stands; who asks meanwhile is refused by the hub itself."""
 
@@ -60,7 +58,7 @@ class Hub:
         shows.cancel()
         server.close()
         for link in self._links:
-            link.close()
+            link.abort()
         while self._links:  # each leaves the engine
             await asyncio.sleep(0.01)
 
@@ -74,31 +72,34 @@ class Hub:
 
         link.put("standing", engine.snapshot, engine.stages, engine.why_down)
         try:
-            async for kind, *rest in link.receive():
-                if kind == "ask":
-                    request, adapter = rest
-                    try:
-                        engine.require_ready()
-                    except StageLostError as error:
-                        link.put("events", [(request.id, error)])
-                    else:
-                        engine.submit(request, adapter, sink)
-                elif kind == "cancel":
-                    engine.cancel(*rest)
-                elif kind == "admit":
-                    number, key = rest
-                    try:
-                        self._quota.take_request(key)
-                    except QuotaError as error:
-                        link.put("admitted", number, error)
-                    else:
-                        link.put("admitted", number, None)
-                elif kind == "spend":
-                    self._quota.take_tokens(*rest)
+            async for message in link.receive():
+                self._take(link, sink, *message)
         finally:
             engine.leave(sink)
             self._links.discard(link)
-            link.close()
+            link.abort()
+
+    def _take(self, link: Link, sink: Sink, kind: str, *rest: Any) -> None:
+        """Carry a message out; what fails is answered where it is waited for, and ends no other request."""
+        if kind == "ask":
+            request, adapter = rest
+            try:
+                self._engine.require_ready()
+                self._engine.submit(request, adapter, sink)
+            except Exception as error:
+                link.put("events", [(request.id, error)])
+        elif kind == "admit":
+            number, key = rest
+            try:
+                self._quota.take_request(key)
+            except Exception as error:
+                link.put("admitted", number, error)
+            else:
+                link.put("admitted", number, None)
+        elif kind == "cancel":
+            self._engine.cancel(*rest)
+        elif kind == "spend":
+            self._quota.take_tokens(*rest)
 
     async def _show(self) -> None:
         shown: tuple[object, ...] = ()

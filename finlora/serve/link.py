@@ -1,6 +1,6 @@
 """How processes that answer HTTP speak to the one that drives the engine: batches of messages over a Unix socket.
 
-Only processes of the same user can open the socket, and all that do are the server's own: messages are pickled objects.
+Messages are pickled objects, so both ends must be the server's own: the socket lies in a folder that only its user can enter.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+_MOST_UNREAD_BYTES = 2**28
 _HEAD = struct.Struct("!Q")
 
 Message = tuple[Any, ...]
@@ -36,8 +37,14 @@ class Link:
         messages, self._outbox = self._outbox, []
         if self._writer.is_closing():
             return  # whoever reads learns that the other end is gone
-        frame = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL)
+        try:
+            frame = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL)
+        except Exception:
+            self.abort()  # else whoever waits for one of them would do so in vain
+            raise
         self._writer.write(_HEAD.pack(len(frame)) + frame)
+        if self._writer.transport.get_write_buffer_size() > _MOST_UNREAD_BYTES:
+            self.abort()  # the other end reads nothing any more
 
     async def receive(self) -> AsyncIterator[Message]:
         """Yield messages until the other end closes."""
@@ -49,9 +56,9 @@ class Link:
         except (asyncio.IncompleteReadError, ConnectionError):
             return
 
-    def close(self) -> None:
-        """Close this end; a second time does nothing."""
-        self._writer.close()
+    def abort(self) -> None:
+        """Close this end at once, whatever is still to be sent; a second time does nothing."""
+        self._writer.transport.abort()
 
 
 async def connect(path: Path) -> Link:

@@ -42,7 +42,8 @@ class RemoteEngine(AskedEngine):
 
     async def follow(self) -> None:
         """Take what the hub sends, until it is gone; whoever waits then is told."""
-        assert self._link is not None
+        if self._link is None:
+            return  # closed before this began
         async for kind, *rest in self._link.receive():
             if kind == "events":
                 self._deliver(*rest)
@@ -58,7 +59,7 @@ class RemoteEngine(AskedEngine):
         """Leave the hub; whoever waits is told."""
         if self._link is None:
             return
-        self._link.close()
+        self._link.abort()
         self._link, self._stages, self._why_down = None, (), _GONE
         lost = StageLostError(f"{_GONE}: ask again.")
         self._deliver([(name, lost) for name in self._awaited])

@@ -164,8 +164,9 @@ def test_requests_that_cannot_start_are_waited_for_without_spinning(make_engine,
     assert finish == "length"
 
 
-def test_questions_that_come_while_the_stage_computes_wait_ahead_together():
-    stage = SlowStage(0.1)
+def test_questions_that_come_while_the_stage_computes_wait_ahead_together(monkeypatch):
+    monkeypatch.setattr("finlora.engine.drive._MOST_SPARE_S", 1.0)
+    stage = SlowStage(0.6)
     scheduler = Scheduler(Limits(cache_rows=4096, max_in_flight=1, max_batch_tokens=2048), -1, lambda: 0)
     core = EngineCore(stage, scheduler, None)
     engine = AsyncEngine(lambda: OpenCore(core=core, stages=(), check=lambda: None, close=stage.close), 1, 5.0)
@@ -182,7 +183,7 @@ def test_questions_that_come_while_the_stage_computes_wait_ahead_together():
 
     asyncio.run(ask_all())
     engine.close()
-    # All that came in the first 75 of 100 ms are one micro-batch, which was there when the one before it ended.
+    # All that came in the first 450 of 600 ms are one micro-batch, which was there when the one before it ended.
     assert stage.sizes == [1, 1, 20]
     assert stage.was_ahead == [False, False, True]
 

@@ -23,7 +23,8 @@ import yaml
 from certificate import make_certificate
 from wire import send
 
-from finlora.errors import ConfigError
+from finlora.errors import ConfigError, ResourceError
+from finlora.serve import fronts
 from finlora.serve.deploy import read_deployment, run_server
 from finlora.serve.settings import read_settings
 
@@ -135,6 +136,40 @@ def test_process_that_dies_takes_no_other_with_it_and_is_started_again(served):
         time.sleep(0.2)
     assert first not in now
     assert {send(address, "/v1/classify", key, ASK, tls=tls).status for _ in range(8)} == {200}
+
+
+def test_process_that_ends_with_an_error_begins_again_and_one_that_always_does_is_said(monkeypatch, caplog):
+    """Ray is pretended: a run that ended is one that `wait` returns."""
+
+    class Actor:
+        num_runs = 0
+
+        @property
+        def run(self):
+            return self
+
+        def remote(self):
+            self.num_runs += 1
+            return f"run {self.num_runs}"
+
+    def get(run):
+        raise ResourceError(f"{run}: the disk is full")
+
+    ended = {"first"}
+    monkeypatch.setattr(fronts.ray, "wait", lambda runs, timeout: ([run for run in runs if run in ended], []))
+    monkeypatch.setattr(fronts.ray, "get", get)
+    group = object.__new__(fronts.Fronts)
+    group._actors, group._runs, group._num_failures = [Actor(), Actor()], ["first", "second"], [0, 0]
+    group.check()
+    assert group._runs == ["run 1", "second"]
+    assert "ended and begins again: ResourceError: first: the disk is full" in caplog.text
+    group.check()  # it runs: what was is forgotten
+    ended |= {f"run {number}" for number in range(100)}
+    with pytest.raises(RuntimeError, match="ended 10 times"):
+        for _ in range(10):
+            group.check()
+    assert group._actors[0].num_runs == 10
+    assert group._actors[1].num_runs == 0
 
 
 @pytest.mark.parametrize(

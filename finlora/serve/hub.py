@@ -56,11 +56,14 @@ class Hub:
         self._listens.set()
         await self._closing.wait()
         shows.cancel()
+        # Who has just been accepted is no link yet, and asyncio would forget its socket if the server closed before that.
+        self._loop.remove_reader(self._listener)
+        while others := asyncio.all_tasks() - {asyncio.current_task()}:
+            for link in self._links:
+                link.abort()
+            await asyncio.wait(others, timeout=0.05)
         server.close()
-        for link in self._links:
-            link.abort()
-        while self._links:  # each leaves the engine
-            await asyncio.sleep(0.01)
+        await asyncio.sleep(0)  # sockets close a turn later
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link, engine = Link(reader, writer), self._engine

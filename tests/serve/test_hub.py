@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import pickle
+import socket
 import stat
 import tempfile
+import warnings
 from pathlib import Path
 
 import pytest
@@ -145,6 +148,19 @@ def test_hub_that_closes_tells_whoever_waits(make_engine, open_hub):
 
     asyncio.run(close())
     assert not hub.path.exists()
+
+
+def test_hub_that_closes_when_somebody_has_just_come_leaves_no_socket_open(make_engine, open_hub):
+    engine = make_engine()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(20):
+            hub = open_hub(engine)
+            with socket.socket(socket.AF_UNIX) as guest:
+                guest.connect(str(hub.path))
+                hub.close()
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from finlora.engine.stage import Stage
 
 
+_BUSY_SHARE, _MOST_SPARE_S = 0.75, 0.1
+"""Share of a micro-batch's time for which more requests are waited for, and the most seconds."""
+
+
 class Executor(Protocol):
     """Computes micro-batches in the order in which they are started."""
 
@@ -89,9 +93,6 @@ class InProcess:
     def peak_memory_gib(self) -> float | None:
         return self.stages[0].peak_memory_gib()  # they share a process
 
-
-_BUSY_SHARE, _MOST_SPARE_S = 0.75, 0.1
-"""Share of a micro-batch's time for which more requests are waited for, and the most seconds."""
 
 OnPiece = Callable[[str, Piece], None]
 """Called with a request's id and what it has gained."""

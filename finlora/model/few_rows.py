@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MIN_DOT = 16  # rows of the smallest product on the tensor cores
+MIN_DOT = 16  # rows of the smallest product on the tensor cores
 _PROGRAMS_A_PROCESSOR = 4
 
 
@@ -79,17 +79,18 @@ def _sum_parts(parts: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Te
 
 
 def _pad_rows(num_rows: int) -> int:
-    return max(_MIN_DOT, int(triton.next_power_of_2(num_rows)))
+    return max(MIN_DOT, int(triton.next_power_of_2(num_rows)))
 
 
 def _split(num_out: int, num_in: int, block_out: int, block_in: int, device: torch.device) -> tuple[int, int]:
     """Return in how many parts the columns are read by programs of their own, and the columns of a part."""
     num_blocks = triton.cdiv(num_in, block_in)
-    wanted = max(1, _PROGRAMS_A_PROCESSOR * _num_processors(device) // triton.cdiv(num_out, block_out))
+    wanted = max(1, _PROGRAMS_A_PROCESSOR * num_processors(device) // triton.cdiv(num_out, block_out))
     part = triton.cdiv(num_blocks, min(wanted, num_blocks)) * block_in
     return triton.cdiv(num_in, part), part
 
 
 @functools.cache
-def _num_processors(device: torch.device) -> int:
+def num_processors(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

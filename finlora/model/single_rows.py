@@ -11,7 +11,6 @@ Source: Flash-Decoding, https://pytorch.org/blog/flash-decoding/
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -19,11 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from finlora.model.few_rows import MIN_DOT, num_processors
+
 _BLOCK = 64
 """Keys that a program takes at a time."""
 _PROGRAMS_A_PROCESSOR = 8
 _MOST_PARTS = 64
-_MIN_DOT = 16  # rows of the smallest product on the tensor cores
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def attend_singly(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, len
     Shapes: query (Q, h, d), key and value (R, g, d), all contiguous; starts and lengths, at least 1, (Q,) int32.
     """
     (num_queries, num_heads, width), num_groups = query.shape, key.shape[1]
-    wanted = _PROGRAMS_A_PROCESSOR * _num_processors(query.device) // (num_queries * num_groups)
+    wanted = _PROGRAMS_A_PROCESSOR * num_processors(query.device) // (num_queries * num_groups)
     num_parts = max(1, min(_MOST_PARTS, wanted))
     outs = torch.empty(num_queries, num_heads, num_parts, width, dtype=torch.float32, device=query.device)
     sums = torch.empty(num_queries, num_heads, num_parts, dtype=torch.float32, device=query.device)
@@ -97,7 +97,7 @@ def attend_singly(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, len
     heads = num_heads // num_groups
     _attend_part[(num_groups, num_parts, num_queries)](
         query, key, value, starts, lengths, outs, sums, math.log2(math.e) * width**-0.5, num_groups, num_parts,
-        HEADS=heads, ROWS=max(_MIN_DOT, triton.next_power_of_2(heads)), WIDTH=width, BLOCK=_BLOCK,
+        HEADS=heads, ROWS=max(MIN_DOT, triton.next_power_of_2(heads)), WIDTH=width, BLOCK=_BLOCK,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     _join_parts[(num_queries, num_heads)](
@@ -105,8 +105,3 @@ def attend_singly(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, len
         PARTS=triton.next_power_of_2(num_parts), WIDTH=width, BLOCK=_BLOCK, num_warps=4,
     )  # fmt: skip
     return out, log_sum
-
-
-@functools.cache
-def _num_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -56,9 +56,9 @@ class ServerDeployment:
         _log_as_serve_does()
         self._closers = contextlib.ExitStack()
         config = read_settings(args)
-        keys = KeyRing(Path(config.keys_file).expanduser() if config.keys_file else None, os.environ)
+        keys = KeyRing(config.keys_path, os.environ)
         base = read_base(config)
-        audit = AuditLog(Path(config.audit_dir).expanduser()) if config.audit_dir else None
+        audit = AuditLog(config.audit_folder) if config.audit_folder else None
         if audit is not None:
             self._closers.callback(audit.close)
         self._engine = AsyncEngine(lambda: open_pipeline(config, base), config.max_adapters, config.ready_every_s)

@@ -43,7 +43,7 @@ class AskedEngine(ABC):
         """Have a request answered: `_deliver` gets what comes of it, in the caller's event loop."""
 
     @abstractmethod
-    def _cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str) -> None:
         """End a request for which nobody waits any more."""
 
     async def ask(self, request: Request, adapter: AdapterRef | None = None) -> AsyncIterator[Piece | Answer]:
@@ -72,7 +72,7 @@ class AskedEngine(ABC):
         finally:
             del self._awaited[request.id]
             if not is_over:
-                self._cancel(request.id)
+                self.cancel(request.id)
 
     async def answer(self, request: Request, adapter: AdapterRef | None = None) -> Answer:
         """Return the answer alone."""

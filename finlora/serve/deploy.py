@@ -105,7 +105,7 @@ def run_server(
     if direct.port is not None:
         check_certificate(direct)
         require_free(direct)
-    KeyRing(Path(settings.keys_file).expanduser() if settings.keys_file else None, os.environ)
+    KeyRing(settings.keys_path, os.environ)
     read_base(settings)
     # It says of each step of its own that it was done, and once that our options are not applied, which they are.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)

@@ -130,9 +130,6 @@ class AsyncEngine(AskedEngine):
     def _submit(self, request: Request, adapter: AdapterRef | None) -> None:
         self.submit(request, adapter, self._find_home())
 
-    def _cancel(self, request_id: str) -> None:
-        self.cancel(request_id)
-
     def _find_home(self) -> Sink:
         loop = asyncio.get_running_loop()
         if self._home is None or self._home[0] is not loop:

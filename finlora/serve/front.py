@@ -42,10 +42,10 @@ async def answer_http(
         ConfigError: the certificate cannot be used.
         ResourceError: the port is taken by others.
     """
-    keys = KeyRing(Path(config.keys_file).expanduser() if config.keys_file else None, os.environ)
+    keys = KeyRing(config.keys_path, os.environ)
     base = read_base(config)
     async with contextlib.AsyncExitStack() as stack:
-        audit = AuditLog(Path(config.audit_dir).expanduser()) if config.audit_dir else None
+        audit = AuditLog(config.audit_folder) if config.audit_folder else None
         if audit is not None:
             stack.callback(audit.close)
         engine = await RemoteEngine.open(hub)

@@ -79,7 +79,7 @@ class RemoteEngine(AskedEngine):
         if self._link is not None:
             self._link.put("ask", request, adapter)
 
-    def _cancel(self, request_id: str) -> None:
+    def cancel(self, request_id: str) -> None:
         if self._link is not None:
             self._link.put("cancel", request_id)
 

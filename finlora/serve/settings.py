@@ -153,7 +153,19 @@ class ServeConfig:
 
     @property
     def adapters_folder(self) -> Path | None:
-        return Path(self.adapters_dir).expanduser() if self.adapters_dir else None
+        return _expand(self.adapters_dir)
+
+    @property
+    def keys_path(self) -> Path | None:
+        return _expand(self.keys_file)
+
+    @property
+    def audit_folder(self) -> Path | None:
+        return _expand(self.audit_dir)
+
+
+def _expand(path: str | None) -> Path | None:
+    return Path(path).expanduser() if path else None
 
 
 def read_settings(args: Mapping[str, Any], overrides: Sequence[str] = ()) -> ServeConfig:

@@ -56,7 +56,9 @@ class Stage:
     ) -> None:
         config = net.config
         self.net, self.span, self.dtype = net, span, dtype
-        self.layers = [read_layer(net.model.layers[index], config, dtype, keep_unpacked) for index in span]
+        self.layers = [
+            read_layer(net.model.layers[index], config, dtype, keep_unpacked, consumes=True) for index in span
+        ]
         self.device = self.layers[0].first_norm.device
         self.is_first, self.is_last = span.start == 0, span.stop == config.num_hidden_layers
         self.adapters: dict[str, Adapter] = {}

@@ -9,7 +9,7 @@ Source: https://nvidia.github.io/cuda-python/cuda-bindings/latest/overview.html
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -54,11 +54,12 @@ class CudaKernel:
 
 
 def load_kernels(
-    file: str, device: torch.device, defines: Mapping[str, int], sizes: Mapping[str, tuple[int, int]]
+    files: Sequence[str], device: torch.device, defines: Mapping[str, int], sizes: Mapping[str, tuple[int, int]]
 ) -> dict[str, CudaKernel]:
-    """Compile a file of this folder and return its functions.
+    """Compile files of this folder as one and return their functions.
 
     Args:
+        files: in their order.
         defines: the constants that it leaves open.
         sizes: name of a function -> (threads, bytes of shared memory) of a block.
 
@@ -69,7 +70,7 @@ def load_kernels(
         major, minor = torch.cuda.get_device_capability(device)
         options = ["--std=c++17", f"--gpu-architecture=sm_{major}{minor}"]
         options += [f"-D{name}={value}" for name, value in sorted(defines.items())]
-        binary = _compile(file, tuple(options))
+        binary = _compile(files, tuple(options))
         context = _check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(torch.cuda.current_device()))))
         _check(driver.cuCtxSetCurrent(context))
         module = _check(driver.cuModuleLoadData(binary))
@@ -79,10 +80,12 @@ def load_kernels(
         }
 
 
-def _compile(file: str, options: tuple[str, ...]) -> bytes:
-    source = (resources.files("finlora.model") / file).read_bytes()
+def _compile(files: Sequence[str], options: tuple[str, ...]) -> bytes:
+    # The compiler's messages name the file and line that is meant.
+    parts = ((name, (resources.files("finlora.model") / name).read_text()) for name in files)
+    source = "".join(f'#line 1 "{name}"\n{text}' for name, text in parts).encode()
     try:
-        program = _check(nvrtc.nvrtcCreateProgram(source, file.encode(), 0, [], []))
+        program = _check(nvrtc.nvrtcCreateProgram(source, files[-1].encode(), 0, [], []))
     except RuntimeError as error:  # cuda-bindings finds no library
         raise ResourceError(
             f"NVIDIA's run-time compiler (nvidia-cuda-nvrtc, which torch installs) is missing: {error}"
@@ -92,7 +95,7 @@ def _compile(file: str, options: tuple[str, ...]) -> bytes:
         log = bytes(_check(nvrtc.nvrtcGetProgramLogSize(program)))
         _check(nvrtc.nvrtcGetProgramLog(program, log))
         raise ResourceError(
-            f"{file} cannot be compiled for this GPU ({' '.join(options)}): {log.decode().strip()[:2000]}"
+            f"{files[-1]} cannot be compiled for this GPU ({' '.join(options)}): {log.decode().strip()[:2000]}"
         )
     binary = bytes(_check(nvrtc.nvrtcGetCUBINSize(program)))
     _check(nvrtc.nvrtcGetCUBIN(program, binary))

@@ -3,7 +3,8 @@
 Shapes: T rows, K in, N out (several projections of one input are one weight, their outputs side by side).
 
 16 bit:  y = x W^T                                  dx = dy W
-4 bit:   the same with W unpacked from NF4 for each product, one projection at a time, or unpacked once and kept
+4 bit:   the same with W unpacked from NF4 for each product, one projection at a time, or unpacked once and kept; for inference
+         on a GPU the packed weights are put in another order
 8 bit:   LLM.int8(), arXiv:2208.07339, section 3: rows of x and of W in int8, the products in int32; columns of x with an
          entry of magnitude >= 6 in 16 bit. dx = dy W with W unpacked, as bitsandbytes does.
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from finlora.model.base import Int8Rows, read_int8
 from finlora.model.elementwise import fused
-from finlora.model.nf4 import UNIT, Nf4Rows, read_nf4, unpack_nf4
+from finlora.model.nf4 import STRIP, can_tile, take_tiles, unpack_nf4
 
 OUTLIER_THRESHOLD = 6.0
 MAX_OUTLIERS = 64
@@ -69,17 +70,8 @@ class Nf4Weight:
         self.layers = layers
         self.dtype = dtype
         self.sizes = [int(layer.out_features) for layer in layers]
-        num_in = int(layers[0].in_features)
-        # The kernel counts weights in 32 bits.
-        is_of_size = num_in % UNIT == 0 and sum(self.sizes) * num_in < 2**32
-        has_kernel = layers[0].weight.is_cuda and is_of_size and dtype == torch.bfloat16
-        self.rows: Nf4Rows | None = read_nf4(layers) if has_kernel else None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if x.is_cuda and x.shape[0] <= MAX_FEW_ROWS and self.rows is not None:
-            from finlora.model.few_nf4 import few_nf4
-
-            return few_nf4(x.contiguous(), self.rows, None if residual is None else residual.contiguous())
         if len(self.layers) == 1:
             return DenseWeight(unpack_nf4(self.layers[0], self.dtype)).forward(x, residual)
         out = x.new_empty(x.shape[0], sum(self.sizes))
@@ -93,6 +85,39 @@ class Nf4Weight:
         for layer, part in zip(self.layers[1:], parts[1:], strict=True):
             total.addmm_(part, unpack_nf4(layer, self.dtype))
         return total
+
+
+class TiledNf4Weight:
+    """Projections packed at 4 bit on a GPU, in the order in which kernels of few rows read them; bfloat16.
+
+    Args:
+        layers: lose their weights.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        sizes = [int(layer.out_features) for layer in layers]
+        self.tiles = take_tiles(layers)
+        is_apart = all(size % STRIP == 0 for size in sizes)  # else tiles have rows of two projections
+        self.sizes = sizes if is_apart else [sum(sizes)]
+        self.parts = self.tiles.split(sizes) if is_apart else [self.tiles]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        from finlora.model.few_nf4 import few_nf4, unpack_tiles
+
+        if x.shape[0] <= MAX_FEW_ROWS:
+            return few_nf4(x.contiguous(), self.tiles, None if residual is None else residual.contiguous())
+        if len(self.parts) == 1:
+            return DenseWeight(unpack_tiles(self.tiles)).forward(x, residual)
+        out = x.new_empty(x.shape[0], sum(self.sizes))
+        for tiles, part in zip(self.parts, out.split(self.sizes, 1), strict=True):
+            torch.mm(x, unpack_tiles(tiles).t(), out=part)
+        return out if residual is None else out.add_(residual)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        from finlora.model.few_nf4 import unpack_tiles
+
+        out: Tensor = grad @ unpack_tiles(self.tiles)
+        return out
 
 
 class Int8Weight:
@@ -133,12 +158,13 @@ class Int8Weight:
         return grad @ _unpack_int8(self.values, self.scales, self.dtype)
 
 
-def freeze(modules: Sequence[Any], dtype: torch.dtype) -> FrozenWeight:
+def freeze(modules: Sequence[Any], dtype: torch.dtype, *, consumes: bool = False) -> FrozenWeight:
     """Take the weights of linear layers of one input; the layers go on working, on views of the same memory.
 
     Args:
         modules: nn.Linear or bitsandbytes layers, all of one kind.
         dtype: type of the activations.
+        consumes: the layers need not go on working: on a GPU 4-bit weights are put in the order that is read fastest.
     """
     if all(type(module) is nn.Linear for module in modules):
         weights = [module.weight for module in modules]
@@ -146,7 +172,8 @@ def freeze(modules: Sequence[Any], dtype: torch.dtype) -> FrozenWeight:
         _share(modules, joined)
         return DenseWeight(joined)
     if all(is_nf4(module) for module in modules):
-        return Nf4Weight(modules, dtype)
+        has_kernels = modules[0].weight.is_cuda and dtype == torch.bfloat16
+        return TiledNf4Weight(modules) if consumes and has_kernels and can_tile(modules) else Nf4Weight(modules, dtype)
     return Int8Weight(read_int8(modules), dtype)
 
 

@@ -1,4 +1,8 @@
-"""4-bit weights as bitsandbytes holds them: NF4 (arXiv:2305.14314, appendix E) with double quantisation, in blocks of 64."""
+"""4-bit weights as bitsandbytes holds them: NF4 (arXiv:2305.14314, appendix E) with double quantisation, in blocks of 64.
+
+For inference on a GPU they are put in another order (`Nf4Tiles`), in which the kernels read them end to end: 64 bytes of each of
+many rows at a time come at little more than half of the memory's speed.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,43 @@ import torch
 from torch import Tensor
 
 UNIT = 256
-"""Columns of which the kernel for few rows reads a multiple."""
+"""Columns of a tile."""
+STRIP = 32
+"""Outputs of a tile."""
+NESTED = 256
+"""Blocks that share a scale of their levels."""
+_BLOCK = 64
 
 
-class Nf4Rows(NamedTuple):
-    """Rows of 4-bit layers of one input, joined; a row's scale of a block is level_code[level] * level_scale + mean.
+class Nf4Tiles(NamedTuple):
+    """Rows of 4-bit layers of one input, joined, in tiles; a row's scale of a block is level_code[level] * level_scale + mean.
 
-    Shapes: N outputs in all, K inputs.
+    Shapes: N outputs in all, K inputs, S = ceil(N / 32) strips of tiles.
     """
 
-    packed: Tensor
-    """(N K / 2,) uint8: an even column in a byte's high half, the odd one after it in the low half."""
-    levels: Tensor
-    """(N K / 64,) uint8."""
+    tiles: Tensor
+    """(S, K / 256, 4224) uint8, as finlora/model/nf4_tiles.cuh describes."""
     level_code: Tensor
     """(256,) float32: the numbers that levels stand for."""
     level_scales: Tensor
     """(N K / 16384,) float32."""
     means: Tensor
     """(N,) float32."""
+    numbers: Tensor
+    """(16,) float32: NF4's."""
     pairs: Tensor
     """(256,) int32: the two bfloat16 that a byte stands for, the even column's in the low bits."""
+
+    def split(self, sizes: Sequence[int]) -> list[Nf4Tiles]:
+        """Return views of the layers' own rows; their numbers of outputs must be multiples of 32."""
+        columns = self.tiles.shape[1] * UNIT
+        tiles = self.tiles.split([size // STRIP for size in sizes])
+        scales = self.level_scales.split([size * columns // (_BLOCK * NESTED) for size in sizes])
+        means = self.means.split(list(sizes))
+        return [
+            self._replace(tiles=own, level_scales=scale, means=mean)
+            for own, scale, mean in zip(tiles, scales, means, strict=True)
+        ]
 
 
 def unpack_nf4(layer: Any, dtype: torch.dtype) -> Tensor:
@@ -41,32 +61,59 @@ def unpack_nf4(layer: Any, dtype: torch.dtype) -> Tensor:
     return unpacked.to(dtype)
 
 
-def read_nf4(layers: Sequence[Any]) -> Nf4Rows | None:
-    """Join the rows of 4-bit layers of one input, each keeping a view of its own; None where their blocks do not line up."""
+def can_tile(layers: Sequence[Any]) -> bool:
+    """Return whether the blocks of 4-bit layers of one input line up with tiles, and those of all of them with each other."""
+    for layer in layers:
+        state = layer.weight.quant_state
+        is_nested = state.nested and state.blocksize == _BLOCK and state.state2.blocksize == NESTED
+        if not is_nested or (len(layers) > 1 and len(state.absmax) % NESTED):
+            return False
+    num_in = int(layers[0].in_features)
+    # The kernels count weights in 32 bits.
+    return num_in % UNIT == 0 and sum(int(layer.out_features) for layer in layers) * num_in < 2**32
+
+
+def take_tiles(layers: Sequence[Any]) -> Nf4Tiles:
+    """Join the rows of 4-bit layers and put them in tiles. The layers lose their weights: memory has room for these once."""
     states = [layer.weight.quant_state for layer in layers]
-    for state in states:
-        is_nested = state.nested and state.blocksize == 64 and state.state2.blocksize == 256
-        if not is_nested or (len(layers) > 1 and len(state.absmax) % 256):
-            return None
-    packed = _join([layer.weight for layer in layers], "data")
-    levels, scales = _join(states, "absmax"), _join([state.state2 for state in states], "absmax")
-    sizes = torch.tensor([layer.out_features for layer in layers], device=packed.device)
+    sizes, num_in = [int(layer.out_features) for layer in layers], int(layers[0].in_features)
+    packed = torch.cat([layer.weight.data.view(-1, num_in // 2) for layer in layers])
+    levels = torch.cat([state.absmax.view(-1, num_in // _BLOCK) for state in states])
     means = torch.stack([state.offset.to(packed.device, torch.float32) for state in states])
-    return Nf4Rows(
-        packed, levels, states[0].state2.code, scales, means.repeat_interleave(sizes), pair_up(states[0].code)
+    first = states[0]
+    for layer in layers:
+        layer.weight.module = None  # it points back at the layer: without this the weight would stay until a collection
+        layer.weight = None
+    return Nf4Tiles(
+        lay_tiles(packed, levels),
+        first.state2.code,
+        torch.cat([state.state2.absmax for state in states]),
+        means.repeat_interleave(torch.tensor(sizes, device=packed.device)),
+        first.code,
+        pair_up(first.code),
     )
 
 
-def _join(owners: Sequence[Any], name: str) -> Tensor:
-    """Lay an attribute of several owners end to end, flat; each keeps a view of its own part."""
-    parts = [getattr(owner, name) for owner in owners]
-    joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-    for owner, view in zip(owners, joined.split([len(part) for part in parts]), strict=True):
-        setattr(owner, name, view)
-    return joined.view(-1)
+def lay_tiles(packed: Tensor, levels: Tensor) -> Tensor:
+    """Put rows in the order of `Nf4Tiles.tiles`; outputs that are missing to a whole tile are 0.
+
+    Of a word of 4 bytes each has two columns' numbers: `side` says which of four, `eight` whether of output `place` or the one 8
+    behind it.
+
+    Shapes: packed (N, K / 2) and levels (N, K / 64) uint8, an even column in a byte's high half, -> (S, K / 256, 4224).
+    """
+    if missing := -len(packed) % STRIP:
+        packed, levels = (torch.nn.functional.pad(part, (0, 0, 0, missing)) for part in (packed, levels))
+    strips = len(packed) // STRIP
+    #                  strip, m, eight, place, tile, half, group, quad, step, side
+    split = packed.view(strips, 2, 2, 8, -1, 2, 2, 4, 4, 2)
+    #                    strip, tile, half, m, group, place, quad, step, side, eight
+    numbers = split.permute(0, 4, 5, 1, 6, 3, 7, 8, 9, 2).reshape(strips, -1, STRIP * UNIT // 2)
+    scales = levels.view(strips, STRIP, -1, UNIT // _BLOCK).transpose(1, 2).reshape(strips, numbers.shape[1], -1)
+    return torch.cat([numbers, scales], 2)
 
 
 def pair_up(code: Tensor) -> Tensor:
-    """Return `Nf4Rows.pairs` of NF4's numbers. Shapes: (16,) float32 -> (256,) int32."""
+    """Return `Nf4Tiles.pairs` of NF4's numbers. Shapes: (16,) float32 -> (256,) int32."""
     bits = code.bfloat16().view(torch.int16)
     return torch.stack([bits.repeat_interleave(16), bits.repeat(16)], 1).view(torch.int32)[:, 0].contiguous()

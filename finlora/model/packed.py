@@ -136,8 +136,15 @@ def refusal(model: PeftModel) -> str | None:
     return None
 
 
-def read_layer(layer: nn.Module, config: Any, dtype: torch.dtype, keep_unpacked: bool) -> Layer:
-    """Take the weights of one of transformers' decoder layers, and of PEFT's adapters on q, k and v where there are any."""
+def read_layer(
+    layer: nn.Module, config: Any, dtype: torch.dtype, keep_unpacked: bool, *, consumes: bool = False
+) -> Layer:
+    """Take the weights of one of transformers' decoder layers, and of PEFT's adapters on q, k and v where there are any.
+
+    Args:
+        keep_unpacked: hold 4-bit weights unpacked.
+        consumes: the layer itself need not go on working (finlora/model/frozen.py).
+    """
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
 
@@ -152,7 +159,7 @@ def read_layer(layer: nn.Module, config: Any, dtype: torch.dtype, keep_unpacked:
                 module = unpack(module, dtype)
                 setattr(holder, attribute, module)
             modules.append(module)
-        return freeze(modules, dtype)
+        return freeze(modules, dtype, consumes=consumes)
 
     loras, start, dropout = [], 0, 0.0
     for name in PACKED_TARGETS:

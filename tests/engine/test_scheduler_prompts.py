@@ -24,9 +24,9 @@ def test_prompts_are_ready_ahead_of_the_first_stage():
             scheduler.submit(make_request(f"r{next(numbers)}", prompt, **changes))
 
     numbers, rng = itertools.count(), random.Random(1)
-    submit(64, 101, choices=choices)
+    submit(80, 101, choices=choices)
     first, second = scheduler.next_batch(), scheduler.next_batch()
-    assert [len(batch.scores) for batch in (first, second)] == [3 * 32, 3 * 32]
+    assert [len(batch.scores) for batch in (first, second)] == [3 * 40, 3 * 40]
     submit(3, 101, choices=choices)
     assert scheduler.next_batch() is None  # one ahead is enough
     scheduler.complete(model.run(first))
@@ -43,6 +43,14 @@ def test_prompts_are_ready_ahead_of_the_first_stage():
     scheduler.complete(model.run(first))
     assert scheduler.next_batch().draws
     assert scheduler.next_batch() is None
+
+
+def test_prompts_that_fit_one_pass_are_not_cut_to_have_one_ahead():
+    """Each part would read and unpack all weights, which takes longer than the stage would stand still."""
+    scheduler = make_scheduler(cache_rows=16384, max_batch_tokens=8192)
+    for number in range(16):
+        scheduler.submit(make_request(f"r{number}", [1 + number] + [2] * 178, max_tokens=32))
+    assert scheduler.next_batch().num_rows == 16 * 179
 
 
 def test_chunks_of_one_prompt_are_under_way_together_and_cut_for_all_stages():

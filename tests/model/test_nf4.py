@@ -1,4 +1,4 @@
-"""NF4's pairs against bitsandbytes' table, and the kernel that reads them, on a GPU, against its unpacked weights."""
+"""NF4's pairs and tiles, and on a GPU the kernels that read them against bitsandbytes' unpacked weights."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ import pytest
 import torch
 from adversarial import spoil
 
-from finlora.model.frozen import MAX_FEW_ROWS, Nf4Weight
-from finlora.model.nf4 import pair_up, read_nf4, unpack_nf4
+from finlora.model.frozen import MAX_FEW_ROWS, Nf4Weight, TiledNf4Weight, freeze
+from finlora.model.nf4 import lay_tiles, pair_up, take_tiles, unpack_nf4
 
 
 def on_gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel needs a GPU")(test))
 
 
-SIZES = [(1, 192, 256), (5, 256, 512), (8, 256, 1024), (16, 1000, 4096), (33, 128, 512), (64, 520, 768)]
-"""(rows, outputs, columns): tiles that are cut, blocks that begin in the middle of one, one and several tiles of rows."""
+SIZES = [
+    (1, 192, 256),
+    (5, 256, 512),
+    (8, 256, 1024),
+    (16, 1000, 4096),
+    (33, 128, 512),
+    (64, 520, 768),
+    (12, 40000, 2560),
+]
+"""(rows, outputs, columns): tiles that are cut, blocks that begin in the middle of a row of tiles and go on in the next, one and
+several tiles of rows."""
 KINDS = ["ordinary", "zeros", "outliers", "one huge", "subnormal"]
 
 
@@ -32,11 +41,34 @@ def test_every_byte_stands_for_its_two_numbers():
     assert high.tolist() == [rounded[byte & 15].item() for byte in range(256)]
 
 
-def make_layer(weight):
+def test_tiles_hold_each_number_where_the_kernels_look_for_it():
+    """As mma.m16n8k16 has its first operand (PTX ISA 8.5, 9.7.14.5.8), with columns in the order of a lane's bytes."""
+    num_out, num_in = 40, 512
+    packed = torch.randint(0, 256, (num_out, num_in // 2), dtype=torch.uint8)
+    levels = torch.randint(0, 256, (num_out, num_in // 64), dtype=torch.uint8)
+    tiles = lay_tiles(packed, levels)
+    assert tiles.shape == (2, 2, 4224)
+    for out in range(64):
+        strip, m, eight, place = out // 32, out % 32 // 16, out % 16 // 8, out % 8
+        for byte in range(num_in // 2):
+            tile, half, group, quad = byte // 128, byte % 128 // 64, byte % 64 // 32, byte % 32 // 8
+            step, side = byte % 8 // 2, byte % 2
+            found = tiles[
+                strip,
+                tile,
+                half * 2048 + m * 1024 + group * 512 + (place * 4 + quad) * 16 + step * 4 + side * 2 + eight,
+            ]
+            assert found == (packed[out, byte] if out < num_out else 0)
+        for block in range(num_in // 64):
+            found = tiles[strip, block // 4, 4096 + out % 32 * 4 + block % 4]
+            assert found == (levels[out, block] if out < num_out else 0)
+
+
+def make_layer(weight, block=64):
     num_out, num_in = weight.shape
     layer = bnb.nn.Linear4bit(num_in, num_out, bias=False, compute_dtype=weight.dtype, quant_type="nf4")
     layer.weight = bnb.nn.Params4bit(
-        weight, requires_grad=False, quant_type="nf4", compress_statistics=True, module=layer
+        weight, requires_grad=False, quant_type="nf4", compress_statistics=True, blocksize=block, module=layer
     ).to("cuda")
     return layer
 
@@ -52,40 +84,67 @@ def assert_near(found, x, weight, residual=None):
 
 
 @on_gpu
-@pytest.mark.parametrize("large_bytes", [0, 2**40], ids=["large", "small"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("num_rows", "num_out", "num_in"), SIZES)
-def test_few_rows(num_rows, num_out, num_in, kind, large_bytes, monkeypatch):
+def test_few_rows(num_rows, num_out, num_in, kind):
     from finlora.model.few_nf4 import few_nf4
 
-    monkeypatch.setattr("finlora.model.few_nf4._LARGE_BYTES", large_bytes)
     layer = make_layer(spoil(random_rows(num_out, num_in, seed=3), kind))
-    plain = bnb.functional.dequantize_4bit(layer.weight.data.view(-1, 1), layer.weight.quant_state).double()
+    plain = unpack_nf4(layer, torch.bfloat16).double()
     x, residual = spoil(random_rows(num_rows, num_in), kind), random_rows(num_rows, num_out, seed=1)
-    rows = read_nf4([layer])
-    assert_near(few_nf4(x, rows, None), x, plain)
-    found = few_nf4(x, rows, residual)
+    tiles = take_tiles([layer])
+    assert_near(few_nf4(x, tiles, None), x, plain)
+    found = few_nf4(x, tiles, residual)
     assert_near(found, x, plain, residual)
-    assert torch.equal(found, few_nf4(x, rows, residual))  # parts are added in one order
+    assert torch.equal(found, few_nf4(x, tiles, residual))  # parts are added in one order
 
 
 @on_gpu
-@pytest.mark.parametrize("num_rows", [1, 7, 17, MAX_FEW_ROWS])
-def test_projections_of_one_input_side_by_side(num_rows):
-    layers = [make_layer(random_rows(num_out, 512, seed=number)) for number, num_out in enumerate((256, 64, 64))]
-    plain = [unpack_nf4(layer, torch.bfloat16).clone() for layer in layers]
-    weight = Nf4Weight(layers, torch.bfloat16)
-    assert weight.rows is not None
-    x = random_rows(num_rows, 512, seed=9)
-    assert_near(weight.forward(x), x, torch.cat(plain).double())
-    for layer, own in zip(layers, plain, strict=True):  # the layers go on working on views
-        assert torch.equal(unpack_nf4(layer, torch.bfloat16), own)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("num_out", "num_in"), [(192, 256), (1000, 4096), (520, 768), (40, 2560)])
+def test_unpacked_numbers_are_those_of_bitsandbytes(num_out, num_in, kind):
+    from finlora.model.few_nf4 import unpack_tiles
+
+    layer = make_layer(spoil(random_rows(num_out, num_in, seed=3), kind))
+    plain = unpack_nf4(layer, torch.bfloat16)
+    assert torch.equal(unpack_tiles(take_tiles([layer])).view(torch.int16), plain.view(torch.int16))
+
+
+@on_gpu
+@pytest.mark.parametrize("num_rows", [1, 7, 17, MAX_FEW_ROWS, MAX_FEW_ROWS + 1, 300])
+@pytest.mark.parametrize("sizes", [(256, 64, 64), (264, 56, 64), (384,)], ids=["apart", "tiles of two", "one"])
+def test_projections_of_one_input_side_by_side(num_rows, sizes):
+    layers = [make_layer(random_rows(num_out, 2048, seed=number)) for number, num_out in enumerate(sizes)]
+    plain = torch.cat([unpack_nf4(layer, torch.bfloat16) for layer in layers]).double()
+    weight = freeze(layers, torch.bfloat16, consumes=True)
+    assert isinstance(weight, TiledNf4Weight)
+    assert all(layer.weight is None for layer in layers)
+    x, residual, grad = random_rows(num_rows, 2048, seed=9), random_rows(num_rows, 384, seed=1), random_rows(3, 384)
+    assert_near(weight.forward(x), x, plain)
+    assert_near(weight.forward(x, residual), x, plain, residual)
+    assert_near(weight.backward(grad), grad, plain.t())
+
+
+@on_gpu
+def test_layers_go_on_working_where_they_are_not_consumed():
+    layers = [make_layer(random_rows(64, 256, seed=number)) for number in range(2)]
+    weight = freeze(layers, torch.bfloat16)
+    assert isinstance(weight, Nf4Weight)
+    x = random_rows(5, 256)
+    assert torch.equal(weight.forward(x), torch.cat([layer(x) for layer in layers], 1))
+
+
+@on_gpu
+@pytest.mark.parametrize(("num_in", "block"), [(320, 64), (256, 128)], ids=["columns", "larger blocks"])
+def test_blocks_that_do_not_fit_tiles_stay_as_they_are(num_in, block):
+    layer = make_layer(random_rows(64, num_in), block)
+    assert isinstance(freeze([layer], torch.bfloat16, consumes=True), Nf4Weight)
 
 
 @on_gpu
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_row_that_is_not_finite_gives_nothing_finite_and_leaves_the_others(bad):
-    weight = Nf4Weight([make_layer(random_rows(128, 256, seed=3))], torch.bfloat16)
+    weight = TiledNf4Weight([make_layer(random_rows(128, 256, seed=3))])
     x = random_rows(5, 256)
     clean = weight.forward(x)
     x[2, 100] = bad
@@ -98,7 +157,7 @@ def test_row_that_is_not_finite_gives_nothing_finite_and_leaves_the_others(bad):
 def test_kernel_runs_in_a_thread_that_has_not_used_the_gpu():
     from concurrent.futures import ThreadPoolExecutor
 
-    weight = Nf4Weight([make_layer(random_rows(128, 256, seed=3))], torch.bfloat16)
+    weight = TiledNf4Weight([make_layer(random_rows(128, 256, seed=3))])
     x = random_rows(5, 256)
     with ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(weight.forward, x).result(), weight.forward(x))

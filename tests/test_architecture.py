@@ -50,6 +50,7 @@ HOMES = {
         ),  # Ray Tune, the body of a trial, and its scheduler, a subclass too
         *(
             "engine.pipeline",
+            "engine.joining",
             "engine.waiting",
             "serve.app",
             "serve.fronts",
@@ -60,7 +61,7 @@ HOMES = {
     },
     "deepspeed": {"train.data_parallel"},
     "bitsandbytes": {"model.base", "model.nf4", "model.quantised"},
-    "cuda": {"model.cuda_source"},
+    "cuda": {"model.cuda_source", "engine.handover"},
     "typer": {"cli"},
 }
 

@@ -27,10 +27,11 @@ from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from finlora.config import Bits, ModelConfig, Transport
+from finlora.engine.joining import join_stages
+from finlora.engine.messages import Change, Message
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.spans import split_layers
-from finlora.engine.stage_actor import Change, Message, StageActor
-from finlora.engine.transport import find_free_address
+from finlora.engine.stage_actor import StageActor
 from finlora.engine.waiting import wait_with_pauses
 from finlora.errors import AdapterError, FinloraError, ResourceError, StageLostError
 from finlora.lease import Patience, take_lease
@@ -65,7 +66,8 @@ class PipelineConfig:
     keep_unpacked: bool = False
     """Hold 4-bit weights unpacked."""
     transport: Transport = "messages"
-    """How hidden states travel: within Ray's messages, or by torch.distributed (finlora/engine/transport.py)."""
+    """How hidden states travel: within Ray's messages, or by torch.distributed (finlora/engine/transport.py). With messages,
+    stages on one GPU leave them there (finlora/engine/handover.py)."""
     wait_s: float | None = 600.0
     """Seconds to wait for the stages' places while others hold them. None: without limit."""
 
@@ -95,7 +97,8 @@ class Pipeline:
         self.actors = [self._start_actor(index) for index in range(config.num_stages)]
         self.adapters: dict[str, tuple[Path, str]] = {}
         """Folder of each adapter that every stage has, and the hash of its files."""
-        self._refs: deque[Any] = deque()
+        self._refs: deque[tuple[Any, int]] = deque()
+        """Of messages under way, with their places."""
         self._outputs: deque[Output] = deque()
         self._peaks_gib: tuple[float, ...] = ()
         self._graph: Any = None
@@ -107,7 +110,7 @@ class Pipeline:
             raise
 
     def start(self, batch: MicroBatch) -> None:
-        self._refs.append(self._graph.execute(Message(batch)))
+        self._send(batch)
 
     def collect(self) -> Output:
         output: Output = self._outputs.popleft() if self._outputs else self._receive()
@@ -189,13 +192,7 @@ class Pipeline:
 
     def _connect(self) -> None:
         """Join loaded stages that have no graph."""
-        transport, num_stages = self._config.transport, len(self.actors)
-        if transport != "messages":
-            address = ray.get(self.actors[0].__ray_call__.remote(_offer_address))
-            joins = [
-                actor.join.remote(transport, index, num_stages, address) for index, actor in enumerate(self.actors)
-            ]
-            ray.get(joins)
+        join_stages(self.actors, self._config.transport)
         with InputNode() as message:
             node = message
             for actor in self.actors:
@@ -203,7 +200,7 @@ class Pipeline:
         self._graph = node.experimental_compile(
             _buffer_size_bytes=_BUFFER_BYTES,
             _submit_timeout=_TIMEOUT_S,
-            _max_inflight_executions=num_stages + 2,
+            _max_inflight_executions=len(self.actors) + 2,
         )
 
     def _leave_graph(self, timeout_s: float) -> set[int]:
@@ -253,11 +250,17 @@ class Pipeline:
     def _change(self, change: Change) -> Any:
         while self._refs:
             self._outputs.append(self._receive())
-        self._refs.append(self._graph.execute(Message(change)))
+        self._send(change)
         return self._receive()
 
+    def _send(self, work: MicroBatch | Change) -> None:
+        taken = {place for _, place in self._refs}
+        place = next(place for place in range(len(taken) + 1) if place not in taken)
+        self._refs.append((self._graph.execute(Message(work, place=place)), place))
+
     def _receive(self) -> Any:
-        message: Message = ray.get(self._refs.popleft(), timeout=_TIMEOUT_S)
+        ref, _ = self._refs.popleft()
+        message: Message = ray.get(ref, timeout=_TIMEOUT_S)
         if isinstance(message.state, FinloraError):
             raise message.state
         self._peaks_gib = message.peaks_gib
@@ -274,8 +277,3 @@ class Pipeline:
                     f"{num_stages} stages need {need:g} {name}s and the cluster has {there.get(name, 0.0):g}: take fewer stages, "
                     f"a smaller share of {name}s for each, or add nodes."
                 )
-
-
-def _offer_address(_stage: StageActor) -> str:
-    """Return an address on which the stages can meet; runs where the first one is."""
-    return find_free_address(ray.util.get_node_ip_address())

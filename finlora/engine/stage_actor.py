@@ -1,42 +1,23 @@
-"""One stage in a process of its own, and the messages that pass from stage to stage."""
+"""One stage in a process of its own: it works on messages from the stage before, and gives them to the next."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finlora.config import Bits, ModelConfig
+from finlora.engine.messages import Change, Message, Parcel
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.semaphores import remove_left_semaphores
 from finlora.errors import AdapterError, FinloraError
 from finlora.onednn import bound_kernel_cache
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from finlora.engine.handover import Receiver, Sender
     from finlora.engine.transport import Neighbours
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """Load an adapter, or unload it (folder None)."""
-
-    name: str
-    folder: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """What passes from stage to stage."""
-
-    work: MicroBatch | Change | None
-    state: Any = None
-    """Hidden states as an array, the hash of an adapter, an error of a stage before, or from the last stage what the work asked
-    for."""
-    seconds: tuple[float, ...] = ()
-    """How long each stage so far worked on it."""
-    peaks_gib: tuple[float, ...] = ()
-    """The most memory that each stage so far has taken since it was loaded."""
 
 
 class StageActor:
@@ -77,6 +58,11 @@ class StageActor:
         source, layers = ModelConfig(**model), range(*span)
         self.device = torch.device("cuda:0" if device == "cuda" else "cpu")
         self.neighbours: Neighbours | None = None
+        self.number, self.num_stages = 0, 1
+        self.sender: Sender | None = None
+        self.receiver: Receiver | None = None
+        self.hands_over = False
+        """Whether the next stage finds hidden states on the GPU that both share."""
         base = load_base(source, bits, self.device, seed, layers)
         dtype = torch.bfloat16 if source.compute_dtype == "bfloat16" else torch.float32
         self.stage = Stage(base.model, layers, cache_rows, dtype, keep_unpacked=keep_unpacked)
@@ -90,11 +76,51 @@ class StageActor:
         hidden_size = self.stage.net.config.hidden_size
         self.neighbours = Neighbours(transport, stage, num_stages, address, hidden_size, self.stage.dtype, self.device)
 
+    def take_number(self, number: int, num_stages: int) -> str | None:
+        """Learn which stage this is; returns the name of its GPU, by which others on it are known, None on CPU."""
+        import torch
+
+        self.number, self.num_stages = number, num_stages
+        return None if self.device.type == "cpu" else str(torch.cuda.get_device_properties(self.device).uuid)
+
+    def offer(self) -> Parcel:
+        """Hand hidden states over on the GPU from now on; returns a first parcel, for the next stage to try."""
+        import torch
+
+        from finlora.engine.handover import Sender
+
+        hidden_size = self.stage.net.config.hidden_size
+        if self.sender is None:
+            self.sender = Sender(self.number, self.num_stages, hidden_size, self.stage.dtype, self.device)
+        self.hands_over = True
+        self.sender.begin(0, 1, None)
+        return self.sender.send(0, torch.zeros(1, hidden_size, dtype=self.stage.dtype, device=self.device))
+
+    def accept(self, parcel: Parcel) -> str | None:
+        """Try the first parcel of the stage before; returns in words why this process cannot have its memory, None if it can."""
+        from finlora.engine.handover import Receiver
+
+        if self.receiver is None:
+            hidden_size = self.stage.net.config.hidden_size
+            self.receiver = Receiver(self.num_stages, hidden_size, self.stage.dtype, self.device)
+        try:
+            self.receiver.receive(parcel)[0].cpu()
+        except RuntimeError as error:
+            return str(error)
+        return None
+
+    def use_messages(self) -> None:
+        """Put hidden states into messages, since the next stage cannot have this one's memory."""
+        self.hands_over = False
+
     def start_afresh(self) -> None:
         """Leave the stages beside this one, of which some are dead, and empty the cache; weights and adapters stay."""
         if self.neighbours is not None:
             self.neighbours.close()
             self.neighbours = None
+        if self.receiver is not None:
+            self.receiver.close()
+        self.hands_over = False
         self.stage.clear_cache()
 
     def describe(self) -> dict[str, float]:
@@ -129,34 +155,56 @@ class StageActor:
         """Work on a message from the stage before, and give it to the next."""
         if isinstance(message.state, FinloraError):
             return message
-        started = time.perf_counter()
-        work: MicroBatch | Change | None = message.work
+        seconds, state = message.seconds, message.state
         try:
-            state = self._work(work, message.state)
+            if isinstance(message.work, Change):
+                state = self._change(message.work, state)
+            else:
+                state, own_seconds = self._compute(message)
+                seconds += own_seconds
         except FinloraError as error:
             state = error
-        work = None if isinstance(state, Output) else work
-        seconds = (*message.seconds, time.perf_counter() - started)
-        return Message(work, state, seconds, (*message.peaks_gib, self.stage.peak_memory_gib()))
+        work = None if isinstance(state, Output) else message.work
+        return Message(work, state, seconds, (*message.peaks_gib, self.stage.peak_memory_gib()), message.place)
 
-    def _work(self, work: MicroBatch | Change | None, state: Any) -> Any:
+    def _change(self, change: Change, known: str | None) -> str | None:
+        if change.folder is not None:
+            return self.load_adapter(change.name, change.folder, known)
+        self.unload_adapter(change.name)
+        return None
+
+    def _compute(self, message: Message) -> tuple[Any, tuple[float, ...]]:
+        """Return the state for the next stage, and the seconds that are known now of this stage and of those before it."""
+        started, batch, stamps = time.perf_counter(), message.work, None
+        assert isinstance(batch, MicroBatch)
+        hidden = message.state
+        if isinstance(hidden, Parcel):
+            assert self.receiver is not None
+            hidden, stamps = self.receiver.receive(hidden)
+        elif not self.stage.is_first:
+            hidden = self.neighbours.receive(batch.num_rows) if self.neighbours else self.letters.unpack(hidden)
+        if self.hands_over:
+            assert self.sender is not None
+            self.sender.begin(message.place, batch.num_rows, stamps)
+            states = self.stage.run(batch, hidden)
+            assert not isinstance(states, Output), "the last stage hands nothing over"
+            return self.sender.send(message.place, states), ()
+        if stamps is not None:
+            stamps.begin(self.number)
+        result = self.stage.run(batch, hidden)
+        state = result if isinstance(result, Output) else self._send(result)
+        if stamps is None:
+            return state, (time.perf_counter() - started,)
+        stamps.end(self.number)
+        return state, stamps.read(len(message.seconds), self.number)
+
+    def _send(self, hidden: Tensor) -> Any:
+        """Give states (T, H) to the next stage; returns what of them travels within the message."""
         import torch
 
-        if isinstance(work, Change):
-            if work.folder is not None:
-                return self.load_adapter(work.name, work.folder, state)
-            self.unload_adapter(work.name)
-            return None
-        assert work is not None
-        if not self.stage.is_first:
-            beside = self.neighbours
-            state = beside.receive(work.num_rows) if beside else self.letters.unpack(state)
-        result = self.stage.run(work, state)
-        if isinstance(result, Output):
-            return result
         if self.neighbours is None:
-            return self.letters.pack(result)
-        self.neighbours.send(result)
+            return self.letters.pack(hidden)
+        self.neighbours.send(hidden)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # until then its seconds are not over
         return None

@@ -1,0 +1,164 @@
+"""Hidden states that stay on the GPU between processes: they arrive whole, and the pipeline over them says what one process says."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_drive import RAGGED, generate_alone, make_requests, run, tokens_of
+
+from finlora.engine.drive import EngineCore
+from finlora.engine.joining import join_stages
+from finlora.engine.messages import Parcel
+from finlora.engine.request import Request, Sampling
+from finlora.engine.scheduler import Limits, Scheduler
+from finlora.model.tokenizer import load_tokenizer
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+END, ROWS, HIDDEN, BUSY_S = 1, 1024, 64, 0.02
+SENT = [(0, 3), (1, 500), (0, 1), (0, 900), (1, 2), (0, 900)]
+"""(place, rows): rooms that are used again, outgrown, and larger than what they hold."""
+
+
+def make_states(number, num_rows):
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(num_rows, HIDDEN, generator=generator).bfloat16()
+
+
+def send_all(pipe):
+    """Stage 1 of 3; it computes for a while, and its parcels are on their way before that is over."""
+    from finlora.engine.handover import Sender, Stamps
+
+    device = torch.device("cuda")
+    sender = Sender(1, 3, HIDDEN, torch.bfloat16, device)
+    before = Stamps(torch.tensor([1_000, 3_001_000, 0, 0, 0, 0], device=device))  # stage 0 took 3 ms
+    for number, (place, num_rows) in enumerate(SENT):
+        states = make_states(number, num_rows).to(device)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        sender.begin(place, num_rows, before)
+        torch.cuda._sleep(int(BUSY_S * 2.0e9))  # cycles of a clock of 2 GHz at most
+        parcel = sender.send(place, states)
+        pipe.send((parcel, time.perf_counter() - started))
+        pipe.recv()
+    pipe.close()
+    os._exit(0)  # what the other has mapped stays until it closes it
+
+
+@pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
+def test_states_arrive_though_the_parcel_comes_before_them(_gpu):
+    from finlora.engine.handover import Receiver
+
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    other = context.Process(target=send_all, args=(there,))
+    other.start()
+    there.close()
+    receiver = Receiver(3, HIDDEN, torch.bfloat16, torch.device("cuda"))
+    queued = []
+    for number, (_, num_rows) in enumerate(SENT):
+        parcel, seconds = here.recv()
+        queued.append(seconds)
+        hidden, stamps = receiver.receive(parcel)
+        stamps.begin(2)
+        doubled = hidden * 2
+        stamps.end(2)
+        before, own, mine = stamps.read(0, 2)
+        assert torch.equal(doubled.cpu(), make_states(number, num_rows) * 2)
+        assert before == pytest.approx(3e-3)
+        assert own > 0.8 * BUSY_S
+        assert 0 <= mine < BUSY_S  # the wait for the stage before does not count
+        here.send(None)
+    other.join(30)
+    assert other.exitcode == 0
+    assert min(queued) < BUSY_S / 2
+    receiver.close()
+
+
+@pytest.fixture(scope="module")
+def pipeline(four_layers, ray_instance):
+    from finlora.engine.pipeline import Pipeline, PipelineConfig
+
+    config = PipelineConfig(num_stages=4, cache_rows=ROWS, device="cuda", gpus_per_stage=0.25, cpus_per_stage=0.25)
+    pipeline = Pipeline(four_layers, 16, config, seed=0)
+    yield pipeline
+    pipeline.close()
+
+
+def ask_all(pipeline, four_layers, plain, adapter_folders):
+    limits = Limits(cache_rows=ROWS, max_in_flight=4)  # so that several places are in use
+    core = EngineCore(pipeline, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(four_layers.base)))
+    core.load_adapter("all", adapter_folders["all"])
+    requests = make_requests(count=6)
+    requests.append(Request(id="adapted", prompt_ids=RAGGED[2], adapter="all", sampling=Sampling(max_tokens=4)))
+    answers, _ = run(core, requests)
+    for number, prompt in enumerate(RAGGED):
+        assert tokens_of(answers[f"r{number}"]) == generate_alone(plain(), prompt, 6)
+    assert tokens_of(answers["adapted"]) == generate_alone(plain(adapter="all"), RAGGED[2], 4)
+    core.unload_adapter("all")
+    return core.meter.read()
+
+
+@pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
+def test_four_stages_of_one_gpu_say_what_transformers_says(_gpu, pipeline, four_layers, plain, adapter_folders):
+    import ray
+
+    handing = [actor.__ray_call__.remote(lambda self: self.hands_over) for actor in pipeline.actors]
+    assert ray.get(handing) == [True, True, True, False]
+    reading = ask_all(pipeline, four_layers, plain, adapter_folders)
+    assert len(reading.busy) == 4
+    assert all(0 < share < 1 for share in reading.busy)
+
+
+@pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
+@pytest.mark.parametrize("dying", [0, 2])
+def test_stage_that_starts_anew_hands_over_again(_gpu, dying, pipeline, four_layers, plain, adapter_folders):
+    import ray
+    from ray.exceptions import RayError
+
+    pid = ray.get(pipeline.actors[dying].__ray_call__.remote(lambda _stage: os.getpid()))
+    os.kill(pid, 9)
+    with pytest.raises(RayError):
+        while True:
+            pipeline.check()
+    assert pipeline.repair() == [dying]
+    ask_all(pipeline, four_layers, plain, adapter_folders)
+
+
+def test_stages_that_cannot_share_memory_use_messages_and_say_why(ray_instance, caplog):
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Pretending:
+        """A stage on the GPU `one`, which refuses the parcel of stage 1."""
+
+        def __init__(self):
+            self.hands_over, self.refusal = False, None
+
+        def take_number(self, number, num_stages):
+            return "one" if number < 3 else "another"
+
+        def offer(self):
+            self.hands_over = True
+            return Parcel(b"m", b"e", 1, 1)
+
+        def accept(self, parcel):
+            return self.refusal
+
+        def use_messages(self):
+            self.hands_over = False
+
+    actors = [Pretending.remote() for _ in range(4)]
+    ray.get(
+        actors[2].__ray_call__.remote(lambda self: setattr(self, "refusal", "CUDA: cudaErrorMapBufferObjectFailed"))
+    )
+    join_stages(actors, "messages")
+    handing = ray.get([actor.__ray_call__.remote(lambda self: self.hands_over) for actor in actors])
+    assert handing == [True, False, False, False]  # 2 and 3 are on GPUs of their own
+    assert "Stages 1 and 2 share a GPU but not its memory (CUDA: cudaErrorMapBufferObjectFailed)" in caplog.text
+    for actor in actors:
+        ray.kill(actor)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from finlora.engine.microbatch import MicroBatch, Segment
+from finlora.engine.upload import upload
 from finlora.model.attention import LONG, attend_alone
 from finlora.model.cached_attention import Places, Tails, attend_cache, attend_tails
 
@@ -100,7 +101,7 @@ def split_tails(segments: Sequence[Segment]) -> tuple[list[Segment], list[Tail]]
 def _make_tails(tails: Sequence[Tail], device: torch.device) -> Tails:
     """Lay tails out for `attend_tails`."""
     numbers = zip(*(row for tail in tails for row in list_rows(tail)), strict=True)
-    rows, starts, counts = (_to_tensor(column, device) for column in numbers)
+    rows, starts, counts = (upload(column, device) for column in numbers)
     most = max(tail.num_keys for tail in tails)
     return Tails(rows, _find_places(group_tails(tails), device), starts, counts, most)
 
@@ -199,9 +200,5 @@ def _find_places(parts: Sequence[tuple[int, int, int]], device: torch.device) ->
     """Lay out (queries, first key row, keys) of segments."""
     queries, starts, lengths = zip(*parts, strict=True)
     numbers = ([0, *accumulate(queries)], [*starts, 0], lengths)
-    cumulative, firsts, counts = (_to_tensor(part, device, torch.int32) for part in numbers)
+    cumulative, firsts, counts = (upload(part, device, torch.int32) for part in numbers)
     return Places(cumulative, firsts, counts, max(queries))
-
-
-def _to_tensor(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
-    return torch.tensor(numbers, dtype=dtype).to(device)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from finlora.engine.attending import Tail, group_tails, list_rows, split_tails
 from finlora.engine.microbatch import MicroBatch, Segment
+from finlora.engine.upload import pin, upload
 from finlora.model.cached_attention import Places, Tails
 
 DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64)
@@ -163,14 +164,14 @@ class RecordedPasses:
         numbers = self._lay_out(batch, taken, sources, adapters)
         if hidden is not None:
             hidden = hidden.to(self._device)
-            hidden = torch.cat([hidden, hidden[sources]]) if sources else hidden
+            hidden = torch.cat([hidden, hidden[upload(sources, self._device)]]) if sources else hidden
         if self._device.type == "cuda" and (form in self._graphs or form in self._seen):
             if form not in self._graphs:
                 self._pool = self._pool or torch.cuda.MemPool()
                 self._graphs[form] = _Graph(self._run, numbers, hidden, form, self._device, self._pool)
             return self._graphs[form].replay(numbers, hidden)[: batch.num_rows]
         self._seen.add(form)
-        return self._run(Rows(numbers.to(self._device), form), hidden)[: batch.num_rows]
+        return self._run(Rows(numbers.to(self._device, non_blocking=True), form), hidden)[: batch.num_rows]
 
     def _lay_out(
         self, batch: MicroBatch, taken: Taken, sources: Sequence[int], adapters: Mapping[str | None, int]
@@ -195,7 +196,7 @@ class RecordedPasses:
             groups.append((missing, *taken.tails[0].first))
         columns = (number for column in zip(*tails, strict=True) for number in column)
         places = (*self._pad(parts, form.num_segments), *columns, *self._pad(groups, form.num_groups))
-        return torch.tensor([*ids, *positions, *slots, *names, *places])
+        return pin([*ids, *positions, *slots, *names, *places], self._device)
 
     def _pad(self, parts: Sequence[tuple[int, int, int]], count: int) -> list[int]:
         """Return ends, first key rows and numbers of keys of so many segments, of which the last are empty."""
@@ -245,7 +246,7 @@ class _Graph:
             self.output = run(Rows(self.numbers, form), self.hidden)
 
     def replay(self, numbers: Tensor, hidden: Tensor | None) -> Tensor:
-        self.numbers.copy_(numbers)
+        self.numbers.copy_(numbers, non_blocking=True)
         if self.hidden is not None and hidden is not None:
             self.hidden.copy_(hidden)
         self.graph.replay()

@@ -19,6 +19,7 @@ from finlora.engine.attending import Attend, make_attention, narrow
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.recorded import RecordedPasses, Rows
 from finlora.engine.sampling import choice_log_probs, sample
+from finlora.engine.upload import upload
 from finlora.errors import AdapterError
 from finlora.model.attention import can_attend_alone, can_flash
 from finlora.model.cached_attention import attend_cache, attend_tails, write_cache
@@ -250,4 +251,4 @@ class Stage:
         return Output(batch.number, sample(drawn, batch.draws), choice_log_probs(scored, targets))
 
     def _ids(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.long).to(self.device)
+        return upload(numbers, self.device)

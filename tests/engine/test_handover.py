@@ -1,4 +1,4 @@
-"""Hidden states that stay on the GPU between processes: they arrive whole, and the pipeline over them says what one process says."""
+"""Hidden states that stay on the GPU between processes arrive whole, and a pipeline over them says what one process says."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def test_states_arrive_though_the_parcel_comes_before_them(_gpu):
     other.start()
     there.close()
     receiver = Receiver(3, HIDDEN, torch.bfloat16, torch.device("cuda"))
+    make_states(0, 1).cuda() * 2  # the kernel is loaded before its time is taken
     queued = []
     for number, (_, num_rows) in enumerate(SENT):
         parcel, seconds = here.recv()
@@ -114,17 +115,26 @@ def test_four_stages_of_one_gpu_say_what_transformers_says(_gpu, pipeline, four_
     assert all(0 < share < 1 for share in reading.busy)
 
 
+def wait_for_death(pipeline):
+    from ray.exceptions import RayError
+
+    for _ in range(300):
+        try:
+            pipeline.check()
+        except RayError:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the stage lives")
+
+
 @pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
 @pytest.mark.parametrize("dying", [0, 2])
 def test_stage_that_starts_anew_hands_over_again(_gpu, dying, pipeline, four_layers, plain, adapter_folders):
     import ray
-    from ray.exceptions import RayError
 
     pid = ray.get(pipeline.actors[dying].__ray_call__.remote(lambda _stage: os.getpid()))
     os.kill(pid, 9)
-    with pytest.raises(RayError):
-        while True:
-            pipeline.check()
+    wait_for_death(pipeline)
     assert pipeline.repair() == [dying]
     ask_all(pipeline, four_layers, plain, adapter_folders)
 

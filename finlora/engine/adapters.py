@@ -100,6 +100,10 @@ class Bank:
             down[number : number + 1].zero_()  # none where the tensors had not grown yet
             up[number : number + 1].zero_()
 
+    def touches(self, layer: int, product: str) -> bool:
+        """Return whether any adapter has changed a product since the bank was made."""
+        return (layer, product) in self._pairs
+
     def apply(self, out: Tensor, x: Tensor, numbers: Tensor, layer: int, product: str) -> Tensor:
         """Add each row's own update to a product. Shapes: out (T, N), x (T, K), numbers (T,) -> out."""
         pair = self._pairs.get((layer, product))

@@ -24,12 +24,20 @@ from finlora.errors import AdapterError
 from finlora.model.attention import can_attend_alone, can_flash
 from finlora.model.cached_attention import attend_cache, attend_tails, write_cache
 from finlora.model.elementwise import gate, normalise
+from finlora.model.frozen import MAX_FEW_ROWS, multiply_gated
 from finlora.model.packed import read_layer
 from finlora.model.peak import measure_peak_gib
 from finlora.model.shapes import shape_of
 
-_Adapt = Callable[[Tensor, Tensor, int, str], Tensor]
-"""(product, its input, layer of the span, product's name) -> product with the adapters' updates."""
+
+@dataclass(frozen=True, slots=True)
+class _Adapt:
+    """What adapters do to the products of a pass."""
+
+    add: Callable[[Tensor, Tensor, int, str], Tensor]
+    """(product, its input, layer of the span, product's name) -> product with the adapters' updates."""
+    touches: Callable[[int, str], bool]
+    """(layer of the span, product's name) -> whether there are any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +167,7 @@ class Stage:
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits. Shapes: (N, H) -> (N, V)."""
         norm = self.net.model.norm
-        normed = normalise(hidden, norm.weight.to(self.dtype), norm.variance_epsilon)
+        normed = self._norm(hidden, norm.weight.to(self.dtype), norm.variance_epsilon)
         logits: Tensor = (normed @ self.net.lm_head.weight.to(self.dtype).t()).float()
         return logits
 
@@ -171,11 +179,21 @@ class Stage:
             output, _ = attend_cache(query, keys, values, rows.places)
             return attend_tails(output, query, keys, values, rows.tails) if form.num_tails else output
 
-        def adapt(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
+        def add(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
             return self.bank.apply(out, x, rows.adapters, self.span[index], product) if form.has_adapters else out
 
-        x = self._run_layers(rows.ids, rows.positions, rows.slots, hidden, attend_keys, adapt)
+        def touches(index: int, product: str) -> bool:
+            return form.has_adapters and self.bank.touches(self.span[index], product)
+
+        x = self._run_layers(rows.ids, rows.positions, rows.slots, hidden, attend_keys, _Adapt(add, touches))
         return self.compute_logits(x) if self.is_last and form.is_decode else x
+
+    def _norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x.is_cuda and len(x) <= MAX_FEW_ROWS:
+            from finlora.model.norm_rows import norm_rows
+
+            return norm_rows(x, weight, eps)
+        return normalise(x, weight, eps)
 
     def _copy_rows(self, batch: MicroBatch) -> None:
         """Copy the cache rows of beginnings that requests share, all at once."""
@@ -207,8 +225,8 @@ class Stage:
         cosine, sine = (table[0] for table in self.net.model.rotary_emb(x, positions[None]))
         for index, layer in enumerate(self.layers):
             *_, width = layer.heads
-            normed = normalise(x, layer.first_norm, layer.eps)
-            qkv = adapt(layer.qkv.forward(normed), normed, index, "qkv").view(len(x), -1, width)
+            normed = self._norm(x, layer.first_norm, layer.eps)
+            qkv = adapt.add(layer.qkv.forward(normed), normed, index, "qkv").view(len(x), -1, width)
             keys, values = self.cache[index]
             query = write_cache(qkv, cosine, sine, slots, keys, values)
             if wanted is not None and index == len(self.layers) - 1:
@@ -216,10 +234,13 @@ class Stage:
                 if not len(x):
                     break
             attended = attend_keys(query, keys, values).flatten(1)
-            y = adapt(layer.out.forward(attended, x), attended, index, "out")
-            normed = normalise(y, layer.second_norm, layer.eps)
-            inner = gate(adapt(layer.gate_up.forward(normed), normed, index, "gate_up"))
-            x = adapt(layer.down.forward(inner, y), inner, index, "down")
+            y = adapt.add(layer.out.forward(attended, x), attended, index, "out")
+            normed = self._norm(y, layer.second_norm, layer.eps)
+            if adapt.touches(index, "gate_up"):
+                inner = gate(adapt.add(layer.gate_up.forward(normed), normed, index, "gate_up"))
+            else:
+                inner = multiply_gated(layer.gate_up, normed)
+            x = adapt.add(layer.down.forward(inner, y), inner, index, "down")
         return x
 
     def _make_adapt(self, adapters: Sequence[tuple[str | None, int]]) -> _Adapt:
@@ -229,7 +250,7 @@ class Stage:
             adapters: (name, rows) in the order of the rows.
         """
 
-        def adapt(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
+        def add(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
             start = 0
             for name, num_rows in adapters:
                 rows = slice(start, start + num_rows)
@@ -240,7 +261,10 @@ class Stage:
                     out[rows, update.columns].addmm_(x[rows] @ update.down.t(), update.up.t(), alpha=update.scale)
             return out
 
-        return adapt
+        def touches(index: int, product: str) -> bool:
+            return any(name is not None and (self.span[index], product) in self.adapters[name] for name, _ in adapters)
+
+        return _Adapt(add, touches)
 
     def _finish(self, batch: MicroBatch, rows: Sequence[int], logits: Tensor) -> Output:
         """Return what the micro-batch asks for, from the logits (N, V) of some of its rows."""

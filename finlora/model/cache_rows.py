@@ -9,6 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from finlora.model.overlap import can_overlap
 
 _HEADS = 16
 """That a program takes."""
@@ -17,8 +20,11 @@ _HEADS = 16
 @triton.jit
 def _write(
     qkv_ptr, cosine_ptr, sine_ptr, slots_ptr, query_ptr, key_ptr, value_ptr, num_heads, num_groups,
-    HALF: tl.constexpr, HEADS: tl.constexpr,
+    HALF: tl.constexpr, HEADS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     columns = tl.arange(0, HALF)
     places = qkv_ptr + ((row * (num_heads + 2 * num_groups) + head) * 2 * HALF)[:, None] + columns[None]
@@ -49,9 +55,10 @@ def write_rows(qkv: Tensor, cosine: Tensor, sine: Tensor, slots: Tensor, key: Te
     """As `finlora.model.cached_attention.write_cache`, whose tensors are contiguous here, d a power of 2."""
     num_rows, num_all, width = qkv.shape
     num_groups = key.shape[1]
+    overlaps = can_overlap(qkv.device)
     query = torch.empty(num_rows, num_all - 2 * num_groups, width, dtype=qkv.dtype, device=qkv.device)
     _write[(num_rows, triton.cdiv(num_all, _HEADS))](
         qkv, cosine, sine, slots, query, key, value, num_all - 2 * num_groups, num_groups,
-        HALF=width // 2, HEADS=_HEADS, num_warps=4,
+        HALF=width // 2, HEADS=_HEADS, OVERLAPS=overlaps, num_warps=4, launch_pdl=overlaps,
     )  # fmt: skip
     return query

@@ -39,18 +39,30 @@ class CudaKernel:
         self._threads, self._shared_bytes = threads, shared_bytes
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _check(driver.cuFuncSetAttribute(function, limit, shared_bytes))
+        self._overlap = driver.CUlaunchAttribute()
+        self._overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        self._overlap.value.programmaticStreamSerializationAllowed = 1
         self.blocks_a_processor: int = _check(
             driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared_bytes)
         )
 
-    def launch(self, grid: tuple[int, int], *arguments: Tensor | int | None) -> None:
-        """Queue the kernel on the current stream; a tensor is passed as a pointer to its data, None as a null pointer."""
+    def launch(self, grid: tuple[int, int], *arguments: Tensor | int | None, overlaps: bool = False) -> None:
+        """Queue the kernel on the current stream; a tensor is passed as a pointer to its data, None as a null pointer.
+
+        Args:
+            overlaps: it may begin while the kernel before it ends (finlora/model/overlap.py).
+        """
         _check(driver.cuCtxSetCurrent(self._context))  # a thread that has not used the GPU yet has none
         values = tuple(each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments)
         types = tuple(ctypes.c_int if isinstance(each, int) else ctypes.c_void_p for each in arguments)
-        stream = torch.cuda.current_stream().cuda_stream
-        blocks = (*grid, 1, self._threads, 1, 1)
-        _check(driver.cuLaunchKernel(self._function, *blocks, self._shared_bytes, stream, (values, types), 0))
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1)
+        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        if overlaps:
+            config.attrs, config.numAttrs = [self._overlap], 1
+        _check(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
 
 
 def load_kernels(

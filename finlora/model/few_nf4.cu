@@ -9,12 +9,27 @@
 // the columns and on into the next outputs; what a block has of these goes to a place of its own, and add_parts sums the places in
 // a fixed order. The next half of a tile is on its way from memory while one is computed.
 //
+// On a Hopper a kernel may begin while the one before it ends: what it needs of W comes meanwhile.
+//
 // Defined when this is compiled: WARPS of a block, ROW_TILES of 8 rows, and BLOCKS of a processor.
 
 constexpr int THREADS = LANES * WARPS, ROWS = ROW_TILES * 8;
 constexpr int HEIGHT = WARPS * OUTS;   // outputs of a step
 constexpr int X_STRIDE = COLUMNS + 8;  // 16 bytes more, so that eight rows begin at different banks
 static_assert(THREADS == PAIRS, "a thread copies one of the levels' numbers");
+
+__device__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// What kernels before have written is there afterwards.
+__device__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // Returns where a warp's tile of a step lies; outputs that are not there are computed like the last ones.
 __device__ const unsigned char* find_tile(const unsigned char* tiles, int height, int column, int num_out, int num_columns) {
@@ -131,6 +146,7 @@ few_nf4(const bf16* x, const unsigned char* tiles, const float* level_code, cons
     const int first = blockIdx.x * steps_a_block, last = min(first + steps_a_block, num_steps);
     int height = first / num_columns, column = first - height * num_columns;
 
+    let_next_kernel_begin();
     const unsigned char* tile = find_tile(tiles, height, column, num_out, num_columns);
     Half halves[HALVES];
     load_half(halves[0], tile);
@@ -138,12 +154,13 @@ few_nf4(const bf16* x, const unsigned char* tiles, const float* level_code, cons
     int out = min(height * HEIGHT + static_cast<int>(threadIdx.x), num_out - 1);  // whose scales the lane computes
     float mean = __ldg(means + out);
     float factor = __ldg(level_scales + (static_cast<unsigned>(out) * num_in + column * COLUMNS) / NESTED);
-    load_x(own_x, x, num_rows, num_in, column * COLUMNS);
     for (int index = threadIdx.x; index < PAIRS * LANES / 4; index += THREADS) {
         const unsigned pair = pairs[index / (LANES / 4)];
         memory[index] = make_uint4(pair, pair, pair, pair);
     }
     own_code[threadIdx.x] = level_code[threadIdx.x];
+    wait_for_kernel_before();
+    load_x(own_x, x, num_rows, num_in, column * COLUMNS);
 
     float total[OUT_TILES][ROW_TILES][4] = {};
     for (int step = first; step < last; step++) {
@@ -174,16 +191,37 @@ few_nf4(const bf16* x, const unsigned char* tiles, const float* level_code, cons
     }
 }
 
+// Returns the sum of an output's parts.
+__device__ float sum_parts(const float* parts, int row, int out, int num_rows, int num_columns, int steps_a_block) {
+    const int height = out / HEIGHT, first = height * num_columns / steps_a_block;
+    const int last = ((height + 1) * num_columns - 1) / steps_a_block;
+    float sum = 0;
+    for (int part = first + height; part <= last + height; part++)
+        sum += parts[(static_cast<long long>(part) * num_rows + row) * HEIGHT + out % HEIGHT];
+    return sum;
+}
+
 // Sums the parts of each output, and the residual where there is one.
 extern "C" __global__ void add_parts(const float* parts, const bf16* residual, bf16* target, int num_rows, int num_out,
                                      int num_columns, int steps_a_block) {
+    let_next_kernel_begin();
+    wait_for_kernel_before();
     const int out = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y;
     if (out >= num_out) return;
-    const int height = out / HEIGHT, first = height * num_columns / steps_a_block;
-    const int last = ((height + 1) * num_columns - 1) / steps_a_block;
     const long long place = static_cast<long long>(row) * num_out + out;
-    float sum = residual ? to_float(residual[place]) : 0;
-    for (int part = first + height; part <= last + height; part++)
-        sum += parts[(static_cast<long long>(part) * num_rows + row) * HEIGHT + out % HEIGHT];
-    target[place] = to_bf16(sum);
+    const float sum = sum_parts(parts, row, out, num_rows, num_columns, steps_a_block);
+    target[place] = to_bf16(residual ? sum + to_float(residual[place]) : sum);
+}
+
+// The same of a gate and an up projection, num_out each: writes silu(gate) * up, of both rounded as they would be alone.
+extern "C" __global__ void add_gated_parts(const float* parts, bf16* target, int num_rows, int num_out, int num_columns,
+                                           int steps_a_block) {
+    let_next_kernel_begin();
+    wait_for_kernel_before();
+    const int out = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y;
+    if (out >= num_out) return;
+    const float gate = to_float(to_bf16(sum_parts(parts, row, out, num_rows, num_columns, steps_a_block)));
+    const float up = to_float(to_bf16(sum_parts(parts, row, num_out + out, num_rows, num_columns, steps_a_block)));
+    const float opened = to_float(to_bf16(gate / (1 + __expf(-gate))));
+    target[static_cast<long long>(row) * num_out + out] = to_bf16(opened * up);
 }

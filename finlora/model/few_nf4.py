@@ -13,6 +13,7 @@ from torch import Tensor
 
 from finlora.model.cuda_source import CudaKernel, load_kernels
 from finlora.model.nf4 import STRIP, UNIT, Nf4Tiles
+from finlora.model.overlap import can_overlap
 
 _WARPS = 8
 _THREADS = 32 * _WARPS
@@ -24,6 +25,7 @@ _SCALE_BYTES = _HEIGHT * (UNIT // 64) * 4
 class _Kernels(NamedTuple):
     few_nf4: CudaKernel
     add_parts: CudaKernel
+    add_gated_parts: CudaKernel
     num_slots: int
     """Blocks that the GPU runs at once."""
 
@@ -36,22 +38,38 @@ def few_nf4(x: Tensor, weight: Nf4Tiles, residual: Tensor | None) -> Tensor:
 
     Shapes: x (T, K) and residual (T, N) bfloat16 -> (T, N).
     """
+    return _multiply(x, weight, residual, is_gated=False)
+
+
+def few_gated_nf4(x: Tensor, weight: Nf4Tiles) -> Tensor:
+    """Return silu(x G^T) * (x U^T) of a weight that is G and U, joined; both products are rounded to bfloat16 before.
+
+    Shapes: x (T, K) bfloat16, weight of N = 2 I outputs -> (T, I).
+    """
+    return _multiply(x, weight, None, is_gated=True)
+
+
+def _multiply(x: Tensor, weight: Nf4Tiles, residual: Tensor | None, *, is_gated: bool) -> Tensor:
     (num_rows, num_in), num_out = x.shape, weight.means.shape[0]
-    kernels = _load(max(8, 1 << (num_rows - 1).bit_length()) // 8, x.device)
+    kernels, overlaps = _load(max(8, 1 << (num_rows - 1).bit_length()) // 8, x.device), can_overlap(x.device)
     num_heights, num_columns = -(-num_out // _HEIGHT), num_in // UNIT
     steps = num_heights * num_columns
     steps_a_block = -(-steps // kernels.num_slots)
     blocks = -(-steps // steps_a_block)
     parts = torch.empty((blocks + num_heights) * num_rows * _HEIGHT, dtype=torch.float32, device=x.device)
-    out = torch.empty(num_rows, num_out, dtype=torch.bfloat16, device=x.device)
     kernels.few_nf4.launch(
         (blocks, 1),
         *(x, weight.tiles, weight.level_code, weight.level_scales, weight.means, weight.pairs, parts),
         *(num_rows, num_out, num_in, steps, steps_a_block),
+        overlaps=overlaps,
     )
-    kernels.add_parts.launch(
-        (-(-num_out // _THREADS), num_rows), parts, residual, out, num_rows, num_out, num_columns, steps_a_block
-    )
+    num_targets = num_out // 2 if is_gated else num_out
+    out = torch.empty(num_rows, num_targets, dtype=torch.bfloat16, device=x.device)
+    grid, sizes = (-(-num_targets // _THREADS), num_rows), (num_rows, num_targets, num_columns, steps_a_block)
+    if is_gated:
+        kernels.add_gated_parts.launch(grid, parts, out, *sizes, overlaps=overlaps)
+    else:
+        kernels.add_parts.launch(grid, parts, residual, out, *sizes, overlaps=overlaps)
     return out
 
 
@@ -73,11 +91,12 @@ def _load(row_tiles: int, device: torch.device) -> _Kernels:
     x_bytes = 2 * (8 * row_tiles) * (UNIT + 8) * 2  # two steps' columns, eight more a row
     # More blocks, with fewer registers each, do not fit.
     defines = {"WARPS": _WARPS, "ROW_TILES": row_tiles, "BLOCKS": 2 if row_tiles <= 2 else 1}
-    sizes = {"few_nf4": (_THREADS, _TABLE_BYTES + _SCALE_BYTES + x_bytes), "add_parts": (_THREADS, 0)}
+    sizes = {"few_nf4": (_THREADS, _TABLE_BYTES + _SCALE_BYTES + x_bytes)}
+    sizes |= dict.fromkeys(("add_parts", "add_gated_parts"), (_THREADS, 0))
     kernels = load_kernels(("nf4_tiles.cuh", "few_nf4.cu"), device, defines, sizes)
     num_processors = torch.cuda.get_device_properties(device).multi_processor_count
     num_slots = num_processors * kernels["few_nf4"].blocks_a_processor
-    return _Kernels(kernels["few_nf4"], kernels["add_parts"], num_slots)
+    return _Kernels(kernels["few_nf4"], kernels["add_parts"], kernels["add_gated_parts"], num_slots)
 
 
 @functools.cache

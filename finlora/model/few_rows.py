@@ -14,6 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from finlora.model.overlap import can_overlap
 
 MIN_DOT = 16  # rows of the smallest product on the tensor cores
 _PROGRAMS_A_PROCESSOR = 4
@@ -22,8 +25,11 @@ _PROGRAMS_A_PROCESSOR = 4
 @triton.jit
 def _few_int8(
     x_ptr, w_ptr, scale_ptr, out_ptr, num_rows, num_out, num_in, part,
-    ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     outs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     rows = tl.arange(0, ROWS)
     start = tl.program_id(1) * part
@@ -40,7 +46,13 @@ def _few_int8(
 
 
 @triton.jit
-def _add_parts(parts_ptr, residual_ptr, out_ptr, num_parts, size, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
+def _add_parts(
+    parts_ptr, residual_ptr, out_ptr, num_parts, size,
+    HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = places < size
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -57,12 +69,13 @@ def few_int8(x: Tensor, values: Tensor, scales: Tensor, residual: Tensor | None)
     Shapes: x (T, K), values (N, K) int8, scales (N,) float32, residual (T, N) -> (T, N).
     """
     (num_rows, num_in), num_out = x.shape, values.shape[0]
-    block_out = 32
+    block_out, overlaps = 32, can_overlap(x.device)
     parts, part = _split(num_out, num_in, block_out, 256, x.device)
     out = torch.empty(parts, num_rows, num_out, dtype=torch.float32, device=x.device)
     _few_int8[(triton.cdiv(num_out, block_out), parts)](
         x, values, scales, out, num_rows, num_out, num_in, part,
-        ROWS=_pad_rows(num_rows), BLOCK_OUT=block_out, BLOCK_IN=256 if num_in % 256 == 0 else 128, num_warps=4, num_stages=4,
+        ROWS=_pad_rows(num_rows), BLOCK_OUT=block_out, BLOCK_IN=256 if num_in % 256 == 0 else 128,
+        OVERLAPS=overlaps, num_warps=4, num_stages=4, launch_pdl=overlaps,
     )  # fmt: skip
     return _sum_parts(out, residual, x.dtype)
 
@@ -70,10 +83,10 @@ def few_int8(x: Tensor, values: Tensor, scales: Tensor, residual: Tensor | None)
 def _sum_parts(parts: Tensor, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Shapes: (parts, T, N), (T, N) -> (T, N)."""
     out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
-    block = 1024
+    block, overlaps = 1024, can_overlap(parts.device)
     _add_parts[(triton.cdiv(out.numel(), block),)](
         parts, out if residual is None else residual, out, parts.shape[0], out.numel(),
-        HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=4,
+        HAS_RESIDUAL=residual is not None, BLOCK=block, OVERLAPS=overlaps, num_warps=4, launch_pdl=overlaps,
     )  # fmt: skip
     return out
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from finlora.model.base import Int8Rows, read_int8
-from finlora.model.elementwise import fused
+from finlora.model.elementwise import fused, gate
 from finlora.model.nf4 import STRIP, can_tile, take_tiles, unpack_nf4
 
 OUTLIER_THRESHOLD = 6.0
@@ -118,6 +118,15 @@ class TiledNf4Weight:
 
         out: Tensor = grad @ unpack_tiles(self.tiles)
         return out
+
+
+def multiply_gated(weight: FrozenWeight, x: Tensor) -> Tensor:
+    """Return silu(gate) * up of a weight that is a gate and an up projection, side by side. Shapes: (T, K) -> (T, N / 2)."""
+    if isinstance(weight, TiledNf4Weight) and x.shape[0] <= MAX_FEW_ROWS:
+        from finlora.model.few_nf4 import few_gated_nf4
+
+        return few_gated_nf4(x.contiguous(), weight.tiles)
+    return gate(weight.forward(x))
 
 
 class Int8Weight:

@@ -17,8 +17,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from finlora.model.few_rows import MIN_DOT, num_processors
+from finlora.model.overlap import can_overlap
 
 _BLOCK = 64
 """Keys that a program takes at a time."""
@@ -29,8 +31,11 @@ _MOST_PARTS = 64
 @triton.jit
 def _attend_part(
     query_ptr, key_ptr, value_ptr, starts_ptr, lengths_ptr, out_ptr, sum_ptr, scale, num_groups, num_parts,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     group, part, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lengths_ptr + row)
     size = tl.cdiv(tl.cdiv(length, num_parts), BLOCK) * BLOCK
@@ -65,8 +70,11 @@ def _attend_part(
 @triton.jit
 def _join_parts(
     parts_ptr, sums_ptr, lengths_ptr, out_ptr, log_sum_ptr, num_parts,
-    PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     row, head, num_rows, num_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
     length = tl.load(lengths_ptr + row)
     size = tl.cdiv(tl.cdiv(length, num_parts), BLOCK) * BLOCK
@@ -94,14 +102,15 @@ def attend_singly(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, len
     outs = torch.empty(num_queries, num_heads, num_parts, width, dtype=torch.float32, device=query.device)
     sums = torch.empty(num_queries, num_heads, num_parts, dtype=torch.float32, device=query.device)
     out, log_sum = torch.empty_like(query), sums.new_empty(num_heads, num_queries)
-    heads = num_heads // num_groups
+    heads, overlaps = num_heads // num_groups, can_overlap(query.device)
     _attend_part[(num_groups, num_parts, num_queries)](
         query, key, value, starts, lengths, outs, sums, math.log2(math.e) * width**-0.5, num_groups, num_parts,
         HEADS=heads, ROWS=max(MIN_DOT, triton.next_power_of_2(heads)), WIDTH=width, BLOCK=_BLOCK,
-        num_warps=4, num_stages=2,
+        OVERLAPS=overlaps, num_warps=4, num_stages=2, launch_pdl=overlaps,
     )  # fmt: skip
     _join_parts[(num_queries, num_heads)](
         outs, sums, lengths, out, log_sum, num_parts,
-        PARTS=triton.next_power_of_2(num_parts), WIDTH=width, BLOCK=_BLOCK, num_warps=4,
+        PARTS=triton.next_power_of_2(num_parts), WIDTH=width, BLOCK=_BLOCK,
+        OVERLAPS=overlaps, num_warps=4, launch_pdl=overlaps,
     )  # fmt: skip
     return out, log_sum

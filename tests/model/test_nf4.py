@@ -8,7 +8,8 @@ import pytest
 import torch
 from adversarial import spoil
 
-from finlora.model.frozen import MAX_FEW_ROWS, Nf4Weight, TiledNf4Weight, freeze
+from finlora.model.elementwise import gate
+from finlora.model.frozen import MAX_FEW_ROWS, Nf4Weight, TiledNf4Weight, freeze, multiply_gated
 from finlora.model.nf4 import lay_tiles, pair_up, take_tiles, unpack_nf4
 
 
@@ -163,3 +164,61 @@ def test_kernel_runs_in_a_thread_that_has_not_used_the_gpu():
     x = random_rows(5, 256)
     with ThreadPoolExecutor(1) as pool:
         assert torch.equal(pool.submit(weight.forward, x).result(), weight.forward(x))
+
+
+@on_gpu
+@pytest.mark.parametrize("num_rows", [1, 9, MAX_FEW_ROWS, MAX_FEW_ROWS + 1])
+def test_gated_product_is_that_of_its_halves(num_rows):
+    layers = [make_layer(random_rows(320, 512, seed=seed) * 0.05) for seed in range(2)]
+    weight = freeze(layers, torch.bfloat16, consumes=True)
+    x = random_rows(num_rows, 512)
+    found, plain = multiply_gated(weight, x), gate(weight.forward(x))
+    assert found.shape == (num_rows, 320)
+    # exp in fewer digits, and each of three roundings may go the other way
+    torch.testing.assert_close(found, plain, rtol=3 * 2.0**-8, atol=1e-5)
+
+
+@on_gpu
+def test_kernels_that_begin_early_read_nothing_too_early():
+    from finlora.model.norm_rows import norm_rows
+
+    gate_up = freeze(
+        [make_layer(random_rows(2816, 1024, seed=n) * 0.03) for n in range(2)], torch.bfloat16, consumes=True
+    )
+    down = freeze([make_layer(random_rows(1024, 2816, seed=5) * 0.03)], torch.bfloat16, consumes=True)
+    norm = random_rows(1024, seed=6)
+
+    def run(x, settle):
+        for _ in range(40):
+            normed = settle(norm_rows(x, norm, 1e-5))
+            x = settle(down.forward(settle(multiply_gated(gate_up, normed)), x))
+        return x
+
+    def settle(tensor):
+        torch.cuda.synchronize()
+        return tensor
+
+    for num_rows in (1, 16, 40):
+        x = random_rows(num_rows, 1024, seed=num_rows)
+        expected = run(x, settle)  # compiled, and one kernel after the other
+        assert torch.equal(run(x, lambda tensor: tensor), expected)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = run(x, lambda tensor: tensor)
+        for _ in range(20):
+            found.zero_()
+            graph.replay()
+            assert torch.equal(found, expected)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 64), (16, 4096), (64, 8192), (3, 5000)])
+def test_norm_of_few_rows(num_rows, width, dtype):
+    from finlora.model.norm_rows import norm_rows
+
+    x, weight = random_rows(num_rows, width).to(dtype) * 3, random_rows(width, seed=1).to(dtype)
+    wide = x.double()
+    plain = (weight.double() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(dtype)
+    eps = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(norm_rows(x, weight, 1e-5), plain, rtol=eps, atol=1e-6)

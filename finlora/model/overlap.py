@@ -1,0 +1,22 @@
+"""Whether a kernel may begin while the one before it ends: programmatic dependent launch, on Hopper and later GPUs.
+
+A pass of few rows is a thousand kernels of some microseconds, and between two of them a GPU stands still for one or two more. A
+kernel that is launched so is brought to the processors as soon as all blocks of the one before have begun; it waits by itself
+before it reads what that one writes, and can load what nobody writes, its weights, meanwhile.
+
+Each of these kernels waits before it ends. So what any kernel before has written is there after the wait, too.
+
+Source: https://docs.nvidia.com/cuda/cuda-c-programming-guide/index.html#programmatic-dependent-launch-and-synchronization
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+@functools.cache
+def can_overlap(device: torch.device) -> bool:
+    """Return whether a GPU has it."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)

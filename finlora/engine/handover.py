@@ -28,6 +28,8 @@ from finlora.engine.messages import Parcel
 from finlora.errors import ResourceError
 
 _ALIGNMENT = 256  # bytes
+_LEAST_BYTES = 2 * 2**20
+"""Of shared memory: CUDA puts smaller pieces into one block, and shares all of it."""
 
 
 @triton.jit
@@ -66,6 +68,7 @@ class _Room:
     memory: Tensor
     handle: bytes
     event: torch.cuda.Event
+    event_handle: bytes
 
 
 class Sender:
@@ -85,6 +88,12 @@ class Sender:
         self._rooms: dict[int, _Room] = {}
         self._outgrown: list[Tensor] = []
         """Kept: the next stage may have them mapped."""
+
+    @property
+    def held_gib(self) -> float:
+        """GPU memory of parcels."""
+        rooms = [room.memory for room in self._rooms.values()]
+        return sum(memory.numel() for memory in [*rooms, *self._outgrown]) / 2**30
 
     def begin(self, place: int, num_rows: int, before: Stamps | None) -> None:
         """Make room for the states of a place; what is queued from now on computes them.
@@ -107,21 +116,21 @@ class Sender:
         _find_states(room.memory, self._num_stages, len(hidden), self._hidden_size, self._dtype).copy_(hidden)
         _find_stamps(room.memory, self._num_stages).end(self._stage)
         room.event.record()
-        return Parcel(room.handle, room.event.ipc_handle(), room.memory.numel(), len(hidden))
+        return Parcel(room.handle, room.event_handle, room.memory.numel(), len(hidden))
 
     def _find_room(self, place: int, num_rows: int) -> _Room:
         num_bytes = _first_byte(self._num_stages) + num_rows * self._hidden_size * self._dtype.itemsize
         room = self._rooms.get(place)
         if room is not None and room.memory.numel() >= num_bytes:
             return room
-        num_bytes = 1 << (num_bytes - 1).bit_length()
+        num_bytes = max(_LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
         pointer = _allocate(num_bytes)
         handle = bytes(_check(runtime.cudaIpcGetMemHandle(pointer)).reserved)
         if room is not None:
             self._outgrown.append(room.memory)
         event = room.event if room else torch.cuda.Event(interprocess=True)
         event.record()  # it has a handle only then
-        self._rooms[place] = _Room(_view(pointer, num_bytes, self._device), handle, event)
+        self._rooms[place] = _Room(_view(pointer, num_bytes, self._device), handle, event, event.ipc_handle())
         return self._rooms[place]
 
 

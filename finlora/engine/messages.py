@@ -38,7 +38,5 @@ class Message:
     work asked for."""
     seconds: tuple[float, ...] = ()
     """How long each stage so far worked on it, as far as that is known: stages that share a GPU pass it on before that."""
-    peaks_gib: tuple[float, ...] = ()
-    """The most memory that each stage so far has taken since it was loaded."""
     place: int = 0
     """Number that no other message under way has: which memory carries its parcels."""

@@ -100,7 +100,6 @@ class Pipeline:
         self._refs: deque[tuple[Any, int]] = deque()
         """Of messages under way, with their places."""
         self._outputs: deque[Output] = deque()
-        self._peaks_gib: tuple[float, ...] = ()
         self._graph: Any = None
         try:
             self.stages: list[dict[str, float]] = ray.get([actor.describe.remote() for actor in self.actors])
@@ -129,7 +128,9 @@ class Pipeline:
         self._change(Change(name, None))
 
     def peak_memory_gib(self) -> float | None:
-        return sum(self._peaks_gib) if self._peaks_gib else None
+        # Asked for, and not in each message: to read torch's counters takes as long as to queue a pass.
+        peaks: list[float] = ray.get([actor.peak_memory_gib.remote() for actor in self.actors], timeout=_SIGN_TIMEOUT_S)
+        return sum(peaks)
 
     def check(self) -> None:
         """Raise RayError where a stage is dead or gives no sign."""
@@ -263,7 +264,6 @@ class Pipeline:
         message: Message = ray.get(ref, timeout=_TIMEOUT_S)
         if isinstance(message.state, FinloraError):
             raise message.state
-        self._peaks_gib = message.peaks_gib
         if isinstance(message.state, Output):
             return dataclasses.replace(message.state, stage_seconds=message.seconds)
         return message.state

@@ -127,6 +127,10 @@ class StageActor:
         """Return what the stage holds, which also says that it is loaded."""
         return {"weights_gib": self.weights_gib, "cache_gib": self.stage.cache_bytes / 2**30}
 
+    def peak_memory_gib(self) -> float:
+        """Return the most memory that the stage has taken since it was loaded."""
+        return self.stage.peak_memory_gib() + (self.sender.held_gib if self.sender else 0.0)
+
     def load_adapter(self, name: str, folder: str, known: str | None) -> str:
         """Load an adapter and return the hash of its files.
 
@@ -165,7 +169,7 @@ class StageActor:
         except FinloraError as error:
             state = error
         work = None if isinstance(state, Output) else message.work
-        return Message(work, state, seconds, (*message.peaks_gib, self.stage.peak_memory_gib()), message.place)
+        return Message(work, state, seconds, message.place)
 
     def _change(self, change: Change, known: str | None) -> str | None:
         if change.folder is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -22,6 +23,8 @@ from finlora.serve.settings import ServeConfig, make_absolute, read_settings, to
 from finlora.yamltext import read_yaml
 
 IMPORT_PATH = "finlora.serve.app:build"
+_END_S = 30.0
+"""Seconds that Ray Serve has to end, as serve.shutdown gives it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,9 +137,28 @@ def run_server(
         except TimeoutError:
             announce("Answers that were not complete after a minute are cut.")
     finally:
+        _end_controller()
         serve.shutdown()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _end_controller() -> None:
+    """Have Ray Serve's controller end Serve, and wait for it, as serve.shutdown does, which then finds nothing left to do.
+
+    Its answer to this call is its own death. To serve.shutdown, which lets all calls be tried again, that is a failure that
+    Ray announces on the terminal; a call that is not tried again only comes back.
+    """
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return  # it did not come up
+    # What went wrong otherwise, serve.shutdown tries again and says.
+    with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_END_S)
 
 
 def _follow_proxy(settings: ServeConfig, http: dict[str, Any]) -> ServeConfig:

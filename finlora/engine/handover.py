@@ -20,12 +20,19 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from cuda.bindings import runtime
 from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
 from finlora.engine.messages import Parcel
 from finlora.errors import ResourceError
+
+try:
+    from cuda.bindings import runtime
+except ImportError as error:
+    raise ResourceError(
+        "stages that share a GPU need the package cuda-bindings, which is not installed: `make setup TORCH=gpu`, or "
+        f"pip install 'cuda-bindings>=13,<14' ({error})."
+    ) from error
 
 _ALIGNMENT = 256  # bytes
 _LEAST_BYTES = 2 * 2**20

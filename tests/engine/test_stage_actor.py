@@ -1,0 +1,140 @@
+"""What a stage's process does with messages, without the processes: parcels stand for hidden states that stay on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from finlora.engine.drive import InProcess
+from finlora.engine.messages import Message, Parcel
+from finlora.engine.microbatch import Draw, MicroBatch, Output
+from finlora.engine.stage import Stage
+from finlora.engine.stage_actor import StageActor
+from finlora.model.base import load_base, quiet_bitsandbytes
+
+CPU, ROWS = torch.device("cpu"), 64
+SPANS = [(0, 2), (2, 3), (3, 4)]
+
+
+class PretendStamps:
+    """Stage number -> [when it began, when it ended], on a clock that goes on by a second whenever it is read."""
+
+    def __init__(self, times=()):
+        self.times = dict(times)
+
+    def begin(self, stage):
+        self.times[stage] = [float(len(self.times))]
+
+    def end(self, stage):
+        self.times[stage].append(self.times[stage][0] + 1.0 + stage)
+
+    def read(self, first, last):
+        return tuple(self.times[stage][1] - self.times[stage][0] for stage in range(first, last + 1))
+
+
+class PretendGpu:
+    """Memory that two stages share, by place; a sender and a receiver of it, as finlora/engine/handover.py has them."""
+
+    held_gib = 0.0
+
+    def __init__(self, stage):
+        self.stage, self.rooms = stage, {}
+
+    def begin(self, place, num_rows, before):
+        stamps = PretendStamps(before.times if before else ())
+        stamps.begin(self.stage)
+        self.rooms[place] = (num_rows, stamps)
+
+    def send(self, place, hidden):
+        num_rows, stamps = self.rooms[place]
+        assert len(hidden) == num_rows
+        stamps.end(self.stage)
+        self.rooms[place] = (hidden.clone(), stamps)
+        return Parcel(bytes([place]), b"", 0, num_rows)
+
+    def receive(self, parcel):
+        return self.rooms[parcel.memory[0]]
+
+
+def make_batch(number, ids, first_row):
+    batch = MicroBatch(number, adapters=[(None, len(ids))])
+    batch.add(ids, 0, range(first_row, first_row + len(ids)), [(first_row, len(ids))])
+    batch.draws.append(Draw(len(ids) - 1, 0.0, 1.0, 0, 0))
+    return batch
+
+
+BATCHES = [make_batch(0, [5, 9, 2], 0), make_batch(1, [7, 3], 10), make_batch(2, [11, 4, 8, 6], 20)]
+
+
+@pytest.fixture(scope="module")
+def expected(four_layers):
+    with quiet_bitsandbytes():
+        alone = InProcess([Stage(load_base(four_layers, 16, CPU, 0).model, range(4), ROWS, torch.float32)])
+    tokens = []
+    for batch in BATCHES:
+        alone.start(batch)
+        tokens.append(alone.collect().tokens)
+    return tokens
+
+
+@pytest.fixture
+def actors(four_layers):
+    def make(number, span):
+        settings = {"device": "cpu", "cache_rows": ROWS, "keep_unpacked": False}
+        actor = StageActor(dataclasses.asdict(four_layers), 16, span, 0, **settings)
+        assert actor.take_number(number, len(SPANS)) is None
+        return actor
+
+    found = [make(number, span) for number, span in enumerate(SPANS)]
+    yield found
+    for actor in reversed(found):
+        actor._quiet.__exit__(None, None, None)  # where a stage has a process of its own, that ends with it
+
+
+def hand_over(actors, *numbers):
+    """Let stages share memory with the ones after them."""
+    for number in numbers:
+        shared = PretendGpu(number)
+        actors[number].sender, actors[number].hands_over = shared, True
+        actors[number + 1].receiver = shared
+
+
+@pytest.mark.parametrize("sharing", [(), (0,), (1,), (0, 1)], ids=["none", "first two", "last two", "all"])
+def test_micro_batches_keep_their_states_and_their_seconds(sharing, actors, expected):
+    hand_over(actors, *sharing)
+    messages = [Message(batch, place=place) for batch, place in zip(BATCHES, (0, 1, 0), strict=True)]
+    # Two are under way at once; the third one has the first one's place, and begins when that is back.
+    waiting = [actors[0].run(message) for message in messages[:2]]
+    waiting = [actors[1].run(message) for message in waiting]
+    outputs = [actors[2].run(waiting[0])]
+    third = actors[0].run(messages[2])
+    outputs += [actors[2].run(waiting[1]), actors[2].run(actors[1].run(third))]
+    for number, message in enumerate(outputs):
+        assert isinstance(message.state, Output)
+        assert message.state.number == number
+        assert message.place == messages[number].place
+        found = [token for token, _ in message.state.tokens]
+        assert found == [token for token, _ in expected[number]]
+        assert len(message.seconds) == 3
+        if sharing == (0, 1):
+            assert message.seconds == (1.0, 2.0, 3.0)  # as stamped, each stage's own
+
+
+def test_seconds_of_stages_that_share_a_gpu_come_with_the_first_that_waits(actors):
+    hand_over(actors, 0)
+    first = actors[0].run(Message(BATCHES[0]))
+    assert isinstance(first.state, Parcel)
+    assert first.seconds == ()
+    assert actors[1].run(first).seconds == (1.0, 2.0)
+
+
+def test_stage_that_starts_afresh_puts_states_into_messages_until_it_offers_anew(actors):
+    hand_over(actors, 0)
+    actors[1].receiver = None
+    actors[0].start_afresh()
+    message = actors[0].run(Message(BATCHES[0]))
+    assert not isinstance(message.state, Parcel)
+    assert len(message.seconds) == 1
+    assert isinstance(actors[2].run(actors[1].run(message)).state, Output)

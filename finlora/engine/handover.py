@@ -1,11 +1,12 @@
 """Hidden states between two stages on one GPU: they stay there, and the message goes on before they are computed.
 
 A stage copies its states into memory that the next one's process has mapped, and records an event behind them. The message goes
-on once all this is queued. So the next stage has read it, and queued its own work behind the event, while this one still
-computes: what a hop takes on the host costs no time.
+on once all this is queued. So the next stage has read it, and laid out its own work, while this one still computes: what a hop
+takes on the host costs hardly any time. It waits for the event itself, not on the GPU: there it would wait for ever where the
+stage before has died.
 
-Nobody waits for a stage then, so when it began and ended is written on the GPU, beside the states, and read by the first stage
-that waits for its own work.
+When a stage began and ended is written on the GPU, beside the states, since it does not wait for its own work; the first stage
+that does reads it for all.
 
 Imported only where a CUDA tensor is at hand: the CPU build of torch has neither Triton nor cuda-bindings.
 
@@ -14,7 +15,10 @@ Shapes: T rows, H hidden, K stages. Source: https://docs.nvidia.com/cuda/cuda-c-
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +41,8 @@ except ImportError as error:
 _ALIGNMENT = 256  # bytes
 _LEAST_BYTES = 2 * 2**20
 """Of shared memory: CUDA puts smaller pieces into one block, and shares all of it."""
+_EAGER_S, _PAUSE_S, _LOOK_EVERY_S = 0.05, 1e-4, 0.02
+"""Seconds of asking without pauses, then pauses, and looks whether the stage before still lives."""
 
 
 @triton.jit
@@ -123,7 +129,7 @@ class Sender:
         _find_states(room.memory, self._num_stages, len(hidden), self._hidden_size, self._dtype).copy_(hidden)
         _find_stamps(room.memory, self._num_stages).end(self._stage)
         room.event.record()
-        return Parcel(room.handle, room.event_handle, room.memory.numel(), len(hidden))
+        return Parcel(room.handle, room.event_handle, room.memory.numel(), len(hidden), os.getpid())
 
     def _find_room(self, place: int, num_rows: int) -> _Room:
         num_bytes = _first_byte(self._num_stages) + num_rows * self._hidden_size * self._dtype.itemsize
@@ -150,7 +156,7 @@ class Receiver:
         self._events: dict[bytes, torch.cuda.Event] = {}
 
     def receive(self, parcel: Parcel) -> tuple[Tensor, Stamps]:
-        """Return states (T, H) and stamps; what is queued from now on waits for them. They stay until their place is used anew.
+        """Return states (T, H) and stamps, which are there once `wait` returns, until their place is used anew.
 
         Raises:
             RuntimeError: CUDA does not let these processes share memory.
@@ -162,10 +168,28 @@ class Receiver:
             self._mapped[parcel.memory] = pointer, _view(pointer, parcel.num_bytes, self._device)
         if parcel.event not in self._events:
             self._events[parcel.event] = torch.cuda.Event.from_ipc_handle(self._device, parcel.event)
-        torch.cuda.current_stream(self._device).wait_event(self._events[parcel.event])
         _, memory = self._mapped[parcel.memory]
         hidden = _find_states(memory, self._num_stages, parcel.num_rows, self._hidden_size, self._dtype)
         return hidden, _find_stamps(memory, self._num_stages)
+
+    def wait(self, parcel: Parcel) -> None:
+        """Wait until a parcel that was received is complete.
+
+        Raises:
+            RuntimeError: the stage before has died.
+        """
+        event, began = self._events[parcel.event], time.monotonic()
+        next_look = began + _LOOK_EVERY_S
+        while not event.query():
+            now = time.monotonic()
+            if now > next_look:
+                if not Path("/proc", str(parcel.pid)).exists():
+                    raise RuntimeError(
+                        f"the stage before (process {parcel.pid}) is not there, its hidden states will not come"
+                    )
+                next_look = now + _LOOK_EVERY_S
+            if now > began + _EAGER_S:
+                time.sleep(_PAUSE_S)
 
     def close(self) -> None:
         """Let go of what the stage before has shared; it may be dead."""

@@ -26,6 +26,8 @@ class Parcel(NamedTuple):
     num_bytes: int
     """Of the memory."""
     num_rows: int
+    pid: int
+    """Process that computes them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,17 +151,26 @@ class RecordedPasses:
         max_queries = min(size, SHORT) if is_short else size
         return Taken(Form(size, *most, max_queries, False, has_adapters), segments, tails, filling)
 
-    def run(self, batch: MicroBatch, taken: Taken, hidden: Tensor | None, adapters: Mapping[str | None, int]) -> Tensor:
+    def run(
+        self,
+        batch: MicroBatch,
+        taken: Taken,
+        hidden: Tensor | None,
+        adapters: Mapping[str | None, int],
+        begin: Callable[[], None] = lambda: None,
+    ) -> Tensor:
         """Return the result of the micro-batch's rows; it holds until the next call.
 
         Args:
             taken: what `take` returned.
             hidden: (rows, H) from the stage before; None at the first stage.
             adapters: their numbers.
+            begin: called when all is laid out, before `hidden` is read.
         """
         form = taken.form
         sources = [row for first, segment in taken.filling for row in range(first, first + segment.num_rows)]
         numbers = self._lay_out(batch, taken, sources, adapters)
+        begin()
         if hidden is not None:
             hidden = hidden.to(self._device)
             hidden = torch.cat([hidden, hidden[upload(sources, self._device)]]) if sources else hidden

@@ -119,11 +119,14 @@ class Stage:
         self.cache.zero_()
 
     @torch.inference_mode()
-    def run(self, batch: MicroBatch, hidden: Tensor | None) -> Tensor | Output:
+    def run(
+        self, batch: MicroBatch, hidden: Tensor | None, begin: Callable[[], None] = lambda: None
+    ) -> Tensor | Output:
         """Compute a micro-batch.
 
         Args:
             hidden: (T, H) from the stage before; None at the first stage.
+            begin: called when the host has laid out the work; `hidden` need not be there before.
 
         Returns:
             (T, H) for the next stage; from the last one, what the micro-batch asks for.
@@ -134,9 +137,10 @@ class Stage:
             wanted = sorted({draw.row for draw in batch.draws} | {score.row for score in batch.scores})
         taken = self.passes.take(batch)
         if taken is None:
+            begin()
             result = self.forward(batch, hidden, wanted)
         else:
-            result = self.passes.run(batch, taken, hidden, self.bank.numbers)
+            result = self.passes.run(batch, taken, hidden, self.bank.numbers, begin)
         if wanted is None:
             return result
         if not wanted:

@@ -103,8 +103,12 @@ class StageActor:
         if self.receiver is None:
             hidden_size = self.stage.net.config.hidden_size
             self.receiver = Receiver(self.num_stages, hidden_size, self.stage.dtype, self.device)
+        if not Path("/proc", str(parcel.pid)).exists():  # by which it is known later that the stage before lives
+            return f"process {parcel.pid} is not to be seen"
         try:
-            self.receiver.receive(parcel)[0].cpu()
+            hidden, _ = self.receiver.receive(parcel)
+            self.receiver.wait(parcel)
+            hidden.cpu()
         except RuntimeError as error:
             return str(error)
         return None
@@ -179,23 +183,29 @@ class StageActor:
 
     def _compute(self, message: Message) -> tuple[Any, tuple[float, ...]]:
         """Return the state for the next stage, and the seconds that are known now of this stage and of those before it."""
-        started, batch, stamps = time.perf_counter(), message.work, None
+        started, batch, state, stamps = time.perf_counter(), message.work, message.state, None
         assert isinstance(batch, MicroBatch)
-        hidden = message.state
-        if isinstance(hidden, Parcel):
-            assert self.receiver is not None
-            hidden, stamps = self.receiver.receive(hidden)
-        elif not self.stage.is_first:
-            hidden = self.neighbours.receive(batch.num_rows) if self.neighbours else self.letters.unpack(hidden)
-        if self.hands_over:
-            assert self.sender is not None
-            self.sender.begin(message.place, batch.num_rows, stamps)
-            states = self.stage.run(batch, hidden)
-            assert not isinstance(states, Output), "the last stage hands nothing over"
-            return self.sender.send(message.place, states), ()
-        if stamps is not None:
-            stamps.begin(self.number)
-        result = self.stage.run(batch, hidden)
+        receiver = self.receiver if isinstance(state, Parcel) else None
+        sender = self.sender if self.hands_over else None
+        if receiver is not None:
+            hidden, stamps = receiver.receive(state)
+        elif self.stage.is_first:
+            hidden = None
+        else:
+            hidden = self.neighbours.receive(batch.num_rows) if self.neighbours else self.letters.unpack(state)
+
+        def begin() -> None:
+            if receiver is not None:
+                receiver.wait(state)
+            if sender is not None:
+                sender.begin(message.place, batch.num_rows, stamps)
+            elif stamps is not None:
+                stamps.begin(self.number)
+
+        result = self.stage.run(batch, hidden, begin)
+        if sender is not None:
+            assert not isinstance(result, Output), "the last stage hands nothing over"
+            return sender.send(message.place, result), ()
         state = result if isinstance(result, Output) else self._send(result)
         if stamps is None:
             return state, (time.perf_counter() - started,)

@@ -67,6 +67,7 @@ def test_states_arrive_though_the_parcel_comes_before_them(_gpu):
         parcel, seconds = here.recv()
         queued.append(seconds)
         hidden, stamps = receiver.receive(parcel)
+        receiver.wait(parcel)
         stamps.begin(2)
         doubled = hidden * 2
         stamps.end(2)
@@ -92,6 +93,36 @@ def ask_all(executor, base, adapter_folders, in_flight):
     answers, _ = run(core, requests)
     core.unload_adapter("all")
     return {name: tokens_of(answer) for name, answer in answers.items()}, core.meter.read()
+
+
+def send_and_die(pipe):
+    from finlora.engine.handover import Sender
+
+    sender = Sender(0, 2, HIDDEN, torch.bfloat16, torch.device("cuda"))
+    sender.begin(0, 1, None)
+    torch.cuda._sleep(int(1e11))
+    pipe.send(sender.send(0, make_states(0, 1).cuda()))
+    pipe.recv()
+    os.kill(os.getpid(), 9)
+
+
+@pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
+def test_stage_whose_states_will_not_come_is_not_waited_for(_gpu):
+    from finlora.engine.handover import Receiver
+
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    other = context.Process(target=send_and_die, args=(there,))
+    other.start()
+    receiver = Receiver(2, HIDDEN, torch.bfloat16, torch.device("cuda"))
+    parcel = here.recv()
+    receiver.receive(parcel)
+    here.send(None)
+    other.join(30)
+    with pytest.raises(RuntimeError, match=r"the stage before \(process \d+\) is not there"):
+        receiver.wait(parcel)
+    receiver.close()
+    assert (torch.ones(2, device="cuda") * 2).tolist() == [2, 2]  # this process goes on
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +196,7 @@ def test_stages_that_cannot_share_memory_use_messages_and_say_why(ray_instance, 
 
         def offer(self):
             self.hands_over = True
-            return Parcel(b"m", b"e", 1, 1)
+            return Parcel(b"m", b"e", 1, 1, 1)
 
         def accept(self, parcel):
             return self.refusal

@@ -11,25 +11,14 @@
 //
 // On a Hopper a kernel may begin while the one before it ends: what it needs of W comes meanwhile.
 //
-// Defined when this is compiled: WARPS of a block, ROW_TILES of 8 rows, and BLOCKS of a processor.
+// Defined when this is compiled: WARPS of a block, ROW_TILES of 8 rows, BLOCKS of a processor, and X_PARTS in which a step's columns
+// of x come: two of them need half the shared memory, and make all warps wait for each other twice a step.
 
 constexpr int THREADS = LANES * WARPS, ROWS = ROW_TILES * 8;
 constexpr int HEIGHT = WARPS * OUTS;   // outputs of a step
-constexpr int X_STRIDE = COLUMNS + 8;  // 16 bytes more, so that eight rows begin at different banks
+constexpr int X_COLUMNS = COLUMNS / X_PARTS, X_STRIDE = X_COLUMNS + 8;  // 16 bytes more: eight rows begin at different banks
+static_assert(X_PARTS == 1 || X_PARTS == HALVES, "a half of a tile needs one part of x");
 static_assert(THREADS == PAIRS, "a thread copies one of the levels' numbers");
-
-__device__ void let_next_kernel_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-// What kernels before have written is there afterwards.
-__device__ void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // Returns where a warp's tile of a step lies; outputs that are not there are computed like the last ones.
 __device__ const unsigned char* find_tile(const unsigned char* tiles, int height, int column, int num_out, int num_columns) {
@@ -47,26 +36,24 @@ __device__ void store_scales(float4* target, unsigned levels, float factor, floa
     __syncwarp();
 }
 
-// Copies a step's columns of x; rows that are not there become 0.
+// Copies columns of x; rows that are not there become 0.
 __device__ void load_x(bf16* target, const bf16* x, int num_rows, int num_in, int column) {
-    constexpr int CHUNKS = COLUMNS / 8;
+    constexpr int CHUNKS = X_COLUMNS / 8;
     const int chunk = threadIdx.x % CHUNKS;
 #pragma unroll
     for (int first = 0; first < ROWS; first += THREADS / CHUNKS) {
         const int row = first + threadIdx.x / CHUNKS;
         if (row >= ROWS) break;
         const bf16* from = x + static_cast<long long>(min(row, num_rows - 1)) * num_in + column + chunk * 8;
-        const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(target + row * X_STRIDE + chunk * 8));
-        const int size = row < num_rows ? 16 : 0;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
+        copy_16_bytes(target + row * X_STRIDE + chunk * 8, from, row < num_rows);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    end_copies();
 }
 
-__device__ void multiply(float (&sums)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+// Waits until all of the block have what was copied last, and no longer read what was there before.
+__device__ void wait_for_x() {
+    wait_for_copies();
+    __syncthreads();
 }
 
 // Returns the two numbers of one byte of a word. What is shifted is the byte's offset in the table; `own` the lane's in a row of it.
@@ -75,7 +62,7 @@ __device__ unsigned look_up(const char* pairs, unsigned word, int byte, unsigned
     return *reinterpret_cast<const unsigned*>(pairs + (shifted & 0x7f80 | own));
 }
 
-// Adds half a tile to the sums. A lane's columns of a group lie side by side: products take them in this order, of x as of W.
+// Adds half a tile to the sums; `x` begins at its columns. A lane's columns of a group lie side by side: products take them in this order, of x as of W.
 __device__ void add_half(float (&total)[OUT_TILES][ROW_TILES][4], const Half& half, const float4* scales, const bf16* x,
                          const char* pairs, int first_group) {
     const int lane = threadIdx.x % LANES, place = lane >> 2, quad = lane & 3;
@@ -84,7 +71,7 @@ __device__ void add_half(float (&total)[OUT_TILES][ROW_TILES][4], const Half& ha
         uint4 columns[ROW_TILES][2];
 #pragma unroll
         for (int n = 0; n < ROW_TILES; n++) {
-            const uint4* from = reinterpret_cast<const uint4*>(x + (n * 8 + place) * X_STRIDE + (first_group + group) * 64 + quad * 16);
+            const uint4* from = reinterpret_cast<const uint4*>(x + (n * 8 + place) * X_STRIDE + group * 64 + quad * 16);
             columns[n][0] = from[0];
             columns[n][1] = from[1];
         }
@@ -164,15 +151,20 @@ few_nf4(const bf16* x, const unsigned char* tiles, const float* level_code, cons
 
     float total[OUT_TILES][ROW_TILES][4] = {};
     for (int step = first; step < last; step++) {
-        const bf16* step_x = own_x + (step - first) % 2 * ROWS * X_STRIDE;
-        asm volatile("cp.async.wait_group 0;" ::: "memory");
-        __syncthreads();  // this step's x is there, and the other half of own_x is no longer read
+        bf16* now = own_x + (X_PARTS == 1 ? (step - first) % 2 : 0) * ROWS * X_STRIDE;
+        bf16* next = own_x + (X_PARTS == 1 ? (step - first + 1) % 2 : 1) * ROWS * X_STRIDE;
+        wait_for_x();
         load_half(halves[1], tile + HALF_BYTES);
         store_scales(own_scales, levels, factor, mean, own_code);
+        if (X_PARTS == 2) load_x(next, x, num_rows, num_in, column * COLUMNS + X_COLUMNS);
         const bool is_last = step + 1 == last, is_over = ++column == num_columns;
         if (is_over) column = 0;
-        if (!is_last) load_x(own_x + (step - first + 1) % 2 * ROWS * X_STRIDE, x, num_rows, num_in, column * COLUMNS);
-        add_half(total, halves[0], own_scales, step_x, own_pairs, 0);
+        if (X_PARTS == 1 && !is_last) load_x(next, x, num_rows, num_in, column * COLUMNS);
+        add_half(total, halves[0], own_scales, now, own_pairs, 0);
+        if (X_PARTS == 2) {
+            wait_for_x();
+            if (!is_last) load_x(now, x, num_rows, num_in, column * COLUMNS);
+        }
         if (!is_last) {
             tile = is_over ? find_tile(tiles, height + 1, 0, num_out, num_columns) : tile + TILE_STRIDE;
             load_half(halves[0], tile);
@@ -184,7 +176,7 @@ few_nf4(const bf16* x, const unsigned char* tiles, const float* level_code, cons
             const unsigned weight = static_cast<unsigned>(out) * num_in + column * COLUMNS;
             if (is_over || weight % NESTED == 0) factor = __ldg(level_scales + weight / NESTED);
         }
-        add_half(total, halves[1], own_scales, step_x, own_pairs, HALF_GROUPS);
+        add_half(total, halves[1], own_scales, X_PARTS == 1 ? now + HALF_GROUPS * 64 : next, own_pairs, HALF_GROUPS);
         if (!is_last && !is_over) continue;
         store_part(total, parts + static_cast<long long>(blockIdx.x + height) * num_rows * HEIGHT, num_rows);
         height++;

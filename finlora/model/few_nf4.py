@@ -6,7 +6,7 @@ Shapes: T rows, up to MAX_FEW_ROWS, K in, N out.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ _THREADS = 32 * _WARPS
 _HEIGHT = STRIP * _WARPS  # outputs of a step
 _TABLE_BYTES = 256 * 32 * 4 + 256 * 4  # pairs for each lane, and the levels' numbers
 _SCALE_BYTES = _HEIGHT * (UNIT // 64) * 4
+_RESERVED_BYTES = 1024  # of shared memory, for each block
 
 
 class _Kernels(NamedTuple):
@@ -88,18 +89,32 @@ def unpack_tiles(weight: Nf4Tiles) -> Tensor:
 @functools.cache
 def _load(row_tiles: int, device: torch.device) -> _Kernels:
     """Compile the kernels for so many times 8 rows."""
-    x_bytes = 2 * (8 * row_tiles) * (UNIT + 8) * 2  # two steps' columns, eight more a row
-    # More blocks, with fewer registers each, do not fit.
-    defines = {"WARPS": _WARPS, "ROW_TILES": row_tiles, "BLOCKS": 2 if row_tiles <= 2 else 1}
-    sizes = {"few_nf4": (_THREADS, _TABLE_BYTES + _SCALE_BYTES + x_bytes)}
+    num_blocks = 2 if row_tiles <= 2 else 1  # more, with fewer registers each, do not fit
+    of_block, of_processor = _find_shared_bytes(device)
+    # Whole steps of x where they fit: an A6000 has room for halves from 9 rows on, so that two blocks run on a processor.
+    needs = {x_parts: _count_shared_bytes(row_tiles, x_parts) for x_parts in (1, 2)}
+    x_parts = 1 if needs[1] <= of_block and num_blocks * (needs[1] + _RESERVED_BYTES) <= of_processor else 2
+    defines = {"WARPS": _WARPS, "ROW_TILES": row_tiles, "BLOCKS": num_blocks, "X_PARTS": x_parts}
+    sizes = {"few_nf4": (_THREADS, needs[x_parts])}
     sizes |= dict.fromkeys(("add_parts", "add_gated_parts"), (_THREADS, 0))
-    kernels = load_kernels(("nf4_tiles.cuh", "few_nf4.cu"), device, defines, sizes)
+    kernels = load_kernels(("ptx.cuh", "nf4_tiles.cuh", "few_nf4.cu"), device, defines, sizes)
     num_processors = torch.cuda.get_device_properties(device).multi_processor_count
     num_slots = num_processors * kernels["few_nf4"].blocks_a_processor
     return _Kernels(kernels["few_nf4"], kernels["add_parts"], kernels["add_gated_parts"], num_slots)
 
 
+def _count_shared_bytes(row_tiles: int, x_parts: int) -> int:
+    """Return what a block needs: the tables, and columns of x twice, 16 bytes more a row."""
+    return _TABLE_BYTES + _SCALE_BYTES + 2 * (8 * row_tiles) * (UNIT // x_parts + 8) * 2
+
+
+def _find_shared_bytes(device: torch.device) -> tuple[int, int]:
+    """Return how much shared memory a block can have, and a processor has for all of its blocks."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor
+
+
 @functools.cache
 def _load_unpacking(device: torch.device) -> CudaKernel:
-    files, sizes = ("nf4_tiles.cuh", "unpack_nf4.cu"), {"unpack_nf4": (_THREADS, 0)}
+    files, sizes = ("ptx.cuh", "nf4_tiles.cuh", "unpack_nf4.cu"), {"unpack_nf4": (_THREADS, 0)}
     return load_kernels(files, device, {"WARPS": _WARPS}, sizes)["unpack_nf4"]

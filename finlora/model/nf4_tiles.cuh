@@ -10,23 +10,6 @@ constexpr int HALVES = 2, HALF_GROUPS = GROUPS / HALVES, HALF_BYTES = OUTS * HAL
 constexpr int LEVEL_PLACE = HALVES * HALF_BYTES, TILE_STRIDE = LEVEL_PLACE + OUTS * GROUPS;
 constexpr int PAIRS = 256, NESTED = 64 * 256;  // weights that share a level's scale
 
-typedef unsigned short bf16;
-
-__device__ float to_float(bf16 value) { return __uint_as_float(static_cast<unsigned>(value) << 16); }
-
-__device__ bf16 to_bf16(float value) {
-    bf16 rounded;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(value));
-    return rounded;
-}
-
-// Returns both in bfloat16, the first one in the low bits.
-__device__ unsigned round_two(float low, float high) {
-    unsigned rounded;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(rounded) : "f"(high), "f"(low));
-    return rounded;
-}
-
 // Half a tile's part of one lane: products' operands for 16 outputs and 64 columns each.
 struct Half {
     uint4 bytes[OUT_TILES][HALF_GROUPS];

@@ -84,10 +84,23 @@ def assert_near(found, x, weight, residual=None):
     adversarial.assert_near(found, x, weight, residual, eps=3 * 2.0**-8)
 
 
+@pytest.fixture
+def shared_bytes(request, monkeypatch):
+    """The shared memory of a block and of a processor that the kernels are made for: this GPU's own, or another's."""
+    from finlora.model import few_nf4
+
+    if request.param is not None:
+        monkeypatch.setattr(few_nf4, "_find_shared_bytes", lambda device: request.param)
+        few_nf4._load.cache_clear()
+    yield
+    few_nf4._load.cache_clear()
+
+
 @on_gpu
+@pytest.mark.parametrize("shared_bytes", [None, (101376, 102400)], ids=["own", "A6000"], indirect=True)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("num_rows", "num_out", "num_in"), SIZES)
-def test_few_rows(num_rows, num_out, num_in, kind):
+def test_few_rows(num_rows, num_out, num_in, kind, shared_bytes):
     from finlora.model.few_nf4 import few_nf4
 
     layer = make_layer(spoil(random_rows(num_out, num_in, seed=3), kind))

@@ -65,9 +65,13 @@ class Stage:
     ) -> None:
         config = net.config
         self.net, self.span, self.dtype = net, span, dtype
-        self.layers = [
-            read_layer(net.model.layers[index], config, dtype, keep_unpacked, consumes=True) for index in span
-        ]
+        self.layers = []
+        for index in span:
+            self.layers.append(read_layer(net.model.layers[index], config, dtype, keep_unpacked, consumes=True))
+            if (
+                torch.cuda.is_initialized()
+            ):  # what weights lay in before fits no other layer's, and others share the GPU
+                torch.cuda.empty_cache()
         self.device = self.layers[0].first_norm.device
         self.is_first, self.is_last = span.start == 0, span.stop == config.num_hidden_layers
         self.adapters: dict[str, Adapter] = {}

@@ -149,7 +149,7 @@ def test_stage_that_does_not_leave_the_graph_is_replaced(pipeline, four_layers, 
     monkeypatch.setattr(module, "_REPAIR_TIMEOUT_S", 0.5)
 
     def hold(actor):
-        actor.stage.run = lambda _batch, _hidden: (tmp_path / "held").touch() or time.sleep(60)
+        actor.stage.run = lambda *_: (tmp_path / "held").touch() or time.sleep(60)
 
     before = look_at(pipeline)
     ray.get(pipeline.actors[1].__ray_call__.remote(hold))

@@ -13,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ _CLOSE_TIMEOUT_S = 2.0
 """Seconds for a stage to leave the graph by itself: now and then one goes on waiting for a message that nobody sends any more."""
 _REPAIR_TIMEOUT_S = 15.0
 """The same where it is to live on: it may compute a long prompt first."""
+_IDLE_TIMEOUT_S = 3.0
+"""The same where it computes nothing: it does not leave any more, and all wait for it."""
 _SIGN_TIMEOUT_S = 30.0
 """Seconds for a loaded stage to do what takes it a moment; one that does not is taken for dead."""
 _POLL_S = 1.0
@@ -213,15 +216,32 @@ class Pipeline:
         # Ray waits without end for a stage that does not leave, and has begun to by itself where one died.
         leaving = threading.Thread(target=graph.teardown, name="leave-graph", daemon=True)
         leaving.start()
-        _, staying = ray.wait(loops, num_returns=len(loops), timeout=timeout_s, fetch_local=False)
+        began, staying = time.monotonic(), loops
+        last_work = began
+        while staying and time.monotonic() < min(began + timeout_s, last_work + _IDLE_TIMEOUT_S):
+            left_s = max(0.0, began + timeout_s - time.monotonic())
+            _, staying = ray.wait(staying, num_returns=len(staying), timeout=min(_POLL_S, left_s), fetch_local=False)
+            if self._is_any_at_work([self.actors[index] for index, loop in enumerate(loops) if loop in staying]):
+                last_work = time.monotonic()
         stuck = {index for index, loop in enumerate(loops) if loop in staying}
         for index in stuck:
-            _logger.warning("Stage %d did not leave the graph in %.0f s and is ended by force", index, timeout_s)
+            passed = time.monotonic() - began
+            _logger.warning("Stage %d did not leave the graph in %.0f s and is ended by force", index, passed)
             ray.kill(self.actors[index])
         leaving.join(_SIGN_TIMEOUT_S)
         self._refs.clear()  # only now: what waits in a graph that stands is still fetched by it
         self._outputs.clear()
         return stuck
+
+    @staticmethod
+    def _is_any_at_work(actors: Sequence[Any]) -> bool:
+        refs = [actor.is_at_work.remote() for actor in actors]
+        ready, late = ray.wait(refs, num_returns=len(refs), timeout=_POLL_S) if refs else ([], [])
+        for ref in ready:
+            with suppress(RayError):  # of one that has died
+                if ray.get(ref):
+                    return True
+        return bool(late)  # it may be busy
 
     def _find_dead(self) -> set[int]:
         refs = [actor.describe.remote() for actor in self.actors]

@@ -58,6 +58,7 @@ class StageActor:
         source, layers = ModelConfig(**model), range(*span)
         self.device = torch.device("cuda:0" if device == "cuda" else "cpu")
         self.neighbours: Neighbours | None = None
+        self._is_at_work = False
         self.number, self.num_stages = 0, 1
         self.sender: Sender | None = None
         self.receiver: Receiver | None = None
@@ -163,6 +164,17 @@ class StageActor:
         """Work on a message from the stage before, and give it to the next."""
         if isinstance(message.state, FinloraError):
             return message
+        self._is_at_work = True
+        try:
+            return self._answer(message)
+        finally:
+            self._is_at_work = False
+
+    def is_at_work(self) -> bool:
+        """Return whether the stage computes; otherwise it waits for a message, or for one to be taken."""
+        return self._is_at_work
+
+    def _answer(self, message: Message) -> Message:
         seconds, state = message.seconds, message.state
         try:
             if isinstance(message.work, Change):

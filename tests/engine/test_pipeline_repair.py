@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -163,5 +164,35 @@ def test_stage_that_does_not_leave_the_graph_is_replaced(pipeline, four_layers, 
         time.sleep(0.02)
     os.kill(before[0][0], signal.SIGKILL)
     assert pipeline.repair() == [0, 1]
+    assert look_at(pipeline)[2] == before[2]
+    check_answers(make_core(pipeline, four_layers), plain, "all")
+
+
+def test_stage_that_does_nothing_and_stays_in_the_graph_is_not_waited_for_as_one_that_computes(
+    pipeline, four_layers, plain, monkeypatch, caplog
+):
+    """Its loop reads on where Ray has closed the channel: made here by a read that does not come back."""
+    import ray
+
+    from finlora.engine import pipeline as module
+
+    monkeypatch.setattr(module, "_IDLE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(module, "_REPAIR_TIMEOUT_S", 100.0)
+
+    def hang(_actor):
+        from ray.experimental.channel.shared_memory_channel import CompositeChannel
+
+        CompositeChannel.read = lambda *_args, **_settings: time.sleep(200)
+
+    before = look_at(pipeline)
+    ray.get(pipeline.actors[1].__ray_call__.remote(hang))
+    core = make_core(pipeline, four_layers)
+    for request in make_requests(count=2):
+        core.submit(request)
+    core.step()  # the read that was under way comes back, the next one does not
+    os.kill(before[0][0], signal.SIGKILL)
+    assert pipeline.repair() == [0, 1]
+    said = re.search(r"Stage 1 did not leave the graph in (\d+) s and is ended by force", caplog.text)
+    assert int(said[1]) < 100
     assert look_at(pipeline)[2] == before[2]
     check_answers(make_core(pipeline, four_layers), plain, "all")

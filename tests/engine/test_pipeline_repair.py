@@ -179,17 +179,29 @@ def test_stage_that_does_nothing_and_stays_in_the_graph_is_not_waited_for_as_one
     monkeypatch.setattr(module, "_IDLE_TIMEOUT_S", 0.5)
     monkeypatch.setattr(module, "_REPAIR_TIMEOUT_S", 100.0)
 
-    def hang(_actor):
+    def hang(actor):
         from ray.experimental.channel.shared_memory_channel import CompositeChannel
 
-        CompositeChannel.read = lambda *_args, **_settings: time.sleep(200)
+        plain_read, plain_run, runs = CompositeChannel.read, actor.stage.run, []
+
+        def run(*arguments):
+            runs.append(arguments)
+            return plain_run(*arguments)
+
+        def read(channel, timeout=None):
+            if runs:
+                time.sleep(200)
+            return plain_read(channel, timeout)
+
+        actor.stage.run = run
+        CompositeChannel.read = read
 
     before = look_at(pipeline)
     ray.get(pipeline.actors[1].__ray_call__.remote(hang))
     core = make_core(pipeline, four_layers)
     for request in make_requests(count=2):
         core.submit(request)
-    core.step()  # the read that was under way comes back, the next one does not
+    core.step()  # one message is read and computed, and the next read does not come back
     os.kill(before[0][0], signal.SIGKILL)
     assert pipeline.repair() == [0, 1]
     said = re.search(r"Stage 1 did not leave the graph in (\d+) s and is ended by force", caplog.text)

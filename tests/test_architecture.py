@@ -61,7 +61,7 @@ HOMES = {
     },
     "deepspeed": {"train.data_parallel"},
     "bitsandbytes": {"model.base", "model.nf4", "model.quantised"},
-    "cuda": {"model.cuda_source", "engine.handover"},
+    "cuda": {"model.cuda_source"},
     "typer": {"cli"},
 }
 

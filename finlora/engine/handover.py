@@ -29,14 +29,7 @@ from triton.language.extra.cuda import globaltimer
 
 from finlora.engine.messages import Parcel
 from finlora.errors import ResourceError
-
-try:
-    from cuda.bindings import runtime
-except ImportError as error:
-    raise ResourceError(
-        "stages that share a GPU need the package cuda-bindings, which is not installed: `make setup TORCH=gpu`, or "
-        f"pip install 'cuda-bindings>=13,<14' ({error})."
-    ) from error
+from finlora.model.cuda_source import check, runtime
 
 _ALIGNMENT = 256  # bytes
 _LEAST_BYTES = 2 * 2**20
@@ -138,7 +131,7 @@ class Sender:
             return room
         num_bytes = max(_LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
         pointer = _allocate(num_bytes)
-        handle = bytes(_check(runtime.cudaIpcGetMemHandle(pointer)).reserved)
+        handle = bytes(check(runtime.cudaIpcGetMemHandle(pointer)).reserved)
         if room is not None:
             self._outgrown.append(room.memory)
         event = room.event if room else torch.cuda.Event(interprocess=True)
@@ -164,7 +157,7 @@ class Receiver:
         if parcel.memory not in self._mapped:
             handle = runtime.cudaIpcMemHandle_t()
             handle.reserved = parcel.memory
-            pointer = _check(runtime.cudaIpcOpenMemHandle(handle, runtime.cudaIpcMemLazyEnablePeerAccess))
+            pointer = check(runtime.cudaIpcOpenMemHandle(handle, runtime.cudaIpcMemLazyEnablePeerAccess))
             self._mapped[parcel.memory] = pointer, _view(pointer, parcel.num_bytes, self._device)
         if parcel.event not in self._events:
             self._events[parcel.event] = torch.cuda.Event.from_ipc_handle(self._device, parcel.event)
@@ -241,11 +234,3 @@ def _allocate(num_bytes: int) -> Any:
             "smaller KV cache, or fewer stages on it."
         )
     return result[1]
-
-
-def _check(result: tuple[Any, ...]) -> Any:
-    """Return what a call gives beside its status, or raise."""
-    status, *values = result
-    if int(status):
-        raise RuntimeError(f"CUDA: {status.name}")
-    return values[0] if values else None

@@ -19,12 +19,14 @@ from torch import Tensor
 from finlora.errors import ResourceError
 
 try:
-    from cuda.bindings import driver, nvrtc
+    from cuda.bindings import driver, nvrtc, runtime
 except ImportError as error:
     raise ResourceError(
-        "products with a 4-bit base on a GPU need the package cuda-bindings, which is not installed: `make setup TORCH=gpu`, or "
-        f"pip install 'cuda-bindings>=13,<14' ({error})."
+        "products with a 4-bit base on a GPU, and stages that share one, need the package cuda-bindings, which is not installed: "
+        f"`make setup TORCH=gpu`, or pip install 'cuda-bindings>=13,<14' ({error})."
     ) from error
+
+__all__ = ["CudaKernel", "check", "load_kernels", "runtime"]
 
 
 class CudaKernel:
@@ -38,11 +40,11 @@ class CudaKernel:
         self._function, self._context = function, context
         self._threads, self._shared_bytes = threads, shared_bytes
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuFuncSetAttribute(function, limit, shared_bytes))
+        check(driver.cuFuncSetAttribute(function, limit, shared_bytes))
         self._overlap = driver.CUlaunchAttribute()
         self._overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         self._overlap.value.programmaticStreamSerializationAllowed = 1
-        self.blocks_a_processor: int = _check(
+        self.blocks_a_processor: int = check(
             driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, threads, shared_bytes)
         )
 
@@ -52,7 +54,7 @@ class CudaKernel:
         Args:
             overlaps: it may begin while the kernel before it ends (finlora/model/overlap.py).
         """
-        _check(driver.cuCtxSetCurrent(self._context))  # a thread that has not used the GPU yet has none
+        check(driver.cuCtxSetCurrent(self._context))  # a thread that has not used the GPU yet has none
         values = tuple(each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments)
         types = tuple(ctypes.c_int if isinstance(each, int) else ctypes.c_void_p for each in arguments)
         config = driver.CUlaunchConfig()
@@ -62,7 +64,7 @@ class CudaKernel:
         config.hStream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
         if overlaps:
             config.attrs, config.numAttrs = [self._overlap], 1
-        _check(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
+        check(driver.cuLaunchKernelEx(config, self._function, (values, types), 0))
 
 
 def load_kernels(
@@ -83,11 +85,11 @@ def load_kernels(
         options = ["--std=c++17", f"--gpu-architecture=sm_{major}{minor}"]
         options += [f"-D{name}={value}" for name, value in sorted(defines.items())]
         binary = _compile(files, tuple(options))
-        context = _check(driver.cuDevicePrimaryCtxRetain(_check(driver.cuDeviceGet(torch.cuda.current_device()))))
-        _check(driver.cuCtxSetCurrent(context))
-        module = _check(driver.cuModuleLoadData(binary))
+        context = check(driver.cuDevicePrimaryCtxRetain(check(driver.cuDeviceGet(torch.cuda.current_device()))))
+        check(driver.cuCtxSetCurrent(context))
+        module = check(driver.cuModuleLoadData(binary))
         return {
-            name: CudaKernel(_check(driver.cuModuleGetFunction(module, name.encode())), context, *size)
+            name: CudaKernel(check(driver.cuModuleGetFunction(module, name.encode())), context, *size)
             for name, size in sizes.items()
         }
 
@@ -97,24 +99,24 @@ def _compile(files: Sequence[str], options: tuple[str, ...]) -> bytes:
     parts = ((name, (resources.files("finlora.model") / name).read_text()) for name in files)
     source = "".join(f'#line 1 "{name}"\n{text}' for name, text in parts).encode()
     try:
-        program = _check(nvrtc.nvrtcCreateProgram(source, files[-1].encode(), 0, [], []))
+        program = check(nvrtc.nvrtcCreateProgram(source, files[-1].encode(), 0, [], []))
     except RuntimeError as error:  # cuda-bindings finds no library
         raise ResourceError(
             f"NVIDIA's run-time compiler (nvidia-cuda-nvrtc, which torch installs) is missing: {error}"
         ) from error
     flags = [option.encode() for option in options]
     if int(nvrtc.nvrtcCompileProgram(program, len(flags), flags)[0]):
-        log = bytes(_check(nvrtc.nvrtcGetProgramLogSize(program)))
-        _check(nvrtc.nvrtcGetProgramLog(program, log))
+        log = bytes(check(nvrtc.nvrtcGetProgramLogSize(program)))
+        check(nvrtc.nvrtcGetProgramLog(program, log))
         raise ResourceError(
             f"{files[-1]} cannot be compiled for this GPU ({' '.join(options)}): {log.decode().strip()[:2000]}"
         )
-    binary = bytes(_check(nvrtc.nvrtcGetCUBINSize(program)))
-    _check(nvrtc.nvrtcGetCUBIN(program, binary))
+    binary = bytes(check(nvrtc.nvrtcGetCUBINSize(program)))
+    check(nvrtc.nvrtcGetCUBIN(program, binary))
     return binary
 
 
-def _check(result: tuple[Any, ...]) -> Any:
+def check(result: tuple[Any, ...]) -> Any:
     """Return what a call gives beside its status, or raise."""
     status, *values = result
     if int(status):

@@ -62,7 +62,8 @@ __device__ unsigned look_up(const char* pairs, unsigned word, int byte, unsigned
     return *reinterpret_cast<const unsigned*>(pairs + (shifted & 0x7f80 | own));
 }
 
-// Adds half a tile to the sums; `x` begins at its columns. A lane's columns of a group lie side by side: products take them in this order, of x as of W.
+// Adds half a tile to the sums; `x` begins at its columns. A lane's columns of a group lie side by side: products take them in this
+// order, of x as of W.
 __device__ void add_half(float (&total)[OUT_TILES][ROW_TILES][4], const Half& half, const float4* scales, const bf16* x,
                          const char* pairs, int first_group) {
     const int lane = threadIdx.x % LANES, place = lane >> 2, quad = lane & 3;

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finlora.model.cuda_source import CudaKernel, load_kernels
+from finlora.model.few_rows import num_processors
 from finlora.model.nf4 import STRIP, UNIT, Nf4Tiles
 from finlora.model.overlap import can_overlap
 
@@ -98,8 +99,7 @@ def _load(row_tiles: int, device: torch.device) -> _Kernels:
     sizes = {"few_nf4": (_THREADS, needs[x_parts])}
     sizes |= dict.fromkeys(("add_parts", "add_gated_parts"), (_THREADS, 0))
     kernels = load_kernels(("ptx.cuh", "nf4_tiles.cuh", "few_nf4.cu"), device, defines, sizes)
-    num_processors = torch.cuda.get_device_properties(device).multi_processor_count
-    num_slots = num_processors * kernels["few_nf4"].blocks_a_processor
+    num_slots = num_processors(device) * kernels["few_nf4"].blocks_a_processor
     return _Kernels(kernels["few_nf4"], kernels["add_parts"], kernels["add_gated_parts"], num_slots)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from finlora.model.base import Int8Rows, read_int8
 from finlora.model.elementwise import fused, gate
-from finlora.model.nf4 import STRIP, can_tile, take_tiles, unpack_nf4
+from finlora.model.nf4 import STRIP, Nf4Tiles, can_tile, take_tiles, unpack_nf4
 
 OUTLIER_THRESHOLD = 6.0
 MAX_OUTLIERS = 64
@@ -63,31 +63,48 @@ class DenseWeight:
         return out
 
 
-class Nf4Weight:
-    """Projections packed at 4 bit, unpacked one after the other for each product."""
+class _PackedParts:
+    """Projections of one input, side by side, unpacked one after the other for each product.
 
-    def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
-        self.layers = layers
-        self.dtype = dtype
-        self.sizes = [int(layer.out_features) for layer in layers]
+    Args:
+        parts: what `_unpack` takes.
+        sizes: outputs of each part.
+    """
+
+    def __init__(self, parts: Sequence[Any], sizes: Sequence[int]) -> None:
+        self.parts, self.sizes = parts, list(sizes)
+
+    def _unpack(self, part: Any) -> Tensor:
+        raise NotImplementedError
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if len(self.layers) == 1:
-            return DenseWeight(unpack_nf4(self.layers[0], self.dtype)).forward(x, residual)
+        if len(self.parts) == 1:
+            return DenseWeight(self._unpack(self.parts[0])).forward(x, residual)
         out = x.new_empty(x.shape[0], sum(self.sizes))
-        for layer, part in zip(self.layers, out.split(self.sizes, 1), strict=True):
-            torch.mm(x, unpack_nf4(layer, self.dtype).t(), out=part)
+        for part, columns in zip(self.parts, out.split(self.sizes, 1), strict=True):
+            torch.mm(x, self._unpack(part).t(), out=columns)
         return out if residual is None else out.add_(residual)
 
     def backward(self, grad: Tensor) -> Tensor:
-        parts = grad.split(self.sizes, 1)
-        total: Tensor = parts[0] @ unpack_nf4(self.layers[0], self.dtype)
-        for layer, part in zip(self.layers[1:], parts[1:], strict=True):
-            total.addmm_(part, unpack_nf4(layer, self.dtype))
+        columns = grad.split(self.sizes, 1)
+        total: Tensor = columns[0] @ self._unpack(self.parts[0])
+        for part, own in zip(self.parts[1:], columns[1:], strict=True):
+            total.addmm_(own, self._unpack(part))
         return total
 
 
-class TiledNf4Weight:
+class Nf4Weight(_PackedParts):
+    """Projections packed at 4 bit, as bitsandbytes holds them."""
+
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
+        super().__init__(layers, [int(layer.out_features) for layer in layers])
+        self.dtype = dtype
+
+    def _unpack(self, part: Any) -> Tensor:
+        return unpack_nf4(part, self.dtype)
+
+
+class TiledNf4Weight(_PackedParts):
     """Projections packed at 4 bit on a GPU, in the order in which kernels of few rows read them; bfloat16.
 
     Args:
@@ -97,27 +114,22 @@ class TiledNf4Weight:
     def __init__(self, layers: Sequence[Any]) -> None:
         sizes = [int(layer.out_features) for layer in layers]
         self.tiles = take_tiles(layers)
-        is_apart = all(size % STRIP == 0 for size in sizes)  # else tiles have rows of two projections
-        self.sizes = sizes if is_apart else [sum(sizes)]
-        self.parts = self.tiles.split(sizes) if is_apart else [self.tiles]
+        if all(size % STRIP == 0 for size in sizes):
+            super().__init__(self.tiles.split(sizes), sizes)
+        else:  # tiles have rows of two projections
+            super().__init__([self.tiles], [sum(sizes)])
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        from finlora.model.few_nf4 import few_nf4, unpack_tiles
-
-        if x.shape[0] <= MAX_FEW_ROWS:
-            return few_nf4(x.contiguous(), self.tiles, None if residual is None else residual.contiguous())
-        if len(self.parts) == 1:
-            return DenseWeight(unpack_tiles(self.tiles)).forward(x, residual)
-        out = x.new_empty(x.shape[0], sum(self.sizes))
-        for tiles, part in zip(self.parts, out.split(self.sizes, 1), strict=True):
-            torch.mm(x, unpack_tiles(tiles).t(), out=part)
-        return out if residual is None else out.add_(residual)
-
-    def backward(self, grad: Tensor) -> Tensor:
+    def _unpack(self, part: Nf4Tiles) -> Tensor:
         from finlora.model.few_nf4 import unpack_tiles
 
-        out: Tensor = grad @ unpack_tiles(self.tiles)
-        return out
+        return unpack_tiles(part)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if x.shape[0] > MAX_FEW_ROWS:
+            return super().forward(x, residual)
+        from finlora.model.few_nf4 import few_nf4
+
+        return few_nf4(x.contiguous(), self.tiles, None if residual is None else residual.contiguous())
 
 
 def multiply_gated(weight: FrozenWeight, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ UNIT = 256
 """Columns of a tile."""
 STRIP = 32
 """Outputs of a tile."""
-NESTED = 256
+_NESTED = 256
 """Blocks that share a scale of their levels."""
 _BLOCK = 64
 
@@ -44,7 +44,7 @@ class Nf4Tiles(NamedTuple):
         """Return views of the layers' own rows; their numbers of outputs must be multiples of 32."""
         columns = self.tiles.shape[1] * UNIT
         tiles = self.tiles.split([size // STRIP for size in sizes])
-        scales = self.level_scales.split([size * columns // (_BLOCK * NESTED) for size in sizes])
+        scales = self.level_scales.split([size * columns // (_BLOCK * _NESTED) for size in sizes])
         means = self.means.split(list(sizes))
         return [
             self._replace(tiles=own, level_scales=scale, means=mean)
@@ -65,8 +65,8 @@ def can_tile(layers: Sequence[Any]) -> bool:
     """Return whether the blocks of 4-bit layers of one input line up with tiles, and those of all of them with each other."""
     for layer in layers:
         state = layer.weight.quant_state
-        is_nested = state.nested and state.blocksize == _BLOCK and state.state2.blocksize == NESTED
-        if not is_nested or (len(layers) > 1 and len(state.absmax) % NESTED):
+        is_nested = state.nested and state.blocksize == _BLOCK and state.state2.blocksize == _NESTED
+        if not is_nested or (len(layers) > 1 and len(state.absmax) % _NESTED):
             return False
     num_in = int(layers[0].in_features)
     # The kernels count weights in 32 bits.

@@ -31,6 +31,16 @@ def make_states(number, num_rows):
     return torch.randn(num_rows, HIDDEN, generator=generator).bfloat16()
 
 
+def start_sender(send):
+    """Return a process that runs `send` with a pipe, and the pipe's end here."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=send, args=(there,))
+    process.start()
+    there.close()
+    return process, here
+
+
 def send_all(pipe):
     """Stage 1 of 3; it computes for a while, and its parcels are on their way before that is over."""
     from finlora.engine.handover import Sender, Stamps
@@ -55,11 +65,7 @@ def send_all(pipe):
 def test_states_arrive_though_the_parcel_comes_before_them(_gpu):
     from finlora.engine.handover import Receiver
 
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    other = context.Process(target=send_all, args=(there,))
-    other.start()
-    there.close()
+    other, here = start_sender(send_all)
     receiver = Receiver(3, HIDDEN, torch.bfloat16, torch.device("cuda"))
     make_states(0, 1).cuda() * 2  # the kernel is loaded before its time is taken
     queued = []
@@ -110,10 +116,7 @@ def send_and_die(pipe):
 def test_stage_whose_states_will_not_come_is_not_waited_for(_gpu):
     from finlora.engine.handover import Receiver
 
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    other = context.Process(target=send_and_die, args=(there,))
-    other.start()
+    other, here = start_sender(send_and_die)
     receiver = Receiver(2, HIDDEN, torch.bfloat16, torch.device("cuda"))
     parcel = here.recv()
     receiver.receive(parcel)

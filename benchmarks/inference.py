@@ -156,9 +156,10 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
     import torch
 
     from finlora.engine.drive import EngineCore
+    from finlora.engine.limits import Limits
     from finlora.engine.opening import choose_batch_rows, choose_in_flight, open_executor
     from finlora.engine.request import Request, Sampling
-    from finlora.engine.scheduler import Limits, Scheduler
+    from finlora.engine.scheduler import Scheduler
     from finlora.model.base import quiet_bitsandbytes
     from finlora.model.source import find_source
     from finlora.model.tokenizer import load_tokenizer
@@ -188,7 +189,8 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
         def run(asked: Sequence[Any]) -> tuple[Any, Any]:
             """Return the meter's readings of the whole run, and from the last prompt's to the first answer's end."""
             # Another scheduler has another prefix cache: nothing is left of the run before.
-            limits = Limits(cache_rows=rows, max_in_flight=in_flight, max_batch_tokens=batch_rows)
+            follows = executor.can_follow and not options.no_following
+            limits = Limits(cache_rows=rows, max_in_flight=in_flight, max_batch_tokens=batch_rows, follows=follows)
             core = EngineCore(executor, Scheduler(limits, NEVER, lambda: 0), tokenizer)
             for request in asked:
                 core.submit(request)
@@ -300,6 +302,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, help="most rows of a micro-batch; default: as an evaluation has")
     parser.add_argument("--transport", choices=["messages", "nccl", "gloo"], default="messages", help="between stages")
     parser.add_argument("--in-flight", type=int, help="micro-batches under way; default: as an evaluation has")
+    parser.add_argument("--no-following", action="store_true", help="start no token before the one before it is back")
     options = parser.parse_args()
     for name in options.works:
         parse_work(name)

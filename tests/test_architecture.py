@@ -51,6 +51,7 @@ HOMES = {
         *(
             "engine.pipeline",
             "engine.joining",
+            "engine.leaving",
             "engine.waiting",
             "serve.app",
             "serve.fronts",

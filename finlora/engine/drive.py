@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,8 +23,6 @@ from finlora.errors import AdapterError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from finlora.engine.stage import Stage
-
 
 _BUSY_SHARE, _MOST_SPARE_S = 0.75, 0.1
 """Share of a micro-batch's time for which more requests are waited for, and the most seconds."""
@@ -32,6 +30,9 @@ _BUSY_SHARE, _MOST_SPARE_S = 0.75, 0.1
 
 class Executor(Protocol):
     """Computes micro-batches in the order in which they are started."""
+
+    can_follow: bool
+    """Whether a micro-batch that follows another can be started before that one is back."""
 
     def start(self, batch: MicroBatch) -> None:
         """Send a micro-batch into the first stage."""
@@ -56,42 +57,6 @@ class Executor(Protocol):
     def peak_memory_gib(self) -> float | None:
         """Return the most memory that all stages together took since they were loaded, in GiB; None where unknown."""
         ...
-
-
-class InProcess:
-    """Stages of this process, one after the other."""
-
-    def __init__(self, stages: Sequence[Stage]) -> None:
-        self.stages = stages
-        self._outputs: deque[Output] = deque()
-
-    def start(self, batch: MicroBatch) -> None:
-        result: object = None
-        seconds = []
-        for stage in self.stages:
-            started = time.perf_counter()
-            result = stage.run(batch, result)  # type: ignore[arg-type]
-            seconds.append(time.perf_counter() - started)
-        assert isinstance(result, Output)
-        self._outputs.append(dataclasses.replace(result, stage_seconds=seconds))
-
-    def collect(self) -> Output:
-        return self._outputs.popleft()
-
-    def load_adapter(self, name: str, folder: Path) -> None:
-        try:
-            for stage in self.stages:
-                stage.load_adapter(name, folder)
-        except AdapterError:
-            self.unload_adapter(name)  # from the stages before the one that refused it
-            raise
-
-    def unload_adapter(self, name: str) -> None:
-        for stage in self.stages:
-            stage.unload_adapter(name)
-
-    def peak_memory_gib(self) -> float | None:
-        return self.stages[0].peak_memory_gib()  # they share a process
 
 
 OnPiece = Callable[[str, Piece], None]

@@ -6,7 +6,8 @@ takes on the host costs hardly any time. It waits for the event itself, not on t
 stage before has died.
 
 When a stage began and ended is written on the GPU, beside the states, since it does not wait for its own work; the first stage
-that does reads it for all.
+that does reads it for all. The message's ticket is written with the end: CUDA counts the event of a process that is killed as
+done, and without its states the ones after it would answer nonsense.
 
 Imported only where a CUDA tensor is at hand: the CPU build of torch has neither Triton nor cuda-bindings.
 
@@ -43,11 +44,17 @@ def _stamp(target_ptr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     tl.store(target_ptr, globaltimer())
 
 
+@triton.jit(do_not_specialize=["ticket"])
+def _stamp_done(target_ptr, ticket_ptr, ticket):  # type: ignore[no-untyped-def]  # noqa: ANN001
+    tl.store(target_ptr, globaltimer())
+    tl.store(ticket_ptr, ticket.to(tl.int64))
+
+
 class Stamps:
-    """When stages began and ended, in nanoseconds of the GPU.
+    """When stages began and ended, in nanoseconds of the GPU, and the ticket of the message that they were done with.
 
     Args:
-        numbers: (2 K,) int64 on the GPU.
+        numbers: (3, K) int64 on the GPU.
     """
 
     def __init__(self, numbers: Tensor) -> None:
@@ -55,16 +62,25 @@ class Stamps:
 
     def begin(self, stage: int) -> None:
         """Write the time at which what is queued next begins."""
-        _stamp[(1,)](self.numbers[2 * stage :])
+        _stamp[(1,)](self.numbers[0, stage:])
 
-    def end(self, stage: int) -> None:
+    def end(self, stage: int, ticket: int) -> None:
         """Write the time at which what is queued so far ends."""
-        _stamp[(1,)](self.numbers[2 * stage + 1 :])
+        _stamp_done[(1,)](self.numbers[1, stage:], self.numbers[2, stage:], ticket)
 
-    def read(self, first: int, last: int) -> tuple[float, ...]:
-        """Wait for what is queued, and return the seconds of stages `first` to `last`."""
-        numbers = self.numbers.tolist()
-        return tuple((numbers[2 * stage + 1] - numbers[2 * stage]) * 1e-9 for stage in range(first, last + 1))
+    def read(self, first: int, last: int, ticket: int) -> tuple[float, ...]:
+        """Wait for what is queued, and return the seconds of stages `first` to `last`.
+
+        Raises:
+            RuntimeError: one of them died before it was done.
+        """
+        began, ended, tickets = self.numbers.tolist()
+        for stage in range(first, last + 1):
+            if tickets[stage] != ticket:
+                raise RuntimeError(
+                    f"stage {stage} died before its hidden states were complete: what came after it is void"
+                )
+        return tuple((ended[stage] - began[stage]) * 1e-9 for stage in range(first, last + 1))
 
 
 @dataclass(slots=True)
@@ -116,11 +132,11 @@ class Sender:
             stamps.numbers.copy_(before.numbers)
         stamps.begin(self._stage)
 
-    def send(self, place: int, hidden: Tensor) -> Parcel:
+    def send(self, place: int, ticket: int, hidden: Tensor) -> Parcel:
         """Queue the copy of a place's states (T, H), and return what the next stage finds them by."""
         room = self._rooms[place]
         _find_states(room.memory, self._num_stages, len(hidden), self._hidden_size, self._dtype).copy_(hidden)
-        _find_stamps(room.memory, self._num_stages).end(self._stage)
+        _find_stamps(room.memory, self._num_stages).end(self._stage, ticket)
         room.event.record()
         return Parcel(room.handle, room.event_handle, room.memory.numel(), len(hidden), os.getpid())
 
@@ -210,11 +226,11 @@ def _view(pointer: Any, num_bytes: int, device: torch.device) -> Tensor:
 
 def _first_byte(num_stages: int) -> int:
     """Return where states begin, behind the stamps."""
-    return -(-16 * num_stages // _ALIGNMENT) * _ALIGNMENT
+    return -(-24 * num_stages // _ALIGNMENT) * _ALIGNMENT
 
 
 def _find_stamps(memory: Tensor, num_stages: int) -> Stamps:
-    return Stamps(memory[: 16 * num_stages].view(torch.int64))
+    return Stamps(memory[: 24 * num_stages].view(torch.int64).view(3, num_stages))
 
 
 def _find_states(memory: Tensor, num_stages: int, num_rows: int, hidden_size: int, dtype: torch.dtype) -> Tensor:

@@ -21,12 +21,24 @@ def join_stages(actors: Sequence[Any], transport: Transport) -> None:
 
     Raises:
         RayError: a stage died meanwhile.
+        ResourceError: the last stage cannot reach the first one.
     """
+    _join_ends(actors)
     if transport == "messages":
         _share_gpus(actors)
         return
     address = ray.get(actors[0].__ray_call__.remote(_offer_address))
     ray.get([actor.join.remote(transport, index, len(actors), address) for index, actor in enumerate(actors)])
+
+
+def _join_ends(actors: Sequence[Any]) -> None:
+    """Let drawn tokens go back from the last stage to the first."""
+    first, last = actors[0], actors[-1]
+    if len(actors) == 1:
+        ray.get(first.keep_tokens.remote())
+        return
+    address = ray.get(first.__ray_call__.remote(lambda stage: stage.listen(ray.util.get_node_ip_address())))
+    ray.get([first.accept_last.remote(), last.reach_first.remote(address)])
 
 
 def _share_gpus(actors: Sequence[Any]) -> None:

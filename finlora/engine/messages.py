@@ -42,3 +42,5 @@ class Message:
     """How long each stage so far worked on it, as far as that is known: stages that share a GPU pass it on before that."""
     place: int = 0
     """Number that no other message under way has: which memory carries its parcels."""
+    ticket: int = 0
+    """Number that no other message of the pipeline has: what stages write beside their parcels when they are done."""

@@ -44,6 +44,9 @@ class MicroBatch:
 
     number: int
     input_ids: list[int] = field(default_factory=list)
+    """One below 0, -1 - D, stands for the token of draw D of the micro-batch that this one follows."""
+    follows: int | None = None
+    """Number of a micro-batch under way whose tokens are not known yet."""
     positions: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
     """Cache row that each row's key and value are written to."""

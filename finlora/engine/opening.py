@@ -14,12 +14,14 @@ import torch
 
 from finlora.config import RunConfig
 from finlora.data.encode import end_token_id
-from finlora.engine.drive import EngineCore, Executor, InProcess
+from finlora.engine.drive import EngineCore, Executor
 from finlora.engine.extents import BLOCK
+from finlora.engine.in_process import InProcess
+from finlora.engine.limits import Limits
 from finlora.engine.microbatch import MicroBatch
 from finlora.engine.recorded import DECODE_SIZES, FEW_TAILS, PROMPT_SIZES, SHORT
 from finlora.engine.request import ADAPTER
-from finlora.engine.scheduler import Limits, Scheduler
+from finlora.engine.scheduler import Scheduler
 from finlora.engine.stage import Stage
 from finlora.errors import ResourceError
 from finlora.model.base import load_base, quiet_bitsandbytes
@@ -97,7 +99,12 @@ def open_engine(
     """Hold a base and at most one adapter, under the name ADAPTER, while inside; arguments and errors as `open_executor`."""
     with open_executor(config, num_stages, wanted_rows, least_rows) as (executor, rows):
         in_flight = choose_in_flight(num_stages, config.eval.device, config.eval.num_gpus)
-        limits = Limits(cache_rows=rows, max_in_flight=in_flight, max_batch_tokens=choose_batch_rows(in_flight))
+        limits = Limits(
+            cache_rows=rows,
+            max_in_flight=in_flight,
+            max_batch_tokens=choose_batch_rows(in_flight),
+            follows=executor.can_follow,
+        )
         end = end_token_id(tokenizer, config.model.template)
         core = EngineCore(executor, Scheduler(limits, end, lambda: random.getrandbits(31)), tokenizer)
         if adapter is not None:

@@ -11,12 +11,11 @@ that live, whose weights and adapters stay where they are.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
-import threading
-import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from finlora.config import Bits, ModelConfig, Transport
 from finlora.engine.joining import join_stages
+from finlora.engine.leaving import leave_graph
 from finlora.engine.messages import Change, Message
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.spans import split_layers
@@ -48,8 +48,6 @@ _CLOSE_TIMEOUT_S = 2.0
 """Seconds for a stage to leave the graph by itself: now and then one goes on waiting for a message that nobody sends any more."""
 _REPAIR_TIMEOUT_S = 15.0
 """The same where it is to live on: it may compute a long prompt first."""
-_IDLE_TIMEOUT_S = 3.0
-"""The same where it computes nothing: it does not leave any more, and all wait for it."""
 _SIGN_TIMEOUT_S = 30.0
 """Seconds for a loaded stage to do what takes it a moment; one that does not is taken for dead."""
 _POLL_S = 1.0
@@ -83,6 +81,8 @@ class Pipeline:
         ModelError: the base's files are not usable.
     """
 
+    can_follow = True
+
     def __init__(self, model: ModelConfig, bits: Bits, config: PipelineConfig, seed: int) -> None:
         shape = read_shape(find_source(model).folder)
         self.spans = split_layers(shape, bits, config.num_stages)
@@ -103,6 +103,7 @@ class Pipeline:
         self._refs: deque[tuple[Any, int]] = deque()
         """Of messages under way, with their places."""
         self._outputs: deque[Output] = deque()
+        self._tickets = itertools.count(1)
         self._graph: Any = None
         try:
             self.stages: list[dict[str, float]] = ray.get([actor.describe.remote() for actor in self.actors])
@@ -212,36 +213,10 @@ class Pipeline:
         graph, self._graph = self._graph, None
         if graph is None:
             return set()
-        loops = [graph.worker_task_refs[actor] for actor in self.actors]
-        # Ray waits without end for a stage that does not leave, and has begun to by itself where one died.
-        leaving = threading.Thread(target=graph.teardown, name="leave-graph", daemon=True)
-        leaving.start()
-        began, staying = time.monotonic(), loops
-        last_work = began
-        while staying and time.monotonic() < min(began + timeout_s, last_work + _IDLE_TIMEOUT_S):
-            left_s = max(0.0, began + timeout_s - time.monotonic())
-            _, staying = ray.wait(staying, num_returns=len(staying), timeout=min(_POLL_S, left_s), fetch_local=False)
-            if self._is_any_at_work([self.actors[index] for index, loop in enumerate(loops) if loop in staying]):
-                last_work = time.monotonic()
-        stuck = {index for index, loop in enumerate(loops) if loop in staying}
-        for index in stuck:
-            passed = time.monotonic() - began
-            _logger.warning("Stage %d did not leave the graph in %.0f s and is ended by force", index, passed)
-            ray.kill(self.actors[index])
-        leaving.join(_SIGN_TIMEOUT_S)
+        stuck = leave_graph(graph, self.actors, timeout_s)
         self._refs.clear()  # only now: what waits in a graph that stands is still fetched by it
         self._outputs.clear()
         return stuck
-
-    @staticmethod
-    def _is_any_at_work(actors: Sequence[Any]) -> bool:
-        refs = [actor.is_at_work.remote() for actor in actors]
-        ready, late = ray.wait(refs, num_returns=len(refs), timeout=_POLL_S) if refs else ([], [])
-        for ref in ready:
-            with suppress(RayError):  # of one that has died
-                if ray.get(ref):
-                    return True
-        return bool(late)  # it may be busy
 
     def _find_dead(self) -> set[int]:
         refs = [actor.describe.remote() for actor in self.actors]
@@ -277,7 +252,8 @@ class Pipeline:
     def _send(self, work: MicroBatch | Change) -> None:
         taken = {place for _, place in self._refs}
         place = next(place for place in range(len(taken) + 1) if place not in taken)
-        self._refs.append((self._graph.execute(Message(work, place=place)), place))
+        message = Message(work, place=place, ticket=next(self._tickets))
+        self._refs.append((self._graph.execute(message), place))
 
     def _receive(self) -> Any:
         ref, _ = self._refs.popleft()

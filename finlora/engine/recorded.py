@@ -23,7 +23,7 @@ from torch import Tensor
 
 from finlora.engine.attending import Tail, group_tails, list_rows, split_tails
 from finlora.engine.microbatch import MicroBatch, Segment
-from finlora.engine.upload import pin, upload
+from finlora.engine.upload import fill_drawn, pin, upload
 from finlora.model.cached_attention import Places, Tails
 
 DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64)
@@ -39,6 +39,9 @@ SHORT = 128
 FEW_SEGMENTS, FEW_TAILS = PART_SIZES[-2]
 
 Run = Callable[["Rows", Tensor | None], Tensor]
+Begin = Callable[[], Tensor | None]
+"""Called when the host has laid out a micro-batch; hidden states need not be there before. Returns the tokens (N,) that the
+micro-batch follows, None where it follows none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ class RecordedPasses:
         taken: Taken,
         hidden: Tensor | None,
         adapters: Mapping[str | None, int],
-        begin: Callable[[], None] = lambda: None,
+        begin: Begin = lambda: None,
     ) -> Tensor:
         """Return the result of the micro-batch's rows; it holds until the next call.
 
@@ -165,12 +168,12 @@ class RecordedPasses:
             taken: what `take` returned.
             hidden: (rows, H) from the stage before; None at the first stage.
             adapters: their numbers.
-            begin: called when all is laid out, before `hidden` is read.
+            begin: called when all is laid out, before `hidden` is read; returns the tokens that the micro-batch follows.
         """
         form = taken.form
         sources = [row for first, segment in taken.filling for row in range(first, first + segment.num_rows)]
         numbers = self._lay_out(batch, taken, sources, adapters)
-        begin()
+        drawn = begin()
         if hidden is not None:
             hidden = hidden.to(self._device)
             hidden = torch.cat([hidden, hidden[upload(sources, self._device)]]) if sources else hidden
@@ -178,9 +181,12 @@ class RecordedPasses:
             if form not in self._graphs:
                 self._pool = self._pool or torch.cuda.MemPool()
                 self._graphs[form] = _Graph(self._run, numbers, hidden, form, self._device, self._pool)
-            return self._graphs[form].replay(numbers, hidden)[: batch.num_rows]
+            return self._graphs[form].replay(numbers, hidden, drawn)[: batch.num_rows]
         self._seen.add(form)
-        return self._run(Rows(numbers.to(self._device, non_blocking=True), form), hidden)[: batch.num_rows]
+        rows = Rows(numbers.to(self._device, non_blocking=True), form)
+        if drawn is not None:
+            fill_drawn(rows.ids, drawn)
+        return self._run(rows, hidden)[: batch.num_rows]
 
     def _lay_out(
         self, batch: MicroBatch, taken: Taken, sources: Sequence[int], adapters: Mapping[str | None, int]
@@ -247,15 +253,17 @@ class _Graph:
         device: torch.device,
         pool: torch.cuda.MemPool,
     ) -> None:
-        self.numbers = numbers.to(device)
+        self.numbers, self._ids = numbers.to(device), slice(form.num_rows)
         self.hidden = None if hidden is None else hidden.clone()
         torch.cuda.synchronize(device)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool.id):  # type: ignore[arg-type]
             self.output = run(Rows(self.numbers, form), self.hidden)
 
-    def replay(self, numbers: Tensor, hidden: Tensor | None) -> Tensor:
+    def replay(self, numbers: Tensor, hidden: Tensor | None, drawn: Tensor | None) -> Tensor:
         self.numbers.copy_(numbers, non_blocking=True)
+        if drawn is not None:
+            fill_drawn(self.numbers[self._ids], drawn)
         if self.hidden is not None and hidden is not None:
             self.hidden.copy_(hidden)
         self.graph.replay()

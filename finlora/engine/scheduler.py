@@ -3,22 +3,25 @@
 Pure bookkeeping, no torch, no clock of its own. A request waits in its client's line, is admitted when the cache has rows for
 all that it can need, has its prompt computed in chunks, and then one token a micro-batch until it ends. With K stages, K
 micro-batches keep all of them at work: tokens of different requests, or chunks of one prompt that follow each other.
+
+One more may follow the oldest under way before its tokens are known: the first stage begins with them as soon as the last has
+drawn them, without a way through here. A request that one of them ends has a row too many in it, which counts for nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
 
 from finlora.engine.extents import ExtentPool
+from finlora.engine.limits import Limits
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.request import Answer, Finish, Request, Token
 from finlora.engine.sharing import Beginnings
-from finlora.engine.work import Work, add_rows
+from finlora.engine.work import Part, Work, add_rows
 from finlora.errors import ConfigError, QueueFullError
 
 MIN_PREFIX = 16
@@ -27,29 +30,6 @@ MIN_CHUNK = 512
 """Prompt tokens below which a micro-batch is not cut further to give every stage a part, nor started ahead."""
 MIN_AHEAD_CHUNK = 4096
 """Prompt tokens below which a micro-batch is not cut to have one ready ahead: each part reads and unpacks all weights."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """How much the engine takes on."""
-
-    cache_rows: int
-    """Tokens that the KV cache holds."""
-    max_batch_tokens: int = 2048
-    """Most rows of a micro-batch."""
-    max_waiting: int = 1024
-    """Most requests in line."""
-    max_in_flight: int = 1
-    """Micro-batches under way at once: the number of stages, and one more before the first while no text is generated."""
-    keeps_prefixes: bool = True
-
-    def __post_init__(self) -> None:
-        checks = {"cache_rows": 16, "max_batch_tokens": 1, "max_waiting": 1, "max_in_flight": 1}
-        values = {key: getattr(self, key) for key in checks}
-        if faults := [
-            f"{key}={values[key]}: expected at least {least}" for key, least in checks.items() if values[key] < least
-        ]:
-            raise ConfigError(faults)
 
 
 class Scheduler:
@@ -65,7 +45,7 @@ class Scheduler:
         self.pool = ExtentPool(limits.cache_rows, keeps_prefixes=limits.keeps_prefixes)
         self._lines: OrderedDict[str, deque[Request]] = OrderedDict()
         self._active: OrderedDict[str, Work] = OrderedDict()
-        self._in_flight: dict[int, list[tuple[Work, bool]]] = {}  # with whether it brings what the request waits for
+        self._in_flight: dict[int, list[Part]] = {}
         self._copies: list[tuple[int, int, int]] = []
         self._number, self._cached_share = 0, 0.0  # the share is of the last prompts' tokens
 
@@ -111,19 +91,15 @@ class Scheduler:
         self._lines.setdefault(request.client, deque()).append(request)
 
     def end(self, request_id: str, finish: Finish) -> Answer | None:
-        """End a request early; the answer comes now, or where it is in flight, when its micro-batch is back (None)."""
+        """End a request early and return its answer; None where there is no such request any more."""
         for line in self._lines.values():
             for request in line:
                 if request.id == request_id:
                     line.remove(request)
                     return Answer(request_id=request_id, finish=finish)
         work = self._active.get(request_id)
-        if work is None:
-            return None
-        if work.in_flight:
-            work.ending = finish
-            return None
-        return self._finish(work, finish)
+        # What is under way of it comes before all that its rows will be given to (finlora/engine/extents.py).
+        return None if work is None else self._finish(work, finish)
 
     def uses_adapter(self, name: str) -> bool:
         """Return whether a request in line or at work names the adapter."""
@@ -140,25 +116,30 @@ class Scheduler:
 
     def next_batch(self) -> MicroBatch | None:
         """Return the next micro-batch, or None where nothing can be computed now."""
-        if len(self._in_flight) >= self.limits.max_in_flight and not self._may_go_ahead():
+        is_full = len(self._in_flight) >= self.limits.max_in_flight
+        followers = self._find_followers()
+        if is_full and not followers and not self._may_go_ahead():
             return None
-        chosen = self._choose()
+        # With stages free, what waits for nothing comes first: behind the first stage they would wait for the tokens too.
+        chosen = ([] if is_full else self._choose({})) or self._choose(followers)
         if not chosen:
             return None
         # Copies in the order of admission: one may read what the next overwrites.
         batch, self._copies = MicroBatch(self._number, copies=self._copies), []
+        if any(work in followers for work, _ in chosen):
+            batch.follows = next(iter(self._in_flight))
         # Rows of one adapter lie side by side; the base alone comes first.
         chosen.sort(key=lambda item: item[0].request.adapter or "")
+        parts = self._in_flight[batch.number] = []
         for work, count in chosen:
             before = batch.num_rows
-            add_rows(batch, work, count)
+            parts.append(add_rows(batch, work, count, followers.get(work)))
             adapter, rows = work.request.adapter, batch.num_rows - before
             if batch.adapters and batch.adapters[-1][0] == adapter:
                 batch.adapters[-1] = (adapter, batch.adapters[-1][1] + rows)
             else:
                 batch.adapters.append((adapter, rows))
             work.in_flight += 1
-        self._in_flight[batch.number] = [(work, work.is_prefilled) for work, _ in chosen]
         self._number += 1
         return batch
 
@@ -167,57 +148,73 @@ class Scheduler:
         tokens, log_probs = iter(output.tokens), iter(output.log_probs)
         news: list[tuple[str, Token]] = []
         answers: list[Answer] = []
-        for work, is_complete in self._in_flight.pop(output.number):
+        for part in self._in_flight.pop(output.number):
+            work, request = part.work, part.work.request
             work.in_flight -= 1
-            request = work.request
-            finish: Finish | None = None
-            if is_complete and request.choices:
-                sums = [sum(next(log_probs) for _ in choice) for choice in request.choices]
-                answers.append(self._finish(work, work.ending or "choice", sums))
+            is_over = self._active.get(request.id) is not work
+            if not part.is_complete:
                 continue
-            if is_complete:
-                token = Token(*next(tokens))
-                if token.id == self.end_token_id:
-                    finish = "end"
-                else:
-                    work.tokens.append(token)
-                    news.append((request.id, token))
-                    finish = "length" if len(work.tokens) >= request.sampling.max_tokens else None
-            if (finish := work.ending or finish) and not work.in_flight:
-                answers.append(self._finish(work, finish))
+            if part.draw is None:
+                sums = [sum(next(log_probs) for _ in choice) for choice in request.choices]
+                if not is_over:
+                    answers.append(self._finish(work, "choice", sums))
+                continue
+            token = Token(*next(tokens))
+            if is_over:
+                continue
+            if token.id == self.end_token_id:
+                answers.append(self._finish(work, "end"))
+                continue
+            work.tokens.append(token)
+            news.append((request.id, token))
+            if len(work.tokens) >= request.sampling.max_tokens:
+                answers.append(self._finish(work, "length"))
         return news, answers
 
     def _requests(self) -> Iterator[Request]:
         yield from chain.from_iterable(self._lines.values())
         yield from (work.request for work in self._active.values())
 
-    def _finish(self, work: Work, finish: Finish, log_probs: list[float] | None = None) -> Answer:
+    def _finish(self, work: Work, finish: Finish, log_probs: Sequence[float] = ()) -> Answer:
         del self._active[work.request.id]
         if work.is_prefilled and work.tokens:  # the last token was drawn, not computed
             work.extent.ids = (*work.request.prompt_ids, *(token.id for token in work.tokens[:-1]))
             work.extent.num_ready = len(work.extent.ids)
         self.pool.release(work.extent)
-        scores = log_probs if log_probs and finish == "choice" else ()
         return Answer(
             request_id=work.request.id,
             finish=finish,
             tokens=tuple(work.tokens),
-            log_probs=tuple(scores),
+            log_probs=tuple(log_probs),
             num_cached=work.num_cached,
         )
 
-    def _choose(self) -> list[tuple[Work, int]]:
+    def _find_followers(self) -> dict[Work, int]:
+        """Return whose next token can be begun behind the one that the oldest micro-batch draws, and the places of those."""
+        if not self.limits.follows or not 0 < len(self._in_flight) <= self.limits.max_in_flight:
+            return {}
+        return {
+            work: draw
+            for work, _, draw in next(iter(self._in_flight.values()))
+            if draw is not None
+            and work.in_flight == 1
+            and len(work.tokens) + 1 < work.request.sampling.max_tokens
+            and self._active.get(work.request.id) is work
+        }
+
+    def _choose(self, followers: Container[Work]) -> list[tuple[Work, int]]:
         """Return requests and how many prompt tokens (0: one generated token) of each to compute."""
         budget = self.limits.max_batch_tokens
         chosen: list[tuple[Work, int]] = []
-        ready = [work for work in self._active.values() if not work.in_flight and work.is_prefilled]
+        active = self._active.values()
+        ready = [work for work in active if work in followers or (work.is_prefilled and not work.in_flight)]
         # Split evenly over the passes in flight, or the first would take all and leave the other stages nothing.
         share = -(-self.num_prefilled // self.limits.max_in_flight)
         for work in ready[: min(share, budget)]:
             chosen.append((work, 0))
             budget -= 1
             self._active.move_to_end(work.request.id)
-        prompts = [work for work in self._active.values() if not work.is_prefilled and not work.ending]
+        prompts = [work for work in active if not work.is_prefilled]
         whole = budget = self._cut(budget)
         beginnings = Beginnings()
         for work in prompts:
@@ -250,8 +247,8 @@ class Scheduler:
 
     def _count_prompt_tokens(self, enough: int, done: Callable[[Work], int], share: float = 1.0) -> int:
         """Return the tokens of all prompts but those done, and a share of those in line, counting until there are enough."""
-        active = (work for work in self._active.values() if not work.is_prefilled and not work.ending)
-        started = (len(work.request.prompt_ids) - done(work) for work in active)
+        active = self._active.values()
+        started = (len(work.request.prompt_ids) - done(work) for work in active if not work.is_prefilled)
         waiting = (math.ceil(share * len(request.prompt_ids)) for line in self._lines.values() for request in line)
         rest = 0
         for length in chain(started, waiting):

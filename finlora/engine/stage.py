@@ -16,10 +16,11 @@ from torch import Tensor
 
 from finlora.engine.adapters import PRODUCTS, Adapter, Bank, read_adapter
 from finlora.engine.attending import Attend, make_attention, narrow
-from finlora.engine.microbatch import MicroBatch, Output
-from finlora.engine.recorded import RecordedPasses, Rows
+from finlora.engine.microbatch import MicroBatch
+from finlora.engine.recorded import Begin, RecordedPasses, Rows
 from finlora.engine.sampling import choice_log_probs, sample
-from finlora.engine.upload import upload
+from finlora.engine.unread import Unread
+from finlora.engine.upload import fill_drawn, upload
 from finlora.errors import AdapterError
 from finlora.model.attention import can_attend_alone, can_flash
 from finlora.model.cached_attention import attend_cache, attend_tails, write_cache
@@ -123,14 +124,12 @@ class Stage:
         self.cache.zero_()
 
     @torch.inference_mode()
-    def run(
-        self, batch: MicroBatch, hidden: Tensor | None, begin: Callable[[], None] = lambda: None
-    ) -> Tensor | Output:
+    def run(self, batch: MicroBatch, hidden: Tensor | None, begin: Begin = lambda: None) -> Tensor | Unread:
         """Compute a micro-batch.
 
         Args:
             hidden: (T, H) from the stage before; None at the first stage.
-            begin: called when the host has laid out the work; `hidden` need not be there before.
+            begin: called when the host has laid out the work.
 
         Returns:
             (T, H) for the next stage; from the last one, what the micro-batch asks for.
@@ -141,27 +140,35 @@ class Stage:
             wanted = sorted({draw.row for draw in batch.draws} | {score.row for score in batch.scores})
         taken = self.passes.take(batch)
         if taken is None:
-            begin()
-            result = self.forward(batch, hidden, wanted)
+            result = self.forward(batch, hidden, wanted, begin())
         else:
             result = self.passes.run(batch, taken, hidden, self.bank.numbers, begin)
         if wanted is None:
             return result
         if not wanted:
-            return Output(batch.number, (), ())
+            return self._finish(batch, (), result.new_empty(0, 1).float())
         if taken is not None and taken.form.is_decode:
             return self._finish(batch, range(batch.num_rows), result)
         states = result if taken is None else result[self._ids(wanted)]
         return self._finish(batch, wanted, self.compute_logits(states))
 
     @torch.inference_mode()
-    def forward(self, batch: MicroBatch, hidden: Tensor | None, wanted: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        batch: MicroBatch,
+        hidden: Tensor | None,
+        wanted: Sequence[int] | None = None,
+        drawn: Tensor | None = None,
+    ) -> Tensor:
         """Return the hidden states (T, H) behind the span's last layer, and fill the cache.
 
         Args:
             wanted: rows, in ascending order, whose states are returned, (N, H); None: all.
+            drawn: tokens that the micro-batch follows.
         """
         ids, positions, slots = (self._ids(numbers) for numbers in (batch.input_ids, batch.positions, batch.slots))
+        if drawn is not None:
+            fill_drawn(ids, drawn)
         few = None
         if wanted is not None:
             segments, adapters = narrow(batch, wanted)
@@ -274,13 +281,13 @@ class Stage:
 
         return _Adapt(add, touches)
 
-    def _finish(self, batch: MicroBatch, rows: Sequence[int], logits: Tensor) -> Output:
+    def _finish(self, batch: MicroBatch, rows: Sequence[int], logits: Tensor) -> Unread:
         """Return what the micro-batch asks for, from the logits (N, V) of some of its rows."""
         places = {row: place for place, row in enumerate(rows)}
         drawn = logits[self._ids([places[draw.row] for draw in batch.draws])] if batch.draws else logits[:0]
         scored = logits[self._ids([places[score.row] for score in batch.scores])] if batch.scores else logits[:0]
         targets = self._ids([score.token for score in batch.scores])
-        return Output(batch.number, sample(drawn, batch.draws), choice_log_probs(scored, targets))
+        return Unread(batch.number, *sample(drawn, batch.draws), choice_log_probs(scored, targets))
 
     def _ids(self, numbers: Sequence[int]) -> Tensor:
         return upload(numbers, self.device)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finlora.config import Bits, ModelConfig
+from finlora.engine.feedback import Address, FirstEnd, LastEnd, Loop
 from finlora.engine.messages import Change, Message, Parcel
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.semaphores import remove_left_semaphores
@@ -59,6 +61,10 @@ class StageActor:
         self.device = torch.device("cuda:0" if device == "cuda" else "cpu")
         self.neighbours: Neighbours | None = None
         self._is_at_work = False
+        self.coming: FirstEnd | Loop | None = None
+        """Of the first stage: the way by which drawn tokens come back from the last."""
+        self.going: LastEnd | Loop | None = None
+        """Of the last stage: the same way's other end."""
         self.number, self.num_stages = 0, 1
         self.sender: Sender | None = None
         self.receiver: Receiver | None = None
@@ -95,7 +101,7 @@ class StageActor:
             self.sender = Sender(self.number, self.num_stages, hidden_size, self.stage.dtype, self.device)
         self.hands_over = True
         self.sender.begin(0, 1, None)
-        return self.sender.send(0, torch.zeros(1, hidden_size, dtype=self.stage.dtype, device=self.device))
+        return self.sender.send(0, 0, torch.zeros(1, hidden_size, dtype=self.stage.dtype, device=self.device))
 
     def accept(self, parcel: Parcel) -> str | None:
         """Try the first parcel of the stage before; returns in words why this process cannot have its memory, None if it can."""
@@ -118,6 +124,29 @@ class StageActor:
         """Put hidden states into messages, since the next stage cannot have this one's memory."""
         self.hands_over = False
 
+    def listen(self, host: str) -> Address:
+        """Return where the last stage reaches this one, the first, with drawn tokens."""
+        self.coming = FirstEnd(host)
+        return self.coming.address
+
+    def accept_last(self) -> None:
+        """Wait until it has."""
+        assert isinstance(self.coming, FirstEnd)
+        self.coming.accept()
+
+    def reach_first(self, address: Address) -> None:
+        """Give drawn tokens back to the first stage from now on; this is the last."""
+        self.going = LastEnd(address)
+
+    def keep_tokens(self) -> None:
+        """Give drawn tokens to oneself: the one stage there is."""
+        self.coming = self.going = Loop()
+
+    def stop_waiting(self) -> None:
+        """Wait no longer for tokens, which may not come any more."""
+        if self.coming is not None:
+            self.coming.stop()
+
     def start_afresh(self) -> None:
         """Leave the stages beside this one, of which some are dead, and empty the cache; weights and adapters stay."""
         if self.neighbours is not None:
@@ -125,6 +154,10 @@ class StageActor:
             self.neighbours = None
         if self.receiver is not None:
             self.receiver.close()
+        for end in (self.coming, self.going):
+            if end is not None:
+                end.close()
+        self.coming = self.going = None
         self.hands_over = False
         self.stage.clear_cache()
 
@@ -162,17 +195,27 @@ class StageActor:
 
     def run(self, message: Message) -> Message:
         """Work on a message from the stage before, and give it to the next."""
-        if isinstance(message.state, FinloraError):
-            return message
         self._is_at_work = True
+        answer = None
         try:
-            return self._answer(message)
+            answer = message if isinstance(message.state, FinloraError) else self._answer(message)
+            return answer
         finally:
             self._is_at_work = False
+            if self.going is not None and isinstance(message.work, MicroBatch):
+                self._give_back(message.work, answer.state if answer else None)
 
     def is_at_work(self) -> bool:
         """Return whether the stage computes; otherwise it waits for a message, or for one to be taken."""
         return self._is_at_work
+
+    def _give_back(self, batch: MicroBatch, state: Any) -> None:
+        """Give the first stage what was drawn, or word that nothing was."""
+        assert self.going is not None
+        if not isinstance(state, Output):
+            self.going.send(batch.number, None)
+        elif batch.draws:
+            self.going.send(batch.number, [token for token, _ in state.tokens])
 
     def _answer(self, message: Message) -> Message:
         seconds, state = message.seconds, message.state
@@ -185,7 +228,7 @@ class StageActor:
         except FinloraError as error:
             state = error
         work = None if isinstance(state, Output) else message.work
-        return Message(work, state, seconds, message.place)
+        return dataclasses.replace(message, work=work, state=state, seconds=seconds)
 
     def _change(self, change: Change, known: str | None) -> str | None:
         if change.folder is not None:
@@ -195,6 +238,9 @@ class StageActor:
 
     def _compute(self, message: Message) -> tuple[Any, tuple[float, ...]]:
         """Return the state for the next stage, and the seconds that are known now of this stage and of those before it."""
+        from finlora.engine.unread import Unread
+        from finlora.engine.upload import upload
+
         started, batch, state, stamps = time.perf_counter(), message.work, message.state, None
         assert isinstance(batch, MicroBatch)
         receiver = self.receiver if isinstance(state, Parcel) else None
@@ -206,23 +252,31 @@ class StageActor:
         else:
             hidden = self.neighbours.receive(batch.num_rows) if self.neighbours else self.letters.unpack(state)
 
-        def begin() -> None:
+        if self.coming is not None:
+            self.coming.expect(batch.number)
+
+        def begin() -> Tensor | None:
+            drawn = None
+            if self.coming is not None and batch.follows is not None:
+                drawn = upload(self.coming.wait(batch.follows), self.device)
             if receiver is not None:
                 receiver.wait(state)
             if sender is not None:
                 sender.begin(message.place, batch.num_rows, stamps)
             elif stamps is not None:
                 stamps.begin(self.number)
+            return drawn
 
         result = self.stage.run(batch, hidden, begin)
         if sender is not None:
-            assert not isinstance(result, Output), "the last stage hands nothing over"
-            return sender.send(message.place, result), ()
-        state = result if isinstance(result, Output) else self._send(result)
+            assert not isinstance(result, Unread), "the last stage hands nothing over"
+            return sender.send(message.place, message.ticket, result), ()
+        if stamps is not None:
+            stamps.end(self.number, message.ticket)
+        state = result.read() if isinstance(result, Unread) else self._send(result)
         if stamps is None:
             return state, (time.perf_counter() - started,)
-        stamps.end(self.number)
-        return state, stamps.read(len(message.seconds), self.number)
+        return state, stamps.read(len(message.seconds), self.number, message.ticket)
 
     def _send(self, hidden: Tensor) -> Any:
         """Give states (T, H) to the next stage; returns what of them travels within the message."""

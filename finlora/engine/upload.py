@@ -16,3 +16,8 @@ def pin(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch
 def upload(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
     """Return numbers on the device, as soon as what is queued there is done; the host goes on at once."""
     return pin(numbers, device, dtype).to(device, non_blocking=True)
+
+
+def fill_drawn(ids: Tensor, drawn: Tensor) -> None:
+    """Put drawn tokens where ids stand for them: -1 - D for token D. Shapes: (T,) changed in place, (N,)."""
+    ids.copy_(torch.where(ids < 0, drawn[(-1 - ids).clamp(min=0)], ids))

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from finlora.config import Template
 from finlora.data.encode import end_token_id
 from finlora.engine.drive import EngineCore
-from finlora.engine.scheduler import Limits, Scheduler
+from finlora.engine.limits import Limits
+from finlora.engine.scheduler import Scheduler
 from finlora.model.source import find_source, fingerprint_weights
 from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
 from finlora.serve.settings import ServeConfig
@@ -81,7 +82,9 @@ def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
     def describe() -> OpenCore:
         if stages.device == "cuda":  # kernels are compiled and passes recorded before anybody waits for them
             warm_up(pipeline, stages.cache_rows, config.limits.max_batch_tokens)
-        core = EngineCore(pipeline, make_scheduler(config, base, in_flight), base.tokenizer)
+        core = EngineCore(
+            pipeline, make_scheduler(config, base, in_flight, follows=pipeline.can_follow), base.tokenizer
+        )
         core.adapters |= {name: folder for name, (folder, _) in pipeline.adapters.items()}
         facts = tuple(
             StageFacts(
@@ -102,12 +105,13 @@ def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
     return describe()
 
 
-def make_scheduler(config: ServeConfig, base: ServedBase, max_in_flight: int) -> Scheduler:
+def make_scheduler(config: ServeConfig, base: ServedBase, max_in_flight: int, *, follows: bool) -> Scheduler:
     """Return a scheduler within the limits of a config."""
     limits = Limits(
         cache_rows=config.stages.cache_rows,
         max_batch_tokens=config.limits.max_batch_tokens,
         max_waiting=config.limits.max_waiting,
         max_in_flight=max_in_flight,
+        follows=follows,
     )
     return Scheduler(limits, base.end_token_id, lambda: random.getrandbits(31))

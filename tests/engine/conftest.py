@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finlora.config import LLAMA_PROJECTIONS, LoraConfig, ModelConfig
-from finlora.engine.drive import EngineCore, InProcess
-from finlora.engine.scheduler import Limits, Scheduler
+from finlora.engine.drive import EngineCore
+from finlora.engine.in_process import InProcess
+from finlora.engine.limits import Limits
+from finlora.engine.scheduler import Scheduler
 from finlora.engine.stage import Stage
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.lora import attach_lora, load_adapter, save_adapter, trainable_parameters
@@ -78,7 +80,7 @@ def make_core(four_layers, adapter_folders):
     """Build an engine of some stages in this process, with both adapters loaded."""
 
     def build(num_stages=1, bits=16, keep_unpacked=False, fills=False, **limits):
-        settings = Limits(**{"cache_rows": 1024, "max_in_flight": num_stages} | limits)
+        settings = Limits(**{"cache_rows": 1024, "max_in_flight": num_stages, "follows": True} | limits)
         size = 4 // num_stages
         stages = []
         with quiet_bitsandbytes():

@@ -23,11 +23,15 @@ class PretendModel:
 
     def __init__(self, num_rows: int) -> None:
         self.cache: list[int | None] = [None] * num_rows
+        self.drawn: dict[int, list[int]] = {}
 
     def run(self, batch: MicroBatch) -> Output:
         for source, target, count in batch.copies:
             self.cache[target : target + count] = self.cache[source : source + count]
-        for slot, token in zip(batch.slots, batch.input_ids, strict=True):
+        drawn = self.drawn[batch.follows] if batch.follows is not None else []
+        input_ids = [token if token >= 0 else drawn[-1 - token] for token in batch.input_ids]
+        assert (batch.follows is not None) == (min(batch.input_ids) < 0)
+        for slot, token in zip(batch.slots, input_ids, strict=True):
             self.cache[slot] = token
         adapters = [adapter for adapter, rows in batch.adapters for _ in range(rows)]
         assert len(adapters) == batch.num_rows
@@ -38,11 +42,13 @@ class PretendModel:
             assert None not in keys
             assert len(keys) >= segment.num_rows
             seen += [tuple(keys[: len(keys) - segment.num_rows + place + 1]) for place in range(segment.num_rows)]
-        assert [tokens[-1] for tokens in seen] == batch.input_ids
+        assert [tokens[-1] for tokens in seen] == input_ids
         assert [len(tokens) - 1 for tokens in seen] == batch.positions
+        tokens = [(next_token(adapters[draw.row], seen[draw.row]), -float(draw.position)) for draw in batch.draws]
+        self.drawn = {batch.number: [token for token, _ in tokens]} | dict(list(self.drawn.items())[:4])
         return Output(
             batch.number,
-            [(next_token(adapters[draw.row], seen[draw.row]), -float(draw.position)) for draw in batch.draws],
+            tokens,
             [log_prob(adapters[score.row], seen[score.row], score.token) for score in batch.scores],
         )
 

@@ -9,8 +9,10 @@ from plain_engine import PlainEngine
 from finlora.config import ModelConfig
 from finlora.data.encode import encode_answer, encode_prompt
 from finlora.engine.batch import BatchEngine
-from finlora.engine.drive import EngineCore, InProcess
-from finlora.engine.scheduler import Limits, Scheduler
+from finlora.engine.drive import EngineCore
+from finlora.engine.in_process import InProcess
+from finlora.engine.limits import Limits
+from finlora.engine.scheduler import Scheduler
 from finlora.engine.stage import Stage
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.source import find_source

@@ -9,9 +9,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finlora.engine.drive import EngineCore, InProcess
+from finlora.engine.drive import EngineCore
+from finlora.engine.in_process import InProcess
+from finlora.engine.limits import Limits
 from finlora.engine.request import Request, Sampling
-from finlora.engine.scheduler import Limits, Scheduler
+from finlora.engine.scheduler import Scheduler
 from finlora.engine.stage import Stage
 from finlora.model.base import load_base
 
@@ -63,12 +65,13 @@ def requests(draw):
     cuts=st.sets(st.integers(1, 3)),
     rows=st.integers(80, 300),
     batch_tokens=st.integers(16, 64),
+    follows=st.booleans(),
 )
 def test_any_requests_over_any_stages_equal_transformers(
-    four_layers, adapter_folders, plain, asked, cuts, rows, batch_tokens
+    four_layers, adapter_folders, plain, asked, cuts, rows, batch_tokens, follows
 ):
     edges = [0, *sorted(cuts), 4]
-    limits = Limits(cache_rows=rows, max_batch_tokens=batch_tokens, max_in_flight=len(edges) - 1)
+    limits = Limits(cache_rows=rows, max_batch_tokens=batch_tokens, max_in_flight=len(edges) - 1, follows=follows)
     spans = [range(first, last) for first, last in pairwise(edges)]
     bases = [load_base(four_layers, 16, CPU, 0, span) for span in spans]
     stages = [Stage(base.model, span, rows, torch.float32) for base, span in zip(bases, spans, strict=True)]

@@ -11,11 +11,13 @@ import pytest
 import torch
 from test_drive import RAGGED, make_requests, run, tokens_of
 
-from finlora.engine.drive import EngineCore, InProcess
+from finlora.engine.drive import EngineCore
+from finlora.engine.in_process import InProcess
 from finlora.engine.joining import join_stages
+from finlora.engine.limits import Limits
 from finlora.engine.messages import Parcel
 from finlora.engine.request import Request, Sampling
-from finlora.engine.scheduler import Limits, Scheduler
+from finlora.engine.scheduler import Scheduler
 from finlora.engine.stage import Stage
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.tokenizer import load_tokenizer
@@ -47,14 +49,15 @@ def send_all(pipe):
 
     device = torch.device("cuda")
     sender = Sender(1, 3, HIDDEN, torch.bfloat16, device)
-    before = Stamps(torch.tensor([1_000, 3_001_000, 0, 0, 0, 0], device=device))  # stage 0 took 3 ms
     for number, (place, num_rows) in enumerate(SENT):
         states = make_states(number, num_rows).to(device)
+        # Stage 0 took 3 ms.
+        before = Stamps(torch.tensor([[1_000, 0, 0], [3_001_000, 0, 0], [number, 0, 0]], device=device))
         torch.cuda.synchronize()
         started = time.perf_counter()
         sender.begin(place, num_rows, before)
         torch.cuda._sleep(int(BUSY_S * 2.0e9))  # cycles of a clock of 2 GHz at most
-        parcel = sender.send(place, states)
+        parcel = sender.send(place, number, states)
         pipe.send((parcel, time.perf_counter() - started))
         pipe.recv()
     pipe.close()
@@ -76,8 +79,8 @@ def test_states_arrive_though_the_parcel_comes_before_them(_gpu):
         receiver.wait(parcel)
         stamps.begin(2)
         doubled = hidden * 2
-        stamps.end(2)
-        before, own, mine = stamps.read(0, 2)
+        stamps.end(2, number)
+        before, own, mine = stamps.read(0, 2, number)
         assert torch.equal(doubled.cpu(), make_states(number, num_rows) * 2)
         assert before == pytest.approx(3e-3)
         assert own > 0.8 * BUSY_S
@@ -91,7 +94,7 @@ def test_states_arrive_though_the_parcel_comes_before_them(_gpu):
 
 def ask_all(executor, base, adapter_folders, in_flight):
     """Return all answers' tokens, and the meter's reading."""
-    limits = Limits(cache_rows=ROWS, max_in_flight=in_flight)
+    limits = Limits(cache_rows=ROWS, max_in_flight=in_flight, follows=executor.can_follow)
     core = EngineCore(executor, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(base.base)))
     core.load_adapter("all", adapter_folders["all"])
     requests = make_requests(count=6)
@@ -102,30 +105,52 @@ def ask_all(executor, base, adapter_folders, in_flight):
 
 
 def send_and_die(pipe):
+    """Stage 0 of 2, killed while it computes what its second parcel is for."""
     from finlora.engine.handover import Sender
 
-    sender = Sender(0, 2, HIDDEN, torch.bfloat16, torch.device("cuda"))
-    sender.begin(0, 1, None)
-    torch.cuda._sleep(int(1e11))
-    pipe.send(sender.send(0, make_states(0, 1).cuda()))
-    pipe.recv()
+    sender, states = Sender(0, 2, HIDDEN, torch.bfloat16, torch.device("cuda")), make_states(0, 1).cuda()
+    for ticket, cycles in ((8, 1e6), (9, 1e11)):
+        sender.begin(0, 1, None)
+        torch.cuda._sleep(int(cycles))
+        pipe.send(sender.send(0, ticket, states))
+        pipe.recv()
     os.kill(os.getpid(), 9)
 
 
 @pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
-def test_stage_whose_states_will_not_come_is_not_waited_for(_gpu):
+def test_states_of_a_stage_that_dies_are_neither_waited_for_nor_used(_gpu):
     from finlora.engine.handover import Receiver
 
     other, here = start_sender(send_and_die)
     receiver = Receiver(2, HIDDEN, torch.bfloat16, torch.device("cuda"))
+
+    def compute(parcel, ticket):
+        _, stamps = receiver.receive(parcel)
+        receiver.wait(parcel)
+        stamps.begin(1)
+        stamps.end(1, ticket)
+        return stamps.read(0, 1, ticket)
+
+    assert all(seconds >= 0 for seconds in compute(here.recv(), 8))
+    here.send(None)
     parcel = here.recv()
-    receiver.receive(parcel)
+    with pytest.raises(RuntimeError, match=r"the stage before \(process \d+\) is not there"):
+        compute(parcel._replace(pid=end_process()), 9)  # its event does not come
     here.send(None)
     other.join(30)
-    with pytest.raises(RuntimeError, match=r"the stage before \(process \d+\) is not there"):
-        receiver.wait(parcel)
+    assert other.exitcode == -9
+    with pytest.raises(RuntimeError, match=r"stage 0 died before its hidden states were complete|is not there"):
+        compute(parcel, 9)  # CUDA says that it came
     receiver.close()
     assert (torch.ones(2, device="cuda") * 2).tolist() == [2, 2]  # this process goes on
+
+
+def end_process():
+    """Return the number of a process that is not there."""
+    process = multiprocessing.get_context("spawn").Process(target=int)
+    process.start()
+    process.join()
+    return process.pid
 
 
 @pytest.fixture(scope="module")

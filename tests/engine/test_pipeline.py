@@ -9,8 +9,9 @@ import ray
 from test_drive import RAGGED, generate_alone, make_requests, run, tokens_of
 
 from finlora.engine.drive import EngineCore
+from finlora.engine.limits import Limits
 from finlora.engine.request import Request, Sampling
-from finlora.engine.scheduler import Limits, Scheduler
+from finlora.engine.scheduler import Scheduler
 from finlora.errors import AdapterError, ResourceError
 from finlora.model.tokenizer import load_tokenizer
 
@@ -31,7 +32,7 @@ def pipeline(four_layers, ray_instance):
 def core(pipeline, four_layers, adapter_folders):
     from pathlib import Path
 
-    limits = Limits(cache_rows=ROWS, max_in_flight=2)
+    limits = Limits(cache_rows=ROWS, max_in_flight=2, follows=pipeline.can_follow)
     core = EngineCore(pipeline, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(four_layers.base)))
     core.load_adapter("few", adapter_folders["few"])
     yield core
@@ -64,7 +65,7 @@ def test_both_stages_are_kept_at_work(core):
     while not core.is_idle:
         core.step()
         seen.append(core.scheduler.num_in_flight)
-    assert max(seen) == 1  # one was collected, the other is under way
+    assert max(seen) == 2  # one was collected, the other is under way, and what follows the first one
 
 
 def test_adapter_is_loaded_between_micro_batches_of_others(core, plain, adapter_folders):
@@ -132,7 +133,7 @@ def test_hidden_states_by_torch_distributed_change_no_token(four_layers, ray_ins
     config = PipelineConfig(num_stages=3, cache_rows=ROWS, device="cpu", cpus_per_stage=0.25, transport="gloo")
     pipeline = Pipeline(four_layers, 16, config, seed=0)
     try:
-        limits = Limits(cache_rows=ROWS, max_in_flight=3)
+        limits = Limits(cache_rows=ROWS, max_in_flight=3, follows=pipeline.can_follow)
         core = EngineCore(pipeline, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(four_layers.base)))
         core.load_adapter("all", adapter_folders["all"])
         requests = make_requests(count=6)

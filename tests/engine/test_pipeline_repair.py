@@ -13,8 +13,9 @@ import pytest
 from test_drive import RAGGED, generate_alone, make_requests, run, tokens_of
 
 from finlora.engine.drive import EngineCore
+from finlora.engine.limits import Limits
 from finlora.engine.request import Request, Sampling
-from finlora.engine.scheduler import Limits, Scheduler
+from finlora.engine.scheduler import Scheduler
 from finlora.errors import StageLostError
 from finlora.model.tokenizer import load_tokenizer
 
@@ -47,7 +48,7 @@ def own_adapters(adapter_folders, tmp_path_factory):
 
 
 def make_core(pipeline, model):
-    limits = Limits(cache_rows=ROWS, max_in_flight=STAGES)
+    limits = Limits(cache_rows=ROWS, max_in_flight=STAGES, follows=pipeline.can_follow)
     core = EngineCore(pipeline, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(model.base)))
     core.adapters |= {name: folder for name, (folder, _) in pipeline.adapters.items()}
     return core
@@ -174,9 +175,10 @@ def test_stage_that_does_nothing_and_stays_in_the_graph_is_not_waited_for_as_one
     """Its loop reads on where Ray has closed the channel: made here by a read that does not come back."""
     import ray
 
+    from finlora.engine import leaving
     from finlora.engine import pipeline as module
 
-    monkeypatch.setattr(module, "_IDLE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(leaving, "_IDLE_TIMEOUT_S", 0.5)
     monkeypatch.setattr(module, "_REPAIR_TIMEOUT_S", 100.0)
 
     def hang(actor):

@@ -16,18 +16,24 @@ def draw(temperature=1.0, top_p=1.0, seed=0, position=0):
     return Draw(0, temperature, top_p, seed, position)
 
 
+def pairs(logits, draws):
+    """Each row's token and its log-probability."""
+    tokens, log_probs = sample(logits, draws)
+    return list(zip(tokens.tolist(), log_probs.tolist(), strict=True))
+
+
 def logits_of(*probabilities):
     return torch.tensor([[math.log(p) for p in probabilities]])
 
 
 def frequencies(logits, count=4000, **settings):
     rows = logits.expand(count, -1).clone()
-    counts = Counter(token for token, _ in sample(rows, [draw(position=n, **settings) for n in range(count)]))
+    counts = Counter(token for token, _ in pairs(rows, [draw(position=n, **settings) for n in range(count)]))
     return {token: number / count for token, number in counts.items()}
 
 
 def test_greedy_takes_the_likeliest_and_gives_its_probability():
-    (token, log_prob), *_ = sample(logits_of(0.2, 0.5, 0.3), [draw(temperature=0.0)])
+    (token, log_prob), *_ = pairs(logits_of(0.2, 0.5, 0.3), [draw(temperature=0.0)])
     assert (token, log_prob) == (1, pytest.approx(math.log(0.5), abs=1e-6))
 
 
@@ -54,22 +60,22 @@ def test_row_draws_the_same_in_any_batch():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 50, generator=generator)
     draws = [draw(temperature=0.7 * (n % 3), top_p=0.9, seed=n, position=2 * n) for n in range(6)]
-    together = sample(logits, draws)
-    assert [sample(logits[n : n + 1], [draws[n]])[0] for n in range(6)] == together
-    backwards = sample(logits.flip(0), draws[::-1])
+    together = pairs(logits, draws)
+    assert [pairs(logits[n : n + 1], [draws[n]])[0] for n in range(6)] == together
+    backwards = pairs(logits.flip(0), draws[::-1])
     assert backwards[::-1] == together
 
 
 def test_seed_and_position_decide():
     logits = torch.zeros(1, 1000)
-    first = sample(logits, [draw(seed=1)])
-    assert sample(logits, [draw(seed=1)]) == first
-    assert sample(logits, [draw(seed=2)]) != first
-    assert sample(logits, [draw(seed=1, position=1)]) != first
+    first = pairs(logits, [draw(seed=1)])
+    assert pairs(logits, [draw(seed=1)]) == first
+    assert pairs(logits, [draw(seed=2)]) != first
+    assert pairs(logits, [draw(seed=1, position=1)]) != first
 
 
 def test_probability_is_the_models_own_whatever_was_drawn_from():
-    ((token, log_prob),) = sample(logits_of(0.9, 0.1), [draw(temperature=0.1, top_p=0.5)])
+    ((token, log_prob),) = pairs(logits_of(0.9, 0.1), [draw(temperature=0.1, top_p=0.5)])
     assert (token, log_prob) == (0, pytest.approx(math.log(0.9), abs=1e-6))
 
 
@@ -77,6 +83,6 @@ def test_scores_of_given_tokens_are_log_softmax():
     logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(1))
     targets = torch.tensor([0, 29, 7, 7, 3])
     expected = torch.log_softmax(logits, -1)[torch.arange(5), targets].tolist()
-    assert choice_log_probs(logits, targets) == pytest.approx(expected, abs=1e-6)
-    assert choice_log_probs(logits[:0], targets[:0]) == []
-    assert sample(logits[:0], []) == []
+    assert choice_log_probs(logits, targets).tolist() == pytest.approx(expected, abs=1e-6)
+    assert choice_log_probs(logits[:0], targets[:0]).tolist() == []
+    assert pairs(logits[:0], []) == []

@@ -8,8 +8,9 @@ from collections import Counter, deque
 import pytest
 from pretend_model import END, PretendModel, answer_alone
 
+from finlora.engine.limits import Limits
 from finlora.engine.request import Request, Sampling
-from finlora.engine.scheduler import Limits, Scheduler
+from finlora.engine.scheduler import Scheduler
 from finlora.errors import ConfigError, QueueFullError
 
 
@@ -21,10 +22,10 @@ def make_request(name, prompt=(1, 2, 3), max_tokens=4, **changes):
     return Request(id=name, prompt_ids=tuple(prompt), sampling=Sampling(max_tokens=max_tokens), **changes)
 
 
-def run_all(scheduler, model=None):
-    """Work until nothing is left; returns the answers by request."""
+def run_all(scheduler, model=None, batches=()):
+    """Work until nothing is left, from what is under way on; returns the answers by request."""
     model = model or PretendModel(scheduler.pool.num_rows)
-    under_way, answers = deque(), {}
+    under_way, answers = deque(batches), {}
     while True:
         while (batch := scheduler.next_batch()) is not None:
             under_way.append(batch)
@@ -52,14 +53,16 @@ def random_request(rng, number):
     )
 
 
+@pytest.mark.parametrize("follows", [False, True], ids=["waiting", "following"])
 @pytest.mark.parametrize("seed", range(40))
-def test_random_traffic_is_answered_once_and_as_alone(seed):
+def test_random_traffic_is_answered_once_and_as_alone(seed, follows):
     rng = random.Random(seed)
     scheduler = make_scheduler(
         cache_rows=rng.choice([160, 320, 2048]),
         max_batch_tokens=rng.choice([1, 7, 64, 4096]),
         max_in_flight=rng.choice([1, 2, 4]),
         keeps_prefixes=rng.random() < 0.8,
+        follows=follows,
     )
     model = PretendModel(scheduler.pool.num_rows)
     requests = {request.id: request for number in range(60) if (request := random_request(rng, number))}
@@ -75,12 +78,14 @@ def test_random_traffic_is_answered_once_and_as_alone(seed):
             name = rng.choice(open_ones)
             if requests[name] not in to_come:
                 cancelled.add(name)
-                done += [answer] if (answer := scheduler.end(name, "cancelled")) else []
+                done.append(scheduler.end(name, "cancelled"))
+        was_decoding = scheduler.is_decoding
         if rng.random() < 0.7 and (batch := scheduler.next_batch()) is not None:
             assert batch.num_rows > 0
             if (num_ahead := len(under_way) - scheduler.limits.max_in_flight + 1) > 0:
                 assert num_ahead == 1
-                assert not any(other.draws for other in under_way)  # whoever draws goes on with its next token
+                # Whoever draws goes on with its next token.
+                assert not was_decoding or (follows and batch.draws)
             under_way.append(batch)
         assert len(under_way) == scheduler.num_in_flight
         if under_way and rng.random() < 0.6:
@@ -196,9 +201,9 @@ def test_deadline_ends_requests_in_line_and_at_work():
     scheduler.submit(make_request("in-line", [1, 2], 30, deadline=6.0))
     scheduler.submit(make_request("patient", [1, 2], 3))
     batch = scheduler.next_batch()
-    assert [answer.request_id for answer in scheduler.expire(7.0)] == ["in-line"]
-    answers = scheduler.complete(model.run(batch))[1]
-    assert [(answer.request_id, answer.finish) for answer in answers] == [("at-work", "deadline")]
+    ended = [(answer.request_id, answer.finish) for answer in scheduler.expire(7.0)]
+    assert ended == [("in-line", "deadline"), ("at-work", "deadline")]
+    assert scheduler.complete(model.run(batch)) == ([], [])  # what was under way of it counts for nothing
     assert run_all(scheduler, model).keys() == {"patient"}
 
 
@@ -217,14 +222,65 @@ def test_what_cannot_be_taken_on_is_refused_by_words():
         Limits(cache_rows=1, max_in_flight=0)
 
 
-def test_prompt_that_is_cancelled_ends_with_its_last_chunk_under_way():
+def test_prompt_that_is_cancelled_ends_though_its_chunks_are_under_way():
     scheduler = make_scheduler(cache_rows=8192, max_in_flight=3, max_batch_tokens=1024)
     scheduler.submit(Request(id="long", prompt_ids=(5,) * 4000))
     model = PretendModel(scheduler.pool.num_rows)
     batches = [scheduler.next_batch() for _ in range(3)]
+    assert scheduler.end("long", "cancelled").finish == "cancelled"
     assert scheduler.end("long", "cancelled") is None
     assert scheduler.next_batch() is None
-    ended = [scheduler.complete(model.run(batch))[1] for batch in batches]
-    assert [len(answers) for answers in ended] == [0, 0, 1]
-    assert ended[2][0].finish == "cancelled"
     assert scheduler.pool.num_held == 0
+    assert [scheduler.complete(model.run(batch)) for batch in batches] == [([], [])] * 3
+
+
+def test_next_token_follows_one_that_is_not_known_yet():
+    scheduler, model = make_scheduler(cache_rows=2048, follows=True), PretendModel(2048)
+    request = make_request("r", [4, 9], 5)
+    scheduler.submit(request)
+    batches = [scheduler.next_batch(), scheduler.next_batch()]
+    assert scheduler.next_batch() is None  # one waits; nothing follows what waits
+    assert [batch.follows for batch in batches] == [None, 0]
+    assert (batches[1].input_ids, batches[1].positions) == ([-1], [2])
+    answers = []
+    while batches:
+        answers += scheduler.complete(model.run(batches.pop(0)))[1]
+        batches += [batch] if (batch := scheduler.next_batch()) else []
+    assert [token.id for token in answers[0].tokens] == answer_alone(request)[0]
+    assert scheduler.num_in_flight == 0  # no row too many, since it was known how many tokens there would be
+
+
+def test_row_behind_an_end_counts_for_nothing():
+    scheduler, model = make_scheduler(cache_rows=2048, follows=True), PretendModel(2048)
+    prompt = next((n, 7) for n in range(1, 99) if len(answer_alone(make_request("r", (n, 7), 30))[0]) == 3)
+    scheduler.submit(make_request("r", prompt, 30))
+    batches, ended = [scheduler.next_batch(), scheduler.next_batch()], []
+    while not ended:
+        ended = scheduler.complete(model.run(batches.pop(0)))[1]
+        if not ended:
+            batches.append(scheduler.next_batch())
+    assert (ended[0].finish, len(ended[0].tokens), scheduler.num_in_flight) == ("end", 3, 1)
+    assert scheduler.pool.num_held == 0
+    again = make_request("r", (*prompt, *(token.id for token in ended[0].tokens), 3), 2)  # its name is free
+    scheduler.submit(again)
+    assert scheduler.complete(model.run(batches.pop(0))) == ([], [])
+    answer = run_all(scheduler, model, batches)["r"]
+    assert [token.id for token in answer.tokens] == answer_alone(again)[0]
+    assert answer.num_cached == len(prompt) + 2  # the last token's row, which was one too many, is not taken for ready
+
+
+def test_what_follows_is_split_over_the_stages_and_waits_behind_what_does_not():
+    scheduler, model = make_scheduler(cache_rows=2048, max_in_flight=2, follows=True), PretendModel(2048)
+    for name, prompt in (("a", [4, 9]), ("b", [5, 9])):
+        scheduler.submit(make_request(name, prompt, 30))
+    batches = [scheduler.next_batch() for _ in range(4)]
+    assert [batch and batch.follows for batch in batches] == [None, 0, 0, None]
+    assert [len(batch.draws) for batch in batches[:3]] == [2, 1, 1]
+    scheduler.submit(make_request("c", [6, 9], 30))
+    scheduler.complete(model.run(batches[0]))
+    mixed = scheduler.next_batch()
+    assert (mixed.follows, len(mixed.draws), mixed.num_rows) == (1, 2, 3)  # the prompt goes with what follows
+    for batch in batches[1:3]:
+        scheduler.complete(model.run(batch))
+    free = scheduler.next_batch()
+    assert (free.follows, len(free.draws)) == (None, 1)  # a stage is free, and b waits for nothing

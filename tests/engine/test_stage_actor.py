@@ -7,11 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from finlora.engine.drive import InProcess
+from finlora.engine.feedback import Loop
+from finlora.engine.in_process import InProcess
 from finlora.engine.messages import Message, Parcel
 from finlora.engine.microbatch import Draw, MicroBatch, Output
 from finlora.engine.stage import Stage
 from finlora.engine.stage_actor import StageActor
+from finlora.errors import ResourceError
 from finlora.model.base import load_base, quiet_bitsandbytes
 
 CPU, ROWS = torch.device("cpu"), 64
@@ -27,10 +29,11 @@ class PretendStamps:
     def begin(self, stage):
         self.times[stage] = [float(len(self.times))]
 
-    def end(self, stage):
-        self.times[stage].append(self.times[stage][0] + 1.0 + stage)
+    def end(self, stage, ticket):
+        self.times[stage] += [self.times[stage][0] + 1.0 + stage, ticket]
 
-    def read(self, first, last):
+    def read(self, first, last, ticket):
+        assert all(self.times[stage][2] == ticket for stage in range(first, last + 1))
         return tuple(self.times[stage][1] - self.times[stage][0] for stage in range(first, last + 1))
 
 
@@ -47,10 +50,10 @@ class PretendGpu:
         stamps.begin(self.stage)
         self.rooms[place] = (num_rows, stamps)
 
-    def send(self, place, hidden):
+    def send(self, place, ticket, hidden):
         num_rows, stamps = self.rooms[place]
         assert len(hidden) == num_rows
-        stamps.end(self.stage)
+        stamps.end(self.stage, ticket)
         self.rooms[place] = (hidden.clone(), stamps)
         return Parcel(bytes([place]), b"", 0, num_rows, 1)
 
@@ -71,6 +74,10 @@ def make_batch(number, ids, first_row):
 
 
 BATCHES = [make_batch(0, [5, 9, 2], 0), make_batch(1, [7, 3], 10), make_batch(2, [11, 4, 8, 6], 20)]
+FOLLOWING = MicroBatch(3, adapters=[(None, 1)], follows=2)
+"""The token behind the last of those."""
+FOLLOWING.add([-1], 4, [24], [(20, 5)])
+FOLLOWING.draws.append(Draw(0, 0.0, 1.0, 0, 1))
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +85,10 @@ def expected(four_layers):
     with quiet_bitsandbytes():
         alone = InProcess([Stage(load_base(four_layers, 16, CPU, 0).model, range(4), ROWS, torch.float32)])
     tokens = []
-    for batch in BATCHES:
+    for batch in [*BATCHES, FOLLOWING]:
         alone.start(batch)
-        tokens.append(alone.collect().tokens)
+        if batch.number != FOLLOWING.follows:
+            tokens += [alone.collect().tokens for _ in range(1 + (batch is FOLLOWING))]
     return tokens
 
 
@@ -109,7 +117,9 @@ def hand_over(actors, *numbers):
 @pytest.mark.parametrize("sharing", [(), (0,), (1,), (0, 1)], ids=["none", "first two", "last two", "all"])
 def test_micro_batches_keep_their_states_and_their_seconds(sharing, actors, expected):
     hand_over(actors, *sharing)
-    messages = [Message(batch, place=place) for batch, place in zip(BATCHES, (0, 1, 0), strict=True)]
+    messages = [
+        Message(batch, place=place, ticket=batch.number + 5) for batch, place in zip(BATCHES, (0, 1, 0), strict=True)
+    ]
     # Two are under way at once; the third one has the first one's place, and begins when that is back.
     waiting = [actors[0].run(message) for message in messages[:2]]
     waiting = [actors[1].run(message) for message in waiting]
@@ -143,3 +153,53 @@ def test_stage_that_starts_afresh_puts_states_into_messages_until_it_offers_anew
     assert not isinstance(message.state, Parcel)
     assert len(message.seconds) == 1
     assert isinstance(actors[2].run(actors[1].run(message)).state, Output)
+
+
+class PretendWay:
+    """Both ends of the way back, and what the first stage asked of it."""
+
+    def __init__(self):
+        self.loop, self.log = Loop(), []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.log.append((name, *arguments))
+            return getattr(self.loop, name)(*arguments)
+
+        return call
+
+
+def test_first_stage_begins_with_tokens_that_the_last_has_drawn(actors, expected):
+    way = actors[0].coming = actors[2].going = PretendWay()
+    answers = []
+    for batch in (BATCHES[2], FOLLOWING):
+        message = Message(batch)
+        for actor in actors:
+            message = actor.run(message)
+        answers.append(message.state.tokens)
+    assert [token for token, _ in answers[1]] == [token for token, _ in expected[3]]
+    drawn = [[token for token, _ in tokens] for tokens in answers]
+    assert way.log == [("expect", 2), ("send", 2, drawn[0]), ("expect", 3), ("wait", 2), ("send", 3, drawn[1])]
+
+
+def test_failure_before_the_last_stage_is_told_to_the_first(actors):
+    way = actors[0].coming = actors[2].going = PretendWay()
+    broken = Message(BATCHES[2], ResourceError("the GPU is full"))
+    assert actors[2].run(broken) == broken
+    with pytest.raises(
+        RuntimeError, match="micro-batch 2 has failed: the tokens that the next one follows will not come"
+    ):
+        actors[0].run(Message(dataclasses.replace(FOLLOWING)))
+    assert ("send", 2, None) in way.log
+
+
+def test_one_stage_alone_follows_itself(four_layers, expected):
+    actor = StageActor(
+        dataclasses.asdict(four_layers), 16, (0, 4), 0, device="cpu", cache_rows=ROWS, keep_unpacked=False
+    )
+    actor.keep_tokens()
+    answers = [actor.run(Message(batch)).state.tokens for batch in (BATCHES[2], FOLLOWING)]
+    actor._quiet.__exit__(None, None, None)
+    assert [[token for token, _ in tokens] for tokens in answers] == [
+        [token for token, _ in expected[n]] for n in (2, 3)
+    ]

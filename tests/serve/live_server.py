@@ -13,7 +13,8 @@ import torch
 import uvicorn
 
 from finlora.config import LoraConfig, ModelConfig
-from finlora.engine.drive import EngineCore, InProcess
+from finlora.engine.drive import EngineCore
+from finlora.engine.in_process import InProcess
 from finlora.engine.stage import Stage
 from finlora.model.base import load_base
 from finlora.model.contract import make_contract, write_contract
@@ -72,7 +73,7 @@ def open_in_process(config: ServeConfig, executor=InProcess) -> OpenCore:
     for index in range(2):
         net = load_base(config.model, 16, CPU, 0, range(index, index + 1)).model
         stages.append(Stage(net, range(index, index + 1), config.stages.cache_rows, torch.float32))
-    core = EngineCore(executor(stages), make_scheduler(config, base, 2), base.tokenizer)
+    core = EngineCore(executor(stages), make_scheduler(config, base, 2, follows=True), base.tokenizer)
     facts = [StageFacts(first_layer=n, last_layer=n, weights_gib=0.1, cache_gib=0.1) for n in range(2)]
     return OpenCore(core=core, stages=tuple(facts), check=lambda: None, close=lambda: None)
 

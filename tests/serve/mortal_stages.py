@@ -8,7 +8,8 @@ import time
 
 from live_server import make_settings, open_in_process
 
-from finlora.engine.drive import EngineCore, InProcess
+from finlora.engine.drive import EngineCore
+from finlora.engine.in_process import InProcess
 from finlora.engine.request import Answer, Request, Sampling
 from finlora.serve.engine import AsyncEngine
 from finlora.serve.model import make_scheduler, read_base
@@ -46,7 +47,7 @@ def open_mortal(config, opened, repair=None):
     def mend():
         repair()
         old, executor = opened[-1], Mortal(found.core.executor.stages)
-        core = EngineCore(executor, make_scheduler(config, read_base(config), 2), old.tokenizer)
+        core = EngineCore(executor, make_scheduler(config, read_base(config), 2, follows=True), old.tokenizer)
         core.adapters |= old.adapters
         return describe(core)
 

@@ -13,9 +13,10 @@ import pytest
 from mortal_stages import collect, make_request, wait_for
 
 from finlora.engine.drive import EngineCore
+from finlora.engine.limits import Limits
 from finlora.engine.microbatch import Output
 from finlora.engine.request import Request
-from finlora.engine.scheduler import Limits, Scheduler
+from finlora.engine.scheduler import Scheduler
 from finlora.errors import AdapterError, ConfigError, ModelError, QueueFullError, StageLostError
 from finlora.serve.engine import AsyncEngine
 from finlora.serve.stages import AdapterRef, OpenCore

@@ -1,0 +1,109 @@
+"""Drawn tokens go back by a connection of their own, and nobody waits for those that will not come."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import pytest
+
+from finlora.engine import feedback
+from finlora.engine.feedback import FirstEnd, LastEnd
+from finlora.errors import ResourceError
+
+
+@pytest.fixture
+def ends():
+    first = FirstEnd("127.0.0.1")
+    last = LastEnd(first.address)
+    first.accept()
+    yield first, last
+    first.close()
+    last.close()
+
+
+def send_later(last, number, tokens, after_s=0.1):
+    timer = threading.Timer(after_s, last.send, (number, tokens))
+    timer.start()
+    return timer
+
+
+def test_tokens_come_when_they_are_drawn(ends):
+    first, last = ends
+    for number, tokens in enumerate(([5, 2**40, 0], list(range(5000)), [])):
+        first.expect(number)
+        timer = send_later(last, number, tokens)
+        assert first.wait(number) == tokens
+        assert first.wait(number) == tokens  # two micro-batches may follow one
+        timer.join()
+
+
+def test_numbers_that_begin_anew_bring_their_own_tokens(ends):
+    first, last = ends
+    last.send(7, [1])
+    while not first._came.tokens:
+        first.expect(0)
+    assert first.wait(7) == [1]
+    last.send(7, [2])  # nobody has asked for them when the next scheduler begins
+    time.sleep(0.1)
+    first.expect(7)
+    timer = send_later(last, 7, [3])
+    assert first.wait(7) == [3]
+    timer.join()
+
+
+def test_last_stage_never_waits_for_a_first_one_that_follows_nothing(ends):
+    first, last = ends
+    for number in range(20_000):
+        last.send(number, [number] * 16)
+        if number % 3 == 0:
+            first.expect(number + 1)
+    assert len(first._came.tokens) <= feedback._KEPT
+
+
+def test_failed_micro_batch_is_not_waited_for(ends):
+    first, last = ends
+    last.send(3, None)
+    with pytest.raises(
+        RuntimeError, match="micro-batch 3 has failed: the tokens that the next one follows will not come"
+    ):
+        first.wait(3)
+
+
+@pytest.mark.parametrize("why", ["the last stage dies", "the first is told to stop"])
+def test_nobody_waits_for_tokens_that_will_not_come(ends, why):
+    first, last = ends
+    timer = threading.Timer(0.1, last.close if why == "the last stage dies" else first.stop)
+    timer.start()
+    with pytest.raises(RuntimeError, match="the last stage is not there, or was told to stop"):
+        first.wait(0)
+    timer.join()
+    last.send(1, [4])  # nor does it mind that the first is gone
+
+
+def test_stranger_is_sent_away():
+    first = FirstEnd("127.0.0.1")
+    with socket.create_connection(first.address[:2]) as stranger:
+        stranger.sendall(b"x" * 32)
+        thread = threading.Thread(target=first.accept)
+        thread.start()
+        assert stranger.recv(1) == b""
+        last = LastEnd(first.address)
+        thread.join(10)
+    last.send(0, [9])
+    assert first.wait(0) == [9]
+    first.close()
+    last.close()
+
+
+def test_stages_that_do_not_meet_say_what_to_do(monkeypatch):
+    monkeypatch.setattr(feedback, "_JOIN_S", 0.1)
+    first = FirstEnd("127.0.0.1")
+    with pytest.raises(
+        ResourceError, match=r"did not reach the first at 127.0.0.1:\d+ in 0 s: let the cluster's machines"
+    ):
+        first.accept()
+    with pytest.raises(ResourceError, match=r"first stage cannot be reached at 127.0.0.1:\d+ \(.*refused"):
+        LastEnd(first.address)
+    first.close()

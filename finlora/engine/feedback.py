@@ -1,7 +1,8 @@
 """Drawn tokens on their way from the last stage back to the first, where the next micro-batch begins with them.
 
 Ray's compiled graphs know no way back, and through the driver it takes milliseconds. So the two stages have a TCP connection of
-their own, from machine to machine if need be. One frame goes back for each micro-batch that draws.
+their own, from machine to machine if need be. One frame goes back for each micro-batch that draws. Where both are on one GPU, the
+tokens stay there instead (finlora/engine/board.py).
 
 The first stage reads when it begins a micro-batch, and only then: no more frames than there are micro-batches under way wait
 for it, so the last stage never does.
@@ -22,7 +23,7 @@ from typing import NamedTuple
 from finlora.errors import ResourceError
 
 _HEAD = struct.Struct("!qq")
-"""Number of the micro-batch, and of its tokens; _FAILED where it has none."""
+"""Ticket of the micro-batch, and how many tokens; _FAILED where it has none."""
 _FAILED = -1
 _KEPT = 64
 """Micro-batches whose tokens are kept: many more than can be under way."""
@@ -40,20 +41,20 @@ class Address(NamedTuple):
 
 
 class _Came:
-    """Tokens that have come, by the number of their micro-batch."""
+    """Tokens that have come, by the ticket of their micro-batch."""
 
     def __init__(self) -> None:
         self.tokens: dict[int, Sequence[int] | None] = {}
 
-    def forget(self, number: int) -> None:
-        self.tokens.pop(number, None)
-        for old in list(self.tokens)[:-_KEPT]:
-            del self.tokens[old]
+    def add(self, ticket: int, tokens: Sequence[int] | None) -> None:
+        self.tokens[ticket] = tokens
+        if len(self.tokens) > _KEPT:
+            del self.tokens[next(iter(self.tokens))]
 
-    def take(self, number: int) -> list[int]:
-        tokens = self.tokens[number]
+    def find(self, ticket: int) -> list[int]:
+        tokens = self.tokens[ticket]
         if tokens is None:
-            raise RuntimeError(f"micro-batch {number} has failed: the tokens that the next one follows will not come")
+            raise RuntimeError("a micro-batch has failed: the tokens that the next one follows will not come")
         return list(tokens)
 
 
@@ -94,23 +95,22 @@ class FirstEnd:
             "cluster's machines connect to each other by TCP on any port."
         )
 
-    def expect(self, number: int) -> None:
-        """Begin a micro-batch: what an earlier one of its number drew is of no use, as with each scheduler they start anew."""
+    def drain(self) -> None:
+        """Read what has come, so that the last stage never waits for it."""
         assert self._socket is not None, "accept comes first"
         while select.select([self._socket], [], [], 0)[0]:
             self._receive(self._socket)
-        self._came.forget(number)
 
-    def wait(self, number: int) -> list[int]:
-        """Return the tokens of a micro-batch that was begun, once they are drawn.
+    def wait(self, ticket: int) -> list[int]:
+        """Return the tokens of a micro-batch once they are drawn.
 
         Raises:
             RuntimeError: they will not come.
         """
         assert self._socket is not None, "accept comes first"
-        while number not in self._came.tokens:
+        while ticket not in self._came.tokens:
             self._receive(self._socket)
-        return self._came.take(number)
+        return self._came.find(ticket)
 
     def stop(self) -> None:
         """Let nobody wait any longer; any thread may call it."""
@@ -143,13 +143,12 @@ class FirstEnd:
             )
         self._read += data
         while len(self._read) >= _HEAD.size:
-            number, count = _HEAD.unpack_from(self._read)
+            ticket, count = _HEAD.unpack_from(self._read)
             size = _HEAD.size + 8 * max(0, count)
             if len(self._read) < size:
                 break
-            self._came.tokens[number] = None
-            if count != _FAILED:
-                self._came.tokens[number] = struct.unpack_from(f"!{count}q", self._read, _HEAD.size)
+            tokens = struct.unpack_from(f"!{max(0, count)}q", self._read, _HEAD.size)
+            self._came.add(ticket, None if count == _FAILED else tokens)
             del self._read[:size]
 
 
@@ -173,11 +172,11 @@ class LastEnd:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.sendall(address.key)
 
-    def send(self, number: int, tokens: Sequence[int] | None) -> None:
+    def send(self, ticket: int, tokens: Sequence[int] | None) -> None:
         """Give the tokens of a micro-batch back; None: it has failed."""
         count = _FAILED if tokens is None else len(tokens)
         with suppress(OSError):  # without a first stage nobody needs them, and the driver learns of it by itself
-            self._socket.sendall(_HEAD.pack(number, count) + struct.pack(f"!{max(0, count)}q", *(tokens or ())))
+            self._socket.sendall(_HEAD.pack(ticket, count) + struct.pack(f"!{max(0, count)}q", *(tokens or ())))
 
     def close(self) -> None:
         self._socket.close()
@@ -189,14 +188,14 @@ class Loop:
     def __init__(self) -> None:
         self._came = _Came()
 
-    def expect(self, number: int) -> None:
-        self._came.forget(number)
+    def drain(self) -> None:
+        pass
 
-    def wait(self, number: int) -> list[int]:
-        return self._came.take(number)
+    def wait(self, ticket: int) -> list[int]:
+        return self._came.find(ticket)
 
-    def send(self, number: int, tokens: Sequence[int] | None) -> None:
-        self._came.tokens[number] = tokens
+    def send(self, ticket: int, tokens: Sequence[int] | None) -> None:
+        self._came.add(ticket, tokens)
 
     def stop(self) -> None:
         pass

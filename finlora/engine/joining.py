@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from finlora.config import Transport
+from finlora.engine.feedback import Address, FirstEnd, LastEnd, Loop
 from finlora.engine.stage_actor import StageActor
 from finlora.engine.transport import find_free_address
 
@@ -23,42 +24,91 @@ def join_stages(actors: Sequence[Any], transport: Transport) -> None:
         RayError: a stage died meanwhile.
         ResourceError: the last stage cannot reach the first one.
     """
-    _join_ends(actors)
+    gpus: list[str | None] = ray.get(
+        [actor.take_number.remote(index, len(actors)) for index, actor in enumerate(actors)]
+    )
+    _join_ends(actors, gpus)
     if transport == "messages":
-        _share_gpus(actors)
+        _share_gpus(actors, gpus)
         return
     address = ray.get(actors[0].__ray_call__.remote(_offer_address))
     ray.get([actor.join.remote(transport, index, len(actors), address) for index, actor in enumerate(actors)])
 
 
-def _join_ends(actors: Sequence[Any]) -> None:
+def _join_ends(actors: Sequence[Any], gpus: Sequence[str | None]) -> None:
     """Let drawn tokens go back from the last stage to the first."""
-    first, last = actors[0], actors[-1]
+    first, last = actors[0].__ray_call__, actors[-1].__ray_call__
     if len(actors) == 1:
-        ray.get(first.keep_tokens.remote())
+        ray.get(first.remote(_keep_tokens))
         return
-    address = ray.get(first.__ray_call__.remote(lambda stage: stage.listen(ray.util.get_node_ip_address())))
-    ray.get([first.accept_last.remote(), last.reach_first.remote(address)])
+    if gpus[0] is not None and gpus[0] == gpus[-1]:
+        reason: str | None = ray.get(first.remote(_take_board, last.remote(_offer_board)))
+        if reason is None:
+            return
+        _warn(0, len(actors) - 1, "drawn tokens", reason)
+    address = ray.get(first.remote(_listen))
+    ray.get([first.remote(_accept), last.remote(_reach, address)])
 
 
-def _share_gpus(actors: Sequence[Any]) -> None:
+def _share_gpus(actors: Sequence[Any], gpus: Sequence[str | None]) -> None:
     """Have stages that follow each other on one GPU leave hidden states there; elsewhere they travel within the messages."""
-    gpus: list[str | None] = ray.get(
-        [actor.take_number.remote(index, len(actors)) for index, actor in enumerate(actors)]
-    )
     for index, (actor, following) in enumerate(pairwise(actors)):
         if gpus[index] is None or gpus[index] != gpus[index + 1]:
             continue
         reason: str | None = ray.get(following.accept.remote(actor.offer.remote()))
         if reason is not None:
-            _logger.warning(
-                "Stages %d and %d share a GPU but not its memory (%s): their hidden states pass through the host, which takes "
-                "longer. In containers they need one IPC and PID namespace.",
-                *(index, index + 1, reason),
-            )
+            _warn(index, index + 1, "hidden states", reason)
             ray.get(actor.use_messages.remote())
+
+
+def _warn(one: int, other: int, what: str, reason: str) -> None:
+    _logger.warning(
+        "Stages %d and %d share a GPU but not its memory (%s): their %s pass through the host, which takes longer. In containers "
+        "they need one IPC namespace.",
+        *(one, other, reason, what),
+    )
+
+
+# What follows runs where a stage is.
 
 
 def _offer_address(_stage: StageActor) -> str:
     """Return an address on which the stages can meet; runs where the first one is."""
     return find_free_address(ray.util.get_node_ip_address())
+
+
+def _keep_tokens(stage: StageActor) -> None:
+    stage.coming = stage.going = Loop()
+
+
+def _offer_board(stage: StageActor) -> bytes:
+    from finlora.engine.board import LastBoard
+
+    stage.board = stage.board or LastBoard(stage.device)
+    stage.going = stage.board
+    return stage.board.handle
+
+
+def _take_board(stage: StageActor, handle: bytes) -> str | None:
+    """Return in words why this process cannot have the other's memory, None if it can."""
+    from finlora.engine.board import FirstBoard
+
+    try:
+        stage.coming = FirstBoard(handle, stage.device)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _listen(stage: StageActor) -> Address:
+    stage.coming = end = FirstEnd(ray.util.get_node_ip_address())
+    return end.address
+
+
+def _accept(stage: StageActor) -> None:
+    assert isinstance(stage.coming, FirstEnd)
+    stage.coming.accept()
+
+
+def _reach(stage: StageActor, address: Address) -> None:
+    stage.going = LastEnd(address)

@@ -21,13 +21,9 @@ class Parcel(NamedTuple):
 
     memory: bytes
     """CUDA's handle of the memory that holds them."""
-    event: bytes
-    """CUDA's handle of the event that says when they are there."""
     num_bytes: int
     """Of the memory."""
     num_rows: int
-    pid: int
-    """Process that computes them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,4 +39,6 @@ class Message:
     place: int = 0
     """Number that no other message under way has: which memory carries its parcels."""
     ticket: int = 0
-    """Number that no other message of the pipeline has: what stages write beside their parcels when they are done."""
+    """Number greater than those of all messages before: what a stage writes behind what it has computed for others."""
+    follows: int | None = None
+    """Ticket of the message with the micro-batch that this one's follows."""

@@ -100,8 +100,10 @@ class Pipeline:
         self.actors = [self._start_actor(index) for index in range(config.num_stages)]
         self.adapters: dict[str, tuple[Path, str]] = {}
         """Folder of each adapter that every stage has, and the hash of its files."""
-        self._refs: deque[tuple[Any, int]] = deque()
-        """Of messages under way, with their places."""
+        self._under_way: deque[tuple[Any, int]] = deque()
+        """Messages with their places."""
+        self._started: dict[int, int] = {}
+        """Tickets of the micro-batches that were not collected, by number."""
         self._outputs: deque[Output] = deque()
         self._tickets = itertools.count(1)
         self._graph: Any = None
@@ -117,6 +119,7 @@ class Pipeline:
 
     def collect(self) -> Output:
         output: Output = self._outputs.popleft() if self._outputs else self._receive()
+        del self._started[output.number]
         return output
 
     def load_adapter(self, name: str, folder: Path) -> None:
@@ -214,8 +217,9 @@ class Pipeline:
         if graph is None:
             return set()
         stuck = leave_graph(graph, self.actors, timeout_s)
-        self._refs.clear()  # only now: what waits in a graph that stands is still fetched by it
+        self._under_way.clear()  # only now: what waits in a graph that stands is still fetched by it
         self._outputs.clear()
+        self._started.clear()
         return stuck
 
     def _find_dead(self) -> set[int]:
@@ -244,19 +248,23 @@ class Pipeline:
         return facts
 
     def _change(self, change: Change) -> Any:
-        while self._refs:
+        while self._under_way:
             self._outputs.append(self._receive())
         self._send(change)
         return self._receive()
 
     def _send(self, work: MicroBatch | Change) -> None:
-        taken = {place for _, place in self._refs}
+        taken = {place for _, place in self._under_way}
         place = next(place for place in range(len(taken) + 1) if place not in taken)
-        message = Message(work, place=place, ticket=next(self._tickets))
-        self._refs.append((self._graph.execute(message), place))
+        ticket, follows = next(self._tickets), None
+        if isinstance(work, MicroBatch):
+            self._started[work.number] = ticket
+            follows = None if work.follows is None else self._started[work.follows]
+        message = Message(work, place=place, ticket=ticket, follows=follows)
+        self._under_way.append((self._graph.execute(message), place))
 
     def _receive(self) -> Any:
-        ref, _ = self._refs.popleft()
+        ref, _ = self._under_way.popleft()
         message: Message = ray.get(ref, timeout=_TIMEOUT_S)
         if isinstance(message.state, FinloraError):
             raise message.state

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finlora.config import Bits, ModelConfig
-from finlora.engine.feedback import Address, FirstEnd, LastEnd, Loop
+from finlora.engine.feedback import FirstEnd, LastEnd, Loop
 from finlora.engine.messages import Change, Message, Parcel
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.semaphores import remove_left_semaphores
@@ -18,8 +18,10 @@ from finlora.onednn import bound_kernel_cache
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from finlora.engine.board import FirstBoard, LastBoard
     from finlora.engine.handover import Receiver, Sender
     from finlora.engine.transport import Neighbours
+    from finlora.engine.unread import Unread
 
 
 class StageActor:
@@ -61,10 +63,12 @@ class StageActor:
         self.device = torch.device("cuda:0" if device == "cuda" else "cpu")
         self.neighbours: Neighbours | None = None
         self._is_at_work = False
-        self.coming: FirstEnd | Loop | None = None
-        """Of the first stage: the way by which drawn tokens come back from the last."""
-        self.going: LastEnd | Loop | None = None
+        self.coming: FirstEnd | FirstBoard | Loop | None = None
+        """Of the first stage: the way by which drawn tokens come back from the last (finlora/engine/joining.py)."""
+        self.going: LastEnd | LastBoard | Loop | None = None
         """Of the last stage: the same way's other end."""
+        self.board: LastBoard | None = None
+        """Kept: the first stage may have its memory mapped."""
         self.number, self.num_stages = 0, 1
         self.sender: Sender | None = None
         self.receiver: Receiver | None = None
@@ -110,11 +114,9 @@ class StageActor:
         if self.receiver is None:
             hidden_size = self.stage.net.config.hidden_size
             self.receiver = Receiver(self.num_stages, hidden_size, self.stage.dtype, self.device)
-        if not Path("/proc", str(parcel.pid)).exists():  # by which it is known later that the stage before lives
-            return f"process {parcel.pid} is not to be seen"
         try:
             hidden, _ = self.receiver.receive(parcel)
-            self.receiver.wait(parcel)
+            self.receiver.wait(parcel, 0)
             hidden.cpu()
         except RuntimeError as error:
             return str(error)
@@ -124,28 +126,11 @@ class StageActor:
         """Put hidden states into messages, since the next stage cannot have this one's memory."""
         self.hands_over = False
 
-    def listen(self, host: str) -> Address:
-        """Return where the last stage reaches this one, the first, with drawn tokens."""
-        self.coming = FirstEnd(host)
-        return self.coming.address
-
-    def accept_last(self) -> None:
-        """Wait until it has."""
-        assert isinstance(self.coming, FirstEnd)
-        self.coming.accept()
-
-    def reach_first(self, address: Address) -> None:
-        """Give drawn tokens back to the first stage from now on; this is the last."""
-        self.going = LastEnd(address)
-
-    def keep_tokens(self) -> None:
-        """Give drawn tokens to oneself: the one stage there is."""
-        self.coming = self.going = Loop()
-
     def stop_waiting(self) -> None:
-        """Wait no longer for tokens, which may not come any more."""
-        if self.coming is not None:
-            self.coming.stop()
+        """Wait no longer for tokens and hidden states, which may not come any more."""
+        for end in (self.coming, self.receiver):
+            if end is not None:
+                end.stop()
 
     def start_afresh(self) -> None:
         """Leave the stages beside this one, of which some are dead, and empty the cache; weights and adapters stay."""
@@ -154,9 +139,10 @@ class StageActor:
             self.neighbours = None
         if self.receiver is not None:
             self.receiver.close()
-        for end in (self.coming, self.going):
-            if end is not None:
-                end.close()
+        if self.coming is not None:
+            self.coming.close()
+        if isinstance(self.going, LastEnd):
+            self.going.close()
         self.coming = self.going = None
         self.hands_over = False
         self.stage.clear_cache()
@@ -167,7 +153,7 @@ class StageActor:
 
     def peak_memory_gib(self) -> float:
         """Return the most memory that the stage has taken since it was loaded."""
-        return self.stage.peak_memory_gib() + (self.sender.held_gib if self.sender else 0.0)
+        return self.stage.peak_memory_gib() + sum(getattr(each, "held_gib", 0.0) for each in (self.sender, self.board))
 
     def load_adapter(self, name: str, folder: str, known: str | None) -> str:
         """Load an adapter and return the hash of its files.
@@ -202,20 +188,19 @@ class StageActor:
             return answer
         finally:
             self._is_at_work = False
-            if self.going is not None and isinstance(message.work, MicroBatch):
-                self._give_back(message.work, answer.state if answer else None)
+            if isinstance(self.going, LastEnd | Loop) and isinstance(message.work, MicroBatch):
+                self._give_back(message, answer.state if answer else None)
 
     def is_at_work(self) -> bool:
         """Return whether the stage computes; otherwise it waits for a message, or for one to be taken."""
         return self._is_at_work
 
-    def _give_back(self, batch: MicroBatch, state: Any) -> None:
+    def _give_back(self, message: Message, state: Any) -> None:
         """Give the first stage what was drawn, or word that nothing was."""
-        assert self.going is not None
-        if not isinstance(state, Output):
-            self.going.send(batch.number, None)
-        elif batch.draws:
-            self.going.send(batch.number, [token for token, _ in state.tokens])
+        assert isinstance(self.going, LastEnd | Loop)
+        drawn = [token for token, _ in state.tokens] if isinstance(state, Output) else None
+        if drawn is None or drawn:
+            self.going.send(message.ticket, drawn)
 
     def _answer(self, message: Message) -> Message:
         seconds, state = message.seconds, message.state
@@ -238,7 +223,8 @@ class StageActor:
 
     def _compute(self, message: Message) -> tuple[Any, tuple[float, ...]]:
         """Return the state for the next stage, and the seconds that are known now of this stage and of those before it."""
-        from finlora.engine.unread import Unread
+        import torch
+
         from finlora.engine.upload import upload
 
         started, batch, state, stamps = time.perf_counter(), message.work, message.state, None
@@ -252,15 +238,16 @@ class StageActor:
         else:
             hidden = self.neighbours.receive(batch.num_rows) if self.neighbours else self.letters.unpack(state)
 
-        if self.coming is not None:
-            self.coming.expect(batch.number)
+        if isinstance(self.coming, FirstEnd):
+            self.coming.drain()
 
         def begin() -> Tensor | None:
-            drawn = None
-            if self.coming is not None and batch.follows is not None:
-                drawn = upload(self.coming.wait(batch.follows), self.device)
+            drawn: Tensor | None = None
+            if self.coming is not None and message.follows is not None:
+                found = self.coming.wait(message.follows)
+                drawn = found if isinstance(found, torch.Tensor) else upload(found, self.device)
             if receiver is not None:
-                receiver.wait(state)
+                receiver.wait(state, message.ticket)
             if sender is not None:
                 sender.begin(message.place, batch.num_rows, stamps)
             elif stamps is not None:
@@ -269,14 +256,20 @@ class StageActor:
 
         result = self.stage.run(batch, hidden, begin)
         if sender is not None:
-            assert not isinstance(result, Unread), "the last stage hands nothing over"
+            assert isinstance(result, torch.Tensor), "the last stage hands nothing over"
             return sender.send(message.place, message.ticket, result), ()
         if stamps is not None:
-            stamps.end(self.number, message.ticket)
-        state = result.read() if isinstance(result, Unread) else self._send(result)
+            stamps.end(self.number)
+        state = self._send(result) if isinstance(result, torch.Tensor) else self._read(result, message.ticket)
         if stamps is None:
             return state, (time.perf_counter() - started,)
-        return state, stamps.read(len(message.seconds), self.number, message.ticket)
+        return state, stamps.read(len(message.seconds), self.number)
+
+    def _read(self, result: Unread, ticket: int) -> Output:
+        """Wait for what the last stage has drawn."""
+        if self.going is not None and not isinstance(self.going, LastEnd | Loop):
+            self.going.write(ticket, result.tokens)
+        return result.read()
 
     def _send(self, hidden: Tensor) -> Any:
         """Give states (T, H) to the next stage; returns what of them travels within the message."""

@@ -26,7 +26,7 @@ except ImportError as error:
         f"`make setup TORCH=gpu`, or pip install 'cuda-bindings>=13,<14' ({error})."
     ) from error
 
-__all__ = ["CudaKernel", "check", "load_kernels", "runtime"]
+__all__ = ["CudaKernel", "check", "driver", "load_kernels", "runtime"]
 
 
 class CudaKernel:

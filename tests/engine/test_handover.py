@@ -1,10 +1,8 @@
-"""Hidden states that stay on the GPU between processes arrive whole, and a pipeline over them says what one process says."""
+"""A pipeline whose stages share a GPU, and leave hidden states and tokens there, says what one process says."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -23,79 +21,17 @@ from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.tokenizer import load_tokenizer
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DEVICE, END, ROWS, HIDDEN, BUSY_S = "cuda", 1, 1024, 64, 0.02
-SENT = [(0, 3), (1, 500), (0, 1), (0, 900), (1, 2), (0, 900)]
-"""(place, rows): rooms that are used again, outgrown, and larger than what they hold."""
+DEVICE, END, ROWS = "cuda", 1, 1024
 
 
-def make_states(number, num_rows):
-    generator = torch.Generator().manual_seed(number)
-    return torch.randn(num_rows, HIDDEN, generator=generator).bfloat16()
-
-
-def start_sender(send):
-    """Return a process that runs `send` with a pipe, and the pipe's end here."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=send, args=(there,))
-    process.start()
-    there.close()
-    return process, here
-
-
-def send_all(pipe):
-    """Stage 1 of 3; it computes for a while, and its parcels are on their way before that is over."""
-    from finlora.engine.handover import Sender, Stamps
-
-    device = torch.device("cuda")
-    sender = Sender(1, 3, HIDDEN, torch.bfloat16, device)
-    for number, (place, num_rows) in enumerate(SENT):
-        states = make_states(number, num_rows).to(device)
-        # Stage 0 took 3 ms.
-        before = Stamps(torch.tensor([[1_000, 0, 0], [3_001_000, 0, 0], [number, 0, 0]], device=device))
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        sender.begin(place, num_rows, before)
-        torch.cuda._sleep(int(BUSY_S * 2.0e9))  # cycles of a clock of 2 GHz at most
-        parcel = sender.send(place, number, states)
-        pipe.send((parcel, time.perf_counter() - started))
-        pipe.recv()
-    pipe.close()
-    os._exit(0)  # what the other has mapped stays until it closes it
-
-
-@pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
-def test_states_arrive_though_the_parcel_comes_before_them(_gpu):
-    from finlora.engine.handover import Receiver
-
-    other, here = start_sender(send_all)
-    receiver = Receiver(3, HIDDEN, torch.bfloat16, torch.device("cuda"))
-    make_states(0, 1).cuda() * 2  # the kernel is loaded before its time is taken
-    queued = []
-    for number, (_, num_rows) in enumerate(SENT):
-        parcel, seconds = here.recv()
-        queued.append(seconds)
-        hidden, stamps = receiver.receive(parcel)
-        receiver.wait(parcel)
-        stamps.begin(2)
-        doubled = hidden * 2
-        stamps.end(2, number)
-        before, own, mine = stamps.read(0, 2, number)
-        assert torch.equal(doubled.cpu(), make_states(number, num_rows) * 2)
-        assert before == pytest.approx(3e-3)
-        assert own > 0.8 * BUSY_S
-        assert 0 <= mine < BUSY_S  # the wait for the stage before does not count
-        here.send(None)
-    other.join(30)
-    assert other.exitcode == 0
-    assert min(queued) < BUSY_S / 2
-    receiver.close()
+def open_core(executor, base, in_flight):
+    limits = Limits(cache_rows=ROWS, max_in_flight=in_flight, follows=executor.can_follow)
+    return EngineCore(executor, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(base.base)))
 
 
 def ask_all(executor, base, adapter_folders, in_flight):
     """Return all answers' tokens, and the meter's reading."""
-    limits = Limits(cache_rows=ROWS, max_in_flight=in_flight, follows=executor.can_follow)
-    core = EngineCore(executor, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(base.base)))
+    core = open_core(executor, base, in_flight)
     core.load_adapter("all", adapter_folders["all"])
     requests = make_requests(count=6)
     requests.append(Request(id="adapted", prompt_ids=RAGGED[2], adapter="all", sampling=Sampling(max_tokens=4)))
@@ -104,53 +40,11 @@ def ask_all(executor, base, adapter_folders, in_flight):
     return {name: tokens_of(answer) for name, answer in answers.items()}, core.meter.read()
 
 
-def send_and_die(pipe):
-    """Stage 0 of 2, killed while it computes what its second parcel is for."""
-    from finlora.engine.handover import Sender
+def look(pipeline, at):
+    """Return what a function of a stage's actor says in each."""
+    import ray
 
-    sender, states = Sender(0, 2, HIDDEN, torch.bfloat16, torch.device("cuda")), make_states(0, 1).cuda()
-    for ticket, cycles in ((8, 1e6), (9, 1e11)):
-        sender.begin(0, 1, None)
-        torch.cuda._sleep(int(cycles))
-        pipe.send(sender.send(0, ticket, states))
-        pipe.recv()
-    os.kill(os.getpid(), 9)
-
-
-@pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
-def test_states_of_a_stage_that_dies_are_neither_waited_for_nor_used(_gpu):
-    from finlora.engine.handover import Receiver
-
-    other, here = start_sender(send_and_die)
-    receiver = Receiver(2, HIDDEN, torch.bfloat16, torch.device("cuda"))
-
-    def compute(parcel, ticket):
-        _, stamps = receiver.receive(parcel)
-        receiver.wait(parcel)
-        stamps.begin(1)
-        stamps.end(1, ticket)
-        return stamps.read(0, 1, ticket)
-
-    assert all(seconds >= 0 for seconds in compute(here.recv(), 8))
-    here.send(None)
-    parcel = here.recv()
-    with pytest.raises(RuntimeError, match=r"the stage before \(process \d+\) is not there"):
-        compute(parcel._replace(pid=end_process()), 9)  # its event does not come
-    here.send(None)
-    other.join(30)
-    assert other.exitcode == -9
-    with pytest.raises(RuntimeError, match=r"stage 0 died before its hidden states were complete|is not there"):
-        compute(parcel, 9)  # CUDA says that it came
-    receiver.close()
-    assert (torch.ones(2, device="cuda") * 2).tolist() == [2, 2]  # this process goes on
-
-
-def end_process():
-    """Return the number of a process that is not there."""
-    process = multiprocessing.get_context("spawn").Process(target=int)
-    process.start()
-    process.join()
-    return process.pid
+    return ray.get([actor.__ray_call__.remote(at) for actor in pipeline.actors])
 
 
 @pytest.fixture(scope="module")
@@ -174,10 +68,9 @@ def pipeline(four_layers, ray_instance):
 
 @pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
 def test_four_stages_of_one_gpu_say_what_one_says(_gpu, pipeline, expected, four_layers, adapter_folders):
-    import ray
-
-    handing = [actor.__ray_call__.remote(lambda self: self.hands_over) for actor in pipeline.actors]
-    assert ray.get(handing) == [True, True, True, False]
+    assert look(pipeline, lambda self: self.hands_over) == [True, True, True, False]
+    assert look(pipeline, lambda self: type(self.coming).__name__)[0] == "FirstBoard"
+    assert look(pipeline, lambda self: type(self.going).__name__)[3] == "LastBoard"
     found, reading = ask_all(pipeline, four_layers, adapter_folders, 4)  # so that several places are in use
     assert found == expected
     assert len(reading.busy) == 4
@@ -185,27 +78,26 @@ def test_four_stages_of_one_gpu_say_what_one_says(_gpu, pipeline, expected, four
     assert pipeline.peak_memory_gib() > 4 * 2 / 1024  # a parcel's memory each, beside the weights
 
 
-def wait_for_death(pipeline):
+@pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
+@pytest.mark.parametrize("dying", [0, 1, 3])
+def test_stage_that_dies_at_work_starts_anew_and_hands_over_again(
+    _gpu, dying, pipeline, expected, four_layers, adapter_folders
+):
+    """What the others have queued waits for it on the GPU."""
     from ray.exceptions import RayError
 
-    for _ in range(300):
-        try:
-            pipeline.check()
-        except RayError:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the stage lives")
-
-
-@pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
-@pytest.mark.parametrize("dying", [0, 2])
-def test_stage_that_starts_anew_hands_over_again(_gpu, dying, pipeline, expected, four_layers, adapter_folders):
-    import ray
-
-    pid = ray.get(pipeline.actors[dying].__ray_call__.remote(lambda _stage: os.getpid()))
-    os.kill(pid, 9)
-    wait_for_death(pipeline)
+    before = look(pipeline, lambda _stage: os.getpid())
+    core = open_core(pipeline, four_layers, 4)
+    for request in make_requests(count=200):
+        core.submit(request)
+    for _ in range(9):
+        core.step()
+    os.kill(before[dying], 9)
+    with pytest.raises(RayError):
+        run(core, [])
     assert pipeline.repair() == [dying]
+    after = look(pipeline, lambda _stage: os.getpid())
+    assert [number for number in range(4) if after[number] != before[number]] == [dying]
     assert ask_all(pipeline, four_layers, adapter_folders, 4)[0] == expected
 
 
@@ -224,7 +116,7 @@ def test_stages_that_cannot_share_memory_use_messages_and_say_why(ray_instance, 
 
         def offer(self):
             self.hands_over = True
-            return Parcel(b"m", b"e", 1, 1, 1)
+            return Parcel(b"m", 1, 1)
 
         def accept(self, parcel):
             return self.refusal

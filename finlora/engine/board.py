@@ -46,12 +46,13 @@ class FirstBoard:
     """The first stage's end.
 
     Raises:
-        RuntimeError: CUDA does not let these processes share memory.
+        RuntimeError: CUDA does not let these processes share memory, or wait for each other on the GPU.
     """
 
     def __init__(self, handle: bytes, device: torch.device) -> None:
         self._gate = Gate(device)
         self._memory: Mapped = map_memory(handle, LEAST_BYTES, device)
+        self._gate.wait(_find_flag(self._memory.data), 0)  # whether CUDA has such waits
 
     def wait(self, ticket: int) -> Tensor:
         """Have what is queued from now on wait for a micro-batch's tokens, and return them with whatever lies behind them.

@@ -74,7 +74,8 @@ def map_memory(handle: bytes, num_bytes: int, device: torch.device) -> Mapped:
 
 
 def unmap(memory: Mapped) -> None:
-    """Let go of it; the process that it belongs to may be dead."""
+    """Let go of it, once what is queued is done; the process that it belongs to may be dead."""
+    torch.cuda.synchronize(memory.data.device)
     runtime.cudaIpcCloseMemHandle(memory.pointer)
 
 

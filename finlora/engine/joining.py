@@ -42,7 +42,7 @@ def _join_ends(actors: Sequence[Any], gpus: Sequence[str | None]) -> None:
         ray.get(first.remote(_keep_tokens))
         return
     if gpus[0] is not None and gpus[0] == gpus[-1]:
-        reason: str | None = ray.get(first.remote(_take_board, last.remote(_offer_board)))
+        reason = _find_reason(first.remote(_take_board, last.remote(_offer_board)))
         if reason is None:
             return
         _warn(0, len(actors) - 1, "drawn tokens", reason)
@@ -55,10 +55,19 @@ def _share_gpus(actors: Sequence[Any], gpus: Sequence[str | None]) -> None:
     for index, (actor, following) in enumerate(pairwise(actors)):
         if gpus[index] is None or gpus[index] != gpus[index + 1]:
             continue
-        reason: str | None = ray.get(following.accept.remote(actor.offer.remote()))
+        reason = _find_reason(following.accept.remote(actor.offer.remote()))
         if reason is not None:
             _warn(index, index + 1, "hidden states", reason)
             ray.get(actor.use_messages.remote())
+
+
+def _find_reason(ref: Any) -> str | None:
+    """Return in words why one stage cannot have another's memory, None if it can."""
+    try:
+        ray.get(ref)
+    except RuntimeError as error:  # of CUDA, in either of them
+        return str(error).strip().splitlines()[-1]
+    return None
 
 
 def _warn(one: int, other: int, what: str, reason: str) -> None:
@@ -89,15 +98,10 @@ def _offer_board(stage: StageActor) -> bytes:
     return stage.board.handle
 
 
-def _take_board(stage: StageActor, handle: bytes) -> str | None:
-    """Return in words why this process cannot have the other's memory, None if it can."""
+def _take_board(stage: StageActor, handle: bytes) -> None:
     from finlora.engine.board import FirstBoard
 
-    try:
-        stage.coming = FirstBoard(handle, stage.device)
-    except RuntimeError as error:
-        return str(error)
-    return None
+    stage.coming = FirstBoard(handle, stage.device)
 
 
 def _listen(stage: StageActor) -> Address:

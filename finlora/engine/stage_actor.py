@@ -107,20 +107,20 @@ class StageActor:
         self.sender.begin(0, 1, None)
         return self.sender.send(0, 0, torch.zeros(1, hidden_size, dtype=self.stage.dtype, device=self.device))
 
-    def accept(self, parcel: Parcel) -> str | None:
-        """Try the first parcel of the stage before; returns in words why this process cannot have its memory, None if it can."""
+    def accept(self, parcel: Parcel) -> None:
+        """Try the first parcel of the stage before.
+
+        Raises:
+            RuntimeError: this process cannot have the other's memory.
+        """
         from finlora.engine.handover import Receiver
 
         if self.receiver is None:
             hidden_size = self.stage.net.config.hidden_size
             self.receiver = Receiver(self.num_stages, hidden_size, self.stage.dtype, self.device)
-        try:
-            hidden, _ = self.receiver.receive(parcel)
-            self.receiver.wait(parcel, 0)
-            hidden.cpu()
-        except RuntimeError as error:
-            return str(error)
-        return None
+        hidden, _ = self.receiver.receive(parcel)
+        self.receiver.wait(parcel, 0)
+        hidden.cpu()
 
     def use_messages(self) -> None:
         """Put hidden states into messages, since the next stage cannot have this one's memory."""
@@ -227,7 +227,7 @@ class StageActor:
 
         from finlora.engine.upload import upload
 
-        started, batch, state, stamps = time.perf_counter(), message.work, message.state, None
+        started, waited, batch, state, stamps = time.perf_counter(), 0.0, message.work, message.state, None
         assert isinstance(batch, MicroBatch)
         receiver = self.receiver if isinstance(state, Parcel) else None
         sender = self.sender if self.hands_over else None
@@ -242,9 +242,12 @@ class StageActor:
             self.coming.drain()
 
         def begin() -> Tensor | None:
+            nonlocal waited
             drawn: Tensor | None = None
             if self.coming is not None and message.follows is not None:
+                before = time.perf_counter()
                 found = self.coming.wait(message.follows)
+                waited = time.perf_counter() - before
                 drawn = found if isinstance(found, torch.Tensor) else upload(found, self.device)
             if receiver is not None:
                 receiver.wait(state, message.ticket)
@@ -262,7 +265,7 @@ class StageActor:
             stamps.end(self.number)
         state = self._send(result) if isinstance(result, torch.Tensor) else self._read(result, message.ticket)
         if stamps is None:
-            return state, (time.perf_counter() - started,)
+            return state, (time.perf_counter() - started - waited,)
         return state, stamps.read(len(message.seconds), self.number)
 
     def _read(self, result: Unread, ticket: int) -> Output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -181,6 +182,18 @@ def test_first_stage_begins_with_tokens_that_the_last_has_drawn(actors, expected
         answers.append([token for token, _ in message.state.tokens])
     assert answers[1] == [token for token, _ in expected[3]]
     assert way.log == [("send", 7, answers[0]), ("wait", 7), ("send", 8, answers[1])]
+
+
+def test_wait_for_tokens_does_not_count_as_computing(actors):
+    class Slow(Loop):
+        def wait(self, ticket):
+            time.sleep(0.5)
+            return super().wait(ticket)
+
+    actors[0].coming = Slow()
+    actors[0].coming.send(7, [5])
+    started = time.perf_counter()
+    assert actors[0].run(Message(FOLLOWING, ticket=8, follows=7)).seconds[0] < time.perf_counter() - started - 0.5
 
 
 def test_failure_before_the_last_stage_is_told_to_the_first(actors):

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 
 from finlora.errors import ConfigError
 
+MIN_PREFIX = 16
+"""Tokens of common beginning from which a request waits one micro-batch for another that computes them."""
+MIN_CHUNK = 512
+"""Prompt tokens below which a micro-batch is not cut further to give every stage a part, nor started ahead."""
+MIN_AHEAD_CHUNK = 4096
+"""Prompt tokens below which a micro-batch is not cut to have one ready ahead: each part reads and unpacks all weights."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:

@@ -5,7 +5,8 @@ all that it can need, has its prompt computed in chunks, and then one token a mi
 micro-batches keep all of them at work: tokens of different requests, or chunks of one prompt that follow each other.
 
 One more may follow the oldest under way before its tokens are known: the first stage begins with them as soon as the last has
-drawn them, without a way through here. A request that one of them ends has a row too many in it, which counts for nothing.
+drawn them, without a way through here. A request that one of them ends has a row too many in it, which counts for nothing. It
+would stand before new prompts, so none follows where there are any.
 """
 
 from __future__ import annotations
@@ -17,19 +18,12 @@ from itertools import chain
 from operator import attrgetter
 
 from finlora.engine.extents import ExtentPool
-from finlora.engine.limits import Limits
+from finlora.engine.limits import MIN_AHEAD_CHUNK, MIN_CHUNK, MIN_PREFIX, Limits
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.request import Answer, Finish, Request, Token
 from finlora.engine.sharing import Beginnings
 from finlora.engine.work import Part, Work, add_rows
 from finlora.errors import ConfigError, QueueFullError
-
-MIN_PREFIX = 16
-"""Tokens of common beginning from which a request waits one micro-batch for another that computes them."""
-MIN_CHUNK = 512
-"""Prompt tokens below which a micro-batch is not cut further to give every stage a part, nor started ahead."""
-MIN_AHEAD_CHUNK = 4096
-"""Prompt tokens below which a micro-batch is not cut to have one ready ahead: each part reads and unpacks all weights."""
 
 
 class Scheduler:
@@ -46,6 +40,8 @@ class Scheduler:
         self._lines: OrderedDict[str, deque[Request]] = OrderedDict()
         self._active: OrderedDict[str, Work] = OrderedDict()
         self._in_flight: dict[int, list[Part]] = {}
+        self._with_prompts: set[int] = set()  # micro-batches under way
+        self._has_room = True  # for the next request in line, as far as it was tried
         self._copies: list[tuple[int, int, int]] = []
         self._number, self._cached_share = 0, 0.0  # the share is of the last prompts' tokens
 
@@ -95,6 +91,7 @@ class Scheduler:
         for line in self._lines.values():
             for request in line:
                 if request.id == request_id:
+                    self._has_room = True  # another one is the next
                     line.remove(request)
                     return Answer(request_id=request_id, finish=finish)
         work = self._active.get(request_id)
@@ -140,6 +137,8 @@ class Scheduler:
             else:
                 batch.adapters.append((adapter, rows))
             work.in_flight += 1
+            if count:
+                self._with_prompts.add(batch.number)
         self._number += 1
         return batch
 
@@ -148,6 +147,7 @@ class Scheduler:
         tokens, log_probs = iter(output.tokens), iter(output.log_probs)
         news: list[tuple[str, Token]] = []
         answers: list[Answer] = []
+        self._with_prompts.discard(output.number)
         for part in self._in_flight.pop(output.number):
             work, request = part.work, part.work.request
             work.in_flight -= 1
@@ -181,6 +181,7 @@ class Scheduler:
             work.extent.ids = (*work.request.prompt_ids, *(token.id for token in work.tokens[:-1]))
             work.extent.num_ready = len(work.extent.ids)
         self.pool.release(work.extent)
+        self._has_room = True
         return Answer(
             request_id=work.request.id,
             finish=finish,
@@ -191,7 +192,9 @@ class Scheduler:
 
     def _find_followers(self) -> dict[Work, int]:
         """Return whose next token can be begun behind the one that the oldest micro-batch draws, and the places of those."""
-        if not self.limits.follows or not 0 < len(self._in_flight) <= self.limits.max_in_flight:
+        is_open = self.limits.follows and 0 < self.num_in_flight <= self.limits.max_in_flight
+        awaits = self._with_prompts or (self._has_room and self.num_waiting)
+        if not is_open or awaits or self.num_prefilled < self.num_active:
             return {}
         return {
             work: draw
@@ -204,8 +207,7 @@ class Scheduler:
 
     def _choose(self, followers: Container[Work]) -> list[tuple[Work, int]]:
         """Return requests and how many prompt tokens (0: one generated token) of each to compute."""
-        budget = self.limits.max_batch_tokens
-        chosen: list[tuple[Work, int]] = []
+        chosen, budget = list[tuple[Work, int]](), self.limits.max_batch_tokens
         active = self._active.values()
         ready = [work for work in active if work in followers or (work.is_prefilled and not work.in_flight)]
         # Split evenly over the passes in flight, or the first would take all and leave the other stages nothing.
@@ -284,6 +286,7 @@ class Scheduler:
             source, length = None, 0
             extent = self.pool.allocate(request.adapter, request.prompt_ids, request.num_tokens, None)
         if extent is None:
+            self._has_room = False
             return None
         line.popleft()
         self._lines.move_to_end(client)

@@ -95,6 +95,7 @@ class Letters:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
         self._going, self._coming = (torch.empty(0, dtype=torch.int8) for _ in range(2))
+        self._has_come: torch.cuda.Event | None = None
 
     def pack(self, hidden: Tensor) -> NDArray[np.int8]:
         """Shapes: (T, H) -> (T, bytes of a row)."""
@@ -110,10 +111,15 @@ class Letters:
         """Shapes: (T, bytes of a row) -> (T, H). The message's own memory serves for the next one."""
         if self._device.type != "cuda":
             return torch.from_numpy(array.copy()).view(self._dtype)
+        if self._has_come is not None:
+            self._has_come.synchronize()  # a stage that hands its states over has not waited for the copy before
         self._coming = _make_room(self._coming, array.size)
         host = self._coming[: array.size].view(array.shape)
         np.copyto(host.numpy(), array)
-        return host.to(self._device, non_blocking=True).view(self._dtype)
+        hidden = host.to(self._device, non_blocking=True).view(self._dtype)
+        self._has_come = self._has_come or torch.cuda.Event()
+        self._has_come.record(torch.cuda.current_stream(self._device))
+        return hidden
 
 
 def _make_room(buffer: Tensor, num_bytes: int) -> Tensor:

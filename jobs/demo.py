@@ -30,7 +30,8 @@ STEPS = (
 
 
 SERVE = "serve --config serve_configs/cpu-demo.yaml"
-ASK = "'Nordhaven Shipping lifted its outlook after profit rose 12 %' --task fpb --model demo:synthetic"
+# In the words of the generated set: so small a base knows no others.
+ASK = "'Nordhaven Shipping said its profit rose by 12 % to 340 million in May .' --task fpb --model demo:synthetic"
 
 
 def serve_and_ask() -> int:
@@ -91,6 +92,7 @@ def main() -> int:
     if status != 0:
         sys.stdout.write("\nThe served adapter did not answer: its message stands above.\n")
         return status
+    sys.stdout.write("So small a base knows sentences of this form alone; step 5 says how often it is right.\n")
     sys.stdout.write(f"\nDone in {time.time() - started:.0f} s. Tables and plots: {HERE}/report/\n")
     return 0
 

@@ -36,7 +36,7 @@ def run_all(scheduler, model=None, batches=()):
             answers[answer.request_id] = answer
 
 
-def random_request(rng, number):
+def random_request(rng, number, most_tokens):
     """Prompts of a few families that begin alike; some choose, some generate."""
     family = rng.choice([(1,) * 30, (2,) * 50, tuple(range(3, 33)), ()])
     prompt = (*family[: rng.randint(0, 60)], *(rng.randint(1, 39) for _ in range(rng.randint(1, 40))))
@@ -46,7 +46,7 @@ def random_request(rng, number):
     return make_request(
         f"r{number}",
         prompt,
-        rng.randint(1, 12),
+        rng.randint(1, most_tokens),
         choices=choices,
         adapter=rng.choice([None, None, "a", "b"]),
         client=rng.choice(["x", "y", "z"]),
@@ -65,12 +65,14 @@ def test_random_traffic_is_answered_once_and_as_alone(seed, follows):
         follows=follows,
     )
     model = PretendModel(scheduler.pool.num_rows)
-    requests = {request.id: request for number in range(60) if (request := random_request(rng, number))}
+    # Where tokens are followed, they come in bursts and are long: nothing follows where prompts come.
+    requests = [random_request(rng, number, 40 if follows else 12) for number in range(60)]
+    requests = {request.id: request for request in requests}
     to_come, under_way = deque(requests.values()), deque()
     answers, counted, news = {}, Counter(), {name: [] for name in requests}
     cancelled = set()
     while to_come or under_way or scheduler.num_active or scheduler.num_waiting:
-        for _ in range(rng.randint(0, 3)):
+        for _ in range(rng.randint(0, 3) if not follows or rng.random() < 0.1 else 0):
             if to_come:
                 scheduler.submit(to_come.popleft())
         done = []

@@ -188,9 +188,6 @@ class Loop:
     def __init__(self) -> None:
         self._came = _Came()
 
-    def drain(self) -> None:
-        pass
-
     def wait(self, ticket: int) -> list[int]:
         return self._came.find(ticket)
 

@@ -1,4 +1,4 @@
-"""How neighbouring stages of a pipeline come to hand each other hidden states."""
+"""How neighbouring stages of a pipeline come to hand each other hidden states, and the last one tokens to the first."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _warn(one: int, other: int, what: str, reason: str) -> None:
 
 
 def _offer_address(_stage: StageActor) -> str:
-    """Return an address on which the stages can meet; runs where the first one is."""
+    """Return an address on which the stages can meet."""
     return find_free_address(ray.util.get_node_ip_address())
 
 

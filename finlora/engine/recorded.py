@@ -253,7 +253,8 @@ class _Graph:
         device: torch.device,
         pool: torch.cuda.MemPool,
     ) -> None:
-        self.numbers, self._ids = numbers.to(device), slice(form.num_rows)
+        self.numbers = numbers.to(device)
+        self._ids = self.numbers[: form.num_rows]
         self.hidden = None if hidden is None else hidden.clone()
         torch.cuda.synchronize(device)
         self.graph = torch.cuda.CUDAGraph()
@@ -263,7 +264,7 @@ class _Graph:
     def replay(self, numbers: Tensor, hidden: Tensor | None, drawn: Tensor | None) -> Tensor:
         self.numbers.copy_(numbers, non_blocking=True)
         if drawn is not None:
-            fill_drawn(self.numbers[self._ids], drawn)
+            fill_drawn(self._ids, drawn)
         if self.hidden is not None and hidden is not None:
             self.hidden.copy_(hidden)
         self.graph.replay()

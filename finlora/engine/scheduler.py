@@ -118,7 +118,7 @@ class Scheduler:
         if is_full and not followers and not self._may_go_ahead():
             return None
         # With stages free, what waits for nothing comes first: behind the first stage they would wait for the tokens too.
-        chosen = ([] if is_full else self._choose({})) or self._choose(followers)
+        chosen = self._choose(followers if is_full else {}) or (self._choose(followers) if followers else [])
         if not chosen:
             return None
         # Copies in the order of admission: one may read what the next overwrites.

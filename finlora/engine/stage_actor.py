@@ -188,16 +188,16 @@ class StageActor:
             return answer
         finally:
             self._is_at_work = False
-            if isinstance(self.going, LastEnd | Loop) and isinstance(message.work, MicroBatch):
-                self._give_back(message, answer.state if answer else None)
+            self._give_back(message, answer.state if answer else None)
 
     def is_at_work(self) -> bool:
         """Return whether the stage computes; otherwise it waits for a message, or for one to be taken."""
         return self._is_at_work
 
     def _give_back(self, message: Message, state: Any) -> None:
-        """Give the first stage what was drawn, or word that nothing was."""
-        assert isinstance(self.going, LastEnd | Loop)
+        """Give the first stage what was drawn, or word that nothing was, where it does not find that on their GPU."""
+        if not isinstance(self.going, LastEnd | Loop) or not isinstance(message.work, MicroBatch):
+            return
         drawn = [token for token, _ in state.tokens] if isinstance(state, Output) else None
         if drawn is None or drawn:
             self.going.send(message.ticket, drawn)

@@ -8,10 +8,10 @@ import time
 
 import pytest
 import torch
+from test_recorded import ON_GPU
 
 from finlora.errors import ResourceError
 
-ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 HIDDEN, BUSY_S = 64, 0.02
 SENT = [(0, 3), (1, 500), (0, 1), (0, 900), (1, 2), (0, 900)]
 """(place, rows): rooms that are used again, outgrown, and larger than what they hold."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_drive import RAGGED, make_requests, run, tokens_of
+from test_recorded import ON_GPU
 
 from finlora.engine.drive import EngineCore
 from finlora.engine.in_process import InProcess
@@ -20,7 +21,6 @@ from finlora.engine.stage import Stage
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.tokenizer import load_tokenizer
 
-ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE, END, ROWS = "cuda", 1, 1024
 
 

@@ -157,7 +157,7 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
 
     from finlora.engine.drive import EngineCore
     from finlora.engine.limits import Limits
-    from finlora.engine.opening import choose_batch_rows, choose_in_flight, open_executor
+    from finlora.engine.opening import choose_batch_rows, choose_in_flight, count_rows, open_executor
     from finlora.engine.request import Request, Sampling
     from finlora.engine.scheduler import Scheduler
     from finlora.model.base import quiet_bitsandbytes
@@ -171,7 +171,7 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
         for number, (prompt, choices) in enumerate(zip(questions.prompts, questions.choices, strict=True))
     ]
     sizes = sorted((request.num_tokens for request in requests), reverse=True)
-    rows = sum(sizes[: options.at_once]) + sizes[0]
+    rows = count_rows(sizes, options.at_once)
     with ExitStack() as stack:
         stack.enter_context(quiet_bitsandbytes())
         if work.num_stages > 1:

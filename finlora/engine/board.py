@@ -1,7 +1,7 @@
-"""Drawn tokens on their way from the last stage back to the first on one GPU: they never leave it.
+"""Drawn tokens on their way from the last stage back to the first, on one GPU or two of a machine, past the host.
 
 The last stage writes a micro-batch's tokens where the first has that memory mapped, and its ticket behind them; what the first
-computes with them is queued before they are there. Between GPUs they go by finlora/engine/feedback.py.
+computes with them is queued before they are there. Elsewhere they go by finlora/engine/feedback.py.
 
 Imported only where a CUDA tensor is at hand.
 """
@@ -18,6 +18,8 @@ _SLOTS = 32
 """Micro-batches whose tokens are kept: more than can be under way."""
 _WIDTH = LEAST_BYTES // 8 // _SLOTS - 1
 """Tokens of one."""
+_MARK = 0x66696E6C6F7261
+"""Stands at the end of the memory: behind some bridges a GPU reads something else than another one wrote."""
 
 
 class LastBoard:
@@ -25,6 +27,8 @@ class LastBoard:
 
     def __init__(self, device: torch.device) -> None:
         self._memory: Owned = allocate(LEAST_BYTES, device)
+        self._memory.data.view(torch.int64)[-1:].fill_(_MARK)
+        torch.cuda.current_stream(device).synchronize()
         self.handle = self._memory.handle
         self.held_gib = LEAST_BYTES / 2**30
 
@@ -52,6 +56,8 @@ class FirstBoard:
     def __init__(self, handle: bytes, device: torch.device) -> None:
         self._gate = Gate(device)
         self._memory: Mapped = map_memory(handle, LEAST_BYTES, device)
+        if int(self._memory.data.view(torch.int64)[-1]) != _MARK:
+            raise RuntimeError("what was read was not what had been written")
         self._gate.wait(_find_flag(self._memory.data), 0)  # whether CUDA has such waits
 
     def wait(self, ticket: int) -> Tensor:

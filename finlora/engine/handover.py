@@ -1,4 +1,4 @@
-"""Hidden states between two stages on one GPU: they stay there, and the message goes on before they are computed.
+"""Hidden states between two stages on one GPU, or on two of a machine: the message goes on before they are computed.
 
 A stage copies its states into memory that the next one's process has mapped, and queues that the message's ticket is written
 behind them. The message goes on once all this is queued. The next stage queues a wait for the ticket, and its own work behind it:
@@ -7,12 +7,18 @@ the GPU goes on from one to the other by itself, and what a hop takes on the hos
 When a stage began and ended is written on the GPU, beside the states, since it does not wait for its own work; the first stage
 that does reads it for all.
 
+Of two GPUs the later one reads the earlier one's memory. Not all can, and behind some bridges they seem to: a trial parcel
+(`Sender.send_trial`) shows whether states arrive.
+
 Imported only where a CUDA tensor is at hand: the CPU build of torch has neither Triton nor cuda-bindings.
 
 Shapes: T rows, H hidden, K stages.
 """
 
 from __future__ import annotations
+
+import time
+from collections.abc import Callable
 
 import torch
 import triton
@@ -24,6 +30,9 @@ from finlora.engine.gpu_memory import LEAST_BYTES, Gate, Mapped, Owned, allocate
 from finlora.engine.messages import Parcel
 
 _ALIGNMENT = 256  # bytes
+_TRIAL_S = 10.0
+_KNOWN = 251
+"""Different numbers of a trial's states: each has one of its own in 16 bit."""
 
 
 @triton.jit
@@ -49,10 +58,19 @@ class Stamps:
         """Write the time at which what is queued so far ends."""
         _stamp[(1,)](self.numbers[2 * stage + 1 :])
 
-    def read(self, first: int, last: int) -> tuple[float, ...]:
-        """Wait for what is queued, and return the seconds of stages `first` to `last`."""
-        numbers = self.numbers.tolist()
-        return tuple((numbers[2 * stage + 1] - numbers[2 * stage]) * 1e-9 for stage in range(first, last + 1))
+    def copy(self, first: int, last: int) -> Callable[[], tuple[float, ...]]:
+        """Queue their way to the host; what is returned waits for it and tells the seconds of stages `first` to `last`."""
+        numbers = torch.empty(self.numbers.shape, dtype=torch.int64, pin_memory=True)
+        numbers.copy_(self.numbers, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def read() -> tuple[float, ...]:
+            done.synchronize()
+            found = numbers.tolist()
+            return tuple((found[2 * stage + 1] - found[2 * stage]) * 1e-9 for stage in range(first, last + 1))
+
+        return read
 
 
 class _Room:
@@ -75,7 +93,7 @@ class Sender:
         num_stages: K.
         hidden_size: H.
         dtype: of the states.
-        device: of both stages.
+        device: of the stage.
     """
 
     def __init__(self, stage: int, num_stages: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -121,6 +139,11 @@ class Sender:
         write_flag(room.flag, ticket)
         return Parcel(memory.handle, memory.data.numel(), len(hidden))
 
+    def send_trial(self, ticket: int) -> Parcel:
+        """Send states that the next stage knows, for `Receiver.take_trial`."""
+        self.begin(0, 1, None)
+        return self.send(0, ticket, _make_known(self._hidden_size, self._dtype, self._device))
+
 
 class Receiver:
     """The later one; arguments as for `Sender`."""
@@ -149,6 +172,25 @@ class Receiver:
         """
         self._gate.wait(self._find_room(parcel).flag, ticket)
 
+    def take_trial(self, parcel: Parcel, ticket: int) -> None:
+        """See whether states of the stage before arrive here.
+
+        Raises:
+            RuntimeError: they do not.
+        """
+        hidden, _ = self.receive(parcel)
+        self.wait(parcel, ticket)
+        is_right = (hidden == _make_known(self._hidden_size, self._dtype, self._device)).all()
+        done, until = torch.cuda.Event(), time.monotonic() + _TRIAL_S
+        done.record()
+        while not done.query():
+            if time.monotonic() > until:
+                self.stop()
+                raise RuntimeError(f"nothing arrived within {_TRIAL_S:.0f} s")
+            time.sleep(1e-3)
+        if not is_right:
+            raise RuntimeError("what arrived was not what had been sent")
+
     def stop(self) -> None:
         """Let nothing that is queued wait any longer; any thread may call it."""
         self._gate.stop()
@@ -167,3 +209,8 @@ class Receiver:
 def _first_byte(num_stages: int) -> int:
     """Return where states begin, behind the stamps and the flag."""
     return -(-(16 * num_stages + 8) // _ALIGNMENT) * _ALIGNMENT
+
+
+def _make_known(hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a trial's states (1, H)."""
+    return (torch.arange(hidden_size, device=device) % _KNOWN).to(dtype)[None]

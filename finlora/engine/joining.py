@@ -17,48 +17,66 @@ from finlora.engine.transport import find_free_address
 _logger = logging.getLogger(__name__)
 
 
-def join_stages(actors: Sequence[Any], transport: Transport) -> None:
+def join_stages(actors: Sequence[Any], transport: Transport, ticket: int) -> bool:
     """Prepare loaded stages for messages that pass through them in their order.
+
+    Args:
+        ticket: greater than those of all messages before, and less than those to come.
+
+    Returns:
+        Whether an answer comes only behind the next message (finlora/engine/reading.py).
 
     Raises:
         RayError: a stage died meanwhile.
         ResourceError: the last stage cannot reach the first one.
     """
-    gpus: list[str | None] = ray.get(
+    machines: list[str | None] = ray.get(
         [actor.take_number.remote(index, len(actors)) for index, actor in enumerate(actors)]
     )
-    _join_ends(actors, gpus)
+    gives_back = _join_ends(actors, machines)
     if transport == "messages":
-        _share_gpus(actors, gpus)
-        return
+        is_late = _share_memory(actors, machines, ticket) and gives_back
+        if is_late:
+            ray.get(actors[-1].__ray_call__.remote(_read_late))
+        return is_late
     address = ray.get(actors[0].__ray_call__.remote(_offer_address))
     ray.get([actor.join.remote(transport, index, len(actors), address) for index, actor in enumerate(actors)])
+    return False
 
 
-def _join_ends(actors: Sequence[Any], gpus: Sequence[str | None]) -> None:
-    """Let drawn tokens go back from the last stage to the first."""
+def _join_ends(actors: Sequence[Any], machines: Sequence[str | None]) -> bool:
+    """Let drawn tokens go back from the last stage to the first; returns whether that is past the host."""
     first, last = actors[0].__ray_call__, actors[-1].__ray_call__
     if len(actors) == 1:
         ray.get(first.remote(_keep_tokens))
-        return
-    if gpus[0] is not None and gpus[0] == gpus[-1]:
+        return False
+    if machines[0] is not None and machines[0] == machines[-1]:
         reason = _find_reason(first.remote(_take_board, last.remote(_offer_board)))
         if reason is None:
-            return
+            return True
         _warn(0, len(actors) - 1, "drawn tokens", reason)
     address = ray.get(first.remote(_listen))
     ray.get([first.remote(_accept), last.remote(_reach, address)])
+    return False
 
 
-def _share_gpus(actors: Sequence[Any], gpus: Sequence[str | None]) -> None:
-    """Have stages that follow each other on one GPU leave hidden states there; elsewhere they travel within the messages."""
+def _share_memory(actors: Sequence[Any], machines: Sequence[str | None], ticket: int) -> bool:
+    """Have stages of one machine leave hidden states on their GPUs, if a trial arrives; elsewhere they are within the messages.
+
+    Returns:
+        Whether all of them do.
+    """
+    num_sharing = 0
     for index, (actor, following) in enumerate(pairwise(actors)):
-        if gpus[index] is None or gpus[index] != gpus[index + 1]:
+        if machines[index] is None or machines[index] != machines[index + 1]:
             continue
-        reason = _find_reason(following.accept.remote(actor.offer.remote()))
-        if reason is not None:
-            _warn(index, index + 1, "hidden states", reason)
-            ray.get(actor.use_messages.remote())
+        reason = _find_reason(following.accept.remote(actor.offer.remote(ticket), ticket))
+        if reason is None:
+            num_sharing += 1
+            continue
+        _warn(index, index + 1, "hidden states", reason)
+        ray.get(actor.use_messages.remote())
+    return num_sharing == len(actors) - 1
 
 
 def _find_reason(ref: Any) -> str | None:
@@ -72,8 +90,8 @@ def _find_reason(ref: Any) -> str | None:
 
 def _warn(one: int, other: int, what: str, reason: str) -> None:
     _logger.warning(
-        "Stages %d and %d share a GPU but not its memory (%s): their %s pass through the host, which takes longer. In containers "
-        "they need one IPC namespace.",
+        "Stages %d and %d do not reach each other's GPU memory (%s): their %s pass through the host, which takes longer. In "
+        "containers they need one IPC namespace, on two GPUs direct access (nvidia-smi topo -p2p r).",
         *(one, other, reason, what),
     )
 
@@ -84,6 +102,10 @@ def _warn(one: int, other: int, what: str, reason: str) -> None:
 def _offer_address(_stage: StageActor) -> str:
     """Return an address on which the stages can meet."""
     return find_free_address(ray.util.get_node_ip_address())
+
+
+def _read_late(stage: StageActor) -> None:
+    stage.reader.is_late = True
 
 
 def _keep_tokens(stage: StageActor) -> None:

@@ -17,7 +17,7 @@ class Change:
 
 
 class Parcel(NamedTuple):
-    """Hidden states that stay on the GPU which two stages share (finlora/engine/handover.py)."""
+    """Hidden states that stay on a GPU whose memory the next stage reaches (finlora/engine/handover.py)."""
 
     memory: bytes
     """CUDA's handle of the memory that holds them."""
@@ -35,10 +35,15 @@ class Message:
     """Hidden states as an array or a parcel, the hash of an adapter, an error of a stage before, or from the last stage what the
     work asked for."""
     seconds: tuple[float, ...] = ()
-    """How long each stage so far worked on it, as far as that is known: stages that share a GPU pass it on before that."""
+    """How long each stage so far worked on it, as far as that is known: stages that hand over pass it on before that."""
     place: int = 0
     """Number that no other message under way has: which memory carries its parcels."""
     ticket: int = 0
     """Number greater than those of all messages before: what a stage writes behind what it has computed for others."""
     follows: int | None = None
     """Ticket of the message with the micro-batch that this one's follows."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it asks for nothing, or answers nothing (finlora/engine/reading.py)."""
+        return self.work is None and self.state is None

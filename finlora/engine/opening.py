@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -183,6 +183,15 @@ def count_fitting_rows(device: torch.device, row_bytes: int) -> int:
     free, total = torch.cuda.mem_get_info(device)
     room = free - _ROOM_SHARE * total - _ROOM_BYTES
     return int(room / row_bytes) // BLOCK * BLOCK
+
+
+def count_rows(sizes: Sequence[int], at_once: int) -> int:
+    """Return the cache rows in which so many requests find room at once whichever they are, beside a prefix that is kept.
+
+    Args:
+        sizes: rows that each request can need, the largest first.
+    """
+    return sum(map(round_up, sizes[:at_once])) + round_up(sizes[0])
 
 
 def round_up(num_tokens: int) -> int:

@@ -67,8 +67,8 @@ class PipelineConfig:
     keep_unpacked: bool = False
     """Hold 4-bit weights unpacked."""
     transport: Transport = "messages"
-    """How hidden states travel: within Ray's messages, or by torch.distributed (finlora/engine/transport.py). With messages,
-    stages on one GPU leave them there (finlora/engine/handover.py)."""
+    """How hidden states travel: beside Ray's messages, or by torch.distributed (finlora/engine/transport.py). With messages they
+    stay on the GPU where the next stage reaches its memory (finlora/engine/handover.py), and are within the message elsewhere."""
     wait_s: float | None = 600.0
     """Seconds to wait for the stages' places while others hold them. None: without limit."""
 
@@ -100,8 +100,12 @@ class Pipeline:
         self.actors = [self._start_actor(index) for index in range(config.num_stages)]
         self.adapters: dict[str, tuple[Path, str]] = {}
         """Folder of each adapter that every stage has, and the hash of its files."""
-        self._under_way: deque[tuple[Any, int]] = deque()
-        """Messages with their places."""
+        self._under_way: deque[Any] = deque()
+        """Messages."""
+        self._places: deque[int] = deque()
+        """Of messages whose answer has not come."""
+        self._answers_come_late = False
+        """Whether one comes only behind the next message."""
         self._started: dict[int, int] = {}
         """Tickets of the micro-batches that were not collected, by number."""
         self._outputs: deque[Output] = deque()
@@ -200,7 +204,7 @@ class Pipeline:
 
     def _connect(self) -> None:
         """Join loaded stages that have no graph."""
-        join_stages(self.actors, self._config.transport)
+        self._answers_come_late = join_stages(self.actors, self._config.transport, next(self._tickets))
         with InputNode() as message:
             node = message
             for actor in self.actors:
@@ -208,7 +212,7 @@ class Pipeline:
         self._graph = node.experimental_compile(
             _buffer_size_bytes=_BUFFER_BYTES,
             _submit_timeout=_TIMEOUT_S,
-            _max_inflight_executions=len(self.actors) + 2,
+            _max_inflight_executions=len(self.actors) + 3,
         )
 
     def _leave_graph(self, timeout_s: float) -> set[int]:
@@ -218,6 +222,7 @@ class Pipeline:
             return set()
         stuck = leave_graph(graph, self.actors, timeout_s)
         self._under_way.clear()  # only now: what waits in a graph that stands is still fetched by it
+        self._places.clear()
         self._outputs.clear()
         self._started.clear()
         return stuck
@@ -248,24 +253,28 @@ class Pipeline:
         return facts
 
     def _change(self, change: Change) -> Any:
-        while self._under_way:
+        while self._places:
             self._outputs.append(self._receive())
         self._send(change)
         return self._receive()
 
     def _send(self, work: MicroBatch | Change) -> None:
-        taken = {place for _, place in self._under_way}
-        place = next(place for place in range(len(taken) + 1) if place not in taken)
+        place = next(place for place in range(len(self._places) + 1) if place not in self._places)
         ticket, follows = next(self._tickets), None
         if isinstance(work, MicroBatch):
             self._started[work.number] = ticket
             follows = None if work.follows is None else self._started[work.follows]
         message = Message(work, place=place, ticket=ticket, follows=follows)
-        self._under_way.append((self._graph.execute(message), place))
+        self._under_way.append(self._graph.execute(message))
+        self._places.append(place)
 
     def _receive(self) -> Any:
-        ref, _ = self._under_way.popleft()
-        message: Message = ray.get(ref, timeout=_TIMEOUT_S)
+        if self._answers_come_late and len(self._places) == 1:  # nothing is behind it
+            self._under_way.append(self._graph.execute(Message(None)))
+        message = Message(None)
+        while message.is_empty:
+            message = ray.get(self._under_way.popleft(), timeout=_TIMEOUT_S)
+        self._places.popleft()
         if isinstance(message.state, FinloraError):
             raise message.state
         if isinstance(message.state, Output):

@@ -11,6 +11,7 @@ from finlora.config import Bits, ModelConfig
 from finlora.engine.feedback import FirstEnd, LastEnd, Loop
 from finlora.engine.messages import Change, Message, Parcel
 from finlora.engine.microbatch import MicroBatch, Output
+from finlora.engine.reading import Queued, Reader
 from finlora.engine.semaphores import remove_left_semaphores
 from finlora.errors import AdapterError, FinloraError
 from finlora.onednn import bound_kernel_cache
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from finlora.engine.board import FirstBoard, LastBoard
     from finlora.engine.handover import Receiver, Sender
     from finlora.engine.transport import Neighbours
-    from finlora.engine.unread import Unread
 
 
 class StageActor:
@@ -63,6 +63,7 @@ class StageActor:
         self.device = torch.device("cuda:0" if device == "cuda" else "cpu")
         self.neighbours: Neighbours | None = None
         self._is_at_work = False
+        self.reader = Reader()
         self.coming: FirstEnd | FirstBoard | Loop | None = None
         """Of the first stage: the way by which drawn tokens come back from the last (finlora/engine/joining.py)."""
         self.going: LastEnd | LastBoard | Loop | None = None
@@ -73,7 +74,7 @@ class StageActor:
         self.sender: Sender | None = None
         self.receiver: Receiver | None = None
         self.hands_over = False
-        """Whether the next stage finds hidden states on the GPU that both share."""
+        """Whether the next stage finds hidden states on the GPU."""
         base = load_base(source, bits, self.device, seed, layers)
         dtype = torch.bfloat16 if source.compute_dtype == "bfloat16" else torch.float32
         self.stage = Stage(base.model, layers, cache_rows, dtype, keep_unpacked=keep_unpacked)
@@ -88,26 +89,24 @@ class StageActor:
         self.neighbours = Neighbours(transport, stage, num_stages, address, hidden_size, self.stage.dtype, self.device)
 
     def take_number(self, number: int, num_stages: int) -> str | None:
-        """Learn which stage this is; returns the name of its GPU, by which others on it are known, None on CPU."""
-        import torch
-
+        """Learn which stage this is; returns a name of the machine whose GPU it has, None on CPU."""
         self.number, self.num_stages = number, num_stages
-        return None if self.device.type == "cpu" else str(torch.cuda.get_device_properties(self.device).uuid)
+        if self.device.type == "cpu":
+            return None
+        # The same in all containers of a machine.
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
-    def offer(self) -> Parcel:
+    def offer(self, ticket: int) -> Parcel:
         """Hand hidden states over on the GPU from now on; returns a first parcel, for the next stage to try."""
-        import torch
-
         from finlora.engine.handover import Sender
 
         hidden_size = self.stage.net.config.hidden_size
         if self.sender is None:
             self.sender = Sender(self.number, self.num_stages, hidden_size, self.stage.dtype, self.device)
         self.hands_over = True
-        self.sender.begin(0, 1, None)
-        return self.sender.send(0, 0, torch.zeros(1, hidden_size, dtype=self.stage.dtype, device=self.device))
+        return self.sender.send_trial(ticket)
 
-    def accept(self, parcel: Parcel) -> None:
+    def accept(self, parcel: Parcel, ticket: int) -> None:
         """Try the first parcel of the stage before.
 
         Raises:
@@ -118,9 +117,7 @@ class StageActor:
         if self.receiver is None:
             hidden_size = self.stage.net.config.hidden_size
             self.receiver = Receiver(self.num_stages, hidden_size, self.stage.dtype, self.device)
-        hidden, _ = self.receiver.receive(parcel)
-        self.receiver.wait(parcel, 0)
-        hidden.cpu()
+        self.receiver.take_trial(parcel, ticket)
 
     def use_messages(self) -> None:
         """Put hidden states into messages, since the next stage cannot have this one's memory."""
@@ -145,6 +142,7 @@ class StageActor:
             self.going.close()
         self.coming = self.going = None
         self.hands_over = False
+        self.reader.forget()
         self.stage.clear_cache()
 
     def describe(self) -> dict[str, float]:
@@ -184,7 +182,7 @@ class StageActor:
         self._is_at_work = True
         answer = None
         try:
-            answer = message if isinstance(message.state, FinloraError) else self._answer(message)
+            answer = self.reader.take(self._answer(message))
             return answer
         finally:
             self._is_at_work = False
@@ -196,7 +194,11 @@ class StageActor:
 
     def _give_back(self, message: Message, state: Any) -> None:
         """Give the first stage what was drawn, or word that nothing was, where it does not find that on their GPU."""
-        if not isinstance(self.going, LastEnd | Loop) or not isinstance(message.work, MicroBatch):
+        if (
+            not isinstance(self.going, LastEnd | Loop)
+            or not isinstance(message.work, MicroBatch)
+            or self.reader.is_late
+        ):
             return
         drawn = [token for token, _ in state.tokens] if isinstance(state, Output) else None
         if drawn is None or drawn:
@@ -204,6 +206,8 @@ class StageActor:
 
     def _answer(self, message: Message) -> Message:
         seconds, state = message.seconds, message.state
+        if message.is_empty or isinstance(state, FinloraError):
+            return message
         try:
             if isinstance(message.work, Change):
                 state = self._change(message.work, state)
@@ -212,7 +216,7 @@ class StageActor:
                 seconds += own_seconds
         except FinloraError as error:
             state = error
-        work = None if isinstance(state, Output) else message.work
+        work = None if isinstance(state, Output | Queued) else message.work
         return dataclasses.replace(message, work=work, state=state, seconds=seconds)
 
     def _change(self, change: Change, known: str | None) -> str | None:
@@ -261,18 +265,19 @@ class StageActor:
         if sender is not None:
             assert isinstance(result, torch.Tensor), "the last stage hands nothing over"
             return sender.send(message.place, message.ticket, result), ()
+        if not isinstance(result, torch.Tensor) and not isinstance(self.going, LastEnd | Loop | None):
+            self.going.write(message.ticket, result.tokens)
+        read_seconds = None
         if stamps is not None:
             stamps.end(self.number)
-        state = self._send(result) if isinstance(result, torch.Tensor) else self._read(result, message.ticket)
-        if stamps is None:
-            return state, (time.perf_counter() - started - waited,)
-        return state, stamps.read(len(message.seconds), self.number)
-
-    def _read(self, result: Unread, ticket: int) -> Output:
-        """Wait for what the last stage has drawn."""
-        if self.going is not None and not isinstance(self.going, LastEnd | Loop):
-            self.going.write(ticket, result.tokens)
-        return result.read()
+            read_seconds = stamps.copy(len(message.seconds), self.number)
+        if isinstance(result, torch.Tensor):
+            state = self._send(result)
+        elif read_seconds is not None:
+            return Queued(result, read_seconds), ()
+        else:
+            state = result.read()
+        return state, read_seconds() if read_seconds else (time.perf_counter() - started - waited,)
 
     def _send(self, hidden: Tensor) -> Any:
         """Give states (T, H) to the next stage; returns what of them travels within the message."""

@@ -18,7 +18,7 @@ from finlora.data.example import Example
 from finlora.data.prepared import PreparedSplit, read_prepared
 from finlora.engine.batch import BatchEngine
 from finlora.engine.meter import Reading
-from finlora.engine.opening import open_engine
+from finlora.engine.opening import count_rows, open_engine
 from finlora.engine.protocol import Engine
 from finlora.engine.request import ADAPTER
 from finlora.evaluate.calibration import bin_confidences, calibration_error
@@ -86,7 +86,7 @@ def run_evaluation(
     ]
     sizes = sorted((size for work in works for size in work.sizes), reverse=True)
     # The longest requests at once, and one more for the beginning that they share.
-    wanted = sum(sizes[: config.eval.batch_size]) + sizes[0]
+    wanted = count_rows(sizes, config.eval.batch_size)
     with open_engine(config, tokenizer, adapter, config.eval.num_stages, wanted, sizes[0]) as core:
         engine = BatchEngine(core, ADAPTER if adapter else None)
         results = [

@@ -73,7 +73,7 @@ def test_states_arrive_though_the_parcel_comes_before_them(_gpu):
         stamps.begin(2)
         doubled = hidden * 2
         stamps.end(2)
-        before, own, mine = stamps.read(0, 2)
+        before, own, mine = stamps.copy(0, 2)()
         assert torch.equal(doubled.cpu(), make_states(number, num_rows) * 2)
         assert before == pytest.approx(3e-3)
         assert own > 0.8 * BUSY_S
@@ -83,6 +83,49 @@ def test_states_arrive_though_the_parcel_comes_before_them(_gpu):
     assert other.exitcode == 0
     assert min(queued) < BUSY_S / 2
     receiver.close()
+
+
+def send_trials(pipe):
+    """Stage 0 of 2, and the last one: a trial, states that nobody knows, and a board without its mark."""
+    from finlora.engine.gpu_memory import LEAST_BYTES, allocate
+    from finlora.engine.handover import Sender
+
+    device = torch.device("cuda")
+    sender = Sender(0, 2, HIDDEN, torch.bfloat16, device)
+    pipe.send(sender.send_trial(2))
+    pipe.recv()
+    sender.begin(0, 1, None)
+    pipe.send(sender.send(0, 3, make_states(0, 1).to(device)))
+    pipe.recv()
+    pipe.send(allocate(LEAST_BYTES, device).handle)
+    pipe.recv()
+    os._exit(0)
+
+
+@pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
+def test_a_trial_tells_whether_states_arrive(_gpu, monkeypatch):
+    """Behind some bridges a GPU reads something else than another one wrote."""
+    from finlora.engine import handover
+    from finlora.engine.board import FirstBoard
+
+    monkeypatch.setattr(handover, "_TRIAL_S", 1.0)
+    other, here = start_sender(send_trials)
+    device = torch.device("cuda")
+    receiver = handover.Receiver(2, HIDDEN, torch.bfloat16, device)
+    receiver.take_trial(here.recv(), 2)
+    here.send(None)
+    parcel = here.recv()
+    with pytest.raises(RuntimeError, match="what arrived was not what had been sent"):
+        receiver.take_trial(parcel, 3)
+    with pytest.raises(RuntimeError, match="nothing arrived within 1 s"):
+        receiver.take_trial(parcel, 4)
+    here.send(None)
+    with pytest.raises(RuntimeError, match="what was read was not what had been written"):
+        FirstBoard(here.recv(), device)
+    receiver.close()
+    here.send(None)
+    other.join(30)
+    assert other.exitcode == 0
 
 
 def send_and_die(pipe):

@@ -7,7 +7,10 @@ import torch
 from test_drive import RAGGED, generate_alone, make_requests, run, tokens_of
 
 from finlora.engine import opening
-from finlora.engine.opening import count_fitting_rows, open_executor, round_up, warm_up
+from finlora.engine.limits import Limits
+from finlora.engine.opening import count_fitting_rows, count_rows, open_executor, round_up, warm_up
+from finlora.engine.request import Request, Sampling
+from finlora.engine.scheduler import Scheduler
 from finlora.errors import ResourceError
 
 
@@ -33,3 +36,18 @@ def test_cache_gets_what_fits_and_refuses_less_than_a_request(make_config, monke
 def test_rows_are_counted_in_blocks():
     assert [round_up(number) for number in (1, 16, 17)] == [16, 16, 32]
     assert count_fitting_rows(torch.device("cpu"), 10) >= 10**9
+
+
+def test_requests_find_room_at_once_whichever_they_are():
+    """Each takes whole blocks, of which the last is hardly used here."""
+    requests = [
+        Request(id=str(n), prompt_ids=(n,) * (16 * n + 12), sampling=Sampling(max_tokens=5)) for n in range(1, 9)
+    ]
+    sizes = sorted((request.num_tokens for request in requests), reverse=True)
+    for chosen in (requests, requests[:5], requests[-5:]):
+        limits = Limits(cache_rows=count_rows(sizes, len(chosen)))
+        scheduler = Scheduler(limits, 1, lambda: 0)
+        for request in chosen:
+            scheduler.submit(request)
+        scheduler.next_batch()
+        assert scheduler.num_active == len(chosen)

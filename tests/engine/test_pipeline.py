@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import ray
@@ -30,8 +31,6 @@ def pipeline(four_layers, ray_instance):
 
 @pytest.fixture
 def core(pipeline, four_layers, adapter_folders):
-    from pathlib import Path
-
     limits = Limits(cache_rows=ROWS, max_in_flight=2, follows=pipeline.can_follow)
     core = EngineCore(pipeline, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(four_layers.base)))
     core.load_adapter("few", adapter_folders["few"])
@@ -44,6 +43,35 @@ def test_tokens_equal_transformers(core, plain):
     answers, _ = run(core, make_requests(count=6))
     for number, prompt in enumerate(RAGGED):
         assert tokens_of(answers[f"r{number}"]) == generate_alone(plain(), prompt, 6)
+
+
+def test_answers_that_come_behind_the_next_message_are_the_same(pipeline, four_layers, adapter_folders, plain):
+    """As where stages hand over on GPUs."""
+
+    def read(is_late):
+        def change(stage):
+            stage.reader.is_late = is_late
+
+        ray.get(pipeline.actors[-1].__ray_call__.remote(change))
+        pipeline._answers_come_late = is_late
+
+    read(is_late=True)
+    # Tokens of these stages go back by the host, which reads them late too: nothing may wait for them there.
+    limits = Limits(cache_rows=ROWS, max_in_flight=2)
+    core = EngineCore(pipeline, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(four_layers.base)))
+    core.load_adapter("few", adapter_folders["few"])
+    for request in make_requests(count=6):
+        core.submit(request)
+    answers = {answer.request_id: answer for _ in range(3) for answer in core.step()}
+    core.load_adapter("all", adapter_folders["all"])
+    core.submit(Request(id="new", prompt_ids=RAGGED[2], adapter="all", sampling=Sampling(max_tokens=4)))
+    answers |= run(core, [])[0]
+    for name in list(core.adapters):
+        core.unload_adapter(name)
+    read(is_late=False)
+    for number, prompt in enumerate(RAGGED):
+        assert tokens_of(answers[f"r{number}"]) == generate_alone(plain(), prompt, 6)
+    assert tokens_of(answers["new"]) == generate_alone(plain(adapter="all"), RAGGED[2], 4)
 
 
 def test_stages_that_wait_take_hardly_any_of_a_core(pipeline):
@@ -126,8 +154,6 @@ def test_stages_come_all_or_none_and_who_holds_their_places_is_said(four_layers,
 
 
 def test_hidden_states_by_torch_distributed_change_no_token(four_layers, ray_instance, plain, adapter_folders):
-    from pathlib import Path
-
     from finlora.engine.pipeline import Pipeline, PipelineConfig
 
     config = PipelineConfig(num_stages=3, cache_rows=ROWS, device="cpu", cpus_per_stage=0.25, transport="gloo")

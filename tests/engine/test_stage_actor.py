@@ -33,8 +33,9 @@ class PretendStamps:
     def end(self, stage):
         self.times[stage].append(self.times[stage][0] + 1.0 + stage)
 
-    def read(self, first, last):
-        return tuple(self.times[stage][1] - self.times[stage][0] for stage in range(first, last + 1))
+    def copy(self, first, last):
+        seconds = tuple(self.times[stage][1] - self.times[stage][0] for stage in range(first, last + 1))
+        return lambda: seconds
 
 
 class PretendGpu:
@@ -137,6 +138,31 @@ def test_micro_batches_keep_their_states_and_their_seconds(sharing, actors, expe
         assert len(message.seconds) == 3
         if sharing == (0, 1):
             assert message.seconds == (1.0, 2.0, 3.0)  # as stamped, each stage's own
+
+
+def test_last_stage_that_reads_late_brings_each_answer_with_the_next_message(actors, expected):
+    hand_over(actors, 0, 1)
+    actors[2].reader.is_late = True
+    broken = Message(BATCHES[2], ResourceError("the GPU is full"))
+
+    def pass_through(message):
+        for actor in actors:
+            message = actor.run(message)
+        return message
+
+    assert pass_through(Message(BATCHES[0], ticket=5)).is_empty
+    found = [pass_through(Message(BATCHES[1], ticket=6)), pass_through(Message(None))]
+    for number, message in enumerate(found):
+        assert message.seconds == (1.0, 2.0, 3.0)
+        assert (message.work, message.state.number) == (None, number)
+        assert [token for token, _ in message.state.tokens] == [token for token, _ in expected[number]]
+    assert [pass_through(broken).is_empty, pass_through(Message(None))] == [True, broken]
+    assert pass_through(Message(None)).is_empty
+    assert pass_through(Message(BATCHES[0], ticket=7)).is_empty
+    actors[2].receiver = None
+    actors[2].start_afresh()
+    assert not actors[2].reader.is_late
+    assert actors[2].reader.take(Message(None)).is_empty  # what was left is void
 
 
 def test_seconds_of_stages_that_share_a_gpu_come_with_the_first_that_waits(actors):

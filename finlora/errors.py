@@ -9,7 +9,7 @@
     │   ├── NoRoomError           others held what the run needs for too long; later there may be room
     │   ├── QueueFullError        too many requests wait for an answer; later there may be room
     │   ├── QuotaError            a key has asked as much as it may in this minute
-    │   └── StageLostError        a stage of a served model died; it comes back, and the same request can succeed
+    │   └── StageLostError        a stage of a model died; it comes back, and the same request can succeed
     ├── CheckpointError     (6)   a checkpoint is missing, incomplete or of another run
     ├── ResultError         (7)   a results file cannot be read
     └── StoppedError              a signal ended a run at a checkpoint: 128 + the signal's number, as shells count
@@ -92,7 +92,7 @@ class QuotaError(ResourceError):
 
 
 class StageLostError(ResourceError):
-    """A stage of a served model died, or is not there yet: the same request can succeed later."""
+    """A stage of a model died, or is not there yet: the same request can succeed later."""
 
 
 class CheckpointError(FinloraError):

@@ -54,6 +54,7 @@ def ask(
         AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
         ConfigError: the prompt is too long for the model.
         ResourceError: the device or the cluster has too little.
+        StageLostError: a stage died before the answer was complete.
     """
     source = find_source(config.model)
     tokenizer = load_tokenizer(source.tokenizer_path)
@@ -66,7 +67,7 @@ def ask(
     from finlora.engine.opening import open_engine
 
     rows = request.num_tokens
-    with open_engine(config, tokenizer, adapter, num_stages, rows, rows) as core:
+    with open_engine(config, tokenizer, adapter, num_stages, rows, rows) as (core, _):
         core.submit(request)
         pieces: list[str] = []
 

@@ -35,11 +35,15 @@ class Executor(Protocol):
     """Whether a micro-batch that follows another can be started before that one is back."""
 
     def start(self, batch: MicroBatch) -> None:
-        """Send a micro-batch into the first stage."""
+        """Send a micro-batch into the first stage.
+
+        Raises:
+            StageLostError: a stage in another process is lost, and with it all that is under way.
+        """
         ...
 
     def collect(self) -> Output:
-        """Wait for the oldest micro-batch under way."""
+        """Wait for the oldest micro-batch under way; errors as `start`."""
         ...
 
     def load_adapter(self, name: str, folder: Path) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -87,6 +87,15 @@ def open_executor(
         yield InProcess([Stage(net, span, rows, dtype)]), rows
 
 
+class OpenEngine(NamedTuple):
+    """A base that is held, and requests to it."""
+
+    core: EngineCore
+    renew: Callable[[], EngineCore] | None
+    """Starts lost stages alone and returns a core over all, without requests; errors as of Pipeline.repair. None: there is one
+    process."""
+
+
 @contextmanager
 def open_engine(
     config: RunConfig,
@@ -95,7 +104,7 @@ def open_engine(
     num_stages: int,
     wanted_rows: int,
     least_rows: int,
-) -> Iterator[EngineCore]:
+) -> Iterator[OpenEngine]:
     """Hold a base and at most one adapter, under the name ADAPTER, while inside; arguments and errors as `open_executor`."""
     with open_executor(config, num_stages, wanted_rows, least_rows) as (executor, rows):
         in_flight = choose_in_flight(num_stages, config.eval.device, config.eval.num_gpus)
@@ -106,10 +115,29 @@ def open_engine(
             follows=executor.can_follow,
         )
         end = end_token_id(tokenizer, config.model.template)
-        core = EngineCore(executor, Scheduler(limits, end, lambda: random.getrandbits(31)), tokenizer)
+
+        def make_core() -> EngineCore:
+            return EngineCore(executor, Scheduler(limits, end, lambda: random.getrandbits(31)), tokenizer)
+
+        core = make_core()
         if adapter is not None:
             core.load_adapter(ADAPTER, adapter)
-        yield core
+        if isinstance(executor, InProcess):
+            yield OpenEngine(core, None)
+            return
+        from finlora.engine.lost_stages import tell_lost_stages
+        from finlora.engine.pipeline import Pipeline
+
+        assert isinstance(executor, Pipeline)
+
+        def renew() -> EngineCore:
+            with tell_lost_stages():
+                executor.repair()
+            renewed = make_core()
+            renewed.adapters |= {name: folder for name, (folder, _) in executor.adapters.items()}
+            return renewed
+
+        yield OpenEngine(core, renew)
 
 
 def choose_in_flight(num_stages: int, device: str, gpus_per_stage: float) -> int:

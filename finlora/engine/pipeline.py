@@ -29,6 +29,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from finlora.config import Bits, ModelConfig, Transport
 from finlora.engine.joining import join_stages
 from finlora.engine.leaving import leave_graph
+from finlora.engine.lost_stages import tell_lost_stages
 from finlora.engine.messages import Change, Message
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.spans import split_layers
@@ -265,15 +266,17 @@ class Pipeline:
             self._started[work.number] = ticket
             follows = None if work.follows is None else self._started[work.follows]
         message = Message(work, place=place, ticket=ticket, follows=follows)
-        self._under_way.append(self._graph.execute(message))
+        with tell_lost_stages():
+            self._under_way.append(self._graph.execute(message))
         self._places.append(place)
 
     def _receive(self) -> Any:
-        if self._answers_come_late and len(self._places) == 1:  # nothing is behind it
-            self._under_way.append(self._graph.execute(Message(None)))
         message = Message(None)
-        while message.is_empty:
-            message = ray.get(self._under_way.popleft(), timeout=_TIMEOUT_S)
+        with tell_lost_stages():
+            if self._answers_come_late and len(self._places) == 1:  # nothing is behind it
+                self._under_way.append(self._graph.execute(message))
+            while message.is_empty:
+                message = ray.get(self._under_way.popleft(), timeout=_TIMEOUT_S)
         self._places.popleft()
         if isinstance(message.state, FinloraError):
             raise message.state

@@ -64,12 +64,13 @@ def run_evaluation(
     Args:
         config: with absolute paths. Test splits, adapter and lengths are checked before the model is loaded.
         adapter: adapter folder, or None for the base alone.
-        on_reading: gets what the stages did, at the end.
+        on_reading: gets what the stages did, at the end; where one was lost, since then.
 
     Raises:
         DatasetError: a test split is missing, damaged, or an example is too long.
         AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
         ResourceError: the device or the cluster has too little.
+        StageLostError: stages died again and again; one that dies once is started again, and what it had asked anew.
     """
     device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
     if config.eval.num_stages == 1:
@@ -87,19 +88,19 @@ def run_evaluation(
     sizes = sorted((size for work in works for size in work.sizes), reverse=True)
     # The longest requests at once, and one more for the beginning that they share.
     wanted = count_rows(sizes, config.eval.batch_size)
-    with open_engine(config, tokenizer, adapter, config.eval.num_stages, wanted, sizes[0]) as core:
-        engine = BatchEngine(core, ADAPTER if adapter else None)
+    with open_engine(config, tokenizer, adapter, config.eval.num_stages, wanted, sizes[0]) as opened:
+        engine = BatchEngine(opened.core, ADAPTER if adapter else None, opened.renew)
         results = [
             dataclasses.replace(
                 _evaluate_task(config, engine, work, device, on_progress),
                 variant=contract.variant if contract else "base",
                 adapter=str(adapter) if adapter else None,
                 adapter_mib=contract.adapter_mib if contract else None,
-                peak_memory_gib=core.executor.peak_memory_gib(),
+                peak_memory_gib=engine.core.executor.peak_memory_gib(),
             )
             for work in works
         ]
-        on_reading(core.meter.read())
+        on_reading(engine.core.meter.read())
         return results
 
 

@@ -14,6 +14,7 @@ from finlora.engine.in_process import InProcess
 from finlora.engine.limits import Limits
 from finlora.engine.scheduler import Scheduler
 from finlora.engine.stage import Stage
+from finlora.errors import StageLostError
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.source import find_source
 from finlora.model.tokenizer import load_tokenizer
@@ -97,6 +98,68 @@ def test_a_beginning_in_common_is_computed_once(make_core, prompts, choices):
     own = sum(len(choice) - 1 for choice in choices[2])
     # The first is computed whole, of the others the last token and the choices.
     assert rows == len(prompts[2]) + own + 19 * (1 + own)
+
+
+class Losing:
+    """Stages of this process, of which one is lost whenever the number of micro-batches asks for it."""
+
+    def __init__(self, executor, losses):
+        self.executor, self.losses, self.can_follow = executor, losses, False
+        self.start, self.load_adapter = executor.start, executor.load_adapter
+        self.num_collected = 0
+
+    def collect(self):
+        output = self.executor.collect()
+        self.num_collected += 1
+        if self.num_collected in self.losses:
+            raise StageLostError(f"a stage of the model was lost (at {self.num_collected}): ask again")
+        return output
+
+
+def make_losing(core, losses):
+    """Return an engine, and what its losses were answered with."""
+    executor, renewed = Losing(core.executor, losses), []
+
+    def renew():
+        while executor.executor._under_way:
+            executor.executor.collect()
+        renewed.append(executor.num_collected)
+        limits = Limits(cache_rows=1024, max_batch_tokens=128)
+        fresh = EngineCore(executor, Scheduler(limits, 1, lambda: 0), core.tokenizer)
+        fresh.adapters |= core.adapters
+        return fresh
+
+    first = renew()
+    renewed.clear()
+    return BatchEngine(first, "few", renew), renewed
+
+
+def test_what_a_lost_stage_had_not_answered_is_asked_anew(make_core, plain, tokenizer, prompts, choices):
+    expected = PlainEngine(plain(adapter="few"), tokenizer, "raw", CPU)
+    engine, renewed = make_losing(make_core(), {1, 9})
+    seen = []
+    assert engine.generate(prompts, 12, seen.append) == expected.generate(prompts, 12)
+    assert renewed == [1, 9]  # in the midst of texts
+    assert seen[-1] == len(prompts)
+    engine, renewed = make_losing(make_core(), {2, 4})
+    many = engine.score_choices(prompts * 8, choices * 8, ignore)
+    assert renewed == [2, 4]
+    wanted = expected.score_choices(prompts, choices)
+    for start in range(0, 40, 5):
+        assert flatten(many[start : start + 5]) == pytest.approx(flatten(wanted), rel=1e-5, abs=1e-8)
+
+
+def test_stages_that_are_lost_again_and_again_are_given_up(make_core, prompts):
+    engine, renewed = make_losing(make_core(), {1, 2, 3})
+    with pytest.raises(StageLostError, match=r"was lost \(at 3\): ask again"):
+        engine.generate(prompts, 12, ignore)
+    assert renewed == [1, 2]
+
+
+def test_stages_that_nobody_can_bring_back_end_it_at_once(make_core, prompts):
+    engine, _ = make_losing(make_core(), {1})
+    with pytest.raises(StageLostError, match=r"was lost \(at 1\): ask again"):
+        BatchEngine(engine.core, None).generate(prompts, 12, ignore)
 
 
 def test_bf16_scores_stay_near_float32(four_layers, make_core, tokenizer, prompts, choices):

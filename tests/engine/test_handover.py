@@ -18,6 +18,7 @@ from finlora.engine.messages import Parcel
 from finlora.engine.request import Request, Sampling
 from finlora.engine.scheduler import Scheduler
 from finlora.engine.stage import Stage
+from finlora.errors import StageLostError
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.tokenizer import load_tokenizer
 
@@ -84,8 +85,6 @@ def test_stage_that_dies_at_work_starts_anew_and_hands_over_again(
     _gpu, dying, pipeline, expected, four_layers, adapter_folders
 ):
     """What the others have queued waits for it on the GPU."""
-    from ray.exceptions import RayError
-
     before = look(pipeline, lambda _stage: os.getpid())
     core = open_core(pipeline, four_layers, 4)
     for request in make_requests(count=200):
@@ -93,7 +92,7 @@ def test_stage_that_dies_at_work_starts_anew_and_hands_over_again(
     for _ in range(9):
         core.step()
     os.kill(before[dying], 9)
-    with pytest.raises(RayError):
+    with pytest.raises(StageLostError, match=r"a stage of the model was lost .*: ask again"):
         run(core, [])
     assert pipeline.repair() == [dying]
     after = look(pipeline, lambda _stage: os.getpid())

@@ -66,8 +66,6 @@ def look_at(pipeline):
 
 def kill_at_work(pipeline, core, victim):
     """Kill a stage while micro-batches are under way; returns the seconds until that is known."""
-    from ray.exceptions import RayError
-
     for request in make_requests(count=200):
         core.submit(request)
     for _ in range(5):
@@ -75,7 +73,7 @@ def kill_at_work(pipeline, core, victim):
     assert core.scheduler.num_in_flight
     os.kill(look_at(pipeline)[victim][0], signal.SIGKILL)
     killed = time.monotonic()
-    with pytest.raises(RayError):
+    with pytest.raises(StageLostError, match=r"a stage of the model was lost .*: ask again"):
         run(core, [])
     return time.monotonic() - killed
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -193,6 +195,33 @@ def test_stages_change_no_answer_and_say_what_they_did(make_config, adapter, ray
     (reading,) = readings
     assert len(reading.busy) == 2
     assert re.search(r"2 stages busy \d+% / \d+%, bubble [\d.]+% where equal stages have [\d.]+%", reading.describe())
+
+
+@pytest.mark.ray
+def test_evaluation_outlives_a_stage_that_dies(make_config, adapter, ray_instance, monkeypatch, caplog):
+    import ray
+
+    from finlora.engine.pipeline import Pipeline
+
+    connect, pipelines, progress = Pipeline._connect, [], []
+
+    def record(pipeline):
+        pipelines.append(pipeline)
+        connect(pipeline)
+
+    def kill_at_first(*news):
+        if len(progress) == 0:
+            pids = ray.get([actor.__ray_call__.remote(lambda _stage: os.getpid()) for actor in pipelines[0].actors])
+            os.kill(pids[1], signal.SIGKILL)
+        progress.append(news)
+
+    monkeypatch.setattr(Pipeline, "_connect", record)
+    limits = ["data.max_test_examples=40", "eval.num_gpus=1", "eval.batch_size=2"]
+    (alone,) = run_evaluation(make_config(*limits), adapter, quiet)
+    (spread,) = run_evaluation(make_config(*limits, "eval.num_stages=2"), adapter, kill_at_first)
+    assert (spread.metrics, spread.counts) == (alone.metrics, alone.counts)
+    assert len(pipelines) == 2  # joined again
+    assert "Stages are brought back, and what was not answered is asked anew" in caplog.text
 
 
 @pytest.mark.parametrize("bits", [8, 4])

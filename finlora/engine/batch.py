@@ -106,7 +106,5 @@ class BatchEngine:
         self._num_losses += 1
         if self._renew is None or self._num_losses >= _MAX_LOSSES:
             raise error
-        _logger.warning(
-            "Stages are brought back, and what was not answered is asked anew: %s", error.__cause__ or error
-        )
+        _logger.warning("%s This evaluation does so by itself: what was not answered is asked anew.", error)
         self.core = self._renew()

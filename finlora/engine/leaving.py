@@ -20,11 +20,12 @@ _TEARDOWN_TIMEOUT_S = 30.0
 _POLL_S = 1.0
 
 
-def leave_graph(graph: Any, actors: Sequence[Any], timeout_s: float) -> set[int]:
+def leave_graph(graph: Any, actors: Sequence[Any], timeout_s: float, *, lives_on: bool) -> set[int]:
     """Have stages leave a graph, whatever is under way in it.
 
     Args:
         timeout_s: for those that compute.
+        lives_on: they are wanted afterwards, so that one that is ended by force is worth a warning.
 
     Returns:
         Numbers of those that did not, and were killed.
@@ -45,7 +46,8 @@ def leave_graph(graph: Any, actors: Sequence[Any], timeout_s: float) -> set[int]
     stuck = {index for index, loop in enumerate(loops) if loop in staying}
     for index in stuck:
         passed = time.monotonic() - began
-        _logger.warning("Stage %d did not leave the graph in %.0f s and is ended by force", index, passed)
+        level = logging.WARNING if lives_on else logging.INFO
+        _logger.log(level, "Stage %d did not leave the graph in %.0f s and is ended by force", index, passed)
         ray.kill(actors[index])
     leaving.join(_TEARDOWN_TIMEOUT_S)
     return stuck

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from finlora.errors import StageLostError
 
@@ -20,8 +20,10 @@ def tell_lost_stages() -> Iterator[None]:
     try:
         yield
     except RayError as error:
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        # Of what a stage raised, the lines before are its traceback; of a dead one, those behind are Ray's guesses.
+        reason = said[-1] if isinstance(error, RayTaskError) else said[0]
         raise StageLostError(
-            f"a stage of the model was lost ({reason[0]}): ask again; if it happens again, the worker's log in the Ray dashboard "
+            f"a stage of the model was lost ({reason}): ask again; if it happens again, the worker's log in the Ray dashboard "
             "says whether memory was short."
         ) from error

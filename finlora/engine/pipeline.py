@@ -162,7 +162,7 @@ class Pipeline:
             ResourceError: the place of a dead stage did not come back in time.
             RayError: another stage died meanwhile. After each of them only `close` and a new pipeline help.
         """
-        dead = sorted(self._leave_graph(_REPAIR_TIMEOUT_S) | self._find_dead())
+        dead = sorted(self._leave_graph(_REPAIR_TIMEOUT_S, lives_on=True) | self._find_dead())
         if not dead or len(dead) == len(self.actors):
             raise StageLostError(f"{len(dead)} of {len(self.actors)} stages are dead: only a new pipeline helps.")
         for index in dead:
@@ -184,7 +184,7 @@ class Pipeline:
 
     def close(self) -> None:
         """End the actors and free what they hold."""
-        self._leave_graph(_CLOSE_TIMEOUT_S)
+        self._leave_graph(_CLOSE_TIMEOUT_S, lives_on=False)
         for actor in self.actors:
             ray.kill(actor)
         self._lease.close()
@@ -216,12 +216,12 @@ class Pipeline:
             _max_inflight_executions=len(self.actors) + 3,
         )
 
-    def _leave_graph(self, timeout_s: float) -> set[int]:
+    def _leave_graph(self, timeout_s: float, *, lives_on: bool) -> set[int]:
         """Give up what is under way and have the stages leave the graph; those that do not are killed and returned."""
         graph, self._graph = self._graph, None
         if graph is None:
             return set()
-        stuck = leave_graph(graph, self.actors, timeout_s)
+        stuck = leave_graph(graph, self.actors, timeout_s, lives_on=lives_on)
         self._under_way.clear()  # only now: what waits in a graph that stands is still fetched by it
         self._places.clear()
         self._outputs.clear()

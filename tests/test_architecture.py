@@ -52,6 +52,7 @@ HOMES = {
             "engine.pipeline",
             "engine.joining",
             "engine.leaving",
+            "engine.lost_stages",
             "engine.waiting",
             "serve.app",
             "serve.fronts",

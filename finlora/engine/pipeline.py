@@ -78,7 +78,8 @@ class Pipeline:
     """An executor over stage actors. Ray must be connected; call `close` at the end.
 
     Raises:
-        ResourceError: the cluster has too little for the stages, or others held it for too long; says who.
+        ResourceError: the cluster has too little for the stages, or others held it for too long, says who; or one cannot load.
+        StageLostError: one died meanwhile.
         ModelError: the base's files are not usable.
     """
 
@@ -113,8 +114,9 @@ class Pipeline:
         self._tickets = itertools.count(1)
         self._graph: Any = None
         try:
-            self.stages: list[dict[str, float]] = ray.get([actor.describe.remote() for actor in self.actors])
-            self._connect()
+            with tell_lost_stages():
+                self.stages: list[dict[str, float]] = ray.get([actor.describe.remote() for actor in self.actors])
+                self._connect()
         except BaseException:
             self.close()
             raise
@@ -139,6 +141,7 @@ class Pipeline:
         self.adapters.pop(name, None)
         self._change(Change(name, None))
 
+    @tell_lost_stages()
     def peak_memory_gib(self) -> float | None:
         # Asked for, and not in each message: to read torch's counters takes as long as to queue a pass.
         peaks: list[float] = ray.get([actor.peak_memory_gib.remote() for actor in self.actors], timeout=_SIGN_TIMEOUT_S)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 import ray
+from safetensors.torch import load_file, save_file
 from test_drive import RAGGED, generate_alone, make_requests, run, tokens_of
 
+from finlora.config import ModelConfig
 from finlora.engine.drive import EngineCore
 from finlora.engine.limits import Limits
 from finlora.engine.request import Request, Sampling
 from finlora.engine.scheduler import Scheduler
-from finlora.errors import AdapterError, ResourceError
+from finlora.errors import AdapterError, ResourceError, StageLostError
 from finlora.model.tokenizer import load_tokenizer
 
 END, ROWS = 1, 1024
@@ -134,6 +137,46 @@ def test_cluster_that_is_too_small_is_refused_by_words(four_layers, ray_instance
     config = PipelineConfig(num_stages=4, cache_rows=64, device="cuda")
     with pytest.raises(ResourceError, match=r"4 stages need 4 GPUs and the cluster has 0: take fewer stages"):
         Pipeline(four_layers, 4, config, seed=0)
+
+
+def test_stage_that_cannot_load_says_why_in_a_line(tiny_base, tmp_path, ray_instance):
+    from finlora.engine.pipeline import Pipeline, PipelineConfig
+
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    free = ray.available_resources()["CPU"]
+    config = PipelineConfig(num_stages=2, cache_rows=64, device="cpu", cpus_per_stage=0.25)
+    with pytest.raises(ResourceError, match=r"^a stage of the model cannot be loaded: ModelError: .*up_proj") as caught:
+        Pipeline(ModelConfig(base=str(folder), compute_dtype="float32"), 16, config, seed=0)
+    assert "\n" not in str(caught.value)
+    deadline = time.monotonic() + 20
+    while ray.available_resources()["CPU"] != free:
+        assert time.monotonic() < deadline, "the places of the stages did not come back"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected", "words"),
+    [
+        (
+            RuntimeError("CUDA: an illegal access"),
+            StageLostError,
+            r"lost \(RuntimeError: CUDA: an illegal access\): ask",
+        ),
+        (AdapterError("no adapter"), AdapterError, "no adapter"),
+    ],
+)
+def test_what_a_stage_raises_is_told_in_our_words(ray_instance, raised, expected, words):
+    from finlora.engine.lost_stages import tell_lost_stages
+
+    @ray.remote(num_cpus=0, max_retries=0)
+    def fail():
+        raise raised
+
+    with pytest.raises(expected, match=words), tell_lost_stages():
+        ray.get(fail.remote())
 
 
 def test_stages_come_all_or_none_and_who_holds_their_places_is_said(four_layers, ray_instance, caplog):

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
 _logger = logging.getLogger(__name__)
 
@@ -61,3 +61,11 @@ def _is_any_at_work(actors: Sequence[Any]) -> bool:
             if ray.get(ref):
                 return True
     return bool(late)  # it may be busy
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether Ray says more than that a dead stage could not be told to leave, for which it takes thirty lines."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], RayActorError)
+
+
+logging.getLogger("ray.dag.compiled_dag_node").addFilter(_is_news)

@@ -48,6 +48,20 @@ def look(pipeline, at):
     return ray.get([actor.__ray_call__.remote(at) for actor in pipeline.actors])
 
 
+def lose_at_work(pipeline, base, dying):
+    """Kill one of four stages while micro-batches are under way; returns all their processes."""
+    before = look(pipeline, lambda _stage: os.getpid())
+    core = open_core(pipeline, base, 4)
+    for request in make_requests(count=200):
+        core.submit(request)
+    for _ in range(9):
+        core.step()
+    os.kill(before[dying], 9)
+    with pytest.raises(StageLostError, match=r"a stage of the model was lost .*: ask again"):
+        run(core, [])
+    return before
+
+
 @pytest.fixture(scope="module")
 def expected(four_layers, adapter_folders):
     """Tokens of one stage in this process, on the same device: random weights are others on CPU."""
@@ -85,15 +99,7 @@ def test_stage_that_dies_at_work_starts_anew_and_hands_over_again(
     _gpu, dying, pipeline, expected, four_layers, adapter_folders
 ):
     """What the others have queued waits for it on the GPU."""
-    before = look(pipeline, lambda _stage: os.getpid())
-    core = open_core(pipeline, four_layers, 4)
-    for request in make_requests(count=200):
-        core.submit(request)
-    for _ in range(9):
-        core.step()
-    os.kill(before[dying], 9)
-    with pytest.raises(StageLostError, match=r"a stage of the model was lost .*: ask again"):
-        run(core, [])
+    before = lose_at_work(pipeline, four_layers, dying)
     assert pipeline.repair() == [dying]
     after = look(pipeline, lambda _stage: os.getpid())
     assert [number for number in range(4) if after[number] != before[number]] == [dying]

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-from test_drive import make_requests, run
-from test_handover import ROWS, ask_all, expected, look, open_core  # noqa: F401  (a fixture)
-
-from finlora.errors import StageLostError
+from test_handover import ROWS, ask_all, expected, look, lose_at_work  # noqa: F401  (a fixture)
 
 NUM_STAGES = 4
 FORMS = [(1.0, "messages"), (1.0, "nccl"), (0.5, "messages")]
@@ -56,14 +51,6 @@ def test_stage_that_dies_on_a_gpu_of_its_own_joins_the_others_again(
     four_layers,
     adapter_folders,
 ):
-    before = look(pipeline, lambda _stage: os.getpid())
-    core = open_core(pipeline, four_layers, NUM_STAGES)
-    for request in make_requests(count=200):
-        core.submit(request)
-    for _ in range(9):
-        core.step()
-    os.kill(before[dying], 9)
-    with pytest.raises(StageLostError, match=r"a stage of the model was lost .*: ask again"):
-        run(core, [])
+    lose_at_work(pipeline, four_layers, dying)
     assert dying in pipeline.repair()
     assert ask_all(pipeline, four_layers, adapter_folders, NUM_STAGES)[0] == expected

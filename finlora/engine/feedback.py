@@ -1,8 +1,8 @@
 """Drawn tokens on their way from the last stage back to the first, where the next micro-batch begins with them.
 
 Ray's compiled graphs know no way back, and through the driver it takes milliseconds. So the two stages have a TCP connection of
-their own, from machine to machine if need be. One frame goes back for each micro-batch that draws. Where the
-first reaches the last one's GPU memory, they go through that instead (finlora/engine/board.py).
+their own, from machine to machine if need be. One frame goes back for each micro-batch that draws. Where the first reaches the
+last one's GPU memory, they go through that instead (finlora/engine/board.py).
 
 The first stage reads when it begins a micro-batch, and only then: no more frames than there are micro-batches under way wait
 for it, so the last stage never does.

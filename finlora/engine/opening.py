@@ -125,16 +125,14 @@ def open_engine(
         if isinstance(executor, InProcess):
             yield OpenEngine(core, None)
             return
-        from finlora.engine.lost_stages import tell_lost_stages
         from finlora.engine.pipeline import Pipeline
 
         assert isinstance(executor, Pipeline)
 
         def renew() -> EngineCore:
-            with tell_lost_stages():
-                executor.repair()
+            executor.repair()
             renewed = make_core()
-            renewed.adapters |= {name: folder for name, (folder, _) in executor.adapters.items()}
+            renewed.adapters |= executor.adapters
             return renewed
 
         yield OpenEngine(core, renew)

@@ -100,14 +100,12 @@ class Pipeline:
             take_lease([bundle] * config.num_stages, config.wait_s, _logger.warning, name)
         )
         self.actors = [self._start_actor(index) for index in range(config.num_stages)]
-        self.adapters: dict[str, tuple[Path, str]] = {}
-        """Folder of each adapter that every stage has, and the hash of its files."""
-        self._under_way: deque[Any] = deque()
-        """Messages."""
-        self._places: deque[int] = deque()
-        """Of messages whose answer has not come."""
-        self._answers_come_late = False
-        """Whether one comes only behind the next message."""
+        self.adapters: dict[str, Path] = {}
+        """Folder of each adapter that every stage has."""
+        self._hashes: dict[str, str] = {}  # of their files
+        self._under_way: deque[Any] = deque()  # messages
+        self._places: deque[int] = deque()  # of messages whose answer has not come
+        self._answers_come_late = False  # each only behind the next message
         self._started: dict[int, int] = {}
         """Tickets of the micro-batches that were not collected, by number."""
         self._outputs: deque[Output] = deque()
@@ -135,7 +133,7 @@ class Pipeline:
         except FinloraError:
             self._change(Change(name, None))  # the stages before the one that refused it
             raise
-        self.adapters[name] = (folder, digest)
+        self.adapters[name], self._hashes[name] = folder, digest
 
     def unload_adapter(self, name: str) -> None:
         self.adapters.pop(name, None)
@@ -147,10 +145,12 @@ class Pipeline:
         peaks: list[float] = ray.get([actor.peak_memory_gib.remote() for actor in self.actors], timeout=_SIGN_TIMEOUT_S)
         return sum(peaks)
 
+    @tell_lost_stages()
     def check(self) -> None:
-        """Raise RayError where a stage is dead or gives no sign."""
+        """Raise StageLostError where a stage is dead or gives no sign."""
         ray.get([actor.describe.remote() for actor in self.actors], timeout=_SIGN_TIMEOUT_S)
 
+    @tell_lost_stages()
     def repair(self) -> list[int]:
         """Start dead stages alone, and join them to those that live. Nothing is under way and all caches are empty after it.
 
@@ -161,9 +161,9 @@ class Pipeline:
             Numbers of the stages that were started, from 0.
 
         Raises:
-            StageLostError: none is dead, so it is not known which one failed; or all are.
-            ResourceError: the place of a dead stage did not come back in time.
-            RayError: another stage died meanwhile. After each of them only `close` and a new pipeline help.
+            StageLostError: none is dead, so it is not known which one failed; or all are, or another one died meanwhile.
+            ResourceError: the place of a dead stage did not come back in time, or a new one cannot load. After each of them only
+                `close` and a new pipeline help.
         """
         dead = sorted(self._leave_graph(_REPAIR_TIMEOUT_S, lives_on=True) | self._find_dead())
         if not dead or len(dead) == len(self.actors):
@@ -175,9 +175,11 @@ class Pipeline:
         ray.get([actor.start_afresh.remote() for actor in living], timeout=_SIGN_TIMEOUT_S)
         for index, facts in zip(dead, self._await_loaded([self.actors[index] for index in dead]), strict=True):
             self.stages[index] = facts
-        for name, (folder, digest) in list(self.adapters.items()):
+        for name, folder in list(self.adapters.items()):
             try:
-                ray.get([self.actors[index].load_adapter.remote(name, str(folder), digest) for index in dead])
+                ray.get(
+                    [self.actors[index].load_adapter.remote(name, str(folder), self._hashes[name]) for index in dead]
+                )
             except AdapterError as error:
                 _logger.warning("Adapter %s cannot be put back and is unloaded: %s", name, error)
                 ray.get([actor.unload_adapter.remote(name) for actor in self.actors], timeout=_SIGN_TIMEOUT_S)

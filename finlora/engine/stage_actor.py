@@ -194,11 +194,7 @@ class StageActor:
 
     def _give_back(self, message: Message, state: Any) -> None:
         """Give the first stage what was drawn, or word that nothing was, where it does not find that on their GPU."""
-        if (
-            not isinstance(self.going, LastEnd | Loop)
-            or not isinstance(message.work, MicroBatch)
-            or self.reader.is_late
-        ):
+        if not isinstance(self.going, LastEnd | Loop) or not isinstance(message.work, MicroBatch):
             return
         drawn = [token for token, _ in state.tokens] if isinstance(state, Output) else None
         if drawn is None or drawn:

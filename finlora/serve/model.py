@@ -85,7 +85,7 @@ def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
         core = EngineCore(
             pipeline, make_scheduler(config, base, in_flight, follows=pipeline.can_follow), base.tokenizer
         )
-        core.adapters |= {name: folder for name, (folder, _) in pipeline.adapters.items()}
+        core.adapters |= pipeline.adapters
         facts = tuple(
             StageFacts(
                 first_layer=span.start,

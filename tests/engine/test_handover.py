@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_drive import RAGGED, make_requests, run, tokens_of
+from test_pipeline_repair import kill_at_work
 from test_recorded import ON_GPU
 
 from finlora.engine.drive import EngineCore
@@ -18,7 +19,6 @@ from finlora.engine.messages import Parcel
 from finlora.engine.request import Request, Sampling
 from finlora.engine.scheduler import Scheduler
 from finlora.engine.stage import Stage
-from finlora.errors import StageLostError
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.tokenizer import load_tokenizer
 
@@ -51,14 +51,7 @@ def look(pipeline, at):
 def lose_at_work(pipeline, base, dying):
     """Kill one of four stages while micro-batches are under way; returns all their processes."""
     before = look(pipeline, lambda _stage: os.getpid())
-    core = open_core(pipeline, base, 4)
-    for request in make_requests(count=200):
-        core.submit(request)
-    for _ in range(9):
-        core.step()
-    os.kill(before[dying], 9)
-    with pytest.raises(StageLostError, match=r"a stage of the model was lost .*: ask again"):
-        run(core, [])
+    kill_at_work(pipeline, open_core(pipeline, base, 4), dying, num_steps=9)
     return before
 
 

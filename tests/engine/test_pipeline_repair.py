@@ -50,7 +50,7 @@ def own_adapters(adapter_folders, tmp_path_factory):
 def make_core(pipeline, model):
     limits = Limits(cache_rows=ROWS, max_in_flight=STAGES, follows=pipeline.can_follow)
     core = EngineCore(pipeline, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(model.base)))
-    core.adapters |= {name: folder for name, (folder, _) in pipeline.adapters.items()}
+    core.adapters |= pipeline.adapters
     return core
 
 
@@ -64,11 +64,11 @@ def look_at(pipeline):
     return ray.get([actor.__ray_call__.remote(look) for actor in pipeline.actors])
 
 
-def kill_at_work(pipeline, core, victim):
+def kill_at_work(pipeline, core, victim, num_steps=5):
     """Kill a stage while micro-batches are under way; returns the seconds until that is known."""
     for request in make_requests(count=200):
         core.submit(request)
-    for _ in range(5):
+    for _ in range(num_steps):
         core.step()
     assert core.scheduler.num_in_flight
     os.kill(look_at(pipeline)[victim][0], signal.SIGKILL)

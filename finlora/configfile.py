@@ -22,6 +22,8 @@ from finlora.errors import ConfigError
 from finlora.yamltext import parse_yaml, read_yaml
 
 _Settings = TypeVar("_Settings")
+_NULLS = ("", "null", "Null", "NULL")
+"""What unsets a setting whose text is otherwise taken as it stands: YAML's words, but `~`, which names a folder."""
 _MAX_KEYS = 1000  # near names are looked for for each
 _SHOW = reprlib.Repr()
 _SHOW.maxstring = _SHOW.maxother = 80
@@ -33,7 +35,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: YAML file with the sections of RunConfig; None starts from the defaults.
-        overrides: texts `section.key=value` with the value in YAML, e.g. `train.epochs=2`, `data.tasks=[fpb]`.
+        overrides: `section.key=value`: a text setting takes the value exactly as it stands (`output_dir=my runs #1`),
+            every other is read as YAML (`train.epochs=2`, `data.tasks=[fpb]`). `null` unsets what may be unset.
 
     Raises:
         ConfigError: every unknown key (with near names), wrong type and value out of range, all in one error.
@@ -41,7 +44,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     faults: list[str] = []
     tree = _read_yaml(path) if path is not None else {}
     for override in overrides:
-        _apply_override(tree, override, faults)
+        _apply_override(tree, override, RunConfig, {}, faults)
     config = _build(RunConfig, tree, "", faults)
     if faults:
         raise ConfigError(faults)
@@ -63,7 +66,7 @@ def load_with_section(
     faults: list[str] = []
     tree = _read_yaml(path) if path is not None else {}
     for override in overrides:
-        _apply_override(tree, override, faults)
+        _apply_override(tree, override, RunConfig, {name: cls}, faults)
     own = tree.pop(name, None) or {}
     if not isinstance(own, Mapping):
         faults.append(f"{name}={show(own)}: expected a section with keys")
@@ -79,7 +82,7 @@ def build_settings(cls: type[_Settings], overrides: Sequence[str]) -> _Settings:
     faults: list[str] = []
     tree: dict[str, Any] = {}
     for override in overrides:
-        _apply_override(tree, override, faults)
+        _apply_override(tree, override, cls, {}, faults)
     built = _build(cls, tree, "", faults)
     if faults:
         raise ConfigError(faults)
@@ -96,7 +99,7 @@ def settings_from_tree(cls: type[_Settings], tree: Mapping[str, Any], overrides:
     faults: list[str] = []
     values = copy.deepcopy(dict(tree))
     for override in overrides:
-        _apply_override(values, override, faults)
+        _apply_override(values, override, cls, {}, faults)
     built = _build(cls, values, "", faults)
     if faults:
         raise ConfigError(faults)
@@ -140,17 +143,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> None:
+def _apply_override(
+    tree: dict[str, Any], override: str, cls: type, more: Mapping[str, type], faults: list[str]
+) -> None:
+    """Put one `section.key=value` into `tree`; `more` names sections that `cls` does not have."""
     key, equals, text = override.partition("=")
-    if not equals or not key.strip():
+    key = key.strip()
+    if not equals or not key:
         faults.append(f"override {show(override)}: expected section.key=value, for example train.epochs=2")
         return
-    try:
-        value = parse_yaml(text)
-    except yaml.YAMLError as error:
-        faults.append(f"override {show(override)}: the value is not valid YAML ({error})")
-        return
-    *sections, leaf = key.strip().split(".")
+    *sections, leaf = key.split(".")
     for section in sections:
         if tree.get(section) is None:
             tree[section] = {}
@@ -159,7 +161,49 @@ def _apply_override(tree: dict[str, Any], override: str, faults: list[str]) -> N
             faults.append(f"override {show(override)}: {section} is not a section")
             return
         tree = child
-    tree[leaf] = value
+    value = _read_value(_hint_of(cls, more, [*sections, leaf]), text, key, faults)
+    if value is not _WRONG:
+        tree[leaf] = value
+
+
+def _hint_of(cls: type, more: Mapping[str, type], names: Sequence[str]) -> Any:
+    """Return the type of a setting, a section's class for a section, and None for what is no setting."""
+    hint: Any = cls
+    for depth, name in enumerate(names):
+        if depth == 0 and name in more:
+            hint = more[name]
+        else:
+            hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    return hint
+
+
+def _read_value(hint: Any, text: str, key: str, faults: list[str]) -> Any:
+    """Return the value of an override, read by the setting's type: in YAML, `#` would cut a path and 1e3 be a number."""
+    args = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if type(None) in args and text.strip() in _NULLS:
+            return None
+        return _read_value(next(arg for arg in args if arg is not type(None)), text, key, faults)
+    if hint is str:
+        if text and text == text.strip():
+            return text
+        found = "nothing" if not text else "white space at its begin or end"
+        faults.append(
+            f"{key}={show(text)}: found {found}, expected a text. A YAML file may hold such a one, in quotes."
+        )
+        return _WRONG
+    if typing.get_origin(hint) is Literal and all(isinstance(arg, str) for arg in args):
+        return text.strip()
+    try:
+        value = parse_yaml(text)
+    except yaml.YAMLError as error:
+        faults.append(f"override {show(f'{key}={text}')}: the value is not valid YAML ({error})")
+        return _WRONG
+    # A list's texts may hold the sign in quotes; behind the value it would hide the rest of the line.
+    if "#" in text.rpartition("]")[2] and not isinstance(value, str):
+        faults.append(f"override {show(f'{key}={text}')}: found `#`, expected a value without a comment")
+        return _WRONG
+    return value
 
 
 def _build(cls: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -> Any:

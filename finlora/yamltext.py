@@ -6,6 +6,7 @@ it, and lets errors of other kinds than its own through (a date of month 13, a n
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ MAX_BYTES = 2**20
 """Largest file of settings, which takes about ten seconds to read."""
 _MAX_DEPTH = 50
 _MAX_DIGITS = 100  # reading a number in base 60 takes the square of its length
+
+_IS_OTHER_BASE = re.compile(r"[-+]?0[0-7_]+$|.*:")
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -38,6 +41,9 @@ class _PlainLoader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         if node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_DIGITS:
             raise _fault(f"found a number of more than {_MAX_DIGITS} characters", node.start_mark)
+        if node.tag.endswith((":int", ":float")) and _IS_OTHER_BASE.match(node.value):
+            # YAML 1.1 reads 010 as 8 and 1:30 as 90.
+            raise _fault("found a number in base 8 or 60: write it without the leading zero or colon", node.start_mark)
         try:
             value = super().construct_object(node, deep)
         except yaml.YAMLError:

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from finlora.config import LoraConfig, RunConfig
-from finlora.configfile import config_from_tree, config_to_tree, load_config, save_config
+from finlora.configfile import build_settings, config_from_tree, config_to_tree, load_config, save_config
 from finlora.errors import ConfigError
 
 
@@ -56,6 +56,7 @@ def test_learning_rate_reads_every_spelling(text):
         ("data.tasks=[fpb, tfns]", ("fpb", "tfns")),
         ("data.tasks=[ner]", ("ner",)),
         ('data.tasks=["x=y"]', ("x=y",)),
+        ('data.tasks=["x #1"]', ("x #1",)),
     ],
 )
 def test_override_takes_lists(override, expected):
@@ -71,8 +72,67 @@ def test_override_takes_null_bool_and_spaces():
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        *("my runs #1", "#1", "1e3", "123", "yes", "null", "~", "2024-01-01", "it's", '"quoted"', "[x", "a: b", "- a"),
+        *("*x", "&x", "!tag", "@x", "%x", "a=b", "{x", "zürich", "C:\\runs", "|", "? x", "a\\n", "0x10"),
+    ],
+)
+def test_text_setting_is_taken_as_it_was_typed(tmp_path, text):
+    config = load_config(None, [f"output_dir={text}", f"model.base={text}"])
+    assert (config.output_dir, config.model.base) == (text, text)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_text_that_may_be_unset_is_unset_by_null_alone():
+    for text in ("null", "", "Null", "NULL"):
+        assert load_config(None, ["model.tokenizer=x", f"model.tokenizer={text}"]).model.tokenizer is None
+    for text in ("~", "none", "nil", "my model #2"):
+        assert load_config(None, [f"model.tokenizer={text}"]).model.tokenizer == text
+
+
+def test_choice_among_texts_is_read_as_text():
+    """YAML reads `no` and `off` as false."""
+    assert load_config(None, ["train.recompute=none", "train.device= cpu"]).train.recompute == "none"
+    assert faults_of("train.recompute=no") == ["train.recompute='no': expected one of auto, none, mlp, layer"]
+
+
+def test_every_users_texts_are_read_by_their_settings(tmp_path):
+    from finlora.model.pretrain import PretrainConfig
+    from finlora.serve.settings import read_settings
+    from finlora.train.space import load_search
+
+    served = read_settings({}, ["adapters_dir=/mnt/desk #2", "model.base=a: b", "keys_file=null", "stages.num=2"])
+    assert (served.adapters_dir, served.model.base) == ("/mnt/desk #2", "a: b")
+    assert (served.keys_file, served.stages.num) == (None, 2)
+    config, search = load_search(None, ["name=x #2", "search.rank=[2,4]", "search.target_modules=[q_proj+v_proj]"])
+    assert (config.name, search.rank, search.target_modules) == ("x #2", (2, 4), ("q_proj+v_proj",))
+    assert build_settings(PretrainConfig, ["num_steps=7"]).num_steps == 7
+    with pytest.raises(ConfigError, match=r"num_steps=7 #1.*found `#`"):
+        build_settings(PretrainConfig, ["num_steps=7 #1"])
+
+
+@pytest.mark.parametrize("where", ["file", "override"])
+@pytest.mark.parametrize("number", ["010", "1:30", "-017", "1:30.5"])
+def test_number_that_yaml_reads_in_another_base_is_refused(tmp_path, where, number):
+    path, overrides = (
+        (write(tmp_path, f"max_wait_s: {number}\n"), []) if where == "file" else (None, [f"seed={number}"])
+    )
+    with pytest.raises(ConfigError, match="base 8 or 60"):
+        load_config(path, overrides)
+
+
+@pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("name= x", "name=' x': found white space at its begin or end"),
+        ("output_dir=x ", "output_dir='x ': found white space at its begin or end"),
+        ("output_dir=", "output_dir='': found nothing, expected a text"),
+        ("train.epochs=2 #3", "train.epochs=2 #3.: found `#`, expected a value without a comment"),
+        ("data.tasks=[fpb] # one", "found `#`"),
+        ("data.tasks=[fpb #1, ner]", "not valid YAML"),
+        ("data.tasks=fpb,ner", r"data.tasks='fpb,ner': expected a list such as \[fpb, tfns\]"),
         ("train.epochs", "expected section.key=value"),
         ("=3", "expected section.key=value"),
         ("train.epochs=[1", "not valid YAML"),

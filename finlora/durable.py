@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -83,6 +84,22 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def follow_umask(folder: Path) -> None:
+    """Set the modes of a folder and of the files in it to those that open() and mkdir() would have given them.
+
+    tempfile makes folders of mode 700 and safetensors (0.8) files of mode 600, whatever the umask is. A server under another
+    account could read the JSON of an adapter beside them, and not the weights.
+    """
+    probe = folder / ".mode"
+    probe.mkdir()  # os.umask() shows the umask only by changing it, for all threads; a new folder shows it as well
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.rmdir()
+    folder.chmod(mode)
+    for path in folder.iterdir():
+        if path.is_file():
+            path.chmod(mode & 0o666)
+
+
 def hash_file(path: Path) -> str:
     """Return a file's SHA-256 in hex."""
     with path.open("rb") as stream:
@@ -101,7 +118,7 @@ def append_line(path: Path, record: Mapping[str, Any], *, is_synced: bool = Fals
         OSError: the line did not go in whole, as on a full disk; what went in is taken out again.
     """
     line = (json.dumps(seal(record), ensure_ascii=False) + "\n").encode()
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         size = os.fstat(descriptor).st_size
         if size and os.pread(descriptor, 1, size - 1) != b"\n":

@@ -1,6 +1,6 @@
 """Run `finlora report` as a Ray job, on the cluster's storage.
 
-ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/report.py --help
+ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/report.py /mnt/runs --output /mnt/report
 """
 
 import sys

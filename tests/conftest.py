@@ -62,6 +62,14 @@ def tiny_base(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(params=[0o022, 0o027], ids=["umask 022", "umask 027"])
+def file_mode(request) -> Iterator[int]:
+    """Mode that a new file has under the umask of this test."""
+    before = os.umask(request.param)
+    yield 0o666 & ~request.param
+    os.umask(before)
+
+
 @pytest.fixture(scope="session")
 def prepared_synthetic(tmp_path_factory) -> Path:
     """Folder of prepared tasks, with generated sentiment and generated XBRL questions in it."""

@@ -17,6 +17,7 @@ NAMES = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file i
 STAIR = (
     *(
         "errors",
+        "working_dir",
         "onednn",
         "durable",
         "paper",

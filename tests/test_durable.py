@@ -13,7 +13,16 @@ import time
 import pytest
 from small_disk import small_files
 
-from finlora.durable import append_line, read_last_line, read_lines, scratch_folder, seal, unseal, write_whole
+from finlora.durable import (
+    append_line,
+    follow_umask,
+    read_last_line,
+    read_lines,
+    scratch_folder,
+    seal,
+    unseal,
+    write_whole,
+)
 
 RECORD = {"loss": 0.1, "name": "a\u2028b", "rate": 1e-05, "nested": {"n": [1, None, True]}, "bad": float("inf")}
 
@@ -74,6 +83,22 @@ def test_lines_cut_or_changed_are_left_out_and_the_last_whole_one_is_found(tmp_p
     append_line(path, {"number": 4})
     assert read_last_line(path) == {"number": 4}
     assert read_last_line(path, num_bytes=8) is None
+
+
+def test_modes_follow_the_umask_and_an_inherited_group_stays(tmp_path, file_mode):
+    tmp_path.chmod(0o2755)
+    folder = tmp_path / "staging"
+    folder.mkdir()
+    folder.chmod(0o2700)
+    (folder / "weights").touch(mode=0o600)
+    follow_umask(folder)
+    assert [path.name for path in folder.iterdir()] == ["weights"]
+    assert (folder / "weights").stat().st_mode & 0o7777 == file_mode
+    assert folder.stat().st_mode & 0o777 == file_mode | (file_mode & 0o444) >> 2
+    assert folder.stat().st_mode & 0o2000
+    write_whole(tmp_path / "record.json", "{}")
+    append_line(tmp_path / "records.jsonl", {"number": 1})
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.glob("record*")} == {file_mode}
 
 
 def test_scratch_folder_of_a_killed_process_is_swept_and_that_of_a_living_one_is_not(tmp_path):

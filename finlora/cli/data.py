@@ -10,6 +10,7 @@ import typer
 from finlora.cli.app import DryRun, Overrides, app, console, say
 from finlora.errors import ConfigError, ModelError
 from finlora.terminal import open_bars
+from finlora.working_dir import resolve_output
 
 
 @app.command(
@@ -33,7 +34,7 @@ def prefetch(
     names, wanted = _split(models), [task_named(name) for name in _split(tasks)]
     if check == bool(names or wanted):
         raise ConfigError("give either --check, or what to fetch with --models and --tasks.")
-    folder = output.expanduser().absolute()
+    folder = resolve_output("--output ", output)
     with open_bars(console) as bars:
         fetched = [mirror_model(name, folder, bars.update) for name in names]
         checked = [check_mirrored(path, bars.update) for path in list_mirrored(folder)] if check else []
@@ -76,7 +77,7 @@ def prepare(
         show_tasks(console)
         return
     folder = source.expanduser() if source else None
-    report = prepare_task(task, folder, output.expanduser(), variant, splits, overwrite, dry_run)
+    report = prepare_task(task, folder, resolve_output("--output ", output), variant, splits, overwrite, dry_run)
     show_preparation(report, console, is_dry=dry_run)
 
 
@@ -94,9 +95,9 @@ def pretrain(
     from finlora.configfile import build_settings
     from finlora.model.pretrain import PretrainConfig, run_pretraining
 
-    settings = build_settings(PretrainConfig, overrides or [])
+    settings, folder = build_settings(PretrainConfig, overrides or []), resolve_output("--output ", output)
     with open_bars(console) as bars:
-        summary = run_pretraining(settings, _split(tasks), data.expanduser(), output.expanduser(), device, bars.update)
+        summary = run_pretraining(settings, _split(tasks), data.expanduser(), folder, device, bars.update)
     say(summary)
 
 

@@ -8,9 +8,13 @@ from typing import Annotated
 import typer
 
 from finlora.cli.app import app, console
+from finlora.working_dir import resolve_output
 
 
-@app.command(epilog="Example:\n\n  finlora report ~/finlora/runs --output report/")
+@app.command(
+    epilog="Examples:\n\n  finlora report ~/finlora/runs --output report/\n\n"
+    "  ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/report.py /mnt/runs --output /mnt/report"
+)
 def report(
     results: Annotated[Path, typer.Argument(help="A results.jsonl file, or a folder of runs.")],
     output: Annotated[Path | None, typer.Option(help="Folder for report.html, report.md and plots.")] = None,
@@ -19,4 +23,5 @@ def report(
     from finlora.report import render_report
     from finlora.results import read_results
 
-    render_report(read_results(results.expanduser()), output.expanduser() if output else None, console)
+    folder = resolve_output("--output ", output) if output else None
+    render_report(read_results(results.expanduser()), folder, console)

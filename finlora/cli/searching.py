@@ -10,6 +10,7 @@ import typer
 from finlora.cli.app import ConfigPath, DryRun, Overrides, app, console, say
 from finlora.errors import FinloraError
 from finlora.terminal import describe_duration
+from finlora.working_dir import resolve_output
 
 
 @app.command(
@@ -68,7 +69,7 @@ def reproduce(
     from finlora.reproduce.plan import make_plan
     from finlora.results import read_results
 
-    folder = output.expanduser().absolute()
+    folder = resolve_output("--output ", output)
     bases = {size: base for size, base in (("8b", base_8b), ("70b", base_70b)) if base is not None}
     steps = make_plan(configs.expanduser(), folder, overrides or [], only, bases)
     if dry_run:

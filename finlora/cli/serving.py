@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from finlora.cli.app import DryRun, Overrides, app, console, say
+from finlora.working_dir import resolve_output
 
 
 @app.command(
@@ -69,7 +70,12 @@ def key(
 
     names = tuple(part.strip() for part in adapters.split(",") if part.strip()) or None
     made = add_key(
-        file.expanduser(), name, adapters=names, requests_per_minute=requests, tokens_per_minute=tokens, is_admin=admin
+        resolve_output("--file ", file),
+        name,
+        adapters=names,
+        requests_per_minute=requests,
+        tokens_per_minute=tokens,
+        is_admin=admin,
     )
     console.out(made)
 

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from finlora.cli.app import ConfigPath, DryRun, Overrides, app, console, load_settings, say
+from finlora.cli.app import AdapterPath, ConfigPath, DryRun, Overrides, app, choose_adapter, console, load_settings, say
+from finlora.errors import ConfigError
 from finlora.terminal import describe_duration, open_bars, polling
+from finlora.working_dir import resolve_output
 
 
 @app.command(
@@ -67,28 +69,32 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
 
 
 @app.command(
-    epilog="Example:\n\n  finlora merge --adapter ~/finlora/runs/NAME/adapter --output ~/finlora/merged --allow-other-bits"
+    epilog="Examples:\n\n  finlora merge --config jobs/configs/NAME.yaml --output ~/finlora/merged --allow-other-bits\n\n"
+    "  finlora merge --adapter ~/finlora/runs/NAME/adapter --output ~/finlora/merged"
 )
 def merge(
-    adapter: Annotated[Path, typer.Option(help="Adapter folder that `finlora train` wrote.")],
     output: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist yet.")],
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Without it: the adapter's config.yaml.")
-    ] = None,
     overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Of the run. Without it: the adapter's config.yaml.")
+    ] = None,
+    adapter: AdapterPath = None,
     allow_other_bits: Annotated[
         bool, typer.Option("--allow-other-bits", help="Merge one trained at 8 or 4 bit; its logits change a little.")
     ] = False,
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Where the 16-bit base is held.")] = "cpu",
 ) -> None:
-    """Fold an adapter into its 16-bit base; writes a plain Hugging Face folder."""
+    """Fold an adapter into its 16-bit base; writes a plain Hugging Face folder in bfloat16."""
+    if config is None and adapter is None:
+        raise ConfigError("no adapter is named: give --config YAML for that of its run, or --adapter FOLDER.")
+    target = resolve_output("--output ", output)
     import torch
 
     from finlora.model.merge import export_merged
 
-    folder = adapter.expanduser().absolute()
-    settings = load_settings(config or folder / "config.yaml", overrides)
-    target = output.expanduser().absolute()
+    settings = load_settings(config or Path(adapter or "").expanduser() / "config.yaml", overrides)
+    folder = choose_adapter(settings, adapter, base=False)
+    assert folder is not None  # without --base there is one
     merged = export_merged(settings.model, folder, target, torch.device(device), allow_other_bits=allow_other_bits)
     say(f"Merged model {merged.folder} ({merged.gib:.2f} GiB, {merged.num_tensors} weights changed)")
     if merged.trained_bits != 16:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from finlora.config import Bits, ModelConfig
-from finlora.durable import hash_file, scratch_folder, seal, unseal, write_whole
+from finlora.durable import follow_umask, hash_file, scratch_folder, seal, unseal, write_whole
 from finlora.errors import ModelError, ResourceError
 from finlora.model.quantised import layer_from_tensors, layer_to_tensors
 from finlora.model.source import ModelSource, fingerprint_weights
@@ -204,6 +204,7 @@ def write_cache(cache: BaseCache, net: nn.Module) -> None:
                 file: {"bytes": (fresh / file).stat().st_size, "sha256": hash_file(fresh / file)} for file in groups
             }
             write_whole(fresh / _MARK, json.dumps(seal({**cache.facts, "files": files}), indent=1))
+            follow_umask(fresh)
             if not cache.is_complete:
                 shutil.rmtree(cache.folder, ignore_errors=True)
                 fresh.replace(cache.folder)

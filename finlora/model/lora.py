@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from finlora.config import LoraConfig
-from finlora.durable import scratch_folder
+from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import AdapterError
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
 
@@ -63,6 +63,7 @@ def save_adapter(model: PeftModel, folder: Path) -> float:
         settings.save_pretrained(str(staging))
         settings.inference_mode = False
         size = (staging / ADAPTER_WEIGHTS).stat().st_size / 2**20
+        follow_umask(staging)
         folder.mkdir(exist_ok=True)
         for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
             (staging / name).replace(folder / name)

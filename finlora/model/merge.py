@@ -16,7 +16,7 @@ import yaml
 from torch import nn
 
 from finlora.config import ModelConfig
-from finlora.durable import scratch_folder
+from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import AdapterError, ModelError
 from finlora.model.adapter_files import check_adapter, open_weights, require_finite
 from finlora.model.base import BaseModel, load_base
@@ -92,14 +92,15 @@ def merge_lora(base: BaseModel, adapter: Path) -> int:
 def export_merged(
     model: ModelConfig, adapter: Path, output: Path, device: torch.device, *, allow_other_bits: bool
 ) -> Merged:
-    """Load the base at 16 bit, merge the adapter and write the folder.
+    """Load the base at 16 bit, merge the adapter and write the folder in bfloat16.
 
     An adapter trained at 8 or 4 bit learnt to mend the rounding of its quantised base as well (QLoRA, arXiv:2305.14314).
     On the 16-bit base its logits then differ a little from those it was trained and scored with, so the merged model must be
     evaluated again; hence `allow_other_bits` is a choice that the caller makes.
 
     Args:
-        model: base, tokenizer and template of the adapter; `model.bits` is not read.
+        model: base, tokenizer and template of the adapter; `model.bits` and `model.compute_dtype` are not read: a run on CPU
+            may compute in float32, and a merged model of that type would be twice as large as the base it comes from.
         device: where the sums are taken; the whole base at 16 bit must fit.
 
     Raises:
@@ -115,7 +116,7 @@ def export_merged(
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"{output} exists and is not empty: name another folder for the merged model, or remove it.")
-    base = load_base(model, 16, device, seed=0)
+    base = load_base(dataclasses.replace(model, compute_dtype="bfloat16"), 16, device, seed=0)
     contract.check(adapter, base, model.template)
     num_tensors = merge_lora(base, adapter)
     _write(base, contract, adapter, output)
@@ -154,5 +155,5 @@ def _write(base: BaseModel, contract: Contract, adapter: Path, output: Path) -> 
             "contract": dataclasses.asdict(contract),
         }
         (staging / MERGED_FILE).write_text(yaml.safe_dump(provenance, sort_keys=False), encoding="utf-8")
-        staging.chmod(0o755)  # mkdtemp's folder is private, a model is shared by the cluster
+        follow_umask(staging)
         staging.replace(output)

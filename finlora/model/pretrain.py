@@ -21,7 +21,7 @@ import torch
 from finlora.data.prepared import read_prepared
 from finlora.data.pretraining import pretraining_texts
 from finlora.data.unlabelled import input_of, unlabelled_texts
-from finlora.durable import scratch_folder
+from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import DatasetError, ModelError
 from finlora.model.base import check_device
 
@@ -249,6 +249,7 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: P
         # Shards of 15 MB let a small base travel through size-limited channels, and exercise the sharded reader.
         model.to("cpu", torch.bfloat16).save_pretrained(str(staging), max_shard_size="15MB")
         tokenizer.save_pretrained(str(staging))
+        follow_umask(staging)
         output.mkdir(exist_ok=True)
         for path in sorted(staging.iterdir(), key=lambda path: path.name == "config.json"):
             shutil.move(path, output / path.name)

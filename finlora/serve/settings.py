@@ -15,6 +15,7 @@ from typing import Any, Literal
 from finlora.config import Bits, ModelConfig, Transport
 from finlora.configfile import settings_from_tree
 from finlora.errors import ConfigError
+from finlora.working_dir import describe_lost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,7 +184,14 @@ def to_args(config: ServeConfig) -> dict[str, Any]:
 
 
 def make_absolute(config: ServeConfig) -> ServeConfig:
-    """Return the settings with absolute paths: a replica runs in a folder of its own."""
+    """Return the settings with absolute paths: a replica runs in a folder of its own.
+
+    Raises:
+        ConfigError: the audit log would be written into the temporary folder of a Ray job.
+    """
+    lost = describe_lost("audit_dir=", config.audit_dir) if config.audit_dir else None
+    if lost:
+        raise ConfigError(f"{lost}.")
 
     def absolute(path: str | None) -> str | None:
         return str(Path(path).expanduser().absolute()) if path else path

@@ -37,6 +37,7 @@ from finlora.data.prepared import read_prepared
 from finlora.errors import ConfigError, ResourceError
 from finlora.model.source import find_source
 from finlora.model.tokenizer import load_tokenizer
+from finlora.working_dir import describe_lost
 
 # What may differ between a run and its resumption: it changes where, how often and in which memory, never what is computed.
 _FREE_SETTINGS = {
@@ -120,14 +121,9 @@ def resolve_paths(config: RunConfig) -> RunConfig:
 
     def resolve(key: str, value: str) -> str:
         path = Path(value).expanduser()
-        in_job_copy = "runtime_resources" in Path.cwd().parts
         # What came along with the copy can be read there; what is written there is lost.
-        is_lost = key == "output_dir" or not path.exists()
-        if in_job_copy and not path.is_absolute() and is_lost:
-            faults.append(
-                f"{key}={value} is relative, but this Ray job runs in a temporary copy of your folder: give an absolute "
-                f"path on the cluster's storage, for example {key}=~/finlora/{path.name}"
-            )
+        if (key in ("output_dir", "model.cache") or not path.exists()) and (lost := describe_lost(f"{key}=", value)):
+            faults.append(lost)
         return str(path.absolute())
 
     is_local_base = Path(config.model.base).expanduser().exists()
@@ -139,7 +135,7 @@ def resolve_paths(config: RunConfig) -> RunConfig:
             config.model,
             base=resolve("model.base", config.model.base) if is_local_base else config.model.base,
             tokenizer=config.model.tokenizer and resolve("model.tokenizer", config.model.tokenizer),
-            cache=config.model.cache and str(Path(config.model.cache).expanduser().absolute()),
+            cache=config.model.cache and resolve("model.cache", config.model.cache),
         ),
     )
     if faults:

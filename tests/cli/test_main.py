@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import typer.main
 
 from finlora.cli.app import ORDER, app, say
 from finlora.results import read_results
@@ -104,6 +105,51 @@ def test_missing_results_have_exit_code_7(call, tmp_path):
     code, _, error = call("report", tmp_path / "absent")
     assert code == 7
     assert "does not exist: give a results file" in error
+
+
+OUTPUTS = {
+    "prefetch": ("--check", "--output"),
+    "prepare": ("synthetic", "--output"),
+    "pretrain": ("--tasks", "synthetic", "--output"),
+    "merge": ("--adapter", "/srv/adapter", "--output"),
+    "key": ("desk", "--file"),
+    "reproduce": ("--dry-run", "--output"),
+    "report": ("/srv/runs", "--output"),
+}
+
+
+def test_each_verb_that_writes_is_among_those_whose_output_is_looked_at():
+    commands = typer.main.get_command(app).commands
+    assert {
+        name
+        for name, verb in commands.items()
+        if {"--output", "--file"} & {word for p in verb.params for word in p.opts}
+    } == set(OUTPUTS)
+
+
+@pytest.mark.parametrize("verb", OUTPUTS)
+def test_relative_output_in_a_ray_job_is_refused_by_words(call, tmp_path, monkeypatch, verb):
+    """It would lie in the job's temporary working directory, which Ray deletes."""
+    copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    code, output, error = call(verb, *OUTPUTS[verb], "out/")
+    assert (code, output) == (2, "")
+    assert f"{OUTPUTS[verb][-1]} out is relative, but this Ray job runs in a temporary copy" in error
+    assert f"give an absolute path on the cluster's storage, for example {OUTPUTS[verb][-1]} '~/finlora/out'" in error
+    assert files_below(copy) == []
+
+
+def test_merge_without_config_or_adapter_names_both(call, tmp_path):
+    code, _, error = call("merge", "--output", tmp_path / "merged")
+    assert code == 2
+    assert "give --config YAML for that of its run, or --adapter FOLDER" in error
+
+
+def test_merge_takes_the_adapter_of_its_config_as_evaluate_does(call, config_file, tmp_path):
+    code, _, error = call("merge", "--config", config_file, "--output", tmp_path / "merged")
+    assert code == 4
+    assert str(tmp_path / "runs" / "cli" / "adapter") in error
 
 
 def test_no_verb_shows_help(call):

@@ -65,6 +65,12 @@ def test_base_read_back_computes_the_same_without_quantising(tiny_base, tmp_path
         assert torch.equal(written.model(IDS).logits, expected)
 
 
+def test_cache_has_the_modes_of_the_umask(tiny_base, tmp_path, file_mode):
+    with quiet_bitsandbytes():
+        load(tiny_base, 4, tmp_path)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {file_mode}
+
+
 def test_training_on_a_cached_base_is_the_same(tiny_base, tmp_path):
     """The packed path joins the rows of quantised layers, whose parts come from the file here."""
     from finlora.config import LoraConfig

@@ -54,6 +54,7 @@ def test_pretraining_happens_once_and_other_settings_are_refused(prepared_synthe
     assert [note[:3] for note in notes] == [("pretraining", step, 12) for step in range(1, 13)]
     assert float(notes[-1][3].removeprefix("loss ")) < float(notes[0][3].removeprefix("loss "))
     before = (tmp_path / "base" / "model.safetensors").stat()
+    assert before.st_mode == (tmp_path / "base" / "config.json").stat().st_mode
     assert "is complete already, kept" in pretrain(settings)
     assert (tmp_path / "base" / "model.safetensors").stat() == before
     with pytest.raises(ModelError, match=r"holds another model already: choose another --output"):

@@ -136,14 +136,33 @@ def read_contract(folder: Path) -> Contract:
     """
     path = folder / CONTRACT_FILE
     if not path.exists():
-        what = "has no finlora.yaml, so its training did not finish" if folder.is_dir() else "does not exist"
-        raise AdapterError(f"adapter {folder} {what}: run `finlora train` to its end, or give another folder.")
+        raise AdapterError(f"adapter {folder} {_describe_missing(folder)}")
     try:
         check_file(path, _MAX_BYTES)
         contract = Contract(**_check_kinds(read_yaml(path, _MAX_BYTES), path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
         raise AdapterError(f"{path} is not an adapter contract ({error}): train again or restore the file.") from error
     return contract
+
+
+def _describe_missing(folder: Path) -> str:
+    """Return in words what stands where a complete adapter was expected, and what to do."""
+    is_run = folder.name == "adapter" and (folder.parent / "config.yaml").is_file()
+    if is_run or (folder / "config.yaml").is_file():
+        if (folder / "adapter" / CONTRACT_FILE).is_file():
+            return f"is the folder of a run: give {folder / 'adapter'}."
+        return f"has no {CONTRACT_FILE}, so its training did not finish: run `finlora train` to its end, or give another folder."
+    if not folder.is_dir():
+        return "does not exist: run `finlora train` to its end, or give another folder."
+    if (folder / ADAPTER_CONFIG).is_file():
+        return (
+            f"is a PEFT adapter that FinLoRA did not train: it has no {CONTRACT_FILE}, which names the weights, tokenizer and "
+            "template it was trained with, so nothing can say whether it fits this base. Train one with `finlora train`, or "
+            "merge it into its base with PEFT (merge_and_unload, save_pretrained) and give that folder as model.base with --base."
+        )
+    if (folder / "config.json").is_file():
+        return "is a whole model, not an adapter: give it as model.base, with --base where no adapter is wanted."
+    return f"holds no {CONTRACT_FILE} and no {ADAPTER_CONFIG}: give the `adapter` folder of a finished run."
 
 
 def _check_kinds(values: Any, path: Path) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from finlora.model.source import HUB_FILES, find_source
 
 MANIFEST = "mirror.json"
 _LICENCES = ["LICENSE*", "USE_POLICY*", "NOTICE*"]
+_TEMPLATES = "additional_chat_templates/"
+"""The one folder below a model's own from which files are read."""
 _SPARE_BYTES = 2**30
 """Left free on the disk beside what is fetched."""
 
@@ -139,7 +141,8 @@ def _check_names(mirrored: Mirrored) -> None:
     if not (isinstance(mirrored.files, dict) and mirrored.files):
         raise ValueError("it names no files")
     for name, expected in mirrored.files.items():
-        if Path(name).name != name or not name.isprintable() or not isinstance(expected, str):
+        inner = name.removeprefix(_TEMPLATES)
+        if Path(inner).name != inner or not name.isprintable() or not isinstance(expected, str):
             raise ValueError(f"it names {name!r}, which is no file of this folder")
     if not isinstance(mirrored.repository, str) or not isinstance(mirrored.commit, str):
         raise ValueError("its repository or commit is no text")
@@ -165,7 +168,7 @@ def _list_files(repository: str, revision: str | None) -> tuple[str, list[_Remot
             blob_id=sibling.blob_id,
         )
         for sibling in info.siblings or []
-        if "/" not in sibling.rfilename
+        if "/" not in sibling.rfilename.removeprefix(_TEMPLATES)
         and any(fnmatch(sibling.rfilename, pattern) for pattern in (*HUB_FILES, *_LICENCES))
     ]
     if not any(file.path.endswith(".safetensors") for file in remote):

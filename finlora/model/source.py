@@ -14,7 +14,11 @@ from finlora.errors import ModelError
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*", "special_tokens_map.json"]
+HUB_FILES = [
+    *("*.safetensors", "*.safetensors.index.json", "config.json"),
+    *("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+]
+"""Patterns of what is read of a model on the hub. Newer models keep their chat template in a file of its own."""
 _MAX_HEADER_BYTES = 2**24  # 100 times what the largest Llama's needs
 
 

@@ -72,7 +72,10 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     # How the last call padded and cut is kept in the backend, and says nothing of what the tokenizer is.
     state["padding"] = state["truncation"] = None
-    text = json.dumps(state) + (tokenizer.chat_template or "")
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by their names; prompts are rendered with the default one
+        template = template.get("default")
+    text = json.dumps(state) + (template or "")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -251,6 +251,7 @@ def test_missing_or_unfinished_adapter_is_refused_by_words(make_config, adapter,
     with pytest.raises(AdapterError, match=r"absent does not exist: run `finlora train`"):
         check_evaluation(make_config(), tmp_path / "absent")
     (adapter / CONTRACT_FILE).unlink()
+    (adapter.parent / "config.yaml").touch()  # of the run that was to fill it
     with pytest.raises(AdapterError, match=r"so its training did not finish"):
         run_evaluation(make_config(), adapter, quiet)
 

@@ -1,4 +1,4 @@
-"""A hub of one model on the loopback interface: the two requests that its client makes for a download, over real HTTP."""
+"""A hub of one model on the loopback interface: the requests that its client makes for a download, over real HTTP."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "bank/tiny"
 
 
-def describe(path, damaged):
+def describe(folder, path, damaged):
     """A file as the hub lists it: large ones by SHA-256, small ones by git's blob id."""
     content = path.read_bytes()
     listed = {
-        "rfilename": path.name,
+        "rfilename": path.relative_to(folder).as_posix(),
         "size": len(content),
         "blobId": hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest(),
     }
@@ -24,6 +24,13 @@ def describe(path, damaged):
         digest = "0" * 64 if path.name == damaged else hashlib.sha256(content).hexdigest()
         listed["lfs"] = {"size": len(content), "sha256": digest, "pointerSize": 134}
     return listed
+
+
+def describe_entry(listed):
+    """The same as the hub's listing of a commit has it, which is asked for where a model is given by its hub id."""
+    lfs = listed.get("lfs")
+    large = {"lfs": {"oid": lfs["sha256"], "size": lfs["size"], "pointerSize": 134}} if lfs else {}
+    return {"type": "file", "path": listed["rfilename"], "size": listed["size"], "oid": listed["blobId"], **large}
 
 
 def serve(folder, damaged):
@@ -37,11 +44,15 @@ def serve(folder, damaged):
             self.answer(with_body=True)
 
         def answer(self, with_body):
-            path = folder / Path(self.path.partition("?")[0]).name
-            if self.path.startswith(f"/api/models/{NAME}"):
-                siblings = [describe(file, damaged) for file in sorted(folder.iterdir())]
+            asked, files = f"/{NAME}/resolve/{COMMIT}/", f"/api/models/{NAME}"
+            path = folder / self.path.partition("?")[0].removeprefix(asked)
+            there = sorted(file for file in folder.rglob("*") if file.is_file())
+            if self.path.startswith(f"{files}/tree/"):
+                body = json.dumps([describe_entry(describe(folder, file, damaged)) for file in there]).encode()
+            elif self.path.startswith(files):
+                siblings = [describe(folder, file, damaged) for file in there]
                 body = json.dumps({"id": NAME, "sha": COMMIT, "siblings": siblings}).encode()
-            elif self.path.startswith(f"/{NAME}/resolve/{COMMIT}/") and path.is_file():
+            elif self.path.startswith(asked) and path.is_file():
                 body = path.read_bytes()
             else:
                 self.send_error(404)

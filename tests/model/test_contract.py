@@ -68,13 +68,37 @@ def test_other_base_tokenizer_or_template_is_refused_by_what_differs(
         contract.check(tmp_path, dataclasses.replace(base, **changes), template)
 
 
-def test_unfinished_and_missing_folders_are_told_apart(tmp_path):
-    with pytest.raises(
-        AdapterError, match=r"has no finlora.yaml, so its training did not finish: run `finlora train` to"
-    ):
-        read_contract(tmp_path)
-    with pytest.raises(AdapterError, match=r"absent does not exist: run `finlora train` to its end"):
-        read_contract(tmp_path / "absent")
+@pytest.mark.parametrize(
+    ("files", "asked", "words"),
+    [
+        ((), "absent", r"absent does not exist: run `finlora train` to its end"),
+        (
+            ("config.yaml",),
+            "adapter",
+            r"has no finlora.yaml, so its training did not finish: run `finlora train` to its",
+        ),
+        (("config.yaml", "adapter/adapter_config.json"), "adapter", r"has no finlora.yaml, so its training did not"),
+        (
+            ("adapter/config.yaml", "adapter/adapter_config.json"),
+            "adapter",
+            r"has no finlora.yaml, so its training did",
+        ),
+        (("config.yaml", "adapter/finlora.yaml"), "", r"is the folder of a run: give .*/adapter\."),
+        (
+            ("adapter_config.json", "adapter_model.safetensors"),
+            "",
+            r"is a PEFT adapter that FinLoRA did not train: it has no finlora.yaml, which names .*merge_and_unload",
+        ),
+        (("config.json", "model.safetensors"), "", r"is a whole model, not an adapter: give it as model.base"),
+        (("notes.txt",), "", r"holds no finlora.yaml and no adapter_config.json: give the `adapter` folder of a"),
+    ],
+)
+def test_what_is_not_a_finished_adapter_is_told_by_what_it_is(tmp_path, files, asked, words):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(AdapterError, match=words):
+        read_contract(tmp_path / asked)
 
 
 @pytest.mark.parametrize("content", [b"base: x", b"[1]", b"a: b: c", b"\xff\xfe", b"", b"null"])

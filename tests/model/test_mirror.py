@@ -16,6 +16,7 @@ from hub_server import COMMIT, NAME
 from finlora.errors import ModelError
 from finlora.model.mirror import check_mirrored, hash_file, list_mirrored
 
+TEMPLATE = "[{{ messages[0].content }}]"
 SERVER = Path(__file__).with_name("hub_server.py")
 
 
@@ -34,20 +35,28 @@ def hub_of(folder, damaged="none"):
             process.kill()
 
 
-def prefetch(endpoint, *arguments):
-    """Run the verb in a process of its own: the hub's client reads its settings when it is imported."""
-    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "finlora.cli.main", "prefetch", *map(str, arguments)]
+def run_online(endpoint, *arguments, **settings):
+    """Run python in a process of its own: the hub's client reads its settings when it is imported."""
+    environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"} | settings
+    command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def prefetch(endpoint, *arguments):
+    return run_online(endpoint, "-m", "finlora.cli.main", "prefetch", *arguments)
 
 
 @pytest.fixture(scope="module")
 def published(tiny_base, tmp_path_factory):
-    """The tiny base as a hub would hold it: with a licence, and with files that are not wanted."""
+    """The tiny base as a hub would hold it: a licence, chat templates in files of their own, and files that are not wanted."""
     folder = tmp_path_factory.mktemp("published") / "tiny"
     shutil.copytree(tiny_base, folder)
     (folder / "LICENSE").write_text("for tests")
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    for name in ("additional_chat_templates/rag.jinja", "original/params.json"):
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("{{ messages[0].content }}")
     return folder
 
 
@@ -73,9 +82,11 @@ def test_mirror_holds_what_is_read_and_the_licence_and_nothing_else(mirror, publ
     assert folder == mirror / "models" / NAME
     manifest = json.loads((folder / "mirror.json").read_text())
     assert manifest["commit"] == COMMIT
-    assert {path.name for path in folder.iterdir()} == {*manifest["files"], "mirror.json"}
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert there == {*manifest["files"], "mirror.json"}
     assert {"model.safetensors", "config.json", "tokenizer.json", "LICENSE"} <= set(manifest["files"])
-    assert "pytorch_model.bin" not in manifest["files"]
+    assert {"chat_template.jinja", "additional_chat_templates/rag.jinja"} <= set(manifest["files"])
+    assert {"pytorch_model.bin", "original/params.json"} & set(manifest["files"]) == set()
     assert {name: hash_file(published / name) for name in manifest["files"]} == manifest["files"]
 
 
@@ -84,6 +95,26 @@ def test_mirrored_base_and_task_train_without_a_hub(mirror, make_config):
 
     config = make_config(f"model.base={mirror / 'models' / NAME}", f"data.dir={mirror / 'data'}")
     assert "optimiser steps" in describe_run(config, load_training_set(config))
+
+
+def test_chat_template_in_a_file_of_its_own_is_the_same_however_the_model_came(mirror, published, tmp_path):
+    """A hub id and a mirror leave none of a model's prompts behind, so their tokenizers hash as the published one."""
+    from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
+
+    script = tmp_path / "ask.py"
+    script.write_text(
+        "from finlora.config import ModelConfig\n"
+        "from finlora.model.source import find_source\n"
+        "from finlora.model.tokenizer import hash_tokenizer, load_tokenizer\n"
+        f"tokenizer = load_tokenizer(find_source(ModelConfig(base={NAME!r})).tokenizer_path)\n"
+        "print(hash_tokenizer(tokenizer), tokenizer.get_chat_template())\n"
+    )
+    with hub_of(published) as endpoint:
+        done = run_online(endpoint, script, HF_HOME=str(tmp_path / "hub"))
+    assert done.returncode == 0, done.stderr
+    expected = hash_tokenizer(load_tokenizer(published))
+    assert done.stdout.split() == [expected, *TEMPLATE.split()]
+    assert hash_tokenizer(load_tokenizer(mirror / "models" / NAME)) == expected
 
 
 def test_check_needs_no_hub_and_names_each_damaged_file(copy):

@@ -99,6 +99,7 @@ def call(
     num_gpus: float,
     wait_s: float | None = None,
     announce: Callable[[str], None] = _logger.warning,
+    title: str | None = None,
 ) -> _T:
     """Run a function as a Ray task with reserved CPU cores and GPUs; an error of ours comes back as it was raised.
 
@@ -109,6 +110,7 @@ def call(
         num_gpus: GPUs, or a share of one.
         wait_s: seconds to wait while others hold them. None: without limit.
         announce: shows a line while it waits, which says who holds them.
+        title: what others read who wait for what it holds. None: the function's name.
 
     Raises:
         ResourceError: the cluster could never hold it, or the wait was too long.
@@ -117,9 +119,9 @@ def call(
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     require(1, num_cpus, num_gpus)
-    name = getattr(function, "__name__", "task")
+    name = title or str(getattr(function, "__name__", "task"))
     bundle = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
-    with take_lease([bundle], wait_s, announce, name=f"finlora {name}") as group:
+    with take_lease([bundle], wait_s, announce, name=name) as group:
         options = {"scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=group), "max_retries": 0}
         task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, **options)(function)
         try:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finlora.errors import NoRoomError
+from finlora.holdings import MARK, list_holdings
 
 if TYPE_CHECKING:
     from ray.util.placement_group import PlacementGroup
@@ -23,56 +22,9 @@ if TYPE_CHECKING:
 Bundle = dict[str, float]
 """Resources that lie on one node, by Ray's names: {"GPU": 1.0, "CPU": 1.0}."""
 
-_LIMIT = 10_000
-"""Most actors, tasks, groups or jobs read at once; Ray itself stops there."""
 _POLL_S = 1.0
 _SAY_EVERY_S = 60.0
 _EPSILON = 1e-6
-_MAX_COMMAND = 120
-_MARK = " #"
-"""Between a lease's name and what makes it unique."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Holding:
-    """What one placement group, actor or task keeps from others."""
-
-    amount: float
-    what: str
-    """Name of the group or actor, or the classes and functions that run in it."""
-    job: str
-    """The job's submission id, or its driver's process, and its command."""
-
-
-def list_holdings(kind: str) -> list[Holding]:
-    """Return who holds a resource of the connected cluster, largest share first.
-
-    Args:
-        kind: Ray's name of the resource, as `GPU`.
-    """
-    from ray.util.state import list_actors, list_placement_groups, list_tasks
-
-    actors = [actor for actor in _ask(list_actors) if actor.state == "ALIVE"]
-    tasks = [task for task in _ask(list_tasks) if task.state == "RUNNING" and task.type == "NORMAL_TASK"]
-    jobs = _describe_jobs()
-    holdings = []
-    for group in _ask(list_placement_groups):
-        amount = sum(bundle["unit_resources"].get(kind, 0.0) for bundle in group.bundles or [])
-        if group.state == "CREATED" and amount:
-            inside = Counter(
-                _name(member) for member in (*actors, *tasks) if member.placement_group_id == group.placement_group_id
-            )
-            what = (
-                group.name.partition(_MARK)[0]
-                or ", ".join(f"{n} x {name}" for name, n in inside.items())
-                or "a group that nothing runs in"
-            )
-            holdings.append(Holding(amount=amount, what=what, job=jobs(group.creator_job_id)))
-    for member in (*actors, *tasks):
-        amount = (member.required_resources or {}).get(kind, 0.0)
-        if amount and not member.placement_group_id:
-            holdings.append(Holding(amount=amount, what=_name(member), job=jobs(member.job_id)))
-    return sorted(holdings, key=lambda holding: -holding.amount)
 
 
 def describe_shortage(bundles: Sequence[Bundle]) -> str | None:
@@ -88,7 +40,7 @@ def describe_shortage(bundles: Sequence[Bundle]) -> str | None:
         if need <= free.get(kind, 0.0) + _EPSILON:
             continue
         try:
-            held = "; ".join(f"{each.amount:g} by {each.what} ({each.job})" for each in list_holdings(kind))
+            held = "; ".join(f"{each.amount:g} by {each.what} ({each.source})" for each in list_holdings(kind))
         except Exception as error:  # the answer comes over HTTP from the dashboard, which may be away
             held = f"by whom cannot be listed ({type(error).__name__}: {error})"
         lost = "" if need <= total.get(kind, 0.0) + _EPSILON else ", so nodes are missing"
@@ -117,7 +69,7 @@ def take_lease(
     from ray.util.placement_group import placement_group, remove_placement_group
 
     # Ray refuses a second group of one name.
-    own = f"{name}{_MARK}{secrets.token_hex(4)}" if name else ""
+    own = f"{name}{MARK}{secrets.token_hex(4)}" if name else ""
     group = placement_group(list(bundles), strategy="PACK", name=own)
     patience = Patience(wait_s, announce)
     try:
@@ -153,12 +105,14 @@ class Patience:
         if self._wait_s is not None and waited >= self._wait_s:
             raise NoRoomError(
                 f"{shortage}. Waited {waited:.0f} s (max_wait_s={self._wait_s:g}): stop one of them (`ray job stop ID`, "
-                "`serve shutdown`), ask for less, or wait longer with a larger max_wait_s."
+                "a service by `serve shutdown`), ask for fewer GPUs or CPUs, or wait longer with a larger max_wait_s."
             )
         if now >= self._next_word:
             self._next_word = now + _SAY_EVERY_S
             limit = "" if self._wait_s is None else f" of at most {self._wait_s:.0f} s"
-            self._announce(f"Waiting, {waited:.0f} s{limit}: {shortage}.")
+            self._announce(
+                f"Waiting, {waited:.0f} s{limit}: {shortage}. End one of them, or ask for fewer GPUs or CPUs."
+            )
 
 
 def wait_for_room(bundles: Sequence[Bundle], patience: Patience, look: Callable[[], None] = lambda: None) -> None:
@@ -176,36 +130,3 @@ def wait_for_room(bundles: Sequence[Bundle], patience: Patience, look: Callable[
         look()
         patience.check(shortage)
         time.sleep(_POLL_S)
-
-
-def _ask(list_states: Callable[..., list[Any]]) -> list[Any]:
-    import ray
-
-    # Named, since Ray would look for a cluster by itself and give up where a machine runs several.
-    address = ray.get_runtime_context().gcs_address
-    return list_states(address=address, detail=True, limit=_LIMIT, raise_on_missing_output=False)
-
-
-def _name(member: Any) -> str:
-    """Return an actor's own name or class, or a task's function."""
-    return str(member.name or member.class_name)
-
-
-def _describe_jobs() -> Callable[[str | None], str]:
-    from ray.util.state import list_jobs
-
-    known = {job.job_id: job for job in _ask(list_jobs) if job.job_id}
-
-    def describe(job_id: str | None) -> str:
-        job = known.get(job_id)
-        if job is None:
-            return f"job {job_id}"
-        driver = f", process {job.driver_info.pid} on {job.driver_info.node_ip_address}" if job.driver_info else ""
-        return f"job {job.submission_id or f'{job_id}{driver}'}: {_shorten(job.entrypoint)}"
-
-    return describe
-
-
-def _shorten(command: str) -> str:
-    """Return a job's command, cut to what tells it from others: script, config and the first settings."""
-    return command if len(command) <= _MAX_COMMAND else f"{command[:_MAX_COMMAND]}..."

@@ -32,13 +32,26 @@ STAIR = (
         "webpage",
         "report",
     ),
-    *("lease", "cluster", "data", "terminal", "model", "engine", "evaluate", "train", "serve", "reproduce", "cli"),
+    *(
+        "holdings",
+        "lease",
+        "cluster",
+        "data",
+        "terminal",
+        "model",
+        "engine",
+        "evaluate",
+        "train",
+        "serve",
+        "reproduce",
+        "cli",
+    ),
 )
 
 # Where a heavy package may be imported at all: rooms, or modules of a room.
 HOMES = {
     "ray": {
-        *("lease", "cluster"),  # what training, search, stages and serving ask of a cluster alike
+        *("holdings", "lease", "cluster"),  # what training, search, stages and serving ask of a cluster alike
         *(
             "train.worker",
             "train.room",
@@ -165,7 +178,7 @@ def test_heavy_package_stays_in_its_rooms(package):
     assert {user for user in users if not {user, user.split(".")[0]} & HOMES[package]} == set()
 
 
-LIGHT = ("terminal", "errors", "config", "configfile", "lease", "cluster", "results", "report")
+LIGHT = ("terminal", "errors", "config", "configfile", "holdings", "lease", "cluster", "results", "report")
 
 
 @pytest.mark.parametrize("name", sorted(f"finlora.{name}" for name in LIGHT) + [n for n in GRAPH if room(n) == "cli"])

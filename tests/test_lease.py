@@ -11,7 +11,8 @@ import pytest
 
 from finlora import cluster
 from finlora.errors import ResourceError
-from finlora.lease import Patience, describe_shortage, list_holdings, take_lease, wait_for_room
+from finlora.holdings import list_holdings, note_title
+from finlora.lease import Patience, describe_shortage, take_lease, wait_for_room
 
 pytestmark = pytest.mark.ray
 
@@ -50,6 +51,23 @@ def test_shortage_names_group_actor_task_and_job(half):
         assert "pytest" in said
         ray.cancel(sleeper, force=True)
         ray.kill(actor)
+
+
+def test_group_that_ray_made_for_a_training_is_told_by_the_trainings_name(half):
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    group = placement_group([{"CPU": half}])
+    try:
+        ray.get(group.ready())
+        deadline = time.monotonic() + 30
+        while (found := [holding.what for holding in list_holdings("CPU")]) != ["a group that nothing runs in"]:
+            assert time.monotonic() < deadline, found
+            time.sleep(0.2)
+        note_title(group.id.hex(), "the training llama-8b-fpb")
+        assert [holding.what for holding in list_holdings("CPU")] == ["the training llama-8b-fpb"]
+    finally:
+        remove_placement_group(group)
 
 
 def test_wait_for_what_another_job_holds_ends_and_says_who(half):

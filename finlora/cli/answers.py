@@ -66,6 +66,7 @@ def evaluate(
             num_gpus=gpus,
             wait_s=settings.max_wait_s,
             announce=say,
+            title=f"the evaluation of {settings.name}",
         )
     else:
         with open_bars(console) as bars:

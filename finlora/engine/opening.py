@@ -65,6 +65,7 @@ def open_executor(
             cpus_per_stage=1.0 / num_stages,  # one core in all, as an evaluation reserves
             transport=config.eval.transport,
             wait_s=config.max_wait_s,
+            holder=f"the model of {config.name} in stages",
         )
         pipeline = Pipeline(config.model, bits, settings, config.seed)
         try:

@@ -72,6 +72,8 @@ class PipelineConfig:
     stay on the GPU where the next stage reaches its memory (finlora/engine/handover.py), and are within the message elsewhere."""
     wait_s: float | None = 600.0
     """Seconds to wait for the stages' places while others hold them. None: without limit."""
+    holder: str = "a model in stages"
+    """Whom others read of who wait for these GPUs and cores."""
 
 
 class Pipeline:
@@ -95,9 +97,8 @@ class Pipeline:
         # All places or none: two pipelines that each got half of theirs would wait for each other for good.
         bundle = {kind: share for kind, share in (("CPU", config.cpus_per_stage), ("GPU", self._gpus)) if share}
         self._lease = ExitStack()
-        name = f"finlora pipeline of {config.num_stages} stages"
         self._group = self._lease.enter_context(
-            take_lease([bundle] * config.num_stages, config.wait_s, _logger.warning, name)
+            take_lease([bundle] * config.num_stages, config.wait_s, _logger.warning, config.holder)
         )
         self.actors = [self._start_actor(index) for index in range(config.num_stages)]
         self.adapters: dict[str, Path] = {}

@@ -82,6 +82,7 @@ def _evaluate(step: Step, announce: Callable[[str], None]) -> None:
         num_gpus=config.eval.num_gpus if on_gpu else 0.0,
         wait_s=config.max_wait_s,
         announce=announce,
+        title=f"the evaluation of {config.name}",
     )
     folder = RunFolder(Path(config.output_dir) / config.name)
     for result in results:

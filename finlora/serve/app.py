@@ -42,6 +42,7 @@ class ServerDeployment:
     """
 
     def __init__(self, args: dict[str, Any]) -> None:
+        from finlora.holdings import name_service
         from finlora.serve.audit import AuditLog
         from finlora.serve.doors import check_certificate, listen_shared
         from finlora.serve.engine import AsyncEngine
@@ -58,10 +59,13 @@ class ServerDeployment:
         config = read_settings(args)
         keys = KeyRing(config.keys_path, os.environ)
         base = read_base(config)
+        service = name_service(serve.get_replica_context().app_name)
         audit = AuditLog(config.audit_folder) if config.audit_folder else None
         if audit is not None:
             self._closers.callback(audit.close)
-        self._engine = AsyncEngine(lambda: open_pipeline(config, base), config.max_adapters, config.ready_every_s)
+        self._engine = AsyncEngine(
+            lambda: open_pipeline(config, base, service), config.max_adapters, config.ready_every_s
+        )
         if config.direct.port is not None:  # before minutes are spent on the model
             check_certificate(config.direct)
             listen_shared(config.direct).close()

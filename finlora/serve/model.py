@@ -55,8 +55,11 @@ def read_base(config: ServeConfig) -> ServedBase:
     )
 
 
-def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
+def open_pipeline(config: ServeConfig, base: ServedBase, holder: str = "a served model") -> OpenCore:
     """Bring up all stages of a base as Ray actors; Ray must be connected.
+
+    Args:
+        holder: what others read who wait for these GPUs and cores.
 
     Raises:
         ResourceError: the cluster has too little, or others held it for too long.
@@ -75,6 +78,7 @@ def open_pipeline(config: ServeConfig, base: ServedBase) -> OpenCore:
         keep_unpacked=stages.keep_unpacked,
         transport=stages.transport,
         wait_s=stages.wait_s,
+        holder=holder,
     )
     pipeline = Pipeline(config.model, config.bits, settings, config.seed)
     in_flight = choose_in_flight(stages.num, stages.device, stages.gpus)

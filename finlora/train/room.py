@@ -14,6 +14,7 @@ from typing import Any
 
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
+from finlora.holdings import note_title
 from finlora.lease import Bundle, Patience, wait_for_room
 from finlora.train.run import RunFolder
 from finlora.train.stop import describe_stop
@@ -53,6 +54,7 @@ class AwaitRoom(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         self._folder.waiting.unlink(missing_ok=True)
         group = worker_group.get_worker_group_state().placement_group_handle.placement_group
         self._folder.group.write_text(group.id.hex(), encoding="utf-8")
+        note_title(group.id.hex(), self._folder.title)
 
     def _say(self, line: str) -> None:
         with self._folder.waiting.open("a", encoding="utf-8") as stream:

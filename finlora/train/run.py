@@ -79,6 +79,13 @@ class RunFolder:
     root: Path
 
     @property
+    def title(self) -> str:
+        """Return what others read who wait for the GPUs of this run."""
+        if self.root.parent.name == "trials":
+            return f"trial {self.root.name} of the search {self.root.parent.parent.name}"
+        return f"the training {self.root.name}"
+
+    @property
     def adapter(self) -> Path:
         return self.root / "adapter"
 

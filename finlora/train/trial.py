@@ -86,6 +86,7 @@ def _train_and_score(config: RunConfig, run: RunFolder) -> dict[str, float]:
         num_cpus=train.cpus_per_worker,
         num_gpus=train.gpus_per_worker if config.eval.device == "cuda" else 0.0,
         wait_s=config.max_wait_s,
+        title=run.title,
     )
     for result in evaluations:
         append_result(run.results, result)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
 
+from finlora.cpu import worker_environment
 from finlora.errors import FinloraError, ResourceError
 from finlora.lease import take_lease
 
@@ -42,7 +43,7 @@ def connect(log_to_driver: bool) -> None:
         return
     try:
         if address:
-            ray.init(log_to_driver=log_to_driver)
+            ray.init(log_to_driver=log_to_driver, runtime_env={"env_vars": worker_environment()})
         else:
             ray.init(
                 address="local",

@@ -38,8 +38,9 @@ class ModelConfig:
     """`random` fills the true shapes from a seed, to measure speed and memory without the weights."""
     bits: Bits = 4
     """Bits of the frozen base weights: 16 (bf16), 8 (LLM.int8) or 4 (NF4 with double quantisation)."""
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of activations and of unquantised weights. float32 is for exact tests on CPU."""
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of activations and of unquantised weights. auto: bfloat16 on a GPU; on a CPU what it multiplies faster, by its units
+    (AMX-BF16, AVX512_BF16) or measured (finlora/precision.py)."""
     template: Template = "raw"
     """`raw`: plain completion as in the paper; `chat`: the tokenizer's chat template around the same prompt."""
     max_seq_len: int = 8192
@@ -186,8 +187,9 @@ class TrainConfig:
     each product. auto: where that fits and is faster, by forecast."""
     memory_gib: float | None = None
     """GPU memory that a worker may use. None: the GPU's, or the share that gpus_per_worker gives."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: DeepSpeed runs the forward pass under bf16 autocast, adapter and optimiser state stay float32."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16: DeepSpeed runs the forward pass under bf16 autocast, adapter and optimiser state stay float32. auto: bf16 on a GPU;
+    on a CPU as model.compute_dtype."""
     max_failures: int = 3
     """How often Ray Train restarts failed workers from the last checkpoint before the run fails."""
     max_stall_s: float | None = 900.0

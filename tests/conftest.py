@@ -16,10 +16,12 @@ import pytest
 
 from finlora.config import RunConfig
 from finlora.configfile import load_config
+from finlora.cpu import set_environment
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Before any test imports these packages: they read their settings once.
+set_environment()
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

@@ -17,13 +17,14 @@ NAMES = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file i
 STAIR = (
     *(
         "errors",
+        "cpu",
         "working_dir",
-        "onednn",
         "durable",
         "paper",
         "config",
         "yamltext",
         "configfile",
+        "precision",
         "results",
         "comparable",
         "tables",

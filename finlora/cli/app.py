@@ -75,6 +75,16 @@ def load_settings(config: Path | None, overrides: Sequence[str] | None) -> Any:
     return resolve_paths(load_config(config, overrides or []))
 
 
+def resolve_run(settings: Any) -> Any:
+    """Return the RunConfig with the types that training would compute in here, and say where the processor chose them."""
+    from finlora.precision import describe_choice, resolve_training
+
+    resolved = resolve_training(settings, Path(settings.output_dir) / settings.name / "config.yaml")
+    if said := describe_choice(settings, resolved):
+        say(said)
+    return resolved
+
+
 def choose_adapter(settings: Any, adapter: Path | None, base: bool) -> Path | None:
     """Return the adapter folder that was named, else that of the config's run; None with `--base`.
 

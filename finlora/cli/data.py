@@ -94,8 +94,11 @@ def pretrain(
     """Pretrain a small Llama base with its own tokenizer on unlabelled training text (no hub needed)."""
     from finlora.configfile import build_settings
     from finlora.model.pretrain import PretrainConfig, run_pretraining
+    from finlora.precision import AUTO, describe_cpu
 
     settings, folder = build_settings(PretrainConfig, overrides or []), resolve_output("--output ", output)
+    if settings.precision == AUTO and device == "cpu":
+        say(describe_cpu())
     with open_bars(console) as bars:
         summary = run_pretraining(settings, _split(tasks), data.expanduser(), folder, device, bars.update)
     say(summary)

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from finlora.cli import answers, data, reporting, searching, serving, training
 from finlora.cli.app import app
-from finlora.onednn import bound_kernel_cache
+from finlora.cpu import set_environment
 from finlora.terminal import exit_with
 
 # Importing a group registers its verbs.
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    bound_kernel_cache()
+    set_environment()
     exit_with(lambda: app(args=list(arguments) if arguments is not None else None, standalone_mode=True))
 
 

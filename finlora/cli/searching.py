@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finlora.cli.app import ConfigPath, DryRun, Overrides, app, console, say
+from finlora.cli.app import ConfigPath, DryRun, Overrides, app, console, resolve_run, say
 from finlora.errors import FinloraError
 from finlora.terminal import describe_duration
 from finlora.working_dir import resolve_output
@@ -28,7 +28,7 @@ def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun
     if dry_run:
         from finlora.train.run import describe_run, load_training_set
 
-        say(describe_run(settings, load_training_set(settings)))
+        say(describe_run(resolve_run(settings), load_training_set(settings)))
         for trial in trials:
             say(f"{trial.name}: alpha {trial.alpha:g} on {', '.join(trial.target_modules)}")
         return

@@ -7,7 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from finlora.cli.app import AdapterPath, ConfigPath, DryRun, Overrides, app, choose_adapter, console, load_settings, say
+from finlora.cli.app import (
+    AdapterPath,
+    ConfigPath,
+    DryRun,
+    Overrides,
+    app,
+    choose_adapter,
+    console,
+    load_settings,
+    resolve_run,
+    say,
+)
 from finlora.errors import ConfigError
 from finlora.terminal import describe_duration, open_bars, polling
 from finlora.working_dir import resolve_output
@@ -31,7 +42,7 @@ def plan(
     """Forecast a run's memory on its prepared data; names the setting that would make it fit. Needs no GPU."""
     from finlora.train.plan import count_gpus, find_memory_gib, plan_run, render_plan
 
-    settings = load_settings(config, overrides)
+    settings = resolve_run(load_settings(config, overrides))
     memory = find_memory_gib(settings.train.device) if gpu_memory is None else gpu_memory
     verdict = plan_run(settings, memory, count_gpus(settings) if gpus is None else gpus)
     console.print(render_plan(settings, verdict))
@@ -52,6 +63,7 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
     if dry_run:
         from finlora.train.run import describe_run
 
+        settings = resolve_run(settings)
         say(describe_run(settings, load_training_set(settings)))
         return
     from finlora import cluster

@@ -75,8 +75,8 @@ def open_executor(
         return
     device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
     with quiet_bitsandbytes():
-        net = load_base(config.model, bits, device, config.seed).model
-        dtype = torch.bfloat16 if config.model.compute_dtype == "bfloat16" else torch.float32
+        base = load_base(config.model, bits, device, config.seed)
+        net, dtype = base.model, base.dtype
         span = range(net.config.num_hidden_layers)
         width = 2 * net.config.num_key_value_heads * net.config.head_dim * dtype.itemsize
         rows = min(wanted_rows, count_fitting_rows(device, len(span) * width))

@@ -27,6 +27,7 @@ from ray.util.placement_group import placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from finlora.config import Bits, ModelConfig, Transport
+from finlora.cpu import missing_environment
 from finlora.engine.joining import join_stages
 from finlora.engine.leaving import leave_graph
 from finlora.engine.lost_stages import tell_lost_stages
@@ -39,6 +40,7 @@ from finlora.errors import AdapterError, FinloraError, ResourceError, StageLostE
 from finlora.lease import Patience, take_lease
 from finlora.model.shapes import read_shape
 from finlora.model.source import find_source
+from finlora.precision import resolve_model
 
 _logger = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class Pipeline:
     can_follow = True
 
     def __init__(self, model: ModelConfig, bits: Bits, config: PipelineConfig, seed: int) -> None:
+        model = resolve_model(model, config.device)  # once for all stages, which may lie on different processors
         shape = read_shape(find_source(model).folder)
         self.spans = split_layers(shape, bits, config.num_stages)
         self._model, self._bits, self._config, self._seed = model, bits, config, seed
@@ -198,7 +201,12 @@ class Pipeline:
     def _start_actor(self, index: int) -> Any:
         config, span, actor = self._config, self.spans[index], ray.remote(StageActor)
         place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-        options: Any = actor.options(num_cpus=config.cpus_per_stage, num_gpus=self._gpus, scheduling_strategy=place)
+        # A replica of `serve deploy` has the environment of `ray start`, and so would its stages.
+        missing = missing_environment() if config.device == "cpu" else {}
+        own = {"runtime_env": {"env_vars": missing}} if missing else {}
+        options: Any = actor.options(
+            num_cpus=config.cpus_per_stage, num_gpus=self._gpus, scheduling_strategy=place, **own
+        )
         return options.remote(
             dataclasses.asdict(self._model),
             self._bits,

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from finlora.config import Bits, ModelConfig
+from finlora.cpu import set_environment
 from finlora.engine.feedback import FirstEnd, LastEnd, Loop
 from finlora.engine.messages import Change, Message, Parcel
 from finlora.engine.microbatch import MicroBatch, Output
 from finlora.engine.reading import Queued, Reader
 from finlora.engine.semaphores import remove_left_semaphores
 from finlora.errors import AdapterError, FinloraError
-from finlora.onednn import bound_kernel_cache
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,7 @@ class StageActor:
         cache_rows: int,
         keep_unpacked: bool,
     ) -> None:
+        set_environment()
         import torch
 
         from finlora.engine.stage import Stage
@@ -54,7 +55,6 @@ class StageActor:
         from finlora.model.base import load_base, quiet_bitsandbytes
 
         remove_left_semaphores()
-        bound_kernel_cache()
         wait_with_pauses(device)
         # For as long as the process lives: to change levels of loggers for each micro-batch took a fifth of a short one's time.
         self._quiet = quiet_bitsandbytes()
@@ -76,9 +76,8 @@ class StageActor:
         self.hands_over = False
         """Whether the next stage finds hidden states on the GPU."""
         base = load_base(source, bits, self.device, seed, layers)
-        dtype = torch.bfloat16 if source.compute_dtype == "bfloat16" else torch.float32
-        self.stage = Stage(base.model, layers, cache_rows, dtype, keep_unpacked=keep_unpacked)
-        self.letters = Letters(dtype, self.device)
+        self.stage = Stage(base.model, layers, cache_rows, base.dtype, keep_unpacked=keep_unpacked)
+        self.letters = Letters(base.dtype, self.device)
         self.weights_gib = base.weights_gib
 
     def join(self, transport: Literal["nccl", "gloo"], stage: int, num_stages: int, address: str) -> None:

@@ -27,6 +27,7 @@ from finlora.model.base import check_device
 from finlora.model.contract import read_contract
 from finlora.model.source import find_source, fingerprint_weights
 from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
+from finlora.precision import describe_type, resolve_evaluation
 from finlora.results import Result, describe_environment
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def run_evaluation(
         ResourceError: the device or the cluster has too little.
         StageLostError: stages died again and again; one that dies once is started again, and what it had asked anew.
     """
+    config = resolve_evaluation(config)
     device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
     if config.eval.num_stages == 1:
         check_device(device)
@@ -120,7 +122,7 @@ def check_evaluation(config: RunConfig, adapter: Path | None) -> str:
     limit = f", the first {config.data.max_test_examples} of each" if config.data.max_test_examples else ""
     return (
         f"Evaluating {subject} on {config.model.base} at {config.eval.bits or config.model.bits} bit "
-        f"({config.eval.device}): test examples {', '.join(counts)}{limit}"
+        f"({config.eval.device}, {describe_type(config.model, config.eval.device)}): test examples {', '.join(counts)}{limit}"
     )
 
 

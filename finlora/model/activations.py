@@ -33,6 +33,7 @@ from finlora.model.shapes import (
     count_optimizer_bytes,
     count_weight_bytes,
 )
+from finlora.precision import count_bytes, is_autocast
 
 _FLOAT32 = 4
 
@@ -71,7 +72,7 @@ def plan_memory(shape: LlamaShape, config: RunConfig, micro_batch: MicroBatch) -
     """Forecast a worker's memory for a run; reads model.bits, lora, optim.name and train of the config."""
     model, lora, train = config.model, config.lora, config.train
     element = element_bytes(config)
-    weight_element = 2 if model.compute_dtype == "bfloat16" else _FLOAT32
+    weight_element = count_bytes(config)
     optimizer = count_optimizer_bytes(shape, lora, config.optim.name, train.num_workers)
     return MemoryPlan(
         weights_gib=count_weight_bytes(shape, model.bits, weight_element) / GIB,
@@ -87,8 +88,7 @@ def plan_memory(shape: LlamaShape, config: RunConfig, micro_batch: MicroBatch) -
 
 def element_bytes(config: RunConfig) -> int:
     """Return the bytes of an activation; float32 in either setting is forecast as float32 throughout, an upper bound."""
-    is_half = config.model.compute_dtype == "bfloat16" and config.train.precision == "bf16"
-    return 2 if is_half else _FLOAT32
+    return count_bytes(config) if is_autocast(config) else _FLOAT32
 
 
 def count_layer_bytes(shape: LlamaShape, config: RunConfig, batch: MicroBatch, element: int, *, is_first: bool) -> int:

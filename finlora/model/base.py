@@ -23,6 +23,7 @@ from finlora.model.base_cache import StoredBase, await_cache, find_cache, write_
 from finlora.model.quantised import quantise, require_range
 from finlora.model.source import ModelSource, find_source, fingerprint_weights
 from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
+from finlora.precision import resolve_model
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -40,6 +41,8 @@ class BaseModel:
     model: LlamaForCausalLM
     tokenizer: PreTrainedTokenizerFast
     bits: Bits
+    dtype: torch.dtype
+    """Compute type."""
     weights_hash: str
     tokenizer_hash: str
     revision: str | None
@@ -79,6 +82,7 @@ def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, s
     """
     started = time.monotonic()
     check_device(device)
+    model = resolve_model(model, device.type)
     source = find_source(model)
     tokenizer = load_tokenizer(source.tokenizer_path)
     if len(tokenizer) > source.config.vocab_size:
@@ -99,6 +103,7 @@ def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, s
         model=net,
         tokenizer=tokenizer,
         bits=bits,
+        dtype=_DTYPES[model.compute_dtype],
         weights_hash=fingerprint_weights(source),
         tokenizer_hash=hash_tokenizer(tokenizer),
         revision=source.revision,

@@ -34,6 +34,7 @@ from finlora.model.shapes import (
     count_optimizer_bytes,
     count_weight_bytes,
 )
+from finlora.precision import count_bytes
 
 Recompute = Literal["none", "mlp", "layer"]
 PACKED_TARGETS = ("q_proj", "k_proj", "v_proj")
@@ -129,7 +130,7 @@ def forecast_packs(
     shape: LlamaShape, config: RunConfig, size: PackSize, recompute: Recompute, *, keep_unpacked: bool
 ) -> MemoryPlan:
     """Forecast a worker's memory when its largest pack has that size."""
-    element = 2 if config.model.compute_dtype == "bfloat16" else 4
+    element = count_bytes(config)
     weights = count_weight_bytes(shape, 16 if keep_unpacked else config.model.bits, element)
     adapter = 4 * count_adapter_parameters(shape, config.lora)
     optimizer = count_optimizer_bytes(shape, config.lora, config.optim.name, config.train.num_workers)

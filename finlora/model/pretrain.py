@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ from finlora.data.unlabelled import input_of, unlabelled_texts
 from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import DatasetError, ModelError
 from finlora.model.base import check_device
+from finlora.precision import AUTO, resolve_precision
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -46,6 +47,8 @@ class PretrainConfig:
     """Tokens a training block. Longer prompts still run: positions are rotary up to 8192."""
     batch_size: int = 16
     """Blocks a step."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Of forward and backward pass; weights are float32. auto: bf16 on a GPU; on a CPU what it multiplies faster."""
     num_steps: int = 400
     answer_weight: float = 10.0
     """Loss weight of the answer tokens of self-supervised questions. They are one token in forty, and reading an input
@@ -129,10 +132,11 @@ def run_pretraining(
     """
     device = torch.device(device_name)
     check_device(device)
-    stamp = json.dumps({"settings": dataclasses.asdict(settings), "tasks": list(tasks)}, sort_keys=True)
+    resolved = dataclasses.replace(settings, precision=resolve_precision(settings.precision, device.type))
+    stamp = {"settings": dataclasses.asdict(resolved), "tasks": list(tasks)}
     stamp_file = output / "pretraining.json"
     if (output / "config.json").is_file():
-        if not stamp_file.is_file() or stamp_file.read_text(encoding="utf-8") != stamp:
+        if not _is_same(_read_stamp(stamp_file), stamp, any_precision=settings.precision == AUTO):
             raise ModelError(
                 f"{output} holds another model already: choose another --output, or delete that folder to train anew."
             )
@@ -143,9 +147,25 @@ def run_pretraining(
         on_step("pretraining", step, settings.num_steps, f"loss {loss:.3f}")
 
     output.mkdir(parents=True, exist_ok=True)
-    stamp_file.write_text(stamp, encoding="utf-8")
-    seconds = pretrain_base(texts, settings, output, device, show)
-    return f"Base {output}: {len(texts):,} texts, {settings.num_steps} steps, {seconds:.0f} s"
+    stamp_file.write_text(json.dumps(stamp, sort_keys=True), encoding="utf-8")
+    seconds = pretrain_base(texts, resolved, output, device, show)
+    return f"Base {output}: {len(texts):,} texts, {settings.num_steps} steps in {resolved.precision}, {seconds:.0f} s"
+
+
+def _read_stamp(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_same(found: dict[str, Any], wanted: dict[str, Any], *, any_precision: bool) -> bool:
+    """Return whether a finished base is the wanted one; stamps without a precision are of a time when all were bf16."""
+    settings = {"precision": "bf16", **found.get("settings", {})}
+    if any_precision:
+        settings["precision"] = wanted["settings"]["precision"]
+    return {**found, "settings": settings} == wanted
 
 
 def _texts_of(task: str, data: Path, seed: int) -> list[str]:
@@ -223,6 +243,7 @@ def _fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     generator = torch.Generator().manual_seed(settings.seed)
     length, num_warmup = settings.context_length, max(1, settings.num_steps // 20)
+    is_half = resolve_precision(settings.precision, stream.device.type) == "bf16"
     model.train()
     for step in range(settings.num_steps):
         progress = max(0.0, (step - num_warmup) / max(1, settings.num_steps - num_warmup))
@@ -232,7 +253,7 @@ def _fit(
         blocks, scales = (
             torch.stack([x[start : start + length] for start in starts.tolist()]) for x in (stream, weights)
         )
-        with torch.autocast(stream.device.type, torch.bfloat16):
+        with torch.autocast(stream.device.type, torch.bfloat16, enabled=is_half):
             logits = model(input_ids=blocks).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), blocks[:, 1:], reduction="none")
         loss: torch.Tensor = (losses * scales[:, 1:]).sum() / scales[:, 1:].sum()

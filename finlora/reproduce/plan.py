@@ -20,6 +20,7 @@ from typing import Literal
 from finlora.config import Bits, RunConfig
 from finlora.configfile import config_to_tree, load_config
 from finlora.errors import ConfigError
+from finlora.precision import resolve_training
 from finlora.train.run import resolve_paths
 
 FAMILIES = ("llama-8b-4bit-r4", "llama-8b-8bit-r8", "llama-70b-4bit-r4")
@@ -83,7 +84,7 @@ def make_plan(
     def load(row: str) -> RunConfig:
         base = (bases or {}).get(row.split("-")[1])
         own = [*overrides, f"output_dir={output / 'runs'}", *([f"model.base={base}"] if base else [])]
-        return resolve_paths(load_config(configs / f"{row}.yaml", own))
+        return resolve_training(resolve_paths(load_config(configs / f"{row}.yaml", own)))
 
     loaded = {row: load(row) for row in _rows()}
     steps = [step for size in ("8b", "70b") for step in _plan_size(size, loaded)]

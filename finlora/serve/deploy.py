@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from finlora.errors import ConfigError, ResourceError
+from finlora.precision import describe_type, resolve_model
 from finlora.serve.doors import check_certificate, require_free
 from finlora.serve.keys import KeyRing
 from finlora.serve.model import read_base
@@ -104,6 +105,8 @@ def run_server(
     http: dict[str, Any] = {"host": "127.0.0.1", "port": 8000} | deployment.http
     http |= {key: value for key, value in (("host", host), ("port", port)) if value is not None}
     settings = make_absolute(_follow_proxy(deployment.settings, http))
+    kind = describe_type(settings.model, settings.stages.device)
+    settings = dataclasses.replace(settings, model=resolve_model(settings.model, settings.stages.device))
     direct = settings.direct
     if direct.port is not None:
         check_certificate(direct)
@@ -129,7 +132,7 @@ def run_server(
             if direct.port is not None
             else ""
         )
-        announce(f"Serving {settings.name} at {where} (page, /v1/...){beside}. Ctrl-C ends it.")
+        announce(f"Serving {settings.name} at {where} (page, /v1/...){beside}, in {kind}. Ctrl-C ends it.")
         stop.wait()
         announce("Letting the answers under way end.")
         try:

@@ -14,6 +14,7 @@ from finlora.engine.limits import Limits
 from finlora.engine.scheduler import Scheduler
 from finlora.model.source import find_source, fingerprint_weights
 from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
+from finlora.precision import describe_type
 from finlora.serve.settings import ServeConfig
 from finlora.serve.stages import OpenCore, StageFacts
 
@@ -69,6 +70,7 @@ def open_pipeline(config: ServeConfig, base: ServedBase, holder: str = "a served
     from finlora.engine.pipeline import Pipeline, PipelineConfig
 
     stages = config.stages
+    _logger.info("Computes in %s", describe_type(config.model, stages.device))
     settings = PipelineConfig(
         num_stages=stages.num,
         cache_rows=stages.cache_rows,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from finlora.config import RunConfig
+from finlora.precision import is_autocast
 from finlora.train.optimizer import clips_itself
 
 
@@ -35,7 +36,7 @@ def make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, confi
             "train_micro_batch_size_per_gpu": 1,
             "managed_gradient_accumulation": False,
             "zero_optimization": {"stage": 0},
-            "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"},
+            "torch_autocast": {"enabled": is_autocast(config), "dtype": "bfloat16"},
             "gradient_clipping": 0.0 if clips_itself(config.optim) else config.optim.max_grad_norm,
             "steps_per_print": None,
         },

@@ -14,6 +14,7 @@ from finlora.data.prepared import read_prepared
 from finlora.durable import append_line, read_lines
 from finlora.model.source import find_source
 from finlora.model.tokenizer import load_tokenizer
+from finlora.precision import is_autocast
 from finlora.train.loop import AnswerLoss
 from finlora.train.run import RunFolder
 
@@ -61,7 +62,7 @@ class HeldOut:
         encoded.sort(key=lambda item: item.num_tokens)
         self._batches = _cut(encoded[worker::world_size])
         self._pad_token_id = int(tokenizer.pad_token_id)
-        self._is_bf16 = config.train.precision == "bf16"
+        self._is_bf16 = is_autocast(config)
         self._reduce_sum = reduce_sum
         self._folder = folder if worker == 0 else None
 

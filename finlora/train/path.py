@@ -19,6 +19,7 @@ from finlora.data.packing import split_by_tokens
 from finlora.model.packed_memory import PackPlan, Workload, packing_refusal, plan_packs
 from finlora.model.shapes import read_shape
 from finlora.model.source import find_source
+from finlora.precision import is_autocast
 from finlora.train.batches import Batches, PackedBatches, PaddedBatches
 from finlora.train.sampler import Sampler
 
@@ -120,7 +121,7 @@ def take_path(
     capture = device.type == "cuda"
     module = PackedLlama(
         model,
-        torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
+        torch.bfloat16 if is_autocast(config) else torch.float32,
         recompute=plan.recompute,
         keep_unpacked=plan.keep_unpacked,
         capture=capture,

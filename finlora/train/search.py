@@ -30,6 +30,7 @@ from finlora.config import RunConfig
 from finlora.configfile import config_to_tree
 from finlora.errors import FinloraError, NoRoomError, StoppedError
 from finlora.lease import Bundle, Patience, wait_for_room
+from finlora.precision import describe_choice, resolve_training
 from finlora.train.asha import Listener, ResumedAsha, StopWhenIdle
 from finlora.train.loop import count_steps
 from finlora.train.path import make_sampler
@@ -45,6 +46,7 @@ from finlora.train.trials import (
     count_grace_steps,
     open_search,
     read_record,
+    search_folder,
     trial_config,
 )
 
@@ -77,6 +79,9 @@ def run_search(
         NoRoomError: others hold the GPUs or cores; says who.
         FinloraError: as its kinds say. A failing trial raises nothing: its record says why it failed.
     """
+    asked, config = config, resolve_training(config, search_folder(config).config)
+    if said := describe_choice(asked, config):
+        announce(said)
     trials = sample_trials(config, search)
     bundles = _bundles(config)
     cluster.require(config.train.num_workers, bundles[0]["CPU"], bundles[0].get("GPU", 0.0))

@@ -26,10 +26,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from finlora import cluster
 from finlora.config import RunConfig
 from finlora.configfile import config_from_tree, config_to_tree
+from finlora.cpu import set_environment
 from finlora.durable import scratch_folder
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.lora import attach_lora, trainable_parameters
-from finlora.onednn import bound_kernel_cache
+from finlora.precision import describe_choice, resolve_training
 from finlora.results import Result, append_result
 from finlora.train.checkpoint import (
     CheckpointInfo,
@@ -89,6 +90,9 @@ def run_training(
         StoppedError: SIGINT or SIGTERM came, and the workers stopped at a checkpoint.
         FinloraError: as its kinds say; the error of a worker is raised here as it was raised there.
     """
+    asked, config = config, resolve_training(config, RunFolder(Path(config.output_dir) / config.name).config)
+    if said := describe_choice(asked, config):
+        announce(said)
     train = config.train
     gpus = train.gpus_per_worker if train.device == "cuda" else 0.0
     cluster.require(train.num_workers, train.cpus_per_worker, gpus)
@@ -264,7 +268,7 @@ def _choose_device(config: RunConfig) -> torch.device:
     """Pick this worker's device and tell DeepSpeed, which reads LOCAL_RANK and DS_ACCELERATOR at import."""
     if config.train.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        bound_kernel_cache()
+        set_environment()
         return torch.device("cpu")
     device: torch.device = ray.train.torch.get_device()
     os.environ["LOCAL_RANK"] = str(device.index)  # workers that share a GPU see one device, whatever their local rank

@@ -88,7 +88,7 @@ def _raw(task: str, names: Sequence[str]) -> Callable[[bytes, Path], object]:
         source.mkdir()
         for name in names:
             (source / name).write_bytes(data)
-        prepare_task(task, source, folder / "out", None, "all", False, False)
+        prepare_task(task, source, folder / "out", None, "all", False, False, is_own=True)
 
     return run
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from finlora.paper import PaperValue
+from finlora.published import is_papers_test
 from finlora.results import Result
 
 _Condition = tuple[Callable[[Result], bool], str]
@@ -58,11 +59,16 @@ def _conditions(value: PaperValue) -> Iterator[_Condition]:
     if value.quantity == "accuracy":
         yield lambda result: not has_random_weights(result), "its weights are random"
         yield lambda result: "accuracy" in result.metrics, "no accuracy"
+        yield _is_on_papers_test, "not on the published test split"
     elif value.quantity == "seconds_per_example":
         yield lambda result: result.seconds_per_example is not None, "time was not measured"
     else:
         yield _has_one_example, "eval.batch_size is not 1"
         yield lambda result: result.gpu_hours is not None and result.peak_memory_gib is not None, "not on a GPU"
+
+
+def _is_on_papers_test(result: Result) -> bool:
+    return is_papers_test(result.task, result.data_hash, result.num_examples, result.is_partial)
 
 
 def _is_llama(result: Result, size: str) -> bool:

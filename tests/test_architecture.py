@@ -21,6 +21,7 @@ STAIR = (
         "working_dir",
         "durable",
         "paper",
+        "published",
         "config",
         "yamltext",
         "configfile",

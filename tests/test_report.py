@@ -156,6 +156,7 @@ def test_only_comparable_measurements_stand_beside_the_paper():
             [make_evaluation(config={"model": {"weights": "random"}})],
             "its weights are random",
         ),
+        ({"quantity": "accuracy"}, [make_evaluation(data_hash="0" * 64)], "not on the published test split"),
     ],
 )
 def test_cell_that_was_not_run_says_why(wanted, results, reason):

@@ -67,6 +67,10 @@ def prepare(
     ] = None,
     splits: Annotated[Literal["all", "test"], typer.Option(help="`test`: only the test split.")] = "all",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a prepared set that differs.")] = False,
+    own_data: Annotated[
+        bool,
+        typer.Option("--own-data", help="Take rows that are not the published set's: a part of it, or your own."),
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Turn raw data into Parquet with a frozen, hashed split; shows counts, labels, duplicates and leaks."""
@@ -77,7 +81,8 @@ def prepare(
         show_tasks(console)
         return
     folder = source.expanduser() if source else None
-    report = prepare_task(task, folder, resolve_output("--output ", output), variant, splits, overwrite, dry_run)
+    output = resolve_output("--output ", output)
+    report = prepare_task(task, folder, output, variant, splits, overwrite, dry_run, own_data)
     show_preparation(report, console, is_dry=dry_run)
 
 

@@ -50,7 +50,7 @@ def read_headline(request: Request) -> Splits:
     """
     if request.source is None:
         return _read_hub(request)
-    rows = read_csv(find_file(request.source, _FILE_NAMES, "headline"), "utf-8-sig", ("News",))
+    rows = read_csv(find_file(request.source, _FILE_NAMES, "headline"), "utf-8", ("News",))
     columns = {column.replace(" ", "").lower(): column for column in rows[0].fields}
     if set(_NINE_COLUMNS) <= set(columns):
         questions = {columns[name]: question for name, question in _NINE_COLUMNS.items()}

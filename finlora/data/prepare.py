@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from finlora.data.catalog import task_named
+from finlora.data.origin import compare_published
 from finlora.data.prepared import PreparedReport, write_prepared
 from finlora.data.rows import Request, SplitChoice
 from finlora.errors import DatasetError
@@ -20,6 +21,7 @@ def prepare_task(
     splits: SplitChoice,
     overwrite: bool,
     dry_run: bool,
+    is_own: bool = False,
 ) -> PreparedReport:
     """Prepare one task below `output`.
 
@@ -31,9 +33,11 @@ def prepare_task(
         splits: `all`, or `test` to leave the training split out.
         overwrite: replace a differing set that is there already.
         dry_run: read and check everything, write nothing.
+        is_own: take rows of other numbers or labels than the published set's.
 
     Raises:
-        DatasetError: an unknown task or variant, a malformed raw row, an unreachable hub, or a set in the way.
+        DatasetError: an unknown task or variant, a malformed raw row, an unreachable hub, rows that are not the published set's,
+            or a set in the way.
     """
     task = task_named(name)
     chosen = task.variants[0] if variant is None else variant
@@ -42,6 +46,8 @@ def prepare_task(
     if task.hub_id is None and source is not None:
         raise DatasetError(f"{name} is generated and reads no files, but --source {source} was given. Leave it out.")
     read = task.read(Request(source=source, variant=chosen, splits=splits))
+    said = compare_published(name, chosen, read, is_of_hub=source is None, is_own=is_own)
+    read = dataclasses.replace(read, notes=(*said, *read.notes))
     if splits == "test":
         read = dataclasses.replace(read, train=(), notes=(*read.notes, "The training split was left out on request."))
     elif not read.train:

@@ -10,7 +10,8 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +20,16 @@ from finlora.configfile import is_unicode, show
 from finlora.errors import DatasetError
 
 SplitChoice = Literal["all", "test"]
+Encoding = Literal["utf-8", "latin-1"]
 MAX_RAW_BYTES = 2**30
 """Largest raw file that is read, packed or unpacked: the largest published one has 30 MB."""
+
+_CONTROL = re.compile(rb"[\x80-\x9f]")
+_UTF_8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
+# The replacement character, and UTF-8 of two bytes and more read as Latin-1 or cp1252.
+_MISDECODED = re.compile(
+    "\ufffd|[\u00c2-\u00df][\u0080-\u00bf]|\u00e2\u20ac|[\u00c2\u00c3][\u0152-\u0192\u02c6-\u2122]"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,8 +125,19 @@ def find_file(source: Path, names: Sequence[str], task: str) -> Path:
     )
 
 
-def read_text(path: Path, encoding: str) -> str:
-    """Return a file's text; a wrong encoding is an error that names line and byte."""
+def read_text(path: Path, encoding: Encoding) -> str:
+    """Return a file's text without its byte order mark.
+
+    UTF-8 is tried first, whatever the published encoding: its sequences do not come about by chance. Latin-1 takes any byte, so
+    what it would turn into nonsense is looked for.
+
+    Args:
+        path: the file.
+        encoding: that of the published file.
+
+    Raises:
+        DatasetError: the file cannot be read, is empty, or is in another encoding; names line and byte.
+    """
     try:
         with path.open("rb") as stream:
             raw = stream.read(MAX_RAW_BYTES + 1)
@@ -125,38 +145,81 @@ def read_text(path: Path, encoding: str) -> str:
         raise DatasetError(f"{path} cannot be read ({error}): expected a readable {encoding} file.") from error
     if len(raw) > MAX_RAW_BYTES:
         raise DatasetError(f"{path} has more than {MAX_RAW_BYTES:,} bytes: expected the file as published.")
-    if b"\0" in raw:  # Latin-1 takes any byte, so this must be looked for
-        line = raw.count(b"\n", 0, raw.index(b"\0")) + 1
-        raise DatasetError(
-            f"{path}:{line}: found a zero byte, as UTF-16 text and binary files hold. Expected the file as published, in "
-            f"{encoding}: fetch it again without converting it."
-        )
+    if b"\0" in raw:
+        raise _misread(path, raw, raw.index(b"\0"), "found a zero byte, as UTF-16 text and binary files hold", encoding)
     try:
-        text = raw.decode(encoding)
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DatasetError(
-            f"{path}:{line}: byte 0x{raw[error.start]:02x} is not valid {encoding}. Expected the file as published, "
-            f"in {encoding}: fetch it again without converting it."
-        ) from error
+        text = _decode_latin_1(path, raw) if encoding == "latin-1" else ""
+        if not text:
+            what = f"byte 0x{raw[error.start]:02x} is not valid utf-8"
+            raise _misread(path, raw, error.start, what, encoding) from error
+    else:
+        if encoding == "latin-1":
+            _refuse_misdecoded(path, text)
     if not text.strip():
         raise DatasetError(f"{path} is empty: expected at least one row. Fetch the file again.")
     return text
 
 
-def read_lines(path: Path, encoding: str) -> list[str]:
-    """Return the lines of a file without their ends; only `\\n` ends a line, as in an editor's line numbers."""
+def _decode_latin_1(path: Path, raw: bytes) -> str:
+    """Decode a published Latin-1 file, which holds neither control characters nor pieces of UTF-8."""
+    if found := _UTF_8.search(raw):
+        what = f"bytes 0x{found[0].hex()} are utf-8 in a file that is not utf-8 as a whole"
+        raise _misread(path, raw, found.start(), what, "latin-1")
+    if found := _CONTROL.search(raw):
+        what = f"byte 0x{found[0][0]:02x} is a control character in latin-1, a letter or quote in cp1252, cp850 and Mac Roman"
+        raise _misread(path, raw, found.start(), what, "latin-1")
+    return raw.decode("latin-1")
+
+
+def _refuse_misdecoded(path: Path, text: str) -> None:
+    """Refuse a text that was decoded by the wrong encoding before it was saved as UTF-8: the published file has no such marks."""
+    if found := _MISDECODED.search(text):
+        raw = text.encode("utf-8")
+        start = len(text[: found.start()].encode("utf-8"))
+        what = f"found {found[0]!r}, a character that was decoded by the wrong encoding before the file was saved"
+        raise _misread(path, raw, start, what, "latin-1")
+
+
+def _misread(path: Path, raw: bytes, start: int, what: str, encoding: str) -> DatasetError:
+    line = raw.count(b"\n", 0, start) + 1
+    return DatasetError(
+        f"{path}:{line}: {what} (byte {start:,} of the file). Expected the file as published, in {encoding}: fetch it again "
+        "without converting it."
+    )
+
+
+def read_lines(path: Path, encoding: Encoding) -> list[str]:
+    """Return the lines of a file without their ends; only `\\n` ends a line, as in an editor's line numbers.
+
+    Raises:
+        DatasetError: as `read_text`, or lines end with a carriage return alone.
+    """
     lines = [line.removesuffix("\r") for line in read_text(path, encoding).split("\n")]
+    for number, line in enumerate(lines, start=1):
+        if "\r" in line:
+            raise DatasetError(
+                f"{path}:{number}: found a carriage return inside a line, as where it ends lines alone (old Mac OS). Expected "
+                "the file as published: fetch it again without converting it."
+            )
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def read_csv(path: Path, encoding: str, required: Sequence[str]) -> list[Row]:
+def read_csv(
+    path: Path,
+    encoding: Encoding,
+    required: Sequence[str],
+    name_columns: Callable[[Sequence[str], str], Sequence[str] | None] | None = None,
+) -> list[Row]:
     """Read a CSV with a header line; quoted fields may span lines.
 
     Args:
         path: the file.
-        encoding: `utf-8-sig` also takes a byte order mark.
-        required: columns that must be there; others are kept too.
+        encoding: that of the published file.
+        required: columns that must be there, in any order and case; others are kept too.
+        name_columns: where a file may lack the header line: gets the first line's fields and its place, and returns the columns'
+            names if these are a row already, None if they are a header.
     """
     reader = csv.reader(io.StringIO(read_text(path, encoding), newline=""), strict=True)
     rows: list[Row] = []
@@ -165,16 +228,20 @@ def read_csv(path: Path, encoding: str, required: Sequence[str]) -> list[Row]:
     try:
         for values in reader:
             if not header:
-                header = values
-                require_columns(header, required, f"{path.name}:1")
-            elif len(values) != len(header):
+                place = f"{path.name}:1"
+                _refuse_other_sign(values, place)
+                names = name_columns(values, place) if name_columns else None
+                header = list(names) if names is not None else _read_header(values, required, place)
+                if names is None:
+                    line = reader.line_num + 1
+                    continue
+            if len(values) != len(header):
                 column = header[min(len(values), len(header) - 1)]
                 raise DatasetError(
                     f"{path.name}:{line}, column {column}: found {len(values)} fields, expected {len(header)} "
                     f"({', '.join(header)}). Quote fields that hold a comma or a line break."
                 )
-            else:
-                rows.append(Row(fields=dict(zip(header, values, strict=True)), source=f"{path.name}:{line}"))
+            rows.append(Row(fields=dict(zip(header, values, strict=True)), source=f"{path.name}:{line}"))
             line = reader.line_num + 1
     except csv.Error as error:
         raise DatasetError(
@@ -203,13 +270,32 @@ def read_jsonl(path: Path, required: Sequence[str]) -> list[Row]:
     return refuse_empty(rows, path.name)
 
 
+def _refuse_other_sign(values: Sequence[str], place: str) -> None:
+    sign = next((sign for sign in ";\t|" if len(values) == 1 and sign in values[0]), None)
+    if sign is not None:
+        raise DatasetError(f"{place}: found fields separated by {sign!r}, expected commas. Save the file with commas.")
+
+
+def _read_header(values: Sequence[str], required: Sequence[str], place: str) -> list[str]:
+    """Return the header's names, those required in their own spelling."""
+    wanted = {name.casefold(): name for name in required}
+    header = [wanted.get(value.strip().casefold(), value) for value in values]
+    repeated = {name for name in header if header.count(name) > 1}
+    if repeated:
+        raise DatasetError(
+            f"{place}: found two columns {min(repeated)!r}, expected one. Check that this is the published file."
+        )
+    require_columns(header, required, place)
+    return header
+
+
 def require_columns(found: Sequence[str], required: Sequence[str], place: str) -> None:
     missing = [column for column in required if column not in found]
     if missing:
         shown = ", ".join(str(column)[:60] for column in found[:20])
         raise DatasetError(
             f"{place}: found columns {shown}, but {', '.join(missing)} is missing. "
-            f"Expected {', '.join(required)}: check that this is the published file."
+            f"Expected {', '.join(required)}: check that this is the published file, with its header line if it has one."
         )
 
 

@@ -17,7 +17,7 @@ from finlora.data.arrow import read_arrow
 from finlora.data.example import Example, Splits
 from finlora.data.hub import load_hub_rows
 from finlora.data.prompts import SENTIMENTS, SEVEN_SENTIMENTS, sentiment_prompt, seven_sentiment_prompt
-from finlora.data.rows import Request, Row, find_file, read_csv, read_jsonl, read_lines
+from finlora.data.rows import Request, Row, find_file, read_csv, read_jsonl, read_lines, shorten
 from finlora.errors import DatasetError
 
 FPB_HUB_ID = "takala/financial_phrasebank"
@@ -49,11 +49,7 @@ def read_fpb(request: Request) -> Splits:
         )
     else:
         path = find_file(request.source, ("Sentences_50Agree.txt", "all-data.csv"), "fpb")
-        rows = _read_fpb_csv(path) if path.suffix == ".csv" else _read_fpb_lines(path)
-        if path.suffix == ".csv":
-            notes.append(
-                "all-data.csv is a re-edited copy: if its order differs from Sentences_50Agree.txt, so does the split."
-            )
+        rows = _read_fpb_csv(path) if path.suffix.lower() == ".csv" else _read_fpb_lines(path)
     train, test = _permuted_split(rows, _FPB_TEST_SHARE)
 
     def example(split: str, number: int, row: Row) -> Example:
@@ -87,7 +83,7 @@ def read_tfns(request: Request) -> Splits:
     def read(names: Sequence[str], split: str) -> list[Row]:
         if request.source is None:
             return load_hub_rows(TFNS_HUB_ID, split, ("text", "label"))
-        return read_csv(find_file(_folder(request.source, "tfns"), names, "tfns"), "utf-8-sig", ("text", "label"))
+        return read_csv(find_file(_folder(request.source, "tfns"), names, "tfns"), "utf-8", ("text", "label"))
 
     def example(split: str, number: int, row: Row) -> Example:
         label = row.one_of("label", _TFNS_LABELS)
@@ -136,15 +132,33 @@ def _read_fpb_lines(path: Path) -> list[Row]:
 
 
 def _read_fpb_csv(path: Path) -> list[Row]:
-    """Read the Kaggle copy: label first; its header line names only the first of the two columns in some copies."""
-    rows = read_csv(path, "latin-1", ())
+    """Read a CSV copy: label and sentence in either order, with or without a header line, whatever that calls them."""
+    rows = read_csv(path, "latin-1", (), _name_fpb_columns)
     columns = list(rows[0].fields)
-    if len(columns) != 2:
-        raise rows[0].fault(columns[-1], columns, "two columns, label and sentence")
+    if columns[0] != "label" and rows[0].fields[columns[0]].strip() not in _FPB_LABELS:
+        columns.reverse()
+    label, sentence = columns
     return [
-        Row(fields={"label": row.fields[columns[0]], "sentence": row.fields[columns[1]]}, source=row.source)
-        for row in rows
+        Row(fields={"label": row.fields[label], "sentence": row.fields[sentence]}, source=row.source) for row in rows
     ]
+
+
+def _name_fpb_columns(values: Sequence[str], place: str) -> Sequence[str] | None:
+    """Tell a first row from a header, as a row holds a label.
+
+    Raises:
+        DatasetError: there are not two columns.
+    """
+    if len(values) != 2:
+        shown = ", ".join(shorten(value) for value in values[:4])
+        raise DatasetError(
+            f"{place}: found {len(values)} columns ({shown}), expected two, label and sentence, separated by a comma, with "
+            "sentences that hold one in quotes."
+        )
+    is_label = [value.strip() in _FPB_LABELS for value in values]
+    if not any(is_label):
+        return None
+    return ("label", "sentence") if is_label[0] else ("sentence", "label")
 
 
 def _read_fiqa_parts(request: Request) -> dict[str, list[Row]]:
@@ -160,7 +174,10 @@ def _read_fiqa_parts(request: Request) -> dict[str, list[Row]]:
 
 def _fiqa_splits(task: str, train: Sequence[Row], test: Sequence[Row], notes: list[str]) -> Splits:
     def example(split: str, number: int, row: Row) -> Example:
-        label = _fiqa_label(row.number("sentiment_score"))
+        score = row.number("sentiment_score")
+        if abs(score) > 1:
+            raise row.fault("sentiment_score", score, "a score from -1 to 1")
+        label = _fiqa_label(score)
         is_post = row.one_of("format", {"post": "post", "headline": "news"}) == "post"
         return _three_way(task, split, number, row, "sentence", label, is_post=is_post)
 
@@ -234,7 +251,7 @@ def _permuted_split(rows: Sequence[_Item], test_share: float) -> tuple[list[_Ite
 
 
 def _split_note(test_share: float) -> str:
-    return f"Split by the permutation of seed {_SPLIT_SEED}, first {test_share:.1%} as test: the paper's scores fit."
+    return f"Split by the permutation of seed {_SPLIT_SEED} over the order of the rows, first {test_share:.1%} as test."
 
 
 def _folder(source: Path, task: str) -> Path:

@@ -70,7 +70,51 @@ def test_fpb_reads_the_csv_copy(tmp_path, ask):
     )
     splits = sentiment.read_fpb(ask(tmp_path))
     assert len(splits.train) + len(splits.test) == 3
-    assert any("order differs" in note for note in splits.notes)
+
+
+@pytest.mark.parametrize(
+    ("body", "num_rows"),
+    [
+        ("positive,Up\nneutral,B\nneutral,C\n", 3),
+        ("Up,positive\nB,neutral\nC,neutral\n", 3),
+        ("2,Up\n1,B\n0,C\n", 3),
+        ("text,label\nB,neutral\nUp,positive\nC,neutral\n", 3),
+        ("Sentiment,\nneutral,B\npositive,Up\n", 2),
+    ],
+    ids=["no header", "no header, reversed", "numbers", "reversed", "one column named"],
+)
+def test_fpb_csv_with_and_without_a_header(tmp_path, ask, body, num_rows):
+    (tmp_path / "all-data.csv").write_text(body)
+    splits = sentiment.read_fpb(ask(tmp_path))
+    found = {item.prompt.partition("Input: ")[2][:2].strip(): item.label for item in (*splits.train, *splits.test)}
+    assert len(found) == num_rows
+    assert (found["Up"], found["B"]) == ("positive", "neutral")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("positive,Up, at last\n", "csv:1: found 3 columns .'positive', 'Up', ' at last'., expected two"),
+        (",Sentiment,News\n0,neutral,B\n", "csv:1: found 3 columns"),
+        ("neutral;B\n", "csv:1: found fields separated by ';'"),
+        (
+            "Sentiment,News\nneutral,B\nSentiment,News\n",
+            "csv:3, column Sentiment|csv:3, column label: found 'Sentiment'",
+        ),
+        ("a,b\nc,d\n", "csv:2, column label: found 'd', expected one of negative"),
+    ],
+)
+def test_fpb_csv_of_another_form_is_refused(tmp_path, ask, body, words):
+    (tmp_path / "all-data.csv").write_text(body)
+    with pytest.raises(DatasetError, match=words):
+        sentiment.read_fpb(ask(tmp_path))
+
+
+def test_fpb_saved_as_utf8_is_the_same(tmp_path, ask):
+    text = "Yhtiö kasvoi @ 5 % .@positive\nÅland .@neutral\nB .@neutral\n"
+    first = sentiment.read_fpb(ask(write_fpb(tmp_path, text)))
+    for encoding in ("utf-8", "utf-8-sig"):
+        assert sentiment.read_fpb(ask(write_fpb(tmp_path, text, encoding))) == first
 
 
 def test_fpb_missing_file_says_what_was_expected(tmp_path, ask):
@@ -91,6 +135,17 @@ def test_fiqa_folds_scores_and_names_posts(tmp_path, ask, as_stream):
     assert [item.label for item in splits.train] == ["positive", "neutral", "neutral", "negative"]
     assert ["tweet" in item.prompt for item in splits.train] == [True, True, False, True]
     assert any("differs on 1 rows" in note for note in splits.notes)
+
+
+def test_fiqa_score_of_another_scale_is_an_error(tmp_path, ask):
+    write_fiqa(tmp_path)
+    table = pa.Table.from_pylist([{"sentence": "a", "sentiment_score": 55.0, "format": "post", "label": 0}])
+    with pa.OSFile(str(tmp_path / "fiqa-2018.test.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    with pytest.raises(
+        DatasetError, match=r"arrow:1, column sentiment_score: found 55.0, expected a score from -1 to 1"
+    ):
+        sentiment.read_fiqa(ask(tmp_path))
 
 
 def test_fiqa_cut_short_file_is_an_error(tmp_path, ask):

@@ -10,6 +10,7 @@ from finlora.comparable import explain_missing, find_ours
 from finlora.data.catalog import TASKS
 from finlora.errors import ConfigError
 from finlora.paper import PAPER
+from finlora.published import PUBLISHED
 from finlora.reproduce.plan import make_plan
 from finlora.results import Result
 
@@ -32,8 +33,22 @@ def results_of(step):
             Result(kind="training", task="+".join(config.data.tasks), bits=config.model.bits, adapter_mib=4.5, **shared)
         ]
     metrics = {"accuracy": 0.5}
+    hashes = {
+        task: form.test_hash
+        for task, forms in PUBLISHED.items()
+        for form in forms
+        if form.test_hash and form.variant != "corrected"
+    }
     return [
-        Result(kind="evaluation", task=task, bits=config.eval.bits, seconds_per_example=0.1, metrics=metrics, **shared)
+        Result(
+            kind="evaluation",
+            task=task,
+            bits=config.eval.bits,
+            seconds_per_example=0.1,
+            metrics=metrics,
+            data_hash=hashes.get(task),
+            **shared,
+        )
         for task in config.data.tasks
     ]
 

@@ -30,8 +30,12 @@ DECODE_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64)
 """Rows of passes in which each row is a segment."""
 PROMPT_SIZES = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1280, 1536, 2048)
 """Rows of all other recorded passes; larger ones run as they are."""
-PART_SIZES = ((4, 0), (64, 0), (24, 16), (96, 256))
-"""Segments of these passes, and rows with keys in a second place: attention starts a program for each, also for empty ones."""
+PART_SIZES = ((4, 0), (64, 0), (128, 0), (24, 16), (96, 256))
+"""Most segments and most rows with keys in a second range: attention starts a program for each, also for empty ones.
+
+A size without such rows takes only passes without them, one with them only passes that have at least one: the first of them is
+what the others repeat. 128 segments hold the next tokens of 65 to 128 requests, padded to 128 rows.
+"""
 _MOST_KEYS = 8
 """Keys in a second place that a recorded pass takes."""
 SHORT = 128
@@ -115,10 +119,14 @@ class RecordedPasses:
         run: computes rows, from hidden states (T, H) where the stage is not the first.
         spare_row: cache row that belongs to no request.
         fills: whether passes are filled up to their sizes, as recorded ones must be.
+
+    Attributes:
+        records: a form that comes again is recorded, as on a GPU.
     """
 
     def __init__(self, run: Run, spare_row: int, device: torch.device, *, fills: bool) -> None:
         self._run, self._spare_row, self._device, self.fills = run, spare_row, device, fills
+        self.records = device.type == "cuda"
         self._graphs: dict[Form, _Graph] = {}
         self._seen: set[Form] = set()
         self._pool: torch.cuda.MemPool | None = None
@@ -129,10 +137,10 @@ class RecordedPasses:
 
     def take(self, batch: MicroBatch) -> Taken | None:
         """Return how a micro-batch is recorded; None where it has no size, or passes are not filled up."""
-        if not self.fills:
+        count = batch.num_rows
+        if not (self.fills and count):
             return None
         has_adapters = any(name is not None for name, _ in batch.adapters)
-        count = batch.num_rows
         if is_decode(batch):
             size = _find(DECODE_SIZES, count)
             assert size is not None
@@ -143,11 +151,11 @@ class RecordedPasses:
             return None
         filling = _repeat(batch.segments, size - count)
         segments, tails = split_tails(batch.segments)
-        # Of tails one group more: rows that fill them up.
-        num_parts = len(segments) + max(len(filling), bool(tails)), sum(tail.num_rows for tail in tails)
-        if any(tail.num_keys > _MOST_KEYS for tail in tails):
+        if filling is None or any(tail.num_keys > _MOST_KEYS for tail in tails):
             return None
-        most = next((most for most in PART_SIZES if num_parts[0] <= most[0] and num_parts[1] <= most[1]), None)
+        # Of tails one group more: rows that fill them up.
+        num_segments = len(segments) + max(len(filling), bool(tails))
+        most = find_parts(num_segments, sum(tail.num_rows for tail in tails))
         if most is None:
             return None
         is_short = most[0] > FEW_SEGMENTS and max(segment.num_rows for segment in segments) <= SHORT
@@ -177,7 +185,7 @@ class RecordedPasses:
         if hidden is not None:
             hidden = hidden.to(self._device)
             hidden = torch.cat([hidden, hidden[upload(sources, self._device)]]) if sources else hidden
-        if self._device.type == "cuda" and (form in self._graphs or form in self._seen):
+        if self.records and (form in self._graphs or form in self._seen):
             if form not in self._graphs:
                 self._pool = self._pool or torch.cuda.MemPool()
                 self._graphs[form] = _Graph(self._run, numbers, hidden, form, self._device, self._pool)
@@ -206,7 +214,7 @@ class RecordedPasses:
         parts = [(segment.num_rows, *segment.keys[0]) for segment in segments]
         tails = [(row, start, count) for tail in taken.tails for row, start, count in list_rows(tail)]
         groups = group_tails(taken.tails)
-        if missing := form.num_tails - len(tails):  # the first of these rows fills them up
+        if missing := form.num_tails - len(tails):  # the first of these rows fills them up: there is one (find_parts)
             tails += tails[:1] * missing
             groups.append((missing, *taken.tails[0].first))
         columns = (number for column in zip(*tails, strict=True) for number in column)
@@ -226,10 +234,23 @@ def _find(sizes: Sequence[int], least: int) -> int | None:
     return next((size for size in sizes if size >= least), None)
 
 
-def _repeat(segments: Sequence[Segment], missing: int) -> list[tuple[int, Segment]]:
-    """Return beginnings of segments, the longest ones', that have as many rows together, with their first rows."""
+def find_parts(num_segments: int, num_tails: int) -> tuple[int, int] | None:
+    """Return the first of PART_SIZES that holds a pass; None where it has too many segments or tails."""
+    for segments, tails in PART_SIZES:
+        if num_segments <= segments and num_tails <= tails and (num_tails > 0) == (tails > 0):
+            return segments, tails
+    return None
+
+
+def _repeat(segments: Sequence[Segment], missing: int) -> list[tuple[int, Segment]] | None:
+    """Return beginnings of segments, the longest ones', that have as many rows together, with their first rows.
+
+    None where rows are missing and no segment has its keys in one range: none can be repeated.
+    """
     firsts = accumulate((segment.num_rows for segment in segments), initial=0)
     places = [place for place in zip(firsts, segments, strict=False) if len(place[1].keys) == 1]
+    if missing and not places:
+        return None
     pieces = []
     for first, segment in cycle(sorted(places, key=lambda place: -place[1].num_rows)):
         if not missing:

@@ -1,0 +1,87 @@
+"""CUDA graphs on the processor: a capture notes each operation, a replay repeats them on the same memory.
+
+As on a GPU, a replay reads and writes the tensors of the capture and runs nothing of Python: a number that Python took from the
+first micro-batch stays in the graph and gives a wrong answer with the second. What CUDA refuses in a capture is refused here:
+reading a tensor on the host, and tensors made from numbers of Python, whose memory is gone when the graph is replayed.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+REFUSED = ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "unique")
+
+
+class Graph(TorchDispatchMode):
+    """Stands for torch.cuda.CUDAGraph."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        self.num_replays = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        assert name not in REFUSED, (
+            f"{func} in a capture: CUDA refuses it, or the graph would hold the first run's numbers"
+        )
+        # A GPU computes nothing in a capture: ids may still be the numbers below 0 that stand for sampled tokens.
+        is_lookup = name == "embedding"
+        out = args[0].new_zeros(*args[1].shape, args[0].shape[1]) if is_lookup else func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        self.num_replays += 1
+        with torch.inference_mode():
+            for func, args, kwargs, out in self.calls:
+                again = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+class Pool:
+    id = (0, 1)
+
+
+class Stream:
+    """Stands for torch.cuda.Stream."""
+
+    def __init__(self, *_args, **_settings):
+        self.waits = 0
+
+    def wait_stream(self, _other):
+        self.waits += 1
+
+    def synchronize(self):
+        pass
+
+
+@contextmanager
+def capture(graph, **_settings):
+    with graph:
+        yield
+
+
+def emulate_graphs(patch):
+    """Put all of it in torch.cuda's place, by a pytest.MonkeyPatch; returns the list of graphs that are made."""
+    made = []
+
+    def make():
+        made.append(Graph())
+        return made[-1]
+
+    patch.setattr(torch.cuda, "CUDAGraph", make)
+    patch.setattr(torch.cuda, "graph", capture)
+    patch.setattr(torch.cuda, "MemPool", Pool)
+    patch.setattr(torch.cuda, "Stream", Stream)
+    patch.setattr(torch.cuda, "current_stream", lambda *_args: Stream())
+    patch.setattr(torch.cuda, "stream", lambda _stream: nullcontext())
+    patch.setattr(torch.cuda, "use_mem_pool", lambda *_args: nullcontext())
+    patch.setattr(torch.cuda, "synchronize", lambda *_args: None)
+    return made

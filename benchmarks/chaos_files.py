@@ -105,7 +105,6 @@ def load_adapter_as_served(world: World) -> Any:
     """Check an adapter against its base and read it, as the server does."""
     from finlora.engine.adapters import read_adapter
     from finlora.model.contract import read_contract
-    from finlora.model.shapes import read_shape
     from finlora.model.source import find_source, fingerprint_weights
     from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
 
@@ -113,7 +112,7 @@ def load_adapter_as_served(world: World) -> Any:
     contract = read_contract(world.adapter)
     tokenizer = hash_tokenizer(load_tokenizer(source.tokenizer_path))
     contract.check_hashes(world.adapter, fingerprint_weights(source), tokenizer, "raw")
-    found = read_adapter(world.adapter, read_shape(source.folder), range(2), torch.float32, CPU)
+    found = read_adapter(world.adapter, source.shape, range(2), torch.float32, CPU)
     values = sorted(
         (key, update.scale, update.down.sum().item(), update.up.sum().item())
         for key, updates in found.items()

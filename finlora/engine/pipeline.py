@@ -38,7 +38,6 @@ from finlora.engine.stage_actor import StageActor
 from finlora.engine.waiting import wait_with_pauses
 from finlora.errors import AdapterError, FinloraError, ResourceError, StageLostError
 from finlora.lease import Patience, take_lease
-from finlora.model.shapes import read_shape
 from finlora.model.source import find_source
 from finlora.precision import resolve_model
 
@@ -91,7 +90,7 @@ class Pipeline:
 
     def __init__(self, model: ModelConfig, bits: Bits, config: PipelineConfig, seed: int) -> None:
         model = resolve_model(model, config.device)  # once for all stages, which may lie on different processors
-        shape = read_shape(find_source(model).folder)
+        shape = find_source(model).shape
         self.spans = split_layers(shape, bits, config.num_stages)
         self._model, self._bits, self._config, self._seed = model, bits, config, seed
         wait_with_pauses(config.device)

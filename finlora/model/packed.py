@@ -128,8 +128,8 @@ def _layer_salt(index: int) -> int:
 
 def refusal(model: PeftModel) -> str | None:
     """Return in words why a model cannot run packed, or None where it can."""
-    config, lora = model.get_base_model().config, model.peft_config["default"]
-    if reason := packing_refusal(config.to_dict(), sorted(lora.target_modules)):
+    lora = model.peft_config["default"]
+    if reason := packing_refusal(sorted(lora.target_modules)):
         return reason
     if lora.bias != "none" or lora.use_dora or lora.use_rslora or len(model.peft_config) != 1:
         return "the adapter is not one plain LoRA without biases"

@@ -17,9 +17,9 @@ Attention's own moment is lower, since gate and up are gone by then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from finlora.config import RunConfig
 from finlora.data.pack_size import PackSize, most_tokens
@@ -78,19 +78,11 @@ class PackPlan:
         return max(self.memory.train_peak_gib, self.memory.load_peak_gib) <= memory_gib
 
 
-def packing_refusal(values: Mapping[str, Any], target_modules: Sequence[str]) -> str | None:
-    """Return in words why a model cannot train packed, or None where it can.
-
-    Args:
-        values: the base's config.json.
-    """
+def packing_refusal(target_modules: Sequence[str]) -> str | None:
+    """Return in words why an adapter cannot train packed, or None where it can; any base can (architecture.py)."""
     others = sorted(set(target_modules) - set(PACKED_TARGETS))
     if others:
         return f"lora.target_modules has {', '.join(others)}; packed training adapts {', '.join(PACKED_TARGETS)}"
-    if values.get("model_type") != "llama" or values.get("hidden_act", "silu") != "silu":
-        return f"the base is {values.get('model_type')} with {values.get('hidden_act')}; packed training knows Llama with silu"
-    if values.get("attention_bias") or values.get("mlp_bias"):
-        return "the base has biases; packed training knows none"
     return None
 
 

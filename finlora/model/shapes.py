@@ -12,11 +12,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from finlora.config import Bits, LoraConfig
-from finlora.errors import ModelError
+from finlora.config import LLAMA_PROJECTIONS, Bits, LoraConfig
 
 GIB = 2**30
 CUDA_CONTEXT_GIB = 1.3
@@ -86,26 +84,9 @@ LLAMA_70B = LlamaShape(
 )
 """Llama-3.1-70B."""
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def read_shape(folder: Path) -> LlamaShape:
-    """Read the shape from config.json of a model folder.
-
-    Raises:
-        ModelError: the file is missing, is no JSON or lacks a size.
-    """
-    path = folder / "config.json"
-    try:
-        return shape_of(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{path} gives no Llama shape ({error!r}): expected config.json of a Hugging Face Llama folder."
-        ) from error
-
 
 def shape_of(values: dict[str, Any]) -> LlamaShape:
-    """Read the shape from the entries of config.json, as transformers' config.to_dict() gives them too."""
+    """Read the shape from transformers' config.to_dict() (finlora/model/source.py has it of a folder)."""
     heads = int(values["num_attention_heads"])
     return LlamaShape(
         hidden_size=int(values["hidden_size"]),
@@ -147,7 +128,7 @@ def _load_steps(shape: LlamaShape, bits: Bits, element_bytes: int) -> Iterator[t
     hidden, vocabulary = shape.hidden_size * element_bytes, shape.vocab_size * shape.hidden_size * element_bytes
     yield vocabulary, 0
     for _ in range(shape.num_layers):
-        for name in _PROJECTIONS:
+        for name in LLAMA_PROJECTIONS:
             num_out, num_in = shape.projection(name)
             size = num_out * num_in
             if bits == 16:

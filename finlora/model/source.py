@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from dataclasses import dataclass
@@ -9,7 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finlora.config import ModelConfig
+from finlora.configfile import show
 from finlora.errors import ModelError
+from finlora.model.architecture import (
+    EMBEDDING,
+    HEAD,
+    StoredTensor,
+    check_config,
+    check_rotary,
+    check_tensors,
+)
+from finlora.model.shapes import LlamaShape, shape_of
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -20,30 +31,52 @@ HUB_FILES = [
 ]
 """Patterns of what is read of a model on the hub. Newer models keep their chat template in a file of its own."""
 _MAX_HEADER_BYTES = 2**24  # 100 times what the largest Llama's needs
+_COMPARED_BYTES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a base model's files are. `shards` maps each tensor name to its file, empty for random weights."""
+    """Where a base model's files are, and what they describe: found to be what every path computes (architecture.py)."""
 
     folder: Path
     config: LlamaConfig
+    """Of config.json; `tie_word_embeddings` as the files have it, which may hold an output head of their own."""
+    shape: LlamaShape
     shards: dict[str, Path]
+    """Tensor name -> its file; empty for random weights."""
     tokenizer_path: Path
     revision: str | None
+    has_own_head: bool = False
+    """config.json ties the output head to the embedding, and the files hold another one, which is used."""
 
 
 def find_source(model: ModelConfig) -> ModelSource:
-    """Resolve a local folder or hub id and check that it is a complete Llama-family model in safetensors.
+    """Resolve a local folder or hub id and check that it is a complete Llama in safetensors that every path computes.
 
     Raises:
-        ModelError: nothing stands there, another architecture, pickled weights, or a missing or truncated shard.
+        ModelError: nothing stands there, another architecture, pickled weights, a missing or truncated shard, or a config key or
+            tensor that some path would leave out.
     """
     folder, revision = _resolve_folder(model)
     config = _read_config(folder)
-    shards = {} if model.weights == "random" else _find_shards(folder)
+    shards, has_own_head = {}, False
+    if model.weights != "random":
+        tensors = _find_tensors(folder)
+        has_own_head = config.tie_word_embeddings and _holds_own_head(tensors)
+        if has_own_head:
+            config.tie_word_embeddings = False
+        check_tensors(folder, shape_of(config.to_dict()), tensors)
+        shards = {name: tensor.path for name, tensor in tensors.items()}
     tokenizer_path = Path(model.tokenizer).expanduser() if model.tokenizer else folder
-    return ModelSource(folder, config, shards, tokenizer_path, revision)
+    return ModelSource(
+        folder=folder,
+        config=config,
+        shape=shape_of(config.to_dict()),
+        shards=shards,
+        tokenizer_path=tokenizer_path,
+        revision=revision,
+        has_own_head=has_own_head,
+    )
 
 
 def fingerprint_weights(source: ModelSource) -> str:
@@ -54,7 +87,8 @@ def fingerprint_weights(source: ModelSource) -> str:
     """
     if not source.shards:
         return "random"
-    digest = hashlib.sha256()
+    # The first adapters were trained on such bases without their head: another base, to them and to the cache.
+    digest = hashlib.sha256(b"own head" if source.has_own_head else b"")
     for shard in sorted(set(source.shards.values())):
         size = shard.stat().st_size
         digest.update(f"{shard.name}:{size}".encode())
@@ -109,40 +143,24 @@ def _read_config(folder: Path) -> LlamaConfig:
         raise ModelError(
             f"{folder} holds weights that are already quantised: give the 16-bit model, FinLoRA quantises while loading."
         )
+    check_config(folder, values)
     try:
-        return LlamaConfig.from_dict(values)
+        config = LlamaConfig.from_dict(values)
+        shape_of(config.to_dict())
     except Exception as error:  # transformers checks each field with an error of its own
         raise ModelError(f"{path} describes no Llama model ({error}): copy the model again.") from error
+    check_rotary(folder, config)
+    return config
 
 
-def _find_shards(folder: Path) -> dict[str, Path]:
+def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Return every tensor of the model's files, in the order in which transformers looks for them."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
-    if index.is_file():
-        try:
-            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            # Path(...).name keeps a hostile index from pointing outside its own folder.
-            files = {str(name): folder / Path(file).name for name, file in weight_map.items()}
-            if not files:  # no shards would mean random weights
-                raise ValueError("it names no tensor")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ModelError(f"{index} is not a safetensors index ({error!r}): copy the model again.") from error
-        there = {path.name for path in folder.iterdir() if path.is_file()}
-        missing = sorted({path.name for path in files.values()} - there)
-        if missing:
-            raise ModelError(
-                f"{folder} lacks {len(missing)} shards named by its index ({missing[0][:100]}, ...): copy them too."
-            )
-        for path in sorted(set(files.values())):
-            absent = {name for name, file in files.items() if file == path}.difference(_read_names(path))
-            if absent:
-                raise ModelError(
-                    f"{path} lacks {len(absent)} tensors that the index puts there ({min(absent)}, ...): it is of another "
-                    "model or sharding, copy it again."
-                )
-        return files
     if single.is_file():
-        return dict.fromkeys(_read_names(single), single)
+        return _read_header(single)
+    if index.is_file():
+        return _read_shards(folder, index)
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
     found = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no weights"
     raise ModelError(
@@ -150,8 +168,41 @@ def _find_shards(folder: Path) -> dict[str, Path]:
     )
 
 
-def _read_names(path: Path) -> list[str]:
-    """Return the tensor names of a shard, after checking that its header and length agree."""
+def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    try:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        # Path(...).name keeps a hostile index from pointing outside its own folder.
+        files = {str(name): folder / Path(file).name for name, file in weight_map.items()}
+        if not files:  # no shards would mean random weights
+            raise ValueError("it names no tensor")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{index} is not a safetensors index ({error!r}): copy the model again.") from error
+    there = {path.name for path in folder.iterdir() if path.is_file()}
+    missing = sorted({path.name for path in files.values()} - there)
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} shards named by its index ({missing[0][:100]}, ...): copy them too."
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for path in sorted(set(files.values())):
+        held = _read_header(path)
+        absent = {name for name, file in files.items() if file == path}.difference(held)
+        if absent:
+            raise ModelError(
+                f"{path} lacks {len(absent)} tensors that the index puts there ({min(absent)}, ...): it is of another "
+                "model or sharding, copy it again."
+            )
+        if twice := sorted(tensors.keys() & held.keys()):
+            raise ModelError(
+                f"{path} holds {show(twice[0])[1:-1]}, which {tensors[twice[0]].path.name} holds as well: copy the shards of one "
+                "model again."
+            )
+        tensors |= held  # those that the index does not name too: transformers reads them
+    return tensors
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a file, after checking that its header and length agree."""
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -161,14 +212,50 @@ def _read_names(path: Path) -> list[str]:
         except (ValueError, RecursionError):
             header = None
     try:
-        tensors = {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
-        end = max(tensors.values())
-    except (AttributeError, KeyError, TypeError, IndexError, ValueError):
+        tensors = {
+            name: StoredTensor(
+                path=path,
+                dtype=str(entry["dtype"]),
+                shape=tuple(map(int, entry["shape"])),
+                start=8 + length + int(entry["data_offsets"][0]),
+                end=8 + length + int(entry["data_offsets"][1]),
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+        end = max(tensor.end for tensor in tensors.values())
+    except (AttributeError, KeyError, TypeError, IndexError, ValueError, OverflowError):
         raise ModelError(
             f"{path} is not a safetensors file ({size} bytes, unreadable header): copy it again."
         ) from None
-    if size != 8 + length + end:
-        raise ModelError(
-            f"{path} has {size} bytes where its header says {8 + length + end}: it is cut short, copy it again."
-        )
-    return list(tensors)
+    if size != end:
+        raise ModelError(f"{path} has {size} bytes where its header says {end}: it is cut short, copy it again.")
+    return tensors
+
+
+def _holds_own_head(tensors: dict[str, StoredTensor]) -> bool:
+    """Return whether the files hold an output head that is not a copy of the embedding: transformers then does not tie them."""
+    head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
+    if head is None or embedding is None:
+        return False
+    if head.dtype != embedding.dtype or head.end - head.start != embedding.end - embedding.start:
+        return True
+    stamps = tuple((tensor.path.stat().st_mtime_ns, tensor.path.stat().st_size) for tensor in (head, embedding))
+    return not _are_equal(head, embedding, stamps)
+
+
+@functools.lru_cache(maxsize=16)
+def _are_equal(first: StoredTensor, second: StoredTensor, _stamps: tuple[tuple[int, int], ...]) -> bool:
+    """Compare the bytes of two tensors of one size; another head differs in the first of them, so only a copy is read whole.
+
+    Args:
+        _stamps: of the two files, so that what was found for one that was replaced is not remembered.
+    """
+    with first.path.open("rb") as one, second.path.open("rb") as two:
+        one.seek(first.start)
+        two.seek(second.start)
+        for start in range(first.start, first.end, _COMPARED_BYTES):
+            size = min(_COMPARED_BYTES, first.end - start)
+            if one.read(size) != two.read(size):
+                return False
+    return True

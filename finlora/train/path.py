@@ -6,7 +6,6 @@ each worker; then it is taken.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +16,6 @@ from finlora.data.encode import Encoded
 from finlora.data.pack_size import PackSize, measure_pack
 from finlora.data.packing import split_by_tokens
 from finlora.model.packed_memory import PackPlan, Workload, packing_refusal, plan_packs
-from finlora.model.shapes import read_shape
 from finlora.model.source import find_source
 from finlora.precision import is_autocast
 from finlora.train.batches import Batches, PackedBatches, PaddedBatches
@@ -41,8 +39,7 @@ def refuse_packing(config: RunConfig) -> str | None:
     """Return in words why a run trains on padded rows, or None where it trains packed."""
     if not config.train.packing:
         return "train.packing=false"
-    values = json.loads((find_source(config.model).folder / "config.json").read_text(encoding="utf-8"))
-    return packing_refusal(values, config.lora.target_modules)
+    return packing_refusal(config.lora.target_modules)
 
 
 def make_sampler(config: RunConfig, examples: Sequence[Encoded]) -> Sampler:
@@ -90,7 +87,7 @@ def plan_path(config: RunConfig, examples: Sequence[Encoded], memory_gib: float)
         largest_share=max(totals),
         measure=measure,
     )
-    return plan_packs(read_shape(find_source(config.model).folder), config, work, memory_gib)
+    return plan_packs(find_source(config.model).shape, config, work, memory_gib)
 
 
 def take_path(

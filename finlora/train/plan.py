@@ -14,7 +14,7 @@ from finlora.data.encode import Encoded
 from finlora.errors import ConfigError, ResourceError
 from finlora.model.activations import MemoryPlan, plan_memory
 from finlora.model.packed_memory import PackPlan
-from finlora.model.shapes import context_gib, find_worst_micro_batch, read_shape
+from finlora.model.shapes import context_gib, find_worst_micro_batch
 from finlora.model.source import find_source
 from finlora.train.path import plan_path, refuse_packing
 from finlora.train.run import TrainingSet, load_training_set
@@ -135,7 +135,7 @@ def _forecast(
         return packs.memory, packs
     lengths = [(item.num_tokens, len(item.answer_ids)) for item in examples]
     batch = find_worst_micro_batch(lengths, config.train.micro_batch_size)
-    return plan_memory(read_shape(find_source(config.model).folder), config, batch), None
+    return plan_memory(find_source(config.model).shape, config, batch), None
 
 
 def explain_out_of_memory(config: RunConfig, found: str, packs: PackPlan | None) -> ResourceError:

@@ -16,8 +16,9 @@ import scaling
 from cluster_model import PCIE, Cluster, Link, Load, draw_steps, simulate
 from scaling import METHODS, Run, measure, measured_table
 
-from finlora.config import LoraConfig
-from finlora.model.shapes import adapter_shapes, read_shape
+from finlora.config import LoraConfig, ModelConfig
+from finlora.model.shapes import adapter_shapes
+from finlora.model.source import find_source
 from finlora.train.onebit import Schedule, Traffic
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ def run(world_size, method, steps=STEPS, load=None, between=SLOW):
 @pytest.mark.ray
 def test_measured_run_sends_what_the_simulation_says(ray_instance, tiny_base, prepared_synthetic, tmp_path):
     measured = measure(tmp_path, tiny_base, prepared_synthetic, "synthetic_sentiment", "adamw", 2, 10)
-    shapes = adapter_shapes(read_shape(tiny_base), LoraConfig(rank=4))
+    shapes = adapter_shapes(find_source(ModelConfig(base=str(tiny_base))).shape, LoraConfig(rank=4))
     load = make_load(sizes=[rows * columns for _, (rows, columns) in shapes])
     outcome = run(2, "adamw ring", steps=10, load=load)
     assert (measured.bytes_sent, measured.rounds) == (outcome.bytes_sent, outcome.rounds)

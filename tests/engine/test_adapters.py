@@ -11,16 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from finlora.engine.adapters import Bank, read_adapter
 from finlora.errors import AdapterError
-from finlora.model.shapes import read_shape
+from finlora.model.source import find_source
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def read(four_layers):
-    from pathlib import Path
-
-    shape = read_shape(Path(four_layers.base))
+    shape = find_source(four_layers).shape
     return lambda folder, span=range(4): read_adapter(folder, shape, span, torch.float32, CPU)
 
 

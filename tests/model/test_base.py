@@ -20,7 +20,8 @@ IDS = torch.arange(60).reshape(3, 20) + 5
 
 @pytest.fixture(scope="module")
 def bases(tiny_base, tmp_path_factory):
-    """The tiny base as one file with tied embeddings, and an untied one in shards, as Llama 8B comes."""
+    """The tiny base as one file with tied embeddings, an untied one in shards, as Llama 8B comes, and one whose config says that
+    they are tied where the file holds an output head of its own."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sharded = tmp_path_factory.mktemp("models") / "untied"
@@ -31,7 +32,12 @@ def bases(tiny_base, tmp_path_factory):
     for path in tiny_base.glob("tokenizer*"):
         shutil.copy(path, sharded)
     assert len(list(sharded.glob("*.safetensors"))) > 2
-    return {"tied": tiny_base, "untied-sharded": sharded}
+    own_head = shutil.copytree(tiny_base, tmp_path_factory.mktemp("models") / "own-head")
+    tensors = load_file(own_head / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"]) * 0.3
+    save_file(tensors, own_head / "model.safetensors", metadata={"format": "pt"})
+    assert json.loads((own_head / "config.json").read_text())["tie_word_embeddings"] is True
+    return {"tied": tiny_base, "untied-sharded": sharded, "own-head": own_head}
 
 
 def load(folder, bits, dtype="bfloat16", seed=0, **settings):
@@ -57,7 +63,7 @@ def load_with_transformers(folder, bits):
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-@pytest.mark.parametrize("kind", ["tied", "untied-sharded"])
+@pytest.mark.parametrize("kind", ["tied", "untied-sharded", "own-head"])
 def test_weights_and_logits_equal_transformers_bit_for_bit(bases, kind, bits):
     with quiet_bitsandbytes(), torch.inference_mode():
         ours, theirs = load(bases[kind], bits).model, load_with_transformers(bases[kind], bits).eval()
@@ -168,4 +174,4 @@ def test_tokenizer_larger_than_the_embedding_is_refused_by_words(tiny_base, tmp_
     with pytest.raises(
         ModelError, match=r"the tokenizer has 512 tokens but the model embeds 500: model.tokenizer does not"
     ):
-        load(folder, 16)
+        load(folder, 16, weights="random")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -28,11 +29,11 @@ def settings_of(folder, dtype="float32"):
 def make_adapter(tiny_base, tmp_path):
     """Write an adapter folder with its contract, as a training at some bits would."""
 
-    def make(bits=16, dtype="float32", lora=None):
+    def make(bits=16, dtype="float32", lora=None, base_folder=tiny_base):
         lora = lora or LoraConfig(rank=4)
         folder = tmp_path / f"adapter-{bits}"
         with quiet_bitsandbytes():
-            base = load_base(settings_of(tiny_base, dtype), bits, CPU, 0)
+            base = load_base(settings_of(base_folder, dtype), bits, CPU, 0)
             model = attach_lora(base.model, lora, base.model.name_or_path, 1)
             torch.manual_seed(7)
             for parameter in trainable_parameters(model).values():
@@ -114,6 +115,21 @@ def test_folder_reads_as_a_plain_model_and_says_where_it_comes_from(tiny_base, m
     assert provenance["contract"]["bits"] == 16
     assert [path.name for path in output.parent.iterdir()] == ["merged"]
     assert str(tmp_path) not in (output / "config.json").read_text()
+
+
+def test_head_of_the_bases_own_is_in_the_merged_folder(tiny_base, make_adapter, tmp_path):
+    """The base's config ties head and embedding, its file does not; the merged folder says what it holds."""
+    from transformers import AutoModelForCausalLM
+
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    tensors, head = load_file(base / "model.safetensors"), torch.full((512, 64), 0.5, dtype=torch.bfloat16)
+    save_file(tensors | {"lm_head.weight": head}, base / "model.safetensors", metadata={"format": "pt"})
+    folder = make_adapter(base_folder=base)
+    export_merged(settings_of(base), folder, tmp_path / "merged", CPU, allow_other_bits=False)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is False
+    plain = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"))
+    assert torch.equal(plain.lm_head.weight, head)
+    assert torch.equal(plain.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
 
 
 def test_adapter_and_merged_model_have_the_modes_of_the_umask(tiny_base, make_adapter, tmp_path, file_mode):

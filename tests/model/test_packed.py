@@ -203,9 +203,3 @@ def test_what_cannot_run_packed_is_said(make_model, targets, words):
     if words:
         with pytest.raises(ValueError, match=r"target_modules has o_proj"):
             PackedLlama(model, torch.float32)
-
-
-def test_biases_are_refused(make_model):
-    model = make_model(16)
-    model.get_base_model().config.attention_bias = True
-    assert refusal(model) == "the base has biases; packed training knows none"

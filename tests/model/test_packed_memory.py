@@ -19,7 +19,6 @@ from finlora.model.packed_memory import (
     Workload,
     count_kept_bytes,
     forecast_packs,
-    packing_refusal,
     plan_packs,
 )
 from finlora.model.shapes import LLAMA_8B, LLAMA_70B, shape_of
@@ -110,18 +109,3 @@ def test_plan_that_cannot_fit_is_the_one_that_needs_least():
 def test_settings_leave_one_way():
     plan = plan_packs(LLAMA_8B, true_run(4, recompute="mlp", unpack_weights="never"), workload(), 1000.0)
     assert (plan.keep_unpacked, plan.recompute) == (False, "mlp")
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"model_type": "llama"}, None),
-        (
-            {"model_type": "llama", "hidden_act": "gelu"},
-            "the base is llama with gelu; packed training knows Llama with silu",
-        ),
-        ({"model_type": "llama", "mlp_bias": True}, "the base has biases; packed training knows none"),
-    ],
-)
-def test_base_that_cannot_train_packed_is_said(values, words):
-    assert packing_refusal(values, ["q_proj"]) == words

@@ -1,0 +1,218 @@
+"""The Llama that every path computes; a config key or tensor beyond it is refused by name.
+
+Packed and padded training, the engine's stages, the planner, merge and the cache of quantised bases all get a base from
+`find_source`, which asks here first: so no path can drop what another one honours. The reference is transformers'
+LlamaForCausalLM, to whose answers the tests hold each path.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from finlora.config import LLAMA_PROJECTIONS
+from finlora.configfile import show
+from finlora.errors import ModelError
+from finlora.model.shapes import LlamaShape
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+_ONE_VALUE: dict[str, tuple[object, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0, None),
+}
+"""Keys that transformers' Llama reads and every path here has one value of."""
+
+# Read by every path, or by none since they change no number: sizes, token ids, and notes of the tools that wrote the file.
+# pretraining_tp splits products without changing them, and transformers no longer reads it.
+_KNOWN = {
+    *("model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "max_position_embeddings"),
+    *("initializer_range", "tie_word_embeddings", "pretraining_tp", "use_cache"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings", "partial_rotary_factor"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "auto_map", "quantization_config"),
+    *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "_flash_attn_2_enabled"),
+}
+_MATHS = re.compile(
+    r"bias|(^|_)rope|rotary|scal(e|ing)|multiplier|softcap|window|expert|(^|_)moe|alibi|(^|_)mup|interleav|qk_norm|norm_type"
+    r"|parallel_(attn|block|residual)|clip_qkv",
+    re.IGNORECASE,
+)
+"""In the names of keys by which relatives of Llama compute something else. transformers' Llama reads none of them, so a model
+that needs one would answer wrongly without a word."""
+
+_ROPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose angles depend on the position alone. `dynamic` and `longrope` depend on the longest sequence of a
+pass as well: in a pass of several requests, or of packed examples, one would change the others."""
+_ROPE_KEYS = {
+    *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor"),
+    *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    *("partial_rotary_factor", "finetuned"),
+}
+
+_BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq")
+"""Written by old versions of transformers; computed from config.json by all."""
+_KINDS = (
+    (re.compile(r"\.bias$"), "biases, which no path here adds"),
+    (
+        re.compile(r"lora_|base_layer|modules_to_save"),
+        "an adapter inside the model: merge it with PEFT (merge_and_unload)",
+    ),
+    (re.compile(r"scale|SCB|absmax|quant|qweight|qzeros|g_idx|packed"), "quantised weights: give the 16-bit model"),
+    (re.compile(r"^(score|classifier|v_head)\."), "a head of another task: give the causal language model"),
+)
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies, by the header of its safetensors file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """First byte in the file."""
+    end: int
+
+
+def check_config(folder: Path, values: Mapping[str, Any]) -> None:
+    """Refuse a config.json by which some path would compute something else than transformers.
+
+    Raises:
+        ModelError: names every such key with its value.
+    """
+    odd = {key: values[key] for key, plain in _ONE_VALUE.items() if key in values and values[key] not in plain}
+    window, context = values.get("sliding_window"), values.get("max_position_embeddings")
+    is_whole = isinstance(window, int) and isinstance(context, int) and window >= context
+    if window is not None and not is_whole and values.get("use_sliding_window") is not False:
+        odd["sliding_window"] = window
+    layer_types = values.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        odd["layer_types"] = layer_types
+    if values.get("partial_rotary_factor") not in (None, 1):
+        odd["partial_rotary_factor"] = values["partial_rotary_factor"]
+    code = values.get("auto_map")
+    if isinstance(code, dict) and {"AutoModel", "AutoModelForCausalLM"} & code.keys():
+        odd["auto_map"] = code
+    strange = {key: value for key, value in values.items() if _is_strange(key, value)}
+    if not odd and not strange:
+        return
+    named = ", ".join(f"{show(key)[1:-1]}={show(value)}" for key, value in list((odd | strange).items())[:8])
+    if set(odd) | set(strange) == {"attention_dropout"}:
+        advice = "set it to 0 in a copy of the model: its answers stay the same, and training has lora.dropout"
+    elif odd:
+        advice = "choose a Llama without them"
+    else:
+        advice = "choose another base, or where it does not need them, take them out of a copy of its config.json"
+    raise ModelError(
+        f"{folder}/config.json asks for what FinLoRA's Llama does not compute: {named}. The base would be trained and answer "
+        f"otherwise than it was made, so no verb takes it: {advice}."
+    )
+
+
+def check_rotary(folder: Path, config: LlamaConfig) -> None:
+    """Refuse a rotary embedding that depends on more than the position, or whose parameters are not whole.
+
+    Args:
+        config: as transformers read it; `rope_parameters` holds what config.json says in any version's spelling.
+
+    Raises:
+        ModelError: names the parameters.
+    """
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope: dict[str, Any] = dict(config.rope_parameters or {})
+    kind = rope.get("rope_type", "default")
+    strange = [
+        f", {show(key)[1:-1]}={show(rope[key])}" for key in rope if key not in _ROPE_KEYS and rope[key] is not None
+    ]
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        strange.append(f", partial_rotary_factor={show(rope['partial_rotary_factor'])}")
+    if kind not in _ROPES or strange:
+        raise ModelError(
+            f"{folder}/config.json asks for a rotary embedding that FinLoRA does not compute: "
+            f"rope_type={show(kind)}{''.join(strange)}. Expected a rope_type of {', '.join(_ROPES)} over the whole head, whose "
+            "angles depend on the position alone: choose another base."
+        )
+    try:
+        if kind != "default":
+            angles, _ = ROPE_INIT_FUNCTIONS[kind](config, None)
+            if not bool(angles.isfinite().all()):
+                raise ValueError("its frequencies are not finite")
+    except Exception as error:  # of an odd parameter, each by another exception
+        raise ModelError(
+            f"{folder}/config.json has rope parameters that give no angles ({show(rope)}: {error}): copy the model again."
+        ) from error
+
+
+def check_tensors(folder: Path, shape: LlamaShape, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse files that lack a tensor, hold one of another shape or type, or hold one that no path reads.
+
+    Raises:
+        ModelError: names the tensors.
+    """
+    expected = dict(_list_expected(shape))
+    missing = [name for name in expected if name not in tensors]
+    extra = [name for name in tensors if name not in expected and not _is_spare(name, shape)]
+    if missing:
+        others = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+        instead = f" They hold {show(extra[0])[1:-1]}, which it does not name." if extra else ""
+        raise ModelError(
+            f"{folder} has no tensor {missing[0]}{others}: its config.json describes another model, copy both again.{instead}"
+        )
+    for name, wanted in expected.items():
+        found = tensors[name]
+        if found.shape != wanted:
+            raise ModelError(
+                f"{found.path} holds {name} as {list(found.shape)} where config.json says {list(wanted)}: copy both again."
+            )
+        if found.dtype not in _DTYPES:
+            raise ModelError(
+                f"{found.path} holds {name} as {found.dtype}: expected {', '.join(_DTYPES)}. Give the 16-bit model, FinLoRA "
+                "quantises while loading."
+            )
+    if extra:
+        kind = next((words for pattern, words in _KINDS if any(pattern.search(name) for name in extra)), "")
+        raise ModelError(
+            f"{tensors[extra[0]].path} holds {len(extra)} tensors that FinLoRA's Llama does not compute with"
+            f" ({', '.join(show(name)[1:-1] for name in extra[:3])}{', ...' if len(extra) > 3 else ''})"
+            f"{f': {kind}' if kind else ''}. Its answers would not be the model's, so no verb takes it: choose another base."
+        )
+
+
+def _list_expected(shape: LlamaShape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of each tensor of a base, in the names of transformers."""
+    table, norm = (shape.vocab_size, shape.hidden_size), (shape.hidden_size,)
+    yield EMBEDDING, table
+    for index in range(shape.num_layers):
+        layer = f"model.layers.{index}"
+        for name in LLAMA_PROJECTIONS:
+            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+            yield f"{layer}.{block}.{name}.weight", shape.projection(name)
+        yield f"{layer}.input_layernorm.weight", norm
+        yield f"{layer}.post_attention_layernorm.weight", norm
+    yield "model.norm.weight", norm
+    if not shape.is_tied:
+        yield HEAD, table
+
+
+def _is_spare(name: str, shape: LlamaShape) -> bool:
+    """Return whether a tensor beside the expected ones changes nothing: a copy of the embedding as head, or a rotary buffer."""
+    return (name == HEAD and shape.is_tied) or bool(_BUFFERS.fullmatch(name))
+
+
+def _is_strange(key: str, value: object) -> bool:
+    """Return whether a key that transformers' Llama does not read names some other formula, and is on."""
+    return key not in _KNOWN and key not in _ONE_VALUE and bool(_MATHS.search(key)) and not _is_neutral(value)
+
+
+def _is_neutral(value: object) -> bool:
+    """Return whether a setting does nothing: absent, off, or a factor of one."""
+    return value is None or value is False or value in ("", [], {}) or (value in (0, 1) and value is not True)

@@ -11,14 +11,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
 
+from finlora.cluster_probe import probe_cluster, require_node_here, require_same_versions
 from finlora.cpu import worker_environment
-from finlora.errors import FinloraError, ResourceError
+from finlora.errors import ConfigError, FinloraError, ResourceError
+from finlora.host import check_ray_temp, find_ray_temp
 from finlora.lease import take_lease
+from finlora.signals import without_hangup_for_children
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _TOKEN_FILE = Path("~/.config/finlora/ray-token")
+
+
+def prepare() -> None:
+    """Set what Ray reads when it is imported: the token of a local cluster. Called before any import of Ray.
+
+    Raises:
+        ConfigError: the token cannot be kept in the home folder.
+    """
+    if is_local():
+        _guard_local()
 
 
 def connect(log_to_driver: bool) -> None:
@@ -32,37 +45,58 @@ def connect(log_to_driver: bool) -> None:
         log_to_driver: show what workers print.
 
     Raises:
-        ResourceError: RAY_ADDRESS is set but no cluster answers there.
+        ConfigError: RAY_ADDRESS is no address of a cluster, or the home folder cannot hold the token.
+        ResourceError: no cluster answers at RAY_ADDRESS within 15 s, it has other versions or another token, or a local one
+            cannot start here.
     """
-    address = os.environ.get("RAY_ADDRESS")
-    if not address:
-        _guard_local()
+    prepare()
     import ray  # only now: Ray reads its authentication mode when it is imported
 
     if ray.is_initialized():
         return
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    if is_local():
+        check_ray_temp()
+    else:
+        versions = probe_cluster(address)
+        require_same_versions(versions)
+        require_node_here(versions)
     try:
-        if address:
+        if not is_local():
             ray.init(log_to_driver=log_to_driver, runtime_env={"env_vars": worker_environment()})
-        else:
+            return
+        with without_hangup_for_children():
             ray.init(
                 address="local",
                 log_to_driver=log_to_driver,
                 _node_ip_address="127.0.0.1",
                 logging_level="WARNING",
             )
-    except ConnectionError as error:
-        raise ResourceError(
-            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}): start one (`ray start --head`), mend the address or the "
-            "token (RAY_AUTH_MODE, RAY_AUTH_TOKEN_PATH), or unset RAY_ADDRESS to run on this machine alone."
-        ) from error
-    except Exception as error:  # Ray has no kind of its own for it
-        if "timed out during startup" not in str(error):
-            raise
-        raise ResourceError(
+    except Exception as error:  # Ray has no kind of its own for most of it
+        raise _explain_start(error, address) from error
+
+
+def is_local() -> bool:
+    """Return whether a Ray of this machine alone is used, which `connect` starts."""
+    return os.environ.get("RAY_ADDRESS", "").strip() in ("", "local")
+
+
+def _explain_start(error: Exception, address: str) -> ResourceError:
+    found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if not is_local():
+        return ResourceError(
+            f"the Ray cluster at RAY_ADDRESS={address} answers, but cannot be joined ({found}): look at `ray status` there, and "
+            "start this machine's node again (`ray stop`, `ray start`)."
+        )
+    if "timed out during startup" in str(error):
+        return ResourceError(
             "Ray did not start on this machine within 30 s, its own limit: other work takes the processors. Run the same "
             "command again when they are free, or name a cluster that runs with RAY_ADDRESS."
-        ) from error
+        )
+    return ResourceError(
+        f"Ray did not start on this machine ({found}): its logs are in {find_ray_temp() / 'ray' / 'session_latest' / 'logs'}; "
+        "`finlora doctor` looks for what is missing."
+    )
 
 
 def require(num_workers: int, cpus: float, gpus: float) -> None:
@@ -137,14 +171,26 @@ def _guard_local() -> None:
     if "RAY_AUTH_MODE" in os.environ:
         return
     token_file = _TOKEN_FILE.expanduser()
-    if not token_file.is_file():
-        token_file.parent.mkdir(parents=True, exist_ok=True)
-        # Under another name first: a process that is killed here must not leave an empty token, which Ray refuses for good.
-        descriptor, fresh = tempfile.mkstemp(prefix=".ray-token-", dir=token_file.parent)
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(secrets.token_hex(32))
-        with contextlib.suppress(FileExistsError):  # another process was first
-            os.link(fresh, token_file)
-        Path(fresh).unlink()
+    try:
+        _make_token(token_file)
+    except OSError as error:
+        raise ConfigError(
+            f"the token of a local Ray cannot be kept at {token_file} ({error.strerror}): make the home folder writable, or set "
+            "HOME to one that is."
+        ) from error
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
+
+
+def _make_token(token_file: Path) -> None:
+    if token_file.is_file():
+        with token_file.open("rb"):  # it must be readable, too
+            return
+    token_file.parent.mkdir(parents=True, exist_ok=True)
+    # Under another name first: a process that is killed here must not leave an empty token, which Ray refuses for good.
+    descriptor, fresh = tempfile.mkstemp(prefix=".ray-token-", dir=token_file.parent)
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(secrets.token_hex(32))
+    with contextlib.suppress(FileExistsError):  # another process was first
+        os.link(fresh, token_file)
+    Path(fresh).unlink()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from rich.progress import (
 from rich.table import Table
 
 from finlora.errors import FinloraError, StoppedError
+from finlora.foreign_errors import explain
+from finlora.signals import StoppedByError, leave_output
 
 if TYPE_CHECKING:
     from finlora.data.prepared import PreparedReport
@@ -35,19 +38,35 @@ def show_error(error: FinloraError) -> None:
 
 
 def exit_with(run: Callable[[], object]) -> NoReturn:
-    """Run a command and leave the process: with 0, or after an error of ours with its message and exit code."""
+    """Run a command and leave the process: with 0, or after an error of ours with its message and exit code.
+
+    An error of another library that none of our modules has named is told in one line as well; its traceback goes to a file.
+    """
+    code = 0
     try:
         run()
     except StoppedError as stop:
-        Console(stderr=True).print(str(stop), highlight=False, soft_wrap=True)
-        sys.exit(stop.exit_code)
+        code = _show_stop(stop)
+    except StoppedByError as stopped:
+        code = _show_stop(stopped.explain())
     except FinloraError as error:
         show_error(error)
-        sys.exit(error.exit_code)
+        code = error.exit_code
     except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped. The same command resumes from the last checkpoint.")
-        sys.exit(130)
-    sys.exit(0)
+        code = _show_stop(StoppedByError(signal.SIGINT).explain())
+    except BrokenPipeError:  # whoever read our output has gone, as in `finlora report ... | head`
+        leave_output()
+        code = 128 + signal.SIGPIPE
+    except Exception as error:
+        known = explain(error)
+        show_error(known)
+        code = known.exit_code
+    sys.exit(code)
+
+
+def _show_stop(stop: StoppedError) -> int:
+    Console(stderr=True).print(str(stop), highlight=False, soft_wrap=True)
+    return stop.exit_code
 
 
 class Bars:

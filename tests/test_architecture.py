@@ -19,6 +19,9 @@ STAIR = (
         "errors",
         "cpu",
         "working_dir",
+        "signals",
+        "host",
+        "foreign_errors",
         "durable",
         "paper",
         "published",
@@ -37,6 +40,7 @@ STAIR = (
     *(
         "holdings",
         "lease",
+        "cluster_probe",
         "cluster",
         "data",
         "terminal",
@@ -53,7 +57,12 @@ STAIR = (
 # Where a heavy package may be imported at all: rooms, or modules of a room.
 HOMES = {
     "ray": {
-        *("holdings", "lease", "cluster"),  # what training, search, stages and serving ask of a cluster alike
+        *(
+            "holdings",
+            "lease",
+            "cluster_probe",
+            "cluster",
+        ),  # what training, search, stages and serving ask of a cluster alike
         *(
             "train.worker",
             "train.room",
@@ -180,7 +189,10 @@ def test_heavy_package_stays_in_its_rooms(package):
     assert {user for user in users if not {user, user.split(".")[0]} & HOMES[package]} == set()
 
 
-LIGHT = ("terminal", "errors", "config", "configfile", "holdings", "lease", "cluster", "results", "report")
+LIGHT = (
+    *("terminal", "errors", "signals", "host", "foreign_errors", "config", "configfile"),
+    *("holdings", "lease", "cluster_probe", "cluster", "results", "report"),
+)
 
 
 @pytest.mark.parametrize("name", sorted(f"finlora.{name}" for name in LIGHT) + [n for n in GRAPH if room(n) == "cli"])

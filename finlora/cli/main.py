@@ -6,12 +6,15 @@ Heavy packages are imported inside the verbs, so that help and mistakes answer a
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from finlora.cli import answers, data, reporting, searching, serving, training
 from finlora.cli.app import app
 from finlora.cpu import set_environment
+from finlora.host import check_arguments, check_home, soften_output
+from finlora.signals import end_in_order
 from finlora.terminal import exit_with
 
 # Importing a group registers its verbs.
@@ -24,8 +27,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    set_environment()
-    exit_with(lambda: app(args=list(arguments) if arguments is not None else None, standalone_mode=True))
+    words = list(sys.argv[1:] if arguments is None else arguments)
+
+    def run() -> None:
+        check_arguments(words)
+        check_home()
+        set_environment()
+        with end_in_order():
+            app(args=words, standalone_mode=True)
+
+    soften_output()
+    exit_with(run)
 
 
 if __name__ == "__main__":

@@ -46,10 +46,16 @@ def serve(
         return
     # A machine at work takes longer to start Ray Serve's HTTP proxy than the 5 s that Ray gives it.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
-    cluster.connect(log_to_driver=False)
-    from finlora.serve.deploy import read_deployment, run_server  # Ray reads its settings when it is imported
+    cluster.prepare()
+    from finlora.serve.deploy import (
+        check_server,
+        read_deployment,
+        run_server,
+    )  # Ray reads its settings when it is imported
 
-    run_server(read_deployment(config, changes), host, port, say)
+    deployment = check_server(read_deployment(config, changes), host, port, is_here=cluster.is_local())
+    cluster.connect(log_to_driver=False)
+    run_server(deployment, say)
 
 
 @app.command(

@@ -6,18 +6,23 @@ What comes back is taken for what a stranger may have sent: of bounded size, of 
 from __future__ import annotations
 
 import http.client
+import ipaddress
 import json
+import ssl
 import time
 import unicodedata
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from finlora.configfile import show
 from finlora.errors import ConfigError, ResourceError
+from finlora.host import require_listener
 from finlora.serve.keys import KEY_VARIABLE
 
 _TIMEOUT_S = 330.0
@@ -174,31 +179,97 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 @contextmanager
 def _open(address: str, path: str, key: str, body: dict[str, Any]) -> Iterator[Any]:
-    if not address.startswith(("http://", "https://")):
-        raise ConfigError(f"found the server {address!r}: expected an address such as http://127.0.0.1:8000.")
+    host, port = _read_address(address)
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    with _failures_named(address):
+    proxies = choose_proxies(address)
+    if not proxies:
+        _require_listener(address, host, port)
+    with _failures_named(address, proxies):
         request = urllib.request.Request(address.rstrip("/") + path, json.dumps(body).encode(), headers)
+        opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler(proxies))
         try:
-            reply = urllib.request.build_opener(_NoRedirects).open(request, timeout=_TIMEOUT_S)
+            reply = opener.open(request, timeout=_TIMEOUT_S)
         except urllib.error.HTTPError as error:
             with error:
                 message = _read_message(error.read(_BLOCK_BYTES))
             kind = ResourceError if error.code >= 500 or error.code in _RETRIABLE else ConfigError
+            if message is None:
+                raise kind(
+                    f"the server at {address} answers {error.code}, not as a FinLoRA server does: mend --server."
+                ) from None
             raise kind(f"the server answers {error.code}: {message}") from None
     with reply:
         yield reply
 
 
+def choose_proxies(address: str) -> dict[str, str]:
+    """Return the proxies of a request, by scheme: none that could read the key.
+
+    A proxy of plain HTTP reads all that it passes on, so only https goes through one, in a tunnel. This machine and private
+    addresses are reached directly, and so is what NO_PROXY names.
+    """
+    parts = urllib.parse.urlsplit(address)
+    host = parts.hostname or ""
+    proxy = urllib.request.getproxies().get("https")
+    if parts.scheme != "https" or proxy is None or _is_near(host) or urllib.request.proxy_bypass(host):
+        return {}
+    return {"https": proxy}
+
+
+def _is_near(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return found.is_loopback or found.is_private or found.is_link_local
+
+
+def _read_address(address: str) -> tuple[str, int]:
+    try:
+        parts = urllib.parse.urlsplit(address)
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+        if not parts.hostname or parts.username is not None:
+            raise ValueError
+    except (ValueError, KeyError):
+        raise ConfigError(f"found the server {address!r}: expected an address such as http://127.0.0.1:8000.") from None
+    return parts.hostname, port
+
+
+def _require_listener(address: str, host: str, port: int) -> None:
+    try:
+        require_listener(host, port)
+    except OSError as error:
+        known = urllib.request.getproxies()
+        is_direct = address.startswith("http://") and "http" in known and not _is_near(host)
+        note = ". http_proxy is not used, since it would read the key: https goes through https_proxy" * is_direct
+        raise ResourceError(
+            f"no server answers at {address} ({error.strerror}): start one with `finlora serve`, or mend --server{note}."
+        ) from error
+
+
 @contextmanager
-def _failures_named(address: str) -> Iterator[None]:
+def _failures_named(address: str, proxies: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
     try:
         yield
     except (http.client.HTTPException, OSError, ValueError) as error:  # URLError and TimeoutError are of OSError
         reason = getattr(error, "reason", error)
-        raise ResourceError(
-            f"no server answers at {address} ({reason}): start one with `finlora serve`, or mend --server."
-        ) from error
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            what = f"its certificate is not trusted, {reason.verify_message}): set SSL_CERT_FILE to the authority's certificate"
+        elif isinstance(reason, ssl.SSLError):
+            what = f"it does not speak TLS, {reason.reason}): take http:// where the server has no certificate"
+        elif isinstance(error, http.client.HTTPException | ConnectionResetError) and address.startswith("http://"):
+            what = f"it hangs up, {type(error).__name__}): take https:// where the server has a certificate"
+        else:
+            what = f"{reason}): start one with `finlora serve`, or mend --server"
+        through = f" through the proxy {_shorten_proxy(proxies)}" if proxies else ""
+        raise ResourceError(f"no server answers at {address}{through} ({what}.") from error
+
+
+def _shorten_proxy(proxies: Mapping[str, str]) -> str:
+    """Return host and port of a proxy, without the password that may stand before them."""
+    return next(iter(proxies.values())).rpartition("@")[2].rpartition("/")[2]
 
 
 def _read_blocks(reply: Any, address: str) -> Iterator[bytes]:
@@ -216,12 +287,11 @@ def _read_whole(reply: Any, address: str) -> bytes:
     return raw
 
 
-def _read_message(raw: bytes) -> str:
+def _read_message(raw: bytes) -> str | None:
     try:
-        message = _message_of(json.loads(raw))
+        return _message_of(json.loads(raw))
     except (ValueError, RecursionError):
-        message = None
-    return message or _plain(raw.decode(errors="replace")[:200])
+        return None
 
 
 def _message_of(values: Any) -> str | None:

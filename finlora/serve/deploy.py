@@ -11,16 +11,20 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
 
 from finlora.errors import ConfigError, ResourceError
+from finlora.foreign_errors import shorten
+from finlora.host import require_free_port
 from finlora.precision import describe_type, resolve_model
 from finlora.serve.doors import check_certificate, require_free
 from finlora.serve.keys import KeyRing
 from finlora.serve.model import read_base
 from finlora.serve.settings import ServeConfig, make_absolute, read_settings, to_args
+from finlora.signals import heeded_signals, leave_terminal
 from finlora.yamltext import read_yaml
 
 IMPORT_PATH = "finlora.serve.app:build"
@@ -82,41 +86,65 @@ def read_deployment(path: Path, overrides: Sequence[str] = ()) -> Deployment:
     )
 
 
-def run_server(
-    deployment: Deployment,
-    host: str | None,
-    port: int | None,
-    announce: Callable[[str], None],
-) -> None:
-    """Serve on the connected Ray until a signal comes, then let answers under way end.
+def check_server(deployment: Deployment, host: str | None, port: int | None, *, is_here: bool) -> Deployment:
+    """Look at everything that can be wrong without a GPU or a cluster: ports, certificate, keys, base, tokenizer.
 
-    Everything that can be wrong without a GPU is looked at first: base, tokenizer, keys.
+    Args:
+        host: where the proxy listens. None: as the YAML says, or 127.0.0.1.
+        port: of the proxy. None: as the YAML says, or 8000.
+        is_here: the proxy will run on this machine, so its port must be free here.
+
+    Returns:
+        The deployment with absolute paths and the address that it listens at.
 
     Raises:
         ConfigError: there is no key, or the direct port cannot be as it is wanted.
         ModelError: the base's files are not usable.
-        ResourceError: the direct port is taken, or the server did not come up; says why.
+        ResourceError: a port is taken.
+    """
+    http: dict[str, Any] = {"host": "127.0.0.1", "port": 8000} | deployment.http
+    http |= {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    settings = make_absolute(_follow_proxy(deployment.settings, http))
+    if is_here:
+        _require_free_proxy(http)
+    if settings.direct.port is not None:
+        check_certificate(settings.direct)
+        require_free(settings.direct)
+    KeyRing(settings.keys_path, os.environ)
+    read_base(settings)
+    return dataclasses.replace(deployment, settings=settings, http=http)
+
+
+def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
+    """Serve on the connected Ray until a signal comes, then let answers under way end.
+
+    Args:
+        deployment: as `check_server` returned it.
+
+    Raises:
+        ResourceError: another service runs on the cluster, a port is taken, or the server did not come up; says why.
     """
     from ray import serve
     from ray.exceptions import RayError
 
     from finlora.serve.app import ServerDeployment
 
-    http: dict[str, Any] = {"host": "127.0.0.1", "port": 8000} | deployment.http
-    http |= {key: value for key, value in (("host", host), ("port", port)) if value is not None}
-    settings = make_absolute(_follow_proxy(deployment.settings, http))
+    http, settings, direct = deployment.http, deployment.settings, deployment.settings.direct
     kind = describe_type(settings.model, settings.stages.device)
     settings = dataclasses.replace(settings, model=resolve_model(settings.model, settings.stages.device))
-    direct = settings.direct
-    if direct.port is not None:
-        check_certificate(direct)
-        require_free(direct)
-    KeyRing(settings.keys_path, os.environ)
-    read_base(settings)
+    _require_no_service()
+    if _is_head():
+        _require_free_proxy(http)  # Ray's own processes may have taken it meanwhile
     # It says of each step of its own that it was done, and once that our options are not applied, which they are.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stop = threading.Event()
-    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
+        stop.set()
+
+    previous = {number: signal.signal(number, end) for number in heeded_signals()}
     try:
         remote: Any = ServerDeployment
         try:
@@ -125,7 +153,9 @@ def run_server(
             place = {"name": deployment.name, "route_prefix": deployment.route_prefix}
             serve.run(application, **place, logging_config=deployment.logging or None)
         except (RuntimeError, RayError) as error:
-            raise ResourceError(f"the server did not come up: {error}") from error
+            raise ResourceError(
+                f"the server did not come up: {shorten(error)}. `ray status` and the logs in the dashboard say more."
+            ) from error
         where = _name(http.get("ssl_certfile"), http["host"], http["port"])
         beside = (
             f", and by itself at {_name(direct.ssl_certfile, direct.host, direct.port)}"
@@ -144,6 +174,31 @@ def run_server(
         serve.shutdown()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _require_free_proxy(http: dict[str, Any]) -> None:
+    mend = "another server answers there, or another program: end it, or take another port with --port"
+    require_free_port(http["host"], http["port"], "port", mend)
+
+
+def _is_head() -> bool:
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == own and "node:__internal_head__" in node["Resources"] for node in ray.nodes())
+
+
+def _require_no_service() -> None:
+    """Refuse a cluster on which Ray Serve runs: at its end `finlora serve` would end that service too."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    with contextlib.suppress(ValueError):
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        raise ResourceError(
+            "a Ray Serve service runs on this cluster already: update it with `serve deploy FILE`, end it with `serve shutdown`, "
+            "or unset RAY_ADDRESS to serve on this machine alone."
+        )
 
 
 def _end_controller() -> None:

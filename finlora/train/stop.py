@@ -11,12 +11,12 @@ a new file for a minute.
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -24,16 +24,17 @@ import torch
 import torch.distributed as dist
 
 from finlora.errors import StoppedError
+from finlora.signals import heeded_signals, leave_terminal
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _READ_EVERY_S = 0.5
 
 
-@contextmanager
+@contextlib.contextmanager
 def stop_on_signals(path: Path, announce: Callable[[str], None]) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM inside into a request to the workers; a second one ends this process at once.
+    """Turn the first SIGINT, SIGTERM or SIGHUP inside into a request to the workers; a second one ends this process at once.
 
-    Outside the main thread, where Python allows no handlers, signals stay with whoever has them.
+    Outside the main thread, where Python allows no handlers, signals stay with whoever has them. A SIGHUP that is ignored, as
+    by `nohup`, stays ignored.
 
     Args:
         path: the run's `stop` file; what an earlier run left in it is removed.
@@ -47,6 +48,10 @@ def stop_on_signals(path: Path, announce: Callable[[str], None]) -> Iterator[Non
 
     def ask(number: int, _frame: FrameType | None) -> None:
         nonlocal was_asked
+        if number == signal.SIGHUP:
+            leave_terminal()
+            if was_asked:  # a terminal that closes may signal twice: by its shell and by itself
+                return
         if was_asked:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
@@ -56,7 +61,7 @@ def stop_on_signals(path: Path, announce: Callable[[str], None]) -> Iterator[Non
         path.write_text(name, encoding="utf-8")
         announce(f"{name}: stopping after a checkpoint of this step. Once more ends at once, without one.")
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    before = {number: signal.signal(number, ask) for number in heeded_signals()}
     try:
         yield
     finally:

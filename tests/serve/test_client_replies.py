@@ -57,7 +57,7 @@ def test_key_is_not_sent_where_a_server_points(status):
         server(200, {}, b"{}") as (elsewhere, stolen),
         server(status, {"Location": f"{elsewhere}/v1/x"}, b"") as (address, seen),
     ):
-        with pytest.raises(ConfigError, match=f"the server answers {status}"):
+        with pytest.raises(ConfigError, match=f"answers {status}, not as a FinLoRA server does"):
             ask(address, "fpb")
         assert seen == [f"Bearer {KEY}"]
         assert stolen == []
@@ -111,10 +111,15 @@ def test_line_that_is_cut_in_the_middle_is_an_error_of_ours():
         ask(address)
 
 
-@pytest.mark.parametrize("address", ["http://", "http://[", "http://a:b", "http://\udcff", "http://127.0.0.1:1 /"])
+@pytest.mark.parametrize("address", ["http://", "http://[", "http://a:b", "http://127.0.0.1:1 /", "http://me:pw@a"])
 def test_address_that_is_none_is_an_error_of_ours(address):
-    with pytest.raises(ResourceError, match="no server answers"):
+    with pytest.raises(ConfigError, match="expected an address such as"):
         ask(address)
+
+
+def test_name_that_is_none_is_an_error_of_ours():
+    with pytest.raises(ResourceError, match="no server answers"):
+        ask("http://\udcff")
 
 
 def test_key_that_no_header_can_hold_is_refused_before_it_is_sent():

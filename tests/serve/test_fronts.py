@@ -25,7 +25,7 @@ from wire import send
 
 from finlora.errors import ConfigError, ResourceError
 from finlora.serve import fronts
-from finlora.serve.deploy import read_deployment, run_server
+from finlora.serve.deploy import check_server, read_deployment
 from finlora.serve.settings import read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,7 +192,7 @@ def test_what_a_direct_port_cannot_be_is_said_before_anything_starts(tmp_path, t
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
     changes = [f"model.base={tiny_base}", "adapters_dir=null", "keys_file=null", "audit_dir=null", "direct.port=9000"]
     with pytest.raises(ConfigError, match=words):
-        run_server(read_deployment(tmp_path / "x.yaml", changes), None, None, print)
+        check_server(read_deployment(tmp_path / "x.yaml", changes), None, None, is_here=True)
 
 
 def test_settings_of_a_direct_port_are_checked():

@@ -8,7 +8,8 @@ import threading
 
 import pytest
 
-from finlora.train.stop import SIGNALS, StopRequest, describe_stop, stop_on_signals
+from finlora.signals import ENDING
+from finlora.train.stop import StopRequest, describe_stop, stop_on_signals
 
 
 @pytest.fixture
@@ -16,10 +17,10 @@ def path(tmp_path):
     return tmp_path / "stop"
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", ENDING)
 def test_first_signal_asks_the_workers_and_handlers_come_back(path, number):
     path.write_text("SIGINT")  # left by the run before
-    before = [signal.getsignal(each) for each in SIGNALS]
+    before = [signal.getsignal(each) for each in ENDING]
     lines = []
     with stop_on_signals(path, lines.append):
         request = StopRequest(path, worker=0, world_size=1)
@@ -30,7 +31,7 @@ def test_first_signal_asks_the_workers_and_handlers_come_back(path, number):
     assert lines == [
         f"{signal.Signals(number).name}: stopping after a checkpoint of this step. Once more ends at once, without one."
     ]
-    assert [signal.getsignal(each) for each in SIGNALS] == before
+    assert [signal.getsignal(each) for each in ENDING] == before
 
 
 def send(path, *numbers):
@@ -48,11 +49,11 @@ def test_second_signal_ends_the_driver_at_once(path):
 
 
 def test_signals_are_left_alone_outside_the_main_thread(path):
-    before, seen = [signal.getsignal(each) for each in SIGNALS], []
+    before, seen = [signal.getsignal(each) for each in ENDING], []
 
     def run():
         with stop_on_signals(path, lambda line: None):
-            seen.extend(signal.getsignal(each) for each in SIGNALS)
+            seen.extend(signal.getsignal(each) for each in ENDING)
 
     thread = threading.Thread(target=run)
     thread.start()
@@ -81,3 +82,22 @@ def test_end_is_told_in_one_line_with_the_shells_code(path, text, code):
     assert str(error) == f"Stopped by {text} at step 1,200 of 4,000, which is saved: the same command resumes there."
     assert error.exit_code == code
     assert "before the first step: the same command" in str(describe_stop(path, 0, 4000))
+
+
+def test_hangup_leaves_the_terminal_and_a_second_one_does_not_end_the_driver(path, monkeypatch):
+    left = []
+    monkeypatch.setattr("finlora.train.stop.leave_terminal", lambda: left.append(1))
+    send(path, signal.SIGHUP, signal.SIGHUP)
+    assert path.read_text() == "SIGHUP"
+    assert left == [1, 1]
+    assert describe_stop(path, 3, 9).exit_code == 129
+
+
+def test_hangup_that_nohup_ignores_stays_ignored(path):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        send(path, signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert path.read_text() == ""

@@ -1,0 +1,74 @@
+"""Errors of other libraries and of the system that reach the end of a command, each as one line of ours.
+
+Modules name what they expect where it happens; this is the net below them, so that no traceback is ever the message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import tempfile
+import traceback
+
+from finlora.errors import ConfigError, FinloraError, ResourceError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_MAX_WORDS = 300
+
+
+def explain(error: Exception) -> FinloraError:
+    """Return an error of ours that says in one line what happened and what to do."""
+    if isinstance(error, FinloraError):
+        return error
+    cause = getattr(error, "cause", None)  # RayTaskError: what was raised in a task
+    if isinstance(cause, Exception) and cause is not error:
+        return explain(cause)
+    if isinstance(error, OSError) and (known := _explain_system(error)):
+        return known
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return ResourceError(
+            f"memory ran out ({shorten(error)}): end what else uses it, or ask for less: smaller batches, fewer bits. `finlora "
+            "plan` forecasts a training."
+        )
+    kind = ResourceError if type(error).__module__.split(".")[0] == "ray" else FinloraError
+    return kind(f"this was not expected: {shorten(error)}. {_keep_traceback(error)}")
+
+
+def shorten(error: BaseException) -> str:
+    """Return kind and words of an error on one line."""
+    words = " ".join(str(error).split())
+    words = words if len(words) <= _MAX_WORDS else f"{words[:_MAX_WORDS]}..."
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
+def _explain_system(error: OSError) -> FinloraError | None:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in _FULL:
+        return ResourceError(
+            f"{where}no room is left to write ({error.strerror}): free disk or quota, then run the same command again. `df -h` "
+            "shows which disk is full."
+        )
+    if error.errno in _FORBIDDEN:
+        return ConfigError(
+            f"{where}access is refused ({error.strerror}): name another file or folder, or change its owner or mode."
+        )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return ResourceError(f"too many files are open ({error.strerror}): raise the limit, as `ulimit -n 65536`.")
+    if error.filename:
+        return ConfigError(f"{where}{error.strerror}: name a file or folder that can be used here.")
+    return None
+
+
+def _keep_traceback(error: Exception) -> str:
+    """Write the traceback into a file that its owner alone can read, since it may quote data; return where it is."""
+    text = "".join(traceback.format_exception(error))
+    with (
+        contextlib.suppress(OSError),
+        tempfile.NamedTemporaryFile(
+            "w", prefix="finlora-error-", suffix=".txt", encoding="utf-8", errors="backslashreplace", delete=False
+        ) as stream,
+    ):
+        stream.write(text)
+        return f"Its traceback is in {stream.name}: report it with the command that led to it."
+    return f"Report it with the command that led to it:\n{text}"

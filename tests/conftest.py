@@ -105,6 +105,23 @@ def make_config(tiny_base, prepared_synthetic, tmp_path) -> Callable[..., RunCon
     return build
 
 
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process; returns exit code, standard output and standard error."""
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM", "RAY_USAGE_STATS_ENABLED"):
+        monkeypatch.setenv(name, "0")  # main sets them where they are not: afterwards they are as before
+
+    from finlora.cli.main import main
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        output = capsys.readouterr()
+        return stop.value.code, output.out, output.err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def ray_instance() -> Iterator[None]:
     """Start the one local Ray of all tests, with its token and all its files in a folder that goes with it."""

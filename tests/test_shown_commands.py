@@ -1,0 +1,125 @@
+"""Every command that a document shows is one that its program takes: words, options, configs, overrides, files and targets."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import click
+import pytest
+import typer.main
+from shown_commands import DOCUMENTS, PROGRAMS, ROOT, shown_commands
+
+from finlora.cli.main import app
+from finlora.configfile import load_config
+from finlora.serve.deploy import read_deployment
+from finlora.train.space import load_search
+
+VERBS = typer.main.get_command(app).commands
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def check_finlora(verb, *rest):
+    values = VERBS[verb].make_context(verb, list(rest)).params  # raises on an unknown option or a missing argument
+    config = values.get("config")
+    if config and not config.stem.isupper():  # NAME stands for one of the reader's own
+        load = {"serve": read_deployment, "tune": load_search}.get(verb, load_config)
+        overrides = [text for text in values["overrides"] or [] if text != "name=SEARCH"]
+        load(ROOT / config if not config.is_file() else config, overrides)
+
+
+def check_ray(*words):
+    from ray.scripts.scripts import cli
+
+    *_, entrypoint = parse(cli, list(words))
+    if words[:2] == ("job", "submit"):
+        check_python(*entrypoint["entrypoint"][1:])
+
+
+def check_serve(*words):
+    from ray.serve.scripts import cli
+
+    parse(cli, list(words))
+    if words[0] == "deploy" and words[1].startswith("serve_configs/"):
+        read_deployment(ROOT / words[1])
+
+
+def check_make(*words):
+    for word in words:
+        variable, is_set, _ = word.partition("=")
+        pattern = rf"^{variable}\s*\?=" if is_set else rf"^{word}:"
+        assert re.search(pattern, MAKEFILE, flags=re.MULTILINE), word
+
+
+def check_python(script, *rest):
+    path = ROOT / script
+    assert path.is_file(), script
+    if path.parent.name == "jobs":
+        check_finlora(path.stem, *rest)
+        return
+    source = "\n".join(
+        other.read_text(encoding="utf-8") for other in path.parent.glob("*.py")
+    )  # some share their options
+    unknown = [word for word in rest if word.startswith("--") and f'"{word.partition("=")[0]}"' not in source]
+    assert unknown == []
+
+
+CHECKS = {"finlora": check_finlora, "ray": check_ray, "serve": check_serve, "make": check_make, "python": check_python}
+
+
+def parse(command, words):
+    """Return what click makes of words: the parameters of a group, then those of its command, down to the last."""
+    found = []
+    while isinstance(command, click.Group):
+        name, command, words = command.resolve_command(click.Context(command), words)
+        found.append({"command": name})
+    return [*found, command.make_context(found[-1]["command"], words).params]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_each_shown_command_is_taken_by_its_program(name):
+    for program, *words in shown_commands(name):
+        if "--help" not in words:
+            CHECKS[program](*words)
+        if words[0] == "deploy" and name != "README.md":  # which shows the line in short and leads to docs/serving.md
+            assert {"-a", "--address"} & set(words), f"{name}: serve {' '.join(words)} does not say which cluster"
+
+
+def test_documents_that_lead_somewhere_show_commands():
+    leading = [name for name in DOCUMENTS if name.startswith("docs/tasks/")]
+    leading += [
+        "README.md",
+        *(f"docs/{page}.md" for page in ("first-server", "life-of-a-run", "serving", "search", "faults")),
+    ]
+    assert [name for name in leading if not shown_commands(name)] == []
+
+
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if name.endswith(".md")])
+def test_commands_within_a_sentence_name_verbs_options_and_targets_that_are_there(name):
+    text = re.sub(r"^    .*$", "", DOCUMENTS[name].read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for span in re.findall(r"`((?:finlora|make) [^`]+)`", text):
+        program, *words = shlex.split(" ".join(span.split()))
+        if program == "make":
+            check_make(*(word for word in words if word != "..."))
+            continue
+        verb, *rest = words
+        assert verb in VERBS, span
+        options = {option for parameter in VERBS[verb].params for option in parameter.opts} | {"--help"}
+        assert {word.partition("=")[0] for word in rest if word.startswith("--")} <= options, span
+
+
+def test_bash_reads_words_as_a_users_shell_does(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Text.\n\n    BASE=/srv/base  # set once\n    cd /x && sudo -H -u me make setup TORCH=gpu\n"
+        "    ray job submit \\\n        -- python jobs/plan.py \"model.base=$BASE\" '~/kept'   # told\n    import os\n"
+    )
+    monkeypatch.setitem(DOCUMENTS, "page.md", page)
+    assert shown_commands("page.md") == [
+        ["make", "setup", "TORCH=gpu"],
+        ["ray", "job", "submit", "--", "python", "jobs/plan.py", "model.base=/srv/base", "~/kept"],
+    ]
+    page.write_text('    curl -H "$KEY" http://127.0.0.1\n')
+    with pytest.raises(AssertionError, match="KEY: unbound variable"):
+        shown_commands("page.md")
+    assert tuple(CHECKS) == PROGRAMS

@@ -1,7 +1,8 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first.
 PYTHON ?= python3
-TORCH ?= cpu
 VENV := .venv
+# The build that .venv holds already: `make demo` after `make setup TORCH=gpu` must not put the CPU build in its place.
+TORCH ?= $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*) $(VENV)/.installed-cpu))
 BIN := $(VENV)/bin
 LOCKS := requirements/torch-$(TORCH).lock requirements/build.lock requirements/packages.lock requirements/deepspeed.lock
 SEED ?= 0

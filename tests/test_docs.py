@@ -1,55 +1,20 @@
-"""The pages of docs/: links lead somewhere, commands parse, files are there, and quoted messages are ones that are raised."""
+"""The pages of docs/: links lead somewhere, files are there, and quoted messages are ones that are raised."""
 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-import typer.main
 
-from finlora.cli.main import app
 from finlora.configfile import load_config
 from finlora.data.catalog import TASKS
-from finlora.serve.deploy import read_deployment
-from finlora.train.space import load_search
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT / "docs")): path for path in sorted((ROOT / "docs").rglob("*.md"))}
-VERBS = typer.main.get_command(app).commands
 SOURCE = "\n".join(path.read_text() for path in (ROOT / "finlora").rglob("*.py"))
 # Strings of the source that the formatter or the author cut into several are whole again.
 SOURCE = re.sub(r'"\s*\n\s*f?"', "", SOURCE)
-
-
-def commands_of(page):
-    """Yield the arguments of each finlora command and job that a page shows on a line of its own."""
-    for line in PAGES[page].read_text().splitlines():
-        if not line.startswith("    "):
-            continue
-        words = shlex.split(line.partition("  #")[0])
-        if words[:1] == ["finlora"]:
-            yield words[1:]
-        elif words[:3] == ["ray", "job", "submit"]:
-            script, *rest = words[words.index("python") + 1 :]
-            assert (ROOT / script).is_file()
-            yield [Path(script).stem, *rest]
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_commands_parse_and_their_configs_are_there(page):
-    for verb, *rest in commands_of(page):
-        values = VERBS[verb].make_context(verb, list(rest)).params  # raises on an unknown option or a missing argument
-        if values.get("config"):
-            load = {"serve": read_deployment, "tune": load_search}.get(verb, load_config)
-            load(ROOT / values["config"], values["overrides"] or [])
-
-
-def test_the_guide_shows_the_way_from_prefetch_to_ask():
-    assert [words[0] for words in commands_of("first-server.md")] == [
-        *("prefetch", "prefetch", "plan", "train", "evaluate", "ask"),
-    ]
 
 
 @pytest.mark.parametrize("page", PAGES)

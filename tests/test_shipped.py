@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
-import typer.main
 import yaml
 
-from finlora.cli.main import app
 from finlora.configfile import load_config
 from finlora.data.catalog import TASKS
-from finlora.serve.deploy import read_deployment
-from finlora.train.space import load_search
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))
@@ -31,7 +27,6 @@ BEYOND = {f"{family}-formulas": f"{family}-fpb" for family in FAMILIES}
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHOWN = [line.split("  #")[0].strip() for line in README.splitlines() if line.startswith("    ")]
 
 
 def config_of(name):
@@ -106,38 +101,30 @@ def test_job_script_says_how_to_run_it_and_compiles(path):
     assert f"jobs/{path.name}" in source or f"make {path.stem}" in source
 
 
-def verbs_shown():
-    """Return the arguments of each `finlora` or job command that the README shows on a line of its own."""
-    found = []
-    for line in SHOWN:
-        words = shlex.split(line)
-        if words[:1] == ["finlora"]:
-            found.append(words[1:])
-        elif words[:3] == ["ray", "job", "submit"]:
-            script, *rest = words[words.index("python") + 1 :]
-            assert (ROOT / script).is_file()
-            found.append([Path(script).stem, *rest])
-    return found
-
-
-def test_readme_shows_commands():
-    assert {arguments[0] for arguments in verbs_shown()} >= {"prepare", "train", "evaluate", "report"}
-
-
-@pytest.mark.parametrize("arguments", verbs_shown(), ids=" ".join)
-def test_readme_command_parses_and_its_config_is_there(arguments):
-    verb, *rest = arguments
-    command = typer.main.get_command(app).commands[verb]
-    values = command.make_context(verb, list(rest)).params  # raises on an unknown option or a missing argument
-    if values.get("config"):
-        load = {"serve": read_deployment, "tune": load_search}.get(verb, load_config)
-        load(ROOT / values["config"], values["overrides"] or [])
-
-
-def test_readme_names_only_verbs_targets_and_files_that_are_there():
-    verbs = set(typer.main.get_command(app).commands)
-    assert set(re.findall(r"`?finlora ([a-z]+)", README)) - verbs == set()
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    assert set(re.findall(r"(?:`|^    )make ([a-z]+)", README, flags=re.MULTILINE)) - targets == set()
+def test_readme_names_only_files_that_are_there():
     paths = re.findall(r"`((?:jobs|serve_configs|benchmarks|requirements|finlora|tests)/[\w./-]+)`", README)
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("installed", "given", "torch"),
+    [
+        (None, (), "cpu"),
+        ("gpu", (), "gpu"),
+        ("cpu", (), "cpu"),
+        ("gpu", ("TORCH=cpu",), "cpu"),
+        (None, ("TORCH=gpu",), "gpu"),
+    ],
+)
+def test_make_keeps_the_build_of_torch_that_is_installed(tmp_path, installed, given, torch):
+    """`make demo` after `make setup TORCH=gpu` put the CPU build in its place."""
+    for name in ("Makefile", "requirements", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv").mkdir()
+    if installed:
+        (tmp_path / ".venv" / f".installed-{installed}").touch()
+    done = subprocess.run(
+        ["make", "-n", "demo", *given], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+    )
+    installs = re.findall(r"requirements/torch-(\w+)\.lock", done.stdout)
+    assert set(installs) == (set() if installed == torch else {torch})

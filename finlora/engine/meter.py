@@ -17,10 +17,14 @@ from dataclasses import dataclass
 class Reading:
     """What happened in a while."""
 
+    elapsed: float
+    """Seconds, those without any request included."""
     seconds: float
     """With at least one micro-batch under way."""
     busy: tuple[float, ...]
-    """Share of these seconds that each stage computed."""
+    """Share of `seconds` that each stage computed."""
+    load: tuple[float, ...]
+    """Share of `elapsed` that each stage computed: 0 where there was nothing to compute."""
     num_passes: int
     """Micro-batches that came back."""
     num_runs: int
@@ -32,8 +36,8 @@ class Reading:
 
     @property
     def bubble(self) -> float:
-        """Share of the stages' time that was idle."""
-        return 1 - sum(self.busy) / len(self.busy) if self.busy else 0.0
+        """Share of the stages' time with work that was idle; 0 without work."""
+        return 1 - sum(self.busy) / len(self.busy) if self.busy and self.seconds else 0.0
 
     @property
     def formula(self) -> float:
@@ -60,6 +64,8 @@ class Reading:
 class Totals:
     """Sums since the meter was made."""
 
+    at: float = 0.0
+    """The meter's clock when they were taken."""
     seconds: float = 0.0
     flight: float = 0.0
     """Micro-batches under way times seconds."""
@@ -72,12 +78,11 @@ class Totals:
 
 
 class BubbleMeter:
-    """Told of each micro-batch's start and end; any number of readers."""
+    """Told of each micro-batch's start and end. Any number of readers: each keeps the totals that its next one begins from."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
-        self._since = clock()
-        self._totals = Totals()
+        self._first = self._totals = Totals(at=clock())
 
     def start(self, num_rows: int) -> None:
         """Count a micro-batch that enters the first stage."""
@@ -103,21 +108,23 @@ class BubbleMeter:
     def totals(self) -> Totals:
         """Return the sums up to now: what a later `read` can begin from."""
         clock, totals = self._clock(), self._totals
-        passed, self._since = clock - self._since, clock
-        if totals.under_way:
-            self._totals = dataclasses.replace(
-                totals, seconds=totals.seconds + passed, flight=totals.flight + passed * totals.under_way
-            )
+        passed = clock - totals.at if totals.under_way else 0.0
+        self._totals = dataclasses.replace(
+            totals, at=clock, seconds=totals.seconds + passed, flight=totals.flight + passed * totals.under_way
+        )
         return self._totals
 
-    def read(self, since: Totals = Totals()) -> Reading:
-        """Return what happened since some totals."""
-        now = self.totals()
-        seconds = max(now.seconds - since.seconds, 1e-9)
+    def read(self, since: Totals | None = None) -> Reading:
+        """Return what happened since some totals of this meter; None: since it was made."""
+        now, since = self.totals(), since or self._first
+        seconds, elapsed = max(now.seconds - since.seconds, 1e-9), max(now.at - since.at, 1e-9)
         before = since.busy or (0.0,) * len(now.busy)
+        computed = [new - old for new, old in zip(now.busy, before, strict=True)]
         return Reading(
+            elapsed=now.at - since.at,
             seconds=now.seconds - since.seconds,
-            busy=tuple(min(1.0, (new - old) / seconds) for new, old in zip(now.busy, before, strict=True)),
+            busy=tuple(min(1.0, own / seconds) for own in computed),
+            load=tuple(min(1.0, own / elapsed) for own in computed),
             num_passes=now.num_passes - since.num_passes,
             # Work that was under way already is a run of this reading too.
             num_runs=now.num_runs - since.num_runs + (since.under_way > 0),

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finlora.engine.drive import EngineCore
+from finlora.engine.meter import Totals
 from finlora.engine.request import Piece, Request
 from finlora.errors import FinloraError, QueueFullError, StageLostError
 from finlora.serve.asking import AskedEngine, Events
@@ -27,6 +28,7 @@ from finlora.serve.stages import AdapterRef, OpenCore, StageFacts
 
 _logger = logging.getLogger(__name__)
 _SNAPSHOT_S = 0.5
+"""Least seconds between two snapshots; where a micro-batch takes longer, there is one after each."""
 _WAIT_S = 0.25
 """Longest wait for a call while there is nothing to compute."""
 _STUCK_S = 300.0
@@ -59,6 +61,8 @@ class AsyncEngine(AskedEngine):
         self._first_error: BaseException | None = None
         self._first_try = threading.Event()
         self._next_snapshot = 0.0
+        self._read = Totals()
+        """What the meter of the core at work stood at with the last snapshot."""
         self._step_began: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -171,7 +175,8 @@ class AsyncEngine(AskedEngine):
         lost_at = time.monotonic()
         _logger.error("The stages were lost: %s: %s", type(error).__name__, error)
         self._opened = self._step_began = None
-        self._note(num_losses=self.snapshot.num_losses + 1)
+        nothing = (0.0,) * len(self.snapshot.busy)
+        self._note(num_losses=self.snapshot.num_losses + 1, queue=0, active=0, kv_used=0, busy=nothing, bubble=0.0)
         self._fail_all(StageLostError("a stage of the model died before the answer was complete: ask again."))
         back = self._recovery.bring_back(lost)
         if back is None:
@@ -185,6 +190,7 @@ class AsyncEngine(AskedEngine):
 
     def _drive(self, opened: OpenCore) -> None:
         core = opened.core
+        self._read = core.meter.totals()
         next_check = time.monotonic() + self._check_every_s
         while not self._closing.is_set():
             self._take_calls(core)
@@ -268,15 +274,13 @@ class AsyncEngine(AskedEngine):
         if now < self._next_snapshot:
             return
         self._next_snapshot = now + _SNAPSHOT_S
-        scheduler, reading = core.scheduler, core.meter.read()
-        # Busy shares are of the time with work; over all the time they are smaller.
-        share = min(1.0, reading.seconds / _SNAPSHOT_S)
+        scheduler, reading, self._read = core.scheduler, core.meter.read(self._read), core.meter.totals()
         self._note(
             queue=scheduler.num_waiting,
             active=scheduler.num_active,
             kv_used=scheduler.pool.num_held,
             kv_total=scheduler.pool.num_rows,
-            busy=tuple(share * busy for busy in reading.busy) or (0.0,) * len(self.stages),
+            busy=reading.load or (0.0,) * len(self.stages),
             bubble=reading.bubble,
             adapters=tuple(core.adapters),
         )

@@ -40,8 +40,15 @@ class Measures:
         self._active = Gauge("finlora_requests_active", "Requests at work.")
         self._cache_used = Gauge("finlora_kv_cache_rows_used", "Rows of requests at work.")
         self._cache_total = Gauge("finlora_kv_cache_rows", "Rows of the KV cache.")
-        self._busy = Gauge("finlora_stage_busy_ratio", "Share of its time that a stage computed.", ("stage",))
-        self._bubble = Gauge("finlora_pipeline_bubble_ratio", "Share of the stages' time idle while there was work.")
+        self._busy = Gauge(
+            "finlora_stage_busy_ratio",
+            "Share of the last half second that a stage computed; 0 without work.",
+            ("stage",),
+        )
+        self._bubble = Gauge(
+            "finlora_pipeline_bubble_ratio",
+            "Share of the stages' time with work that was idle, over the last half second; 0 without work.",
+        )
         self._ready = Gauge("finlora_ready", "1 while all stages stand.")
         self._losses = Gauge("finlora_stage_losses", "How often stages were lost.")
         self._repairs = Gauge("finlora_stage_repairs", "How often only the dead stages were started for it.")

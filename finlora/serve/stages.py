@@ -41,8 +41,9 @@ class Snapshot:
     kv_used: int = 0
     kv_total: int = 0
     busy: tuple[float, ...] = ()
-    """Share of its time that each stage computed since the snapshot before."""
+    """Share of the time since the snapshot before that each stage computed; 0 on an idle server."""
     bubble: float = 0.0
+    """Share of the stages' time with work since then that was idle; 0 on an idle server."""
     adapters: tuple[str, ...] = ()
     num_losses: int = 0
     """How often stages were lost."""

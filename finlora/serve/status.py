@@ -32,7 +32,7 @@ class StageState(BaseModel):
     layers: tuple[int, int] = Field(description="First and last decoder layer.")
     weights_gib: float
     cache_gib: float
-    busy: float = Field(description="Share of its time that it computed, over the last half second.")
+    busy: float = Field(description="Share of the last half second that it computed; 0 without work.")
 
 
 class StagesState(BaseModel):
@@ -41,7 +41,9 @@ class StagesState(BaseModel):
     active: int = Field(description="Requests at work.")
     kv_used: int = Field(description="Rows of the KV cache that they hold.")
     kv_total: int
-    bubble: float = Field(description="Share of the stages' time idle while there was work.")
+    bubble: float = Field(
+        description="Share of the stages' time with work that was idle, over the last half second; 0 without work."
+    )
     losses: int = Field(description="How often stages were lost.")
     repairs: int = Field(description="How often only the dead stages had to be started for it; else all were.")
     recovery_s: float | None = Field(description="Seconds from the last loss until the stages stood again.")

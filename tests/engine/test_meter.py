@@ -87,3 +87,45 @@ def test_a_reading_begins_where_it_is_told_and_work_under_way_goes_on():
     meter.end([1.0])
     second = meter.read(before)
     assert (second.in_flight, second.num_passes, second.num_runs, second.busy) == (1.5, 2, 1, (1.0,))
+
+
+def test_an_idle_pipeline_reads_as_idle_whatever_it_did_before():
+    clock = Clock()
+    meter = BubbleMeter(clock)
+    play(meter, clock, 2, 8)
+    before = meter.totals()
+    clock.now += 0.5
+    reading = meter.read(before)
+    assert (reading.elapsed, reading.seconds, reading.num_passes) == (0.5, 0.0, 0)
+    assert (reading.load, reading.busy, reading.bubble) == ((0.0, 0.0), (0.0, 0.0), 0.0)
+
+
+def test_load_counts_time_without_work_and_busy_does_not():
+    clock = Clock()
+    meter = BubbleMeter(clock)
+    clock.now += 7
+    before = meter.totals()
+    clock.now += 3  # nothing to do
+    meter.start(4)
+    clock.now += 1
+    meter.end([0.75, 0.25])
+    reading = meter.read(before)
+    assert (reading.elapsed, reading.seconds) == (4.0, 1.0)
+    assert (reading.busy, reading.load) == ((0.75, 0.25), (0.1875, 0.0625))
+    assert reading.bubble == 0.5
+    assert meter.read().elapsed == 11.0
+
+
+def test_readers_at_once_each_see_the_time_since_their_own_last_reading():
+    clock = Clock()
+    meter = BubbleMeter(clock)
+    play(meter, clock, 1, 4)
+    slow = quick = meter.totals()
+    for number in range(4):
+        meter.start(1)
+        clock.now += 2
+        meter.end([2.0 if number == 0 else 0.5])
+        reading, quick = meter.read(quick), meter.totals()
+        assert reading.load == ((1.0,) if number == 0 else (0.25,))
+    assert meter.read(slow).load == (3.5 / 8,)
+    assert meter.read(quick).load == (0.0,)

@@ -230,3 +230,13 @@ def test_snapshot_tells_of_work(make_engine):
     assert busiest.kv_used >= 717
     assert len(busiest.busy) == 2
     assert all(0 <= share <= 1 for share in busiest.busy)
+
+
+def test_snapshot_of_an_idle_server_shows_no_work_once_the_work_is_done(make_engine):
+    engine, seen = make_engine(), []
+    note = engine._note
+    engine._note = lambda **changes: note(**changes) or seen.append(engine.snapshot)
+    asyncio.run(collect(engine, make_request(0, 300)))
+    wait_for(lambda: any(sum(snapshot.busy) > 0 for snapshot in seen))  # the work has come to a snapshot
+    wait_for(lambda: engine.snapshot.busy == (0.0, 0.0))
+    assert (engine.snapshot.active, engine.snapshot.queue, engine.snapshot.bubble) == (0, 0, 0.0)

@@ -52,6 +52,9 @@ def test_numbers_are_the_servers(enter, live):
     assert shown == pytest.approx([100 * share for share in probabilities.values()], abs=0.1)
     expect(page.locator("#stages li")).to_have_count(2)
     expect(page.locator("#link")).to_have_text("Connected")
+    for index in range(2):  # the work is done
+        expect(page.locator("#stages li").nth(index)).to_contain_text("0 % busy")
+    expect(page.locator("#load")).to_contain_text(re.compile(r"Idle with work at hand\s*0 %"))
 
 
 def test_streamed_text_is_the_servers_and_escape_frees_its_cache(enter, live):

@@ -45,6 +45,26 @@ def test_idle_stage_that_dies_is_noticed_and_requests_are_refused_at_once(make_e
     wait_for(lambda: engine.stages)
 
 
+def test_snapshot_shows_no_work_while_the_stages_are_lost(make_engine, opened):
+    wait = threading.Event()
+    engine = make_engine(fail=lambda number: wait.wait(20) if number else None)
+
+    async def lose():
+        task = asyncio.ensure_future(collect(engine, make_request(0, 900)))
+        while not (engine.snapshot.active and sum(engine.snapshot.busy)):
+            await asyncio.sleep(0.02)
+        opened[0].executor.is_dead.set()
+        with pytest.raises(StageLostError):
+            await task
+
+    asyncio.run(lose())
+    wait_for(lambda: engine.snapshot.num_losses == 1)
+    shown = engine.snapshot
+    assert (shown.active, shown.queue, shown.kv_used, shown.busy, shown.bubble) == (0, 0, 0, (0.0, 0.0), 0.0)
+    wait.set()
+    wait_for(lambda: engine.stages)
+
+
 def test_stage_that_gives_no_sign_hangs_nobody(make_engine, opened, monkeypatch):
     monkeypatch.setattr("finlora.serve.asking._GRACE_S", 0.1)
     monkeypatch.setattr("finlora.serve.engine._STUCK_S", 0.3)

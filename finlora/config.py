@@ -200,7 +200,7 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept on disk; the adapter of the last step is always exported beside them."""
     log_every_steps: int = 10
-    """Optimiser steps between two progress lines in a job log, and two TensorBoard points."""
+    """Optimiser steps between two TensorBoard points and two losses shown. A job log gets a line each 10 s whatever this is."""
 
     def __post_init__(self) -> None:
         counts = (

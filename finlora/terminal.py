@@ -5,9 +5,10 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from rich import box
 from rich.console import Console
@@ -29,6 +30,10 @@ from finlora.signals import StoppedByError, leave_output
 
 if TYPE_CHECKING:
     from finlora.data.prepared import PreparedReport
+
+_LOG_SECONDS = 10.0
+"""Between two lines of a log."""
+_TICK_SECONDS = 1.0
 
 
 def show_error(error: FinloraError) -> None:
@@ -70,32 +75,104 @@ def _show_stop(stop: StoppedError) -> int:
 
 
 class Bars:
-    """Progress by name. On a terminal a live bar each; elsewhere a line when a tenth more is done."""
+    """Progress by name: on a terminal a live bar each; in a log a line each _LOG_SECONDS, however slow or fast the work is.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    Until the first progress comes, as while a model loads, the lines say what goes on.
+
+    Args:
+        doing: what goes on before the first progress, as `loading the base`.
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, console: Console, doing: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self.console, self._clock = console, clock
         self.live: Progress | None = None
-        self.tasks: dict[str, TaskID] = {}
-        self.shown: dict[str, int] = {}
+        self._started = self._said = clock()
+        self._doing: str | None = doing
+        self._tasks: dict[str, TaskID] = {}
+        self._last: dict[str, _Shown] = {}
+        """Of work that goes on or has just ended."""
+        self._lock = threading.Lock()  # a thread of our own says what has not changed
 
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
-        if self.live is None:
-            tenth = 10 * done // max(total, 1)
-            if tenth > self.shown.get(name, -1):
-                self.shown[name] = tenth
-                self.console.print(f"{name}: {done}/{total}  {note}".rstrip(), highlight=False)
-            return
-        if name not in self.tasks:
-            self.tasks[name] = self.live.add_task(name, total=total, note="")
-        self.live.update(self.tasks[name], completed=done, total=total, note=note)
+        """Show progress: the first, the last, and between them what is newest every _LOG_SECONDS."""
+        with self._lock:
+            self._doing = None
+            if self.live is not None:
+                self._move_bar(self.live, name, done, total, note)
+                return
+            before, now = self._last.get(name), _Shown(done, total, note)
+            self._last[name] = now
+            is_end = done >= total and (before is None or (before.done, before.total) != (done, total))
+            if before is None or is_end or self._is_time():
+                self._say(name, now)
+
+    def do(self, doing: str | None) -> None:
+        """Say what goes on now, where nothing can be counted; None: nothing does, as when a server has started."""
+        with self._lock:
+            self._doing = doing
+            self._last.clear()
+            self._started = self._said = self._clock()
+            if self.live is not None:
+                self._show_doing(self.live)
+
+    def tick(self) -> None:
+        """Say in a log how far all work is that goes on, where nothing was said for _LOG_SECONDS. Called each second."""
+        with self._lock:
+            if self.live is not None or not self._is_time():
+                return
+            going = {name: shown for name, shown in self._last.items() if shown.done < shown.total}
+            for name, shown in going.items():
+                self._say(name, shown)
+            if not going and self._doing is not None:
+                self._print(f"{self._doing}: {self._elapsed()}")
+
+    def show_live(self, live: Progress) -> None:
+        """Draw bars instead of writing lines."""
+        self.live = live
+        self._show_doing(live)
+
+    def _is_time(self) -> bool:
+        return self._clock() - self._said >= _LOG_SECONDS
+
+    def _say(self, name: str, shown: _Shown) -> None:
+        note = f"{shown.note}  " if shown.note else ""
+        self._print(f"{name}: {shown.done}/{shown.total}  {note}{self._elapsed()}")
+
+    def _print(self, line: str) -> None:
+        self._said = self._clock()
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _elapsed(self) -> str:
+        return describe_duration(self._clock() - self._started)
+
+    def _show_doing(self, live: Progress) -> None:
+        for name in [name for name in self._tasks if name not in self._last]:
+            live.remove_task(self._tasks.pop(name))
+        if self._doing is not None:
+            self._tasks[self._doing] = live.add_task(self._doing, total=None, note="")
+
+    def _move_bar(self, live: Progress, name: str, done: int, total: int, note: str) -> None:
+        if name not in self._last:
+            self._last[name] = _Shown(done, total, note)
+            self._show_doing(live)
+            self._tasks[name] = live.add_task(name, total=total, note="")
+        live.update(self._tasks[name], completed=done, total=total, note=note)
+
+
+class _Shown(NamedTuple):
+    done: int
+    total: int
+    note: str
 
 
 @contextmanager
-def open_bars(console: Console) -> Iterator[Bars]:
-    """Show bars while inside."""
-    bars = Bars(console)
+def open_bars(console: Console, doing: str) -> Iterator[Bars]:
+    """Show bars, or lines in a log, while inside."""
+    bars = Bars(console, doing)
     if not console.is_terminal:
-        yield bars
+        with polling(bars.tick, _TICK_SECONDS):
+            yield bars
         return
     columns = (
         TextColumn("{task.description}"),
@@ -105,7 +182,8 @@ def open_bars(console: Console) -> Iterator[Bars]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as bars.live:
+    with Progress(*columns, console=console) as live:
+        bars.show_live(live)
         yield bars
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from finlora.cli.app import (
     AdapterPath,
@@ -25,7 +25,7 @@ from finlora.cli.app import (
 from finlora.errors import ConfigError
 from finlora.terminal import open_bars
 
-_LOG_SECONDS = 10.0
+_LOADING = "loading the base"
 
 
 @app.command(
@@ -60,8 +60,8 @@ def evaluate(
         # Stages have GPUs of their own.
         gpus = settings.eval.num_gpus if settings.eval.device == "cuda" and not is_spread else 0.0
         results = cluster.call(
-            run_evaluation,
-            *(settings, chosen, _LogProgress(), _print_reading),
+            _evaluate_as_task,
+            *(settings, chosen),
             num_cpus=1.0,
             num_gpus=gpus,
             wait_s=settings.max_wait_s,
@@ -69,7 +69,7 @@ def evaluate(
             title=f"the evaluation of {settings.name}",
         )
     else:
-        with open_bars(console) as bars:
+        with open_bars(console, _LOADING) as bars:
             results = run_evaluation(settings, chosen, bars.update, _print_reading)
     for result in results:
         append_result(folder.results, result)
@@ -123,7 +123,14 @@ def ask(
         from finlora import cluster
 
         cluster.connect(log_to_driver=False)
-    reply = ask_engine(settings, chosen, question, sampling, num_stages, lambda piece: console.out(piece, end=""))
+    # To standard error, since the answer may be piped on.
+    with open_bars(Console(stderr=True), _LOADING) as bars:
+
+        def show(piece: str) -> None:
+            bars.do(None)
+            console.out(piece, end="")
+
+        reply = ask_engine(settings, chosen, question, sampling, num_stages, show)
     show_reply(reply.probabilities, reply.quote, console, is_quoted=task in ("xbrl_tags", "xbrl_values"))
 
 
@@ -148,15 +155,9 @@ def _print_reading(reading: Any) -> None:
     sys.stdout.flush()
 
 
-class _LogProgress:
-    """A line in a job's log now and then."""
+def _evaluate_as_task(settings: Any, chosen: Path | None) -> Any:
+    """Evaluate in a Ray task, whose output Ray shows in the driver's log."""
+    from finlora.evaluate.runner import run_evaluation
 
-    def __init__(self) -> None:
-        self._next = 0.0
-
-    def __call__(self, task: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if done == total or now >= self._next:
-            self._next = now + _LOG_SECONDS
-            sys.stdout.write(f"{task}: {done}/{total}\n")
-            sys.stdout.flush()
+    with open_bars(console, _LOADING) as bars:
+        return run_evaluation(settings, chosen, bars.update, _print_reading)

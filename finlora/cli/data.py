@@ -35,7 +35,7 @@ def prefetch(
     if check == bool(names or wanted):
         raise ConfigError("give either --check, or what to fetch with --models and --tasks.")
     folder = resolve_output("--output ", output)
-    with open_bars(console) as bars:
+    with open_bars(console, "reading the mirror" if check else "asking the hub") as bars:
         fetched = [mirror_model(name, folder, bars.update) for name in names]
         checked = [check_mirrored(path, bars.update) for path in list_mirrored(folder)] if check else []
     for model in fetched + checked:
@@ -81,8 +81,9 @@ def prepare(
         show_tasks(console)
         return
     folder = source.expanduser() if source else None
-    output = resolve_output("--output ", output)
-    report = prepare_task(task, folder, output, variant, splits, overwrite, dry_run, own_data)
+    target = resolve_output("--output ", output)
+    with open_bars(console, f"preparing {task}"):
+        report = prepare_task(task, folder, target, variant, splits, overwrite, dry_run, own_data)
     show_preparation(report, console, is_dry=dry_run)
 
 
@@ -104,7 +105,7 @@ def pretrain(
     settings, folder = build_settings(PretrainConfig, overrides or []), resolve_output("--output ", output)
     if settings.precision == AUTO and device == "cpu":
         say(describe_cpu())
-    with open_bars(console) as bars:
+    with open_bars(console, "making texts and tokenizer") as bars:
         summary = run_pretraining(settings, _split(tasks), data.expanduser(), folder, device, bars.update)
     say(summary)
 

@@ -9,7 +9,7 @@ import typer
 
 from finlora.cli.app import ConfigPath, DryRun, Overrides, app, console, resolve_run, say
 from finlora.errors import FinloraError
-from finlora.terminal import describe_duration
+from finlora.terminal import describe_duration, open_bars, polling
 from finlora.working_dir import resolve_output
 
 
@@ -35,6 +35,7 @@ def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun
     from finlora import cluster
 
     cluster.connect(log_to_driver=False)
+    from finlora.train.follow import SearchFollower
     from finlora.train.front import write_summary
     from finlora.train.search import run_search  # imports Ray, which must come after the connection's settings
     from finlora.train.trials import search_folder
@@ -43,8 +44,13 @@ def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun
         scores = ", ".join(f"{name} {value:.4g}" for name, value in record.scores.items())
         say(f"{record.trial.name}: {record.state} after {describe_duration(record.seconds)}. {scores or record.cause}")
 
-    records = run_search(settings, search, say, tell)
-    for path in write_summary(settings, search, search_folder(settings), records, console):
+    folder = search_folder(settings)
+    with (
+        open_bars(console, "starting the search") as bars,
+        polling(SearchFollower(folder, trials, settings.name, bars.update)),
+    ):
+        records = run_search(settings, search, say, tell)
+    for path in write_summary(settings, search, folder, records, console):
         say(f"Written: {path}")
 
 
@@ -89,7 +95,13 @@ def reproduce(
     cluster.connect(log_to_driver=False)
     from finlora.reproduce.runner import run_plan  # imports Ray, which must come after the connection's settings
 
-    outcomes = run_plan(steps, folder, say)
+    with open_bars(console, "starting") as bars:
+
+        def tell(line: str) -> None:
+            say(line)
+            bars.do(line if line.startswith("[") else None)
+
+        outcomes = run_plan(steps, folder, tell)
     steps_table = outcome_table(outcomes)
     if any(outcome.state == "done" for outcome in outcomes):
         render_report(read_results(folder / "runs"), folder / "report", console, [steps_table])

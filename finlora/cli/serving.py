@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from finlora.cli.app import DryRun, Overrides, app, console, say
+from finlora.terminal import open_bars
 from finlora.working_dir import resolve_output
 
 
@@ -53,9 +54,15 @@ def serve(
         run_server,
     )  # Ray reads its settings when it is imported
 
-    deployment = check_server(read_deployment(config, changes), host, port, is_here=cluster.is_local())
-    cluster.connect(log_to_driver=False)
-    run_server(deployment, say)
+    with open_bars(console, "starting the server") as bars:
+
+        def tell(line: str) -> None:
+            bars.do(None)
+            say(line)
+
+        deployment = check_server(read_deployment(config, changes), host, port, is_here=cluster.is_local())
+        cluster.connect(log_to_driver=False)
+        run_server(deployment, tell)
 
 
 @app.command(

@@ -44,7 +44,8 @@ def plan(
 
     settings = resolve_run(load_settings(config, overrides))
     memory = find_memory_gib(settings.train.device) if gpu_memory is None else gpu_memory
-    verdict = plan_run(settings, memory, count_gpus(settings) if gpus is None else gpus)
+    with open_bars(console, "reading the data"):
+        verdict = plan_run(settings, memory, count_gpus(settings) if gpus is None else gpus)
     console.print(render_plan(settings, verdict))
     verdict.require_fit()
     say(verdict.words)
@@ -72,7 +73,10 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
     from finlora.train.worker import run_training  # imports Ray, which must come after the connection's settings
 
     folder = RunFolder(Path(settings.output_dir) / settings.name)
-    with open_bars(console) as bars, polling(Follower(folder, settings.name, bars.update, say, describe_duration)):
+    with (
+        open_bars(console, "starting workers") as bars,
+        polling(Follower(folder, settings.name, bars.update, say, describe_duration)),
+    ):
         result = run_training(settings, say)
     say(
         f"Adapter {result.adapter} ({result.adapter_mib:.2f} MiB): loss {result.metrics['loss_first']:.4f} -> "
@@ -107,7 +111,8 @@ def merge(
     settings = load_settings(config or Path(adapter or "").expanduser() / "config.yaml", overrides)
     folder = choose_adapter(settings, adapter, base=False)
     assert folder is not None  # without --base there is one
-    merged = export_merged(settings.model, folder, target, torch.device(device), allow_other_bits=allow_other_bits)
+    with open_bars(console, "merging"):
+        merged = export_merged(settings.model, folder, target, torch.device(device), allow_other_bits=allow_other_bits)
     say(f"Merged model {merged.folder} ({merged.gib:.2f} GiB, {merged.num_tensors} weights changed)")
     if merged.trained_bits != 16:
         say(f"Trained at {merged.trained_bits} bit: evaluate the merged model before you use it.")

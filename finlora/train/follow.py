@@ -1,11 +1,13 @@
-"""Show a running training to a user, from what its workers write into the run folder. No Ray here."""
+"""Show a running training or search to a user, from what its workers write into their folders. No Ray here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from finlora.train.progress import last_progress
+from finlora.train.progress import last_progress, read_step
 from finlora.train.run import RunFolder
+from finlora.train.space import Trial
+from finlora.train.trials import RECORD, SearchFolder
 
 
 class Follower:
@@ -31,14 +33,48 @@ class Follower:
         self._is_plan_shown = False
 
     def __call__(self) -> None:
-        last = last_progress(self.folder)
-        if last is None:
+        last, mark = last_progress(self.folder), read_step(self.folder)
+        if last is None and mark is None:
             return
         if not self._is_plan_shown and self.folder.plan.is_file():
             self._is_plan_shown = True
             self.announce(self.folder.plan.read_text(encoding="utf-8").strip())
+        if last is None:
+            assert mark is not None
+            self.update(self.name, *mark, "")
+            return
         note = (
             f"loss {last.loss:.4f}  {last.tokens_per_second:,.0f} tokens/s  {last.memory_gib:.1f} GiB  "
             f"{self.describe(last.seconds_left)} left"
         )
-        self.update(self.name, last.step, last.total_steps, note)
+        self.update(self.name, max(last.step, mark[0] if mark else 0), last.total_steps, note)
+
+
+class SearchFollower:
+    """Called again and again: shows how many trials of a search have ended, and the steps of those that run.
+
+    Args:
+        name: of the search.
+        update: shows done, total and a note under a name.
+    """
+
+    def __init__(
+        self,
+        folder: SearchFolder,
+        trials: Sequence[Trial],
+        name: str,
+        update: Callable[[str, int, int, str], None],
+    ) -> None:
+        self.folder, self.trials, self.name, self.update = folder, trials, name, update
+
+    def __call__(self) -> None:
+        ended, running = 0, []
+        for trial in self.trials:
+            run = self.folder.run_of(trial)
+            if (run.root / RECORD).is_file():
+                ended += 1
+            elif (run.root / "busy").is_file():
+                last = last_progress(run)
+                running.append(f"{trial.name} {f'{last.step}/{last.total_steps}' if last else 'starting'}")
+        if ended or running:
+            self.update(self.name, ended, len(self.trials), f"trials ended  {', '.join(running)}".rstrip())

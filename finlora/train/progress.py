@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
+import time
+from collections.abc import Callable
 from typing import Any
 
-from finlora.durable import append_line, read_last_line, read_lines
+from finlora.durable import append_line, read_last_line, read_lines, write_whole
 from finlora.train.loop import Progress
 from finlora.train.run import RunFolder
+
+_MARK_SECONDS = 5.0
 
 
 def append_progress(folder: RunFolder, progress: Progress) -> None:
@@ -33,6 +39,36 @@ def last_progress(folder: RunFolder) -> Progress | None:
     """Return the record written last, without reading those of the hours before; None where there is none."""
     line = read_last_line(folder.progress)
     return None if line is None else _parse(line)
+
+
+class StepMark:
+    """Keeps the file `step` of a run fresh by time: records come every train.log_every_steps, which may be minutes apart.
+
+    Args:
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, folder: RunFolder, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._path, self._total_steps, self._clock = folder.step, total_steps, clock
+        self._written = -math.inf
+
+    def tick(self, step: int) -> None:
+        """Note that so many steps are done; written where the last note is _MARK_SECONDS old, or they are all."""
+        now = self._clock()
+        if now - self._written < _MARK_SECONDS and step < self._total_steps:
+            return
+        self._written = now
+        with contextlib.suppress(OSError):  # a full disk ends the run at its next record or checkpoint, with words
+            write_whole(self._path, f"{step} {self._total_steps}")
+
+
+def read_step(folder: RunFolder) -> tuple[int, int] | None:
+    """Return the steps done and those of the whole run, as StepMark noted them; None where there is no note."""
+    try:
+        done, total = folder.step.read_text(encoding="utf-8").split()
+        return int(done), int(total)
+    except (OSError, ValueError):
+        return None
 
 
 def _parse(line: dict[str, Any]) -> Progress | None:

@@ -3,6 +3,7 @@
 Layout of OUTPUT_DIR/NAME:
     config.yaml        the resolved config: alone it reruns the run
     progress.jsonl     one Progress a line, appended by worker 0
+    step               steps done and steps in all, at most 5 s old while the workers train
     tensorboard/       the same numbers as TensorBoard events
     plan.txt           how the workers train, and the memory they need by forecast
     checkpoint_*/      Ray Train's checkpoints (finlora/train/checkpoint.py)
@@ -92,6 +93,10 @@ class RunFolder:
     @property
     def progress(self) -> Path:
         return self.root / "progress.jsonl"
+
+    @property
+    def step(self) -> Path:
+        return self.root / "step"
 
     @property
     def results(self) -> Path:

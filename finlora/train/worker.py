@@ -47,6 +47,7 @@ from finlora.train.loop import count_steps, run_steps
 from finlora.train.optimizer import is_synchronised, make_optimizer
 from finlora.train.path import make_sampler, take_path
 from finlora.train.plan import Verdict, count_gpus, explain_out_of_memory, find_memory_gib, plan_run
+from finlora.train.progress import StepMark
 from finlora.train.recorder import PUBLISHED, Recorder, reduce_sum
 from finlora.train.room import AwaitRoom, WaitingWords
 from finlora.train.run import (
@@ -216,6 +217,7 @@ def _train(
             every_steps=config.train.checkpoint_every_steps,
         )
         held_out = HeldOut(config, folder, worker, world_size, reduce_sum) if holds_out else None
+        mark = StepMark(folder, total_steps) if worker == 0 else None
         stop = StopRequest(folder.stop, worker, world_size)
         if stop.is_asked():
             return start_step, total_steps
@@ -227,6 +229,8 @@ def _train(
             if is_due or is_stop:
                 save(step)
             guard.tick()
+            if mark is not None:
+                mark.tick(step)
             return is_stop
 
         def save(step: int) -> None:

@@ -95,7 +95,8 @@ def test_command_sets_its_environment_before_torch_is_imported():
     code = (
         "import os, sys, finlora.cli.main as main\n"
         "assert 'torch' not in sys.modules\n"
-        "main.exit_with = lambda _run: sys.exit(os.environ['OMP_WAIT_POLICY'])\n"
+        "assert 'OMP_WAIT_POLICY' not in os.environ\n"
+        "main.app = lambda **_: sys.exit(os.environ['OMP_WAIT_POLICY'])\n"
         "main.main(['--help'])"
     )
     bare = {name: value for name, value in os.environ.items() if name not in ENVIRONMENT}

@@ -8,7 +8,8 @@ import sys
 import pytest
 import typer.main
 
-from finlora.cli.app import ORDER, app, say
+from finlora.cli.app import ORDER, say
+from finlora.cli.main import app
 from finlora.results import read_results
 
 VERBS = sorted(command.callback.__name__ for command in app.registered_commands)

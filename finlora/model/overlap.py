@@ -18,5 +18,5 @@ import torch
 
 @functools.cache
 def can_overlap(device: torch.device) -> bool:
-    """Return whether a GPU has it."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    """Return whether a device has it."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,27 +1,27 @@
-"""Kernels for quantised products against plain products: on a GPU, or with TRITON_INTERPRET=1 where Triton is installed."""
+"""Kernels for quantised products against plain products: on a GPU, else by an emulation of Triton."""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 from adversarial import assert_near, spoil
+from emulated_triton import emulated_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a GPU, or Triton and TRITON_INTERPRET=1", allow_module_level=True)
-pytest.importorskip("triton", reason="the CPU build of torch brings no Triton")
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
-from finlora.model.few_rows import few_int8  # noqa: E402
-from finlora.model.many_rows import choose_columns, many_int8  # noqa: E402
-
-pytestmark = pytest.mark.gpu
+if DEVICE == "cuda":
+    from finlora.model.few_rows import few_int8
+    from finlora.model.many_rows import choose_columns, many_int8
+else:
+    with emulated_kernels() as kernels:
+        few_int8 = kernels.few_rows.few_int8
+        choose_columns, many_int8 = kernels.many_rows.choose_columns, kernels.many_rows.many_int8
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TOLERANCE = 0.01 if DEVICE == "cuda" else 1e-5
 """Of the largest number: outputs are rounded to 8 bits of mantissa on a GPU, and NF4's numbers too."""
-SIZES = [(1, 192, 256), (5, 200, 512), (33, 128, 384)]
+SIZES = [(1, 192, 256), (5, 200, 512), (33, 128, 384), (3, 576, 1536)]
 
 
 def random_rows(*shape, seed=0):

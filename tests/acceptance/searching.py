@@ -1,0 +1,101 @@
+"""Steps that start many runs or show what came of them: search, reproduction, report, a job on the cluster."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import sys
+
+import yaml
+
+from acceptance.answering import recorded
+from acceptance.walk import Tools
+
+ROW = "llama-8b-base-formulas-evaluate"
+"""A row of the reproduction that needs no raw data."""
+
+
+def tune(tools: Tools) -> None:
+    """A search of few short trials: each ends, the best one is the best, and its config trains."""
+    walk, checks, scale = tools.walk, tools.checks, tools.scale
+    settings = (
+        *("name=search", f"search.num_trials={scale.num_trials}", "search.rank=[2,4]", "search.bits=[4]"),
+        *(
+            "data.max_train_examples=160",
+            f"train.max_steps={scale.num_short_steps}",
+            "search.learning_rate=[5e-4,2e-3]",
+        ),
+        "search.validation_share=0.25",
+    )
+    dry = tools.finlora("tune", "--config", walk.config, *settings, "--dry-run")
+    checks.equal("trials of the dry run", scale.num_trials, len(re.findall(r"^\d{3}-4bit-r", dry.text, re.MULTILINE)))
+    tools.finlora("tune", "--config", walk.config, *settings)
+    folder = walk.runs / "search"
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("trials/*/trial.json"))]
+    checks.equal("trials that ended", scale.num_trials, sum(r["state"] in ("finished", "pruned") for r in records))
+    scores = {record["trial"]["name"]: record["scores"].get("weighted_f1", -1.0) for record in records}
+    checks.at_least("best weighted F1 on held-out examples", 0.25, max(scores.values(), default=-1.0))
+    best = yaml.safe_load((folder / "best.yaml").read_text(encoding="utf-8"))
+    found = [name for name in scores if f"{best['optim']['learning_rate']:.2e}" in name]
+    checks.equal("best.yaml is of the best trial", [max(scores, key=scores.__getitem__)], found)
+    checks.contains("its config", "It fits", tools.finlora("plan", "--config", folder / "best.yaml").text)
+
+
+def reproduce(tools: Tools) -> None:
+    """The plan of the paper's tables, and one row of it."""
+    walk, checks = tools.walk, tools.checks
+    output = walk.output / "reproduce"
+    gpu = (f"eval.num_gpus={walk.scale.share}",) if walk.device == "cuda" else ()
+    common = ("reproduce", "--output", output, "--base-8b", walk.base, f"data.dir={walk.prepared}")
+    settings = (
+        *(f"train.device={walk.device}", f"eval.device={walk.device}", *gpu, "model.template=chat"),
+        f"data.max_test_examples={min(64, walk.scale.num_texts)}",
+    )
+    dry = tools.finlora(*common, *settings, "--dry-run")
+    checks.at_least("steps of the paper that it names", 60, len(set(re.findall(r"\bllama-\d+b-[\w-]+", dry.text))))
+    checks.contains("70B rows, whose base is not here", "cannot run", dry.text)
+    done = tools.finlora(*common, *settings, "--only", ROW)
+    checks.contains("the row", "1 done", done.text)
+    outcome = json.loads((output / "steps" / f"{ROW}.json").read_text(encoding="utf-8"))
+    checks.equal("its outcome", "done", outcome["state"])
+    records = [json.loads(line) for path in output.rglob("results.jsonl") for line in path.read_text().splitlines()]
+    checks.equal("results", [("synthetic_formulas", "generate")], [(r["task"], r["method"]) for r in records])
+    again = tools.finlora(*common, *settings, "--only", ROW)
+    checks.contains("the same command again", "1 done", again.text)
+    count = sum(len(path.read_text().splitlines()) for path in output.rglob("results.jsonl"))
+    checks.equal("results after it", 1, count)
+
+
+def report(tools: Tools) -> None:
+    """The HTML holds the numbers that `evaluate` showed, and needs nothing from elsewhere."""
+    walk, checks = tools.walk, tools.checks
+    source, output = walk.output / "to-report", walk.output / "report"
+    for name in ("base", "main"):
+        (source / name).mkdir(parents=True)
+        shutil.copy(walk.runs / name / "results.jsonl", source / name)
+    tools.finlora("report", source, "--output", output)
+    page = (output / "report.html").read_text(encoding="utf-8")
+    text = html.unescape(re.sub(r"<[^>]+>", " ", page))
+    for name in ("base", "main"):
+        accuracy = recorded(tools, name)["metrics"]["accuracy"]
+        checks.contains(f"accuracy of {name} in report.html", f"{accuracy:.1%}"[:-1], text)
+    loss = next(record for record in tools.results("main") if record["kind"] == "training")["metrics"]["loss_last"]
+    checks.contains("last loss of main", f"{loss:.3f}", text)
+    checks.equal("addresses that the page loads from", [], re.findall(r'(?:src|href)="(https?://[^"]+)"', page))
+    checks.equal("report.md beside it", True, (output / "report.md").is_file())
+
+
+def submit_job(tools: Tools) -> None:
+    """A verb as a Ray job, where this Ray has its dashboard."""
+    walk, checks = tools.walk, tools.checks
+    if walk.dashboard_port is None:
+        checks.skip("ray job submit", "this Ray comes without its dashboard's page, so that no jobs can be submitted")
+        return
+    address = f"http://127.0.0.1:{walk.dashboard_port}"
+    words = ["job", "submit", "--address", address, "--working-dir", ".", "--", "python", "jobs/plan.py"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", *words, "--config", str(walk.config)]
+    done = tools.command(command, "ray job submit -- python jobs/plan.py --config CONFIG")
+    checks.contains("the job's log", "It fits", done.text)
+    checks.contains("its end", "succeeded", done.text)

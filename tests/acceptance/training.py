@@ -1,0 +1,163 @@
+"""Steps of training: forecast, the main adapter, every bits with both optimisers, a run that is stopped and killed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from acceptance.processes import Process
+from acceptance.walk import Tools
+
+ALONE = {"RAY_ADDRESS": None}
+"""Environment of commands that start a Ray of their own, as on a laptop."""
+_FULL_PRECISION = 1e-4
+
+
+def plan(tools: Tools) -> None:
+    """The forecast fits, does not fit a GPU of next to nothing, and names its cause."""
+    walk, checks = tools.walk, tools.checks
+    done = tools.finlora("plan", "--config", walk.config)
+    checks.contains("verdict", "It fits", done.text)
+    total = re.search(r"total\s+([\d.]+)", done.text)
+    # 135M weights at 4 bit and held unpacked in bfloat16 take 0.1 to 0.3 GiB.
+    checks.at_least("GiB of a worker", 0.05, float(total[1]) if total else 0.0)
+    checks.at_most("GiB of a worker", 40.0, float(total[1]) if total else 999.0)
+    done = tools.finlora("plan", "--config", walk.config, "--gpu-memory", "0.01", code=5)
+    checks.contains("a GPU of 0.01 GiB", "It does not fit: 0.1 GiB a worker", done.text)
+    done = tools.finlora("plan", "--config", walk.config, "model.bits=3", "train.epochs=0", code=2)
+    checks.contains("two wrong settings at once", "2 settings are wrong", done.text)
+
+
+def train_main(tools: Tools) -> None:
+    """The adapter that other steps evaluate, ask and serve."""
+    walk, checks = tools.walk, tools.checks
+    dry = tools.finlora("train", "--config", walk.config, "--dry-run")
+    steps = walk.scale.num_train // 16
+    checks.contains("dry run", f"{steps} optimiser steps", dry.text)
+    done = tools.finlora("train", "--config", walk.config)
+    first, last = losses_told(done.text)
+    checks.at_most("last loss, as a share of the first", 0.6, last / first)
+    (record,) = tools.results("main")
+    checks.close("loss told is the record's", record["metrics"]["loss_last"], last, 5e-5)
+    checks.equal("points of the loss curve", steps, len(record["loss_curve"]))
+    files = {path.name for path in (walk.runs / "main" / "adapter").iterdir()}
+    expected = {"adapter_model.safetensors", "adapter_config.json", "config.yaml", "finlora.yaml"}
+    checks.equal("files of the adapter that are missing", [], sorted(expected - files))
+    again = tools.finlora("train", "--config", walk.config)
+    checks.close("the same command again trains nothing and tells the same loss", last, losses_told(again.text)[1], 0)
+
+
+def short_run(bits: int, optimizer: str) -> Callable[[Tools], None]:
+    """Return a step that trains a few steps; 0/1 Adam, which is about communication, with two workers."""
+
+    def train(tools: Tools) -> None:
+        walk, checks = tools.walk, tools.checks
+        name, steps = run_name(bits, optimizer), walk.scale.num_short_steps
+        workers = 2 if optimizer == "zero_one_adam" else 1
+        done = tools.finlora(
+            *("train", "--config", walk.config, f"name={name}", f"model.bits={bits}", f"optim.name={optimizer}"),
+            *(f"train.max_steps={steps}", f"train.num_workers={workers}", "train.cpus_per_worker=1"),
+        )
+        first, last = losses_told(done.text)
+        (record,) = [each for each in tools.results(name) if each["kind"] == "training"]
+        checks.at_most(f"loss after {steps} steps", walk.scale.short_loss, last)
+        checks.at_most("its share of the first loss", 0.8, last / first)
+        checks.equal("bits and workers of the record", (bits, workers), (record["bits"], len(record["wire"])))
+        if workers > 1:
+            wire = record["wire"][0]
+            checks.at_most("bytes sent, as a share of Adam's", 0.6, wire["bytes_sent"] / wire["bytes_adam"])
+
+    return train
+
+
+def run_name(bits: int, optimizer: str) -> str:
+    return f"short-{bits}-{optimizer}"
+
+
+def losses_told(text: str) -> tuple[float, float]:
+    """Read `loss 1.2345 -> 0.1234` out of what `train` says last; infinite where it does not say it."""
+    found = re.search(r"loss ([\d.]+) -> ([\d.]+)", text)
+    return (float(found[1]), float(found[2])) if found else (1.0, float("inf"))
+
+
+def stop_and_resume(tools: Tools) -> None:
+    """Ctrl-C leaves a checkpoint; so does a driver that is killed; what comes out is an undisturbed run's curve.
+
+    Each command starts a Ray of its own here, as on a laptop.
+    """
+    walk, checks, scale = tools.walk, tools.checks, tools.scale
+    total, every = scale.num_long_steps, scale.checkpoint_steps
+    settings = (
+        *(f"train.max_steps={total}", f"train.checkpoint_every_steps={every}", "model.bits=16"),
+        *("data.max_train_examples=null", "lora.dropout=0.1"),
+    )
+
+    def start(name: str) -> Process:
+        return tools.start("train", "--config", walk.config, f"name={name}", *settings, environment=ALONE)
+
+    stopped = walk.runs / "stopped"
+    process = start("stopped")
+    tools.until(lambda: last_step(stopped) >= 2, process, "two steps")
+    process.send(signal.SIGINT)
+    done = tools.end(process, code=130)
+    at = last_step(stopped)
+    checks.contains("SIGINT", "checkpoint", done.text)
+    checks.equal("checkpoints of it", True, bool(list(stopped.glob("checkpoint_*"))))
+    checks.at_most("step at which it stopped", total - 1, at)
+    process = start("stopped")
+    # Two checkpoints later, so that there is one of this attempt.
+    tools.until(lambda: last_step(stopped) >= at + every + 1, process, "steps after the resumption")
+    process.send(signal.SIGKILL)
+    done = tools.end(process, code=-signal.SIGKILL)
+    killed_at = last_step(stopped)
+    checks.at_most("step at which its driver was killed", total - 1, killed_at)
+    done = tools.end(start("stopped"))
+    steps = [step for step, _ in curve(stopped)]
+    checks.equal("steps of its curve", list(range(1, total + 1)), steps)
+    attempts = progress_steps(stopped)
+    restart = next((after for before, after in itertools.pairwise(attempts) if after <= before), None)
+    # It goes on behind the last checkpoint before the kill, not at the beginning.
+    checks.at_least("first step after the kill", at + 1, restart if restart is not None else attempts[-1])
+    undisturbed = tools.end(start("undisturbed"))
+    # On a CPU both are equal bit for bit; on a GPU sums of atomics come in another order.
+    tolerance = _FULL_PRECISION if walk.device == "cpu" else 0.03
+    checks.close(
+        "last loss, beside an undisturbed run's", losses_told(undisturbed.text)[1], losses_told(done.text)[1], tolerance
+    )
+    pairs = zip(curve(stopped), curve(walk.runs / "undisturbed"), strict=False)
+    checks.at_most(
+        "largest difference of the curves",
+        0.1 if walk.device == "cuda" else 1e-3,
+        max(abs(a[1] - b[1]) for a, b in pairs),
+    )
+
+
+def progress_steps(run: Path) -> list[int]:
+    """Return the steps of progress.jsonl in the order in which they were written; of all attempts."""
+    return [record["step"] for record in _progress(run)]
+
+
+def last_step(run: Path) -> int:
+    return max(progress_steps(run), default=0)
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    """Return step and loss; of a step done twice the later one."""
+    return sorted({record["step"]: record["loss"] for record in _progress(run)}.items())
+
+
+def _progress(run: Path) -> list[dict]:
+    file = run / "progress.jsonl"
+    if not file.is_file():
+        return []
+    records = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # being written
+            continue
+    return records

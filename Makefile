@@ -9,7 +9,8 @@ TORCH ?= $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.insta
 BIN := $(VENV)/bin
 LOCKS := requirements/torch-$(TORCH).lock requirements/build.lock requirements/packages.lock requirements/deepspeed.lock
 SEED ?= 0
-MINUTES ?= 50
+# Of `make chaos` and `make fuzz`, each for all that it does.
+MINUTES ?= $(if $(filter fuzz,$(MAKECMDGOALS)),20,50)
 BASE ?= small
 REAL_BASE ?=
 STAMP := $(VENV)/.installed-$(TORCH)
@@ -51,9 +52,9 @@ lint: $(STAMP)
 
 check: lint test
 
-# Minutes of broken inputs to whatever reads from outside; guided by coverage where atheris is installed too.
+# MINUTES of broken inputs to whatever reads from outside; guided by coverage where atheris is installed too.
 fuzz: $(STAMP)
-	$(BIN)/python benchmarks/fuzz.py --seconds 60
+	$(BIN)/python benchmarks/fuzz.py --minutes $(MINUTES)
 
 # Known holes in the locked packages: asks PyPI's advisories over the network, so not part of `check`. A package that cannot be
 # looked up fails it (--strict): else an index without advisories would read as "no known vulnerabilities".

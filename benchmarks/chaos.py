@@ -1,6 +1,7 @@
 """Break the system on purpose, at random places and times, and look at what is lost: nothing may be.
 
-    make chaos                                                   # all kinds, about 40 minutes on two quiet cores
+    make chaos                                                   # all kinds, at most 50 minutes
+    make chaos MINUTES=5                                         # what fits into 5 minutes
     python benchmarks/chaos.py --parts files writers --seed 7    # without Ray, about two minutes
     python benchmarks/chaos.py --parts train serve --minutes 15
     python benchmarks/chaos.py --parts files --only "bit flipped/checkpoint" --only-seed 123456  # one fault again
@@ -8,34 +9,48 @@
 Parts: `files` damages what lies on disk; `writers` kills, fills the disk of, or holds up processes that write, and breaks a
 training loop in a process of its own; `train` kills processes of `finlora train` and `finlora tune` on Ray nodes of this machine;
 `serve` kills those of `finlora serve` under load. Each fault has a seed of its own, which is printed: places and times follow
-from it, as far as the machine lets them. Bounded by --minutes: what is not reached then is not counted.
+from it, as far as the machine lets them.
 
-Exit code 1: something was lost, was answered wrongly, hung, or stayed behind; or a part saw too few faults.
+--minutes bounds everything, start and end included: each part has a share, a part for which there is no room is left out, and
+what a part has not judged when its share is over does not count. Ctrl-C, SIGTERM and SIGHUP end all that was started and show the
+table of what was judged until then.
+
+Exit code 1: something was lost, was answered wrongly, hung, or stayed behind; or a part of a whole run saw too few faults.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 from chaos_record import Injection, Tally, read_injections, render_table, say, seeds
+from time_budget import Need, StoppedError, run_part, share_out, stop_on_signals
 
 PARTS = ("files", "writers", "train", "serve")
 LEAST = {"files": 120, "writers": 80, "train": 18, "serve": 9}
 """Faults that a part must reach for its table to mean something."""
 ROUNDS = 8
+WHOLE_MINUTES = 50.0
+NEEDS = {"files": Need(20, 60), "writers": Need(30, 90), "train": Need(300, 1500), "serve": Need(180, 600)}
+"""On two cores that others use as well."""
+RESERVE_S = {"files": 2.0, "writers": 10.0, "train": 120.0, "serve": 60.0}
+"""From a part's last fault to its end: what was begun is waited for, and nodes and servers end."""
+END_S = 10.0
+"""From the end of the last part to the end of all."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=50.0, help="no fault is injected after that")
+    parser.add_argument("--minutes", type=float, default=WHOLE_MINUTES, help="for everything, start and end included")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="faults of each cheap kind")
     parser.add_argument("--only", help="KIND/TARGET of a cheap fault")
@@ -45,35 +60,92 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--from-records", type=Path, nargs="+", help="inject nothing, print the table of earlier records"
     )
+    parser.add_argument("--alone", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.from_records:
         say(render_table([each for path in options.from_records for each in read_injections(path)]))
         return 0
+    if options.alone:
+        tally = Tally(options.record, time.monotonic() + options.minutes * 60)
+        _run_part(options.alone, Path(os.environ["TMPDIR"]), tally, options)
+        return 0
+    with _fresh_record(options.record) as record:
+        return _run_parts(options, record)
+
+
+@contextlib.contextmanager
+def _fresh_record(wanted: Path | None) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = wanted or Path(folder) / "faults.jsonl"
+        path.write_text("", encoding="utf-8")
+        yield path
+
+
+def _run_parts(options: argparse.Namespace, record: Path) -> int:
     started = time.monotonic()
-    tally = Tally(options.record, started + options.minutes * 60)
-    say(f"seed {options.seed}, parts {', '.join(options.parts)}, at most {options.minutes:g} minutes")
-    counts = {}
-    for part in options.parts:
-        before = len(tally.injections)
-        folder = Path(tempfile.mkdtemp(prefix="fl-", dir="/tmp"))  # short: Ray puts sockets below it
+    until = started + options.minutes * 60 - END_S
+    # A tenth less than there is: starts take longer on a busy machine, and a part that was promised must still find its least.
+    shares = share_out({part: NEEDS[part] for part in options.parts}, 0.9 * (until - started))
+    waiting = {part: NEEDS[part] for part in options.parts if part in shares}
+    told = ", ".join(f"{part} {shares[part]:.0f} s" if part in shares else f"{part} left out" for part in options.parts)
+    code, counts = 0, {}
+    with stop_on_signals():
+        say(f"seed {options.seed}, at most {options.minutes:g} minutes in all: {told}")
         try:
-            _run_part(part, folder, tally, options)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        counts[part] = len(tally.injections) - before
-    table = render_table(tally.injections)
+            for part in options.parts:
+                share = share_out(waiting, until - time.monotonic()).get(part)
+                waiting.pop(part, None)
+                if share is None:
+                    say(f"{part}: left out, {NEEDS[part].least:.0f} s are the least for it")
+                    continue
+                before = len(read_injections(record))
+                ended = _run_apart(part, share, record, options)
+                counts[part] = len(read_injections(record)) - before
+                if ended is None:
+                    say(f"{part}: its {share:.0f} s are over; what was not judged by then does not count")
+                elif ended:
+                    say(f"BROKEN: {part} ended with {ended}, its message stands above")
+                    code = 1
+        except StoppedError as stop:
+            say(f"{stop}: all that was started has been ended")
+            code = stop.exit_code
+    return _judge(options, read_injections(record), counts, code, time.monotonic() - started)
+
+
+def _run_apart(part: str, seconds: float, record: Path, options: argparse.Namespace) -> int | None:
+    """Run one part in processes and in a folder of its own, which go with it."""
+    folder = Path(tempfile.mkdtemp(prefix="fl-", dir="/tmp"))  # short: Ray puts sockets below it
+    soft = max(seconds - RESERVE_S[part], seconds / 4)
+    only = [f"--only={options.only}"] * bool(options.only) + [f"--only-seed={options.only_seed}"] * (
+        options.only_seed is not None
+    )
+    settings = [f"--seed={options.seed}", f"--rounds={options.rounds}", f"--minutes={soft / 60}", f"--record={record}"]
+    try:
+        return run_part(command_of(part) + settings + only, seconds, env={**os.environ, "TMPDIR": str(folder)})
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def command_of(part: str) -> list[str]:
+    return [sys.executable, __file__, f"--alone={part}"]
+
+
+def _judge(
+    options: argparse.Namespace, found: list[Injection], counts: dict[str, int], code: int, seconds: float
+) -> int:
+    table = render_table(found)
     say("\n" + table)
     if options.table:
         options.table.write_text(table, encoding="utf-8")
-    lost = [each for each in tally.injections if each.lost]
-    is_whole = not options.only and options.rounds >= ROUNDS
+    lost = [each for each in found if each.lost]
+    is_whole = not options.only and options.rounds >= ROUNDS and options.minutes >= WHOLE_MINUTES and not code
     few = [f"{part}: {n} of {LEAST[part]}" for part, n in counts.items() if is_whole and n < LEAST[part]]
-    say(f"{len(tally.injections)} faults in {time.monotonic() - started:.0f} s, {len(lost)} with a loss")
+    say(f"{len(found)} faults in {seconds:.0f} s, {len(lost)} with a loss")
     for each in lost:
         say(f"LOST: {each.kind}/{each.target}, seed {each.seed}: {each.lost}")
     for line in few:
         say(f"TOO FEW FAULTS: {line}")
-    return int(bool(lost or few))
+    return code or int(bool(lost or few))
 
 
 def _run_part(part: str, folder: Path, tally: Tally, options: argparse.Namespace) -> None:

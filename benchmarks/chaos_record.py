@@ -34,14 +34,12 @@ class Injection:
 
 
 class Tally:
-    """All injections, told on standard output and in a JSON lines file as they come."""
+    """All injections of a part, told on standard output and appended to a JSON lines file as they come."""
 
     def __init__(self, record: Path | None, until: float) -> None:
         self.injections: list[Injection] = []
         self._record = record
         self._until = until
-        if record is not None:
-            record.write_text("", encoding="utf-8")
 
     @property
     def is_over(self) -> bool:
@@ -59,7 +57,10 @@ class Tally:
 
 
 def read_injections(path: Path) -> list[Injection]:
-    return [Injection(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition(
+        "\n"
+    )  # a part may have been ended while it wrote its last line
+    return [Injection(**json.loads(line)) for line in whole.splitlines()]
 
 
 def render_table(injections: Sequence[Injection]) -> str:

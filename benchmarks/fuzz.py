@@ -1,13 +1,15 @@
 """Feed what FinLoRA reads from outside with broken inputs, for as long as wanted: only its own errors may come of it.
 
-    python benchmarks/fuzz.py                                    # every target of fuzz_targets.py, a minute each
-    python benchmarks/fuzz.py --targets arrow parquet --seconds 600 --seed 7
+    make fuzz                                                    # every target of fuzz_targets.py, 20 minutes in all
+    make fuzz MINUTES=5
+    python benchmarks/fuzz.py --targets arrow parquet --minutes 20 --seed 7
     python benchmarks/fuzz.py --targets arrow --replay fuzz-found/arrow-1f2e3d4c
 
-Each target runs in a process of its own, within a bound of memory and of seconds an input. Where `atheris` is installed
-(`pip install atheris`, not among FinLoRA's packages) inputs are bred by coverage of FinLoRA's code; else the seeds are changed
-at random, which finds less. The random seed is printed first: with it, and an empty --found, the same inputs come again. An input
-that breaks something is kept in --found, and the exit code is 1.
+--minutes bounds everything: it is shared out over the targets, whose starts count. Ctrl-C, SIGTERM and SIGHUP end what runs and
+say what was done until then. Each target runs in a process of its own, within a bound of memory and of seconds an input. Where
+`atheris` is installed (`pip install atheris`, not among FinLoRA's packages) inputs are bred by coverage of FinLoRA's code; else
+the seeds are changed at random, which finds less. The random seed is printed first: with it, and an empty --found, the same
+inputs come again. An input that breaks something is kept in --found, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -15,16 +17,25 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import os
 import random
 import re
 import resource
-import subprocess
+import signal
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
 
+import psutil
+from time_budget import StoppedError, run_part, stop_on_signals
+
 _SLOW_S = 20.0
+_LEAST_S = 15.0
+"""Of a target, whose imports and valid inputs take a part of it on a busy machine."""
+_END_S = 5.0
+"""Before a target's share is over it ends by itself; one that does not is busy with an input."""
 _SHAVE = (
     b"",
     b"\0",
@@ -47,13 +58,14 @@ _SHAVE = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", metavar="TARGET", help="without it: all")
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each target")
+    parser.add_argument("--minutes", type=float, default=20.0, help="for all targets together, starts included")
     parser.add_argument("--seed", type=int, help="without it: drawn, and printed")
     parser.add_argument("--engine", choices=["atheris", "random"], help="without it: atheris where it is installed")
     parser.add_argument("--memory-mib", type=int, default=4096, help="most that a target's process may take")
     parser.add_argument("--found", type=Path, default=Path("fuzz-found"), help="folder of inputs that broke something")
     parser.add_argument("--replay", type=Path, help="run the one target on this input alone, and show what it raises")
     parser.add_argument("--run-one", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     from fuzz_targets import TARGETS
 
@@ -72,14 +84,42 @@ def main() -> int:
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**31)
     if options.run_one:
         return _run_here(options.run_one, engine, options.seconds, seed, options.memory_mib, options.found)
-    print(f"seed {seed}, inputs by {engine}, {options.seconds:g} s a target", flush=True)
     options.found.mkdir(parents=True, exist_ok=True)
-    return max(_run_apart(name, engine, seed, options) for name in options.targets or TARGETS)
+    return _run_all(list(options.targets or TARGETS), engine, seed, options)
 
 
-def _run_apart(name: str, engine: str, seed: int, options: argparse.Namespace) -> int:
-    """Run a target in a process and print its line; returns 1 where something broke."""
-    settings = ["--seconds", str(options.seconds), "--seed", str(seed), "--memory-mib", str(options.memory_mib)]
+def _run_all(names: list[str], engine: str, seed: int, options: argparse.Namespace) -> int:
+    started = time.monotonic()
+    until, code, number = started + options.minutes * 60, 0, 0
+    names, left = names[: (fitting := max(1, int(options.minutes * 60 / _LEAST_S)))], names[fitting:]
+    with stop_on_signals():
+        print(
+            f"seed {seed}, inputs by {engine}, {len(names)} targets in at most {options.minutes:g} minutes in all: "
+            f"{options.minutes * 60 / len(names):.0f} s each, its start included",
+            flush=True,
+        )
+        if left:
+            print(f"left out, since {_LEAST_S:.0f} s are the least: {', '.join(left)}", flush=True)
+        try:
+            for number, name in enumerate(names):
+                share = (until - time.monotonic()) / (len(names) - number)
+                code = max(code, _run_apart(name, engine, seed, share, options))
+            number = len(names)
+        except StoppedError as stop:
+            print(f"{stop}: what ran has been ended", flush=True)
+            code = stop.exit_code
+    print(f"{number} of {len(names)} targets in {time.monotonic() - started:.0f} s", flush=True)
+    return code
+
+
+def _run_apart(name: str, engine: str, seed: int, share: float, options: argparse.Namespace) -> int:
+    """Run a target in a process and print its line; returns 1 where something broke.
+
+    Args:
+        share: seconds until it is ended, its start included.
+    """
+    seconds = max(share - _END_S, share / 2)
+    settings = ["--seconds", str(seconds), "--seed", str(seed), "--memory-mib", str(options.memory_mib)]
     command = [
         sys.executable,
         __file__,
@@ -92,14 +132,23 @@ def _run_apart(name: str, engine: str, seed: int, options: argparse.Namespace) -
         str(options.found),
     ]
     started = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    counts = re.findall(r"(?:stat::number_of_executed_units:\s*|executed )(\d+)", done.stdout + done.stderr)
+    with (
+        tempfile.TemporaryDirectory(prefix="fuzz-") as folder,
+        (Path(folder) / "log").open("w+", errors="replace") as log,
+    ):
+        code = run_part(command, share, stdout=log, stderr=log, env={**os.environ, "TMPDIR": folder})
+        log.seek(0)
+        said = log.read()
+    counts = re.findall(r"(?:stat::number_of_executed_units:\s*|executed |^#)(\d+)", said, flags=re.MULTILINE)
     number = f"{int(counts[-1]):,}" if counts else "an unknown number of"
-    verdict = "nothing broke" if done.returncode == 0 else f"BROKEN (exit {done.returncode})"
-    print(f"{name:16} {number:>20} inputs {time.monotonic() - started:6.0f} s  {verdict}", flush=True)
-    if done.returncode:
-        print("\n".join((done.stdout + done.stderr).splitlines()[-60:]), flush=True)
-    return int(done.returncode != 0)
+    verdicts = {0: "nothing broke", None: "BROKEN: it did not end at its time, being busy with an input or its start"}
+    print(
+        f"{name:16} {number:>20} inputs {time.monotonic() - started:6.0f} s  {verdicts.get(code, f'BROKEN (exit {code})')}",
+        flush=True,
+    )
+    if code != 0:
+        print("\n".join(said.splitlines()[-60:]), flush=True)
+    return int(code != 0)
 
 
 def _run_here(name: str, engine: str, seconds: float, seed: int, memory_mib: int, found: Path) -> int:
@@ -113,8 +162,10 @@ def _run_here(name: str, engine: str, seconds: float, seed: int, memory_mib: int
     for data in seeds:  # imports are done before the memory is bounded
         run_one(target, data)
     limit = memory_mib * 2**20
-    until, number = time.monotonic() + seconds, 0
-    while time.monotonic() < until:
+    until, number = psutil.Process().create_time() + seconds, 0
+    signal.signal(signal.SIGALRM, _give_up)
+    while time.time() < until:
+        signal.alarm(round(_SLOW_S))
         data, started = _change(dice, seeds), time.monotonic()
         try:
             run_one(target, data)
@@ -128,6 +179,10 @@ def _run_here(name: str, engine: str, seconds: float, seed: int, memory_mib: int
         number += 1
     print(f"executed {number}")
     return 0
+
+
+def _give_up(_number: int, _frame: object) -> None:
+    raise RuntimeError(f"the input took longer than {_SLOW_S:.0f} s")
 
 
 def _require_bounds(started: float, limit: int) -> None:
@@ -163,8 +218,9 @@ def _breed(name: str, seconds: float, seed: int, memory_mib: int, found: Path) -
         for data in TARGETS[name].seeds():
             (corpus / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
             run_one(TARGETS[name], data)  # imports what it needs
+    until = psutil.Process().create_time() + seconds
     settings = [
-        f"-max_total_time={max(1, round(seconds))}",
+        f"-max_total_time={max(1, round(until - time.time()))}",
         f"-seed={seed or 1}",
         f"-rss_limit_mb={memory_mib}",
         f"-timeout={_SLOW_S:g}",

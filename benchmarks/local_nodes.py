@@ -28,8 +28,10 @@ class LocalNodes:
     """A head without cores for work, and nodes that come and go. Close it at the end: it ends what it started, no more."""
 
     def __init__(self) -> None:
-        # Short: Ray puts sockets below it, whose paths have 107 characters at most.
-        self.folder = Path(tempfile.mkdtemp(prefix="fl-", dir="/tmp"))
+        # Short: Ray puts sockets below it, whose paths have 107 characters at most. A part of benchmarks/chaos.py has a short
+        # folder of its own, which goes with it.
+        here = tempfile.gettempdir()
+        self.folder = Path(tempfile.mkdtemp(prefix="fl-", dir=here if Path(here).name.startswith("fl-") else "/tmp"))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         token = self.folder / "token"
         token.write_text(secrets.token_hex(32))

@@ -77,9 +77,10 @@ def test_script_runs_without_atheris_names_its_seed_and_replays(tmp_path):
         str(tmp_path),
     ]
     done = subprocess.run(
-        [*command, "--seconds", "1", "--seed", "5"], cwd=ROOT, capture_output=True, text=True, check=True
+        [*command, "--minutes", "0.25", "--seed", "5"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith("seed 5, inputs by random, 1 s a target")
+    assert done.stdout.startswith("seed 5, inputs by random, 1 targets in at most 0.25 minutes in all: 15 s each")
+    assert "1 of 1 targets in " in done.stdout
     assert "nothing broke" in done.stdout
     (tmp_path / "input").write_bytes(b"{")
     again = subprocess.run(

@@ -1,0 +1,122 @@
+"""A time budget over the parts of a long check: each part runs in processes of its own, which end with it.
+
+What ends a part is its end, its time, or a signal to the check (SIGTERM, SIGINT, SIGHUP). No process stays behind: the check
+adopts orphans of its parts (PR_SET_CHILD_SUBREAPER), so that all that was ever started below it can be found and killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PR_SET_CHILD_SUBREAPER = 36
+_END_S = 10.0
+_LOOK_S = 0.5
+"""Between two looks for adopted processes that have ended: until then they look alive to a part that waits for their end."""
+
+
+class StoppedError(Exception):
+    """A signal came; `exit_code` is what a shell would count."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+class Need(NamedTuple):
+    """Seconds of a part."""
+
+    least: float
+    """Below that it would end before it has shown anything."""
+    usual: float
+    """What it takes where nobody hurries it."""
+
+
+def share_out(needs: Mapping[str, Need], seconds: float) -> dict[str, float]:
+    """Return the seconds of each part that fits into a budget: its least, and of the rest a share by its usual time.
+
+    A part for which there is no room is not in the answer; those that need most are left out first.
+    """
+    fitting = dict(needs)
+    while fitting and sum(need.least for need in fitting.values()) > seconds:
+        del fitting[max(fitting, key=lambda part: fitting[part].least)]
+    rest = seconds - sum(need.least for need in fitting.values())
+    weight = sum(need.usual for need in fitting.values())
+    return {part: need.least + rest * need.usual / weight for part, need in fitting.items()}
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Raise StoppedError at the first of SIGNALS while inside; later ones do not disturb what ends the parts."""
+
+    def stop(number: int, _frame: object) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        raise StoppedError(number)
+
+    before = {each: signal.signal(each, stop) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def run_part(command: Sequence[str], seconds: float, **settings: Any) -> int | None:
+    """Run a part and end all that it started; returns its exit code, None where its time was over first.
+
+    Args:
+        command: what to run.
+        seconds: time until it is ended.
+        settings: of subprocess.Popen.
+
+    Raises:
+        StoppedError: a signal came meanwhile (`stop_on_signals`); the part has been ended.
+    """
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+    with subprocess.Popen(command, start_new_session=True, **settings) as process:  # Ctrl-C comes to the check alone
+        until = time.monotonic() + seconds
+        try:
+            while time.monotonic() < until:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(timeout=min(_LOOK_S, max(0.0, until - time.monotonic())))
+                _reap_orphans(process.pid)
+            return None
+        finally:
+            end_all_below()
+
+
+def end_all_below() -> None:
+    """Kill every process below this one, orphans that it adopted too, and remove the shared memory that they left."""
+    pids = set()
+    while victims := [
+        each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE
+    ]:
+        for victim in victims:
+            pids.add(victim.pid)
+            with contextlib.suppress(psutil.Error):
+                victim.kill()
+        psutil.wait_procs(victims, timeout=_END_S)
+    _reap_orphans()
+    for path in Path("/dev/shm").glob("*"):
+        owner = re.search(r"(?:hdr|obj|torch_)(\d+)[-_]", path.name)
+        if owner and int(owner[1]) in pids:
+            path.unlink(missing_ok=True)
+
+
+def _reap_orphans(but: int | None = None) -> None:
+    for child in psutil.Process().children():
+        if child.pid != but:
+            with contextlib.suppress(psutil.Error):
+                child.wait(timeout=0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import PurePath
 from typing import Literal
 
@@ -18,6 +19,14 @@ Bits = Literal[16, 8, 4]
 Transport = Literal["messages", "nccl", "gloo"]
 Template = Literal["raw", "chat"]
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def is_date(text: str) -> bool:
+    """Return whether a text is a day as 2024-07-26."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _refuse(section: str, checks: Sequence[tuple[bool, str]]) -> None:
@@ -43,6 +52,9 @@ class ModelConfig:
     (AMX-BF16, AVX512_BF16) or measured (finlora/precision.py)."""
     template: Template = "raw"
     """`raw`: plain completion as in the paper; `chat`: the tokenizer's chat template around the same prompt."""
+    template_date: str | None = None
+    """Day, as 2024-07-26, that a chat template which writes today's date writes into each prompt. None: an adapter's own, which
+    it was trained with; without an adapter, and in training, 2024-07-26, as Llama 3's templates write without a clock."""
     max_seq_len: int = 8192
     """Longest prompt + answer in tokens; longer examples follow data.too_long."""
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -56,6 +68,14 @@ class ModelConfig:
             [
                 (bool(self.base.strip()), "base is empty: name a hub id or a local folder"),
                 (self.max_seq_len >= 8, f"max_seq_len={self.max_seq_len}: expected at least 8 tokens"),
+                (
+                    self.template_date is None or is_date(self.template_date),
+                    f"template_date={self.template_date}: expected a day as 2024-07-26",
+                ),
+                (
+                    self.template_date is None or self.template == "chat",
+                    f"template_date={self.template_date} is of no use with template=raw, which writes no date: leave it out",
+                ),
             ],
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import datetime
 import difflib
 import math
 import reprlib
@@ -264,6 +265,8 @@ def _convert(hint: Any, raw: Any, name: str, faults: list[str]) -> Any:
             return _WRONG
         items = [_convert(args[0], item, f"{name}[{index}]", faults) for index, item in enumerate(raw)]
         return _WRONG if any(item is _WRONG for item in items) else tuple(items)
+    if hint is str and type(raw) is datetime.date:
+        raw = raw.isoformat()  # YAML reads 2024-07-26 as a day
     if hint is float and isinstance(raw, str):
         with contextlib.suppress(ValueError):
             raw = float(raw)  # YAML 1.1 reads 1e-4 (no dot) as text

@@ -72,6 +72,49 @@ def file_mode(request) -> Iterator[int]:
     os.umask(before)
 
 
+DATED_TEMPLATE = (
+    "{{- bos_token }}\n"
+    "{%- if not date_string is defined %}\n"
+    "    {%- if strftime_now is defined %}\n"
+    '        {%- set date_string = strftime_now("%d %b %Y") %}\n'
+    "    {%- else %}\n"
+    '        {%- set date_string = "26 Jul 2024" %}\n'
+    "    {%- endif %}\n"
+    "{%- endif %}\n"
+    '{{- "Today Date: " + date_string + "\\n\\n" }}'
+    "{% for message in messages %}[{{ message.role }}] {{ message.content | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+"""With the lines by which Llama 3.2's and 3.3's come by today's date.
+Source: chat_template of https://huggingface.co/meta-llama/Llama-3.2-1B-Instruct, tokenizer_config.json."""
+
+
+@pytest.fixture(scope="session")
+def dated_base(tiny_base, tmp_path_factory) -> Path:
+    """The tiny base with a chat template that writes today's date."""
+    folder = shutil.copytree(tiny_base, tmp_path_factory.mktemp("models") / "dated")
+    (folder / "chat_template.jinja").write_text(DATED_TEMPLATE)
+    return folder
+
+
+@pytest.fixture
+def pretend_day(monkeypatch) -> Callable[[str], None]:
+    """Set the clock that transformers gives to chat templates to a day, as 2026-11-30."""
+    from datetime import datetime
+
+    from transformers.utils import chat_template_utils
+
+    def pretend(day: str) -> None:
+        class Clock(datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls.fromisoformat(day)
+
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+
+    return pretend
+
+
 @pytest.fixture(scope="session")
 def prepared_synthetic(tmp_path_factory) -> Path:
     """Folder of prepared tasks, with generated sentiment and generated XBRL questions in it."""

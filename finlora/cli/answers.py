@@ -121,7 +121,9 @@ def ask(
     num_stages = settings.eval.num_stages if stages is None else stages
     if num_stages > 1:
         from finlora import cluster
+        from finlora.model.base_files import check_base
 
+        check_base(settings.model, chosen)
         cluster.connect(log_to_driver=False)
     # To standard error, since the answer may be piped on.
     with open_bars(Console(stderr=True), _LOADING) as bars:
@@ -132,6 +134,8 @@ def ask(
 
         reply = ask_engine(settings, chosen, question, sampling, num_stages, show)
     show_reply(reply.probabilities, reply.quote, console, is_quoted=task in ("xbrl_tags", "xbrl_values"))
+    if reply.template_date:
+        say(f"Date in the chat template: {reply.template_date}")
 
 
 def _ask_server(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from finlora.data.chat_template import render_turns
 from finlora.data.example import Example
 from finlora.errors import DatasetError, ModelError
 
@@ -49,27 +50,31 @@ class Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.num_tokens)
 
 
-def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"]) -> tuple[int, ...]:
+def encode_prompt(
+    prompt: str, tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"], date: str | None = None
+) -> tuple[int, ...]:
     """Render a prompt to token ids, BOS exactly once in front.
 
     Text that looks like a special token (`<|eot_id|>` inside a tweet) is encoded as plain characters, so that no
     document can end or open a turn.
 
+    Args:
+        date: what a chat template writes as today (`choose_date`, or an adapter's contract). Never the clock's.
+
     Raises:
-        ModelError: template is `chat` and the tokenizer has no chat template.
+        ModelError: template is `chat` and the tokenizer has no chat template, or one that does not take a prompt.
     """
     bos = tokenizer.bos_token_id
     if template == "raw":
         return (bos, *_plain_ids(prompt, tokenizer))
-    if tokenizer.chat_template is None:
-        raise ModelError(
-            "model.template=chat, but the tokenizer has no chat template: use an instruct model's tokenizer, or template=raw."
-        )
     # A placeholder marks where the prompt goes: the frame is encoded with its special tokens, the prompt without.
     marker = "\ue000prompt\ue000"
-    frame = tokenizer.apply_chat_template(
-        [{"role": "user", "content": marker}], add_generation_prompt=True, tokenize=False
-    )
+    frame = render_turns([{"role": "user", "content": marker}], tokenizer, date)
+    if frame.count(marker) != 1:
+        raise ModelError(
+            f"the tokenizer's chat template writes a user's message {frame.count(marker)} times: expected once. Set "
+            "model.template=raw, or mend the template."
+        )
     before, _, after = frame.partition(marker)
     ids = [
         *tokenizer.encode(before, add_special_tokens=False),
@@ -82,6 +87,25 @@ def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerFast, template: Lit
 def encode_answer(answer: str, tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"]) -> tuple[int, ...]:
     """Render an answer to token ids, closed by the end token: EOS, or the end of turn under a chat template."""
     return (*_plain_ids(answer, tokenizer), end_token_id(tokenizer, template))
+
+
+def encode_choices(
+    choices: Sequence[str], tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"]
+) -> tuple[tuple[int, ...], ...]:
+    """Render the allowed answers of a question, each another one in tokens too.
+
+    Raises:
+        ModelError: the tokenizer makes no token of one, or the same ones of two: their probabilities would mean nothing.
+    """
+    encoded = tuple(encode_answer(choice, tokenizer, template) for choice in choices)
+    for index, ids in enumerate(encoded):
+        if len(ids) == 1 or ids in encoded[:index]:
+            why = "no token" if len(ids) == 1 else f"the same tokens as of {choices[encoded.index(ids)]!r}"
+            raise ModelError(
+                f"the tokenizer makes {why} of the allowed answer {choices[index]!r}, so it cannot be scored: model.tokenizer "
+                "does not belong to a model of this language."
+            )
+    return encoded
 
 
 def end_token_id(tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"]) -> int:
@@ -101,26 +125,34 @@ def encode_examples(
     max_seq_len: int,
     too_long: Literal["error", "skip"],
     reserve: Sequence[int] = (),
+    date: str | None = None,
 ) -> tuple[list[Encoded], list[int]]:
     """Encode examples, never truncating: an XBRL question stands last, after thousands of tokens.
 
     Args:
         max_seq_len: longest prompt + answer in tokens.
         reserve: for each example, tokens kept free for generation; its answer then counts for at least as many.
+        date: as of `encode_prompt`.
 
     Returns:
         The encoded examples, and the indices of those kept (all of them under too_long="error").
 
     Raises:
-        DatasetError: an example is too long and too_long is `error`; names it, its length and the limit.
+        DatasetError: an example is too long and too_long is `error`; names it, its length and the limit. Or its answer has no
+            token.
     """
     kept: list[int] = []
     encoded: list[Encoded] = []
     longest: tuple[int, Example] | None = None
     for index, example in enumerate(examples):
         item = Encoded(
-            encode_prompt(example.prompt, tokenizer, template), encode_answer(example.answer, tokenizer, template)
+            encode_prompt(example.prompt, tokenizer, template, date), encode_answer(example.answer, tokenizer, template)
         )
+        if len(item.answer_ids) == 1:  # the end token alone
+            raise DatasetError(
+                f"{example.id} ({example.source}) has the answer {example.answer!r}, of which the tokenizer makes no token: "
+                "nothing could be learnt or scored. Take the row out and prepare the task again, or check model.tokenizer."
+            )
         length = max(item.num_tokens, len(item.prompt_ids) + (reserve[index] if reserve else 0))
         if length <= max_seq_len:
             encoded.append(item)

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finlora.config import RunConfig
-from finlora.data.encode import encode_answer, encode_prompt
+from finlora.data.encode import encode_choices, encode_prompt
 from finlora.data.question import Question
 from finlora.engine.grounding import find_quote
 from finlora.engine.request import ADAPTER, Finish, Piece, Request, Sampling, normalise_choices
+from finlora.model.base_files import read_base_files
 from finlora.model.contract import read_contract
-from finlora.model.source import find_source, fingerprint_weights
-from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,6 +31,8 @@ class Reply:
     """Where generated text stands in the question's context, from and to which character; None: nowhere."""
     finish: Finish
     num_prompt_tokens: int
+    template_date: str | None
+    """Day that the chat template wrote into the prompt; None: it writes none, or always its own."""
 
 
 def ask(
@@ -56,13 +57,10 @@ def ask(
         ResourceError: the device or the cluster has too little.
         StageLostError: a stage died before the answer was complete.
     """
-    source = find_source(config.model)
-    tokenizer = load_tokenizer(source.tokenizer_path)
-    if adapter is not None:
-        contract = read_contract(adapter)
-        hashes = fingerprint_weights(source), hash_tokenizer(tokenizer)
-        contract.check_hashes(adapter, *hashes, config.model.template)
-    request = make_request(question, tokenizer, config, sampling, ADAPTER if adapter else None)
+    base = read_base_files(config.model)
+    tokenizer = base.tokenizer
+    date = base.check_adapter(adapter, read_contract(adapter)) if adapter else base.template_date
+    request = make_request(question, tokenizer, config, sampling, ADAPTER if adapter else None, date)
     # Slow to import, and not needed where the question cannot be asked.
     from finlora.engine.opening import open_engine
 
@@ -88,6 +86,7 @@ def ask(
         quote=None if ranked else find_quote(text, question.context),
         finish=answer.finish,
         num_prompt_tokens=len(request.prompt_ids),
+        template_date=date,
     )
 
 
@@ -97,15 +96,20 @@ def make_request(
     config: RunConfig,
     sampling: Sampling,
     adapter: str | None,
+    date: str | None,
 ) -> Request:
-    """Encode a question as training does."""
+    """Encode a question as training does.
+
+    Args:
+        date: as of `encode_prompt`.
+    """
     template = config.model.template
     return Request(
         id="ask",
-        prompt_ids=encode_prompt(question.prompt, tokenizer, template),
+        prompt_ids=encode_prompt(question.prompt, tokenizer, template, date),
         adapter=adapter,
         sampling=sampling,
-        choices=tuple(encode_answer(choice, tokenizer, template) for choice in question.choices),
+        choices=encode_choices(question.choices, tokenizer, template),
     )
 
 

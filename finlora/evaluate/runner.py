@@ -13,7 +13,7 @@ import torch
 
 from finlora.config import RunConfig
 from finlora.configfile import config_to_tree
-from finlora.data.encode import Encoded, encode_answer, encode_examples
+from finlora.data.encode import Encoded, encode_choices, encode_examples
 from finlora.data.example import Example
 from finlora.data.prepared import PreparedSplit, read_prepared
 from finlora.engine.batch import BatchEngine
@@ -24,9 +24,8 @@ from finlora.engine.request import ADAPTER
 from finlora.evaluate.calibration import bin_confidences, calibration_error
 from finlora.evaluate.metrics import score_answers
 from finlora.model.base import check_device
+from finlora.model.base_files import read_base_files
 from finlora.model.contract import read_contract
-from finlora.model.source import find_source, fingerprint_weights
-from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
 from finlora.precision import describe_type, resolve_evaluation
 from finlora.results import Result, describe_environment
 
@@ -77,15 +76,14 @@ def run_evaluation(
     device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
     if config.eval.num_stages == 1:
         check_device(device)
-    source = find_source(config.model)
-    tokenizer = load_tokenizer(source.tokenizer_path)
+    base = read_base_files(config.model)
+    tokenizer = base.tokenizer
     contract = read_contract(adapter) if adapter else None
-    if adapter and contract:
-        hashes = fingerprint_weights(source), hash_tokenizer(tokenizer)
-        contract.check_hashes(adapter, *hashes, config.model.template)
+    date = base.check_adapter(adapter, contract) if adapter and contract else base.template_date
     splits = [read_prepared(Path(config.data.dir), task, "test") for task in config.data.tasks]
     works = [
-        encode_split(config, tokenizer, split, task) for split, task in zip(splits, config.data.tasks, strict=True)
+        encode_split(config, tokenizer, split, task, date)
+        for split, task in zip(splits, config.data.tasks, strict=True)
     ]
     sizes = sorted((size for work in works for size in work.sizes), reverse=True)
     # The longest requests at once, and one more for the beginning that they share.
@@ -107,22 +105,27 @@ def run_evaluation(
 
 
 def check_evaluation(config: RunConfig, adapter: Path | None) -> str:
-    """Check that test splits and adapter are there, before any GPU is taken; returns the plan in words.
+    """Check that base, test splits and adapter are there and fit, before any GPU is taken; returns the plan in words.
 
     Raises:
         DatasetError: a test split is missing or damaged.
-        AdapterError: the adapter folder is missing or incomplete.
+        AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
         ModelError: the base's files are not usable.
     """
-    find_source(config.model)
+    base = read_base_files(config.model)
     counts = [
         f"{task} {len(read_prepared(Path(config.data.dir), task, 'test').examples):,}" for task in config.data.tasks
     ]
-    subject = "the base model" if adapter is None else f"adapter {read_contract(adapter).variant} of {adapter}"
+    subject, date = "the base model", base.template_date
+    if adapter is not None:
+        contract = read_contract(adapter)
+        subject, date = f"adapter {contract.variant} of {adapter}", base.check_adapter(adapter, contract)
+    today = f"; date in the chat template: {date}" if date else ""
     limit = f", the first {config.data.max_test_examples} of each" if config.data.max_test_examples else ""
     return (
         f"Evaluating {subject} on {config.model.base} at {config.eval.bits or config.model.bits} bit "
-        f"({config.eval.device}, {describe_type(config.model, config.eval.device)}): test examples {', '.join(counts)}{limit}"
+        f"({config.eval.device}, {describe_type(config.model, config.eval.device)}): test examples "
+        f"{', '.join(counts)}{limit}{today}"
     )
 
 
@@ -163,8 +166,13 @@ def answer_examples(engine: Engine, work: Work, config: RunConfig, on_progress: 
     return Answers(answers, "+".join(used), confidences)
 
 
-def encode_split(config: RunConfig, tokenizer: PreTrainedTokenizerFast, split: PreparedSplit, task: str) -> Work:
+def encode_split(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, split: PreparedSplit, task: str, date: str | None = None
+) -> Work:
     """Encode a test split.
+
+    Args:
+        date: as of `encode_prompt`.
 
     Raises:
         DatasetError: an example is too long, unless data.too_long skips it.
@@ -178,10 +186,11 @@ def encode_split(config: RunConfig, tokenizer: PreTrainedTokenizerFast, split: P
         max_seq_len=config.model.max_seq_len,
         too_long=config.data.too_long,
         reserve=[0 if _is_scored(item, config) else config.eval.max_new_tokens for item in examples],
+        date=date,
     )
     examples = [examples[index] for index in kept]
     choices = sorted({choice for item in examples if _is_scored(item, config) for choice in item.choices})
-    choice_ids = {choice: encode_answer(choice, tokenizer, template) for choice in choices}
+    choice_ids = dict(zip(choices, encode_choices(choices, tokenizer, template), strict=True))
     rooms = [
         sum(len(choice_ids[choice]) for choice in item.choices)
         if _is_scored(item, config)

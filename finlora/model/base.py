@@ -22,7 +22,7 @@ from finlora.errors import ModelError, ResourceError
 from finlora.model.base_cache import StoredBase, await_cache, find_cache, write_cache
 from finlora.model.quantised import quantise, require_range
 from finlora.model.source import ModelSource, find_source, fingerprint_weights
-from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
+from finlora.model.tokenizer import hash_tokenizer, load_tokenizer, require_rows
 from finlora.precision import resolve_model
 
 if TYPE_CHECKING:
@@ -85,11 +85,7 @@ def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, s
     model = resolve_model(model, device.type)
     source = find_source(model)
     tokenizer = load_tokenizer(source.tokenizer_path)
-    if len(tokenizer) > source.config.vocab_size:
-        raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model embeds {source.config.vocab_size}: "
-            "model.tokenizer does not belong to model.base."
-        )
+    require_rows(tokenizer, source.shape.vocab_size)
     if device.type == "cuda":
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)

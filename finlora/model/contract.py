@@ -13,21 +13,25 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from finlora.config import LoraConfig
+from finlora.config import LoraConfig, is_date
 from finlora.configfile import show
 from finlora.durable import SEAL, hash_file, seal, unseal, write_whole
 from finlora.errors import AdapterError
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_file
-from finlora.model.base import BaseModel
 from finlora.yamltext import read_yaml
+
+if TYPE_CHECKING:
+    from finlora.model.base import BaseModel
 
 CONTRACT_FILE = "finlora.yaml"
 _FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "config.yaml")
-_VERSION = 2
+_VERSION = 3
+_WITHOUT_DATE = 2
+"""Format of adapters whose prompts had the day of their training in them, where the chat template writes one."""
 _WITHOUT_HASHES = 1
 """Format of the first adapters, which named no files."""
 _MAX_BYTES = 2**16
@@ -59,6 +63,8 @@ class Contract:
     num_train_examples: int
     adapter_mib: float
     metrics: dict[str, float] = field(default_factory=dict)
+    template_date: str | None = None
+    """Day, as 2024-07-26, that the chat template wrote into each prompt; None: it writes none, or always its own."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 in hex of each file beside it, filled in when it is written."""
     finlora: int = _VERSION
@@ -100,6 +106,32 @@ class Contract:
                 f"and template it was trained with, or edit its {CONTRACT_FILE} (and take its line `sha256` out) if you know "
                 "that they are equal."
             )
+
+    def choose_date(self, folder: Path, base_date: str | None, wanted: str | None = None) -> str | None:
+        """Return the day that a chat template writes into the adapter's prompts: that of its training.
+
+        Args:
+            base_date: that of prompts to the base alone (finlora/data/chat_template.py), for an adapter of a version that noted
+                none.
+            wanted: the setting model.template_date, which may not differ; None: none is set.
+
+        Raises:
+            AdapterError: another day is set.
+        """
+        if self.finlora <= _WITHOUT_DATE:
+            if base_date is not None:
+                _logger.warning(
+                    "%s does not name the date that the chat template wrote into its prompts in training, the day of that "
+                    "training: %s is written. Set model.template_date to that day, or train the adapter again.",
+                    *(folder, base_date),
+                )
+            return base_date
+        if wanted is not None and wanted != self.template_date:
+            raise AdapterError(
+                f"{folder} was trained with the date {self.template_date or 'of the chat template itself'} in its prompts, and "
+                f"model.template_date={wanted}: leave the setting out, the adapter's own is used."
+            )
+        return self.template_date
 
     def check_files(self, folder: Path) -> None:
         """Read the adapter's files and compare their hashes.
@@ -187,13 +219,19 @@ def _check_kinds(values: Any, path: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{path} is not an adapter contract (it does not name its format): train again or restore the file."
         )
-    if (version := record.get("finlora")) not in (_WITHOUT_HASHES, _VERSION) and isinstance(version, int):
+    if (version := record.get("finlora")) not in (_WITHOUT_HASHES, _WITHOUT_DATE, _VERSION) and isinstance(
+        version, int
+    ):
         raise AdapterError(f"{path} has format {version}, this FinLoRA reads {_VERSION}: update FinLoRA.")
     for name, value in record.items():
         if name not in hints or not _is_kind(value, hints[name]):
             raise AdapterError(
                 f"{path} is not an adapter contract ({show(name)} is {show(value)}): train again or restore the file."
             )
+    if (date := record.get("template_date")) is not None and not is_date(date):
+        raise AdapterError(
+            f"{path} is not an adapter contract ('template_date' is {show(date)}): train again or restore the file."
+        )
     return record
 
 
@@ -221,6 +259,7 @@ def make_contract(
     num_train_examples: int,
     adapter_mib: float,
     metrics: dict[str, float],
+    template_date: str | None = None,
 ) -> Contract:
     """Collect what a freshly trained adapter must say of itself."""
     return Contract(
@@ -238,4 +277,5 @@ def make_contract(
         num_train_examples=num_train_examples,
         adapter_mib=round(adapter_mib, 3),
         metrics=metrics,
+        template_date=template_date,
     )

@@ -16,10 +16,12 @@ import yaml
 from torch import nn
 
 from finlora.config import ModelConfig
+from finlora.data.chat_template import fix_date
 from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import AdapterError, ModelError
 from finlora.model.adapter_files import check_adapter, open_weights, require_finite
 from finlora.model.base import BaseModel, load_base
+from finlora.model.base_files import read_base_files
 from finlora.model.contract import Contract, read_contract
 
 if TYPE_CHECKING:
@@ -116,9 +118,11 @@ def export_merged(
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"{output} exists and is not empty: name another folder for the merged model, or remove it.")
+    date = read_base_files(model).check_adapter(adapter, contract)  # before anything large is read
     base = load_base(dataclasses.replace(model, compute_dtype="bfloat16"), 16, device, seed=0)
     contract.check(adapter, base, model.template)
     num_tensors = merge_lora(base, adapter)
+    fix_date(base.tokenizer, date)  # whoever reads the folder writes the prompts that the adapter was trained with
     _write(base, contract, adapter, output)
     size = sum(path.stat().st_size for path in output.iterdir())
     return Merged(folder=output, num_tensors=num_tensors, gib=size / 2**30, trained_bits=contract.bits)

@@ -67,6 +67,19 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def require_rows(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> None:
+    """Refuse a tokenizer with an id for which the embedding has no row.
+
+    Raises:
+        ModelError: says both sizes.
+    """
+    size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+    if size > num_rows:
+        raise ModelError(
+            f"the tokenizer has {size} tokens but the model embeds {num_rows}: model.tokenizer does not belong to model.base."
+        )
+
+
 def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return 16 hex digits that change with vocabulary, merges, special tokens or chat template."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())

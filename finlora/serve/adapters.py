@@ -39,6 +39,8 @@ class ServedAdapter:
     hash: str
     """16 hex digits over weights and settings."""
     contract: Contract
+    template_date: str | None
+    """Day that the chat template writes into its prompts: that of its training."""
 
     @property
     def engine_name(self) -> str:
@@ -130,9 +132,12 @@ class AdapterShelf:
             contract.check_hashes(folder, self._base.weights_hash, self._base.tokenizer_hash, self._base.template)
             check_adapter(folder)
             digest = hash_adapter(folder)
+            date = contract.choose_date(folder, self._base.template_date)
         except AdapterError as error:
             return error
-        return ServedAdapter(name=name, version=version, folder=folder, hash=digest, contract=contract)
+        return ServedAdapter(
+            name=name, version=version, folder=folder, hash=digest, contract=contract, template_date=date
+        )
 
     def set_current(self, name: str, version: str | None) -> ServedAdapter:
         """Serve a version from now on, in every copy of the server; None: the newest again.

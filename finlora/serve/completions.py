@@ -43,7 +43,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     server = server_of(request)
     call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
     text = json.dumps([[message.role, message.text] for message in body.messages], ensure_ascii=False)
-    prompt = _Prompt(text, encode_messages(body.messages, server.base))
+    prompt = _Prompt(text, encode_messages(body.messages, server.base, server.date_of(call)))
     sampling = _sampling_of(body, prompt, server, body.max_completion_tokens or body.max_tokens)
     return await _reply(_Chat(server, call, bool(body.logprobs)), body, [prompt], sampling)
 

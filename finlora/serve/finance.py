@@ -7,7 +7,6 @@ from typing import Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
-from finlora.data.encode import encode_prompt
 from finlora.data.prompts import HEADLINE_QUESTIONS
 from finlora.data.question import QUESTION_TASKS, Question, make_question
 from finlora.engine.grounding import find_quote
@@ -82,7 +81,7 @@ async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
             400, "question is empty: say what is looked for in the context.", "invalid_value", "question"
         )
     question = make_question(body.task, body.context, body.question)
-    ids = encode_prompt(question.prompt, server.base.tokenizer, server.base.template)
+    ids = server.encode(call, question.prompt)
     default = server.config.limits.default_extract_tokens
     sampling = server.make_sampling(ids, max_tokens=body.max_tokens, default_tokens=default)
     pieces: list[str] = []

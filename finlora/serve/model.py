@@ -12,8 +12,7 @@ from finlora.data.encode import end_token_id
 from finlora.engine.drive import EngineCore
 from finlora.engine.limits import Limits
 from finlora.engine.scheduler import Scheduler
-from finlora.model.source import find_source, fingerprint_weights
-from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
+from finlora.model.base_files import read_base_files
 from finlora.precision import describe_type
 from finlora.serve.settings import ServeConfig
 from finlora.serve.stages import OpenCore, StageFacts
@@ -30,6 +29,8 @@ class ServedBase:
 
     tokenizer: PreTrainedTokenizerFast
     template: Template
+    template_date: str | None
+    """Day that the chat template writes into prompts to the base alone; an adapter's own may be another one."""
     weights_hash: str
     tokenizer_hash: str
     end_token_id: int
@@ -43,15 +44,16 @@ def read_base(config: ServeConfig) -> ServedBase:
     Raises:
         ModelError: the base's files are not usable.
     """
-    source = find_source(config.model)
-    tokenizer = load_tokenizer(source.tokenizer_path)
-    longest = min(config.model.max_seq_len, int(source.config.max_position_embeddings), config.stages.cache_rows)
+    files = read_base_files(config.model)
+    context = int(files.source.config.max_position_embeddings)
+    longest = min(config.model.max_seq_len, context, config.stages.cache_rows)
     return ServedBase(
-        tokenizer=tokenizer,
+        tokenizer=files.tokenizer,
         template=config.model.template,
-        weights_hash=fingerprint_weights(source),
-        tokenizer_hash=hash_tokenizer(tokenizer),
-        end_token_id=end_token_id(tokenizer, config.model.template),
+        template_date=files.template_date,
+        weights_hash=files.hash_weights(),
+        tokenizer_hash=files.hash_tokenizer(),
+        end_token_id=end_token_id(files.tokenizer, config.model.template),
         max_tokens=longest,
     )
 

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from finlora.data.chat_template import render_turns
 from finlora.data.encode import encode_prompt
-from finlora.errors import ConfigError
+from finlora.errors import ConfigError, ModelError
 from finlora.serve.model import ServedBase
 from finlora.serve.protocol import Message
 
 
-def encode_messages(messages: Sequence[Message], base: ServedBase) -> tuple[int, ...]:
+def encode_messages(messages: Sequence[Message], base: ServedBase, date: str | None) -> tuple[int, ...]:
     """Render a conversation up to where the assistant's next turn begins.
 
     Text that looks like a special token is encoded as plain characters, so that no message can end or open a turn.
+
+    Args:
+        date: what the chat template writes as today: the adapter's, or the base's own.
 
     Raises:
         ConfigError: the base has no turns and more than one user message came, or the turns are in no order it knows.
     """
     if len(messages) == 1 and messages[0].role == "user":
-        return encode_prompt(messages[0].text, base.tokenizer, base.template)
+        return encode_prompt(messages[0].text, base.tokenizer, base.template, date)
     if base.template == "raw":
         roles = ", ".join(message.role for message in messages)
         raise ConfigError(
@@ -29,16 +33,15 @@ def encode_messages(messages: Sequence[Message], base: ServedBase) -> tuple[int,
     # Placeholders mark where the texts go: the frame is encoded with its special tokens, the texts without.
     markers = [f"\ue000{index}\ue001" for index in range(len(messages))]
     roles_in_template = {"developer": "system"}
-    frame = base.tokenizer.apply_chat_template(
-        [
-            {"role": roles_in_template.get(message.role, message.role), "content": marker}
-            for message, marker in zip(messages, markers, strict=True)
-        ],
-        add_generation_prompt=True,
-        tokenize=False,
-    )
+    turns = [
+        {"role": roles_in_template.get(message.role, message.role), "content": marker}
+        for message, marker in zip(messages, markers, strict=True)
+    ]
+    try:
+        rest = render_turns(turns, base.tokenizer, date)
+    except ModelError as error:
+        raise ConfigError(f"{error}: expected system, user, assistant, user in turn.") from error
     ids: list[int] = []
-    rest = str(frame)
     for message, marker in zip(messages, markers, strict=True):
         before, found, rest = rest.partition(marker)
         if not found:

@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from finlora.data.encode import encode_answer, encode_prompt
+from finlora.data.encode import encode_choices, encode_prompt
 from finlora.data.question import Question
 from finlora.engine.request import Answer, Piece, Request, Sampling
 from finlora.errors import AdapterError
@@ -56,8 +56,8 @@ class Server:
         self.shelf = AdapterShelf(config.adapters_folder, base)
         self.quota = Quota(time.monotonic) if quota is None else quota
         # Labels are few and come with each question.
-        self._encode_choice = functools.lru_cache(256)(
-            lambda choice: encode_answer(choice, base.tokenizer, base.template)
+        self._encode_choices = functools.lru_cache(256)(
+            lambda choices: encode_choices(choices, base.tokenizer, base.template)
         )
         self._ledger = Ledger(self.quota, meter, base.weights_hash, audit, has_texts=config.audit_texts)
 
@@ -90,6 +90,14 @@ class Server:
         await self.quota.admit(key)
         self.engine.require_ready()
         return Call(request_id=request_id, key=key, path=path, model=model, adapter=adapter)
+
+    def date_of(self, call: Call) -> str | None:
+        """Return the day that a chat template writes into the prompts of a call: its adapter's, or the base's."""
+        return call.adapter.template_date if call.adapter else self.base.template_date
+
+    def encode(self, call: Call, prompt: str) -> tuple[int, ...]:
+        """Render a prompt as its adapter was trained."""
+        return encode_prompt(prompt, self.base.tokenizer, self.base.template, self.date_of(call))
 
     def make_sampling(
         self,
@@ -169,9 +177,9 @@ class Server:
         base = self.base
         request = Request(
             id=f"{call.engine_id}-{index}",
-            prompt_ids=encode_prompt(question.prompt, base.tokenizer, base.template),
+            prompt_ids=self.encode(call, question.prompt),
             adapter=call.adapter.engine_name if call.adapter else None,
-            choices=tuple(self._encode_choice(choice) for choice in question.choices),
+            choices=self._encode_choices(tuple(question.choices)),
             client=call.key.id,
             deadline=time.monotonic() + self.config.limits.deadline_s,
         )

@@ -12,8 +12,7 @@ from finlora.config import RunConfig
 from finlora.data.encode import Encoded, collate, encode_examples
 from finlora.data.prepared import read_prepared
 from finlora.durable import append_line, read_lines
-from finlora.model.source import find_source
-from finlora.model.tokenizer import load_tokenizer
+from finlora.model.base_files import read_base_files
 from finlora.precision import is_autocast
 from finlora.train.loop import AnswerLoss
 from finlora.train.run import RunFolder
@@ -51,17 +50,18 @@ class HeldOut:
             for task in config.data.tasks
             for example in read_prepared(Path(config.data.dir), task, "test").examples
         ]
-        tokenizer = load_tokenizer(find_source(config.model).tokenizer_path)
+        base = read_base_files(config.model)
         encoded, _ = encode_examples(
             examples,
-            tokenizer,
+            base.tokenizer,
             template=config.model.template,
             max_seq_len=config.model.max_seq_len,
             too_long=config.data.too_long,
+            date=base.template_date,
         )
         encoded.sort(key=lambda item: item.num_tokens)
         self._batches = _cut(encoded[worker::world_size])
-        self._pad_token_id = int(tokenizer.pad_token_id)
+        self._pad_token_id = int(base.tokenizer.pad_token_id)
         self._is_bf16 = is_autocast(config)
         self._reduce_sum = reduce_sum
         self._folder = folder if worker == 0 else None

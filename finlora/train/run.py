@@ -36,8 +36,7 @@ from finlora.configfile import config_to_tree, load_config, save_config
 from finlora.data.encode import Encoded, encode_examples
 from finlora.data.prepared import read_prepared
 from finlora.errors import ConfigError, ResourceError
-from finlora.model.source import find_source
-from finlora.model.tokenizer import load_tokenizer
+from finlora.model.base_files import read_base_files
 from finlora.working_dir import describe_lost
 
 # What may differ between a run and its resumption: it changes where, how often and in which memory, never what is computed.
@@ -71,6 +70,8 @@ class TrainingSet:
     """Task -> hash of its prepared train split."""
     num_skipped: int
     """Examples over model.max_seq_len, left out by data.too_long=skip."""
+    template_date: str | None = None
+    """Day that the chat template writes into each prompt; None: it writes none, or always its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,16 +171,19 @@ def load_training_set(config: RunConfig) -> TrainingSet:
     if limit is not None and limit < len(examples):
         order = np.random.default_rng(config.seed).permutation(len(examples))[:limit]
         examples = [examples[index] for index in sorted(order)]
-    tokenizer = load_tokenizer(find_source(config.model).tokenizer_path)
+    base = read_base_files(config.model)
     encoded, kept = encode_examples(
         examples,
-        tokenizer,
+        base.tokenizer,
         template=config.model.template,
         max_seq_len=config.model.max_seq_len,
         too_long=config.data.too_long,
+        date=base.template_date,
     )
     hashes = {task: split.hash for task, split in zip(config.data.tasks, splits, strict=True)}
-    return TrainingSet(encoded=encoded, hashes=hashes, num_skipped=len(examples) - len(kept))
+    return TrainingSet(
+        encoded=encoded, hashes=hashes, num_skipped=len(examples) - len(kept), template_date=base.template_date
+    )
 
 
 def describe_run(config: RunConfig, training_set: TrainingSet) -> str:
@@ -194,8 +198,15 @@ def describe_run(config: RunConfig, training_set: TrainingSet) -> str:
         f"{len(lengths):,} examples ({training_set.num_skipped} skipped), {sum(lengths):,} tokens, length "
         f"{lengths[0]} / {lengths[len(lengths) // 2]} / {lengths[-1]} (shortest / median / longest)\n"
         f"{steps:,} optimiser steps of {train.global_batch_size} examples: {train.num_workers} workers, {cut}\n"
+        f"{described + chr(10) if (described := describe_date(training_set)) else ''}"
         f"Dry run: nothing was started or written."
     )
+
+
+def describe_date(training_set: TrainingSet) -> str:
+    """Say in a line which day the chat template writes into each prompt; empty where it writes none."""
+    date = training_set.template_date
+    return f"Date in the chat template, on whatever day: {date} (model.template_date)" if date else ""
 
 
 def hash_run(config: RunConfig, hashes: dict[str, str]) -> str:
@@ -204,6 +215,8 @@ def hash_run(config: RunConfig, hashes: dict[str, str]) -> str:
     for section, keys in _FREE_SETTINGS.items():
         for key in keys:
             (tree[section] if section else tree).pop(key)
+    if tree["model"]["template_date"] is None:  # as in runs that were begun before there was such a setting
+        del tree["model"]["template_date"]
     text = json.dumps([tree, hashes], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -30,6 +30,7 @@ def export_adapter(
         len(training_set.encoded),
         size,
         {"loss_last": final.loss, "steps": float(final.step)},
+        training_set.template_date,
     )
     write_contract(folder.adapter, contract)
 

@@ -54,6 +54,7 @@ from finlora.train.run import (
     RunFolder,
     TrainingSet,
     claim_run,
+    describe_date,
     explain_full_disk,
     hash_run,
     load_training_set,
@@ -98,6 +99,8 @@ def run_training(
     gpus = train.gpus_per_worker if train.device == "cuda" else 0.0
     cluster.require(train.num_workers, train.cpus_per_worker, gpus)
     training_set = load_training_set(config)
+    if said := describe_date(training_set):
+        announce(said)
     folder = open_run(config)
     with claim_run(folder), stop_on_signals(folder.stop, announce):
         for line in mend_snapshot(folder.root):
@@ -203,6 +206,8 @@ def _train(
         engine = make_engine(taken.module, optimizer, config)
         meter.watch(engine)
         hashes = {**training_set.hashes, "base": base.weights_hash}  # a base that was replaced meanwhile is another run
+        if training_set.template_date:  # before it was fixed, the prompts of a run had the day of each of its attempts
+            hashes["template date"] = training_set.template_date
         info = CheckpointInfo(step=0, world_size=world_size, run_hash=hash_run(config, hashes))
         start_step = 0
         checkpoint = ray.train.get_checkpoint()

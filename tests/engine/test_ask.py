@@ -67,10 +67,12 @@ def test_stage_actors_say_the_same(make_config, adapter, ray_instance):
     assert one.probabilities == pytest.approx(two.probabilities, rel=1e-5)
 
 
-def test_adapter_of_another_template_or_base_is_refused_before_anything_loads(make_config, adapter, monkeypatch):
+def test_adapter_of_another_template_or_base_is_refused_before_anything_loads(
+    make_config, dated_base, adapter, monkeypatch
+):
     monkeypatch.setattr("finlora.engine.opening.open_executor", None)
     with pytest.raises(AdapterError, match=r"template is chat, trained with raw"):
-        ask(make_config("model.template=chat"), adapter, QUESTION, SAMPLING, 1, ignore)
+        ask(make_config(f"model.base={dated_base}", "model.template=chat"), adapter, QUESTION, SAMPLING, 1, ignore)
     with pytest.raises(AdapterError, match=r"absent does not exist"):
         ask(make_config(), adapter.parent / "absent", QUESTION, SAMPLING, 1, ignore)
 

@@ -236,7 +236,7 @@ def test_plan_names_subject_bits_and_examples(make_config, adapter, prepared_syn
     count = len(read_prepared(prepared_synthetic, "synthetic_sentiment", "test").examples)
     text = check_evaluation(make_config("data.max_test_examples=7", "eval.bits=8"), None)
     assert text.startswith("Evaluating the base model on ")
-    assert f"at 8 bit (cpu): test examples synthetic_sentiment {count}, the first 7 of each" in text
+    assert f"at 8 bit (cpu, float32): test examples synthetic_sentiment {count}, the first 7 of each" in text
     assert "Evaluating adapter 4bit-r4 of" in check_evaluation(make_config(), adapter)
 
 
@@ -256,9 +256,9 @@ def test_missing_or_unfinished_adapter_is_refused_by_words(make_config, adapter,
         run_evaluation(make_config(), adapter, quiet)
 
 
-def test_adapter_of_another_template_is_refused_by_words(make_config, adapter):
+def test_adapter_of_another_template_is_refused_by_words(make_config, dated_base, adapter):
     with pytest.raises(AdapterError, match=r"template is chat, trained with raw"):
-        run_evaluation(make_config("model.template=chat"), adapter, quiet)
+        run_evaluation(make_config(f"model.base={dated_base}", "model.template=chat"), adapter, quiet)
 
 
 def test_missing_base_is_refused_by_words(make_config, tmp_path):

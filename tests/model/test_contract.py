@@ -109,8 +109,8 @@ def test_broken_contract_is_refused_by_words(tmp_path, content):
 
 
 def test_newer_format_is_refused_by_words(contract, tmp_path):
-    (tmp_path / CONTRACT_FILE).write_text(yaml.safe_dump(dataclasses.asdict(contract) | {"finlora": 3}))
-    with pytest.raises(AdapterError, match=r"has format 3, this FinLoRA reads 2: update FinLoRA"):
+    (tmp_path / CONTRACT_FILE).write_text(yaml.safe_dump(dataclasses.asdict(contract) | {"finlora": 4}))
+    with pytest.raises(AdapterError, match=r"has format 4, this FinLoRA reads 3: update FinLoRA"):
         read_contract(tmp_path)
 
 
@@ -149,7 +149,7 @@ def test_changed_contract_is_refused_unless_its_hash_is_taken_out_too(folder):
 
 def test_cut_contract_is_refused_wherever_it_is_cut(folder):
     text = (folder / CONTRACT_FILE).read_text()
-    last = text.index("finlora: 2") + len("finlora: 2")  # what follows is the hash alone
+    last = text.index("finlora: 3") + len("finlora: 3")  # what follows is the hash alone
     for end in range(last):
         (folder / CONTRACT_FILE).write_text(text[:end])
         with pytest.raises(AdapterError):
@@ -163,3 +163,41 @@ def test_adapter_of_the_first_format_loads_and_says_that_it_cannot_be_checked(fo
     (folder / CONTRACT_FILE).write_text(yaml.safe_dump(values | {"finlora": 1}))
     read_contract(folder).check(folder, base, "raw")
     assert "was written without hashes" in caplog.text
+
+
+def rewrite(folder, **changes):
+    """Change a contract as its own message says."""
+    values = yaml.safe_load((folder / CONTRACT_FILE).read_text()) | changes
+    del values["sha256"]
+    (folder / CONTRACT_FILE).write_text(yaml.safe_dump(values))
+    return read_contract(folder)
+
+
+def test_date_of_the_training_is_the_date_of_the_prompts(contract, tmp_path):
+    write_contract(tmp_path, dataclasses.replace(contract, template_date="2025-03-01"))
+    read = read_contract(tmp_path)
+    assert read.choose_date(tmp_path, "2024-07-26") == "2025-03-01"
+    assert read.choose_date(tmp_path, "2025-03-01", "2025-03-01") == "2025-03-01"
+    with pytest.raises(
+        AdapterError, match=r"was trained with the date 2025-03-01 in its prompts, and model.template_date=2026"
+    ):
+        read.choose_date(tmp_path, "2026-01-01", "2026-01-01")
+    with pytest.raises(AdapterError, match=r"is not an adapter contract \('template_date' is '1 March'\)"):
+        rewrite(tmp_path, template_date="1 March")
+
+
+def test_adapter_without_a_date_takes_none(contract, tmp_path, caplog):
+    """It was trained with the template's own: one that is set would be another."""
+    assert contract.choose_date(tmp_path, None) is None
+    with pytest.raises(AdapterError, match=r"was trained with the date of the chat template itself in its prompts"):
+        contract.choose_date(tmp_path, "2026-01-01", "2026-01-01")
+    assert caplog.text == ""
+
+
+def test_adapter_of_a_version_that_noted_no_date_loads_and_says_so(folder, caplog):
+    old = rewrite(folder, finlora=2)
+    assert old.choose_date(folder, None) is None
+    assert caplog.text == ""
+    assert old.choose_date(folder, "2024-07-26") == "2024-07-26"
+    assert "does not name the date that the chat template wrote into its prompts" in caplog.text
+    assert old.choose_date(folder, "2025-03-01", "2025-03-01") == "2025-03-01"

@@ -1,0 +1,171 @@
+"""Chat templates, rendered with a fixed date: the same prompt comes out on any day.
+
+Templates as Llama 3.2 and 3.3 ship them write today's date, by a function `strftime_now` that transformers gives them. Here a
+template gets a macro of that name in front, which hides the function and knows one day alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
+
+from finlora.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+DEFAULT_DATE = "2024-07-26"
+"""Written where no other day is set: the one that Llama 3.1 to 3.3's templates themselves write where there is no clock.
+Source: chat_template of tokenizer_config.json, https://huggingface.co/meta-llama/Llama-3.2-1B-Instruct."""
+_DATE_STRING = "%d %b %Y"
+"""Form of the variable `date_string`, which Llama 3's templates take in place of the clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Dates:
+    """How a template comes by a date."""
+
+    formats: tuple[str, ...]
+    """Those in which it asks the clock; empty: it does not."""
+    takes_date: bool
+    """It has the variable `date_string`."""
+
+
+def choose_date(tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"], wanted: str | None) -> str | None:
+    """Return the day, as 2024-07-26, that the tokenizer's template writes into each prompt; None: none, or always its own.
+
+    Args:
+        wanted: `model.template_date`; None: DEFAULT_DATE, where the template would ask the clock.
+
+    Raises:
+        ModelError: there is no template, it cannot be read, or it takes no date where one is wanted.
+    """
+    if template == "raw":
+        return None
+    dates = _find_dates(_template_of(tokenizer))
+    if dates.formats:
+        return wanted or DEFAULT_DATE
+    if wanted is not None and not dates.takes_date:
+        raise ModelError(
+            f"model.template_date={wanted}, but the tokenizer's chat template writes no date: leave the setting out."
+        )
+    return wanted
+
+
+def render_turns(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerFast, date: str | None) -> str:
+    """Render a conversation up to where the assistant's next turn begins. The one place where a chat template is used.
+
+    Args:
+        turns: each with `role` and `content`.
+        date: as `choose_date` returned it.
+
+    Raises:
+        ModelError: there is no template, or it refuses these turns.
+    """
+    from jinja2 import TemplateError
+
+    template = _template_of(tokenizer)
+    dates = _find_dates(template)
+    given = {"date_string": _format(date, _DATE_STRING)} if date is not None and dates.takes_date else {}
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(turn) for turn in turns],
+            chat_template=_fix(template, dates.formats, date or DEFAULT_DATE),
+            add_generation_prompt=True,
+            tokenize=False,
+            **given,
+        )
+    except TemplateError as error:
+        raise ModelError(f"the tokenizer's chat template refuses these turns: {error}") from error
+    return str(text)
+
+
+def fix_date(tokenizer: PreTrainedTokenizerFast, date: str | None) -> None:
+    """Write a day into the tokenizer's own template, for a folder that other programs read too."""
+    if date is None:
+        return
+    template = _template_of(tokenizer)
+    dates = _find_dates(template)
+    fixed = _fix(template, dates.formats, date)
+    if not dates.formats:
+        fixed = f"{{% set date_string = {json.dumps(_format(date, _DATE_STRING))} %}}\n{template}"
+    if isinstance(tokenizer.chat_template, dict):
+        tokenizer.chat_template = {**tokenizer.chat_template, "default": fixed}
+    else:
+        tokenizer.chat_template = fixed
+
+
+def _template_of(tokenizer: PreTrainedTokenizerFast) -> str:
+    where = tokenizer.name_or_path or "the tokenizer"
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"model.template=chat, but the tokenizer has no chat template: {where} has none in tokenizer_config.json and no "
+            "chat_template.jinja. Copy the file from where the model came from (`finlora prefetch` fetches it), take a model "
+            "that has one, as instruct models do, or set model.template=raw."
+        )
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError as error:
+        raise ModelError(
+            f"{where} has several chat templates and none of them is `default`: name one so, or set model.template=raw."
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _find_dates(template: str) -> _Dates:
+    from jinja2 import Environment, TemplateSyntaxError, meta, nodes
+    from jinja2.ext import Extension
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        """transformers' own tag, which marks what an assistant writes."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    # Nothing is rendered here.
+    environment = Environment(extensions=["jinja2.ext.loopcontrols", Generation])
+    try:
+        tree = environment.parse(template)
+    except TemplateSyntaxError as error:
+        raise ModelError(f"the tokenizer's chat template cannot be read ({error}): copy the model again.") from error
+    names = meta.find_undeclared_variables(tree)
+    if "strftime_now" not in names:
+        return _Dates((), "date_string" in names)
+    clock = "strftime_now"
+    calls = [
+        node for node in tree.find_all(nodes.Call) if isinstance(node.node, nodes.Name) and node.node.name == clock
+    ]
+    formats = [node.args[0].value for node in calls if len(node.args) == 1 and isinstance(node.args[0], nodes.Const)]
+    tests = [
+        node for node in tree.find_all(nodes.Test) if isinstance(node.node, nodes.Name) and node.node.name == clock
+    ]
+    uses = sum(node.name == clock for node in tree.find_all(nodes.Name))
+    if len(formats) < len(calls) or uses > len(calls) + len(tests):
+        raise ModelError(
+            "the tokenizer's chat template asks for today's date in a form that it makes up while it runs, so no fixed day can "
+            "be written instead: put the form into its call of strftime_now, or set model.template=raw."
+        )
+    return _Dates(tuple(dict.fromkeys(map(str, formats))), "date_string" in names)
+
+
+def _fix(template: str, formats: Sequence[str], date: str) -> str:
+    """Return a template with the day in front, for each form in which it asks; the line break goes with the macro's end tag."""
+    if not formats:
+        return template
+    cases = "".join(
+        f"{{% {'elif' if index else 'if'} format == {json.dumps(form)} %}}{{{{ {json.dumps(_format(date, form))} }}}}"
+        for index, form in enumerate(formats)
+    )
+    return f"{{% macro strftime_now(format) %}}{cases}{{% endif %}}{{% endmacro %}}\n{template}"
+
+
+def _format(date: str, form: str) -> str:
+    return datetime.fromisoformat(date).strftime(form)

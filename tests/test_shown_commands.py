@@ -54,7 +54,7 @@ def check_make(*words):
 def check_python(script, *rest):
     path = ROOT / script
     assert path.is_file(), script
-    if path.parent.name == "jobs":
+    if path.parent.name == "jobs" and path.stem in VERBS:
         check_finlora(path.stem, *rest)
         return
     source = "\n".join(

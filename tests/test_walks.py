@@ -24,22 +24,29 @@ from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.contract import make_contract, write_contract
 from finlora.model.lora import attach_lora, save_adapter
 from finlora.results import append_result
+from finlora.serve.audit import AuditEntry, AuditLog
 
 SMALL = ("model.template=raw", "eval.device=cpu", "eval.bits=16")
 """The tiny base has no turns, and this machine no GPU."""
+ENTRY = AuditEntry(
+    **dict.fromkeys(("request_id", "key_id", "path", "model", "base_hash", "prompt_hash", "outcome"), "made"),
+    **dict.fromkeys(("adapter_hash", "output_hash"), None),
+    **dict.fromkeys(("prompt_tokens", "completion_tokens", "seconds"), 1),
+)
 HUB_BASE = "meta-llama/Llama-3.1-8B-Instruct"
 
 
 class Newcomer:
     """Somebody who types what a document shows, on one machine that stands for server and laptop."""
 
-    def __init__(self, folder, base, sentences, call, *, reaches_hub):
+    def __init__(self, folder, base, sentences, call):
         self.folder, self.base, self.sentences, self.call = folder, base, sentences, call
-        self.reaches_hub = reaches_hub
+        self.reaches_hub = True
         self.ran = []
         self.mirror = None
 
     def type(self, program, *words):
+        words = [word.replace("/home/user", str(self.folder / "home")) for word in words]
         words = [re.sub(r"(?<![\w.~/])/(srv|mnt|media)/", rf"{self.folder}/\1/", word) for word in words]
         if program == "ray" and words[:2] == ["job", "submit"]:
             script, *rest = words[words.index("python") + 1 :]
@@ -100,8 +107,27 @@ class Newcomer:
         assert "fpb" in self._run("report", *rest, small=())
         assert (Path(rest[rest.index("--output") + 1]).expanduser() / "report.html").is_file()
 
-    def key(self, *rest):
-        assert re.fullmatch(r"finlora-desk-\S+\n", self._run("key", *rest, small=()))
+    def key(self, name, *rest):
+        assert re.fullmatch(rf"finlora-{name}-\S+\n", self._run("key", name, *rest, small=()))
+
+    def tune(self, *rest):
+        dry = [word for word in rest if word != "--dry-run"]
+        assert "000" in self._run("tune", *dry, "--dry-run")
+
+    def reproduce(self, *rest):
+        if "--dry-run" in rest:
+            assert "llama-8b-4bit-r4-fpb" in self._run("reproduce", *rest, small=())
+
+    def serve(self, *rest):
+        assert "tokens of cache" in self._run("serve", *rest, "--dry-run", small=())
+
+    def audit(self, folder, *rest):
+        shutil.rmtree(folder, ignore_errors=True)
+        log = AuditLog(Path(folder))
+        log.append(ENTRY)
+        log.close()
+        rest = [log.head if re.fullmatch(r"[0-9a-f]{64}", word) else word for word in rest]
+        assert "1 entries, whole" in self._run("audit", folder, *rest, small=())
 
     def _run(self, *words, small=SMALL):
         code, output, error = self.call(*words, *(self._hub() if small else ()), *small)
@@ -118,6 +144,20 @@ class Newcomer:
         return load_config(Path(config), [*words, *self._hub(), *SMALL])
 
 
+@pytest.fixture
+def newcomer(tiny_base, prepared_synthetic, tmp_path, monkeypatch, call):
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for name in ("jobs", "serve_configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+
+    def sentences(split):
+        return read_prepared(prepared_synthetic, "synthetic_sentiment", split).examples[:40]
+
+    return Newcomer(tmp_path, tiny_base, sentences, call)
+
+
 @pytest.mark.parametrize(
     ("document", "reaches_hub", "verbs"),
     [
@@ -130,21 +170,23 @@ class Newcomer:
         ),
     ],
 )
-def test_newcomer_gets_from_raw_data_to_an_answer(
-    document, reaches_hub, verbs, tiny_base, prepared_synthetic, tmp_path, monkeypatch, call
-):
-    (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for name in ("jobs", "serve_configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.chdir(tmp_path)
-
-    def sentences(split):
-        return read_prepared(prepared_synthetic, "synthetic_sentiment", split).examples[:40]
-
-    newcomer = Newcomer(tmp_path, tiny_base, sentences, call, reaches_hub=reaches_hub)
+def test_newcomer_gets_from_raw_data_to_an_answer(newcomer, document, reaches_hub, verbs):
+    newcomer.reaches_hub = reaches_hub
     for program, *words in shown_commands(document):
-        words = [word.replace("/home/user", str(tmp_path / "home")) for word in words]
-        if program in ("finlora", "ray") and len(newcomer.ran) < len(verbs):
+        if len(newcomer.ran) < len(verbs):
             newcomer.type(program, *words)
     assert newcomer.ran == verbs
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/serving.md", "docs/search.md"])
+def test_what_is_cheap_runs_as_shown_where_data_and_base_are_at_hand(newcomer, document):
+    newcomer.prepare("fpb")
+    shown = [
+        (program, *words)
+        for program, *words in shown_commands(document)
+        if "--address" not in words or "submit" in words
+    ]
+    for command in shown:
+        if {"tune", "reproduce", "serve", "key", "audit", "jobs/tune.py"} & set(command[1:]):
+            newcomer.type(*command)
+    assert {"README.md": 4, "docs/serving.md": 7, "docs/search.md": 2}[document] == len(newcomer.ran)

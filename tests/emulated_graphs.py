@@ -10,9 +10,11 @@ from __future__ import annotations
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+_active = []
+"""Graphs that are captured now."""
 REFUSED = ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "unique")
 
 
@@ -64,8 +66,20 @@ class Stream:
 
 @contextmanager
 def capture(graph, **_settings):
-    with graph:
-        yield
+    _active.append(graph)
+    try:
+        with graph:
+            yield
+    finally:
+        _active.remove(graph)
+
+
+def launch(kernel):
+    """Run an emulated kernel; in a capture it is one operation, noted with the tensors that it was given."""
+    with _disable_current_modes():
+        kernel()
+    for graph in _active:
+        graph.calls.append((kernel, (), {}, None))
 
 
 def emulate_graphs(patch):

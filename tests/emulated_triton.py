@@ -15,6 +15,7 @@ import types
 from contextlib import contextmanager
 from itertools import product
 
+import emulated_graphs
 import torch
 
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "launch_pdl")
@@ -112,7 +113,6 @@ class Kernel:
 
     def __getitem__(self, grid):
         def launch(*args, **settings):
-            global _place
             self.launches.append(grid)
             settings = {name: value for name, value in settings.items() if name not in LAUNCH_OPTIONS}
             assert not {name for name in settings if name.islower()}, f"{settings}: constants are written in capitals"
@@ -120,10 +120,15 @@ class Kernel:
             assert min(sizes) >= 1
             assert sizes[0] < 2**31
             assert max(sizes[1:]) < 2**16, f"a grid of {grid}: CUDA takes 65,535 in y and z"
-            pointers = [Pointer(each) if isinstance(each, torch.Tensor) else each for each in args]
-            for ids in product(*map(range, sizes)):
-                _place = ids, sizes
-                self.function(*pointers, **settings)
+
+            def run():
+                global _place
+                pointers = [Pointer(each) if isinstance(each, torch.Tensor) else each for each in args]
+                for ids in product(*map(range, sizes)):
+                    _place = ids, sizes
+                    self.function(*pointers, **settings)
+
+            emulated_graphs.launch(run)
 
         return launch
 

@@ -22,6 +22,7 @@ from finlora.engine.sampling import choice_log_probs, sample
 from finlora.engine.unread import Unread
 from finlora.engine.upload import fill_drawn, upload
 from finlora.errors import AdapterError
+from finlora.model import kernel_choice
 from finlora.model.attention import can_attend_alone, can_flash
 from finlora.model.cached_attention import attend_cache, attend_tails, write_cache
 from finlora.model.elementwise import gate, normalise
@@ -204,7 +205,7 @@ class Stage:
         return self.compute_logits(x) if self.is_last and form.is_decode else x
 
     def _norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        if x.is_cuda and len(x) <= MAX_FEW_ROWS:
+        if kernel_choice.takes_kernels(x) and len(x) <= MAX_FEW_ROWS:
             from finlora.model.norm_rows import norm_rows
 
             return norm_rows(x, weight, eps)

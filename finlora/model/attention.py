@@ -19,6 +19,7 @@ from torch import Tensor
 
 from finlora.data.pack_size import MAX_RECORDED_ROWS
 from finlora.data.packing import Segments
+from finlora.model import kernel_choice
 
 _LENGTH_STEP = 256
 LONG = 1024
@@ -27,7 +28,8 @@ LONG = 1024
 
 def can_flash(query: Tensor) -> bool:
     """Return whether FlashAttention takes these tensors; otherwise each segment is a plain product of its own."""
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256
+    is_half, width = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    return kernel_choice.takes_kernels(query) and is_half and width <= 256 and width % 8 == 0
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from finlora.model import kernel_choice
 from finlora.model.attention import can_flash, score_keys, widen_heads
 from finlora.model.elementwise import rotate
 
@@ -22,7 +23,7 @@ def write_cache(qkv: Tensor, cosine: Tensor, sine: Tensor, slots: Tensor, key: T
 
     Shapes: qkv (T, h + 2 g, d), cosine and sine (T, d), slots (T,) int64, key and value (R, g, d).
     """
-    if qkv.is_cuda and _suits_triton(qkv.shape[-1]):
+    if kernel_choice.takes_kernels(qkv) and _suits_triton(qkv.shape[-1]):
         from finlora.model.cache_rows import write_rows
 
         return write_rows(qkv, cosine, sine, slots, key, value)

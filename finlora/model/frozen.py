@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from finlora.model import kernel_choice
 from finlora.model.base import Int8Rows, read_int8
 from finlora.model.elementwise import fused, gate
 from finlora.model.nf4 import STRIP, Nf4Tiles, can_tile, take_tiles, unpack_nf4
@@ -149,8 +150,11 @@ class Int8Weight:
         self.dtype = dtype
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if x.is_cuda and x.shape[1] % _INT8_COLUMNS == 0:
-            return self._forward_by_kernels(x.contiguous(), residual)
+        if kernel_choice.takes_kernels(x):
+            if x.shape[0] <= MAX_FEW_ROWS:
+                return self._forward_few(x.contiguous(), residual)
+            if x.shape[1] % _INT8_COLUMNS == 0:
+                return self._forward_many(x.contiguous(), residual)
         num_columns = min(MAX_OUTLIERS, x.shape[1])
         strength, columns = torch.topk(_find_outliers(x), num_columns)
         is_outlier = strength > 0
@@ -164,11 +168,17 @@ class Int8Weight:
         out.addmm_(x[:, columns] * is_outlier, weights.t())
         return out if residual is None else out.add_(residual)
 
-    def _forward_by_kernels(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        from finlora.model import few_rows, many_rows
+    def _forward_few(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Return the product without rounding x: no row changes what another gives, whatever the sizes."""
+        if x.shape[1] % _INT8_COLUMNS:
+            return DenseWeight(_unpack_int8(self.values, self.scales, self.dtype)).forward(x, residual)
+        from finlora.model.few_rows import few_int8
 
-        if x.shape[0] <= MAX_FEW_ROWS:
-            return few_rows.few_int8(x, self.values, self.scales, residual)
+        return few_int8(x, self.values, self.scales, residual)
+
+    def _forward_many(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        from finlora.model import many_rows
+
         columns, is_chosen, is_held = many_rows.choose_columns(_find_outliers(x), MAX_OUTLIERS)
         quantised, row_scales = _quantise_rows(x, is_held)
         few_x = _take_columns(x, columns, is_chosen)
@@ -193,7 +203,7 @@ def freeze(modules: Sequence[Any], dtype: torch.dtype, *, consumes: bool = False
         _share(modules, joined)
         return DenseWeight(joined)
     if all(is_nf4(module) for module in modules):
-        has_kernels = modules[0].weight.is_cuda and dtype == torch.bfloat16
+        has_kernels = kernel_choice.takes_kernels(modules[0].weight) and dtype == torch.bfloat16
         return TiledNf4Weight(modules) if consumes and has_kernels and can_tile(modules) else Nf4Weight(modules, dtype)
     return Int8Weight(read_int8(modules), dtype)
 

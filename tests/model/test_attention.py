@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from emulated_flash import emulate_attention
 
 from finlora.data.encode import Encoded
 from finlora.data.pack_size import MAX_RECORDED_ROWS, pad_pack
@@ -82,3 +83,55 @@ def test_long_segments_equal_flash_attention_and_float32(lengths, monkeypatch):
         errors[way] = [float((own - right).norm() / right.norm()) for own, right in zip(found, truth, strict=True)]
     assert all(error < 0.01 for way in errors.values() for error in way), errors
     assert all(own < 1.2 * flash for own, flash in zip(errors["long"], errors["flash"], strict=True)), errors
+
+
+@pytest.mark.parametrize("way", ["flash", "cudnn"])
+@pytest.mark.parametrize("lengths", [(40,), (17, 300, 5), (256, 257)])
+def test_attention_of_a_gpu_equals_the_plain_one(monkeypatch, way, lengths):
+    """What FlashAttention and cuDNN are given, and what is made of their answers; both are emulated."""
+    items = [Encoded(tuple(range(n, n + length)), (1, 2)) for n, length in enumerate(lengths)]
+    segments = pack_examples(items, share_prefix=False).segments
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad = (
+        torch.randn(sum(segments.query_lengths), heads, 16, generator=generator).bfloat16() for heads in (6, 2, 2, 6)
+    )
+    plain, sums = attend(query, key, value, segments)
+    expected = [plain, *attend_backward(grad, query, key, value, plain, sums, segments)]
+    emulate_attention(monkeypatch)
+    if way == "cudnn":
+        monkeypatch.setattr(attention, "LONG", 1)
+        monkeypatch.setattr(attention, "MAX_RECORDED_ROWS", 1)
+        assert attention._suits_cudnn(query, segments)
+    output, log_sum = attend(query, key, value, segments)
+    found = [output, *attend_backward(grad, query, key, value, output, log_sum, segments)]
+    for own, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, right, rtol=2**-7, atol=2**-7 * float(right.abs().max()))
+
+
+@pytest.mark.parametrize("num_cached", [0, 1, 61, 300])
+def test_a_long_segment_goes_alone_behind_what_is_cached(monkeypatch, num_cached):
+    emulate_attention(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(count, heads, 16, generator=generator).bfloat16()
+                         for count, heads in ((270, 6), (270 + num_cached, 2), (270 + num_cached, 2)))  # fmt: skip
+    scores = attention.score_keys(query, key)
+    expected = (torch.softmax(scores, -1) @ attention.widen_heads(value, query)).transpose(0, 1).bfloat16()
+    found = attention.attend_alone(query, key, value)
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "flashes"),
+    [
+        (64, torch.bfloat16, True),
+        (8, torch.float16, True),
+        (256, torch.bfloat16, True),
+        (12, torch.bfloat16, False),
+        (264, torch.bfloat16, False),
+        (64, torch.float32, False),
+    ],
+)
+def test_flash_attention_gets_widths_and_types_that_it_takes(monkeypatch, width, dtype, flashes):
+    """flash_api.cpp: 16 bit, and heads of a multiple of 8 up to 256."""
+    monkeypatch.setattr(attention.kernel_choice, "takes_kernels", lambda _tensor: True)
+    assert attention.can_flash(torch.zeros(1, 1, width, dtype=dtype)) == flashes

@@ -1,9 +1,12 @@
-"""Recorded passes against the same passes run as they are, on a GPU."""
+"""Recorded passes against the same passes run as they are: on a GPU, else with CUDA graphs and kernels emulated."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from emulated_flash import emulate_attention
+from emulated_graphs import emulate_graphs
+from emulated_triton import emulated_kernels
 
 from finlora.config import LoraConfig, ModelConfig
 from finlora.data.encode import Encoded
@@ -14,10 +17,20 @@ from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.lora import attach_lora, trainable_parameters
 from finlora.model.packed import PackedLlama
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """The GPU at hand, or an emulated one, of which the graphs are returned."""
+    if DEVICE.type == "cuda":
+        yield None
+        return
+    graphs = emulate_graphs(monkeypatch)
+    emulate_attention(monkeypatch)
+    with emulated_kernels():
+        yield graphs
 
 
 def make_packs(count):
@@ -35,9 +48,8 @@ def make_packs(count):
 @pytest.fixture
 def make_module(tiny_base):
     def build(bits, is_captured):
-        device = torch.device("cuda")
         with quiet_bitsandbytes():
-            base = load_base(ModelConfig(base=str(tiny_base)), bits, device, 0)
+            base = load_base(ModelConfig(base=str(tiny_base)), bits, DEVICE, 0)
         model = attach_lora(base.model, LoraConfig(rank=4, dropout=0.1), str(tiny_base), 1)
         torch.manual_seed(5)
         for parameter in trainable_parameters(model).values():
@@ -59,9 +71,11 @@ def run(module, parameters, packs):
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_replay_equals_the_plain_pass_bit_for_bit(make_module, bits):
+def test_replay_equals_the_plain_pass_bit_for_bit(make_module, bits, gpu):
     expected = run(*make_module(bits, False), make_packs(8))
     own = run(*make_module(bits, True), make_packs(8))
+    if gpu is not None:  # two forms, each seen once and then replayed
+        assert [graph.num_replays for graph in gpu] == [3, 3]
     for (loss, gradients), (other_loss, others) in zip(own, expected, strict=True):
         assert torch.equal(loss, other_loss)
         assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))

@@ -195,3 +195,17 @@ def test_weight_that_cannot_be_held_is_refused_by_words():
     require_range(weight, "q", 4)
     with pytest.raises(ModelError, match="load it at 4 or 16 bit"):
         require_range(weight, "q", 8)
+
+
+@pytest.mark.parametrize("num_columns", [576, 192])
+def test_8_bit_products_of_few_rows_on_a_gpu_do_not_depend_on_other_rows(num_columns):
+    """SmolLM2-135M's sizes, which int8 kernels do not take: a row that fills a recorded pass up must change no other."""
+    weight = make_layer(make("ordinary", 40, num_columns, 1), 8, torch.float32)
+    frozen = freeze([weight], torch.float32)
+    x = make("outlier columns", 5, num_columns, 2)
+    residual = make("ordinary", 5, 40, 3)
+    found = frozen._forward_few(x, residual)
+    expected = x.double() @ held_weight(weight, 8).double().t() + residual.double()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    x[4] *= 1000.0
+    assert torch.equal(frozen._forward_few(x, residual)[:4], found[:4])

@@ -120,24 +120,27 @@ template <class Kernel> void launch(unsigned columns, unsigned rows, Kernel kern
         }
 }
 
-extern "C" void run_few(int blocks, const bf16* x, const unsigned char* tiles, const float* level_code, const float* level_scales,
-                        const float* means, const unsigned* pairs, float* parts, int num_rows, int num_out, int num_in, int steps,
-                        int steps_a_block) {
+// As finlora/model/few_nf4.py launches them: the grid, then the kernel's own arguments.
+extern "C" void launch_few_nf4(int blocks, int, const bf16* x, const unsigned char* tiles, const float* level_code,
+                               const float* level_scales, const float* means, const unsigned* pairs, float* parts, int num_rows,
+                               int num_out, int num_in, int steps, int steps_a_block) {
     launch(blocks, 1, [=] {
         few_nf4(x, tiles, level_code, level_scales, means, pairs, parts, num_rows, num_out, num_in, steps, steps_a_block);
     });
 }
 
-extern "C" void run_add(const float* parts, const bf16* residual, bf16* target, int num_rows, int num_out, int num_columns,
-                        int steps_a_block, int is_gated) {
-    launch((num_out + 255) / 256, num_rows, [=] {
-        if (is_gated) add_gated_parts(parts, target, num_rows, num_out, num_columns, steps_a_block);
-        else add_parts(parts, residual, target, num_rows, num_out, num_columns, steps_a_block);
-    });
+extern "C" void launch_add_parts(int columns, int rows, const float* parts, const bf16* residual, bf16* target, int num_rows,
+                                 int num_out, int num_columns, int steps_a_block) {
+    launch(columns, rows, [=] { add_parts(parts, residual, target, num_rows, num_out, num_columns, steps_a_block); });
 }
 
-extern "C" void run_unpack(const unsigned char* tiles, const float* level_code, const float* level_scales, const float* means,
-                           const float* code, bf16* target, int num_out, int num_in) {
-    launch((num_in / 256 + 7) / 8, (num_out + 31) / 32,
-           [=] { unpack_nf4(tiles, level_code, level_scales, means, code, target, num_out, num_in); });
+extern "C" void launch_add_gated_parts(int columns, int rows, const float* parts, bf16* target, int num_rows, int num_out,
+                                       int num_columns, int steps_a_block) {
+    launch(columns, rows, [=] { add_gated_parts(parts, target, num_rows, num_out, num_columns, steps_a_block); });
+}
+
+extern "C" void launch_unpack_nf4(int columns, int rows, const unsigned char* tiles, const float* level_code,
+                                  const float* level_scales, const float* means, const float* code, bf16* target, int num_out,
+                                  int num_in) {
+    launch(columns, rows, [=] { unpack_nf4(tiles, level_code, level_scales, means, code, target, num_out, num_in); });
 }

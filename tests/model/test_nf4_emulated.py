@@ -1,40 +1,85 @@
-"""The kernels for NF4 weights, run without a GPU (emulated_gpu.cpp), against bitsandbytes' own unpacking on CPU."""
+"""The kernels for NF4 weights and how they are launched, without a GPU (emulated_gpu.cpp), against bitsandbytes on CPU."""
 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import shutil
 import subprocess
+import sys
+import types
 from importlib import resources
 from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from emulated_triton import emulated_kernels
 
+from finlora.model import kernel_choice
+from finlora.model.elementwise import gate
+from finlora.model.frozen import MAX_FEW_ROWS, TiledNf4Weight, freeze, multiply_gated
 from finlora.model.nf4 import Nf4Tiles, take_tiles, unpack_nf4
 
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the kernels are compiled for the processor by g++")
-WARPS, HEIGHT, NUM_SLOTS = 8, 256, 5
+NUM_PROCESSORS = 5
+SHARED_BYTES = {"whole steps of x": (232448, 233472), "halves": (101376, 102400)}
+"""Shared memory of a block and of a processor: an H200's and an A6000's."""
+
+
+class EmulatedKernel:
+    """Stands for finlora.model.cuda_source.CudaKernel."""
+
+    def __init__(self, function):
+        self._function, self.blocks_a_processor = function, 1
+
+    def launch(self, grid, *arguments, overlaps=False):
+        values = [argument if isinstance(argument, int) else point(argument) for argument in arguments]
+        self._function(*grid, *values)
 
 
 @pytest.fixture(scope="module")
-def build(tmp_path_factory):
-    """Compile the kernels for so many times 8 rows, and parts of x, for this machine's processor."""
+def compiled(tmp_path_factory):
+    """Compile the kernels for this machine's processor, once for each set of constants."""
     folder, built = tmp_path_factory.mktemp("emulated"), {}
 
-    def compile_(row_tiles, x_parts):
-        if (row_tiles, x_parts) not in built:
-            target = folder / f"kernels-{row_tiles}-{x_parts}.so"
-            defines = [f"-DWARPS={WARPS}", f"-DROW_TILES={row_tiles}", f"-DX_PARTS={x_parts}", "-DBLOCKS=1"]
+    def compile_(defines):
+        name = "-".join(f"{key}{value}" for key, value in sorted(defines.items()))
+        if name not in built:
+            target = folder / f"{name}.so"
+            constants = {"ROW_TILES": 2, "X_PARTS": 1, "BLOCKS": 1} | defines
             source = [f"-I{resources.files('finlora.model')}", str(Path(__file__).with_name("emulated_gpu.cpp"))]
             flags = ["-std=c++20", "-O2", "-w", "-fPIC", "-shared", "-pthread"]
-            subprocess.run([COMPILER, *flags, *defines, *source, "-o", str(target)], check=True)
-            built[row_tiles, x_parts] = ctypes.CDLL(str(target))
-        return built[row_tiles, x_parts]
+            flags += [f"-D{key}={value}" for key, value in constants.items()]
+            subprocess.run([COMPILER, *flags, *source, "-o", str(target)], check=True)
+            built[name] = ctypes.CDLL(str(target))
+        return built[name]
 
     return compile_
+
+
+@pytest.fixture(params=SHARED_BYTES)
+def few(request, compiled, monkeypatch):
+    """finlora.model.few_nf4 on a GPU with such shared memory, whose kernels are emulated."""
+
+    def load_kernels(files, device, defines, sizes):
+        assert defines["WARPS"] == 8  # threads of a block, in emulated_gpu.cpp
+        library = compiled(defines)
+        assert all(shared <= SHARED_BYTES[request.param][0] for _, shared in sizes.values())
+        return {name: EmulatedKernel(getattr(library, f"launch_{name}")) for name in sizes}
+
+    source = types.ModuleType("finlora.model.cuda_source")
+    source.CudaKernel, source.load_kernels = EmulatedKernel, load_kernels
+    monkeypatch.setitem(sys.modules, source.__name__, source)
+    for name in ("few_nf4", "few_rows"):
+        monkeypatch.delitem(sys.modules, f"finlora.model.{name}", raising=False)
+    with emulated_kernels(NUM_PROCESSORS):
+        module = importlib.import_module("finlora.model.few_nf4")
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(module, "num_processors", lambda _device: NUM_PROCESSORS)
+        monkeypatch.setattr(module, "_find_shared_bytes", lambda _device: SHARED_BYTES[request.param])
+        yield module
 
 
 def make_layer(num_out, num_in):
@@ -55,53 +100,69 @@ def point(tensor):
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def multiply(kernels, x, weight, residual, is_gated):
-    (num_rows, num_in), num_out = x.shape, len(weight.means)
-    num_heights, num_columns = -(-num_out // HEIGHT), num_in // 256
-    steps = num_heights * num_columns
-    steps_a_block = -(-steps // NUM_SLOTS)
-    blocks = -(-steps // steps_a_block)
-    parts = torch.full(((blocks + num_heights) * num_rows * HEIGHT,), float("nan"))
-    inputs = (x, weight.tiles, weight.level_code, weight.level_scales, weight.means, weight.pairs, parts)
-    kernels.run_few(blocks, *map(point, inputs), num_rows, num_out, num_in, steps, steps_a_block)
-    num_targets = num_out // 2 if is_gated else num_out
-    out = torch.empty(num_rows, num_targets, dtype=torch.bfloat16)
-    sizes = (num_rows, num_targets, num_columns, steps_a_block)
-    kernels.run_add(*map(point, (parts, residual, out)), *sizes, int(is_gated))
-    return out
-
-
 @pytest.mark.parametrize(
-    ("num_rows", "num_out", "num_in", "x_parts"),
-    [(9, 520, 1280, 1), (16, 320, 768, 2), (11, 72, 256, 2)],
-    ids=["whole steps of x", "halves", "one step"],
+    ("num_rows", "num_out", "num_in"), [(9, 520, 1280), (11, 72, 256), (3, 576, 1536)], ids=["", "one step", "SmolLM2"]
 )
-def test_product_of_few_rows(num_rows, num_out, num_in, x_parts, build):
+def test_product_of_few_rows(num_rows, num_out, num_in, few):
     plain, weight = make(num_out, num_in)
     generator = torch.Generator().manual_seed(1)
     x, residual = (torch.randn(num_rows, size, generator=generator).bfloat16() for size in (num_in, num_out))
-    found = multiply(build(2, x_parts), x, weight, residual, is_gated=False)
+    found = few.few_nf4(x, weight, residual)
     terms = x.double().abs() @ plain.double().abs().t() + residual.double().abs()
     # NF4's numbers, bitsandbytes' weights and the output are rounded: 2^-8 each.
     difference = (found.double() - (x.double() @ plain.double().t() + residual.double())).abs()
     assert (difference <= 3 * 2.0**-8 * terms).all()
-    without = multiply(build(2, x_parts), x, weight, None, is_gated=False)
-    assert (without - (found - residual)).abs().max() <= 2.0**-7 * terms.max()
+    if num_in == 256:
+        without = few.few_nf4(x, weight, None)
+        assert (without - (found - residual)).abs().max() <= 2.0**-7 * terms.max()
 
 
-def test_gated_product_is_that_of_its_halves(build):
+def test_gated_product_is_that_of_its_halves(few):
     _, weight = make(640, 512)
     x = torch.randn(9, 512, generator=torch.Generator().manual_seed(2)).bfloat16() * 0.1
-    gate, up = multiply(build(2, 1), x, weight, None, is_gated=False).chunk(2, 1)
-    found = multiply(build(2, 1), x, weight, None, is_gated=True)
+    gate, up = few.few_nf4(x, weight, None).chunk(2, 1)
     expected = torch.nn.functional.silu(gate.float()).bfloat16() * up
-    torch.testing.assert_close(found, expected, rtol=2.0**-7, atol=1e-6)
+    torch.testing.assert_close(few.few_gated_nf4(x, weight), expected, rtol=2.0**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize(("num_out", "num_in"), [(72, 2560), (32, 256)])
-def test_unpacked_numbers_are_those_of_bitsandbytes(num_out, num_in, build):
+@pytest.mark.parametrize("few", ["whole steps of x"], indirect=True)
+def test_unpacked_numbers_are_those_of_bitsandbytes(num_out, num_in, few):
     plain, weight = make(num_out, num_in)
-    found = torch.zeros_like(plain)
-    inputs = (weight.tiles, weight.level_code, weight.level_scales, weight.means, weight.numbers, found)
-    build(2, 1).run_unpack(*map(point, inputs), num_out, num_in)
-    assert torch.equal(found.view(torch.int16), plain.view(torch.int16))
+    assert torch.equal(few.unpack_tiles(weight).view(torch.int16), plain.view(torch.int16))
+
+
+@pytest.mark.parametrize("few", ["whole steps of x"], indirect=True)
+@pytest.mark.parametrize("num_rows", [2, MAX_FEW_ROWS + 6])
+def test_frozen_projections_side_by_side_take_the_kernels(num_rows, few, monkeypatch):
+    """What `freeze` makes of 4-bit layers on a GPU: few rows at once, more with each projection unpacked."""
+    monkeypatch.setattr(kernel_choice, "takes_kernels", lambda _tensor: True)
+    layers = [make_layer(num_out, 256) for num_out in (128, 64, 64)]
+    plain = torch.cat([unpack_nf4(layer, torch.bfloat16) for layer in layers])
+    weight = freeze(layers, torch.bfloat16, consumes=True)
+    assert isinstance(weight, TiledNf4Weight)
+    x = torch.randn(num_rows, 256, generator=torch.Generator().manual_seed(2)).bfloat16()
+    found = weight.forward(x)
+    terms = x.double().abs() @ plain.double().abs().t()
+    assert ((found.double() - x.double() @ plain.double().t()).abs() <= 3 * 2.0**-8 * terms).all()
+    gate_up = multiply_gated(weight, x)
+    expected = gate(found)
+    torch.testing.assert_close(gate_up, expected, rtol=2.0**-6, atol=2.0**-6 * float(expected.abs().max()))
+
+
+def test_blocks_have_the_shared_memory_that_they_ask_for(few, monkeypatch):
+    """For each number of rows; nothing is compiled."""
+    kernels = {}
+
+    def load_kernels(files, device, defines, sizes):
+        kernels.update(defines=defines, sizes=sizes)
+        return dict.fromkeys(sizes, EmulatedKernel(None))
+
+    monkeypatch.setattr(few, "load_kernels", load_kernels)
+    of_block, of_processor = few._find_shared_bytes(None)
+    for num_rows in range(1, MAX_FEW_ROWS + 1):
+        few._load.__wrapped__(max(8, 1 << (num_rows - 1).bit_length()) // 8, torch.device("cpu"))
+        assert kernels["defines"]["ROW_TILES"] * 8 >= num_rows
+        _, shared = kernels["sizes"]["few_nf4"]
+        assert shared <= of_block
+        assert kernels["defines"]["BLOCKS"] * (shared + 1024) <= of_processor

@@ -28,6 +28,7 @@ from triton.language.extra.cuda import globaltimer
 
 from finlora.engine.gpu_memory import LEAST_BYTES, Gate, Mapped, Owned, allocate, map_memory, unmap, write_flag
 from finlora.engine.messages import Parcel
+from finlora.engine.upload import download
 
 _ALIGNMENT = 256  # bytes
 _TRIAL_S = 10.0
@@ -60,14 +61,10 @@ class Stamps:
 
     def copy(self, first: int, last: int) -> Callable[[], tuple[float, ...]]:
         """Queue their way to the host; what is returned waits for it and tells the seconds of stages `first` to `last`."""
-        numbers = torch.empty(self.numbers.shape, dtype=torch.int64, pin_memory=True)
-        numbers.copy_(self.numbers, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
+        wait = download(self.numbers)
 
         def read() -> tuple[float, ...]:
-            done.synchronize()
-            found = numbers.tolist()
+            found = wait()
             return tuple((found[2 * stage + 1] - found[2 * stage]) * 1e-9 for stage in range(first, last + 1))
 
         return read

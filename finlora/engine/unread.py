@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from finlora.engine.microbatch import Output
+from finlora.engine.upload import download
 
 
 class Unread:
@@ -25,20 +26,11 @@ class Unread:
 
     def __init__(self, number: int, tokens: Tensor, log_probs: Tensor, scored: Tensor) -> None:
         self.number, self.tokens = number, tokens
-        numbers = torch.cat([tokens.double(), log_probs.double(), scored.double()])  # one copy for all
-        self._event = None
-        if numbers.is_cuda:
-            # Copied now, and not when it is read: that would wait for all that is queued until then.
-            numbers = torch.empty(len(numbers), dtype=torch.double, pin_memory=True).copy_(numbers, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-        self._numbers = numbers
+        self._read = download(torch.cat([tokens.double(), log_probs.double(), scored.double()]))  # one copy for all
 
     def read(self) -> Output:
         """Wait for the device, and return what the micro-batch asked for."""
-        if self._event is not None:
-            self._event.synchronize()
-        numbers, count = self._numbers.tolist(), len(self.tokens)
+        numbers, count = self._read(), len(self.tokens)
         tokens = zip(map(int, numbers[:count]), numbers[count : 2 * count], strict=True)
         return Output(self.number, list(tokens), numbers[2 * count :])
 

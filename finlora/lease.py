@@ -73,11 +73,30 @@ def take_lease(
     group = placement_group(list(bundles), strategy="PACK", name=own)
     patience = Patience(wait_s, announce)
     try:
-        while not group.wait(_POLL_S):
-            patience.check(describe_shortage(bundles) or f"{len(bundles)} bundles wanted that no node has room for")
+        with _counting():
+            while not group.wait(_POLL_S):
+                patience.check(describe_shortage(bundles) or f"{len(bundles)} bundles wanted that no node has room for")
         yield group
     finally:
         remove_placement_group(group)
+
+
+_waited = 0.0
+
+
+def seconds_waited() -> float:
+    """Return how long this process has waited in `take_lease` so far, all times together."""
+    return _waited
+
+
+@contextmanager
+def _counting() -> Iterator[None]:
+    global _waited  # what measures a piece of work does not know who waits below it
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        _waited += time.monotonic() - started
 
 
 class Patience:

@@ -56,8 +56,13 @@ class Result:
     seconds_per_example: float | None = None
     tokens_per_second: float | None = None
     wall_seconds: float | None = None
+    """At work, without the wait for room. Training: of all attempts together, start-ups included."""
+    waited_seconds: float | None = None
+    """Waiting for GPUs and cores that others held, of all attempts together."""
+    attempts: int | None = None
+    """Training: how often its driver was started."""
     gpu_hours: float | None = None
-    """Wall time x GPUs, None on CPU."""
+    """wall_seconds x GPUs in hours, None on CPU."""
     peak_memory_gib: float | None = None
     """Peak device memory summed over workers; on CPU the peak resident memory of the processes."""
     adapter_mib: float | None = None

@@ -265,6 +265,13 @@ def polling(poll: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
         poll()
 
 
+def describe_times(seconds: float, waited: float, attempts: int) -> str:
+    """Return how long a run was at work over all attempts, and how long it waited besides: `2:03 in 2 attempts, ...`."""
+    tries = f" in {attempts} attempts" if attempts > 1 else ""
+    waits = f", and waited {describe_duration(waited)} for room" if waited >= 1 else ""
+    return f"{describe_duration(seconds)}{tries}{waits}"
+
+
 def describe_duration(seconds: float) -> str:
     """Return `1:02:03` or `2:03`; hours go on counting past a day."""
     minutes, rest = divmod(int(seconds), 60)

@@ -126,6 +126,22 @@ def prepared_synthetic(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def prepared_fpb(prepared_synthetic, tmp_path_factory) -> Path:
+    """Generated examples under the name of a task of the paper."""
+    from finlora.data.catalog import task_named
+    from finlora.data.example import Splits
+    from finlora.data.prepared import read_prepared, write_prepared
+
+    folder = tmp_path_factory.mktemp("paper")
+    train, test = (
+        read_prepared(prepared_synthetic, "synthetic_sentiment", split).examples for split in ("train", "test")
+    )
+    options = {"variant": "as_published", "source": "generated", "version": "0", "overwrite": False, "dry_run": False}
+    write_prepared(task_named("fpb"), Splits(train=train, test=test), folder, **options)
+    return folder
+
+
 @pytest.fixture
 def make_config(tiny_base, prepared_synthetic, tmp_path) -> Callable[..., RunConfig]:
     """Build a config on the tiny base and the generated sentiment set, on CPU in float32; overrides as on the CLI."""

@@ -73,7 +73,7 @@ def reproduce(
 ) -> None:
     """Run every row of the paper's tables that is not done yet, say why the others cannot run here, and report."""
     from finlora.report import draw_table, render_report
-    from finlora.reproduce.outcomes import Outcome, find_obstacle, outcome_table, read_outcome
+    from finlora.reproduce.outcomes import foresee, outcome_table
     from finlora.reproduce.plan import make_plan
     from finlora.results import read_results
 
@@ -81,16 +81,7 @@ def reproduce(
     bases = {size: base for size, base in (("8b", base_8b), ("70b", base_70b)) if base is not None}
     steps = make_plan(configs.expanduser(), folder, overrides or [], only, bases)
     if dry_run:
-        outcomes = [read_outcome(folder, step) for step in steps]
-        # A training before them in the plan makes the adapter that an evaluation still lacks.
-        found = [find_obstacle(step) if step.kind == "train" or not step.of_adapter else None for step in steps]
-        states = [
-            Outcome(name=each.name, key=each.key, state="cannot run", cause=why)
-            if why and each.state != "done"
-            else each
-            for each, why in zip(outcomes, found, strict=True)
-        ]
-        draw_table(outcome_table(states), console)
+        draw_table(outcome_table(foresee(steps, folder)), console)
         return
     from finlora import cluster
 

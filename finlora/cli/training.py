@@ -20,7 +20,7 @@ from finlora.cli.app import (
     say,
 )
 from finlora.errors import ConfigError
-from finlora.terminal import describe_duration, open_bars, polling
+from finlora.terminal import describe_duration, describe_times, open_bars, polling
 from finlora.working_dir import resolve_output
 
 
@@ -80,9 +80,10 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
         polling(Follower(folder, settings.name, bars.update, say, describe_duration)),
     ):
         result = run_training(settings, say)
+    took = describe_times(result.wall_seconds or 0, result.waited_seconds or 0, result.attempts or 1)
     say(
         f"Adapter {result.adapter} ({result.adapter_mib:.2f} MiB): loss {result.metrics['loss_first']:.4f} -> "
-        f"{result.metrics['loss_last']:.4f} in {describe_duration(result.wall_seconds or 0)}"
+        f"{result.metrics['loss_last']:.4f} in {took}"
     )
 
 

@@ -23,6 +23,7 @@ from finlora.engine.protocol import Engine
 from finlora.engine.request import ADAPTER
 from finlora.evaluate.calibration import bin_confidences, calibration_error
 from finlora.evaluate.metrics import score_answers
+from finlora.lease import seconds_waited
 from finlora.model.base import check_device
 from finlora.model.base_files import read_base_files
 from finlora.model.contract import read_contract
@@ -72,7 +73,7 @@ def run_evaluation(
         ResourceError: the device or the cluster has too little.
         StageLostError: stages died again and again; one that dies once is started again, and what it had asked anew.
     """
-    config = resolve_evaluation(config)
+    config, waited = resolve_evaluation(config), seconds_waited()
     device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
     if config.eval.num_stages == 1:
         check_device(device)
@@ -97,6 +98,7 @@ def run_evaluation(
                 adapter=str(adapter) if adapter else None,
                 adapter_mib=contract.adapter_mib if contract else None,
                 peak_memory_gib=engine.core.executor.peak_memory_gib(),
+                waited_seconds=seconds_waited() - waited,
             )
             for work in works
         ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ from finlora.model.source import find_source
 from finlora.reproduce.plan import Step
 from finlora.tables import TextTable
 
-State = Literal["done", "cannot run", "failed", "to do"]
+State = Literal["done", "cannot run", "waits for its training", "failed", "to do"]
+_STATES: tuple[State, ...] = ("done", "cannot run", "waits for its training", "failed", "to do")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +39,9 @@ class Outcome:
     cause: str = ""
     """Why it did not run or failed."""
     seconds: float = 0.0
+    """At work; of a training, all its attempts together."""
+    waited: float = 0.0
+    """Seconds of waiting for GPUs and cores that others held."""
 
 
 def write_outcome(output: Path, outcome: Outcome) -> None:
@@ -74,22 +79,50 @@ def find_obstacle(step: Step) -> str | None:
             read_prepared(Path(step.config.data.dir), task, "train" if step.kind == "train" else "test")
     except FinloraError as error:
         return str(error)
-    if step.kind == "evaluate" and step.adapter is not None and not (step.adapter / CONTRACT_FILE).is_file():
-        return f"its adapter {step.adapter} is not trained"
     return None
 
 
+def lacks_adapter(step: Step) -> bool:
+    """Return whether a step scores an adapter that is not trained."""
+    return step.kind == "evaluate" and step.adapter is not None and not (step.adapter / CONTRACT_FILE).is_file()
+
+
+def foresee(steps: Sequence[Step], output: Path) -> list[Outcome]:
+    """Return the state of each step and what would happen to it, without running any."""
+    outcomes: list[Outcome] = []
+    trainable: set[Path | None] = set()
+    for step in steps:
+        outcome = read_outcome(output, step)
+        if outcome.state != "done":
+            outcome = Outcome(name=step.name, key=step.key, state="to do")
+            if obstacle := find_obstacle(step):
+                outcome = dataclasses.replace(outcome, state="cannot run", cause=obstacle)
+            elif lacks_adapter(step) and step.adapter not in trainable:
+                outcome = dataclasses.replace(outcome, state="waits for its training")
+            elif step.kind == "train":
+                trainable.add(step.adapter)
+        outcomes.append(outcome)
+    return outcomes
+
+
 def outcome_table(outcomes: Sequence[Outcome]) -> TextTable:
-    """One row a step: its state, its time, and the cause where it was not done."""
-    counts = {
-        state: sum(each.state == state for each in outcomes) for state in ("done", "cannot run", "failed", "to do")
-    }
+    """One row a step that was done or failed; those of one state and cause that did not run share a row."""
+    groups: dict[tuple[str, ...], list[Outcome]] = {}
+    for each in outcomes:
+        has_own_row = each.state in ("done", "failed")
+        groups.setdefault((each.state, each.cause, each.name if has_own_row else ""), []).append(each)
+    counts = Counter(each.state for each in outcomes)
     return TextTable(
         title="Steps of the reproduction",
-        header=("step", "state", "seconds", "why"),
+        header=("step", "state", "seconds", "waited s", "why"),
         rows=tuple(
-            (each.name, each.state, f"{each.seconds:,.0f}" if each.state == "done" else "", each.cause)
-            for each in outcomes
+            (
+                "\n".join(each.name for each in group),
+                state if len(group) == 1 else f"{state}: {len(group)}",
+                *((f"{group[0].seconds:,.0f}", f"{group[0].waited:,.0f}") if state == "done" else ("", "")),
+                cause,
+            )
+            for (state, cause, _), group in groups.items()
         ),
-        notes=(", ".join(f"{number} {state}" for state, number in counts.items() if number) + ".",),
+        notes=(", ".join(f"{counts[state]} {state}" for state in _STATES if counts[state]) + ".",),
     )

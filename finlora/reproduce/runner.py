@@ -9,9 +9,10 @@ from pathlib import Path
 
 from finlora import cluster
 from finlora.errors import ConfigError, DatasetError, ModelError, ResourceError, StoppedError
-from finlora.reproduce.outcomes import Outcome, State, find_obstacle, read_outcome, write_outcome
+from finlora.lease import seconds_waited
+from finlora.reproduce.outcomes import Outcome, State, find_obstacle, lacks_adapter, read_outcome, write_outcome
 from finlora.reproduce.plan import Step
-from finlora.results import append_result
+from finlora.results import Result, append_result
 from finlora.train.run import RunFolder
 
 _logger = logging.getLogger(__name__)
@@ -40,37 +41,41 @@ def run_plan(steps: Sequence[Step], output: Path, announce: Callable[[str], None
             announce(f"[{number}/{len(steps)}] {step.name}")
             outcome = _run(step, announce)
             write_outcome(output, outcome)
-            words = f": {outcome.cause}" if outcome.cause else f" in {outcome.seconds:.0f} s"
+            words = f": {outcome.cause}" if outcome.cause else ""
+            words = f" in {outcome.seconds:.0f} s" if outcome.state == "done" else words
             announce(f"[{number}/{len(steps)}] {step.name}: {outcome.state}{words}")
         outcomes.append(outcome)
     return outcomes
 
 
 def _run(step: Step, announce: Callable[[str], None]) -> Outcome:
-    started = time.monotonic()
-
-    def end(state: State, cause: str = "") -> Outcome:
-        return Outcome(name=step.name, key=step.key, state=state, cause=cause, seconds=time.monotonic() - started)
+    def end(state: State, cause: str = "", seconds: float = 0.0, waited: float = 0.0) -> Outcome:
+        return Outcome(name=step.name, key=step.key, state=state, cause=cause, seconds=seconds, waited=waited)
 
     if obstacle := find_obstacle(step):
         return end("cannot run", obstacle)
+    if lacks_adapter(step):
+        return end("waits for its training")
     try:
         if step.kind == "train":
             from finlora.train.worker import run_training
 
-            run_training(step.config, announce)
-        else:
-            _evaluate(step, announce)
+            trained = run_training(step.config, announce)
+            return end("done", "", trained.wall_seconds or 0.0, trained.waited_seconds or 0.0)
+        started, before = time.monotonic(), seconds_waited()
+        results = _evaluate(step, announce)
+        # The evaluation waits here for its own place and, where it has stages, there for theirs.
+        waited = seconds_waited() - before + max((result.waited_seconds or 0.0 for result in results), default=0.0)
+        return end("done", "", time.monotonic() - started - waited, waited)
     except StoppedError:
         raise
     except _CANNOT as error:
         return end("cannot run", str(error))
     except Exception as error:  # one step that fails must not cost the others; its cause is kept
         return end("failed", f"{type(error).__name__}: {error}")
-    return end("done")
 
 
-def _evaluate(step: Step, announce: Callable[[str], None]) -> None:
+def _evaluate(step: Step, announce: Callable[[str], None]) -> list[Result]:
     from finlora.evaluate.runner import run_evaluation
 
     config = step.config
@@ -87,6 +92,7 @@ def _evaluate(step: Step, announce: Callable[[str], None]) -> None:
     folder = RunFolder(Path(config.output_dir) / config.name)
     for result in results:
         append_result(folder.results, result)
+    return results
 
 
 def _ignore_progress(_task: str, _done: int, _total: int) -> None:

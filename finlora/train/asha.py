@@ -91,10 +91,6 @@ class Listener(tune.Callback):  # type: ignore[misc]
         self, folder: SearchFolder, tasks: dict[str, TrialTask], on_record: Callable[[TrialRecord], None]
     ) -> None:
         self._folder, self._tasks, self._on_record = folder, tasks, on_record
-        self._started: dict[str, float] = {}
-
-    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._started.setdefault(trial.config["trial"], time.monotonic())
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         task = self._tasks[trial.config["trial"]]
@@ -102,7 +98,7 @@ class Listener(tune.Callback):  # type: ignore[misc]
         mark = run.root / "pruned"
         if mark.is_file() and read_record(self._folder, task.trial) is None:
             cause = f"stopped by ASHA at step {mark.read_text(encoding='utf-8')}"
-            write_end(self._folder, task, "pruned", self._started[task.trial.name], cause=cause)
+            write_end(self._folder, task, "pruned", cause=cause)
             (run.root / "busy").unlink(missing_ok=True)
         self._tell(task)
 
@@ -111,7 +107,7 @@ class Listener(tune.Callback):  # type: ignore[misc]
         run = self._folder.run_of(task.trial)
         if read_record(self._folder, task.trial) is None and not (run.root / "unplaced").is_file():
             lines = (trial.get_error() or "its driver died").__str__().strip().splitlines()
-            write_end(self._folder, task, "failed", self._started[task.trial.name], cause=lines[-1])
+            write_end(self._folder, task, "failed", cause=lines[-1])
         (run.root / "busy").unlink(missing_ok=True)
         self._tell(task)
 

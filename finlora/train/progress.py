@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from finlora.configfile import load_config
 from finlora.durable import append_line, read_last_line, read_lines, write_whole
 from finlora.train.loop import Progress
 from finlora.train.run import RunFolder
@@ -69,6 +70,19 @@ def read_step(folder: RunFolder) -> tuple[int, int] | None:
         return int(done), int(total)
     except (OSError, ValueError):
         return None
+
+
+def count_step_seconds(folder: RunFolder) -> float:
+    """Return the time of all logged steps, whichever attempt did them, without start-ups, checkpoints and waiting."""
+    records = read_progress(folder)
+    if not records:
+        return 0.0
+    batch = load_config(folder.config).train.global_batch_size
+    seconds, before = 0.0, 0
+    for record in records:
+        seconds += (record.step - before) * batch / record.examples_per_second
+        before = record.step
+    return seconds
 
 
 def _parse(line: dict[str, Any]) -> Progress | None:

@@ -47,11 +47,11 @@ class AwaitRoom(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         # Another job may be faster when room comes up; then Ray Train tries again and the wait goes on where it was.
         self._patience = self._patience or Patience(self._wait_s, self._say)
         wait_for_room(self._bundles, self._patience, self._look)
+        self._folder.waiting.unlink(missing_ok=True)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Begin the next wait, if there is one, afresh; write down which placement group the workers are in."""
         self._patience = None
-        self._folder.waiting.unlink(missing_ok=True)
         group = worker_group.get_worker_group_state().placement_group_handle.placement_group
         self._folder.group.write_text(group.id.hex(), encoding="utf-8")
         note_title(group.id.hex(), self._folder.title)
@@ -62,6 +62,7 @@ class AwaitRoom(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
 
     def _look(self) -> None:
         """Make what room can be made, and see whether the run is still wanted."""
+        self._folder.waiting.touch()  # its being there is what the driver counts as waiting, also between two words
         free_orphans()
         if self._folder.stop.read_bytes().strip():
             raise describe_stop(self._folder.stop, 0, 0)
@@ -116,13 +117,17 @@ def free_orphans() -> list[str]:
 
 
 class WaitingWords:
-    """The driver's side: shows each line that the callback has written since the last look."""
+    """The driver's side: shows each line that the callback has written since the last look, and tells whether it waits."""
 
     def __init__(self, path: Path, announce: Callable[[str], None]) -> None:
         self._path = path
         self._announce = announce
         self._shown = 0
         path.unlink(missing_ok=True)
+
+    @property
+    def is_waiting(self) -> bool:
+        return self._path.exists()
 
     def show_new(self) -> None:
         """Look once."""

@@ -8,7 +8,8 @@ Layout of OUTPUT_DIR/NAME:
     plan.txt           how the workers train, and the memory they need by forecast
     checkpoint_*/      Ray Train's checkpoints (finlora/train/checkpoint.py)
     lock               held by the driver while the run goes on
-    waiting.txt        who holds what the run waits for; gone when its workers start (finlora/train/room.py)
+    waiting.txt        who holds what the run waits for; gone when there is room (finlora/train/room.py)
+    attempts.json      seconds at work and waiting of each start of the driver (finlora/train/attempts.py)
     stop               empty; a signal's name in it asks the workers to stop (finlora/train/stop.py)
     adapter/           PEFT's two files and config.yaml; finlora.yaml is written last and marks the run as finished
     results.jsonl      one Result of this training
@@ -110,6 +111,10 @@ class RunFolder:
     @property
     def waiting(self) -> Path:
         return self.root / "waiting.txt"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts.json"
 
     @property
     def group(self) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from finlora.config import RunConfig
@@ -10,6 +11,7 @@ from finlora.model.base import BaseModel
 from finlora.model.contract import make_contract, write_contract
 from finlora.model.lora import save_adapter
 from finlora.results import Result, describe_environment
+from finlora.train.attempts import Attempt
 from finlora.train.progress import read_progress
 from finlora.train.run import RunFolder, TrainingSet
 
@@ -36,14 +38,19 @@ def export_adapter(
 
 
 def summarise_run(
-    config: RunConfig, folder: RunFolder, training_set: TrainingSet, seconds: float, metrics: dict[str, Any]
+    config: RunConfig,
+    folder: RunFolder,
+    training_set: TrainingSet,
+    attempts: Sequence[Attempt],
+    metrics: dict[str, Any],
 ) -> Result:
     """Collect a finished run's numbers.
 
     Args:
-        seconds: wall time of this attempt, with start-up.
+        attempts: of the run, the last one among them; their times are added up.
         metrics: what the workers reported with the last checkpoint; what is missing counts as not measured.
     """
+    seconds = sum(attempt.seconds for attempt in attempts)
     records = read_progress(folder)
     weights = folder.adapter / "adapter_model.safetensors"
     on_gpu = config.train.device == "cuda"
@@ -61,6 +68,8 @@ def summarise_run(
         wire=metrics.get("wire", []),
         tokens_per_second=sorted(record.tokens_per_second for record in records)[len(records) // 2],
         wall_seconds=seconds,
+        waited_seconds=sum(attempt.waited for attempt in attempts),
+        attempts=len(attempts),
         gpu_hours=seconds / 3600 * config.train.num_workers * config.train.gpus_per_worker if on_gpu else None,
         peak_memory_gib=metrics.get("memory_gib", records[-1].memory_gib),
         adapter_mib=weights.stat().st_size / 2**20,

@@ -15,9 +15,11 @@ from finlora import cluster
 from finlora.config import RunConfig
 from finlora.configfile import config_from_tree
 from finlora.errors import NoRoomError, StoppedError
+from finlora.lease import seconds_waited
 from finlora.results import Result, append_result, read_results
+from finlora.train.attempts import read_attempts
 from finlora.train.held_out import HELD_OUT, read_held_out
-from finlora.train.progress import read_progress
+from finlora.train.progress import count_step_seconds
 from finlora.train.room import free_group
 from finlora.train.run import RunFolder
 from finlora.train.space import LARGER_IS_BETTER, Trial
@@ -48,13 +50,12 @@ def drive_trial(params: dict[str, Any], tasks: dict[str, TrialTask]) -> None:
     if read_record(folder, task.trial) is not None:  # it died after its last line, and before Ray Tune had heard of it
         (run.root / "busy").unlink()
         return
-    started = time.monotonic()
     # ASHA hears of a resumed trial what it had reported before the stop.
     for report in read_held_out(run):
         tune.report(report)
     try:
-        scores = _train_and_score(config, run)
-        write_end(folder, task, "finished", started, scores=scores)
+        scores, seconds = _train_and_score(config, run)
+        write_end(folder, task, "finished", scores=scores, scored_s=seconds)
         # Ray Tune asks for the scheduler's number in every report.
         tune.report({**read_held_out(run)[-1], "step": task.total_steps + 1, **scores})
     except StoppedError:
@@ -65,13 +66,17 @@ def drive_trial(params: dict[str, Any], tasks: dict[str, TrialTask]) -> None:
         if (run.root / "pruned").is_file():
             return  # ASHA has ended this trial, and its processes go one after the other
         kind = type(error).__name__.removesuffix("Error")
-        write_end(folder, task, "failed", started, cause=f"{kind}: {error}")
+        write_end(folder, task, "failed", cause=f"{kind}: {error}")
     finally:
         (run.root / "busy").unlink(missing_ok=True)
 
 
-def _train_and_score(config: RunConfig, run: RunFolder) -> dict[str, float]:
-    """Train, unless a stopped search has done that, score the adapter on the held-out examples; returns the scores."""
+def _train_and_score(config: RunConfig, run: RunFolder) -> tuple[dict[str, float], float]:
+    """Train, unless a stopped search has done that, and score the adapter on the held-out examples.
+
+    Returns:
+        The scores, and the seconds that scoring took, without the wait for room.
+    """
     from finlora.evaluate.runner import run_evaluation
     from finlora.model.contract import CONTRACT_FILE
 
@@ -80,6 +85,7 @@ def _train_and_score(config: RunConfig, run: RunFolder) -> dict[str, float]:
     if training is None or not (run.adapter / CONTRACT_FILE).is_file():
         training = run_training(config, callbacks=[TuneReportCallback()], holds_out=True)
     train = config.train
+    started = time.monotonic() - seconds_waited()
     evaluations = cluster.call(
         run_evaluation,
         *(config, run.adapter, _ignore_progress),
@@ -88,9 +94,10 @@ def _train_and_score(config: RunConfig, run: RunFolder) -> dict[str, float]:
         wait_s=config.max_wait_s,
         title=run.title,
     )
+    seconds = time.monotonic() - seconds_waited() - started
     for result in evaluations:
         append_result(run.results, result)
-    return _collect_scores(config, run, training, evaluations)
+    return _collect_scores(config, run, training, evaluations), seconds
 
 
 def _collect_scores(
@@ -104,17 +111,9 @@ def _collect_scores(
             scores[name] = sum(values) / len(values)
     if training.peak_memory_gib is not None:
         scores["peak_memory_gib"] = training.peak_memory_gib
-    scores["hours"] = _count_seconds(config, run) / 3600 * _count_devices(config)
+    # Steps alone: start-ups would hide how trials differ.
+    scores["hours"] = count_step_seconds(run) / 3600 * _count_devices(config)
     return scores
-
-
-def _count_seconds(config: RunConfig, run: RunFolder) -> float:
-    """Return the time of all training steps, whichever attempt did them: start-ups would hide how trials differ."""
-    seconds, before = 0.0, 0
-    for record in read_progress(run):
-        seconds += (record.step - before) * config.train.global_batch_size / record.examples_per_second
-        before = record.step
-    return seconds
 
 
 def _count_devices(config: RunConfig) -> float:
@@ -127,9 +126,9 @@ def write_end(
     folder: SearchFolder,
     task: TrialTask,
     state: State,
-    started: float,
     *,
     scores: dict[str, float] | None = None,
+    scored_s: float = 0.0,
     cause: str = "",
 ) -> None:
     """Write a trial's record, with the last loss that its workers left."""
@@ -141,7 +140,7 @@ def write_end(
         total_steps=task.total_steps,
         held_out_loss=reports[-1][HELD_OUT] if reports else None,
         scores=scores or {},
-        seconds=time.monotonic() - started,
+        seconds=scored_s + sum(attempt.seconds for attempt in read_attempts(folder.run_of(task.trial))),
         cause=" ".join(cause.split()),  # one line of a table, whatever raised it
     )
     write_record(folder, record)

@@ -11,7 +11,6 @@ import logging
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from pathlib import Path
@@ -32,6 +31,7 @@ from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.lora import attach_lora, trainable_parameters
 from finlora.precision import describe_choice, resolve_training
 from finlora.results import Result, append_result
+from finlora.train.attempts import AttemptClock
 from finlora.train.checkpoint import (
     CheckpointInfo,
     CheckpointSchedule,
@@ -105,16 +105,16 @@ def run_training(
     with claim_run(folder), stop_on_signals(folder.stop, announce):
         for line in mend_snapshot(folder.root):
             announce(line)
-        started = time.monotonic()
+        clock = AttemptClock(folder)
         try:
             trainer = _make_trainer(config, folder, callbacks, holds_out)
-            outcome = _fit(trainer, WaitingWords(folder.waiting, announce))
+            outcome = _fit(trainer, WaitingWords(folder.waiting, announce), clock)
         except ray.train.TrainingFailedError as error:
             raise own_error(error, folder) from error
         step, total_steps = outcome.return_value
         if step < total_steps:
             raise describe_stop(folder.stop, step, total_steps)
-        result = summarise_run(config, folder, training_set, time.monotonic() - started, outcome.metrics or {})
+        result = summarise_run(config, folder, training_set, clock.list(), outcome.metrics or {})
         append_result(folder.results, result)
     return result
 
@@ -142,7 +142,7 @@ def _make_trainer(
     )
 
 
-def _fit(trainer: TorchTrainer, words: WaitingWords) -> ray.train.Result:
+def _fit(trainer: TorchTrainer, words: WaitingWords, clock: AttemptClock) -> ray.train.Result:
     """Run the trainer in a thread of its own: in the main one it would take over Ctrl-C and kill the workers with it."""
     future: futures.Future[ray.train.Result] = futures.Future()
 
@@ -154,10 +154,15 @@ def _fit(trainer: TorchTrainer, words: WaitingWords) -> ray.train.Result:
 
     # A daemon, so that a second Ctrl-C does not wait for it.
     threading.Thread(target=fit, daemon=True).start()
-    while not futures.wait([future], timeout=1.0).done:
+    try:
+        while not futures.wait([future], timeout=1.0).done:
+            words.show_new()
+            clock.tick(is_waiting=words.is_waiting)
         words.show_new()
-    words.show_new()
-    return future.result()
+        return future.result()
+    finally:
+        clock.tick(is_waiting=words.is_waiting)
+        clock.save()
 
 
 def _work(loop_config: dict[str, Any]) -> tuple[int, int]:

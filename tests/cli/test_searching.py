@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
@@ -31,9 +32,24 @@ def test_dry_reproduction_says_why_what_cannot_run(call, tiny_base, tmp_path):
     )
     assert code == 0
     text = " ".join(out.split())
-    assert "3 cannot run, 2 to do." in text
+    assert "5 cannot run." in text
     assert "finlora prepare fpb" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_reproduction_names_what_waits_and_says_a_reason_once(call, tiny_base, prepared_fpb, tmp_path):
+    # The training split is away, so that what is to be scored cannot be trained; of the 70B base nothing is here.
+    shutil.copytree(prepared_fpb, tmp_path / "data")
+    (tmp_path / "data" / "fpb" / "train.parquet").unlink()
+    code, out, _ = call(
+        *("reproduce", "--configs", CONFIGS, "--output", tmp_path / "out", "--only", "*-fpb-*", "--dry-run"),
+        *("--base-8b", tiny_base, "--base-70b", tmp_path, f"data.dir={tmp_path / 'data'}"),
+    )
+    assert code == 0
+    text = " ".join(out.split())
+    assert "5 cannot run, 2 waits for its training, 1 to do." in text
+    assert text.count("only the test split of fpb was prepared") == 1
+    assert text.count("config.json") == 1
 
 
 def test_reproduction_without_its_rows_is_refused(call, tmp_path):

@@ -9,29 +9,21 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from finlora.data.catalog import task_named
-from finlora.data.example import Splits
-from finlora.data.prepared import read_prepared, write_prepared
 from finlora.report import render_report
-from finlora.reproduce.outcomes import find_obstacle, outcome_table, read_outcome, write_outcome
+from finlora.reproduce.outcomes import (
+    find_obstacle,
+    foresee,
+    lacks_adapter,
+    outcome_table,
+    read_outcome,
+    write_outcome,
+)
 from finlora.reproduce.plan import make_plan
 from finlora.results import read_results
 
 pytestmark = pytest.mark.ray
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
-
-
-@pytest.fixture(scope="module")
-def prepared_fpb(prepared_synthetic, tmp_path_factory):
-    """Generated examples under the name of a task of the paper."""
-    folder = tmp_path_factory.mktemp("paper")
-    train, test = (
-        read_prepared(prepared_synthetic, "synthetic_sentiment", split).examples for split in ("train", "test")
-    )
-    options = {"variant": "as_published", "source": "generated", "version": "0", "overwrite": False, "dry_run": False}
-    write_prepared(task_named("fpb"), Splits(train=train, test=test), folder, **options)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +85,12 @@ def test_other_settings_or_a_lost_adapter_make_a_step_to_do(reproduced):
     mark = train.adapter / "finlora.yaml"
     kept = mark.rename(mark.with_suffix(".kept"))
     assert read_outcome(output, train).state == "to do"
-    assert find_obstacle(evaluate) == f"its adapter {train.adapter} is not trained"
+    assert lacks_adapter(evaluate)
+    assert [each.state for each in foresee([train, evaluate], output)] == ["to do", "done"]
+    assert [each.state for each in foresee([train, changed], output)] == ["to do", "to do"]
+    assert [each.state for each in foresee([changed], output)] == ["waits for its training"]
     kept.rename(mark)
+    assert not lacks_adapter(evaluate)
     assert find_obstacle(evaluate) is None
 
 

@@ -11,6 +11,7 @@ from runs import folder_of, losses_of
 
 from finlora.errors import ResourceError, StoppedError
 from finlora.lease import take_lease
+from finlora.train.attempts import read_attempts
 
 pytestmark = pytest.mark.ray
 
@@ -35,19 +36,28 @@ def test_wait_ends_with_the_holders_name_and_the_run_goes_on_later(configure, ra
         pytest.raises(ResourceError, match=rf"CPU wanted, {held}Waited \d+ s \(max_wait_s=2\): stop one of them"),
     ):
         run_training(configure("name=taken", "train.max_steps=1", "max_wait_s=2"))
+    (refused,) = read_attempts(folder_of(configure("name=taken")))
+    assert refused.waited >= 1.0
     lines = []
     config = configure("name=taken", "train.max_steps=1")
     with every_core_taken() as give_back:
 
         def hear(line):
-            lines.append(line)
-            give_back()
+            if line.startswith("Waiting"):
+                lines.append(line)
+                give_back()
 
-        run_training(config, hear)
+        result = run_training(config, hear)
     assert [line.partition(",")[0] for line in lines] == ["Waiting"]
     assert "by serve-of-otto" in lines[0]
     assert [step for step, _ in losses_of(config)] == [1]
     assert not folder_of(config).waiting.exists()
+    # Waiting of both attempts, and the work of both, each apart.
+    both = read_attempts(folder_of(config))
+    assert (result.attempts, result.waited_seconds) == (2, sum(each.waited for each in both))
+    assert result.waited_seconds > refused.waited
+    assert result.wall_seconds == sum(each.seconds for each in both)
+    assert both[0] == refused
 
 
 def test_stop_during_the_wait_ends_it(configure, ray_instance):

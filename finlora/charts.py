@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from finlora.pairing import Kept
 from finlora.plots import COLOURS, new_figure, shorten
 from finlora.results import Result
-from finlora.tables import name_base
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,10 +19,11 @@ _DARK = 0.55
 """Share of a row above which its number is written in white."""
 
 
-def describe(result: Result) -> str:
-    """Name a measurement in a line."""
+def describe(each: Kept) -> str:
+    """Name a measurement in a line, its run first."""
+    run, result = each
     method = f" by {result.method}" if result.method else ""
-    return f"{result.task}, {shorten(name_base(result))}, {result.variant}, at {result.bits} bit{method}"
+    return f"{shorten(run.name)}: {result.task}, at {result.bits} bit{method}"
 
 
 def has_matrix(result: Result) -> bool:
@@ -89,15 +90,15 @@ def draw_reliability(result: Result) -> Figure:
     return figure
 
 
-def draw_times(results: Sequence[Result], kind: Literal["training", "evaluation"]) -> Figure | None:
+def draw_times(kept: Sequence[Kept], kind: Literal["training", "evaluation"]) -> Figure | None:
     """Draw a bar of wall time a training, or of seconds an example an evaluation; None where nothing was timed."""
     is_training = kind == "training"
     timed = [
-        (result, result.wall_seconds if is_training else result.seconds_per_example)
-        for result in results
-        if result.kind == kind
+        (each, each.result.wall_seconds if is_training else each.result.seconds_per_example)
+        for each in kept
+        if each.result.kind == kind
     ]
-    rows = [(describe(result), seconds) for result, seconds in timed if seconds is not None]
+    rows = [(describe(each), seconds) for each, seconds in timed if seconds is not None]
     if not rows:
         return None
     figure, axes = new_figure(9.0, 1.1 + 0.42 * len(rows))
@@ -106,6 +107,6 @@ def draw_times(results: Sequence[Result], kind: Literal["training", "evaluation"
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, max(seconds for _, seconds in rows) * 1.15 or 1)
-    axes.set_xlabel("wall time of training, s" if is_training else "seconds an example", fontsize=12)
+    axes.set_xlabel("time of training at work, all attempts, s" if is_training else "seconds an example", fontsize=12)
     axes.grid(axis="x", color="#DDDDDD")
     return figure

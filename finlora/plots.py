@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finlora.pairing import Kept, Paired, Run
 from finlora.results import Result
-from finlora.tables import name_base, name_column, select_newest
+from finlora.scores import find_majority, name_column
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,13 +22,13 @@ _DPI = 130
 _MAX_CURVES = 10
 
 
-def draw_overview(results: Sequence[Result]) -> dict[str, Figure]:
+def draw_overview(paired: Paired) -> dict[str, Figure]:
     """Return the figures accuracy, loss and memory, each only if something was measured for it."""
-    newest = select_newest(results)
+    kept = paired.kept
     drawn = {
-        "accuracy": _draw_accuracy([result for result in newest if _has_accuracy(result)]),
-        "loss": _draw_loss([result for result in newest if result.loss_curve]),
-        "memory": _draw_memory([result for result in newest if result.peak_memory_gib is not None]),
+        "accuracy": _draw_accuracy([each for each in kept if _has_accuracy(each.result)]),
+        "loss": _draw_loss([each for each in kept if each.result.loss_curve]),
+        "memory": _draw_memory([each for each in kept if each.result.peak_memory_gib is not None]),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -79,15 +80,15 @@ def _add_legend(figure: Figure) -> None:
     figure.legend(loc="outside upper left", ncols=columns, fontsize=size, frameon=False)
 
 
-def _draw_accuracy(evaluations: Sequence[Result]) -> Figure | None:
+def _draw_accuracy(evaluations: Sequence[Kept]) -> Figure | None:
     if not evaluations:
         return None
-    tasks = list(dict.fromkeys(name_column(result, evaluations) for result in evaluations))
-    ordered = sorted(evaluations, key=lambda result: (name_base(result), result.variant != "base", result.variant))
-    series: dict[tuple[str, str, int], dict[str, Result]] = {}
-    for result in ordered:
-        key = (name_base(result), result.variant, result.bits)
-        series.setdefault(key, {})[name_column(result, evaluations)] = result
+    results = [result for _, result in evaluations]
+    tasks = list(dict.fromkeys(name_column(result, results) for result in results))
+    ordered = sorted(evaluations, key=lambda each: (each.run.base, not each.run.is_base))
+    series: dict[tuple[Run, int], dict[str, Result]] = {}
+    for run, result in ordered:
+        series.setdefault((run, result.bits), {})[name_column(result, results)] = result
     figure, axes = new_figure(max(6.5, 1.5 + len(tasks) * (0.7 + 0.42 * len(series))), 5.2)
     width = 0.8 / len(series)
     colours = _assign_colours(list(series))
@@ -110,6 +111,7 @@ def _draw_accuracy(evaluations: Sequence[Result]) -> Figure | None:
             top = (bar.get_x() + bar.get_width() / 2, bar.get_height() + above)
             text = f"{bar.get_height():.1f}{mark}"
             axes.annotate(text, top, (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=9)
+    _draw_majorities(axes, tasks, results)
     slant = 0 if len(tasks) <= 4 or max(map(len, tasks)) <= 9 else 25
     axes.set_xticks(range(len(tasks)), tasks, rotation=slant, ha="right" if slant else "center")
     axes.set_xlim(-0.6, len(tasks) - 0.4)
@@ -117,21 +119,33 @@ def _draw_accuracy(evaluations: Sequence[Result]) -> Figure | None:
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("accuracy, % (95 % interval)", fontsize=12)
     axes.grid(axis="y", color="#DDDDDD")
-    if any(result.is_partial for result in evaluations):
+    if any(result.is_partial for result in results):
         figure.supxlabel("* part of the test split", fontsize=9, x=0.99, ha="right", color="#555555")
     _add_legend(figure)
     return figure
 
 
-def _draw_loss(trainings: Sequence[Result]) -> Figure | None:
+def _draw_majorities(axes: Axes, tasks: Sequence[str], results: Sequence[Result]) -> None:
+    """Draw what always answering a task's most frequent label would bring, as a line across its bars."""
+    label: str | None = "always the most frequent label"
+    for number, task in enumerate(tasks):
+        found = (find_majority(result) for result in results if name_column(result, results) == task)
+        majority = next((each for each in found if each is not None), None)
+        if majority is not None:
+            level = 100 * majority.accuracy
+            axes.plot([number - 0.45, number + 0.45], [level, level], "--", color="#222222", linewidth=1.4, label=label)
+            label = None
+
+
+def _draw_loss(trainings: Sequence[Kept]) -> Figure | None:
     if not trainings:
         return None
-    shown = sorted(trainings, key=lambda result: result.created)[-_MAX_CURVES:]
+    shown = sorted(trainings, key=lambda each: each.result.created)[-_MAX_CURVES:]
     figure, axes = new_figure(8.0, 5.0)
-    for number, result in enumerate(shown):
+    for number, (run, result) in enumerate(shown):
         steps, losses = zip(*result.loss_curve, strict=True)
         style = "-" if number < len(COLOURS) else "--"
-        label = f"{shorten(name_base(result))}, {result.variant}, {result.task}"
+        label = f"{shorten(run.name)}: {run.variant}, {result.task}"
         colour = COLOURS[number % len(COLOURS)]
         axes.plot(
             steps, losses, style, color=colour, label=label, linewidth=1.8, marker="o" if len(steps) == 1 else None
@@ -146,14 +160,14 @@ def _draw_loss(trainings: Sequence[Result]) -> Figure | None:
     return figure
 
 
-def _draw_memory(measured: Sequence[Result]) -> Figure | None:
+def _draw_memory(measured: Sequence[Kept]) -> Figure | None:
     if not measured:
         return None
     ordered, labels = [], []
-    for (kind, base, variant, bits, subject), group in sorted(_group_memory(measured).items()):
+    for (kind, run, bits, subject), group in _group_memory(measured).items():
         ordered.append(max(group, key=lambda result: result.peak_memory_gib or 0.0))
         what = f"{kind} of {subject}" if subject else f"{kind}, highest of {len(group)} measured"
-        labels.append(f"{shorten(base)}, {variant}, {bits} bit\n{what}")
+        labels.append(f"{shorten(run.name)}, {bits} bit\n{what}")
     values = [result.peak_memory_gib or 0.0 for result in ordered]
     figure, axes = new_figure(9.0, 1.3 + 0.55 * len(ordered))
     colours = [COLOURS[0] if result.kind == "training" else COLOURS[1] for result in ordered]
@@ -169,25 +183,25 @@ def _draw_memory(measured: Sequence[Result]) -> Figure | None:
     return figure
 
 
-def _group_memory(measured: Sequence[Result]) -> dict[tuple[str, str, str, int, str], list[Result]]:
-    """Put the evaluations of one model together, because its tasks differ little; each training stands alone."""
-    groups: dict[tuple[str, str, str, int, str], list[Result]] = {}
-    for result in measured:
+def _group_memory(measured: Sequence[Kept]) -> dict[tuple[str, Run, int, str], list[Result]]:
+    """Put the evaluations of one run together, because its tasks differ little; each training stands alone."""
+    groups: dict[tuple[str, Run, int, str], list[Result]] = {}
+    for run, result in sorted(measured, key=lambda each: (each.result.kind, each.run.base, each.run.name)):
         subject = result.task if result.kind == "training" else ""
-        groups.setdefault((result.kind, name_base(result), result.variant, result.bits, subject), []).append(result)
+        groups.setdefault((result.kind, run, result.bits, subject), []).append(result)
     return groups
 
 
-def _assign_colours(keys: Sequence[tuple[str, str, int]]) -> dict[tuple[str, str, int], str]:
+def _assign_colours(keys: Sequence[tuple[Run, int]]) -> dict[tuple[Run, int], str]:
     """Give grey to a lone base and the palette to everything else, in order."""
-    bases = [key for key in keys if key[1] == "base"]
+    bases = [key for key in keys if key[0].is_base]
     others = [key for key in keys if key not in bases or len(bases) > 1]
     return dict.fromkeys(bases, GREY) | {key: COLOURS[i % len(COLOURS)] for i, key in enumerate(others)}
 
 
-def _name_series(key: tuple[str, str, int]) -> str:
-    base, variant, bits = key
-    return f"{shorten(base)}, {variant}, at {bits} bit"
+def _name_series(key: tuple[Run, int]) -> str:
+    run, bits = key
+    return f"{shorten(run.name)}, at {bits} bit"
 
 
 def _whiskers(result: Result) -> tuple[float, float]:

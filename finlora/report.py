@@ -11,7 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from finlora.errors import ResultError
+from finlora.pairing import Paired, pair_results
 from finlora.results import Result
+from finlora.scores import score_table
 from finlora.tables import (
     NOT_MEASURED,
     NOT_RUN,
@@ -19,16 +21,12 @@ from finlora.tables import (
     cost_table,
     differences_table,
     environment_table,
+    left_out_table,
     paper_tables,
     provenance_table,
-    score_table,
-    select_newest,
     wire_table,
 )
 
-_KEYS = 3
-"""Leading columns of the score table that name a row."""
-_CELL_WIDTH = 27
 _TITLES = {
     "accuracy": "Accuracy",
     "loss": "Learning curves",
@@ -41,52 +39,50 @@ _MIN_WIDTH = 8
 
 
 def show_results(results: Sequence[Result], console: Console) -> None:
-    """Print scores, cost and traffic of these results. A score table wider than the terminal goes on in a second one below."""
-    scores = score_table(results)
-    if scores.rows:
-        num_tasks = len(scores.header) - _KEYS
-        labels = sum(max(len(row[column]) for row in (scores.header, *scores.rows)) + 3 for column in range(_KEYS))
-        step = max(1, (console.width - labels) // _CELL_WIDTH)
-        for start in range(_KEYS, _KEYS + num_tasks, step):
-            is_last = start + step >= _KEYS + num_tasks
-            draw_table(_take_columns(scores, start, step, scores.notes if is_last else ()), console)
-    draw_table(cost_table(results), console)
-    traffic = wire_table(results)
-    if traffic.rows:
-        draw_table(traffic, console)
+    """Print scores, cost and traffic of these results."""
+    _show(pair_results(results), console)
+
+
+def _show(paired: Paired, console: Console) -> None:
+    for table in (score_table(paired), cost_table(paired), wire_table(paired)):
+        if table.rows:
+            draw_table(table, console)
 
 
 def render_report(
-    results: list[Result], output: Path | None, console: Console, first: Sequence[TextTable] = ()
+    results: list[Result],
+    output: Path | None,
+    console: Console,
+    first: Sequence[TextTable] = (),
+    searches: Sequence[Path] = (),
 ) -> None:
     """Print every table, ours and beside the paper, and write them into a folder.
 
     Args:
-        results: of any number of runs; the newest measurement of each kind counts.
+        results: of any number of runs.
         output: folder for report.html, which holds everything, and report.md with its PNG plots. None: print only.
         console: where the tables go.
         first: tables to stand before all others.
+        searches: folders whose trials are not among the results, to be named.
 
     Raises:
         ResultError: there are no results, or the folder cannot be written.
     """
     if not results:
         raise ResultError("there are no results to report: run `finlora train` or `finlora evaluate` first.")
+    paired = pair_results(results)
+    left_out = left_out_table(paired, searches)
     for table in first:
         draw_table(table, console)
-    show_results(results, console)
-    beside = paper_tables(results)
-    compared = [table for table in beside if any(not cells[-1].startswith(NOT_RUN) for cells in table.rows)]
-    for table in compared:
+    _show(paired, console)
+    beside = paper_tables(paired)
+    for table in (*beside, *([left_out] if left_out.rows else [])):
         draw_table(table, console)
-    if len(compared) < len(beside):
-        note = f"{len(beside) - len(compared)} of the paper's {len(beside)} tables have no cell run here"
-        console.print(f"{note}; report.md lists them all." if output else f"{note}; --output lists them all.")
     if output is None:
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
-        num_plots = _write(results, first, beside, output)
+        num_plots = _write(paired, first, beside, left_out, output)
     except OSError as error:
         raise ResultError(
             f"the report cannot be written to {output} ({error}): give a folder you may write to."
@@ -95,21 +91,22 @@ def render_report(
     console.print(f"Written: {names} and {num_plots} plots", highlight=False, soft_wrap=True)
 
 
-def _write(results: Sequence[Result], first: Sequence[TextTable], beside: Sequence[TextTable], output: Path) -> int:
+def _write(
+    paired: Paired, first: Sequence[TextTable], beside: Sequence[TextTable], left_out: TextTable, output: Path
+) -> int:
     """Write report.md with its PNG plots, and report.html with all in it; returns the number of plots."""
     from finlora.charts import describe, draw_confusion, draw_reliability, draw_times, has_matrix
     from finlora.plots import draw_overview, save_figure  # matplotlib takes a second to import
     from finlora.webpage import Section, embed, render_page
 
-    newest = select_newest(results)
-    figures = draw_overview(results)
+    figures = draw_overview(paired)
     for kind in ("training", "evaluation"):
-        if figure := draw_times(newest, kind):
+        if figure := draw_times(paired.kept, kind):
             figures[f"{kind}-time"] = figure
-    matrices = {describe(result): draw_confusion(result) for result in newest if has_matrix(result)}
-    curves = {describe(result): draw_reliability(result) for result in newest if result.calibration}
-    tables = [*first, score_table(results), cost_table(results), wire_table(results), *beside, differences_table()]
-    tables += [provenance_table(results), environment_table(results)]
+    matrices = {describe(each): draw_confusion(each.result) for each in paired.kept if has_matrix(each.result)}
+    curves = {describe(each): draw_reliability(each.result) for each in paired.kept if each.result.calibration}
+    tables = [*first, score_table(paired), cost_table(paired), wire_table(paired), *beside, differences_table()]
+    tables += [left_out, provenance_table(paired), environment_table(paired)]
     paths = [output / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
         save_figure(figure, path)
@@ -133,17 +130,13 @@ def _write(results: Sequence[Result], first: Sequence[TextTable], beside: Sequen
         ),
     ]
     sections[len(first) + 2 : len(first) + 2] = plots  # scores and cost, then what they look like, then the rest
-    created = [result.created for result in newest if result.created]
-    subtitle = f"{len(newest)} measurements" + (f", {min(created)[:10]} to {max(created)[:10]}" if created else "")
+    created = [result.created for _, result in paired.kept if result.created]
+    num_runs = len({run for run, _ in paired.kept if not run.is_base})
+    subtitle = f"{len(paired.kept)} measurements of {num_runs} trained runs"
+    subtitle += f", {min(created)[:10]} to {max(created)[:10]}" if created else ""
+    subtitle += f". {len(left_out.rows)} left out, listed below with the reason" if left_out.rows else ""
     (output / "report.html").write_text(render_page("FinLoRA results", subtitle, sections), encoding="utf-8")
     return len(paths)
-
-
-def _take_columns(table: TextTable, start: int, count: int, notes: tuple[str, ...]) -> TextTable:
-    def take(row: tuple[str, ...]) -> tuple[str, ...]:
-        return row[:_KEYS] + row[start : start + count]
-
-    return TextTable(title=table.title, header=take(table.header), rows=tuple(map(take, table.rows)), notes=notes)
 
 
 def draw_table(table: TextTable, console: Console) -> None:

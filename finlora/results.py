@@ -33,8 +33,14 @@ class Result:
     base: str
     bits: int
     """Bits of the base weights during this measurement."""
+    base_hash: str | None = None
+    """`fingerprint_weights` of the base. None: written before it was recorded."""
+    run: str | None = None
+    """Name of the run that was trained, or whose adapter was evaluated; None for the base model."""
     adapter: str | None = None
     """Adapter folder, None for the base model."""
+    adapter_hash: str | None = None
+    """SHA-256 of the adapter's weights in hex: what joins a training and the scores of its adapter, wherever it lies."""
     method: str | None = None
     """`labels` or `generate` for evaluations."""
     num_examples: int = 0
@@ -117,7 +123,7 @@ def read_results(path: Path) -> list[Result]:
         ResultError: the path is missing or empty of results, or a line is not a Result; names file and line.
     """
     if path.is_dir():
-        searches = {mark.parent for mark in path.rglob(SEARCH_MARK)} - {path}
+        searches = set(list_searches(path))
         files = [file for file in sorted(path.rglob("results*.jsonl")) if not searches & set(file.parents)]
     elif path.is_file():
         files = [path]
@@ -127,6 +133,11 @@ def read_results(path: Path) -> list[Result]:
     if not results:
         raise ResultError(f"{path} holds no results: run `finlora train` or `finlora evaluate` first.")
     return results
+
+
+def list_searches(path: Path) -> list[Path]:
+    """Return the folders of searches below a folder, whose trials `read_results` passes over."""
+    return sorted({mark.parent for mark in path.rglob(SEARCH_MARK)} - {path}) if path.is_dir() else []
 
 
 def _read_file(file: Path) -> list[Result]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from pathlib import Path
 
 import pytest
 from made_results import make_evaluation, make_training, print_report
@@ -12,33 +13,16 @@ from rich.console import Console
 
 from finlora.comparable import explain_missing, find_ours
 from finlora.errors import ResultError
+from finlora.pairing import pair_results
 from finlora.paper import PAPER
-from finlora.report import show_results
-from finlora.tables import (
-    cost_table,
-    format_number,
-    format_score,
-    paper_tables,
-    score_table,
-    select_newest,
-    wire_table,
-)
+from finlora.report import render_report
+from finlora.scores import score_table
+from finlora.tables import cost_table, format_number, format_score, paper_tables, wire_table
 
 
 def find_paper(**wanted):
     (value,) = [v for v in PAPER if all(getattr(v, key) == entry for key, entry in wanted.items())]
     return value
-
-
-def test_newest_result_wins():
-    old, new = make_evaluation(0.1), make_evaluation(0.9, created="2026-02-01T00:00:00+00:00")
-    assert select_newest([new, old]) == [new]
-    assert select_newest([old, make_evaluation(0.2)])[0].metrics["accuracy"] == 0.2
-
-
-@pytest.mark.parametrize("change", [{"bits": 4}, {"method": "generate"}, {"task": "ner"}, {"variant": "base"}])
-def test_other_measurements_stand_beside_each_other(change):
-    assert len(select_newest([make_evaluation(), make_evaluation(**change)])) == 2
 
 
 def test_numbers_without_measurement_are_never_zero():
@@ -51,46 +35,73 @@ def test_numbers_without_measurement_are_never_zero():
     assert format_score(make_evaluation(metrics={"accuracy": 0.5}), "accuracy") == "50.0"
 
 
-def test_score_cell_holds_accuracy_f1_and_strict():
-    table = score_table([make_evaluation(), make_evaluation(0.687, variant="base", is_partial=True)])
-    assert table.header == ("base", "variant", "bits", "fpb")
-    assert [row[1] for row in table.rows] == ["base", "4bit-r4"]
-    assert table.rows[0][3].startswith("68.7 (66.7–69.7)*\n")
-    assert table.rows[1][3] == "86.3 (84.3–87.3)\nF1 86.3 (84.3–87.3)\nstrict 86.3 (84.3–87.3)"
+def scores_of(*results):
+    return score_table(pair_results(results))
+
+
+def test_score_row_holds_accuracy_f1_and_strict_beside_its_base():
+    table = scores_of(make_evaluation(), make_evaluation(0.687, variant="base", is_partial=True))
+    assert table.header == ("task", "run", "model", "bits", "accuracy", "weighted F1", "strict", "against base")
+    base, adapter = table.rows
+    assert base[:5] == ("fpb", "base Llama-3.1-8B-Instruct", "base", "8", "68.7 (66.7–69.7)*")
+    score = "86.3 (84.3–87.3)"
+    assert adapter == ("fpb", "4bit-r4", "Llama-3.1-8B-Instruct, 4bit-r4", "8", score, score, score, "+17.6")
     assert table.notes[-1].startswith("* Partial")
 
 
-def test_score_cell_of_numbers_says_how_many_come_near():
+def test_score_of_numbers_says_how_many_come_near():
     result = make_evaluation()
     ends = {f"numeric_accuracy{end}": value for end, value in (("", 0.5), ("_low", 0.4), ("_high", 0.6))}
-    table = score_table([dataclasses.replace(result, metrics=result.metrics | ends)])
-    assert table.rows[0][3].endswith("\nwithin 1 % 50.0 (40.0–60.0)")
+    table = scores_of(dataclasses.replace(result, metrics=result.metrics | ends))
+    assert dict(zip(table.header, table.rows[0], strict=True))["within 1 %"] == "50.0 (40.0–60.0)"
     assert "one part in a hundred" in "".join(table.notes)
-    assert "one part in a hundred" not in "".join(score_table([result]).notes)
+    assert "one part in a hundred" not in "".join(scores_of(result).notes)
 
 
-def test_score_cell_of_free_text_has_no_f1():
+def test_score_of_free_text_has_no_f1():
     metrics = {name: value for name, value in make_evaluation().metrics.items() if "f1" not in name}
-    cell = score_table([make_evaluation(metrics=metrics)]).rows[0][3]
-    assert cell == "86.3 (84.3–87.3)\nstrict 86.3 (84.3–87.3)"
-    assert "F1 not measured" in score_table([make_evaluation(metrics={})]).rows[0][3]
+    assert scores_of(make_evaluation(metrics=metrics)).rows[0][5] == "none"
+    assert scores_of(make_evaluation(metrics={})).rows[0][5] == "not measured"
 
 
-def test_score_table_names_gaps_and_methods():
-    results = [make_evaluation(), make_evaluation(task="ner", variant="base")]
-    assert "not run" in score_table(results).rows[0]
-    both = score_table([make_evaluation(), make_evaluation(method="generate")])
-    assert both.header[3:] == ("fpb (labels)", "fpb (generate)")
-    assert len(both.rows) == 1
+def test_methods_and_test_splits_are_named_where_there_are_several():
+    both = scores_of(make_evaluation(), make_evaluation(method="generate"))
+    assert [row[0] for row in both.rows] == ["fpb (labels)", "fpb (generate)"]
+    base = make_evaluation(variant="base", data_hash="b" * 64)
+    table = scores_of(make_evaluation(data_hash="a" * 64), base)
+    assert {row[0] for row in table.rows} == {f"fpb (test split {'a' * 12})", f"fpb (test split {'b' * 12})"}
+    assert [row[-1] for row in table.rows] == ["not run", ""]  # the base's score is on other questions
+
+
+COUNTS = {"negative": {"neutral": 20}, "neutral": {"neutral": 60}, "positive": {"neutral": 20}}
+
+
+def test_majority_line_and_ties_are_said():
+    results = [make_evaluation(0.60, counts=COUNTS), make_evaluation(0.61, variant="base", counts=COUNTS)]
+    table = scores_of(*results)
+    # Always `neutral`: accuracy 0.6; F1 of neutral 2 * 0.6 / 1.6 = 0.75, weighted by its share 0.45.
+    assert table.rows[0] == ("fpb", "majority class", "always neutral", "", "60.0", "45.0", "", "")
+    assert table.rows[2][-1] == "-1.0, intervals overlap"
+    told = "\n".join(table.notes)
+    assert "fpb: 4bit-r4 and its base tie, as their intervals overlap: 60.0 (58.0–61.0) and 61.0 (59.0–62.0)." in told
+    assert "fpb: 4bit-r4 is not above the majority class: 60.0 (58.0–61.0), where always answering neutral" in told
+    clear = scores_of(make_evaluation(0.9, counts=COUNTS), make_evaluation(0.7, variant="base", counts=COUNTS))
+    assert not any("tie" in note or "majority class" in note for note in clear.notes)
+
+
+def test_trained_run_without_a_score_is_named():
+    notes = scores_of(make_training(run="lonely", adapter="/runs/lonely/adapter"), make_evaluation()).notes
+    assert "Trained and not evaluated: lonely." in notes
 
 
 def test_cost_table_names_device_once_or_per_row():
-    one = cost_table([make_training()])
+    result = make_training(wall_seconds=4500.0, waited_seconds=600.0, attempts=2, run="mine")
+    one = cost_table(pair_results([result]))
     (row,) = one.rows
-    assert row[:2] == ("Llama-3.1-8B-Instruct\n4bit-r4, 4 bit", "ner\ntraining")
-    assert row[2:] == ("4.50", "26.70", "not measured", "not measured", "1.2500")
+    assert row[:2] == ("mine\nLlama-3.1-8B-Instruct, 4bit-r4, 4 bit", "ner\ntraining in 2 attempts")
+    assert row[2:] == ("4.50", "26.70", "not measured", "not measured", "4,500", "600", "1.2500")
     assert "Device: Some GPU." in one.notes
-    two = cost_table([make_training(), make_evaluation(environment={"device": "cpu"}, variant="base")])
+    two = cost_table(pair_results([make_training(), make_evaluation(environment={"device": "cpu"}, variant="base")]))
     assert [row[-1] for row in two.rows] == ["Some GPU", "cpu"]
     assert two.rows[1][2] == "none"
 
@@ -107,13 +118,14 @@ def test_communication_of_two_optimisers_stands_side_by_side():
         config={"name": "ours", "optim": {"name": "zero_one_adam"}},
     )
     plain = make_training(wire=[make_wire(0, bytes_sent=0, bytes_adam=0, rounds=0)], config={"name": "plain"})
-    table = wire_table([ours, plain, make_training(), make_evaluation()])
+    runs = [dataclasses.replace(each, adapter=f"/runs/{each.config['name']}/adapter") for each in (ours, plain)]
+    table = wire_table(pair_results([*runs, make_training(), make_evaluation()]))
     assert table.rows == (
         ("ours", "zero_one_adam", "2", "40", "1.00", "25.0 %", "0.25–1.50", "0.1250", "61"),
         ("plain", "not measured", "1", "0", "0.00", "none sent", "0.00", "not measured", "not measured"),
     )
-    newer = make_training(wire=[make_wire(9.0)], config=ours.config, created="2027")
-    assert [row[6] for row in wire_table([newer, ours]).rows] == ["9.00"]
+    newer = make_training(wire=[make_wire(9.0)], config=ours.config, created="2027", adapter=runs[0].adapter)
+    assert [row[6] for row in wire_table(pair_results([newer, runs[0]])).rows] == ["9.00"]
     assert "Communication" in print_report([ours])
     assert "Communication" not in print_report([make_training()])
 
@@ -123,8 +135,11 @@ def test_paper_numbers_stand_beside_ours():
     assert "Beside the paper: Fine-tuning cost" in text
     (row,) = [line for line in text.splitlines() if "fpb" in line and "86.30" in line]
     assert "85.00 (83.00–86.00)" in row
-    assert "not run: no Llama 70B in these results" in text
-    assert sum(len(table.rows) for table in paper_tables([])) == len(PAPER)
+    assert row.rstrip().endswith("4bit-r4")
+    *_, missing = paper_tables(pair_results([make_evaluation(0.85)]))
+    assert missing.title == "Beside the paper: not run"
+    assert sum(int(number) for _, number, _ in missing.rows) == len(PAPER) - 1
+    assert ("Inference speed", "1", "no Llama 70B in these results") in missing.rows
 
 
 def test_only_comparable_measurements_stand_beside_the_paper():
@@ -197,7 +212,7 @@ def test_report_writes_markdown_and_plots(tmp_path):
         assert (output / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert f"![{name}]({name}.png)" in markdown
     assert "odd\\|name\\*" in markdown
-    assert "86.3 (84.3–87.3)\\*<br>F1" in markdown
+    assert "86.3 (84.3–87.3)\\* |" in markdown
     widths = [line.replace("\\|", "").count("|") for line in markdown.splitlines() if line.startswith("| ")]
     assert min(widths) >= 3
 
@@ -207,13 +222,15 @@ def test_report_without_anything_to_draw_writes_no_plot(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
 
 
-def test_wide_score_table_goes_on_below():
-    results = [make_evaluation(task=task) for task in ("fpb", "fiqa", "tfns", "nwgi", "ner")]
+def test_report_names_what_is_left_out(tmp_path):
+    old, new = make_evaluation(0.1), make_evaluation(0.9, created="2026-02-01T00:00:00+00:00")
     stream = io.StringIO()
-    show_results(results, Console(file=stream, width=100))
-    text = stream.getvalue()
-    assert text.count("Evaluation") == 3
-    assert "strict 86.3 (84.3–87.3)" in text
+    render_report([old, new], tmp_path, Console(file=stream, width=200), searches=[Path("/runs/search-fpb")])
+    for text in (stream.getvalue(), (tmp_path / "report.md").read_text(encoding="utf-8")):
+        assert "superseded by that of 2026-02-01T00:00:00+00:00" in text
+        assert "trials of the search search-fpb" in text
+    assert "1 measurements of 1 trained runs" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "2 left out, listed below with the reason" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_markup_in_names_is_printed_literally():

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from made_results import make_evaluation, make_training, print_report
 
 from finlora.charts import draw_confusion, draw_reliability, has_matrix
+from finlora.pairing import pair_results
 from finlora.tables import environment_table, provenance_table
 
 COUNTS = {"negative": {"negative": 30, "(none)": 2}, "positive": {"negative": 1, "positive": 40}}
@@ -88,14 +89,27 @@ def test_svg_keeps_the_numbers_of_a_matrix_and_of_a_diagram():
 
 def test_provenance_names_data_settings_and_environment():
     results = [
-        make_evaluation(data_hash="a" * 64, environment={"device": "one"}, created="2026-01-02T03:04:05+00:00"),
-        make_training(data_hash="b" * 64 + "+" + "c" * 64, environment={"device": "two", "ray": "2"}),
+        make_evaluation(
+            data_hash="a" * 64,
+            environment={"device": "one"},
+            created="2026-01-02T03:04:05+00:00",
+            base_hash="1" * 16,
+            adapter_hash="2" * 64,
+        ),
+        make_training(
+            data_hash="b" * 64 + "+" + "c" * 64,
+            environment={"device": "two", "ray": "2"},
+            base_hash="1" * 16,
+            adapter_hash="2" * 64,
+        ),
     ]
-    table = provenance_table(results)
-    assert [row[4] for row in table.rows] == ["a" * 12, "b" * 12 + "+" + "c" * 12]
-    assert [row[6] for row in table.rows] == ["E1", "E2"]
+    table = provenance_table(pair_results(results))
+    assert table.header[4:] == ("base", "adapter", "data", "settings", "environment")
+    assert [row[4:6] for row in table.rows] == [("1" * 12, "2" * 12)] * 2
+    assert [row[6] for row in table.rows] == ["a" * 12, "b" * 12 + "+" + "c" * 12]
+    assert [row[8] for row in table.rows] == ["E1", "E2"]
     assert table.rows[0][2] == "2026-01-02T03:04:05+00:00"
-    assert len(table.rows[0][5]) == 12
-    environments = environment_table(results)
+    assert len(table.rows[0][7]) == 12
+    environments = environment_table(pair_results(results))
     assert environments.header == ("", "E1", "E2")
     assert environments.rows == (("device", "one", "two"), ("ray", "not recorded", "2"))

@@ -21,7 +21,8 @@ def report(
 ) -> None:
     """Show results as one table beside the paper's numbers; write HTML, Markdown and plots."""
     from finlora.report import render_report
-    from finlora.results import read_results
+    from finlora.results import list_searches, read_results
 
     folder = resolve_output("--output ", output) if output else None
-    render_report(read_results(results.expanduser()), folder, console)
+    source = results.expanduser()
+    render_report(read_results(source), folder, console, searches=list_searches(source))

@@ -12,18 +12,21 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from finlora.config import RunConfig
-from finlora.configfile import config_to_tree
+from finlora.configfile import config_to_tree, load_config
 from finlora.data.encode import Encoded, encode_choices, encode_examples
 from finlora.data.example import Example
 from finlora.data.prepared import PreparedSplit, read_prepared
+from finlora.durable import hash_file
 from finlora.engine.batch import BatchEngine
 from finlora.engine.meter import Reading
 from finlora.engine.opening import count_rows, open_engine
 from finlora.engine.protocol import Engine
 from finlora.engine.request import ADAPTER
+from finlora.errors import ConfigError
 from finlora.evaluate.calibration import bin_confidences, calibration_error
 from finlora.evaluate.metrics import score_answers
 from finlora.lease import seconds_waited
+from finlora.model.adapter_files import ADAPTER_WEIGHTS
 from finlora.model.base import check_device
 from finlora.model.base_files import read_base_files
 from finlora.model.contract import read_contract
@@ -95,7 +98,10 @@ def run_evaluation(
             dataclasses.replace(
                 _evaluate_task(config, engine, work, device, on_progress),
                 variant=contract.variant if contract else "base",
+                base_hash=base.hash_weights(),
+                run=name_run(adapter) if adapter else None,
                 adapter=str(adapter) if adapter else None,
+                adapter_hash=hash_file(adapter / ADAPTER_WEIGHTS) if adapter else None,
                 adapter_mib=contract.adapter_mib if contract else None,
                 peak_memory_gib=engine.core.executor.peak_memory_gib(),
                 waited_seconds=seconds_waited() - waited,
@@ -104,6 +110,14 @@ def run_evaluation(
         ]
         on_reading(engine.core.meter.read())
         return results
+
+
+def name_run(adapter: Path) -> str:
+    """Return the name of the run that an adapter comes from: its config tells it wherever the folder was copied to."""
+    try:
+        return load_config(adapter / "config.yaml").name
+    except ConfigError:  # of another version of FinLoRA, or taken out
+        return adapter.parent.name if adapter.name == "adapter" else adapter.name
 
 
 def check_evaluation(config: RunConfig, adapter: Path | None) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from finlora.config import RunConfig
 from finlora.configfile import config_to_tree, save_config
 from finlora.model.base import BaseModel
-from finlora.model.contract import make_contract, write_contract
+from finlora.model.contract import make_contract, read_contract, write_contract
 from finlora.model.lora import save_adapter
 from finlora.results import Result, describe_environment
 from finlora.train.attempts import Attempt
@@ -54,13 +54,17 @@ def summarise_run(
     records = read_progress(folder)
     weights = folder.adapter / "adapter_model.safetensors"
     on_gpu = config.train.device == "cuda"
+    contract = read_contract(folder.adapter)
     return Result(
         kind="training",
         task="+".join(config.data.tasks),
         variant=variant_name(config),
         base=config.model.base,
         bits=config.model.bits,
+        base_hash=contract.weights_hash,
+        run=config.name,
         adapter=str(folder.adapter),
+        adapter_hash=contract.files[weights.name],
         num_examples=len(training_set.encoded),
         is_partial=training_set.num_skipped > 0 or config.data.max_train_examples is not None,
         metrics={"loss_first": records[0].loss, "loss_last": records[-1].loss},

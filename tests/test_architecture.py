@@ -21,6 +21,7 @@ STAIR = (
         "working_dir",
         "signals",
         "host",
+        "hub",
         "foreign_errors",
         "durable",
         "paper",
@@ -52,6 +53,7 @@ STAIR = (
         "train",
         "serve",
         "reproduce",
+        "doctor",
         "cli",
     ),
 )
@@ -86,6 +88,7 @@ HOMES = {
             "serve.model",
             "serve.measures",
             "serve.deploy",
+            "doctor.nodes",
         ),
     },
     "deepspeed": {"train.data_parallel"},

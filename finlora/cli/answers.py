@@ -51,6 +51,9 @@ def evaluate(
     say(check_evaluation(settings, chosen))
     if dry_run:
         return
+    from finlora.doctor.examine import require_inputs
+
+    require_inputs(settings, splits=("test",))
     is_spread = settings.eval.num_stages > 1
     if ray or is_spread:
         from finlora import cluster

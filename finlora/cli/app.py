@@ -15,6 +15,7 @@ from finlora.errors import ConfigError
 
 # The verbs in the order of the work, which is the order of the help whatever module defines them.
 ORDER = (
+    "doctor",
     "prefetch",
     "prepare",
     "pretrain",

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from finlora.cli import answers, data, reporting, searching, serving, training
+from finlora.cli import answers, checking, data, reporting, searching, serving, training
 from finlora.cli.app import app
 from finlora.cpu import set_environment
 from finlora.host import check_arguments, check_home, soften_output
@@ -18,7 +18,7 @@ from finlora.signals import end_in_order
 from finlora.terminal import exit_with
 
 # Importing a group registers its verbs.
-GROUPS = (data, training, searching, answers, serving, reporting)
+GROUPS = (checking, data, training, searching, answers, serving, reporting)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

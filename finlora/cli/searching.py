@@ -33,9 +33,10 @@ def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun
             say(f"{trial.name}: alpha {trial.alpha:g} on {', '.join(trial.target_modules)}")
         return
     from finlora import cluster
-    from finlora.model.base_files import check_base
+    from finlora.doctor.examine import require_inputs
 
-    check_base(settings.model)
+    cluster.prepare()
+    require_inputs(settings, splits=("train",))
     cluster.connect(log_to_driver=False)
     from finlora.train.follow import SearchFollower
     from finlora.train.front import write_summary

@@ -68,9 +68,10 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
         say(describe_run(settings, load_training_set(settings)))
         return
     from finlora import cluster
-    from finlora.model.base_files import check_base
+    from finlora.doctor.examine import require_inputs
 
-    check_base(settings.model)
+    cluster.prepare()
+    require_inputs(settings, splits=("train",))
     cluster.connect(log_to_driver=False)
     from finlora.train.worker import run_training  # imports Ray, which must come after the connection's settings
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from finlora.data.rows import Row
 from finlora.errors import DatasetError
+from finlora.foreign_errors import shorten
+from finlora.hub import find_hub_problem
 
 
 def load_hub_rows(
@@ -23,13 +26,16 @@ def load_hub_rows(
     Raises:
         DatasetError: the hub is offline or unreachable, the dataset cannot be read, or it lacks a split or column.
     """
+    problem = find_hub_problem()
+    if problem is not None:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # a copy in the cache is taken, and else there is nothing to wait for
     import datasets
 
     try:
         table = datasets.load_dataset(hub_id, split=split, revision=revision, data_dir=data_dir)
     except Exception as error:  # the hub's client raises errors of several libraries, all of which mean "not loaded"
         raise DatasetError(
-            f"{hub_id} (split {split}) could not be loaded from the hub: {type(error).__name__}: {error}. Expected a "
+            f"{hub_id} (split {split}) could not be loaded from the hub: {problem or shorten(error)}. Expected a "
             "reachable hub or a cached copy. Without one, pass the raw files with --source FOLDER."
         ) from error
     missing = [column for column in required if column not in table.column_names]

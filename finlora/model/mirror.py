@@ -19,6 +19,7 @@ from typing import Any
 from finlora.config import ModelConfig
 from finlora.durable import hash_file, seal, unseal, write_whole
 from finlora.errors import ModelError, ResourceError
+from finlora.hub import find_hub_problem
 from finlora.model.source import HUB_FILES, find_source
 
 MANIFEST = "mirror.json"
@@ -197,6 +198,11 @@ def _ask_hub(repository: str, ask: Callable[[], Any]) -> Any:
     """Call the hub's client; its errors become one of ours that says what to do."""
     from huggingface_hub.errors import GatedRepoError
 
+    if problem := find_hub_problem():
+        raise ModelError(
+            f"{repository} could not be downloaded ({problem}): prefetch on a machine that reaches it, and carry the mirror "
+            "folder over."
+        )
     try:
         return ask()
     except GatedRepoError as error:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finlora.config import ModelConfig
 from finlora.configfile import show
 from finlora.errors import ModelError
+from finlora.hub import explain_hub, find_hub_problem
 from finlora.model.architecture import (
     EMBEDDING,
     HEAD,
@@ -110,16 +111,21 @@ def _resolve_folder(model: ModelConfig) -> tuple[Path, str | None]:
             "`finlora pretrain` for the small demo model."
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     files = [name for name in HUB_FILES if "safetensors" not in name] if model.weights == "random" else HUB_FILES
+    problem = find_hub_problem()
     try:
-        path = Path(snapshot_download(model.base, revision=model.revision, allow_patterns=files))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"{model.base} is not in the local hub cache and the hub did not give it ({type(error).__name__}): copy the model "
-            "to this machine and set model.base to its folder, or log in to the hub (gated models need accepted terms)."
-        ) from error
+        path = Path(
+            snapshot_download(
+                model.base, revision=model.revision, allow_patterns=files, local_files_only=problem is not None
+            )
+        )
+    except Exception as error:  # of several libraries, all of which mean that the files are not there
+        if problem is not None:
+            why = f"{problem}. Mirror it where the hub is reachable (`finlora prefetch`), and set model.base to its folder"
+        else:
+            why = explain_hub(error)
+        raise ModelError(f"{model.base} is not in the local hub cache and the hub did not give it ({why}).") from error
     return path, path.name  # the snapshot folder is named by its commit
 
 

@@ -118,7 +118,10 @@ class KeyRing:
             stat = self._file.stat()
             stamp = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
         except OSError as error:
-            raise ConfigError(f"the key file {self._file} cannot be read ({error}): put it back.") from error
+            raise ConfigError(
+                f"the key file {self._file} cannot be read ({error.strerror}): make one with "
+                f"`finlora key NAME --file {self._file}`, or name the right one in keys_file."
+            ) from error
         if stamp != self._stamp:
             self._from_file = {record.id: record for record in read_keys(self._file)}
             self._stamp = stamp

@@ -66,7 +66,7 @@ def test_driver_joins_with_the_token_alone(nodes):
     for refused in as_strangers(nodes, join):
         assert refused.returncode != 0
         assert "IN" not in refused.stdout
-        assert "mend the address or the token" in " ".join(refused.stderr.split())
+        assert "asks for its token" in " ".join(refused.stderr.split())
     joined = join(nodes)
     assert "IN 1" in joined.stdout, joined.stderr
 

@@ -1,0 +1,122 @@
+"""The whole of `finlora doctor`, and the cheap part of it that verbs run before they start anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from finlora import cluster
+from finlora.config import ModelConfig, RunConfig
+from finlora.doctor.checks import Finding, check_disk, check_nodes, fault, from_error, ok
+from finlora.doctor.facts import NodeFacts, gather, look_at, rebuild
+from finlora.doctor.inputs import check_base, check_data, check_hub
+from finlora.errors import ConfigError, DatasetError, FinloraError, ResourceError
+from finlora.host import check_ray_temp
+
+
+def examine(config: RunConfig | None, model: ModelConfig | None, gpus_wanted: float) -> list[Finding]:
+    """Look at this machine, at the cluster of RAY_ADDRESS where it is set, and at what a config names.
+
+    Args:
+        config: of a run, with absolute paths; None: none was given.
+        model: the base that is wanted; None: none was given.
+        gpus_wanted: of all workers or stages together.
+    """
+    folders = _list_folders(config, model)
+    inputs = _list_inputs(config, model)
+    nodes = [rebuild(gather(folders, inputs))]
+    findings = []
+    if cluster.is_local():
+        findings.append(_check_local())
+    else:
+        others, more = _ask_cluster(folders, inputs)
+        nodes += others
+        findings += more
+    findings = [*check_nodes(nodes, gpus_wanted=gpus_wanted), *findings, *check_hub(model)]
+    if model is not None:
+        findings += check_base(model)
+    if config is not None:
+        findings += check_data(config)
+    return findings
+
+
+def require_inputs(config: RunConfig, *, splits: tuple[str, ...]) -> None:
+    """Look, before Ray or a GPU, at what a run reads and where it writes.
+
+    Args:
+        config: with absolute paths.
+        splits: of each task, as `train`.
+
+    Raises:
+        ConfigError: the output folder cannot be written.
+        DatasetError: a prepared split is not there.
+        ModelError: the base's files are not usable.
+        ResourceError: the disk is full.
+    """
+    from finlora.model.base_files import check_base as check_base_files
+
+    found = check_disk("this machine", look_at(Path(config.output_dir)))
+    if found.level == "fault":
+        kind = ConfigError if found.code == ConfigError.exit_code else ResourceError
+        raise kind(f"output_dir={config.output_dir}: {found.found}: {found.advice}.")
+    for task in config.data.tasks:
+        for split in splits:
+            path = Path(config.data.dir) / task / f"{split}.parquet"
+            if not path.is_file():
+                raise DatasetError(f"{path}: not found. Run `finlora prepare {task} --output {config.data.dir}` first.")
+    check_base_files(config.model)
+
+
+def count_wanted(config: RunConfig) -> float:
+    """Return the GPUs that a config asks for: of training or evaluation, whichever takes more."""
+    train, evaluation = config.train, config.eval
+    return max(
+        train.num_workers * train.gpus_per_worker if train.device == "cuda" else 0.0,
+        evaluation.num_stages * evaluation.num_gpus if evaluation.device == "cuda" else 0.0,
+    )
+
+
+def _check_local() -> Finding:
+    try:
+        check_ray_temp()
+        cluster.prepare()
+    except FinloraError as error:
+        return from_error("Ray", error)
+    return ok("Ray", "RAY_ADDRESS is not set: each command starts a Ray of its own on this machine")
+
+
+def _ask_cluster(folders: list[str], inputs: list[str]) -> tuple[list[NodeFacts], list[Finding]]:
+    address = os.environ["RAY_ADDRESS"].strip()
+    try:
+        cluster.connect(log_to_driver=False)
+    except FinloraError as error:
+        return [], [from_error("Ray", error)]
+    from finlora.doctor.nodes import gather_nodes  # imports Ray, which must come after the connection's settings
+
+    nodes, faults = gather_nodes(folders, inputs)
+    if not nodes and not faults:
+        faults.append(
+            fault("nodes", f"the cluster at {address} has no living node", "start one: `ray start --address`")
+        )
+    return nodes, [ok("Ray", f"the cluster at {address} answers, {len(nodes)} nodes"), *faults]
+
+
+def _list_folders(config: RunConfig | None, model: ModelConfig | None) -> list[str]:
+    found = ["~/finlora"] if config is None else [config.output_dir, config.data.dir]
+    if model is not None and model.cache:
+        found.append(model.cache)
+    if model is not None and not Path(model.base).expanduser().is_dir():
+        found.append(os.environ.get("HF_HOME", "~/.cache/huggingface"))
+    return found
+
+
+def _list_inputs(config: RunConfig | None, model: ModelConfig | None) -> list[str]:
+    return list(_iterate_inputs(config, model))
+
+
+def _iterate_inputs(config: RunConfig | None, model: ModelConfig | None) -> Iterator[str]:
+    if model is not None and Path(model.base).is_absolute():
+        yield model.base
+    if config is not None:
+        yield config.data.dir

@@ -1,0 +1,249 @@
+"""Facts of one machine for `finlora doctor`: versions, GPUs, disks, limits. Gathered without Ray, torch or a CUDA context.
+
+The same function runs in this process and in a task on each node of a cluster, so it imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finlora.host import find_ray_temp, find_write_problem
+
+PACKAGES = ("finlora", "ray", "torch", "transformers", "deepspeed", "bitsandbytes")
+_SMI_S = 20.0
+_QUERY = "index,name,memory.total,memory.used,driver_version"
+_NAMES = re.compile(r"GPU\d+")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """A GPU as its driver names it."""
+
+    index: int
+    name: str
+    total_gib: float
+    used_gib: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disk:
+    """A folder, or the nearest one above it that is there."""
+
+    path: str
+    free_gib: float
+    used_share: float
+    problem: str = ""
+    """Why no file can be made there; empty where one can."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeFacts:
+    """What one machine says of itself. Every field has a default: a node may run another version of this file."""
+
+    host: str = ""
+    python: str = ""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Name -> version; a package that is missing is left out."""
+    torch_cuda: str = ""
+    """CUDA version of torch's build, as `12.8`; empty: a build for CPUs."""
+    driver: str = ""
+    """Version of the GPU driver."""
+    driver_cuda: str = ""
+    """Newest CUDA version that the driver runs."""
+    gpus: tuple[Gpu, ...] = ()
+    gpu_problem: str = ""
+    """Why GPUs could not be listed, where a driver seems to be there."""
+    no_peer: tuple[str, ...] = ()
+    """Pairs of GPUs that do not reach each other's memory, as `0-1`."""
+    visible: str | None = None
+    """CUDA_VISIBLE_DEVICES; None: not set."""
+    ray_gpus: float | None = None
+    """GPUs that the node has told Ray; None: no cluster was asked."""
+    bnb_binaries: tuple[str, ...] = ()
+    """CUDA versions that bitsandbytes has a binary for, as `128`."""
+    shm_gib: float | None = None
+    """Size of /dev/shm; None: there is none."""
+    open_files: int = 0
+    """Hard limit of open files; -1: none."""
+    clock: float = 0.0
+    """Seconds since 1970 by the machine's own clock."""
+    skew_s: float | None = None
+    """How far that clock is before this machine's; None: it is this machine."""
+    disks: tuple[Disk, ...] = ()
+    missing: tuple[str, ...] = ()
+    """Of the paths that the config names to read: those that are not there."""
+
+
+def gather(folders: Sequence[str] = (), inputs: Sequence[str] = ()) -> dict[str, Any]:
+    """Return NodeFacts of this machine as plain values, which pass between processes and versions.
+
+    Args:
+        folders: where runs, data or caches are or will be; the temporary folder is added.
+        inputs: files and folders that are read.
+    """
+    gpus, driver, problem = _list_gpus()
+    facts = NodeFacts(
+        host=socket.gethostname(),
+        python=platform.python_version(),
+        packages=_list_packages(),
+        torch_cuda=_read_torch_cuda(),
+        driver=driver,
+        driver_cuda=_read_driver_cuda(),
+        gpus=gpus,
+        gpu_problem=problem,
+        no_peer=_list_no_peer() if len(gpus) > 1 else (),
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        bnb_binaries=_list_bnb_binaries(),
+        shm_gib=_measure_shm(),
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],
+        clock=time.time(),
+        missing=tuple(path for path in inputs if not Path(path).exists()),
+        disks=tuple(look_at(Path(folder)) for folder in dict.fromkeys([*folders, str(find_ray_temp())])),
+    )
+    return dataclasses.asdict(facts)
+
+
+def rebuild(values: Mapping[str, Any]) -> NodeFacts:
+    """Return what another machine has gathered; what only its version knows is left out."""
+    names = {each.name for each in dataclasses.fields(NodeFacts)}
+    known: dict[str, Any] = {name: value for name, value in values.items() if name in names}
+    known["gpus"] = tuple(Gpu(**gpu) for gpu in known.get("gpus", ()))
+    known["disks"] = tuple(Disk(**disk) for disk in known.get("disks", ()))
+    return NodeFacts(**known)
+
+
+def look_at(folder: Path) -> Disk:
+    """Return free space of a folder, and whether it can be written; of the nearest one above where it is not there yet."""
+    there = folder.expanduser().absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        return Disk(path=str(folder), free_gib=0.0, used_share=0.0, problem=f"{there} is no folder")
+    try:
+        usage = shutil.disk_usage(there)
+    except OSError as error:
+        return Disk(path=str(folder), free_gib=0.0, used_share=0.0, problem=error.strerror or str(error))
+    return Disk(
+        path=str(folder),
+        free_gib=usage.free / 2**30,
+        used_share=1 - usage.free / usage.total if usage.total else 1.0,
+        problem=find_write_problem(there) or "",
+    )
+
+
+def parse_gpus(text: str) -> tuple[tuple[Gpu, ...], str]:
+    """Read `nvidia-smi --query-gpu` in CSV without units; returns the GPUs and the driver's version."""
+    gpus, driver = [], ""
+    for line in text.strip().splitlines():
+        index, name, total, used, driver = (part.strip() for part in line.split(","))
+        # Cards that share the machine's memory say [N/A] here.
+        sizes = [float(size) / 1024 if size.replace(".", "").isdigit() else 0.0 for size in (total, used)]
+        gpus.append(Gpu(index=int(index), name=name, total_gib=sizes[0], used_gib=sizes[1]))
+    return tuple(gpus), driver
+
+
+def parse_no_peer(text: str) -> tuple[str, ...]:
+    """Read the matrix of `nvidia-smi topo -p2p r`: pairs of GPUs whose cell is not OK."""
+    found = []
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
+        name, *cells = line.split()[:1] + line.split()[1:] or [""]
+        if _NAMES.fullmatch(name) and cells and not _NAMES.fullmatch(cells[0]):
+            row = int(name[3:])
+            found += [
+                f"{row}-{column}" for column, cell in enumerate(cells) if column > row and cell not in ("OK", "X")
+            ]
+    return tuple(found)
+
+
+def _list_gpus() -> tuple[tuple[Gpu, ...], str, str]:
+    text, problem = _ask_smi(f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits")
+    if text is None:
+        return (), "", problem
+    try:
+        return (*parse_gpus(text), "")
+    except ValueError:
+        return (), "", f"nvidia-smi answers {text[:80]!r}"
+
+
+def _list_no_peer() -> tuple[str, ...]:
+    text, _ = _ask_smi("topo", "-p2p", "r")
+    return parse_no_peer(text) if text else ()
+
+
+def _ask_smi(*arguments: str) -> tuple[str | None, str]:
+    """Return what nvidia-smi prints, or None and why it prints nothing; no driver at all is no problem."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None, "there are /dev/nvidia* devices but no nvidia-smi" if Path("/dev/nvidiactl").exists() else ""
+    try:
+        done = subprocess.run([command, *arguments], capture_output=True, text=True, timeout=_SMI_S, check=False)
+    except subprocess.TimeoutExpired:
+        return None, f"nvidia-smi does not answer within {_SMI_S:g} s"
+    except OSError as error:
+        return None, f"nvidia-smi cannot be run ({error.strerror})"
+    words = " ".join((done.stdout + done.stderr).split())[:200]
+    return (done.stdout, "") if done.returncode == 0 else (None, f"nvidia-smi says: {words}")
+
+
+def _read_driver_cuda() -> str:
+    """Ask the driver's library, which needs no device for that."""
+    version = ctypes.c_int(0)
+    try:
+        if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
+            return ""
+    except (OSError, AttributeError):
+        return ""
+    return f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else ""
+
+
+def _read_torch_cuda() -> str:
+    """Read torch/version.py: importing torch would take seconds."""
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        return ""
+    try:
+        text = (Path(found.submodule_search_locations[0]) / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+    match = re.search(r"^cuda\b[^=]*=\s*'([\d.]+)'", text, re.MULTILINE)
+    return match.group(1) if match else ""
+
+
+def _list_bnb_binaries() -> tuple[str, ...]:
+    found = importlib.util.find_spec("bitsandbytes")
+    if found is None or not found.submodule_search_locations:
+        return ()
+    files = Path(found.submodule_search_locations[0]).glob("libbitsandbytes_cuda*.so")
+    return tuple(sorted(file.stem.removeprefix("libbitsandbytes_cuda") for file in files))
+
+
+def _list_packages() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _measure_shm() -> float | None:
+    try:
+        return shutil.disk_usage("/dev/shm").total / 2**30
+    except OSError:
+        return None

@@ -1,0 +1,119 @@
+"""Findings about what a config names: base, template, prepared rows. Reads files of this machine; needs no GPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from finlora.config import ModelConfig, RunConfig
+from finlora.data.example import Example
+from finlora.doctor.checks import Finding, fault, from_error, ok, warn
+from finlora.errors import DatasetError, FinloraError
+from finlora.hub import find_hub_problem, hub_host, is_behind_proxy, is_offline
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
+MAX_ROWS = 2000
+"""Rows of a split that are encoded, evenly spread over it."""
+
+
+def check_hub(model: ModelConfig | None) -> Iterator[Finding]:
+    """Look at whether the hub is meant to be reached, and answers; a base in a folder needs none."""
+    if model is not None and Path(model.base).expanduser().is_dir():
+        yield ok("hub", f"not needed: model.base={model.base} is a folder")
+        return
+    if is_offline():
+        yield ok("hub", "not asked, since HF_HUB_OFFLINE is set: bases come from folders and the local cache")
+    elif is_behind_proxy():
+        yield ok("hub", f"{hub_host()} is reached through the proxy of https_proxy, which was not asked")
+    elif problem := find_hub_problem():
+        advice = "mirror bases where it does (`finlora prefetch`), and set HF_HUB_OFFLINE=1 here"
+        yield warn("hub", problem, advice)
+    else:
+        yield ok("hub", f"{hub_host()} answers")
+
+
+def check_base(model: ModelConfig) -> Iterator[Finding]:
+    """Look at the files of the base, its tokenizer and its chat template."""
+    from finlora.model.base_files import read_base_files
+
+    try:
+        base = read_base_files(model)
+    except FinloraError as error:
+        yield from_error("base", error)
+        return
+    shards = set(base.source.shards.values())
+    size = sum(path.stat().st_size for path in shards) / 2**30
+    yield ok("base", f"{model.base}: {len(shards)} files, {size:.2f} GiB, headers whole, with its tokenizer")
+    date = f", dated {base.template_date}" if base.template_date else ""
+    yield ok("template", f"chat, as the tokenizer has it{date}" if model.template == "chat" else "raw: none is needed")
+
+
+def check_data(config: RunConfig) -> Iterator[Finding]:
+    """Look at the prepared splits of the config's tasks: there, whole, with answers, within model.max_seq_len."""
+    from finlora.data.prepared import read_prepared
+    from finlora.model.base_files import read_base_files
+
+    base = None
+    with contextlib.suppress(FinloraError):  # told as the base's fault
+        base = read_base_files(config.model)
+    for task in config.data.tasks:
+        for split in _SPLITS:
+            name = f"{task} {split}"
+            try:
+                rows = read_prepared(Path(config.data.dir), task, split).examples
+                yield from check_rows(name, rows)
+                if base is not None:
+                    yield check_lengths(name, rows, base.tokenizer, config, base.template_date)
+            except FinloraError as error:
+                yield from_error(name, error)
+
+
+def check_rows(name: str, rows: Sequence[Example]) -> Iterator[Finding]:
+    """Look for rows that teach nothing: without an answer, so without a label token, or with one that is not allowed."""
+    empty = [row for row in rows if not row.answer.strip()]
+    other = [row for row in rows if row.choices and row.answer.strip() and row.answer not in row.choices]
+    if empty:
+        yield fault(
+            name,
+            f"{len(empty):,} of {len(rows):,} rows have no label token, first {empty[0].id} ({empty[0].source})",
+            "mend the raw file and prepare it anew",
+            DatasetError,
+        )
+    if other:
+        yield fault(
+            name,
+            f"{len(other):,} of {len(rows):,} rows have an answer that is none of their choices, first {other[0].id} "
+            f"({other[0].source})",
+            "mend the raw file and prepare it anew",
+            DatasetError,
+        )
+    if not empty and not other:
+        yield ok(name, f"{len(rows):,} rows, each with a label token")
+
+
+def check_lengths(
+    name: str, rows: Sequence[Example], tokenizer: PreTrainedTokenizerFast, config: RunConfig, date: str | None
+) -> Finding:
+    """Look for rows over model.max_seq_len, in all rows or in a part that is evenly spread over them."""
+    from finlora.data.encode import encode_answer, encode_prompt
+
+    step = -(-len(rows) // MAX_ROWS)
+    looked = rows[::step]
+    template, limit = config.model.template, config.model.max_seq_len
+    lengths = [
+        len(encode_prompt(row.prompt, tokenizer, template, date)) + len(encode_answer(row.answer, tokenizer, template))
+        for row in looked
+    ]
+    part = f"{len(looked):,} of {len(rows):,} rows looked at" if step > 1 else f"all {len(rows):,} rows"
+    over = sum(length > limit for length in lengths)
+    if not over:
+        return ok(name, f"longest {max(lengths):,} of {limit:,} tokens ({part})")
+    found = f"{over:,} rows are longer than model.max_seq_len={limit:,}, up to {max(lengths):,} tokens ({part})"
+    if config.data.too_long == "skip":
+        return warn(name, found, "they are left out, as data.too_long=skip says")
+    return fault(name, found, f"set model.max_seq_len={max(lengths)}, or data.too_long=skip", DatasetError)

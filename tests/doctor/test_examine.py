@@ -1,0 +1,94 @@
+"""`finlora doctor` as a user types it: without a GPU, without a cluster, and against one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from finlora.cli.main import main
+from finlora.config import RunConfig
+from finlora.configfile import save_config
+from finlora.doctor.examine import count_wanted, require_inputs
+from finlora.errors import ConfigError, DatasetError
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the command line in this process; returns exit code and standard output."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main(["doctor", *map(str, arguments)])
+        return stop.value.code, capsys.readouterr().out
+
+    return run
+
+
+def test_good_config_has_no_fault(call, make_config, tmp_path):
+    save_config(make_config(), tmp_path / "c.yaml")
+    code, out = call("--config", tmp_path / "c.yaml")
+    assert code == 0
+    assert "ok      Ray: RAY_ADDRESS is not set: each command starts a Ray of its own on this machine" in out
+    assert "rows, each with a label token" in out
+    assert ", 0 faults.\n" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_json_holds_the_findings_and_the_code(call, make_config, tmp_path):
+    save_config(make_config(f"data.dir={tmp_path / 'none'}"), tmp_path / "c.yaml")
+    code, out = call("--config", tmp_path / "c.yaml", "--json")
+    values = json.loads(out)
+    assert (code, values["exit_code"]) == (3, 3)
+    faults = [finding for finding in values["findings"] if finding["level"] == "fault"]
+    assert [finding["check"] for finding in faults] == ["synthetic_sentiment train", "synthetic_sentiment test"]
+
+
+def test_address_without_a_cluster_is_a_fault_among_the_others(call, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    code, out = call()
+    assert code == 5
+    assert "fault   Ray: no Ray cluster answers at RAY_ADDRESS=127.0.0.1:1 (Connection refused)" in out
+    assert "versions:" in out
+
+
+def test_serve_yaml_is_looked_at_as_the_server_would(call, tiny_base, tmp_path, monkeypatch):
+    text = (
+        "applications:\n  - name: a\n    import_path: finlora.serve.app:build\n    args:\n"
+        f"      model: {{base: {tiny_base}}}\n      keys_file: {tmp_path / 'keys.yaml'}\n      stages: {{device: cpu}}\n"
+    )
+    (tmp_path / "s.yaml").write_text(text)
+    monkeypatch.setenv("FINLORA_API_KEY", "")
+    code, out = call("--config", tmp_path / "s.yaml")
+    assert code == 2
+    assert f"fault   server: the key file {tmp_path / 'keys.yaml'}" in out
+
+
+def test_inputs_of_a_run_are_required_before_it_starts(make_config, tmp_path):
+    require_inputs(make_config(), splits=("train", "test"))
+    with pytest.raises(DatasetError, match=r"train.parquet: not found. Run `finlora prepare synthetic_sentiment"):
+        require_inputs(make_config(f"data.dir={tmp_path}"), splits=("train",))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"output_dir=.*file/x: .* is no folder\): name another folder"):
+        require_inputs(make_config(f"output_dir={tmp_path / 'file' / 'x'}"), splits=("train",))
+
+
+def test_gpus_are_those_of_training_or_evaluation():
+    assert count_wanted(RunConfig()) == 1.0
+
+
+@pytest.mark.ray
+def test_each_node_of_a_cluster_is_looked_at(ray_instance, make_config, tmp_path):
+    import socket
+
+    from finlora.doctor.nodes import gather_nodes
+
+    nodes, faults = gather_nodes([str(tmp_path)], [str(tmp_path / "absent")])
+    assert faults == []
+    (node,) = nodes
+    assert (node.host, node.ray_gpus) == (socket.gethostname(), 0.0)
+    assert abs(node.skew_s) < 5
+    assert list(node.missing) == [str(tmp_path / "absent")]
+    assert {disk.path for disk in node.disks} >= {str(tmp_path)}

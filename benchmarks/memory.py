@@ -98,10 +98,17 @@ def parse_case(name: str) -> Case:
 def make_config(case: Case, folder: str, tokenizer: str, device: str) -> RunConfig:
     """Return the run that a case measures."""
     return RunConfig(
-        model=ModelConfig(base=folder, tokenizer=tokenizer, weights="random", bits=case.bits),  # type: ignore[arg-type]
+        model=ModelConfig(
+            base=folder,
+            tokenizer=tokenizer,
+            weights="random",
+            bits=case.bits,  # type: ignore[arg-type]
+            compute_dtype="bfloat16",  # as on a GPU, wherever it is tried
+        ),
         lora=LoraConfig(rank=case.lora_rank or 4),
         train=TrainConfig(
             device=device,  # type: ignore[arg-type]
+            precision="bf16",
             micro_batch_size=case.micro_batch,
             global_batch_size=case.micro_batch,
             gradient_checkpointing=case.checkpointing,

@@ -78,13 +78,14 @@ def parse_work(name: str) -> Work:
 class PlainEngine:
     """What the loop needs of an engine, without DeepSpeed: one GPU has nothing to reduce."""
 
-    def __init__(self, module: Any, optimizer: Any, device: Any, max_grad_norm: float) -> None:
+    def __init__(self, module: Any, optimizer: Any, device: Any, max_grad_norm: float, is_half: bool) -> None:
         self.module, self.optimizer, self.device, self.max_grad_norm = module, optimizer, device, max_grad_norm
+        self.is_half = is_half
 
     def __call__(self, batch: Any) -> Any:
         import torch
 
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_half):
             return self.module(batch)
 
     def backward(self, loss: Any, scale_wrt_gas: bool = True) -> None:
@@ -121,6 +122,7 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
     from finlora.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
     from finlora.model.base import load_base, quiet_bitsandbytes
     from finlora.model.lora import attach_lora, trainable_parameters
+    from finlora.precision import is_autocast
     from finlora.train.batches import PaddedBatches
     from finlora.train.loop import run_steps
     from finlora.train.optimizer import make_optimizer
@@ -181,7 +183,7 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
             torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
         run_steps(
-            PlainEngine(module, optimizer, device, config.optim.max_grad_norm),
+            PlainEngine(module, optimizer, device, config.optim.max_grad_norm, is_autocast(config)),
             training_set.encoded,
             sampler,
             config.optim,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 _ANSWER_MARK = "\nAnswer: "
+_NO_TARGET = -100
 _BOS, _EOS, _PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 
 
@@ -254,9 +255,14 @@ def _fit(
             torch.stack([x[start : start + length] for start in starts.tolist()]) for x in (stream, weights)
         )
         with torch.autocast(stream.device.type, torch.bfloat16, enabled=is_half):
-            logits = model(input_ids=blocks).logits[:, :-1]
-        losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), blocks[:, 1:], reduction="none")
-        loss: torch.Tensor = (losses * scales[:, 1:]).sum() / scales[:, 1:].sum()
+            logits = model(input_ids=blocks).logits
+        # A view of all rows, the last of a block without a target: to cut it off would copy the largest tensor of a step.
+        targets = torch.nn.functional.pad(blocks[:, 1:], (0, 1), value=_NO_TARGET).flatten()
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), targets, ignore_index=_NO_TARGET, reduction="none"
+        )
+        own = torch.nn.functional.pad(scales[:, 1:], (0, 1)).flatten()
+        loss: torch.Tensor = (losses * own).sum() / own.sum()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -90,7 +90,8 @@ def test_training_on_a_cached_base_is_the_same(tiny_base, tmp_path):
 
 
 def test_cache_is_kept_apart_by_bits_seed_and_type(tiny_base, tmp_path):
-    for settings in ({}, {"compute_dtype": "float32"}, {"weights": "random"}, {"weights": "random", "seed": 1}):
+    types = ({"compute_dtype": "bfloat16"}, {"compute_dtype": "float32"})
+    for settings in (*types, {"weights": "random"}, {"weights": "random", "seed": 1}):
         load(tiny_base, 4, tmp_path, **settings)
     load(tiny_base, 8, tmp_path)
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 5

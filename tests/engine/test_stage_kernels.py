@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from emulated_triton import emulated_kernels
 from random_batches import add_request
 
 from finlora.config import ModelConfig
+from finlora.engine.in_process import InProcess
 from finlora.engine.microbatch import MicroBatch
+from finlora.engine.opening import warm_up
+from finlora.engine.recorded import PROMPT_SIZES
 from finlora.engine.stage import Stage
 from finlora.model import kernel_choice
 from finlora.model.base import load_base, quiet_bitsandbytes
@@ -31,7 +35,7 @@ SHAPES = {
 def make_stage(tiny_base, tmp_path_factory):
     """Build one layer, first and last, of a shape; all weights are random."""
 
-    def build(shape, bits, dtype):
+    def build(shape, bits, dtype, cache_rows=512):
         folder = tmp_path_factory.mktemp("shape") / "base"
         shutil.copytree(tiny_base, folder)
         (folder / "model.safetensors").unlink()
@@ -41,7 +45,7 @@ def make_stage(tiny_base, tmp_path_factory):
         (folder / "config.json").write_text(json.dumps(values))
         with quiet_bitsandbytes():
             base = load_base(ModelConfig(base=str(folder), weights="random", compute_dtype="float32"), bits, CPU, 0)
-            return Stage(base.model, range(1), 512, dtype)
+            return Stage(base.model, range(1), cache_rows, dtype)
 
     return build
 
@@ -97,6 +101,30 @@ def test_stage_by_kernels_equals_the_plain_one(make_stage, monkeypatch, shape, b
     if bits == 8 and shape != "narrow heads":
         expected |= {"few_rows", "many_rows"}
     assert launched == expected
+
+
+@pytest.mark.parametrize(("cache_rows", "batch_tokens"), [(64, 16), (512, 300)])
+def test_warm_up_records_all_that_requests_without_adapters_bring(make_stage, monkeypatch, cache_rows, batch_tokens):
+    """As on a GPU, with any cache that is allowed and any number of rows a micro-batch."""
+    emulate_graphs(monkeypatch)
+    emulate_flash(monkeypatch, is_whole=False)
+    monkeypatch.setattr(kernel_choice, "takes_kernels", lambda _tensor: True)
+    with emulated_kernels():
+        stage = make_stage("narrow heads", 16, torch.bfloat16, cache_rows)
+        stage.passes.records = True
+        warm_up(InProcess([stage]), cache_rows, batch_tokens)
+    recorded = set(stage.passes._graphs)
+    for count in (1, 3, 24, 64):
+        batch = MicroBatch(0, adapters=[(None, count)])
+        for number in range(count):
+            add_request(batch, "token", number, 0, 1, [])
+        assert stage.passes.take(batch).form in recorded
+    sizes = [size for size in PROMPT_SIZES if size < min(cache_rows, batch_tokens)]
+    for num_rows, answers in product(sizes, ([], [1], [1] * 4)):
+        batch = MicroBatch(0)
+        add_request(batch, "labels", 0, 0, num_rows - sum(answers), answers)
+        batch.adapters.append((None, batch.num_rows))
+        assert stage.passes.take(batch).form in recorded, (num_rows, answers)
 
 
 def is_used(kernel):

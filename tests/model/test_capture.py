@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import random
+
 import pytest
 import torch
 from emulated_flash import emulate_attention
@@ -89,3 +92,27 @@ def test_graphs_share_their_outputs_and_are_bounded(make_module, monkeypatch):
     expected = run(*make_module(16, False), make_packs(8))
     again = run(module, parameters, make_packs(8))
     assert [float(loss) for loss, _ in again] == [float(loss) for loss, _ in expected]
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_any_packs_of_a_form_replay_as_they_are(make_module, share_prefix):
+    """Lengths, prefixes, labels and places differ within a form: none of them may stay in a graph."""
+    rng = random.Random(7)
+    packs = []
+    for _ in range(14):
+        prefix = tuple(rng.choices(range(3, 300), k=20))
+        items = [
+            Encoded(
+                (*prefix, *rng.choices(range(3, 300), k=rng.randint(1, 9))),
+                tuple(rng.choices(range(3, 300), k=rng.randint(1, 3))),
+            )
+            for _ in range(8)
+        ]
+        packs.append(pad_pack(pack_examples(items, share_prefix=share_prefix)))
+    forms = [pack.form for pack in packs]
+    assert max(forms.count(form) for form in forms) >= 4  # seen, captured and replayed with other numbers
+    expected = run(*make_module(16, False), packs)
+    own = run(*make_module(16, True), [copy.deepcopy(pack) for pack in packs])
+    for (loss, gradients), (other_loss, others) in zip(own, expected, strict=True):
+        assert torch.equal(loss, other_loss)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))

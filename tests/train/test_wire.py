@@ -75,6 +75,37 @@ def test_counts_go_on_after_a_resume():
     assert 8.01 <= wire.seconds < 9
 
 
+def test_seconds_on_a_gpu_are_read_from_pairs_of_events_once(monkeypatch):
+    class Event:
+        """Stands for torch.cuda.Event, on a clock of its own in milliseconds."""
+
+        now = 0.0
+
+        def __init__(self, enable_timing):
+            self.at = self.is_awaited = None
+
+        def record(self):
+            self.at = Event.now
+
+        def synchronize(self):
+            self.is_awaited = True
+
+        def elapsed_time(self, end):
+            assert end.is_awaited
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = WireClock(torch.device("cuda"))
+    for milliseconds in (20.0, 30.0):
+        with clock.running():
+            Event.now += milliseconds
+        Event.now += 500.0
+    assert clock.read_seconds() == clock.read_seconds() == pytest.approx(0.05)
+    with clock.running():
+        Event.now += 10.0
+    assert clock.read_seconds() == pytest.approx(0.06)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_seconds_on_a_gpu_are_the_devices_not_the_hosts():

@@ -11,6 +11,7 @@ from finlora.data.encode import (
     Encoded,
     collate,
     encode_answer,
+    encode_choices,
     encode_examples,
     encode_prompt,
     end_token_id,
@@ -109,6 +110,16 @@ def test_chat_answer_ends_with_the_turn_and_raw_with_eos(chat_tokenizer, tokeniz
 def test_chat_without_template_is_refused_by_words(tokenizer):
     with pytest.raises(ModelError, match=r"model.template=chat, but the tokenizer has no chat template"):
         encode_prompt("profit", tokenizer, "chat")
+
+
+def test_answers_that_the_tokenizer_cannot_tell_apart_are_refused(tokenizer):
+    assert encode_choices(("Yes", "No"), tokenizer, "raw") == tuple(
+        encode_answer(choice, tokenizer, "raw") for choice in ("Yes", "No")
+    )
+    with pytest.raises(ModelError, match=r"the same tokens as of 'Yes' of the allowed answer 'Yes'"):
+        encode_choices(("Yes", "No", "Yes"), tokenizer, "raw")
+    with pytest.raises(ModelError, match=r"the tokenizer makes no token of the allowed answer ''"):
+        encode_choices(("Yes", ""), tokenizer, "raw")
 
 
 def test_too_long_example_stops_with_its_name_length_and_limit(tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -11,8 +12,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from finlora.config import LoraConfig, ModelConfig
+from finlora.data.encode import encode_prompt
 from finlora.errors import AdapterError, ModelError
 from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.base_files import read_base_files
 from finlora.model.contract import make_contract, write_contract
 from finlora.model.lora import attach_lora, load_adapter, save_adapter, trainable_parameters
 from finlora.model.merge import export_merged, merge_lora
@@ -29,7 +32,7 @@ def settings_of(folder, dtype="float32"):
 def make_adapter(tiny_base, tmp_path):
     """Write an adapter folder with its contract, as a training at some bits would."""
 
-    def make(bits=16, dtype="float32", lora=None, base_folder=tiny_base):
+    def make(bits=16, dtype="float32", lora=None, base_folder=tiny_base, template="raw", date=None):
         lora = lora or LoraConfig(rank=4)
         folder = tmp_path / f"adapter-{bits}"
         with quiet_bitsandbytes():
@@ -39,7 +42,7 @@ def make_adapter(tiny_base, tmp_path):
             for parameter in trainable_parameters(model).values():
                 parameter.data = (torch.randn_like(parameter) * 0.05).bfloat16().to(parameter.dtype)
             size = save_adapter(model, folder)
-        write_contract(folder, make_contract(base, "tiny", lora, "raw", {"synthetic": "0" * 16}, 10, size, {}))
+        write_contract(folder, make_contract(base, "tiny", lora, template, {"synthetic": "0" * 16}, 10, size, {}, date))
         return folder
 
     return make
@@ -130,6 +133,33 @@ def test_head_of_the_bases_own_is_in_the_merged_folder(tiny_base, make_adapter, 
     plain = AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged"))
     assert torch.equal(plain.lm_head.weight, head)
     assert torch.equal(plain.model.embed_tokens.weight, tensors["model.embed_tokens.weight"])
+
+
+def test_merged_folder_writes_the_date_of_the_training_for_any_reader(dated_base, make_adapter, tmp_path, pretend_day):
+    from transformers import AutoTokenizer
+
+    folder = make_adapter(base_folder=dated_base, template="chat", date="2025-03-09")
+    settings = dataclasses.replace(settings_of(dated_base), template="chat")
+    export_merged(settings, folder, tmp_path / "merged", CPU, allow_other_bits=False)
+    pretend_day("2026-11-30")
+    turns = [{"role": "user", "content": "Profit rose"}]
+    text = AutoTokenizer.from_pretrained(str(tmp_path / "merged")).apply_chat_template(turns, tokenize=False)
+    assert text == "<|begin_of_text|>Today Date: 09 Mar 2025\n\n[user] Profit rose\n"
+    # As a base it is as any other whose template writes no date of the clock's.
+    merged = read_base_files(dataclasses.replace(settings_of(tmp_path / "merged"), template="chat"))
+    assert merged.template_date is None
+    assert encode_prompt("Profit rose", merged.tokenizer, "chat") == encode_prompt(
+        "Profit rose", read_base_files(settings).tokenizer, "chat", "2025-03-09"
+    )
+
+
+def test_adapter_of_another_base_is_refused_before_the_base_is_loaded(dated_base, make_adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("finlora.model.merge.load_base", None)
+    folder = make_adapter()
+    settings = dataclasses.replace(settings_of(dated_base), template="chat")
+    words = r"does not fit here: tokenizer hash is .*; template is chat, trained with raw"
+    with pytest.raises(AdapterError, match=words):
+        export_merged(settings, folder, tmp_path / "merged", CPU, allow_other_bits=False)
 
 
 def test_adapter_and_merged_model_have_the_modes_of_the_umask(tiny_base, make_adapter, tmp_path, file_mode):

@@ -48,7 +48,7 @@ class CountingMeter:
         self.shown.append((snapshot, is_ready))
 
 
-def make_adapter(model: ModelConfig, folder: Path, seed: int, template: str = "raw") -> Path:
+def make_adapter(model: ModelConfig, folder: Path, seed: int, template: str = "raw", date: str | None = None) -> Path:
     """Write an adapter that changes what the base says, complete with its contract."""
     base = load_base(model, 16, CPU, 0)
     net = attach_lora(base.model, LoraConfig(), model.base, 1)
@@ -57,7 +57,7 @@ def make_adapter(model: ModelConfig, folder: Path, seed: int, template: str = "r
         parameter.data = torch.randn_like(parameter) * 2
     folder.parent.mkdir(parents=True, exist_ok=True)
     size = save_adapter(net, folder)
-    write_contract(folder, make_contract(base, model.base, LoraConfig(), template, {"fpb": "x"}, 5, size, {}))
+    write_contract(folder, make_contract(base, model.base, LoraConfig(), template, {"fpb": "x"}, 5, size, {}, date))
     return folder
 
 

@@ -14,6 +14,9 @@ from small_disk import small_files
 
 from finlora.configfile import load_config
 from finlora.errors import ConfigError, DatasetError, ResourceError
+from finlora.model.base import load_base
+from finlora.model.contract import read_contract
+from finlora.model.lora import attach_lora
 from finlora.train.checkpoint import CheckpointInfo, save_checkpoint
 from finlora.train.loop import Progress
 from finlora.train.progress import append_progress, read_progress
@@ -27,6 +30,7 @@ from finlora.train.run import (
     open_run,
     resolve_paths,
 )
+from finlora.train.summary import export_adapter
 from finlora.train.wire import Wire
 
 
@@ -183,6 +187,62 @@ def test_skipped_examples_are_counted(make_config):
 def test_task_that_is_not_prepared_is_refused_by_words(make_config):
     with pytest.raises(DatasetError, match=r"fpb/train.parquet: not found. Run `finlora prepare fpb --output"):
         load_training_set(make_config("data.tasks=[fpb]"))
+
+
+def test_prompts_have_one_date_on_any_day_and_it_goes_into_the_contract(make_config, dated_base, pretend_day):
+    """On another day the run is the same one, so it resumes; another date makes another run."""
+    sets = []
+    for day in ("2026-11-30", "2026-12-01"):
+        pretend_day(day)
+        config = make_config(f"model.base={dated_base}", "model.template=chat")
+        sets.append(load_training_set(config))
+        base = load_base(config.model, 16, torch.device("cpu"), 0)
+    assert sets[0] == sets[1]
+    assert sets[0].template_date == "2024-07-26"
+    assert "chat template, on whatever day: 2024-07-26 (model.template_date)\n" in describe_run(config, sets[0])
+    other = make_config(f"model.base={dated_base}", "model.template=chat", "model.template_date=2025-03-09")
+    found = load_training_set(other)
+    assert (found.template_date, other.model.template_date) == ("2025-03-09", "2025-03-09")
+    assert found.encoded[0].prompt_ids != sets[0].encoded[0].prompt_ids
+    with pytest.raises(ConfigError, match=r"model.template_date: None there, 2025-03-09 here"):
+        (open_run(config), open_run(other))
+    folder = open_run(config)
+    append_progress(folder, progress(10))
+    net = attach_lora(base.model, config.lora, config.model.base, 1)
+    export_adapter(config, folder, base, net, sets[1])
+    assert read_contract(folder.adapter).template_date == "2024-07-26"
+
+
+def test_setting_of_no_date_leaves_the_hash_of_runs_before_it(make_config, monkeypatch):
+    """Runs that were begun before there was model.template_date are resumed."""
+    hashed = []
+    monkeypatch.setattr("finlora.train.run.json.dumps", lambda value, **_settings: hashed.append(value) or "")
+    hash_run(make_config("model.template=chat"), {})
+    hash_run(make_config("model.template=chat", "model.template_date=2025-03-09"), {})
+    without, with_date = (tree["model"] for tree, _ in hashed)
+    assert with_date.pop("template_date") == "2025-03-09"
+    assert without == with_date
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            ["model.template_date=yesterday", "model.template=chat"],
+            r"template_date=yesterday: expected a day as 2024-07-26",
+        ),
+        (["model.template_date=2024-07-26"], r"template_date=2024-07-26 is of no use with template=raw"),
+    ],
+)
+def test_date_that_is_none_is_refused(make_config, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        make_config(*settings)
+
+
+def test_answer_of_which_no_token_is_made_is_refused(make_config, monkeypatch):
+    monkeypatch.setattr("finlora.data.encode.encode_answer", lambda _answer, _tokenizer, _template: (1,))
+    with pytest.raises(DatasetError, match=r"has the answer '\w+', of which the tokenizer makes no token"):
+        load_training_set(make_config())
 
 
 def test_description_counts_examples_and_steps(make_config):

@@ -110,9 +110,13 @@ def merge(
     target = resolve_output("--output ", output)
     import torch
 
+    from finlora.model.contract import read_contract
     from finlora.model.merge import export_merged
 
-    settings = load_settings(config or Path(adapter or "").expanduser() / "config.yaml", overrides)
+    own = Path(adapter or "").expanduser() / "config.yaml"
+    if config is None and not own.is_file():
+        read_contract(own.parent)  # says what stands there instead of an adapter
+    settings = load_settings(config or own, overrides)
     folder = choose_adapter(settings, adapter, base=False)
     assert folder is not None  # without --base there is one
     with open_bars(console, "merging"):

@@ -37,7 +37,12 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--base", type=Path, required=True, help="folder of SmolLM2-135M-Instruct (jobs/real_base.py makes it)")
-    add("--output", type=Path, required=True, help="folder of the table, logs and runs; it must not hold another walk")
+    add("--output", type=Path, required=True, help="folder of the table, logs and runs; without --resume a fresh one")
+    add(
+        "--resume",
+        action="store_true",
+        help="keep what steps that ended well left in --output; those of --only run again",
+    )
     add("--device", choices=["cuda", "cpu"], help="default: cuda where torch sees a GPU")
     add("--data", type=Path, help="folder with raw `fpb` and `xbrl`; without it: generated sets")
     add("--only", default="", help=f"steps by commas, with what they need: {', '.join(step.name for step in STEPS)}")
@@ -51,10 +56,13 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--base {options.base} holds no config.json: make it with jobs/real_base.py")
     if options.data and not (options.data / "fpb").is_dir():
         parser.error(f"--data {options.data} holds no folder fpb with the raw files of Financial PhraseBank")
-    if (options.output / "accept.yaml").exists():
-        parser.error(f"--output {options.output} holds a walk already: remove it, or choose another folder")
+    if (options.output / "accept.yaml").exists() and not options.resume:
+        parser.error(
+            f"--output {options.output} holds a walk already: remove it, choose another folder, or --resume it"
+        )
+    options.only = [name for name in options.only.split(",") if name]
     try:
-        options.steps = choose_steps(STEPS, [name for name in options.only.split(",") if name])
+        options.steps = choose_steps(STEPS, options.only)
     except ValueError as error:
         parser.error(str(error))
     return options
@@ -90,9 +98,16 @@ def main(words: list[str] | None = None) -> int:
             _say(describe_row(row))
 
     def run(step: Step) -> bool:
+        ended = walk.output / "ended" / step.name
+        if options.resume and ended.exists() and step.name not in options.only:
+            return True
         tools, begun = Tools(walk, Checks(step.name, keep)), time.monotonic()
+        ended.unlink(missing_ok=True)
+        walk.forget(step.makes)
         try:
             step.run(tools)
+            if all(row.state != "failed" for row in tools.checks.rows):
+                ended.touch()
             return True
         except StepError:
             return False

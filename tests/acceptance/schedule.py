@@ -16,8 +16,9 @@ class Step:
     name: str
     run: Callable[[Any], None]
     needs: tuple[str, ...] = ()
-    """Steps without whose outcome this one says nothing. It runs where they ended, even with a failed check, but not where
-    they broke off."""
+    """Steps without whose outcome this one says nothing. It runs where they came to their end, even with a failed check."""
+    makes: tuple[str, ...] = ()
+    """Patterns of the folders that it makes, below the walk's own."""
 
 
 def choose_steps(steps: Sequence[Step], only: Sequence[str]) -> list[Step]:

@@ -52,7 +52,7 @@ class Walk:
     """Of the shared cluster, for `ray job submit`. None: this Ray comes without the dashboard."""
 
     def __post_init__(self) -> None:
-        for folder in (self.logs, self.runs, self.output / "home"):
+        for folder in (self.logs, self.runs, self.output / "home", self.output / "ended"):
             folder.mkdir(parents=True, exist_ok=True)
         token = self.temporary / "token"
         token.write_text(secrets.token_hex(32))
@@ -96,6 +96,12 @@ class Walk:
 
     def close(self) -> None:
         shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def forget(self, patterns: Sequence[str]) -> None:
+        """Remove what an earlier try of a step left."""
+        for pattern in patterns:
+            for path in self.output.glob(pattern):
+                shutil.rmtree(path)
 
     def shorten(self, words: Sequence[str]) -> str:
         """Return a command as the table shows it: folders by name."""

@@ -21,6 +21,7 @@ from finlora.train.trials import SearchFolder, TrialRecord, best_config
 if TYPE_CHECKING:
     from rich.console import Console
 
+_LEAST_DRAWN = 2
 NAMES: dict[str, str] = {
     "accuracy": "accuracy %",
     "weighted_f1": "weighted F1 %",
@@ -88,12 +89,14 @@ def front_table(records: Sequence[TrialRecord], objectives: Sequence[Objective],
         for record in sorted(records, key=rank)
     )
     counts = Counter(record.state for record in records)
+    single = ("One trial finished: there is nothing to compare it with, so no front is drawn.",)
     seconds = sum(record.seconds for record in records)
     steps, all_steps = (sum(getattr(r, name) for r in records) for name in ("step", "total_steps"))
     saved = f", {100 * (1 - steps / all_steps):.0f} % of all steps saved by ASHA" if counts["pruned"] else ""
     failed = [f"{record.trial.name} failed. {record.cause}" for record in records if record.state == "failed"]
     notes = (
         *failed,
+        *(single if counts["finished"] == 1 else ()),
         f"{', '.join(f'{number} {state}' for state, number in counts.items())}; {seconds:,.0f} s of trials in all{saved}.",
         "Scores on training examples held out from every trial; the test split was not looked at. Front: no other finished "
         "trial is as good in every objective and better in one. Pruned: stopped by ASHA, its held-out loss being among the "
@@ -104,13 +107,17 @@ def front_table(records: Sequence[TrialRecord], objectives: Sequence[Objective],
 
 
 def draw_front(records: Sequence[TrialRecord], objectives: Sequence[Objective], path: Path, *, on_gpu: bool) -> bool:
-    """Draw the first objective over each cost, the front of the two as a line; returns False where no trial finished."""
+    """Draw the first objective over each cost, the front of the two as a line.
+
+    Returns:
+        False where nothing was drawn: no cost was measured, or fewer than two trials finished, which a dot would not compare.
+    """
     from finlora.plots import COLOURS, GREY, new_figures, save_figure
 
     objectives = measured(records, objectives)
     finished = [record for record in records if record.state == "finished"]
     costs = [name for name in objectives if name not in LARGER_IS_BETTER]
-    if not finished or not costs:
+    if len(finished) < _LEAST_DRAWN or not costs:
         return False
     goal = objectives[0]
     figure, all_axes = new_figures(len(costs), 5.6 * len(costs), 4.6)
@@ -156,16 +163,19 @@ def write_summary(
     """Show how the trials of a search ended, and write it down.
 
     Returns:
-        The files: front.md, front.png where a trial finished, best.yaml likewise, and a config for each trial of the front.
+        The files: front.md, front.png where two trials finished, best.yaml where one did, a config for each trial of the front.
 
     Raises:
         FinloraError: no trial finished; names the causes.
     """
     on_gpu = config.train.device == "cuda"
     table = front_table(records, search.objectives, on_gpu=on_gpu)
+    table = dataclasses.replace(table, notes=(*table.notes, *_tell_limits(config)))
     draw_table(table, console)
     plot = folder.root / "front.png"
     is_drawn = draw_front(records, search.objectives, plot, on_gpu=on_gpu)
+    if not is_drawn:
+        plot.unlink(missing_ok=True)  # of an earlier end of this search
     plots = [plot] if is_drawn else []
     text = folder.root / "front.md"
     text.write_text(render_markdown(f"Search {config.name}", [table], plots), encoding="utf-8")
@@ -185,6 +195,18 @@ def write_summary(
         save_config(dataclasses.replace(own, name=f"{config.name}-{record.trial.name}"), paths[-1])
     shutil.rmtree(folder.cache, ignore_errors=True)  # as large as a base, and quickly made anew
     return paths
+
+
+def _tell_limits(config: RunConfig) -> list[str]:
+    """Return what best.yaml does not take over from a search on a part of the examples, and what it does."""
+    limit, max_steps = config.data.max_train_examples, config.train.max_steps
+    if limit is None:
+        return []
+    kept = "" if max_steps is None else f" Its train.max_steps={max_steps} is taken over."
+    return [
+        f"The search was limited to {limit:,} training examples; best.yaml and the configs of the front are not: they train on "
+        f"the whole training split.{kept}"
+    ]
 
 
 def _point(record: TrialRecord, objectives: Sequence[Objective]) -> list[float]:

@@ -182,8 +182,9 @@ def trial_config(config: RunConfig, search: SearchConfig, folder: SearchFolder, 
 
 
 def best_config(config: RunConfig, trial: Trial) -> RunConfig:
-    """Return the config that trains a trial's settings on all training examples."""
-    return dataclasses.replace(trial.apply(config), name=f"{config.name}-best")
+    """Return the config that trains a trial's settings on all training examples, whatever part the search was limited to."""
+    data = dataclasses.replace(config.data, max_train_examples=None, max_test_examples=None)
+    return dataclasses.replace(trial.apply(config), name=f"{config.name}-best", data=data)
 
 
 def count_grace_steps(search: SearchConfig, total_steps: int) -> int:

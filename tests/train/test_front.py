@@ -9,7 +9,7 @@ import math
 import pytest
 from rich.console import Console
 
-from finlora.config import RunConfig
+from finlora.config import DataConfig, RunConfig, TrainConfig
 from finlora.configfile import load_config
 from finlora.errors import FinloraError
 from finlora.train.front import best_trial, front_table, measured, pareto_front, write_summary
@@ -121,6 +121,31 @@ def test_summary_writes_table_plot_and_configs_ready_to_train(tmp_path):
     assert (best.data, best.output_dir, best.model.cache) == (config.data, config.output_dir, None)
     assert load_config(paths[3]).name == "s-000"
     assert not folder.cache.exists()
+
+
+def test_best_trains_on_all_examples_whatever_part_the_search_had(tmp_path):
+    config = RunConfig(
+        data=DataConfig(tasks=("fpb",), max_train_examples=500, max_test_examples=20), train=TrainConfig(max_steps=40)
+    )
+    folder, stream = SearchFolder(tmp_path), io.StringIO()
+    folder.cache.mkdir()
+    paths = write_summary(config, SearchConfig(objectives=BOTH), folder, RECORDS, Console(file=stream, width=140))
+    for path in paths[2:]:
+        written = load_config(path)
+        assert (written.data, written.train.max_steps) == (DataConfig(tasks=("fpb",)), 40)
+    text = (tmp_path / "front.md").read_text()
+    assert "limited to 500 training examples; best.yaml and the configs of the front are not" in text
+    assert "train.max_steps=40 is taken over" in text
+
+
+def test_search_of_one_trial_draws_no_dot(tmp_path):
+    folder, stream = SearchFolder(tmp_path), io.StringIO()
+    folder.cache.mkdir()
+    (tmp_path / "front.png").touch()  # of an earlier end, with trials that retry_failed took away
+    paths = write_summary(RunConfig(), SearchConfig(objectives=BOTH), folder, RECORDS[3:], Console(file=stream))
+    assert [path.name for path in paths] == ["front.md", "best.yaml", "003.yaml"]
+    assert not (tmp_path / "front.png").exists()
+    assert "One trial finished: there is nothing to compare it with" in (tmp_path / "front.md").read_text()
 
 
 def test_search_in_which_nothing_finished_says_why(tmp_path):

@@ -31,6 +31,13 @@ class Run:
     def is_base(self) -> bool:
         return self.variant == "base"
 
+    @property
+    def row(self) -> tuple[str, str]:
+        """Return what names a row of a table: the run, and what it is made of."""
+        return (
+            ("base", self.name.removeprefix("base ")) if self.is_base else (self.name, f"{self.base}, {self.variant}")
+        )
+
 
 class Kept(NamedTuple):
     """A result that counts."""

@@ -81,60 +81,49 @@ def _add_legend(figure: Figure) -> None:
 
 
 def _draw_accuracy(evaluations: Sequence[Kept]) -> Figure | None:
+    """Draw a bar a run, task by task, each task's base first and a line at what its most frequent label alone would bring."""
     if not evaluations:
         return None
     results = [result for _, result in evaluations]
-    tasks = list(dict.fromkeys(name_column(result, results) for result in results))
-    ordered = sorted(evaluations, key=lambda each: (each.run.base, not each.run.is_base))
-    series: dict[tuple[Run, int], dict[str, Result]] = {}
-    for run, result in ordered:
-        series.setdefault((run, result.bits), {})[name_column(result, results)] = result
-    figure, axes = new_figure(max(6.5, 1.5 + len(tasks) * (0.7 + 0.42 * len(series))), 5.2)
-    width = 0.8 / len(series)
-    colours = _assign_colours(list(series))
-    for position, (key, row) in enumerate(series.items()):
-        places = [tasks.index(task) + (position - (len(series) - 1) / 2) * width for task in row]
-        values = [100 * result.metrics["accuracy"] for result in row.values()]
-        errors = [_whiskers(result) for result in row.values()]
-        bars = axes.bar(places, values, width * 0.92, color=colours[key], label=_name_series(key))
-        axes.errorbar(
-            places,
-            values,
-            yerr=list(zip(*errors, strict=True)),
-            fmt="none",
-            ecolor="#222222",
-            elinewidth=1.2,
-            capsize=3,
-        )
-        for bar, result, (_, above) in zip(bars, row.values(), errors, strict=True):
-            mark = "*" if result.is_partial else ""
-            top = (bar.get_x() + bar.get_width() / 2, bar.get_height() + above)
-            text = f"{bar.get_height():.1f}{mark}"
-            axes.annotate(text, top, (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=9)
-    _draw_majorities(axes, tasks, results)
-    slant = 0 if len(tasks) <= 4 or max(map(len, tasks)) <= 9 else 25
-    axes.set_xticks(range(len(tasks)), tasks, rotation=slant, ha="right" if slant else "center")
-    axes.set_xlim(-0.6, len(tasks) - 0.4)
-    axes.set_ylim(0, 108)
-    axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel("accuracy, % (95 % interval)", fontsize=12)
-    axes.grid(axis="y", color="#DDDDDD")
+    groups: dict[str, list[Kept]] = {}
+    for each in sorted(evaluations, key=lambda each: (not each.run.is_base, each.run.base)):
+        groups.setdefault(name_column(each.result, results), []).append(each)
+    figure, axes = new_figure(9.0, 1.5 + 0.42 * len(evaluations) + 0.25 * len(groups))
+    row, ticks, labels = 0.0, [], []
+    majority_label: str | None = "always the most frequent label"
+    for task, group in groups.items():
+        rows = [row + number for number in range(len(group))]
+        _draw_bars(axes, rows, group)
+        ticks += rows
+        labels += [f"{task}: {shorten(run.name)}, at {result.bits} bit" for run, result in group]
+        majority = next((found for _, result in group if (found := find_majority(result))), None)
+        if majority is not None:
+            level, ends = 100 * majority.accuracy, (rows[0] - 0.45, rows[-1] + 0.45)
+            axes.plot([level, level], ends, "--", color="#222222", linewidth=1.4, label=majority_label)
+            majority_label = None
+        row = rows[-1] + 1.6
+    axes.set_yticks(ticks, labels, fontsize=9)
+    axes.set_ylim(ticks[-1] + 0.7, -0.7)
+    axes.set_xlim(0, 108)
+    axes.set_xticks(range(0, 101, 20))
+    axes.set_xlabel("accuracy, % (95 % interval)", fontsize=12)
+    axes.grid(axis="x", color="#DDDDDD")
     if any(result.is_partial for result in results):
-        figure.supxlabel("* part of the test split", fontsize=9, x=0.99, ha="right", color="#555555")
-    _add_legend(figure)
+        figure.suptitle("* part of the test split", fontsize=9, x=0.99, ha="right", color="#555555")
+    if majority_label is None:
+        _add_legend(figure)
     return figure
 
 
-def _draw_majorities(axes: Axes, tasks: Sequence[str], results: Sequence[Result]) -> None:
-    """Draw what always answering a task's most frequent label would bring, as a line across its bars."""
-    label: str | None = "always the most frequent label"
-    for number, task in enumerate(tasks):
-        found = (find_majority(result) for result in results if name_column(result, results) == task)
-        majority = next((each for each in found if each is not None), None)
-        if majority is not None:
-            level = 100 * majority.accuracy
-            axes.plot([number - 0.45, number + 0.45], [level, level], "--", color="#222222", linewidth=1.4, label=label)
-            label = None
+def _draw_bars(axes: Axes, rows: Sequence[float], group: Sequence[Kept]) -> None:
+    values = [100 * result.metrics["accuracy"] for _, result in group]
+    errors = [_whiskers(result) for _, result in group]
+    axes.barh(rows, values, 0.72, color=[GREY if run.is_base else COLOURS[0] for run, _ in group])
+    whiskers = list(zip(*errors, strict=True))
+    axes.errorbar(values, rows, xerr=whiskers, fmt="none", ecolor="#222222", elinewidth=1.2, capsize=3)
+    for row, value, (_, above), (_, result) in zip(rows, values, errors, group, strict=True):
+        text = f"{value:.1f}{'*' if result.is_partial else ''}"
+        axes.annotate(text, (value + above, row), (4, 0), textcoords="offset points", va="center", fontsize=9)
 
 
 def _draw_loss(trainings: Sequence[Kept]) -> Figure | None:
@@ -190,18 +179,6 @@ def _group_memory(measured: Sequence[Kept]) -> dict[tuple[str, Run, int, str], l
         subject = result.task if result.kind == "training" else ""
         groups.setdefault((result.kind, run, result.bits, subject), []).append(result)
     return groups
-
-
-def _assign_colours(keys: Sequence[tuple[Run, int]]) -> dict[tuple[Run, int], str]:
-    """Give grey to a lone base and the palette to everything else, in order."""
-    bases = [key for key in keys if key[0].is_base]
-    others = [key for key in keys if key not in bases or len(bases) > 1]
-    return dict.fromkeys(bases, GREY) | {key: COLOURS[i % len(COLOURS)] for i, key in enumerate(others)}
-
-
-def _name_series(key: tuple[Run, int]) -> str:
-    run, bits = key
-    return f"{shorten(run.name)}, at {bits} bit"
 
 
 def _whiskers(result: Result) -> tuple[float, float]:

@@ -103,15 +103,15 @@ def _write(
     for kind in ("training", "evaluation"):
         if figure := draw_times(paired.kept, kind):
             figures[f"{kind}-time"] = figure
-    matrices = {describe(each): draw_confusion(each.result) for each in paired.kept if has_matrix(each.result)}
-    curves = {describe(each): draw_reliability(each.result) for each in paired.kept if each.result.calibration}
+    matrices = [(describe(each), draw_confusion(each.result)) for each in paired.kept if has_matrix(each.result)]
+    curves = [(describe(each), draw_reliability(each.result)) for each in paired.kept if each.result.calibration]
     tables = [*first, score_table(paired), cost_table(paired), wire_table(paired), *beside, differences_table()]
     tables += [left_out, provenance_table(paired), environment_table(paired)]
     paths = [output / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
         save_figure(figure, path)
     for group, drawn in (("confusion", matrices), ("reliability", curves)):
-        for number, figure in enumerate(drawn.values(), start=1):
+        for number, (_, figure) in enumerate(drawn, start=1):
             paths.append(output / f"{group}-{number}.png")
             save_figure(figure, paths[-1])
     (output / "report.md").write_text(render_markdown("FinLoRA results", tables, paths), encoding="utf-8")
@@ -119,12 +119,12 @@ def _write(
     plots = [
         *(Section(_TITLES[name], images=(embed(figure, _TITLES[name]),)) for name, figure in figures.items()),
         *(
-            [Section("Confusion matrices", images=tuple(embed(f, name) for name, f in matrices.items()))]
+            [Section("Confusion matrices", images=tuple(embed(figure, name) for name, figure in matrices))]
             if matrices
             else []
         ),
         *(
-            [Section("Reliability of probabilities", images=tuple(embed(f, n) for n, f in curves.items()))]
+            [Section("Reliability of probabilities", images=tuple(embed(figure, name) for name, figure in curves))]
             if curves
             else []
         ),

@@ -91,8 +91,7 @@ def _score_row(column: str, each: Kept, paired: Paired, *, has_numbers: bool) ->
     number = format_score(result, "numeric_accuracy") if "numeric_accuracy" in result.metrics else "none"
     return (
         column,
-        run.name,
-        run.variant if run.is_base else f"{run.base}, {run.variant}",
+        *run.row,
         str(result.bits),
         f"{format_score(result, 'accuracy')}{mark}",
         format_score(result, "weighted_f1") if has_f1 else "none",

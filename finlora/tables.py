@@ -63,7 +63,7 @@ def cost_table(paired: Paired) -> TextTable:
     kept = sorted(paired.kept, key=lambda each: each.result.kind != "training")
     devices = sorted({_name_device(result) for _, result in kept})
     has_one_device = len(devices) == 1
-    header = (
+    header: tuple[str, ...] = (
         *("run", "measurement", "adapter MiB", "peak GiB", "s/example", "tokens/s", "at work s", "waited s", "GPU-h"),
     )
     notes = [
@@ -74,19 +74,24 @@ def cost_table(paired: Paired) -> TextTable:
         notes.append(f"Device: {devices[0]}.")
     if any(result.is_partial for _, result in kept):
         notes.append("* Partial: not all prepared examples were used.")
-    return TextTable(
-        title="Cost",
-        header=header if has_one_device else (*header, "device"),
-        rows=tuple(_cost_row(each) + (() if has_one_device else (_name_device(each.result),)) for each in kept),
-        notes=tuple(notes),
-    )
+    rows = tuple(_cost_row(each) + (() if has_one_device else (_name_device(each.result),)) for each in kept)
+    header = header if has_one_device else (*header, "device")
+    # A column of nothing but `not measured`, as GPU-hours on a CPU, is a sentence.
+    empty = [index for index in range(len(header)) if all(row[index] == NOT_MEASURED for row in rows)]
+    if empty:
+        notes.append(f"Measured nowhere: {', '.join(header[index] for index in empty)}.")
+
+    def shown(cells: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(cell for index, cell in enumerate(cells) if index not in empty)
+
+    return TextTable(title="Cost", header=shown(header), rows=tuple(map(shown, rows)), notes=tuple(notes))
 
 
 def _cost_row(each: Kept) -> tuple[str, ...]:
     run, result = each
     times = f" in {result.attempts} attempts" if (result.attempts or 1) > 1 else ""
     return (
-        f"{run.name}\n{run.base}, {run.variant}, {result.bits} bit",
+        _name_row(each),
         f"{result.task}{'*' if result.is_partial else ''}\n{' '.join(filter(None, (result.kind, result.method)))}{times}",
         "none" if run.is_base else format_number(result.adapter_mib, 2),
         format_number(result.peak_memory_gib, 2),
@@ -96,6 +101,11 @@ def _cost_row(each: Kept) -> tuple[str, ...]:
         format_number(result.waited_seconds, 0),
         format_number(result.gpu_hours, 4),
     )
+
+
+def _name_row(each: Kept) -> str:
+    name, model = each.run.row
+    return f"{name}\n{model}, {each.result.bits} bit"
 
 
 def _name_device(result: Result) -> str:
@@ -238,7 +248,7 @@ def provenance_table(paired: Paired) -> TextTable:
         ),
         rows=tuple(
             (
-                f"{run.name}\n{run.base}, {run.variant}, {result.bits} bit",
+                _name_row(each),
                 " ".join(filter(None, (result.kind, "of", result.task, result.method))),
                 result.created or "not recorded",
                 f"{result.num_examples:,}{'*' if result.is_partial else ''}",
@@ -248,7 +258,8 @@ def provenance_table(paired: Paired) -> TextTable:
                 hashlib.sha256(json.dumps(result.config, sort_keys=True).encode()).hexdigest()[:12],
                 letters[_freeze(result.environment)],
             )
-            for run, result in paired.kept
+            for each in paired.kept
+            for run, result in [each]
         ),
         notes=(
             "First 12 digits. Base: fingerprint of its weights; adapter: SHA-256 of adapter_model.safetensors; data and "

@@ -43,7 +43,7 @@ def test_score_row_holds_accuracy_f1_and_strict_beside_its_base():
     table = scores_of(make_evaluation(), make_evaluation(0.687, variant="base", is_partial=True))
     assert table.header == ("task", "run", "model", "bits", "accuracy", "weighted F1", "strict", "against base")
     base, adapter = table.rows
-    assert base[:5] == ("fpb", "base Llama-3.1-8B-Instruct", "base", "8", "68.7 (66.7–69.7)*")
+    assert base[:5] == ("fpb", "base", "Llama-3.1-8B-Instruct", "8", "68.7 (66.7–69.7)*")
     score = "86.3 (84.3–87.3)"
     assert adapter == ("fpb", "4bit-r4", "Llama-3.1-8B-Instruct, 4bit-r4", "8", score, score, score, "+17.6")
     assert table.notes[-1].startswith("* Partial")
@@ -99,7 +99,9 @@ def test_cost_table_names_device_once_or_per_row():
     one = cost_table(pair_results([result]))
     (row,) = one.rows
     assert row[:2] == ("mine\nLlama-3.1-8B-Instruct, 4bit-r4, 4 bit", "ner\ntraining in 2 attempts")
-    assert row[2:] == ("4.50", "26.70", "not measured", "not measured", "4,500", "600", "1.2500")
+    assert one.header[2:] == ("adapter MiB", "peak GiB", "at work s", "waited s", "GPU-h")
+    assert row[2:] == ("4.50", "26.70", "4,500", "600", "1.2500")
+    assert "Measured nowhere: s/example, tokens/s." in one.notes
     assert "Device: Some GPU." in one.notes
     two = cost_table(pair_results([make_training(), make_evaluation(environment={"device": "cpu"}, variant="base")]))
     assert [row[-1] for row in two.rows] == ["Some GPU", "cpu"]

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from local_nodes import ROOT, LocalNodes
+from time_budget import run_to_end
 
 LIMIT_S = 240.0
 """Longest wait for any one thing."""
@@ -185,4 +186,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     assert Path.cwd() == ROOT, "run it from the checkout"
-    sys.exit(main())
+    sys.exit(run_to_end(main))

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 from local_nodes import ROOT, LocalNodes
 from node_failure import LIMIT_S, log_of, make_base, settings, status_of, wait_until
+from time_budget import run_to_end
 
 NAME = "search"
 EVERY_STEPS = 0.1
@@ -179,4 +180,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     assert Path.cwd() == ROOT, "run it from the checkout"
-    sys.exit(main())
+    sys.exit(run_to_end(main))

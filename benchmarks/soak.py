@@ -32,6 +32,7 @@ import psutil
 from chaos_record import say
 from live_commands import READY_S, LiveCommands, descendants, title
 from soak_curve import RAYS_OWN, report
+from time_budget import StoppedError, run_to_end
 
 ROLES = (
     ("proxy", r"ray::ProxyActor"),
@@ -90,13 +91,14 @@ class Soak:
                 "jobs/configs/demo-4bit-r4.yaml",
                 *self.live.train_settings("soak", EPOCHS),
             )
-        except BaseException:
-            self.live.close()
+        except BaseException as error:
+            self.__exit__(type(error))
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.live.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not StoppedError:  # then nobody waits for an end in order
+            self.live.close()
 
     def run(self, seconds: float, every_s: float, record: Path | None) -> list[dict[str, Any]]:
         """Ask and sample until the time is over, then end both commands; returns the samples."""
@@ -219,4 +221,4 @@ def role_of(process: psutil.Process) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_to_end(main))

@@ -12,7 +12,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +72,25 @@ def stop_on_signals() -> Iterator[None]:
             signal.signal(each, handler)
 
 
+def run_to_end(check: Callable[[], int]) -> int:
+    """Run a whole check in this process and end all that it started; returns its exit code, or that of a signal that came."""
+    adopt_orphans()
+    try:
+        with stop_on_signals():
+            return check()
+    except StoppedError as stop:
+        print(f"{stop}: all that was started has been ended", flush=True)
+        return stop.exit_code
+    finally:
+        end_all_below()
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every process below whose own parent ends, so that none is lost from sight."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
 def run_part(command: Sequence[str], seconds: float, **settings: Any) -> int | None:
     """Run a part and end all that it started; returns its exit code, None where its time was over first.
 
@@ -83,8 +102,7 @@ def run_part(command: Sequence[str], seconds: float, **settings: Any) -> int | N
     Raises:
         StoppedError: a signal came meanwhile (`stop_on_signals`); the part has been ended.
     """
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl")
+    adopt_orphans()
     with subprocess.Popen(command, start_new_session=True, **settings) as process:  # Ctrl-C comes to the check alone
         until = time.monotonic() + seconds
         try:

@@ -140,3 +140,26 @@ def test_fuzz_says_its_total_and_what_it_leaves_out_and_ends_at_a_signal(tmp_pat
     assert rest.splitlines()[1].startswith("0 of 2 targets in ")
     assert process.returncode == 143
     assert [path.name for path in tmp_path.iterdir()] == ["found"]
+
+
+def test_check_in_this_process_ends_what_it_started_at_a_signal(tmp_path):
+    """As soak, node_failure and search_failure are run."""
+    script = (
+        "import subprocess, sys, time\nfrom time_budget import run_to_end\n"
+        "def check():\n"
+        "    shell = ['sh', '-c', 'setsid sleep 600 >/dev/null 2>&1 & echo $!']\n"
+        "    print(subprocess.check_output(shell, text=True), flush=True)\n"
+        "    time.sleep(600)\n"
+        "sys.exit(run_to_end(check))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        pid = int(process.stdout.readline())
+        assert psutil.pid_exists(pid)
+        process.send_signal(signal.SIGHUP)
+        rest = process.communicate(timeout=60)[0]
+    assert process.returncode == 129
+    assert "stopped by SIGHUP: all that was started has been ended" in rest
+    assert not psutil.pid_exists(pid)

@@ -280,12 +280,12 @@ def _read_header(values: Sequence[str], required: Sequence[str], place: str) -> 
     """Return the header's names, those required in their own spelling."""
     wanted = {name.casefold(): name for name in required}
     header = [wanted.get(value.strip().casefold(), value) for value in values]
+    require_columns(header, required, place)
     repeated = {name for name in header if header.count(name) > 1}
     if repeated:
         raise DatasetError(
             f"{place}: found two columns {min(repeated)!r}, expected one. Check that this is the published file."
         )
-    require_columns(header, required, place)
     return header
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,7 +14,7 @@ import pytest
 import torch
 
 from finlora.config import LoraConfig
-from finlora.configfile import config_to_tree
+from finlora.configfile import config_to_tree, save_config
 from finlora.data.encode import encode_examples
 from finlora.data.prepared import read_prepared
 from finlora.engine.batch import BatchEngine
@@ -21,7 +23,7 @@ from finlora.evaluate.runner import answer_examples, check_evaluation, encode_sp
 from finlora.model.base import load_base
 from finlora.model.contract import CONTRACT_FILE, make_contract, write_contract
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
-from finlora.model.source import find_source
+from finlora.model.source import find_source, fingerprint_weights
 from finlora.model.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
@@ -70,6 +72,24 @@ def test_base_result_holds_scores_counts_and_origin(make_config, prepared_synthe
     assert result.adapter_mib is None
     assert [step[1] for step in seen] == sorted(step[1] for step in seen)
     assert seen[-1] == ("synthetic_sentiment", 30, 30)
+
+
+def test_result_tells_whose_adapter_it_scored(make_config, adapter, tmp_path):
+    config = make_config("data.max_test_examples=3")
+    (base,) = run_evaluation(config, None, quiet)
+    assert (base.run, base.adapter, base.adapter_hash) == (None, None, None)
+    assert base.base_hash == fingerprint_weights(find_source(config.model))
+    assert base.waited_seconds == 0.0
+    (result,) = run_evaluation(config, adapter, quiet)
+    digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    assert (result.adapter, result.adapter_hash, result.base_hash) == (str(adapter), digest, base.base_hash)
+    assert result.run == tmp_path.name  # the folder's, as no config lies beside it
+    # A copy is still of the run whose config lies beside its weights.
+    copy = tmp_path / "desk"
+    shutil.copytree(adapter, copy)
+    save_config(dataclasses.replace(config, name="my run #2"), copy / "config.yaml")
+    (again,) = run_evaluation(config, copy, quiet)
+    assert (again.run, again.adapter_hash) == ("my run #2", digest)
 
 
 def test_only_a_limited_evaluation_is_partial(make_config, prepared_synthetic):

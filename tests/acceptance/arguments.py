@@ -47,6 +47,11 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--data", type=Path, help="folder with raw `fpb` and `xbrl`; without it: generated sets")
     add("--only", default="", help=f"steps by commas, with what they need: {', '.join(step.name for step in STEPS)}")
     add("--jobs", type=int, help="steps at once; default: 1 on a CPU, up to 5 on a GPU")
+    add(
+        "--minutes",
+        type=float,
+        help="end what has not ended by then; default: 10 on a GPU, 25 on a CPU, times --patience",
+    )
     add("--patience", type=float, default=1.0, help="factor on all time limits, for a machine with other work")
     options = parser.parse_args(words)
     for name in ("base", "output", "data"):
@@ -91,6 +96,10 @@ def main(words: list[str] | None = None) -> int:
     stop, lock = threading.Event(), threading.Lock()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: _stop(stop, walk))
+    minutes = options.minutes or scale.minutes * options.patience
+    limit = threading.Timer(60 * minutes, _stop, (stop, walk))
+    limit.daemon = True
+    limit.start()
 
     def keep(row: Row) -> None:
         with lock:
@@ -128,16 +137,18 @@ def main(words: list[str] | None = None) -> int:
         if not options.only and not stop.is_set():
             _check_verbs(walk, Checks("verbs", keep))
     finally:
+        limit.cancel()
         cluster.close()
+        Checks("end", keep).at_most("minutes in all", minutes, (time.monotonic() - started) / 60)
         _check_left(walk, Checks("end", keep))
         walk.close()
         write_table(walk.output, rows, seconds, title, time.monotonic() - started)
     _say(f"{summarise(rows, time.monotonic() - started)} Table: {walk.output / 'acceptance.md'}")
-    return 130 if stop.is_set() else 1 if any(row.state == "failed" for row in rows) else 0
+    return 1 if any(row.state == "failed" for row in rows) else 130 if stop.is_set() else 0
 
 
 def _stop(stop: threading.Event, walk: Walk) -> None:
-    """End everything at the first signal; what runs then fails, and the table is written."""
+    """End everything at a signal, or when the time is over; what runs then fails, and the table is written."""
     stop.set()
     end_marked(walk.mark)
 

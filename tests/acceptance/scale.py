@@ -34,6 +34,8 @@ class Scale:
     xbrl_accuracy: float
     seconds: float
     """Most seconds of a command on a machine that does nothing else."""
+    minutes: float
+    """Most minutes of the whole walk there."""
     steps_at_once: int
     share: float
     """GPU share of a worker, an evaluation or a stage."""
@@ -55,6 +57,7 @@ ON_GPU = Scale(
     short_loss=0.8,
     xbrl_accuracy=0.30,
     seconds=240,
+    minutes=10,
     steps_at_once=5,
     share=0.1,
 )
@@ -74,6 +77,7 @@ ON_CPU = Scale(
     short_loss=0.8,
     xbrl_accuracy=0.05,
     seconds=420,
+    minutes=25,
     steps_at_once=1,
     share=0.0,
 )

@@ -68,6 +68,7 @@ STEPS: tuple[Step, ...] = (
         needs=("prepare",),
         makes=("runs/short-4-zero_one_adam",),
     ),
+    Step(name="doctor", run=training.doctor, needs=("prepare",)),
     Step(name="plan", run=training.plan, needs=("prepare",)),
     Step(name="job", run=searching.submit_job, needs=("prepare",)),
     Step(name="pretrain", run=preparing.pretrain, makes=("pretrained",)),

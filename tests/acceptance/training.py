@@ -14,7 +14,19 @@ from acceptance.walk import Tools
 
 ALONE = {"RAY_ADDRESS": None}
 """Environment of commands that start a Ray of their own, as on a laptop."""
+DATA_FAULT = 3
+"""Exit code of errors of the data, in finlora/errors.py."""
 _FULL_PRECISION = 1e-4
+
+
+def doctor(tools: Tools) -> None:
+    """Nothing is at fault here, and a folder that is not there is named."""
+    walk, checks = tools.walk, tools.checks
+    done = tools.finlora("doctor", "--config", walk.config)
+    checks.contains("this machine and config", " 0 faults", done.text)
+
+    faulty = tools.finlora("doctor", "--config", walk.config, f"data.dir={walk.output / 'nowhere'}", code=DATA_FAULT)
+    checks.contains("no prepared data", "nowhere", faulty.text)
 
 
 def plan(tools: Tools) -> None:

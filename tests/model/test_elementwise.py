@@ -113,6 +113,7 @@ def arguments_of(rows):
         "gate_backward": (x, torch.cat([x, x], 1)),
         "_find_outliers": (x * 4,),
         "_quantise_rows": (x * 4, weight > 0),
+        "_take_columns": (x, torch.arange(4), torch.tensor([True, False, True, True])),
         "_scale_product": (integers.int(), x[:, 0].float(), weight.float(), torch.bfloat16),
         "_unpack_int8": (integers.to(torch.int8), x[:, 0].float(), torch.bfloat16),
     }
@@ -128,3 +129,13 @@ def test_step_compiles_in_one_piece_for_changing_lengths(name):
             arguments = arguments_of(rows)[name]
             torch.testing.assert_close(compiled(*arguments), step(*arguments))
     torch._dynamo.reset()
+
+
+def test_every_compiled_step_is_tried():
+    found = {
+        name
+        for module in (elementwise, frozen)
+        for name, value in vars(module).items()
+        if hasattr(value, "__wrapped__") and value.__module__ == module.__name__
+    }
+    assert found == set(arguments_of(2))

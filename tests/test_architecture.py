@@ -230,3 +230,9 @@ def test_tests_mirror_the_package():
         )
     ]
     assert strangers == []
+
+
+def test_test_files_have_names_of_their_own():
+    """pytest imports each by its file's name alone: of two of one name, neither can be collected beside the other."""
+    names = [file.name for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py"]
+    assert [name for name in sorted(set(names)) if names.count(name) > 1] == []

@@ -158,6 +158,11 @@ def check_tensors(folder: Path, shape: LlamaShape, tensors: Mapping[str, StoredT
     Raises:
         ModelError: names the tensors.
     """
+    if shape.num_layers > len(tensors):  # before a name is made of each layer: the number may be any
+        raise ModelError(
+            f"{folder} holds {len(tensors)} tensors and its config.json says num_hidden_layers={shape.num_layers}: it describes "
+            "another model, copy both again."
+        )
     expected = dict(_list_expected(shape))
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected and not _is_spare(name, shape)]

@@ -174,6 +174,21 @@ def score_next(executor, prompts):
     return [answer.log_probs for answer in sorted(answers, key=lambda answer: answer.request_id)]
 
 
+def test_heads_wider_than_the_hidden_size_parts_equal_transformers(base):
+    """Four query heads of 32 on a hidden size of 64, which share one head of keys and values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    changes = {"head_dim": 32, "num_key_value_heads": 1, "initializer_range": 0.2, "tie_word_embeddings": False}
+    torch.manual_seed(2)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(str(base), **changes)).save_pretrained(str(base))
+    assert find(base).shape.projection("o_proj") == (64, 128)
+    net = load_base(ModelConfig(base=str(base), compute_dtype="float32"), 16, CPU, 0).model
+    (found,) = score_next(InProcess([Stage(net, range(2), 512, torch.float32)]), [tuple(range(5, 25))])
+    with torch.inference_mode():
+        expected = reference(base)(torch.arange(5, 25)[None]).logits[0, -1].log_softmax(-1)[[7, 8]]
+    assert found == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("rope", "words"),
     [
@@ -241,6 +256,14 @@ def test_tensors_under_other_names_are_told_with_what_is_missing(base):
     save_file({name.removeprefix("model."): value for name, value in load_file(file).items()}, file)
     with pytest.raises(
         ModelError, match=r"has no tensor model.embed_tokens.weight and 19 others: .* They hold embed_tokens"
+    ):
+        find(base)
+
+
+def test_config_of_endless_layers_is_refused_at_once(base):
+    edit_config(base, num_hidden_layers=2**62)
+    with pytest.raises(
+        ModelError, match=r"holds 20 tensors and its config.json says num_hidden_layers=4611686018427387904"
     ):
         find(base)
 

@@ -96,7 +96,7 @@ def run_evaluation(
         engine = BatchEngine(opened.core, ADAPTER if adapter else None, opened.renew)
         results = [
             dataclasses.replace(
-                _evaluate_task(config, engine, work, device, on_progress),
+                _evaluate_task(config, engine, work, on_progress),
                 variant=contract.variant if contract else "base",
                 base_hash=base.hash_weights(),
                 run=name_run(adapter) if adapter else None,
@@ -217,9 +217,7 @@ def encode_split(
     return Work(task=task, split=split, examples=examples, encoded=encoded, choice_ids=choice_ids, sizes=sizes)
 
 
-def _evaluate_task(
-    config: RunConfig, engine: BatchEngine, work: Work, device: torch.device, on_progress: OnProgress
-) -> Result:
+def _evaluate_task(config: RunConfig, engine: BatchEngine, work: Work, on_progress: OnProgress) -> Result:
     examples, split = work.examples, work.split
     started = time.perf_counter()
     answers, method, confidences = answer_examples(
@@ -246,11 +244,18 @@ def _evaluate_task(
         seconds_per_example=seconds / len(examples),
         tokens_per_second=num_tokens / seconds,
         wall_seconds=seconds,
-        gpu_hours=seconds * config.eval.num_stages / 3600 if device.type == "cuda" else None,
+        gpu_hours=count_gpu_hours(config, seconds),
         data_hash=split.hash,
         config=config_to_tree(config),
         environment=describe_environment(),
     )
+
+
+def count_gpu_hours(config: RunConfig, seconds: float) -> float | None:
+    """Return GPUs that an evaluation holds times hours, None on CPU: stages that share a GPU hold a part of it each."""
+    if config.eval.device != "cuda":
+        return None
+    return seconds / 3600 * config.eval.num_stages * config.eval.num_gpus
 
 
 def _is_scored(item: Example, config: RunConfig) -> bool:

@@ -12,14 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated_flash import emulate_flash
 
 from finlora.config import LoraConfig
 from finlora.configfile import config_to_tree, save_config
 from finlora.data.encode import encode_examples
 from finlora.data.prepared import read_prepared
 from finlora.engine.batch import BatchEngine
+from finlora.engine.recorded import RecordedPasses
 from finlora.errors import AdapterError, DatasetError, ModelError, ResourceError
-from finlora.evaluate.runner import answer_examples, check_evaluation, encode_split, run_evaluation
+from finlora.evaluate.runner import (
+    answer_examples,
+    check_evaluation,
+    count_gpu_hours,
+    encode_split,
+    run_evaluation,
+)
 from finlora.model.base import load_base
 from finlora.model.contract import CONTRACT_FILE, make_contract, write_contract
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
@@ -290,3 +298,30 @@ def test_absent_gpu_is_refused_by_words(make_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ResourceError, match=r"torch sees none here"):
         run_evaluation(make_config("eval.device=cuda"), None, quiet)
+
+
+def test_text_of_a_whole_split_is_the_same_as_a_gpu_computes_it(make_config, adapter, monkeypatch):
+    """`finlora evaluate` of XBRL at the default batch size, by filled passes and FlashAttention, which is emulated."""
+    config = make_config("data.tasks=[synthetic_xbrl]", "data.max_test_examples=150", "eval.max_new_tokens=6")
+    (plain,) = run_evaluation(config, adapter, quiet)
+    forms, lay_out = set(), RecordedPasses._lay_out
+    emulate_flash(monkeypatch)
+    monkeypatch.setattr(
+        RecordedPasses,
+        "_lay_out",
+        lambda self, batch, taken, *rest: forms.add(taken.form) or lay_out(self, batch, taken, *rest),
+    )
+    (filled,) = run_evaluation(config, adapter, quiet)
+    assert plain.method == filled.method == "generate"
+    assert filled.metrics == pytest.approx(plain.metrics)
+    assert filled.counts == plain.counts
+    assert any(form.num_segments == 128 for form in forms)
+
+
+@pytest.mark.parametrize(
+    ("device", "num_stages", "num_gpus", "hours"),
+    [("cpu", 4, 1.0, None), ("cuda", 1, 1.0, 2.0), ("cuda", 4, 1.0, 8.0), ("cuda", 4, 0.25, 2.0)],
+)
+def test_gpu_hours_count_shares_of_gpus(make_config, device, num_stages, num_gpus, hours):
+    config = make_config(f"eval.device={device}", f"eval.num_stages={num_stages}", f"eval.num_gpus={num_gpus}")
+    assert count_gpu_hours(config, 7200.0) == hours

@@ -70,6 +70,19 @@ class AdapterShelf:
             if _NAME.fullmatch(entry.name) and ((entry / CONTRACT_FILE).is_file() or _list_versions(entry))
         )
 
+    def describe_unserved(self) -> list[str]:
+        """Return for each folder that holds an adapter's settings and no contract why it is not served."""
+        if self._folder is None or not self._folder.is_dir():
+            return []
+        found = []
+        for entry in sorted(self._folder.iterdir()):
+            if (entry / ADAPTER_CONFIG).is_file() and not (entry / CONTRACT_FILE).is_file():
+                try:
+                    read_contract(entry)
+                except AdapterError as error:
+                    found.append(str(error))
+        return found
+
     def list_versions(self, name: str) -> list[str]:
         """Return the complete versions of an adapter, oldest first; empty for one without versions."""
         return _list_versions(self._find(name))

@@ -20,6 +20,7 @@ from finlora.errors import ConfigError, ResourceError
 from finlora.foreign_errors import shorten
 from finlora.host import require_free_port
 from finlora.precision import describe_type, resolve_model
+from finlora.serve.adapters import AdapterShelf
 from finlora.serve.doors import check_certificate, require_free
 from finlora.serve.keys import KeyRing
 from finlora.serve.model import read_base
@@ -27,6 +28,7 @@ from finlora.serve.settings import ServeConfig, make_absolute, read_settings, to
 from finlora.signals import heeded_signals, leave_terminal
 from finlora.yamltext import read_yaml
 
+_logger = logging.getLogger(__name__)
 IMPORT_PATH = "finlora.serve.app:build"
 _END_S = 30.0
 """Seconds that Ray Serve has to end, as serve.shutdown gives it."""
@@ -111,7 +113,9 @@ def check_server(deployment: Deployment, host: str | None, port: int | None, *, 
         check_certificate(settings.direct)
         require_free(settings.direct)
     KeyRing(settings.keys_path, os.environ)
-    read_base(settings)
+    base = read_base(settings)
+    for reason in AdapterShelf(settings.adapters_folder, base).describe_unserved():
+        _logger.warning("Not served: %s", reason)
     return dataclasses.replace(deployment, settings=settings, http=http)
 
 

@@ -35,6 +35,16 @@ def test_complete_adapters_are_listed(shelf):
     assert (shelf.find("good").version, shelf.find("plain").version) == ("v2", None)
 
 
+def test_folder_of_an_adapter_that_is_not_served_is_told_with_what_it_is(shelf, folder):
+    (folder / "foreign").mkdir()
+    (folder / "foreign" / "adapter_config.json").touch()
+    told = shelf.describe_unserved()
+    assert [line.split(" is a PEFT adapter that FinLoRA did not train: ")[0] for line in told] == [
+        f"adapter {folder / name}" for name in ("foreign", "half")
+    ]
+    assert shelf.list_names() == ["chatty", "good", "plain"]
+
+
 def test_no_folder_means_no_adapters(base, tmp_path):
     assert AdapterShelf(None, base).list_names() == AdapterShelf(tmp_path / "absent", base).list_names() == []
 

@@ -32,7 +32,7 @@ from itertools import islice
 from pathlib import Path
 
 from chaos_record import Injection, Tally, read_injections, render_table, say, seeds
-from time_budget import Need, StoppedError, run_part, share_out, stop_on_signals
+from time_budget import Need, StoppedError, note_signals, run_part, share_out
 
 PARTS = ("files", "writers", "train", "serve")
 LEAST = {"files": 120, "writers": 80, "train": 18, "serve": 9}
@@ -89,9 +89,9 @@ def _run_parts(options: argparse.Namespace, record: Path) -> int:
     waiting = {part: NEEDS[part] for part in options.parts if part in shares}
     told = ", ".join(f"{part} {shares[part]:.0f} s" if part in shares else f"{part} left out" for part in options.parts)
     code, counts = 0, {}
-    with stop_on_signals():
-        say(f"seed {options.seed}, at most {options.minutes:g} minutes in all: {told}")
-        try:
+    try:
+        with note_signals() as asked:
+            say(f"seed {options.seed}, at most {options.minutes:g} minutes in all: {told}")
             for part in options.parts:
                 share = share_out(waiting, until - time.monotonic()).get(part)
                 waiting.pop(part, None)
@@ -99,20 +99,20 @@ def _run_parts(options: argparse.Namespace, record: Path) -> int:
                     say(f"{part}: left out, {NEEDS[part].least:.0f} s are the least for it")
                     continue
                 before = len(read_injections(record))
-                ended = _run_apart(part, share, record, options)
+                ended = _run_apart(part, share, asked, record, options)
                 counts[part] = len(read_injections(record)) - before
                 if ended is None:
                     say(f"{part}: its {share:.0f} s are over; what was not judged by then does not count")
                 elif ended:
                     say(f"BROKEN: {part} ended with {ended}, its message stands above")
                     code = 1
-        except StoppedError as stop:
-            say(f"{stop}: all that was started has been ended")
-            code = stop.exit_code
+    except StoppedError as stop:
+        say(f"{stop}: all that was started has been ended")
+        code = stop.exit_code
     return _judge(options, read_injections(record), counts, code, time.monotonic() - started)
 
 
-def _run_apart(part: str, seconds: float, record: Path, options: argparse.Namespace) -> int | None:
+def _run_apart(part: str, seconds: float, asked: list[int], record: Path, options: argparse.Namespace) -> int | None:
     """Run one part in processes and in a folder of its own, which go with it."""
     folder = Path(tempfile.mkdtemp(prefix="fl-", dir="/tmp"))  # short: Ray puts sockets below it
     soft = max(seconds - RESERVE_S[part], seconds / 4)
@@ -121,7 +121,7 @@ def _run_apart(part: str, seconds: float, record: Path, options: argparse.Namesp
     )
     settings = [f"--seed={options.seed}", f"--rounds={options.rounds}", f"--minutes={soft / 60}", f"--record={record}"]
     try:
-        return run_part(command_of(part) + settings + only, seconds, env={**os.environ, "TMPDIR": str(folder)})
+        return run_part(command_of(part) + settings + only, seconds, asked, env={**os.environ, "TMPDIR": str(folder)})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -29,7 +29,7 @@ import traceback
 from pathlib import Path
 
 import psutil
-from time_budget import StoppedError, run_part, stop_on_signals
+from time_budget import StoppedError, note_signals, run_part
 
 _SLOW_S = 20.0
 _LEAST_S = 15.0
@@ -92,31 +92,32 @@ def _run_all(names: list[str], engine: str, seed: int, options: argparse.Namespa
     started = time.monotonic()
     until, code, number = started + options.minutes * 60, 0, 0
     names, left = names[: (fitting := max(1, int(options.minutes * 60 / _LEAST_S)))], names[fitting:]
-    with stop_on_signals():
-        print(
-            f"seed {seed}, inputs by {engine}, {len(names)} targets in at most {options.minutes:g} minutes in all: "
-            f"{options.minutes * 60 / len(names):.0f} s each, its start included",
-            flush=True,
-        )
-        if left:
-            print(f"left out, since {_LEAST_S:.0f} s are the least: {', '.join(left)}", flush=True)
-        try:
+    try:
+        with note_signals() as asked:
+            print(
+                f"seed {seed}, inputs by {engine}, {len(names)} targets in at most {options.minutes:g} minutes in all: "
+                f"{options.minutes * 60 / len(names):.0f} s each, its start included",
+                flush=True,
+            )
+            if left:
+                print(f"left out, since {_LEAST_S:.0f} s are the least: {', '.join(left)}", flush=True)
             for number, name in enumerate(names):
                 share = (until - time.monotonic()) / (len(names) - number)
-                code = max(code, _run_apart(name, engine, seed, share, options))
+                code = max(code, _run_apart(name, engine, seed, share, asked, options))
             number = len(names)
-        except StoppedError as stop:
-            print(f"{stop}: what ran has been ended", flush=True)
-            code = stop.exit_code
+    except StoppedError as stop:
+        print(f"{stop}: what ran has been ended", flush=True)
+        code = stop.exit_code
     print(f"{number} of {len(names)} targets in {time.monotonic() - started:.0f} s", flush=True)
     return code
 
 
-def _run_apart(name: str, engine: str, seed: int, share: float, options: argparse.Namespace) -> int:
+def _run_apart(name: str, engine: str, seed: int, share: float, asked: list[int], options: argparse.Namespace) -> int:
     """Run a target in a process and print its line; returns 1 where something broke.
 
     Args:
         share: seconds until it is ended, its start included.
+        asked: signals that came.
     """
     seconds = max(share - _END_S, share / 2)
     settings = ["--seconds", str(seconds), "--seed", str(seed), "--memory-mib", str(options.memory_mib)]
@@ -136,7 +137,7 @@ def _run_apart(name: str, engine: str, seed: int, share: float, options: argpars
         tempfile.TemporaryDirectory(prefix="fuzz-") as folder,
         (Path(folder) / "log").open("w+", errors="replace") as log,
     ):
-        code = run_part(command, share, stdout=log, stderr=log, env={**os.environ, "TMPDIR": folder})
+        code = run_part(command, share, asked, stdout=log, stderr=log, env={**os.environ, "TMPDIR": folder})
         log.seek(0)
         said = log.read()
     counts = re.findall(r"(?:stat::number_of_executed_units:\s*|executed |^#)(\d+)", said, flags=re.MULTILINE)

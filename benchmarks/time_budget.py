@@ -56,27 +56,34 @@ def share_out(needs: Mapping[str, Need], seconds: float) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Raise StoppedError at the first of SIGNALS while inside; later ones do not disturb what ends the parts."""
+def note_signals() -> Iterator[list[int]]:
+    """Yield a list into which SIGNALS go while inside: `run_part` looks into it, so that nothing else is interrupted."""
+    asked: list[int] = []
+    with _handle(lambda number, _frame: asked.append(number)):
+        yield asked
 
-    def stop(number: int, _frame: object) -> None:
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
-        raise StoppedError(number)
 
-    before = {each: signal.signal(each, stop) for each in SIGNALS}
+@contextlib.contextmanager
+def _handle(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    before = {each: signal.signal(each, handler) for each in SIGNALS}
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for each, earlier in before.items():
+            signal.signal(each, earlier)
 
 
 def run_to_end(check: Callable[[], int]) -> int:
     """Run a whole check in this process and end all that it started; returns its exit code, or that of a signal that came."""
+
+    def stop(number: int, _frame: object) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)  # the next one must not disturb the end
+        raise StoppedError(number)
+
     adopt_orphans()
     try:
-        with stop_on_signals():
+        with _handle(stop):
             return check()
     except StoppedError as stop:
         print(f"{stop}: all that was started has been ended", flush=True)
@@ -91,36 +98,40 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
-def run_part(command: Sequence[str], seconds: float, **settings: Any) -> int | None:
+def run_part(command: Sequence[str], seconds: float, asked: Sequence[int] = (), **settings: Any) -> int | None:
     """Run a part and end all that it started; returns its exit code, None where its time was over first.
 
     Args:
         command: what to run.
         seconds: time until it is ended.
+        asked: signals that came (`note_signals`).
         settings: of subprocess.Popen.
 
     Raises:
-        StoppedError: a signal came meanwhile (`stop_on_signals`); the part has been ended.
+        StoppedError: a signal came; the part has been ended.
     """
     adopt_orphans()
-    with subprocess.Popen(command, start_new_session=True, **settings) as process:  # Ctrl-C comes to the check alone
-        until = time.monotonic() + seconds
-        try:
-            while time.monotonic() < until:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    return process.wait(timeout=min(_LOOK_S, max(0.0, until - time.monotonic())))
-                _reap_orphans(process.pid)
-            return None
-        finally:
-            end_all_below()
+    process = None
+    until = time.monotonic() + seconds
+    try:
+        process = subprocess.Popen(command, start_new_session=True, **settings)  # Ctrl-C comes to the check alone
+        while time.monotonic() < until:
+            if asked:
+                raise StoppedError(asked[0])
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=min(_LOOK_S, max(0.0, until - time.monotonic())))
+            _reap_orphans(process.pid)
+        return None
+    finally:
+        end_all_below()
+        if process is not None:
+            process.wait()
 
 
 def end_all_below() -> None:
     """Kill every process below this one, orphans that it adopted too, and remove the shared memory that they left."""
     pids = set()
-    while victims := [
-        each for each in psutil.Process().children(recursive=True) if each.status() != psutil.STATUS_ZOMBIE
-    ]:
+    while victims := [each for each in psutil.Process().children(recursive=True) if _is_alive(each)]:
         for victim in victims:
             pids.add(victim.pid)
             with contextlib.suppress(psutil.Error):
@@ -138,3 +149,10 @@ def _reap_orphans(but: int | None = None) -> None:
         if child.pid != but:
             with contextlib.suppress(psutil.Error):
                 child.wait(timeout=0)
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

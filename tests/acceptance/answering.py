@@ -29,6 +29,7 @@ def evaluate_adapter(tools: Tools) -> None:
     record = evaluate(tools, "main")
     accuracy = record["metrics"]["accuracy"]
     checks.at_least("accuracy of the adapter", scale.accuracy, accuracy)
+    checks.at_least("its weighted F1", scale.weighted_f1, record["metrics"]["weighted_f1"])
     checks.at_least("accuracy above the base's", 0.15, accuracy - recorded(tools, "base")["metrics"]["accuracy"])
     adapter = tools.walk.runs / "main" / "adapter"
     staged = evaluate(tools, "main-staged", "--adapter", adapter, "--ray", "eval.num_stages=2")

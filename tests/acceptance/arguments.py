@@ -106,9 +106,12 @@ def main(words: list[str] | None = None) -> int:
             rows.append(row)
             _say(describe_row(row))
 
+    def is_kept(step: Step) -> bool:
+        return options.resume and step.name not in options.only and (walk.output / "ended" / step.name).exists()
+
     def run(step: Step) -> bool:
         ended = walk.output / "ended" / step.name
-        if options.resume and ended.exists() and step.name not in options.only:
+        if is_kept(step):
             return True
         tools, begun = Tools(walk, Checks(step.name, keep)), time.monotonic()
         ended.unlink(missing_ok=True)
@@ -132,7 +135,8 @@ def main(words: list[str] | None = None) -> int:
 
     cluster = SharedCluster(walk)
     try:
-        cluster.start()
+        if any(step.needs_ray and not is_kept(step) for step in options.steps):
+            cluster.start()
         run_steps(options.steps, run, skip, at_once, stop)
         if not options.only and not stop.is_set():
             _check_verbs(walk, Checks("verbs", keep))

@@ -29,6 +29,8 @@ class Scale:
     num_trials: int
     accuracy: float
     """Least share of right labels of the main adapter."""
+    weighted_f1: float
+    """Its least weighted F1. Whoever answers `neutral` to all of FPB has an accuracy of 0.60 and 0.45 here."""
     short_loss: float
     """Most loss, in nats an answer token, at the last of the short steps. At the first it is 1.0 to 2.5."""
     xbrl_accuracy: float
@@ -53,7 +55,8 @@ ON_GPU = Scale(
     num_xbrl_test=600,
     num_texts=300,
     num_trials=3,
-    accuracy=0.60,
+    accuracy=0.65,
+    weighted_f1=0.62,
     short_loss=0.8,
     xbrl_accuracy=0.30,
     seconds=240,
@@ -61,9 +64,9 @@ ON_GPU = Scale(
     steps_at_once=5,
     share=0.1,
 )
-# Two cores: 20 steps came to a loss of 0.25 on the generated set.
+# Two cores: 40 steps came to a loss of 0.02 on the generated set; 20 to 61.5 % and F1 52.6 on the first 96 of FPB.
 ON_CPU = Scale(
-    num_train=320,
+    num_train=640,
     num_test=96,
     learning_rate=2e-3,
     num_short_steps=10,
@@ -74,6 +77,7 @@ ON_CPU = Scale(
     num_texts=24,
     num_trials=2,
     accuracy=0.55,
+    weighted_f1=0.50,
     short_loss=0.8,
     xbrl_accuracy=0.05,
     seconds=420,

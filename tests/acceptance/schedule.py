@@ -17,6 +17,8 @@ class Step:
     run: Callable[[Any], None]
     needs: tuple[str, ...] = ()
     """Steps without whose outcome this one says nothing. It runs where they came to their end, even with a failed check."""
+    needs_ray: bool = True
+    """Whether some command of it joins the shared cluster."""
     makes: tuple[str, ...] = ()
     """Patterns of the folders that it makes, below the walk's own."""
 

@@ -6,7 +6,7 @@ from acceptance import answering, preparing, searching, serving, training
 from acceptance.schedule import Step
 
 STEPS: tuple[Step, ...] = (
-    Step(name="prepare", run=preparing.prepare, makes=("data",)),
+    Step(name="prepare", run=preparing.prepare, needs_ray=False, makes=("data",)),
     Step(name="train-main", run=training.train_main, needs=("prepare",), makes=("runs/main",)),
     Step(
         name="train-16-adamw", run=training.short_run(16, "adamw"), needs=("prepare",), makes=("runs/short-16-adamw",)
@@ -14,13 +14,14 @@ STEPS: tuple[Step, ...] = (
     Step(
         name="stop-resume",
         run=training.stop_and_resume,
+        needs_ray=False,
         needs=("prepare",),
         makes=(
             "runs/stopped",
             "runs/undisturbed",
         ),
     ),
-    Step(name="evaluate-base", run=answering.evaluate_base, needs=("prepare",), makes=("runs/base",)),
+    Step(name="evaluate-base", run=answering.evaluate_base, needs_ray=False, needs=("prepare",), makes=("runs/base",)),
     Step(name="xbrl", run=answering.xbrl, needs=("prepare",), makes=("runs/xbrl*",)),
     Step(
         name="evaluate", run=answering.evaluate_adapter, needs=("train-main", "evaluate-base"), makes=("runs/main-*",)
@@ -29,6 +30,7 @@ STEPS: tuple[Step, ...] = (
     Step(
         name="merge",
         run=answering.merge,
+        needs_ray=False,
         needs=("train-16-adamw",),
         makes=(
             "merged",
@@ -40,6 +42,7 @@ STEPS: tuple[Step, ...] = (
     Step(
         name="text",
         run=answering.evaluate_text,
+        needs_ray=False,
         needs=("train-main", "evaluate-base"),
         makes=(
             "runs/text",
@@ -69,13 +72,14 @@ STEPS: tuple[Step, ...] = (
         makes=("runs/short-4-zero_one_adam",),
     ),
     Step(name="doctor", run=training.doctor, needs=("prepare",)),
-    Step(name="plan", run=training.plan, needs=("prepare",)),
+    Step(name="plan", run=training.plan, needs_ray=False, needs=("prepare",)),
     Step(name="job", run=searching.submit_job, needs=("prepare",)),
-    Step(name="pretrain", run=preparing.pretrain, makes=("pretrained",)),
-    Step(name="prefetch", run=preparing.prefetch, makes=("mirror",)),
+    Step(name="pretrain", run=preparing.pretrain, needs_ray=False, makes=("pretrained",)),
+    Step(name="prefetch", run=preparing.prefetch, needs_ray=False, makes=("mirror",)),
     Step(
         name="report",
         run=searching.report,
+        needs_ray=False,
         needs=("evaluate", "evaluate-base"),
         makes=(
             "report",

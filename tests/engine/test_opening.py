@@ -33,6 +33,16 @@ def test_cache_gets_what_fits_and_refuses_less_than_a_request(make_config, monke
         pass
 
 
+def test_cache_on_a_gpu_leaves_room_for_what_micro_batches_compute(monkeypatch):
+    """A twentieth of the GPU and 1.5 GiB, whole blocks, and fewer than no rows where there is less."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10 * 2**30, 40 * 2**30))
+    rows = count_fitting_rows(torch.device("cuda"), 100_000)
+    assert rows % 16 == 0
+    assert 0 <= 6.5 * 2**30 - rows * 100_000 < 16 * 100_000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (2**30, 40 * 2**30))
+    assert count_fitting_rows(torch.device("cuda"), 100_000) < 0
+
+
 def test_rows_are_counted_in_blocks():
     assert [round_up(number) for number in (1, 16, 17)] == [16, 16, 32]
     assert count_fitting_rows(torch.device("cpu"), 10) >= 10**9

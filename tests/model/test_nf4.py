@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import adversarial
 import bitsandbytes as bnb
 import pytest
 import torch
 from adversarial import spoil
 
+from finlora.engine.opening import choose_batch_rows
 from finlora.model.elementwise import gate
 from finlora.model.frozen import MAX_FEW_ROWS, Nf4Weight, TiledNf4Weight, freeze, multiply_gated
-from finlora.model.nf4 import lay_tiles, pair_up, take_tiles, unpack_nf4
+from finlora.model.nf4 import can_tile, lay_tiles, pair_up, take_tiles, unpack_nf4
 
 
 def on_gpu(test):
@@ -235,3 +238,39 @@ def test_norm_of_few_rows(num_rows, width, dtype):
     plain = (weight.double() * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(dtype)
     eps = 2.0**-7 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(norm_rows(x, weight, 1e-5), plain, rtol=eps, atol=1e-6)
+
+
+def describe_layer(num_out, num_in):
+    """As much of a 4-bit layer as says how its blocks lie."""
+    state = SimpleNamespace(
+        nested=True, blocksize=64, state2=SimpleNamespace(blocksize=256), absmax=range(num_out * num_in // 64)
+    )
+    return SimpleNamespace(weight=SimpleNamespace(quant_state=state), in_features=num_in, out_features=num_out)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "inner", "key_value", "tiled"),
+    [
+        (576, 1536, 192, {"down"}),  # SmolLM2-135M: 576 is no multiple of 256
+        (2048, 8192, 512, {"qkv", "out", "gate_up", "down"}),  # Llama 3.2 1B
+        (3072, 8192, 1024, {"qkv", "out", "gate_up", "down"}),  # 3B
+        (4096, 14336, 1024, {"qkv", "out", "gate_up", "down"}),  # 8B
+        (8192, 28672, 1024, {"qkv", "out", "gate_up", "down"}),  # 70B
+        (16384, 53248, 1024, {"qkv", "out", "gate_up", "down"}),  # 405B
+    ],
+)
+def test_sizes_of_llamas_that_the_kernels_take(hidden, inner, key_value, tiled):
+    products = {
+        "qkv": [(hidden, hidden), (key_value, hidden), (key_value, hidden)],
+        "out": [(hidden, hidden)],
+        "gate_up": [(inner, hidden)] * 2,
+        "down": [(hidden, inner)],
+    }
+    found = {name for name, shapes in products.items() if can_tile([describe_layer(*shape) for shape in shapes])}
+    assert found == tiled
+    most_rows = choose_batch_rows(1) + 4096  # labels come on top
+    for shapes in products.values():
+        num_out, num_in = sum(out for out, _ in shapes), shapes[0][1]
+        # Triton's kernels of 8 bit count the numbers of each of their tensors in 31 bits.
+        assert max(num_out * num_in, most_rows * num_in, most_rows * num_out) < 2**31
+        assert num_out % 8 == num_in % 8 == 0  # as cuBLAS' int8 products need

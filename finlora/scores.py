@@ -23,10 +23,10 @@ class Majority(NamedTuple):
 
 
 def find_majority(result: Result) -> Majority | None:
-    """Return it by the confusion counts of any evaluation on the split; None for free text, and where they are not known."""
-    if not 1 < len(result.counts) <= _MAX_CLASSES:
-        return None
+    """Return it by the confusion counts of any evaluation on the split; None where they do not cover it, as with free text."""
     totals = {label: sum(row.values()) for label, row in result.counts.items()}
+    if not 1 < len(totals) <= _MAX_CLASSES or sum(totals.values()) != (result.num_examples or sum(totals.values())):
+        return None
     label = max(totals, key=lambda name: totals[name])
     share = totals[label] / max(sum(totals.values()), 1)
     # F1 of a constant answer: precision is its share, recall 1; all other labels have 0.

@@ -85,6 +85,8 @@ def test_majority_line_and_ties_are_said():
     told = "\n".join(table.notes)
     assert "fpb: 4bit-r4 and its base tie, as their intervals overlap: 60.0 (58.0–61.0) and 61.0 (59.0–62.0)." in told
     assert "fpb: 4bit-r4 is not above the majority class: 60.0 (58.0–61.0), where always answering neutral" in told
+    mixed = scores_of(make_evaluation(0.60, counts=COUNTS, num_examples=150))  # a third of them free text
+    assert [row[1] for row in mixed.rows] == ["4bit-r4"]
     clear = scores_of(make_evaluation(0.9, counts=COUNTS), make_evaluation(0.7, variant="base", counts=COUNTS))
     assert not any("tie" in note or "majority class" in note for note in clear.notes)
 

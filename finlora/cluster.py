@@ -25,12 +25,14 @@ _TOKEN_FILE = Path("~/.config/finlora/ray-token")
 
 
 def prepare() -> None:
-    """Set what Ray reads when it is imported: the token of a local cluster. Called before any import of Ray.
+    """Look whether a local Ray can start, and set the token that Ray reads when it is imported. Called before any import of Ray.
 
     Raises:
         ConfigError: the token cannot be kept in the home folder.
+        ResourceError: the temporary folder cannot hold what Ray puts there.
     """
     if is_local():
+        check_ray_temp()
         _guard_local()
 
 
@@ -55,9 +57,7 @@ def connect(log_to_driver: bool) -> None:
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "").strip()
-    if is_local():
-        check_ray_temp()
-    else:
+    if not is_local():
         versions = probe_cluster(address)
         require_same_versions(versions)
         require_node_here(versions)

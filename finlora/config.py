@@ -18,6 +18,8 @@ from finlora.errors import ConfigError
 Bits = Literal[16, 8, 4]
 Transport = Literal["messages", "nccl", "gloo"]
 Template = Literal["raw", "chat"]
+MAX_NAME_BYTES = 128
+"""Of a run's name: a file system takes 255 bytes, and Ray makes longer names of it."""
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -306,6 +308,14 @@ class RunConfig:
                 (
                     PurePath(self.name).name == self.name and self.name not in ("", ".", ".."),
                     f"name={self.name!r}: expected a plain folder name without a slash",
+                ),
+                (
+                    self.name.isprintable(),
+                    f"name={self.name!r}: expected a name on one line, without control characters",
+                ),
+                (
+                    len(self.name.encode("utf-8", "replace")) <= MAX_NAME_BYTES,
+                    f"name of {len(self.name)} characters: expected at most {MAX_NAME_BYTES} bytes, since it names a folder",
                 ),
                 (self.seed >= 0, f"seed={self.seed}: expected at least 0"),
                 (

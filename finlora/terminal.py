@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -252,8 +253,10 @@ def polling(poll: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
     stop = threading.Event()
 
     def run() -> None:
-        while not stop.wait(seconds):
-            poll()
+        # What fails here fails once more at the end, where it is told.
+        with contextlib.suppress(Exception):
+            while not stop.wait(seconds):
+                poll()
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()

@@ -38,6 +38,15 @@ class _PlainLoader(yaml.SafeLoader):
         self._depth -= 1
         return node
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:  # YAML forbids it, PyYAML takes the last
+                    raise _fault(f"found the key {key.value[:60]!r} twice: write it once", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         if node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_DIGITS:
             raise _fault(f"found a number of more than {_MAX_DIGITS} characters", node.start_mark)

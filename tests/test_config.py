@@ -252,3 +252,21 @@ def test_config_is_frozen_and_checks_itself():
         RunConfig().seed = 1
     with pytest.raises(ConfigError, match=r"lora\.rank=0"):
         LoraConfig(rank=0)
+
+
+def test_key_that_stands_twice_is_refused(tmp_path):
+    """PyYAML takes the last, so that a run would do something else than its first lines say."""
+    (tmp_path / "x.yaml").write_text("train:\n  epochs: 1\n  num_workers: 2\n  epochs: 3\n")
+    with pytest.raises(
+        ConfigError, match=r"is not valid YAML: found the key 'epochs' twice: write it once, line 4, column 3"
+    ):
+        load_config(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("a\nb", "expected a name on one line, without control characters"), ("n" * 129, "expected at most 128 bytes")],
+)
+def test_name_that_no_folder_should_have_is_refused(name, words):
+    with pytest.raises(ConfigError, match=words):
+        RunConfig(name=name)

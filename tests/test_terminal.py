@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 
 import pytest
 from rich.console import Console
@@ -126,3 +127,11 @@ def test_polling_calls_at_the_end_of_failed_work_too():
     with pytest.raises(ValueError, match="stopped"):
         fail()
     assert calls == [1]
+
+
+def test_what_fails_while_polling_is_told_once_at_the_end():
+    def fail():
+        raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"), polling(fail, seconds=0.01):
+        time.sleep(0.1)

@@ -108,6 +108,10 @@ def merge(
     if config is None and adapter is None:
         raise ConfigError("no adapter is named: give --config YAML for that of its run, or --adapter FOLDER.")
     target = resolve_output("--output ", output)
+    if config is None:
+        from finlora.model.contract import read_contract
+
+        read_contract(Path(adapter or "").expanduser().absolute())
     import torch
 
     from finlora.model.contract import read_contract

@@ -12,7 +12,6 @@ from finlora.doctor.checks import Finding, check_disk, check_nodes, fault, from_
 from finlora.doctor.facts import NodeFacts, gather, look_at, rebuild
 from finlora.doctor.inputs import check_base, check_data, check_hub
 from finlora.errors import ConfigError, DatasetError, FinloraError, ResourceError
-from finlora.host import check_ray_temp
 
 
 def examine(config: RunConfig | None, model: ModelConfig | None, gpus_wanted: float) -> list[Finding]:
@@ -79,7 +78,6 @@ def count_wanted(config: RunConfig) -> float:
 
 def _check_local() -> Finding:
     try:
-        check_ray_temp()
         cluster.prepare()
     except FinloraError as error:
         return from_error("Ray", error)

@@ -12,6 +12,7 @@ from finlora.data.encode import encode_choices, encode_prompt
 from finlora.data.question import Question
 from finlora.engine.grounding import find_quote
 from finlora.engine.request import ADAPTER, Finish, Piece, Request, Sampling, normalise_choices
+from finlora.errors import ConfigError
 from finlora.model.base_files import read_base_files
 from finlora.model.contract import read_contract
 
@@ -61,6 +62,12 @@ def ask(
     tokenizer = base.tokenizer
     date = base.check_adapter(adapter, read_contract(adapter)) if adapter else base.template_date
     request = make_request(question, tokenizer, config, sampling, ADAPTER if adapter else None, date)
+    longest = min(config.model.max_seq_len, int(base.source.config.max_position_embeddings))
+    if request.num_tokens > longest:
+        raise ConfigError(
+            f"the question takes {request.num_tokens:,} tokens with the room for its answer, and the model {longest:,}: shorten "
+            "the text, or raise model.max_seq_len as far as the base goes."
+        )
     # Slow to import, and not needed where the question cannot be asked.
     from finlora.engine.opening import open_engine
 

@@ -184,6 +184,8 @@ def _describe_missing(folder: Path) -> str:
         if (folder / "adapter" / CONTRACT_FILE).is_file():
             return f"is the folder of a run: give {folder / 'adapter'}."
         return f"has no {CONTRACT_FILE}, so its training did not finish: run `finlora train` to its end, or give another folder."
+    if folder.is_file():
+        return "is a file: give the `adapter` folder of a finished run."
     if not folder.is_dir():
         return "does not exist: run `finlora train` to its end, or give another folder."
     if (folder / ADAPTER_CONFIG).is_file():

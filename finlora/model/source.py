@@ -21,6 +21,7 @@ from finlora.model.architecture import (
     check_rotary,
     check_tensors,
 )
+from finlora.model.git_lfs import refuse_pointer
 from finlora.model.shapes import LlamaShape, shape_of
 
 if TYPE_CHECKING:
@@ -104,6 +105,11 @@ def _resolve_folder(model: ModelConfig) -> tuple[Path, str | None]:
     folder = Path(model.base).expanduser()
     if folder.is_dir():
         return folder, None
+    if folder.is_file():
+        raise ModelError(
+            f"model.base={model.base} is a file: give the folder of a Hugging Face model, with config.json, tokenizer.json and "
+            "16-bit weights in *.safetensors. A GGUF file is quantised already and cannot be used."
+        )
     is_hub_id = model.base.count("/") == 1 and not model.base.startswith((".", "/", "~"))
     if not is_hub_id:
         raise ModelError(
@@ -138,6 +144,7 @@ def _read_config(folder: Path) -> LlamaConfig:
     except FileNotFoundError:
         raise ModelError(f"{folder} has no config.json: expected a Hugging Face model folder.") from None
     except (OSError, ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise ModelError(f"{path} is not valid JSON ({error}): copy the model again.") from error
     family = values.get("model_type") if isinstance(values, dict) else None
     if family != "llama":
@@ -167,8 +174,12 @@ def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
         return _read_header(single)
     if index.is_file():
         return _read_shards(folder, index)
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
+    names = sorted(path.name for path in folder.iterdir())
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
+    packed = [name for name in names if name.endswith(".gguf")]
     found = f"only pickled weights ({pickled[0]}), which can run code when read" if pickled else "no weights"
+    if packed:
+        found = f"weights of llama.cpp ({packed[0]}), which are quantised already"
     raise ModelError(
         f"{folder} holds {found}: FinLoRA reads model.safetensors or its shards with an index, nothing else."
     )
@@ -217,6 +228,8 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             header: Any = json.loads(stream.read(length)) if header_is_whole else None
         except (ValueError, RecursionError):
             header = None
+    if header is None:
+        refuse_pointer(path)
     try:
         tensors = {
             name: StoredTensor(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finlora.errors import ModelError
+from finlora.model.git_lfs import refuse_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -44,6 +45,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer
 
+    for file in (path, path / "tokenizer.json", path / "tokenizer.model"):
+        if file.is_file():
+            refuse_pointer(file)
     if path.is_file():
         tokenizer = _from_tiktoken(path)
     elif (path / "tokenizer.json").is_file():

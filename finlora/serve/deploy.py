@@ -113,6 +113,8 @@ def check_server(deployment: Deployment, host: str | None, port: int | None, *, 
         check_certificate(settings.direct)
         require_free(settings.direct)
     KeyRing(settings.keys_path, os.environ)
+    if settings.adapters_folder is not None and settings.adapters_folder.is_file():
+        raise ConfigError(f"adapters_dir={settings.adapters_folder} is a file: expected the folder of adapters.")
     base = read_base(settings)
     for reason in AdapterShelf(settings.adapters_folder, base).describe_unserved():
         _logger.warning("Not served: %s", reason)
@@ -166,6 +168,8 @@ def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
             if direct.port is not None
             else ""
         )
+        if settings.adapters_folder is not None and not settings.adapters_folder.is_dir():
+            announce(f"adapters_dir={settings.adapters_folder} does not exist: the base alone is served until it does.")
         announce(f"Serving {settings.name} at {where} (page, /v1/...){beside}, in {kind}. Ctrl-C ends it.")
         stop.wait()
         announce("Letting the answers under way end.")

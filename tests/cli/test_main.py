@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -209,3 +210,15 @@ def test_evaluation_as_a_ray_task_gives_the_same_scores(call, config_file, tmp_p
 def test_line_is_shown_as_it_is(capsys):
     say("held by job x: python jobs/train.py data.tasks=[fpb] " + "y" * 200)
     assert capsys.readouterr().out == "held by job x: python jobs/train.py data.tasks=[fpb] " + "y" * 200 + "\n"
+
+
+def test_adapter_that_is_none_is_named_before_its_config_is_read(call, tmp_path, config_file):
+    code, _, error = call("merge", "--adapter", tmp_path / "none", "--output", tmp_path / "merged")
+    assert (code, f"adapter {tmp_path / 'none'} does not exist" in error) == (4, True)
+    code, _, error = call("evaluate", "--config", config_file, "--adapter", config_file)
+    assert (code, "config.yaml is a file: give the `adapter` folder of a finished run" in error) == (4, True)
+
+
+def test_argument_that_is_no_text_is_named(call):
+    code, _, error = call("train", os.fsdecode(b"name=\xff"))
+    assert (code, error[:76]) == (2, "Config error: argument 2 is b'name=\\xff', which is not UTF-8: expected text ")

@@ -14,7 +14,7 @@ from finlora.data.question import make_question
 from finlora.engine.ask import ask, rank_choices
 from finlora.engine.grounding import find_quote
 from finlora.engine.request import Sampling
-from finlora.errors import AdapterError
+from finlora.errors import AdapterError, ConfigError
 from finlora.model.base import load_base
 from finlora.model.contract import make_contract, write_contract
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
@@ -101,3 +101,14 @@ def test_answer_from_a_filing_says_where_it_stands(quote, words):
 def test_sampling_is_checked():
     with pytest.raises(Exception, match=r"top_p=0: expected 0 < top_p <= 1"):
         dataclasses.replace(SAMPLING, top_p=0)
+
+
+@pytest.mark.parametrize("limit", [64, 100_000])
+def test_text_too_long_is_refused_before_the_base_is_loaded(make_config, monkeypatch, limit):
+    monkeypatch.setattr("finlora.engine.opening.open_engine", None)
+    longest = min(limit, 8192)
+    question = make_question("fpb", "Profit rose. " * 2000, None)
+    with pytest.raises(
+        ConfigError, match=rf"tokens with the room for its answer, and the model {longest:,}: shorten the text"
+    ):
+        ask(make_config(f"model.max_seq_len={limit}"), None, question, SAMPLING, 1, ignore)

@@ -1,0 +1,23 @@
+"""git-lfs pointers: the notes of three lines that a clone without git-lfs leaves in the place of large files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finlora.errors import ModelError
+
+_MARK = b"version https://git-lfs"
+
+
+def refuse_pointer(path: Path) -> None:
+    """Look whether a file is the file itself.
+
+    Raises:
+        ModelError: it is git-lfs's note of it.
+    """
+    with path.open("rb") as stream:
+        is_pointer = stream.read(len(_MARK)) == _MARK
+    if is_pointer:
+        raise ModelError(
+            f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in {path.parent}, or download the model again."
+        )

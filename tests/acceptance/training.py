@@ -117,7 +117,7 @@ def stop_and_resume(tools: Tools) -> None:
     process.send(signal.SIGINT)
     done = tools.end(process, code=130)
     at = last_step(stopped)
-    checks.contains("SIGINT", "checkpoint", done.text)
+    checks.contains("SIGINT", "the same command resumes there", done.text)
     checks.equal("checkpoints of it", True, bool(list(stopped.glob("checkpoint_*"))))
     checks.at_most("step at which it stopped", total - 1, at)
     process = start("stopped")

@@ -46,7 +46,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--device", choices=["cuda", "cpu"], help="default: cuda where torch sees a GPU")
     add("--data", type=Path, help="folder with raw `fpb` and `xbrl`; without it: generated sets")
     add("--only", default="", help=f"steps by commas, with what they need: {', '.join(step.name for step in STEPS)}")
-    add("--jobs", type=int, help="steps at once; default: 1 on a CPU, up to 5 on a GPU")
+    add("--jobs", type=int, help="steps at once; default: 1 on a CPU, up to 8 on a GPU")
     add(
         "--minutes",
         type=float,
@@ -88,7 +88,7 @@ def main(words: list[str] | None = None) -> int:
     scale = ON_GPU if device == "cuda" else ON_CPU
     started = time.monotonic()
     walk = Walk(options.base, options.data, options.output, device, num_gpus, scale, options.patience)
-    at_once = options.jobs or max(1, min(scale.steps_at_once, (os.cpu_count() or 1) // 3))
+    at_once = options.jobs or max(1, min(scale.steps_at_once, (os.cpu_count() or 1) // 2))
     title = f"{device}, {num_gpus} GPUs, {os.cpu_count()} cores, {at_once} steps at once, {walk.task}"
     _say(f"Acceptance on {title}. Logs: {walk.logs}")
     rows: list[Row] = []

@@ -34,6 +34,9 @@ class Scale:
     short_loss: float
     """Most loss, in nats an answer token, at the last of the short steps. At the first it is 1.0 to 2.5."""
     xbrl_accuracy: float
+    """Least share of right answers of the adapter that reads generated filings."""
+    filing_accuracy: float
+    """Least share of right tags of the one that reads real ones."""
     seconds: float
     """Most seconds of a command on a machine that does nothing else."""
     minutes: float
@@ -43,7 +46,8 @@ class Scale:
     """GPU share of a worker, an evaluation or a stage."""
 
 
-# H200: FPB with 3,634 examples and 4 epochs at rate 5e-4 came to 82.1 %.
+# H200: 71.2 % and F1 71.7 on FPB, 81.7 % on generated filings, losses of 0.31 and 0.37 after the short steps; the base alone 19.7
+# and 24.0 %. FPB with 3,634 examples and 4 epochs at rate 5e-4 came to 82.1 %.
 ON_GPU = Scale(
     num_train=1600,
     num_test=600,
@@ -54,14 +58,15 @@ ON_GPU = Scale(
     num_xbrl_train=800,
     num_xbrl_test=600,
     num_texts=300,
-    num_trials=3,
+    num_trials=2,
     accuracy=0.65,
     weighted_f1=0.62,
     short_loss=0.8,
-    xbrl_accuracy=0.30,
+    xbrl_accuracy=0.50,
+    filing_accuracy=0.08,
     seconds=240,
     minutes=10,
-    steps_at_once=5,
+    steps_at_once=8,
     share=0.1,
 )
 # Two cores: 40 steps came to a loss of 0.02 on the generated set; 20 to 61.5 % and F1 52.6 on the first 96 of FPB.
@@ -80,6 +85,7 @@ ON_CPU = Scale(
     weighted_f1=0.50,
     short_loss=0.8,
     xbrl_accuracy=0.05,
+    filing_accuracy=0.0,
     seconds=420,
     minutes=25,
     steps_at_once=1,

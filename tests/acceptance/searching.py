@@ -29,8 +29,6 @@ def tune(tools: Tools) -> None:
         ),
         "search.validation_share=0.25",
     )
-    dry = tools.finlora("tune", "--config", walk.config, *settings, "--dry-run")
-    checks.equal("trials of the dry run", scale.num_trials, len(re.findall(r"^\d{3}-4bit-r", dry.text, re.MULTILINE)))
     tools.finlora("tune", "--config", walk.config, *settings)
     folder = walk.runs / "search"
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("trials/*/trial.json"))]

@@ -1,89 +1,57 @@
-"""All steps of the acceptance walk, in the order of the table; those needed come before those that need them."""
+"""All steps of the acceptance walk. Those needed stand before those that need them, and long chains before what is short."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from acceptance import answering, preparing, searching, serving, training
 from acceptance.schedule import Step
+from acceptance.walk import Tools
+
+
+def _step(
+    name: str, run: Callable[[Tools], None], needs: str = "prepare", makes: str = "", *, needs_ray: bool = True
+) -> Step:
+    return Step(name=name, run=run, needs=tuple(needs.split()), makes=tuple(makes.split()), needs_ray=needs_ray)
+
+
+def _short(bits: int, optimizer: str) -> Step:
+    name = training.run_name(bits, optimizer)
+    return _step(name, training.short_run(bits, optimizer), makes=f"runs/{name}")
+
 
 STEPS: tuple[Step, ...] = (
-    Step(name="prepare", run=preparing.prepare, needs_ray=False, makes=("data",)),
-    Step(name="train-main", run=training.train_main, needs=("prepare",), makes=("runs/main",)),
-    Step(
-        name="train-16-adamw", run=training.short_run(16, "adamw"), needs=("prepare",), makes=("runs/short-16-adamw",)
-    ),
-    Step(
-        name="stop-resume",
-        run=training.stop_and_resume,
-        needs_ray=False,
-        needs=("prepare",),
-        makes=(
-            "runs/stopped",
-            "runs/undisturbed",
-        ),
-    ),
-    Step(name="evaluate-base", run=answering.evaluate_base, needs_ray=False, needs=("prepare",), makes=("runs/base",)),
-    Step(name="xbrl", run=answering.xbrl, needs=("prepare",), makes=("runs/xbrl*",)),
-    Step(
-        name="evaluate", run=answering.evaluate_adapter, needs=("train-main", "evaluate-base"), makes=("runs/main-*",)
-    ),
-    Step(name="serve", run=serving.serve, needs=("train-main", "train-16-adamw"), makes=("serve",)),
-    Step(
-        name="merge",
-        run=answering.merge,
-        needs_ray=False,
-        needs=("train-16-adamw",),
-        makes=(
-            "merged",
-            "runs/beside",
-            "runs/merged",
-        ),
-    ),
-    Step(name="ask", run=answering.ask, needs=("train-main",)),
-    Step(
-        name="text",
-        run=answering.evaluate_text,
-        needs_ray=False,
-        needs=("train-main", "evaluate-base"),
-        makes=(
-            "runs/text",
-            "runs/base-text",
-        ),
-    ),
-    Step(name="tune", run=searching.tune, needs=("prepare",), makes=("runs/search",)),
-    Step(name="reproduce", run=searching.reproduce, needs=("prepare",), makes=("reproduce",)),
-    Step(name="train-8-adamw", run=training.short_run(8, "adamw"), needs=("prepare",), makes=("runs/short-8-adamw",)),
-    Step(name="train-4-adamw", run=training.short_run(4, "adamw"), needs=("prepare",), makes=("runs/short-4-adamw",)),
-    Step(
-        name="train-16-zero_one",
-        run=training.short_run(16, "zero_one_adam"),
-        needs=("prepare",),
-        makes=("runs/short-16-zero_one_adam",),
-    ),
-    Step(
-        name="train-8-zero_one",
-        run=training.short_run(8, "zero_one_adam"),
-        needs=("prepare",),
-        makes=("runs/short-8-zero_one_adam",),
-    ),
-    Step(
-        name="train-4-zero_one",
-        run=training.short_run(4, "zero_one_adam"),
-        needs=("prepare",),
-        makes=("runs/short-4-zero_one_adam",),
-    ),
-    Step(name="doctor", run=training.doctor, needs=("prepare",)),
-    Step(name="plan", run=training.plan, needs_ray=False, needs=("prepare",)),
-    Step(name="job", run=searching.submit_job, needs=("prepare",)),
-    Step(name="pretrain", run=preparing.pretrain, needs_ray=False, makes=("pretrained",)),
-    Step(name="prefetch", run=preparing.prefetch, needs_ray=False, makes=("mirror",)),
-    Step(
-        name="report",
-        run=searching.report,
-        needs_ray=False,
-        needs=("evaluate", "evaluate-base"),
-        makes=(
-            "report",
-            "to-report",
-        ),
-    ),
+    _step("prepare", preparing.prepare, needs="", makes="data", needs_ray=False),
+    _step("stop-resume", training.stop_and_resume, makes="runs/stopped"),
+    _step("train-main", training.train_main, makes="runs/main"),
+    _short(16, "adamw"),
+    _step("undisturbed", training.undisturbed, makes="runs/undisturbed", needs_ray=False),
+    _step("tune", searching.tune, makes="runs/search"),
+    _step("filings-base", answering.xbrl_base("filings"), makes="runs/filings-base", needs_ray=False),
+    _step("evaluate-base", answering.evaluate_base, makes="runs/base", needs_ray=False),
+    _step("serve", serving.serve, needs="train-main short-16-adamw", makes="serve"),
+    _step("filings", answering.xbrl("filings"), needs="filings-base", makes="runs/filings"),
+    _step("xbrl-base", answering.xbrl_base("xbrl"), makes="runs/xbrl-base", needs_ray=False),
+    _step("xbrl", answering.xbrl("xbrl"), needs="xbrl-base", makes="runs/xbrl"),
+    _step("beside", answering.beside, needs="short-16-adamw", makes="runs/beside", needs_ray=False),
+    _step("merge", answering.merge, needs="beside", makes="merged runs/merged", needs_ray=False),
+    _step("evaluate", answering.evaluate_adapter, needs="train-main evaluate-base", needs_ray=False),
+    _step("staged", answering.evaluate_staged, needs="evaluate", makes="runs/main-staged"),
+    _step("ask", answering.ask, needs="train-main"),
+    _step("ask-text", answering.ask_text),
+    _step("reproduce", searching.reproduce, makes="reproduce"),
+    _short(8, "adamw"),
+    _short(16, "zero_one_adam"),
+    _short(8, "zero_one_adam"),
+    _short(4, "zero_one_adam"),
+    _step("text-base", answering.text_base, makes="runs/base-text", needs_ray=False),
+    _step("text", answering.text_adapter, needs="train-main text-base", makes="runs/text", needs_ray=False),
+    _step("train-again", training.train_again, needs="train-main"),
+    _step("plan", training.plan, needs_ray=False),
+    _step("doctor", training.doctor),
+    _step("job", searching.submit_job),
+    _step("prefetch", preparing.prefetch, needs="", makes="mirror", needs_ray=False),
+    _step("pretrain", preparing.pretrain, needs="", makes="pretrained", needs_ray=False),
+    _step("report", searching.report, needs="evaluate", makes="report to-report", needs_ray=False),
+    _step("curves", training.compare_curves, needs="stop-resume undisturbed", needs_ray=False),
 )

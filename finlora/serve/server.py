@@ -266,6 +266,7 @@ class Server:
             "hash": adapter.hash,
             "bits": contract.bits,
             "rank": contract.rank,
+            "template_date": adapter.template_date,
             "tasks": sorted(contract.data_hashes),
             "loaded": adapter.engine_name in self.engine.snapshot.adapters,
         }

@@ -26,6 +26,8 @@ def live(dated_base, tmp_path_factory):
 
 def test_each_adapter_has_its_own_date_and_none_the_clocks(live, make_config, dated_base, pretend_day):
     config = make_config(f"model.base={dated_base}", "model.template=chat")
+    listed = send(live.address, "/v1/adapters", live.keys["admin"]).body["data"]
+    assert {facts["name"]: facts["template_date"] for facts in listed} == DATES
     found = {}
     for day in ("2026-11-30", "2026-12-01"):
         pretend_day(day)

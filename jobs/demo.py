@@ -56,7 +56,7 @@ DEMOS = {
             ("Generate the synthetic financial set", f"finlora prepare synthetic --output {HERE}/data"),
             (
                 "Pretrain a small Llama base on unlabelled text (once)",
-                f"finlora pretrain --tasks synthetic --output {HERE}/base --device cpu num_steps=280",
+                f"finlora pretrain --tasks synthetic --output {HERE}/base --device cpu num_steps=280 batch_size=8",
             ),
         ),
         run=HERE / "runs" / "demo-4bit-r4",

@@ -45,6 +45,30 @@ def test_own_choice_of_authentication_is_left_alone(home, monkeypatch):
     assert list(home.iterdir()) == []
 
 
+def test_workers_of_a_cluster_that_runs_already_get_the_environment_of_a_cpu(monkeypatch):
+    """They inherit that of `ray start`, which the command cannot change."""
+    asked = []
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # as the user has it
+    for name in ("probe_cluster", "require_same_versions", "require_node_here"):
+        monkeypatch.setattr(cluster, name, lambda _found: None)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **options: asked.append(options))
+    cluster.connect(log_to_driver=True)
+    environment = {"OMP_WAIT_POLICY": "active", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+    assert asked == [{"log_to_driver": True, "runtime_env": {"env_vars": environment}}]
+
+
+@pytest.mark.ray
+def test_workers_of_a_local_cluster_wait_asleep_on_the_cores_that_they_reserve(ray_instance):
+    def read():
+        import torch
+
+        return os.environ["OMP_WAIT_POLICY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], torch.get_num_threads()
+
+    assert cluster.call(read, num_cpus=0.5, num_gpus=0.0) == ("passive", "32", 1)
+
+
 @pytest.mark.ray
 def test_demands_the_cluster_cannot_meet_are_refused_by_words(ray_instance):
     cluster.require(1, 0.5, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from finlora.errors import AdapterError, ResourceError, StageLostError
 from finlora.model.tokenizer import load_tokenizer
 
 END, ROWS = 1, 1024
+MISSING = "FINLORA_TEST_MISSING"
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,9 @@ def pipeline(four_layers, ray_instance):
     from finlora.engine.pipeline import Pipeline, PipelineConfig
 
     config = PipelineConfig(num_stages=2, cache_rows=ROWS, device="cpu", cpus_per_stage=0.5)
-    pipeline = Pipeline(four_layers, 16, config, seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finlora.engine.pipeline.missing_environment", lambda: {MISSING: "here"})
+        pipeline = Pipeline(four_layers, 16, config, seed=0)
     yield pipeline
     pipeline.close()
 
@@ -40,6 +44,15 @@ def core(pipeline, four_layers, adapter_folders):
     yield core
     for name in list(core.adapters):
         core.unload_adapter(name)
+
+
+@pytest.mark.ray
+def test_stages_get_the_environment_that_their_starter_lacks(pipeline):
+    """A replica of `serve deploy` has that of `ray start`."""
+    found = [actor.__ray_call__.remote(lambda _stage: os.environ[MISSING]) for actor in pipeline.actors]
+    assert ray.get(found) == ["here", "here"]
+    threads = [actor.__ray_call__.remote(lambda _stage: os.environ["OMP_NUM_THREADS"]) for actor in pipeline.actors]
+    assert ray.get(threads) == ["1", "1"]
 
 
 def test_tokens_equal_transformers(core, plain):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 from finlora.cluster_probe import probe_cluster, require_node_here, require_same_versions
-from finlora.cpu import worker_environment
+from finlora.cpu import set_environment, worker_environment
 from finlora.errors import ConfigError, FinloraError, ResourceError
 from finlora.host import check_ray_temp, find_ray_temp
 from finlora.lease import take_lease
@@ -52,6 +52,7 @@ def connect(log_to_driver: bool) -> None:
             cannot start here.
     """
     prepare()
+    set_environment()  # a Ray that is started here inherits it
     import ray  # only now: Ray reads its authentication mode when it is imported
 
     if ray.is_initialized():

@@ -161,6 +161,12 @@ def require_free_port(host: str, port: int, name: str, mend: str) -> None:
         raise ResourceError(f"{name}={port} at {host} cannot be listened at ({error.strerror}): {mend}.") from error
 
 
+def fill_streams() -> None:
+    """Open what was closed before this process began, as by `>&-`: Python has no stream there, and printing is an error."""
+    sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+
+
 def soften_output() -> None:
     """Let standard output and error replace characters that their encoding lacks, where Python would end with an error."""
     for stream in (sys.stdout, sys.stderr):

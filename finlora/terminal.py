@@ -37,6 +37,14 @@ _LOG_SECONDS = 10.0
 _TICK_SECONDS = 1.0
 
 
+class OutputConsole(Console):
+    """A console whose reader may go away, as `head` does: the command ends with the shell's code of SIGPIPE, silently."""
+
+    def on_broken_pipe(self) -> None:
+        leave_output()
+        sys.exit(128 + signal.SIGPIPE)
+
+
 def show_error(error: FinloraError) -> None:
     """Print an error of ours to standard error: its kind, then its message."""
     kind = type(error).__name__.removesuffix("Error")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import threading
 import time
 
@@ -135,3 +137,10 @@ def test_what_fails_while_polling_is_told_once_at_the_end():
 
     with pytest.raises(OSError, match="no room"), polling(fail, seconds=0.01):
         time.sleep(0.1)
+
+
+@pytest.mark.parametrize(("shell", "code"), [("| true", 141), (">&-", 0)])
+def test_output_that_nobody_reads_is_no_error(shell, code):
+    command = f"set -o pipefail; {sys.executable} -m finlora.cli.main prepare list {shell}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from finlora.errors import ConfigError
+from finlora.host import fill_streams
+from finlora.terminal import OutputConsole
 
 # The verbs in the order of the work, which is the order of the help whatever module defines them.
 ORDER = (
@@ -49,8 +50,9 @@ app = typer.Typer(
     "The usual order: [bold]prepare[/] the data, [bold]train[/] an adapter, [bold]evaluate[/] base and adapter, "
     "[bold]report[/] the results.",
 )
+fill_streams()
 # A job log has no width of its own; the 80 columns that Rich assumes there break every table.
-console = Console(width=None if sys.stdout.isatty() else 140)
+console = OutputConsole(width=None if sys.stdout.isatty() else 140)
 
 ConfigPath = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; see jobs/configs/.")]
 Overrides = Annotated[

@@ -28,6 +28,8 @@ def every_core_taken():
 
 
 def test_wait_ends_with_the_holders_name_and_the_run_goes_on_later(configure, ray_instance):
+    from ray.experimental.internal_kv import _internal_kv_get
+
     from finlora.train.worker import run_training
 
     held = r"0 of \d+ free; held: \d+ by serve-of-otto \(job .*"
@@ -52,6 +54,8 @@ def test_wait_ends_with_the_holders_name_and_the_run_goes_on_later(configure, ra
     assert "by serve-of-otto" in lines[0]
     assert [step for step, _ in losses_of(config)] == [1]
     assert not folder_of(config).waiting.exists()
+    group = folder_of(config).group.read_text()
+    assert _internal_kv_get(group, namespace="finlora") == b"the training taken"  # for others that wait
     # Waiting of both attempts, and the work of both, each apart.
     both = read_attempts(folder_of(config))
     assert (result.attempts, result.waited_seconds) == (2, sum(each.waited for each in both))

@@ -99,9 +99,9 @@ def run_training(
     gpus = train.gpus_per_worker if train.device == "cuda" else 0.0
     cluster.require(train.num_workers, train.cpus_per_worker, gpus)
     training_set = load_training_set(config)
+    folder = open_run(config)
     if said := describe_date(training_set):
         announce(said)
-    folder = open_run(config)
     with claim_run(folder), stop_on_signals(folder.stop, announce):
         for line in mend_snapshot(folder.root):
             announce(line)

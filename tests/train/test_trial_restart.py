@@ -44,7 +44,7 @@ def test_driver_started_again_frees_the_dead_ones_workers_then_tells_asha_what_i
     def train(_config, own_run):
         seen.append(("train", (own_run.root / "busy").is_file()))
         append_held_out(own_run, 8, 0.25)
-        return {"accuracy": 0.5}
+        return {"accuracy": 0.5}, 2.5
 
     monkeypatch.setattr(trial, "free_group", lambda own_run: seen.append(("free", own_run == run)))
     monkeypatch.setattr(trial.tune, "report", lambda report: seen.append(("report", report)))

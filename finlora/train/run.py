@@ -74,6 +74,12 @@ class TrainingSet:
     template_date: str | None = None
     """Day that the chat template writes into each prompt; None: it writes none, or always its own."""
 
+    def name_inputs(self, weights_hash: str) -> dict[str, str]:
+        """Return what a run reads, by hashes: with another base, or other prompts, it is another run."""
+        # A date was not always fixed: the prompts of a run had the day of each of its attempts.
+        date = {"template date": self.template_date} if self.template_date else {}
+        return {**self.hashes, "base": weights_hash, **date}
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:

@@ -197,7 +197,8 @@ def _train(
     sampler = make_sampler(config, examples)
     total_steps = count_steps(sampler, config.train.epochs, config.train.max_steps)
     if worker == 0:  # before the base is loaded, which is where memory can run out
-        folder.plan.write_text(verdict.describe(config) + "\n", encoding="utf-8")
+        lines = filter(None, (verdict.describe(config), describe_date(training_set)))
+        folder.plan.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     with quiet_bitsandbytes():
         base = load_base(config.model, config.model.bits, device, config.seed)
         if worker == 0:
@@ -210,10 +211,8 @@ def _train(
         optimizer = make_optimizer(list(parameters.values()), config.optim, total_steps, meter.clock)
         engine = make_engine(taken.module, optimizer, config)
         meter.watch(engine)
-        hashes = {**training_set.hashes, "base": base.weights_hash}  # a base that was replaced meanwhile is another run
-        if training_set.template_date:  # before it was fixed, the prompts of a run had the day of each of its attempts
-            hashes["template date"] = training_set.template_date
-        info = CheckpointInfo(step=0, world_size=world_size, run_hash=hash_run(config, hashes))
+        run_hash = hash_run(config, training_set.name_inputs(base.weights_hash))
+        info = CheckpointInfo(step=0, world_size=world_size, run_hash=run_hash)
         start_step = 0
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is not None:

@@ -204,6 +204,7 @@ def test_prompts_have_one_date_on_any_day_and_it_goes_into_the_contract(make_con
     found = load_training_set(other)
     assert (found.template_date, other.model.template_date) == ("2025-03-09", "2025-03-09")
     assert found.encoded[0].prompt_ids != sets[0].encoded[0].prompt_ids
+    assert sets[0].name_inputs("ab") == {**sets[0].hashes, "base": "ab", "template date": "2024-07-26"}
     with pytest.raises(ConfigError, match=r"model.template_date: None there, 2025-03-09 here"):
         (open_run(config), open_run(other))
     folder = open_run(config)

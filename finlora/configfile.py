@@ -141,6 +141,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"config file {path} holds a {type(tree).__name__}: expected sections like `model:` and `train:`."
         )
+    if "applications" in tree:
+        raise ConfigError(
+            f"config file {path} describes a served model: expected a run's, as in jobs/configs/. "
+            f"`finlora serve --config {path}` serves it."
+        )
     return tree
 
 

@@ -256,6 +256,18 @@ def show_reply(
 
 
 @contextmanager
+def saying_later(words: str, seconds: float = 10.0) -> Iterator[None]:
+    """Print a line to standard error where what is inside takes longer than `seconds`."""
+    later = threading.Timer(seconds, lambda: Console(stderr=True).print(words, highlight=False, soft_wrap=True))
+    later.daemon = True
+    later.start()
+    try:
+        yield
+    finally:
+        later.cancel()
+
+
+@contextmanager
 def polling(poll: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
     """Call `poll` from a thread each `seconds` while inside, and once more at the end."""
     stop = threading.Event()

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from finlora.errors import ConfigError, FinloraError
-from finlora.terminal import Bars, describe_duration, open_bars, polling, show_error
+from finlora.terminal import Bars, describe_duration, open_bars, polling, saying_later, show_error
 
 
 @pytest.mark.parametrize(
@@ -144,3 +144,11 @@ def test_output_that_nobody_reads_is_no_error(shell, code):
     command = f"set -o pipefail; {sys.executable} -m finlora.cli.main prepare list {shell}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
+
+
+def test_long_wait_is_told_and_a_short_one_not(capsys):
+    with saying_later("Waiting for an answer.", seconds=60):
+        pass
+    with saying_later("Waiting for an answer.", seconds=0):
+        time.sleep(0.1)
+    assert capsys.readouterr().err == "Waiting for an answer.\n"

@@ -144,16 +144,18 @@ def ask(
 def _ask_server(
     server: str, model: str, task: str | None, text: str, about: str | None, temperature: float, seed: int | None
 ) -> None:
-    from finlora.serve.client import ask_server
+    from finlora.serve.client import TIMEOUT_S, ask_server
     from finlora.serve.keys import KEY_VARIABLE
-    from finlora.terminal import show_reply
+    from finlora.terminal import saying_later, show_reply
 
-    reply = ask_server(
-        *(server, os.environ.get(KEY_VARIABLE, ""), model, task, text, about),
-        temperature=temperature,
-        seed=seed,
-        on_text=lambda piece: console.out(piece, end=""),
-    )
+    words = f"Waiting for an answer of {server}, {TIMEOUT_S:.0f} s at most."
+    with saying_later(words):
+        reply = ask_server(
+            *(server, os.environ.get(KEY_VARIABLE, ""), model, task, text, about),
+            temperature=temperature,
+            seed=seed,
+            on_text=lambda piece: console.out(piece, end=""),
+        )
     show_reply(reply.probabilities, reply.quote, console, is_quoted=task in ("xbrl_tags", "xbrl_values"))
 
 

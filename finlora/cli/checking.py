@@ -58,7 +58,7 @@ def _read(config: Path | None, overrides: Sequence[str]) -> tuple[Any, Any, floa
     cluster.prepare()
     from finlora.doctor.checks import from_error, ok
     from finlora.errors import FinloraError
-    from finlora.serve.deploy import check_server, read_deployment  # Ray reads its settings when it is imported
+    from finlora.serve.deploy import check_server, count_stages, read_deployment  # imports Ray: see above
     from finlora.serve.settings import make_absolute
 
     deployment = read_deployment(config, overrides)
@@ -68,8 +68,7 @@ def _read(config: Path | None, overrides: Sequence[str]) -> tuple[Any, Any, floa
     except FinloraError as error:
         finding = from_error("server", error)
     stages = deployment.settings.stages
-    copies = deployment.options.get("num_replicas", 1)
-    gpus = stages.num * stages.gpus * (copies if isinstance(copies, int) else 1) if stages.device == "cuda" else 0.0
+    gpus = count_stages(deployment) * stages.gpus if stages.device == "cuda" else 0.0
     return None, make_absolute(deployment.settings).model, gpus, [finding]
 
 

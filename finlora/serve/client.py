@@ -25,7 +25,7 @@ from finlora.errors import ConfigError, ResourceError
 from finlora.host import require_listener
 from finlora.serve.keys import KEY_VARIABLE
 
-_TIMEOUT_S = 330.0
+TIMEOUT_S = 330.0
 _RETRIABLE = (408, 429)
 _BLOCK_BYTES, _MAX_REPLY_BYTES, _MAX_MESSAGE = 2**16, 2**24, 1000
 
@@ -95,7 +95,7 @@ def read_pieces(blocks: Iterable[bytes], address: str) -> Iterator[str]:
     Raises:
         ResourceError: the server says that the answer broke off, the line was cut, or what comes is no stream of ours.
     """
-    until = time.monotonic() + _TIMEOUT_S
+    until = time.monotonic() + TIMEOUT_S
     rest = b""
     for block in blocks:
         *lines, rest = (rest + block).split(b"\n")
@@ -188,7 +188,7 @@ def _open(address: str, path: str, key: str, body: dict[str, Any]) -> Iterator[A
         request = urllib.request.Request(address.rstrip("/") + path, json.dumps(body).encode(), headers)
         opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler(proxies))
         try:
-            reply = opener.open(request, timeout=_TIMEOUT_S)
+            reply = opener.open(request, timeout=TIMEOUT_S)
         except urllib.error.HTTPError as error:
             with error:
                 message = _read_message(error.read(_BLOCK_BYTES))

@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -59,7 +59,12 @@ def read_deployment(path: Path, overrides: Sequence[str] = ()) -> Deployment:
     from ray.serve.schema import ServeDeploySchema
 
     try:
-        schema = ServeDeploySchema.model_validate(read_yaml(path))
+        tree = read_yaml(path)
+        if not isinstance(tree, dict) or "applications" not in tree:
+            raise ConfigError(
+                f"{path} describes no served model: expected a Serve YAML with `applications:`, as in serve_configs/."
+            )
+        schema = ServeDeploySchema.model_validate(tree)
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: see serve_configs/ for one YAML a deployment.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -130,6 +135,7 @@ def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
     Raises:
         ResourceError: another service runs on the cluster, a port is taken, or the server did not come up; says why.
     """
+    import ray
     from ray import serve
     from ray.exceptions import RayError
 
@@ -139,6 +145,7 @@ def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
     kind = describe_type(settings.model, settings.stages.device)
     settings = dataclasses.replace(settings, model=resolve_model(settings.model, settings.stages.device))
     _require_no_service()
+    require_capacity(deployment, ray.cluster_resources())
     if _is_head():
         _require_free_proxy(http)  # Ray's own processes may have taken it meanwhile
     # It says of each step of its own that it was done, and once that our options are not applied, which they are.
@@ -182,6 +189,34 @@ def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
         serve.shutdown()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def count_stages(deployment: Deployment) -> int:
+    """Return how many stages all copies of the model have together; of copies that scale, those that it starts with."""
+    scaling = deployment.options.get("autoscaling_config") or {}
+    copies = deployment.options.get("num_replicas") or 1
+    if not isinstance(copies, int):  # `auto`
+        copies = scaling.get("min_replicas", 1)
+    return deployment.settings.stages.num * int(copies)
+
+
+def require_capacity(deployment: Deployment, total: Mapping[str, float]) -> None:
+    """Compare what all stages need with what the cluster has at all, instead of waiting for what cannot come.
+
+    Args:
+        total: the cluster's resources by Ray's names.
+
+    Raises:
+        ResourceError: it is too small.
+    """
+    stages, count = deployment.settings.stages, count_stages(deployment)
+    for kind, each in (("GPU", stages.gpus if stages.device == "cuda" else 0.0), ("CPU", stages.cpus)):
+        if count * each > total.get(kind, 0.0) + 1e-6:
+            mend = "or stages.device=cpu" if kind == "GPU" else "or a lower stages.cpus"
+            raise ResourceError(
+                f"the server asks for {count * each:g} {kind} ({count} stages of all copies x {each:g}), and the cluster has "
+                f"{total.get(kind, 0.0):g}: choose fewer stages.num or num_replicas, {mend}."
+            )
 
 
 def _require_free_proxy(http: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import yaml
 from typer.testing import CliRunner
 
 from finlora.cli.main import app
-from finlora.errors import ConfigError
+from finlora.configfile import load_config
+from finlora.errors import ConfigError, ResourceError
 from finlora.model.shapes import GIB, LLAMA_8B, LLAMA_70B, count_weight_bytes
-from finlora.serve.deploy import read_deployment
+from finlora.serve.deploy import check_server, count_stages, read_deployment, require_capacity
 from finlora.serve.settings import make_absolute, read_settings, to_args
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,3 +122,48 @@ def test_dry_run_tells_the_plan_and_a_key_is_made_and_shown_once(tmp_path):
     assert made.output.startswith("finlora-desk-")
     (entry,) = yaml.safe_load((tmp_path / "k.yaml").read_text())
     assert (entry["adapters"], entry["requests_per_minute"], entry["is_admin"]) == (["a", "b"], 5, False)
+
+
+def test_yaml_of_a_run_and_of_a_server_are_told_apart():
+    with pytest.raises(ConfigError, match=r"demo-4bit-r4.yaml describes no served model: expected a Serve YAML"):
+        read_deployment(ROOT / "jobs" / "configs" / "demo-4bit-r4.yaml")
+    with pytest.raises(
+        ConfigError, match=r"cpu-demo.yaml describes a served model: expected a run's.*`finlora serve --config"
+    ):
+        load_config(ROOT / "serve_configs" / "cpu-demo.yaml")
+
+
+def test_cluster_too_small_for_all_stages_is_refused_before_they_start():
+    deployment = read_deployment(ROOT / "serve_configs" / "llama-8b-replicated.yaml")
+    assert count_stages(deployment) == 4
+    require_capacity(deployment, {"GPU": 4.0, "CPU": 64.0})
+    with pytest.raises(
+        ResourceError, match=r"asks for 4 GPU \(4 stages of all copies x 1\), and the cluster has 2: choose fewer"
+    ):
+        require_capacity(deployment, {"GPU": 2.0, "CPU": 64.0})
+    with pytest.raises(ResourceError, match=r"asks for 4 CPU .* or a lower stages.cpus"):
+        require_capacity(deployment, {"GPU": 4.0, "CPU": 2.0})
+
+
+def test_folder_of_adapters_that_is_a_file_is_refused(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setenv("FINLORA_API_KEY", "k" * 43)
+    (tmp_path / "adapters").write_text("")
+    changes = [f"model.base={tiny_base}", f"adapters_dir={tmp_path / 'adapters'}", "keys_file=null", "audit_dir=null"]
+    deployment = read_deployment(ROOT / "serve_configs" / "cpu-demo.yaml", changes)
+    with pytest.raises(ConfigError, match=r"adapters is a file: expected the folder of adapters"):
+        check_server(deployment, None, None, is_here=False)
+
+
+def test_taken_port_is_refused_before_ray_starts(tiny_base, monkeypatch):
+    monkeypatch.setenv("FINLORA_API_KEY", "k" * 43)
+    changes = [f"model.base={tiny_base}", "adapters_dir=null", "keys_file=null", "audit_dir=null"]
+    deployment = read_deployment(ROOT / "serve_configs" / "cpu-demo.yaml", changes)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(
+            ResourceError, match=rf"^port={port} at 127.0.0.1 cannot be listened at .*take another port with --p"
+        ):
+            check_server(deployment, None, port, is_here=True)
+        assert check_server(deployment, None, port, is_here=False).http["port"] == port

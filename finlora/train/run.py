@@ -240,7 +240,14 @@ def open_run(config: RunConfig) -> RunFolder:
     """
     folder = RunFolder(Path(config.output_dir) / config.name)
     if folder.config.is_file():
-        differing = _differences(config_to_tree(load_config(folder.config)), config_to_tree(config))
+        try:
+            there = config_to_tree(load_config(folder.config))
+        except ConfigError as error:
+            raise ConfigError(
+                f"{folder.config}, of the run that is there, cannot be read by this version ({error}): resume it with the "
+                "version that wrote it, or choose another `name`."
+            ) from error
+        differing = _differences(there, config_to_tree(config))
         if differing:
             raise ConfigError(
                 f"{folder.root} already holds a run with other settings ({'; '.join(differing)}): restore them to resume "

@@ -55,6 +55,16 @@ def test_run_folder_keeps_the_config_that_reruns_it(make_config):
     assert open_run(config) == folder
 
 
+def test_run_of_another_version_is_told_by_its_file(make_config):
+    folder = open_run(make_config())
+    with folder.config.open("a", encoding="utf-8") as stream:
+        stream.write("of_a_newer_version: 1\n")
+    with pytest.raises(
+        ConfigError, match=r"config.yaml, of the run that is there, cannot be read by this version \(of_a_newer"
+    ):
+        open_run(make_config())
+
+
 def test_same_name_with_other_settings_is_refused_by_what_differs(make_config):
     open_run(make_config())
     words = r"already holds a run with other settings \(seed: 42 there, 7 here; lora.rank: 4 there, 8 here\).*another `name`"

@@ -19,7 +19,8 @@ SAME_MODEL = 0.02
 """Most that a probability may differ between two ways through one model, in bfloat16: some thousandths were seen."""
 ROUNDED_WEIGHTS = 0.1
 """Most that a probability may differ once the adapter is in the weights, which bfloat16 then rounds: 0.05 was seen."""
-CAPITAL = "What is the capital of France?"
+KNOWN, ANSWER = "What is the chemical symbol of water?", "H2O"
+"""A question whose first token the base is sure of (0.88, the next has 0.07): bfloat16 turns an answer at a near tie."""
 
 
 def evaluate_base(tools: Tools) -> None:
@@ -194,9 +195,9 @@ def ask(tools: Tools) -> None:
 def ask_text(tools: Tools) -> None:
     """The base as it came, asked for its own knowledge, in one process and over two stages."""
     checks, words = tools.checks, ("--config", tools.walk.config, "--base", "eval.bits=16")
-    one = tools.finlora("ask", CAPITAL, *words).text
-    checks.contains("answer", "Paris", one)
-    two = tools.finlora("ask", CAPITAL, *words, "--stages", "2").text
+    one = tools.finlora("ask", KNOWN, *words).text
+    checks.contains("answer", ANSWER, one)
+    two = tools.finlora("ask", KNOWN, *words, "--stages", "2").text
     checks.equal("answer over two stages", answer_of(one), answer_of(two))
 
 
@@ -214,7 +215,7 @@ def probabilities(text: str) -> dict[str, float]:
 
 def answer_of(text: str) -> str:
     """Return the line that holds the answer: others are warnings of libraries."""
-    return next((line.strip() for line in text.splitlines() if "Paris" in line), "no such line")
+    return next((line.strip() for line in text.splitlines() if ANSWER in line), "no such line")
 
 
 def difference(one: dict[str, float], other: dict[str, float]) -> float:

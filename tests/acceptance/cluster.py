@@ -48,7 +48,8 @@ class SharedCluster:
         words = [f"{key}={value}" for key, value in settings.items()]
         self.process = Process(
             [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *words],
-            self.walk.environment,
+            # Jobs say `python`, and mean this one.
+            {**self.walk.environment, "PATH": f"{Path(sys.executable).parent}:{self.walk.environment['PATH']}"},
             ROOT,
             self.walk.logs / "cluster.log",
         )

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from acceptance.answering import difference, probabilities
+from acceptance.answering import compare_merged, difference, probabilities
 from acceptance.arguments import read_arguments
 from acceptance.preparing import counts
 from acceptance.serving import read_body, read_stream
@@ -34,6 +34,28 @@ def test_probabilities_are_read_off_the_table_of_ask():
 def test_difference_is_the_largest_of_a_label_and_infinite_where_there_is_none():
     assert difference({"a": 0.25, "b": 0.75}, {"a": 0.5, "b": 0.5}) == 0.25
     assert difference({}, {}) == difference({"a": 1.0}, {"b": 1.0}) == float("inf")
+
+
+def test_merged_weights_are_the_sum_in_bfloat16_and_another_sum_is_seen(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    torch.manual_seed(1)
+    weight, kept = torch.randn(6, 4).bfloat16(), torch.randn(3).bfloat16()
+    b, a = torch.randn(6, 2), torch.randn(2, 4)
+    name = "model.layers.0.self_attn.q_proj"
+    lora = {f"base_model.model.{name}.lora_B.weight": b, f"base_model.model.{name}.lora_A.weight": a}
+    right = (weight.float() + 4.0 * b @ a).bfloat16()
+    for folder, merged in (("base", weight), ("right", right), ("wrong", (weight.float() + 4.2 * b @ a).bfloat16())):
+        (tmp_path / folder).mkdir()
+        save_file({f"{name}.weight": merged, "model.norm.weight": kept}, tmp_path / folder / "model.safetensors")
+    (tmp_path / "adapter").mkdir()
+    save_file(lora, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"lora_alpha": 8.0, "r": 2}')
+    changed, error = compare_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "right")
+    assert changed == 1
+    assert 0 < error <= 2**-8
+    assert compare_merged(tmp_path / "base", tmp_path / "adapter", tmp_path / "wrong")[1] > 2**-8
 
 
 def test_counts_are_read_off_the_table_of_prepare():

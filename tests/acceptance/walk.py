@@ -58,6 +58,9 @@ class Walk:
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
         own = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "FINLORA_"))}
+        own.pop(
+            "PYTHONDONTWRITEBYTECODE", None
+        )  # images set it; each of a hundred processes would compile all that it imports
         self.environment = {
             **own,
             MARK: self.mark,

@@ -109,5 +109,5 @@ def _time(run: Callable[[], object]) -> float:
 
 
 def _describe(ratio: float) -> str:
-    ways = f"{ratio:.1f} times faster" if ratio >= 1 else f"{1 / ratio:.1f} times slower"
-    return f"bfloat16 products are {ways} than float32 ones here"
+    times, way = (ratio, "faster") if ratio >= 1 else (1 / ratio, "slower")
+    return f"bfloat16 products are {times:.{0 if times >= 10 else 1}f} times {way} than float32 ones here"

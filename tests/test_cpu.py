@@ -46,7 +46,7 @@ def choose(monkeypatch):
             {*AVX2, "avx512_bf16", "amx_bf16"},
             0.02,
             "float32",
-            "bfloat16 products are 50.0 times slower than float32 ones here",
+            "bfloat16 products are 50 times slower than float32 ones here",
         ),
         # Another architecture shows no flags.
         (set(), 1.6, "bfloat16", "bfloat16 products are 1.6 times faster than float32 ones here"),

@@ -144,7 +144,7 @@ def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
     http, settings, direct = deployment.http, deployment.settings, deployment.settings.direct
     kind = describe_type(settings.model, settings.stages.device)
     settings = dataclasses.replace(settings, model=resolve_model(settings.model, settings.stages.device))
-    _require_no_service()
+    require_no_service()
     require_capacity(deployment, ray.cluster_resources())
     if _is_head():
         _require_free_proxy(http)  # Ray's own processes may have taken it meanwhile
@@ -231,7 +231,7 @@ def _is_head() -> bool:
     return any(node["NodeID"] == own and "node:__internal_head__" in node["Resources"] for node in ray.nodes())
 
 
-def _require_no_service() -> None:
+def require_no_service() -> None:
     """Refuse a cluster on which Ray Serve runs: at its end `finlora serve` would end that service too."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 from typer.testing import CliRunner
 
@@ -14,7 +15,7 @@ from finlora.cli.main import app
 from finlora.configfile import load_config
 from finlora.errors import ConfigError, ResourceError
 from finlora.model.shapes import GIB, LLAMA_8B, LLAMA_70B, count_weight_bytes
-from finlora.serve.deploy import check_server, count_stages, read_deployment, require_capacity
+from finlora.serve.deploy import check_server, count_stages, read_deployment, require_capacity, require_no_service
 from finlora.serve.settings import make_absolute, read_settings, to_args
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,3 +168,18 @@ def test_taken_port_is_refused_before_ray_starts(tiny_base, monkeypatch):
         ):
             check_server(deployment, None, port, is_here=True)
         assert check_server(deployment, None, port, is_here=False).http["port"] == port
+
+
+def test_cluster_on_which_a_service_runs_is_refused(monkeypatch):
+    """At its end `finlora serve` would end that service too."""
+
+    def find(name, namespace):
+        raise ValueError("no such actor")
+
+    monkeypatch.setattr(ray, "get_actor", find)
+    require_no_service()
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: (name, namespace))
+    with pytest.raises(
+        ResourceError, match=r"a Ray Serve service runs on this cluster already: update it with `serve deploy"
+    ):
+        require_no_service()

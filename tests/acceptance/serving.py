@@ -139,7 +139,7 @@ def settings_of(tools: Tools, folder: Any, port: int) -> dict[str, Any]:
         "name": "accept",
         "model": {"base": str(walk.base), "bits": 4, "template": "chat", "max_seq_len": 1024},
         "stages": {"num": 2, "device": walk.device, "cpus": 0.25, "cache_rows": 8192, **gpu},
-        "limits": {"max_texts": 8, "max_new_tokens": 64, "max_body_bytes": 65536},
+        "limits": {"max_texts": 8, "max_new_tokens": 64, "default_new_tokens": 32, "max_body_bytes": 65536},
         "adapters_dir": str(folder / "adapters"),
         "keys_file": str(folder / "keys.yaml"),
         "audit_dir": str(folder / "audit"),

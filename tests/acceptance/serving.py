@@ -15,7 +15,6 @@ import yaml
 
 from acceptance.answering import ANSWER, KNOWN, QUESTIONS, SAME_MODEL, ask_labels, difference, probabilities
 from acceptance.checks import Checks
-from acceptance.training import run_name
 from acceptance.walk import Tools, free_port
 
 _FRAGMENT = "<us-gaap:Revenues>48213</>\n<us-gaap:NetIncomeLoss>5120</>\n<us-gaap:Assets>90117</>"
@@ -82,8 +81,10 @@ def serve(tools: Tools) -> None:
     folder = walk.output / "serve"
     for name in ("v1", "v2"):
         shutil.copytree(walk.runs / "main" / "adapter", folder / "adapters" / "main" / name)
-    # Trained at 16 bit: it does not fit a base of 4.
-    shutil.copytree(walk.runs / run_name(16, "adamw") / "adapter", folder / "adapters" / "other")
+    damaged = (
+        shutil.copytree(walk.runs / "main" / "adapter", folder / "adapters" / "damaged") / "adapter_model.safetensors"
+    )
+    damaged.write_bytes(damaged.read_bytes()[:-1] + bytes([damaged.read_bytes()[-1] ^ 1]))
     port, direct = free_port(), free_port()
     (folder / "serve.yaml").write_text(yaml.safe_dump(settings_of(tools, folder, port)), encoding="utf-8")
     keys = {}
@@ -123,7 +124,7 @@ def serve(tools: Tools) -> None:
     checks.contains("Ctrl-C", "Letting the answers under way end", ended.text)
     audit = tools.finlora("audit", folder / "audit")
     checks.contains("the audit log", "whole", audit.text)
-    (log,) = list((folder / "audit").glob("*.jsonl"))[:1]
+    (log,) = list((folder / "audit").glob("*.jsonl"))
     lines = log.read_text(encoding="utf-8").splitlines()
     checks.at_least("entries of it", 10, len(lines))
     log.write_text("\n".join([lines[0], *lines[2:]]) + "\n", encoding="utf-8")
@@ -175,16 +176,15 @@ def _ask_health(client: Client, checks: Checks) -> None:
 
 def _ask_models(client: Client, checks: Checks) -> None:
     names = [model["id"] for model in client.ask("/v1/models")[1]["data"]]
-    checks.equal("/v1/models", ["accept", "accept:main", "accept:other"], names)
+    checks.equal("/v1/models", ["accept", "accept:damaged", "accept:main"], names)
     found = client.ask("/v1/models/accept:main", route="/v1/models/{model}")
     checks.equal("/v1/models/accept:main", (200, "accept:main"), (found[0], found[1].get("id")))
     checks.equal("/v1/models/nothing", 404, client.ask("/v1/models/nothing", route="/v1/models/{model}")[0])
     tasks = {task["name"]: task["labels"] for task in client.ask("/v1/tasks")[1]["data"]}
     checks.equal("/v1/tasks: labels of fpb", {"positive", "neutral", "negative"}, set(tasks["fpb"]))
-    status, refused, _ = client.ask("/v1/classify", {"model": "accept:other", "task": "fpb", "text": "x"})
-    checks.equal(
-        "an adapter of another base precision", (True, True), (status in (400, 409, 422), "bit" in str(refused))
-    )
+    status, refused, _ = client.ask("/v1/classify", {"model": "accept:damaged", "task": "fpb", "text": "x"})
+    checks.equal("an adapter of which a bit has changed", 422, status)
+    checks.contains("its refusal", "adapter_model.safetensors", str(refused))
 
 
 def _ask_labels(tools: Tools, client: Client, checks: Checks, direct: str) -> None:

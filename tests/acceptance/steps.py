@@ -29,7 +29,7 @@ STEPS: tuple[Step, ...] = (
     _step("tune", searching.tune, makes="runs/search"),
     _step("filings-base", answering.xbrl_base("filings"), makes="runs/filings-base", needs_ray=False),
     _step("evaluate-base", answering.evaluate_base, makes="runs/base", needs_ray=False),
-    _step("serve", serving.serve, needs="train-main short-16-adamw", makes="serve"),
+    _step("serve", serving.serve, needs="train-main", makes="serve"),
     _step("filings", answering.xbrl("filings"), needs="filings-base", makes="runs/filings"),
     _step("xbrl-base", answering.xbrl_base("xbrl"), makes="runs/xbrl-base", needs_ray=False),
     _step("xbrl", answering.xbrl("xbrl"), needs="xbrl-base", makes="runs/xbrl"),

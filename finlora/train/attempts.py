@@ -1,6 +1,6 @@
 """Seconds that a run was at work and waited for room, added up over its attempts; each start of its driver is one. No Ray here.
 
-The driver writes `attempts.json` every ten seconds, so that an attempt that is killed counts up to then.
+The driver writes `attempts.json` every five seconds, so that an attempt that is killed counts up to then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finlora.durable import seal, unseal, write_whole
 from finlora.train.progress import count_step_seconds
 from finlora.train.run import RunFolder
 
-_SAVE_EVERY_S = 10.0
+_SAVE_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

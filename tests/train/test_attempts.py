@@ -76,7 +76,7 @@ def test_attempts_are_added_up_and_a_killed_one_counts_to_its_last_record(folder
     stopped.save()
     killed = AttemptClock(folder, time)
     time.run(killed, 27, is_waiting=True)
-    time.run(killed, 58, is_waiting=False)  # no save(): its process is gone 5 s after it last wrote
+    time.run(killed, 57, is_waiting=False)  # no save(): its process is gone 4 s after it last wrote
     last = AttemptClock(folder, time)
     time.run(last, 10, is_waiting=False)
     assert [(each.seconds, each.waited) for each in last.list()] == [(33.0, 0.0), (53.0, 27.0), (10.0, 0.0)]

@@ -163,7 +163,7 @@ def test_stages_that_nobody_can_bring_back_end_it_at_once(make_core, prompts):
 
 
 def test_bf16_scores_stay_near_float32(four_layers, make_core, tokenizer, prompts, choices):
-    rough = ModelConfig(base=four_layers.base, weights="random")
+    rough = ModelConfig(base=four_layers.base, weights="random", compute_dtype="bfloat16")
     with quiet_bitsandbytes():
         net = load_base(rough, 16, CPU, 0).model
     stage = Stage(net, range(4), 1024, torch.bfloat16)

@@ -52,7 +52,7 @@ def make_packs(count):
 def make_module(tiny_base):
     def build(bits, is_captured):
         with quiet_bitsandbytes():
-            base = load_base(ModelConfig(base=str(tiny_base)), bits, DEVICE, 0)
+            base = load_base(ModelConfig(base=str(tiny_base), compute_dtype="bfloat16"), bits, DEVICE, 0)
         model = attach_lora(base.model, LoraConfig(rank=4, dropout=0.1), str(tiny_base), 1)
         torch.manual_seed(5)
         for parameter in trainable_parameters(model).values():

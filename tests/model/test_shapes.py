@@ -86,7 +86,7 @@ def load_random(tiny_base, tmp_path_factory):
     def load(shape, bits):
         folder = tmp_path_factory.mktemp("shape")
         write_config(folder, shape)
-        config = ModelConfig(base=str(folder), tokenizer=str(tiny_base), weights="random")
+        config = ModelConfig(base=str(folder), tokenizer=str(tiny_base), weights="random", compute_dtype="bfloat16")
         return load_base(config, bits, CPU, 0).model
 
     return load

@@ -20,6 +20,7 @@ from finlora.data.encode import collate
 from finlora.durable import hash_file
 from finlora.errors import ResourceError
 from finlora.model.contract import read_contract
+from finlora.precision import resolve_training
 from finlora.results import read_results
 from finlora.train.attempts import read_attempts
 from finlora.train.run import load_training_set
@@ -43,7 +44,7 @@ def test_adapter_folder_explains_itself_and_opens_in_peft(quantised):
     )
     assert contract.data_hashes == load_training_set(config).hashes
     assert contract.metrics == {"loss_last": losses_of(config)[-1][1], "steps": 6.0}
-    assert load_config(folder / "config.yaml") == config
+    assert load_config(folder / "config.yaml") == resolve_training(config)
     net = AutoModelForCausalLM.from_pretrained(config.model.base, dtype=torch.float32)
     ids = torch.arange(20)[None] + 5
     with torch.inference_mode():

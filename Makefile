@@ -33,14 +33,14 @@ $(STAMP): $(LOCKS) pyproject.toml
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	REAL_BASE=$(REAL_BASE) $(BIN)/python jobs/demo.py --base $(BASE)
+	REAL_BASE="$(REAL_BASE)" $(BIN)/python jobs/demo.py --base $(BASE)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
 # How a change is accepted: every verb as a user types it, on a real base. The table is .demo/accept/acceptance.md.
 accept: $(STAMP)
-	REAL_BASE=$(REAL_BASE) $(BIN)/python jobs/real_base.py
+	REAL_BASE="$(REAL_BASE)" $(BIN)/python jobs/real_base.py
 	rm -rf .demo/accept
 	$(BIN)/python -m tests.acceptance --base .demo/real-base --output .demo/accept \
 	  $(if $(DEVICE),--device $(DEVICE)) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))

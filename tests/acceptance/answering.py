@@ -214,8 +214,9 @@ def probabilities(text: str) -> dict[str, float]:
 
 
 def answer_of(text: str) -> str:
-    """Return the line that holds the answer: others are warnings of libraries."""
-    return next((line.strip() for line in text.splitlines() if ANSWER in line), "no such line")
+    """Return the line that holds the answer, without the lines of libraries, one of which may begin right behind it."""
+    line = next((line for line in text.splitlines() if ANSWER in line), "no such line")
+    return re.split(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", line)[0].strip()
 
 
 def difference(one: dict[str, float], other: dict[str, float]) -> float:

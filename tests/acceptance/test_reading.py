@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from acceptance.answering import compare_merged, difference, probabilities
+from acceptance.answering import answer_of, compare_merged, difference, probabilities
 from acceptance.arguments import read_arguments
 from acceptance.preparing import counts
 from acceptance.serving import read_body, read_stream
@@ -29,6 +29,12 @@ PREPARED = """
 def test_probabilities_are_read_off_the_table_of_ask():
     assert probabilities(ASKED) == {"positive": 0.635, "negative": 0.365}
     assert probabilities("Model error: no such folder") == {}
+
+
+def test_answer_ends_where_a_library_writes_on():
+    assert answer_of("loading\nIt is H2O.2026-11-30 04:29:37,428\tINFO dag.py -- Tearing down\n") == "It is H2O."
+    assert answer_of("loading\nIt is H2O.\n") == "It is H2O."
+    assert answer_of("loading") == "no such line"
 
 
 def test_difference_is_the_largest_of_a_label_and_infinite_where_there_is_none():

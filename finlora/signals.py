@@ -18,8 +18,13 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def heeded_signals() -> tuple[signal.Signals, ...]:
-    """Return those of ENDING that this process was not started to ignore, as `nohup` and `setsid` in scripts do."""
-    return tuple(number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN)
+    """Return those of ENDING that end this process in order: all, but SIGHUP where `nohup` had it ignored.
+
+    SIGINT counts even where it is ignored: a shell script starts each `command &` so, and who sends it by `kill -INT` means it.
+    """
+    return tuple(
+        number for number in ENDING if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+    )
 
 
 def leave_terminal() -> None:

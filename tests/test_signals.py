@@ -33,6 +33,14 @@ def test_ignored_hangup_stays_ignored():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def test_interrupt_counts_in_a_background_command_of_a_script():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's shell starts each `command &`
+    try:
+        assert heeded_signals() == ENDING
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_child_started_inside_does_not_hear_of_a_hangup():
     code = "import signal; print(signal.SIGHUP in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     with without_hangup_for_children():

@@ -27,6 +27,9 @@ class Scale:
     num_texts: int
     """Test examples answered as free text."""
     num_trials: int
+    num_trial_steps: int
+    num_trial_examples: int
+    """Of which a quarter is held out."""
     accuracy: float
     """Least share of right labels of the main adapter."""
     weighted_f1: float
@@ -59,6 +62,8 @@ ON_GPU = Scale(
     num_xbrl_test=600,
     num_texts=300,
     num_trials=2,
+    num_trial_steps=30,
+    num_trial_examples=160,
     accuracy=0.65,
     weighted_f1=0.62,
     short_loss=0.8,
@@ -81,6 +86,8 @@ ON_CPU = Scale(
     num_xbrl_test=66,
     num_texts=24,
     num_trials=2,
+    num_trial_steps=5,
+    num_trial_examples=96,
     accuracy=0.55,
     weighted_f1=0.50,
     short_loss=0.8,

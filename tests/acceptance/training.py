@@ -14,6 +14,7 @@ from acceptance.walk import Tools
 
 ALONE = {"RAY_ADDRESS": None}
 """Environment of commands that start a Ray of their own, as on a laptop."""
+_FIRST, _LAST = 6, 10
 DATA_FAULT = 3
 """Exit code of errors of the data, in finlora/errors.py."""
 
@@ -147,13 +148,17 @@ def stop_and_resume(tools: Tools) -> None:
 def compare_curves(tools: Tools) -> None:
     """The run that was stopped and killed, beside the undisturbed one."""
     walk, checks = tools.walk, tools.checks
-    one, other = curve(walk.runs / "stopped"), curve(walk.runs / "undisturbed")
-    # On a CPU both are equal bit for bit; on a GPU sums come in another order, and small steps drift apart.
-    tolerance = 0.1 if walk.device == "cuda" else 1e-3
-    checks.equal("steps", len(other), len(one))
-    checks.at_most(
-        "largest difference of a loss", tolerance, max(abs(a[1] - b[1]) for a, b in zip(one, other, strict=False))
-    )
+    one, other = dict(curve(walk.runs / "stopped")), dict(curve(walk.runs / "undisturbed"))
+    checks.equal("steps", list(other), list(one))
+    differences = [abs(one[step] - other[step]) for step in other]
+    if walk.device == "cpu":  # equal bit for bit
+        checks.at_most("largest difference of a loss", 1e-3, max(differences))
+        return
+    # On a GPU sums come in another order, and batches of 16 drift apart by 0.3 in bfloat16: what is compared is the beginning,
+    # with the resumption in it, and the end. A run that lost its weights or its place would differ by more than 1 at first.
+    checks.at_most(f"largest difference in the first {_FIRST} steps", 0.15, max(differences[:_FIRST]))
+    last = [sum(list(losses.values())[-_LAST:]) / _LAST for losses in (one, other)]
+    checks.close(f"mean loss of the last {_LAST} steps", last[1], last[0], 0.1)
 
 
 def _start_long(tools: Tools, name: str, environment: dict[str, str | None] | None = None) -> Process:

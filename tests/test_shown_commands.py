@@ -81,7 +81,7 @@ def test_each_shown_command_is_taken_by_its_program(name):
     for program, *words in shown_commands(name):
         if "--help" not in words:
             CHECKS[program](*words)
-        if words[0] == "deploy" and name != "README.md":  # which shows the line in short and leads to docs/serving.md
+        if words[0] == "deploy":
             assert {"-a", "--address"} & set(words), f"{name}: serve {' '.join(words)} does not say which cluster"
 
 

@@ -13,6 +13,18 @@ import pytest
 from finlora.signals import ENDING, StoppedByError, end_in_order, heeded_signals, without_hangup_for_children
 
 
+@pytest.fixture(autouse=True)
+def handlers_of_a_new_process():
+    """A Ray instance that another test has started leaves a handler of SIGTERM; a runner may ignore SIGINT and SIGHUP."""
+    before = {number: signal.getsignal(number) for number in ENDING}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_signal_unwinds_and_has_the_shells_code(number, code):
     with pytest.raises(StoppedByError) as stop, end_in_order():

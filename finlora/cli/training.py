@@ -111,16 +111,14 @@ def merge(
     if config is None:
         from finlora.model.contract import read_contract
 
-        read_contract(Path(adapter or "").expanduser().absolute())
+        own = Path(adapter or "").expanduser().absolute()
+        read_contract(own)  # says what stands there instead of an adapter
+        config = own / "config.yaml"
     import torch
 
-    from finlora.model.contract import read_contract
     from finlora.model.merge import export_merged
 
-    own = Path(adapter or "").expanduser() / "config.yaml"
-    if config is None and not own.is_file():
-        read_contract(own.parent)  # says what stands there instead of an adapter
-    settings = load_settings(config or own, overrides)
+    settings = load_settings(config, overrides)
     folder = choose_adapter(settings, adapter, base=False)
     assert folder is not None  # without --base there is one
     with open_bars(console, "merging"):

@@ -107,6 +107,21 @@ def write_prepared(
     return _report(task, variant, folder, parts, hashes, splits.notes, is_written=not (is_same or dry_run))
 
 
+def require_split(folder: Path, task: str, split: SplitName) -> Path:
+    """Return the file of a prepared split.
+
+    Raises:
+        DatasetError: it is not there; says what was prepared.
+    """
+    path = folder / task / f"{split}.parquet"
+    if not path.is_file():
+        why = (
+            f"only the test split of {task} was prepared" if (folder / task / "test.parquet").is_file() else "not found"
+        )
+        raise DatasetError(f"{path}: {why}. Run `finlora prepare {task} --output {folder}` first.")
+    return path
+
+
 def read_prepared(folder: Path, task: str, split: SplitName) -> PreparedSplit:
     """Read one split of a prepared set and verify its hash.
 
@@ -118,13 +133,8 @@ def read_prepared(folder: Path, task: str, split: SplitName) -> PreparedSplit:
     Raises:
         DatasetError: the file is missing, cut short, not written by FinLoRA, of another task or split, or was changed.
     """
-    path = folder / task / f"{split}.parquet"
+    path = require_split(folder, task, split)
     again = f"Run `finlora prepare {task} --output {folder} --overwrite` to write it anew."
-    if not path.is_file():
-        why = (
-            f"only the test split of {task} was prepared" if (folder / task / "test.parquet").is_file() else "not found"
-        )
-        raise DatasetError(f"{path}: {why}. Run `finlora prepare {task} --output {folder}` first.")
     try:
         facts, examples = read_examples(path)
     except (pa.ArrowException, OSError, MemoryError, ValueError, TypeError) as error:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finlora import cluster
 from finlora.config import ModelConfig, RunConfig
 from finlora.doctor.checks import Finding, check_disk, check_nodes, fault, from_error, ok
 from finlora.doctor.facts import NodeFacts, gather, look_at, rebuild
 from finlora.doctor.inputs import check_base, check_data, check_hub
-from finlora.errors import ConfigError, DatasetError, FinloraError, ResourceError
+from finlora.errors import ConfigError, FinloraError, ResourceError
+
+if TYPE_CHECKING:
+    from finlora.data.prepared import SplitName
 
 
 def examine(config: RunConfig | None, model: ModelConfig | None, gpus_wanted: float) -> list[Finding]:
@@ -23,7 +27,7 @@ def examine(config: RunConfig | None, model: ModelConfig | None, gpus_wanted: fl
         gpus_wanted: of all workers or stages together.
     """
     folders = _list_folders(config, model)
-    inputs = _list_inputs(config, model)
+    inputs = list(_list_inputs(config, model))
     nodes = [rebuild(gather(folders, inputs))]
     findings = []
     if cluster.is_local():
@@ -33,14 +37,16 @@ def examine(config: RunConfig | None, model: ModelConfig | None, gpus_wanted: fl
         nodes += others
         findings += more
     findings = [*check_nodes(nodes, gpus_wanted=gpus_wanted), *findings, *check_hub(model)]
+    base = None
     if model is not None:
-        findings += check_base(model)
+        more, base = check_base(model)
+        findings += more
     if config is not None:
-        findings += check_data(config)
+        findings += check_data(config, base)
     return findings
 
 
-def require_inputs(config: RunConfig, *, splits: tuple[str, ...]) -> None:
+def require_inputs(config: RunConfig, *, splits: tuple[SplitName, ...]) -> None:
     """Look, before Ray or a GPU, at what a run reads and where it writes.
 
     Args:
@@ -53,6 +59,7 @@ def require_inputs(config: RunConfig, *, splits: tuple[str, ...]) -> None:
         ModelError: the base's files are not usable.
         ResourceError: the disk is full.
     """
+    from finlora.data.prepared import require_split
     from finlora.model.base_files import check_base as check_base_files
 
     found = check_disk("this machine", look_at(Path(config.output_dir)))
@@ -61,9 +68,7 @@ def require_inputs(config: RunConfig, *, splits: tuple[str, ...]) -> None:
         raise kind(f"output_dir={config.output_dir}: {found.found}: {found.advice}.")
     for task in config.data.tasks:
         for split in splits:
-            path = Path(config.data.dir) / task / f"{split}.parquet"
-            if not path.is_file():
-                raise DatasetError(f"{path}: not found. Run `finlora prepare {task} --output {config.data.dir}` first.")
+            require_split(Path(config.data.dir), task, split)
     check_base_files(config.model)
 
 
@@ -109,11 +114,7 @@ def _list_folders(config: RunConfig | None, model: ModelConfig | None) -> list[s
     return found
 
 
-def _list_inputs(config: RunConfig | None, model: ModelConfig | None) -> list[str]:
-    return list(_iterate_inputs(config, model))
-
-
-def _iterate_inputs(config: RunConfig | None, model: ModelConfig | None) -> Iterator[str]:
+def _list_inputs(config: RunConfig | None, model: ModelConfig | None) -> Iterator[str]:
     if model is not None and Path(model.base).is_absolute():
         yield model.base
     if config is not None:

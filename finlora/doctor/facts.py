@@ -161,7 +161,7 @@ def parse_no_peer(text: str) -> tuple[str, ...]:
     """Read the matrix of `nvidia-smi topo -p2p r`: pairs of GPUs whose cell is not OK."""
     found = []
     for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
-        name, *cells = line.split()[:1] + line.split()[1:] or [""]
+        name, *cells = line.split() or [""]
         if _NAMES.fullmatch(name) and cells and not _NAMES.fullmatch(cells[0]):
             row = int(name[3:])
             found += [

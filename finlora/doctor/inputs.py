@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +14,8 @@ from finlora.hub import find_hub_problem, hub_host, is_behind_proxy, is_offline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+    from finlora.model.base_files import BaseFiles
 
 _SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 MAX_ROWS = 2000
@@ -37,30 +38,32 @@ def check_hub(model: ModelConfig | None) -> Iterator[Finding]:
         yield ok("hub", f"{hub_host()} answers")
 
 
-def check_base(model: ModelConfig) -> Iterator[Finding]:
-    """Look at the files of the base, its tokenizer and its chat template."""
+def check_base(model: ModelConfig) -> tuple[list[Finding], BaseFiles | None]:
+    """Look at the files of the base, its tokenizer and its chat template; returns them too, None where they are at fault."""
     from finlora.model.base_files import read_base_files
 
     try:
         base = read_base_files(model)
     except FinloraError as error:
-        yield from_error("base", error)
-        return
+        return [from_error("base", error)], None
     shards = set(base.source.shards.values())
     size = sum(path.stat().st_size for path in shards) / 2**30
-    yield ok("base", f"{model.base}: {len(shards)} files, {size:.2f} GiB, headers whole, with its tokenizer")
     date = f", dated {base.template_date}" if base.template_date else ""
-    yield ok("template", f"chat, as the tokenizer has it{date}" if model.template == "chat" else "raw: none is needed")
+    found = [
+        ok("base", f"{model.base}: {len(shards)} files, {size:.2f} GiB, headers whole, with its tokenizer"),
+        ok("template", f"chat, as the tokenizer has it{date}" if model.template == "chat" else "raw: none is needed"),
+    ]
+    return found, base
 
 
-def check_data(config: RunConfig) -> Iterator[Finding]:
-    """Look at the prepared splits of the config's tasks: there, whole, with answers, within model.max_seq_len."""
+def check_data(config: RunConfig, base: BaseFiles | None) -> Iterator[Finding]:
+    """Look at the prepared splits of the config's tasks: there, whole, with answers, within model.max_seq_len.
+
+    Args:
+        base: without it, lengths are not looked at.
+    """
     from finlora.data.prepared import read_prepared
-    from finlora.model.base_files import read_base_files
 
-    base = None
-    with contextlib.suppress(FinloraError):  # told as the base's fault
-        base = read_base_files(config.model)
     for task in config.data.tasks:
         for split in _SPLITS:
             name = f"{task} {split}"

@@ -57,16 +57,17 @@ def test_a_part_of_many_rows_is_looked_at_and_said(make_config, monkeypatch):
 
 def test_good_base_and_data_are_well(make_config):
     config = make_config()
-    assert {finding.level for finding in inputs.check_base(config.model)} == {"ok"}
-    assert {finding.level for finding in inputs.check_data(config)} == {"ok"}
+    found, base = inputs.check_base(config.model)
+    assert {finding.level for finding in found} == {"ok"}
+    assert {finding.level for finding in inputs.check_data(config, base)} == {"ok"}
 
 
 def test_missing_template_base_and_split_have_their_codes(make_config, tmp_path):
     config = make_config("model.template=chat", f"data.dir={tmp_path}")
-    assert told(inputs.check_base(config.model))[-1][:2] == ("fault", 4)
-    assert [finding.code for finding in inputs.check_data(config)] == [3, 3]
+    assert told(inputs.check_base(config.model)[0])[-1][:2] == ("fault", 4)
+    assert [finding.code for finding in inputs.check_data(config, None)] == [3, 3]
     absent = dataclasses.replace(config.model, base=str(tmp_path / "absent"))
-    assert [finding.code for finding in inputs.check_base(absent)] == [4]
+    assert [finding.code for finding in inputs.check_base(absent)[0]] == [4]
 
 
 @pytest.mark.parametrize(

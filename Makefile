@@ -4,6 +4,7 @@
 # Where no index is reachable, REAL_BASE=/path names that wheel, or a folder made from it (jobs/real_base.py --help).
 PYTHON ?= python3
 VENV := .venv
+DOCS := .docs
 # The build that .venv holds already: `make demo` after `make setup TORCH=gpu` must not put the CPU build in its place.
 TORCH ?= $(patsubst $(VENV)/.installed-%,%,$(firstword $(wildcard $(VENV)/.installed-*) $(VENV)/.installed-cpu))
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ BASE ?= small
 REAL_BASE ?=
 STAMP := $(VENV)/.installed-$(TORCH)
 
-.PHONY: setup demo test accept check lint chaos soak fuzz audit clean
+.PHONY: setup demo test accept check lint chaos soak fuzz audit docs clean
 
 setup: $(STAMP)
 
@@ -71,5 +72,14 @@ chaos: $(STAMP)
 soak: $(STAMP)
 	$(BIN)/python benchmarks/soak.py --minutes 60 --figure soak.png --record soak.jsonl
 
+# The documentation site in build/site; look at it with `python3 -m http.server -d build/site`. A dead link or anchor fails.
+$(DOCS)/.installed: requirements/docs.lock
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install -q -r requirements/docs.lock
+	@touch $@
+
+docs: $(DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q --strict
+
 clean:
-	rm -rf $(VENV) .audit .demo build *.egg-info fuzz-found
+	rm -rf $(VENV) $(DOCS) .audit .demo build *.egg-info fuzz-found

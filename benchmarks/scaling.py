@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py measure                                        # 6 runs, about 6 minutes on two cores
     python benchmarks/scaling.py measure --data ~/finlora/data --task ner       # ragged real examples
-    python benchmarks/scaling.py simulate --plot docs/scaling.png               # seconds
+    python benchmarks/scaling.py simulate --plot docs/explanation/scaling.png   # seconds
     python benchmarks/scaling.py simulate --models 70b:4:8.5 --spread 0.2 --network 25GbE:2.9e9:10e-6
 
 `measure` trains with each number of workers and each optimiser through Ray Train and DeepSpeed over gloo, 16 examples a worker

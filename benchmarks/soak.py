@@ -1,6 +1,6 @@
 """An hour of the CPU server under light load beside a long training: what each process holds, as a curve that must be flat.
 
-    python benchmarks/soak.py --minutes 60 --figure docs/soak.png --record soak.jsonl
+    python benchmarks/soak.py --minutes 60 --figure docs/explanation/soak.png --record soak.jsonl
     python benchmarks/soak.py --minutes 3 --every 2      # a look at the script itself
 
 Real commands: `finlora serve` with serve_configs/cpu-demo.yaml, asked by a few users with labels, streamed texts, the wrong key

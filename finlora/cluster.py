@@ -40,8 +40,8 @@ def connect(log_to_driver: bool) -> None:
     """Join the cluster of RAY_ADDRESS or the running job; start a local one otherwise.
 
     Its dashboard and its own address are on the loopback interface; other ports of Ray listen on all of the machine's
-    (docs/security.md). It is guarded by a token of FinLoRA's own, never by one in Ray's default place, since that file would
-    change how other Ray programs of this user behave.
+    (docs/explanation/security.md). It is guarded by a token of FinLoRA's own, never by one in Ray's default place, since that
+    file would change how other Ray programs of this user behave.
 
     Args:
         log_to_driver: show what workers print.

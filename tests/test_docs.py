@@ -1,4 +1,4 @@
-"""The pages of docs/: links lead somewhere, files are there, and quoted messages are ones that are raised."""
+"""The pages of docs/ and README: links lead somewhere, files are there, and quoted messages are ones that are raised."""
 
 from __future__ import annotations
 
@@ -12,18 +12,56 @@ from finlora.data.catalog import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT / "docs")): path for path in sorted((ROOT / "docs").rglob("*.md"))}
+ROOT_PAGES = {path.name: path for path in sorted(ROOT.glob("*.md"))}
 SOURCE = "\n".join(path.read_text() for path in (ROOT / "finlora").rglob("*.py"))
 # Strings of the source that the formatter or the author cut into several are whole again.
 SOURCE = re.sub(r'"\s*\n\s*f?"', "", SOURCE)
 
 
-@pytest.mark.parametrize("page", PAGES)
+def anchors_of(path):
+    """Return the anchors of a page's headings, as Python-Markdown and GitHub make them of ASCII titles."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    plain = [re.sub(r"\]\([^)]*\)", "", title) for title in titles]
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in plain}
+
+
+def broken_links(path):
+    """Return the links of a page that lead to no file, or to no heading of one."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        if "://" in link or link.startswith("mailto:"):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors_of(target)):
+            broken.append(link)
+    return broken
+
+
+@pytest.mark.parametrize("page", [*PAGES, *ROOT_PAGES])
 def test_links_and_paths_lead_to_files(page):
-    text = PAGES[page].read_text()
-    links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
-    assert [link for link in links if not (PAGES[page].parent / link).is_file()] == []
-    paths = re.findall(r"`((?:jobs|benchmarks|requirements|finlora|tests|cluster|docs|serve_configs)/[\w./-]*)`", text)
+    path = PAGES.get(page) or ROOT_PAGES[page]
+    assert broken_links(path) == []
+    paths = re.findall(
+        r"`((?:jobs|benchmarks|requirements|finlora|tests|cluster|docs|serve_configs)/[\w./-]*)`", path.read_text()
+    )
     assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
+def test_broken_link_and_anchor_are_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# A `key`, told\n[a](#a-key-told) [b](page.md#a-key-told) [c](#b) [d](none.md) [e](https://x.org/y)\n"
+    )
+    assert broken_links(page) == ["#b", "none.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_is_in_the_sites_navigation(page):
+    assert re.search(rf": {re.escape(page)}$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -38,20 +76,20 @@ def test_settings_that_a_page_names_exist(page):
 
 
 def test_each_task_has_a_page_with_its_licence_and_defects():
-    pages = {page: path.read_text() for page, path in PAGES.items() if page.startswith("tasks/")}
+    pages = {page: path.read_text() for page, path in PAGES.items() if page.startswith("reference/tasks/")}
     for task in TASKS.values():
         (page,) = [
             page
             for page, text in pages.items()
             if re.search(rf"^# .*\b{task.name}\b", text)
-            or (task.family == "synthetic" and page == "tasks/synthetic.md")
+            or (task.family == "synthetic" and page == "reference/tasks/synthetic.md")
         ]
         assert re.search(rf"^\|? ?.*{re.escape(task.licence)}", pages[page], flags=re.MULTILINE), task.name
         assert "## Defects" in pages[page]
 
 
 def test_messages_in_troubleshooting_are_raised_by_us_or_named_as_others():
-    quoted = re.findall(r"^\*\*`([^`]+)`", PAGES["troubleshooting.md"].read_text(), flags=re.MULTILINE)
+    quoted = re.findall(r"^\*\*`([^`]+)`", PAGES["how-to/troubleshooting.md"].read_text(), flags=re.MULTILINE)
     assert len(quoted) >= 8
     theirs = {"No available agent to submit job", "Maximum request body size 104857600 exceeded", "/readyz"}
     theirs |= {"NCCL error", "Duplicate GPU detected", "finlora plan", "ray job submit", "No such file"}

@@ -162,9 +162,9 @@ def newcomer(tiny_base, prepared_synthetic, tmp_path, monkeypatch, call):
     ("document", "reaches_hub", "verbs"),
     [
         ("README.md", True, ["prepare", "train", "evaluate", "evaluate", "report", "ask"]),
-        ("docs/life-of-a-run.md", True, ["prepare", "plan", "train", "evaluate", "ask", "report"]),
+        ("docs/explanation/life-of-a-run.md", True, ["prepare", "plan", "train", "evaluate", "ask", "report"]),
         (
-            "docs/first-server.md",
+            "docs/tutorials/first-server.md",
             False,  # as its first sentence says
             ["prefetch", "prefetch", "prepare", "plan", "train", "evaluate", "evaluate", "report", "ask", "key", "ask"],
         ),
@@ -178,7 +178,7 @@ def test_newcomer_gets_from_raw_data_to_an_answer(newcomer, document, reaches_hu
     assert newcomer.ran == verbs
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/serving.md", "docs/search.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/how-to/serve.md", "docs/how-to/search.md"])
 def test_what_is_cheap_runs_as_shown_where_data_and_base_are_at_hand(newcomer, document):
     newcomer.prepare("fpb")
     shown = [
@@ -189,4 +189,4 @@ def test_what_is_cheap_runs_as_shown_where_data_and_base_are_at_hand(newcomer, d
     for command in shown:
         if {"tune", "reproduce", "serve", "key", "audit", "jobs/tune.py"} & set(command[1:]):
             newcomer.type(*command)
-    assert {"README.md": 4, "docs/serving.md": 7, "docs/search.md": 2}[document] == len(newcomer.ran)
+    assert {"README.md": 4, "docs/how-to/serve.md": 7, "docs/how-to/search.md": 2}[document] == len(newcomer.ran)

@@ -147,7 +147,7 @@ def check_gpus(nodes: Sequence[NodeFacts], wanted: float) -> Iterator[Finding]:
             yield warn(
                 "peer access",
                 f"{node.host}: GPUs {', '.join(node.no_peer)} do not reach each other's memory",
-                "stages and NCCL pass through the host there, which is right and slower; see docs/troubleshooting.md",
+                "stages and NCCL pass through the host there, which is right and slower; see docs/how-to/troubleshooting.md",
             )
         elif len(node.gpus) > 1:
             yield ok("peer access", f"{node.host}: all GPUs reach each other")

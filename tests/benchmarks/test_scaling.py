@@ -101,7 +101,7 @@ def test_table_of_measured_runs_compares_with_lone_workers():
 def test_page_shows_what_the_script_prints_and_it_draws(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [str(SCRIPT), "simulate", "--plot", str(tmp_path / "plot.png")])
     assert scaling.main() == 0
-    page = (ROOT / "docs" / "scaling.md").read_text()
+    page = (ROOT / "docs" / "explanation" / "scaling.md").read_text()
     rows = re.findall(r"^\| (?:\d|8B|70B).*(?:%|Adam) \|$", capsys.readouterr().out, flags=re.MULTILINE)
     assert len(rows) == 22
     assert [row for row in rows if row not in page] == []

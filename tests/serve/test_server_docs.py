@@ -1,4 +1,4 @@
-"""The examples of docs/serving.md, run as they stand against a whole server; only names and addresses are its own."""
+"""The examples of docs/how-to/serve.md, run as they stand against a whole server; only names and addresses are its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from wire import send
 
 from finlora.serve.asgi import make_app
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "serve.md"
 BLOCKS = re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
 COMMANDS = [block.strip() for block in BLOCKS if block.strip().startswith("curl")]
 PROGRAMS = [textwrap.dedent(block) for block in BLOCKS if "import OpenAI" in block]

@@ -158,7 +158,7 @@ def test_long_run_sends_less_than_a_tenth_of_adam(reports) -> None:
     ],
 )
 def test_simulated_cluster_sends_what_these_ranks_sent(reports, key, sizes, block_size, schedule) -> None:
-    """docs/scaling.md: its bytes and rounds are those of real processes."""
+    """docs/explanation/scaling.md: its bytes and rounds are those of real processes."""
     load = Load(name="x", sizes=sizes, step_seconds=1.0, batch_size=2, spread=0.5, jitter=0.0, block_size=block_size)
     steps = draw_steps(load, len(reports), schedule.total_steps)
     outcome = simulate(Cluster(between=ETHERNET_10), load, "0/1 adam", schedule, steps)

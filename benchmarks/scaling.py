@@ -37,7 +37,7 @@ OPTIMISERS = ("adamw", "zero_one_adam")
 METHODS: tuple[Method, ...] = ("adamw free", "adamw ring", "adamw tree", "0/1 adam")
 SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B}
 MODELS = ("8b:4:140", "70b:4:8.5")
-"""Size, rank, and examples a second of one GPU: NER at 4 bit on an H100 (docs/performance.md)."""
+"""Size, rank, and examples a second of one GPU: NER at 4 bit on an H100 (docs/reference/performance.md)."""
 SPREAD = 0.54
 """Of the tokens of an example: NER's published train split by Llama 3's tokenizer, 94 in the mean and 499 at most."""
 JITTER = 0.02

@@ -55,7 +55,7 @@ check: lint test
 
 # MINUTES of broken inputs to whatever reads from outside; guided by coverage where atheris is installed too.
 fuzz: $(STAMP)
-	$(BIN)/python benchmarks/fuzz.py --minutes $(MINUTES)
+	$(BIN)/python -m tests.fuzz --minutes $(MINUTES)
 
 # Known holes in the locked packages: asks PyPI's advisories over the network, so not part of `check`. A package that cannot be
 # looked up fails it (--strict): else an index without advisories would read as "no known vulnerabilities".
@@ -67,10 +67,10 @@ audit: $(STAMP)
 
 # SIGKILLs, full disks and flipped bits: SEED and MINUTES are yours to set.
 chaos: $(STAMP)
-	$(BIN)/python benchmarks/chaos.py --seed $(SEED) --minutes $(MINUTES) --table chaos.md --record chaos.jsonl
+	$(BIN)/python -m tests.chaos --seed $(SEED) --minutes $(MINUTES) --table chaos.md --record chaos.jsonl
 
 soak: $(STAMP)
-	$(BIN)/python benchmarks/soak.py --minutes 60 --figure soak.png --record soak.jsonl
+	$(BIN)/python -m tests.soak --minutes 60 --figure soak.png --record soak.jsonl
 
 # The documentation site in build/site; look at it with `python3 -m http.server -d build/site`. A dead link or anchor fails.
 $(DOCS)/.installed: requirements/docs.lock

@@ -9,7 +9,7 @@ synchronisation, D = sqrt(v) + eps, C the 1-bit average with error feedback, n r
         every local interval:         m <- C(u) / sum of rate;    x <- x_synced - C(u) / D;    u <- 0
 
 T_v: each gap is used 16 times, then doubled. Local interval: doubled every `local_step_scaler` frozen steps, at most 16.
-With all switches off this is finlora's ZeroOneAdam (tests/test_benchmarks.py holds the two to equal weights).
+With all switches off this is finlora's ZeroOneAdam (tests/benchmarks/test_deepspeed_rule.py holds the two to equal weights).
 
 It needs neither DeepSpeed nor cupy: signs and scales are averaged as floats, bytes are counted as they would be sent.
 

@@ -21,6 +21,7 @@ DOCUMENTS = {
         *sorted((ROOT / "serve_configs").glob("*.yaml")),
         *sorted((ROOT / "jobs").glob("*.py")),
         *sorted((ROOT / "benchmarks").glob("*.py")),
+        *sorted(path for check in ("chaos", "fuzz", "soak") for path in (ROOT / "tests" / check).rglob("*.py")),
     )
 }
 """Every file that shows commands, by its path in the checkout."""

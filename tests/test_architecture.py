@@ -233,6 +233,15 @@ def test_tests_mirror_the_package():
 
 
 def test_test_files_have_names_of_their_own():
-    """pytest imports each by its file's name alone: of two of one name, neither can be collected beside the other."""
-    names = [file.name for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py"]
+    """pytest imports a file by its module name: of two with one name, neither can be collected beside the other."""
+    names = [module_name(file) for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py"]
     assert [name for name in sorted(set(names)) if names.count(name) > 1] == []
+
+
+def module_name(file: Path) -> str:
+    """Return the name under which pytest imports a file: its own, below those of the packages that hold it."""
+    name = file.stem
+    while (file.parent / "__init__.py").exists():
+        file = file.parent
+        name = f"{file.name}.{name}"
+    return name

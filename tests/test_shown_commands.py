@@ -53,7 +53,12 @@ def check_make(*words):
 
 def check_python(script, *rest):
     path = ROOT / script
-    assert path.is_file(), script
+    if script == "-m":
+        module, *rest = rest
+        assert module.startswith("tests."), module
+        path = ROOT.joinpath(*module.split("."))
+        path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+    assert path.is_file(), (script, *rest)
     if path.parent.name == "jobs" and path.stem in VERBS:
         check_finlora(path.stem, *rest)
         return

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
+import comparison
 
 from finlora.results import Result
-
-comparison = pytest.importorskip("comparison")
 
 
 def evaluation(variant, accuracy, bits=4, name="adamw", seed=0):

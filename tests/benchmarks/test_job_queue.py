@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from types import SimpleNamespace
 
+import job_queue
 import pytest
-
-job_queue = pytest.importorskip("job_queue")
 
 
 class Cluster:

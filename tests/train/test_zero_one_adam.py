@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from cluster_model import ETHERNET_10, Cluster, Load, draw_steps, simulate
 from torch import Tensor
 from zero_one_adam_reference import run as run_reference
 from zero_one_adam_reference import variance_steps
@@ -33,10 +32,6 @@ from zero_one_adam_world import (
 
 from finlora.errors import CheckpointError
 from finlora.train.onebit import Schedule
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from cluster_model import ETHERNET_10, Cluster, Load, draw_steps, simulate
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])

@@ -1,7 +1,7 @@
 """Search as a job on several Ray nodes of this machine, lose a node with its trials, and end with every trial done once.
 
-    python benchmarks/search_failure.py                             # about 4 minutes on two cores, no GPU
-    python benchmarks/search_failure.py --trials 4 --steps 60       # shorter
+    python -m tests.chaos.nodes.search_failure                             # about 4 minutes on two cores, no GPU
+    python -m tests.chaos.nodes.search_failure --trials 4 --steps 60       # shorter
 
 A head and two nodes, token authentication, `ray job submit`. Once a trial has ended and others train on both nodes, one node
 is killed with all its processes; no other takes its place. Exit code 1: a trial that had ended before the kill was done again or
@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 
 import psutil
-from local_nodes import ROOT, LocalNodes
-from node_failure import LIMIT_S, log_of, make_base, settings, status_of, wait_until
-from time_budget import run_to_end
+
+from tests.chaos.nodes.local_nodes import LocalNodes
+from tests.chaos.nodes.node_failure import LIMIT_S, log_of, make_base, settings, status_of, wait_until
+from tests.chaos.time_budget import run_to_end
 
 NAME = "search"
 EVERY_STEPS = 0.1
@@ -159,7 +160,9 @@ def run_with_a_loss(nodes: LocalNodes, num_trials: int, steps: int) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos.nodes.search_failure", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--trials", type=int, default=6)
     parser.add_argument("--steps", type=int, default=200, help="optimiser steps of each trial")
     options = parser.parse_args()
@@ -179,5 +182,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    assert Path.cwd() == ROOT, "run it from the checkout"
     sys.exit(run_to_end(main))

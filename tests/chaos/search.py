@@ -6,9 +6,9 @@ import json
 import random
 import time
 
-from chaos_record import Injection, Tally
-from chaos_train import LIMIT_S, Fire, values_of, wait_until
-from node_failure import settings
+from tests.chaos.nodes.node_failure import settings
+from tests.chaos.record import Injection, Tally
+from tests.chaos.train import LIMIT_S, Fire, values_of, wait_until
 
 
 def run_search_under_fire(tally: Tally, seed: int) -> None:

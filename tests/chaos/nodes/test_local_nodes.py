@@ -9,7 +9,8 @@ import sys
 import time
 
 import psutil
-from local_nodes import LocalNodes
+
+from tests.chaos.nodes.local_nodes import LocalNodes
 
 NODES = "import ray; ray.init(logging_level='ERROR'); print(sorted(n['Alive'] for n in ray.nodes()), ray.cluster_resources())"
 

@@ -19,13 +19,13 @@ import subprocess
 import sys
 import time
 
-import node_failure
 import psutil
-from chaos_record import Injection, Tally, plain, say, traces
-from local_nodes import ROOT, LocalNodes
-from node_failure import BASE, settings, steps_done
 
 from finlora.durable import scratch_folder
+from tests.chaos.nodes import node_failure
+from tests.chaos.nodes.local_nodes import ROOT, LocalNodes
+from tests.chaos.nodes.node_failure import BASE, settings, steps_done
+from tests.chaos.record import Injection, Tally, plain, say, traces
 
 STEPS = 600
 COORDINATOR = "_AutoscalingCoordinatorActor"

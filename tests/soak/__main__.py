@@ -1,7 +1,7 @@
 """An hour of the CPU server under light load beside a long training: what each process holds, as a curve that must be flat.
 
-    python benchmarks/soak.py --minutes 60 --figure docs/explanation/soak.png --record soak.jsonl
-    python benchmarks/soak.py --minutes 3 --every 2      # a look at the script itself
+    python -m tests.soak --minutes 60 --figure docs/explanation/soak.png --record soak.jsonl
+    python -m tests.soak --minutes 3 --every 2      # a look at the script itself
 
 Real commands: `finlora serve` with serve_configs/cpu-demo.yaml, asked by a few users with labels, streamed texts, the wrong key
 and a body that is refused; and `finlora train` with two workers, which writes a checkpoint each 50 steps. Resident memory, file
@@ -29,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from chaos_record import say
-from live_commands import READY_S, LiveCommands, descendants, title
-from soak_curve import RAYS_OWN, report
-from time_budget import StoppedError, run_to_end
+
+from tests.chaos.live_commands import READY_S, LiveCommands, descendants, title
+from tests.chaos.record import say
+from tests.chaos.time_budget import StoppedError, run_to_end
+from tests.soak.curve import RAYS_OWN, report
 
 ROLES = (
     ("proxy", r"ray::ProxyActor"),
@@ -49,7 +50,9 @@ EPOCHS = 500
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=60.0)
     parser.add_argument("--every", type=float, default=15.0, help="seconds between two samples")
     parser.add_argument("--figure", type=Path, help="PNG of the curve")

@@ -1,13 +1,12 @@
 """What FinLoRA reads from outside, as functions of bytes: each may raise FinLoRA's own errors and nothing else.
 
-Run by benchmarks/fuzz.py for minutes, and by tests/benchmarks/test_fuzz.py for seconds. Each target has valid inputs, its seeds,
+Run by `python -m tests.fuzz` for minutes, and by test_fuzz.py for seconds. Each target has valid inputs, its seeds,
 from which inputs are bred.
 """
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import shutil
 import tempfile
@@ -18,6 +17,22 @@ from types import SimpleNamespace
 from typing import Any
 
 from finlora.errors import FinloraError
+from tests.fuzz.corpus import (
+    BODIES,
+    EVENTS,
+    HEADLINES,
+    SHAPE,
+    adapter_files,
+    made,
+    make_adapter,
+    make_arrow,
+    make_audit,
+    make_config,
+    make_keys,
+    make_prepared,
+    make_serve_config,
+    nwgi_seed,
+)
 
 
 @dataclass(frozen=True)
@@ -102,17 +117,6 @@ def _prepared(data: bytes, folder: Path) -> None:
         (example.prompt + example.answer).encode()
 
 
-_SHAPE: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "tie_word_embeddings": False,
-}
-
-
 def _adapter_with(name: str) -> Callable[[bytes, Path], object]:
     """An adapter folder of which one file is not what it was."""
 
@@ -124,12 +128,12 @@ def _adapter_with(name: str) -> Callable[[bytes, Path], object]:
         from finlora.model.contract import read_contract
         from finlora.model.shapes import shape_of
 
-        for file, content in _adapter_files().items():
+        for file, content in adapter_files().items():
             (folder / file).write_bytes(content)
         (folder / name).write_bytes(data)
         read_contract(folder)
         check_adapter(folder)
-        adapter = read_adapter(folder, shape_of(_SHAPE), range(1), torch.float32, torch.device("cpu"))
+        adapter = read_adapter(folder, shape_of(SHAPE), range(1), torch.float32, torch.device("cpu"))
         for updates in adapter.values():
             for update in updates:
                 assert update.down.isfinite().all()
@@ -145,8 +149,8 @@ def _base_with(name: str) -> Callable[[bytes, Path], object]:
         from finlora.config import ModelConfig
         from finlora.model.source import find_source, fingerprint_weights
 
-        (folder / "config.json").write_text(json.dumps(_SHAPE | {"model_type": "llama"}))
-        (folder / "model.safetensors").write_bytes(_adapter_files()["adapter_model.safetensors"])
+        (folder / "config.json").write_text(json.dumps(SHAPE | {"model_type": "llama"}))
+        (folder / "model.safetensors").write_bytes(adapter_files()["adapter_model.safetensors"])
         (folder / name).write_bytes(data)
         fingerprint_weights(find_source(ModelConfig(base=str(folder))))
 
@@ -262,177 +266,32 @@ def _audit(data: bytes, folder: Path) -> None:
     verify_audit(folder / "audit-1.jsonl", ["0" * 64])
 
 
-def _made(make: Callable[[Path], None], *names: str) -> Callable[[], list[bytes]]:
-    """Seeds: files that a function writes."""
-
-    def seeds() -> list[bytes]:
-        folder = Path(tempfile.mkdtemp(prefix="seed-"))
-        try:
-            make(folder)
-            return [(folder / name).read_bytes() for name in names]
-        finally:
-            shutil.rmtree(folder)
-
-    return seeds
-
-
-def _make_config(folder: Path) -> None:
-    from finlora.configfile import load_config, save_config
-
-    save_config(load_config(None), folder / "config.yaml")
-
-
-def _make_serve_config(folder: Path) -> None:
-    import yaml
-
-    from finlora.serve.settings import ServeConfig, to_args
-
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_args(ServeConfig())))
-
-
-def _make_keys(folder: Path) -> None:
-    from finlora.serve.keys import add_key
-
-    limits: dict[str, Any] = {"requests_per_minute": 3, "tokens_per_minute": None, "is_admin": False}
-    add_key(folder / "keys.yaml", "desk", adapters=("ner",), **limits)
-
-
-def _make_prepared(folder: Path) -> None:
-    from finlora.data.prepare import prepare_task
-    from finlora.data.prepared import read_prepared, write_prepared
-
-    prepare_task("synthetic_sentiment", None, folder, None, "all", False, False)
-    from finlora.data.catalog import task_named
-    from finlora.data.example import Splits
-
-    few = read_prepared(folder, "synthetic_sentiment", "test").examples[:3]
-    facts: dict[str, Any] = {"variant": "as_published", "source": "generated", "version": "0", "dry_run": False}
-    task = task_named("synthetic_sentiment")
-    write_prepared(task, Splits(train=(), test=few), folder / "few", **facts, overwrite=True)
-
-
-def _make_arrow(folder: Path) -> None:
-    import pyarrow as pa
-
-    rows = {"sentence": ["Profit rose", "Sales fell"], "sentiment_score": [0.5, -0.5], "format": ["post", "headline"]}
-    table = pa.table(rows | {"label": [0, 2]})
-    with pa.OSFile(str(folder / "stream"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
-    with pa.OSFile(str(folder / "file"), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-    packed = pa.ipc.IpcWriteOptions(compression="zstd")
-    with pa.OSFile(str(folder / "packed"), "wb") as file, pa.ipc.new_stream(file, table.schema, options=packed) as out:
-        out.write_table(table)
-
-
-def _adapter_files() -> dict[str, bytes]:
-    """The three files of an adapter for `_SHAPE`."""
-    if not _files:
-        folder = Path(tempfile.mkdtemp(prefix="seed-"))
-        _make_adapter(folder)
-        _files.update({path.name: path.read_bytes() for path in folder.iterdir()})
-        shutil.rmtree(folder)
-    return _files
-
-
-_files: dict[str, bytes] = {}
-
-
-def _make_adapter(folder: Path) -> None:
-    import torch
-    import yaml
-    from safetensors.torch import save_file
-
-    from finlora.model.contract import Contract
-
-    prefix = "base_model.model.model.layers.0.self_attn.q_proj"
-    tensors = {f"{prefix}.lora_A.weight": torch.ones(2, 16), f"{prefix}.lora_B.weight": torch.ones(16, 2)}
-    save_file(tensors, str(folder / "adapter_model.safetensors"))
-    settings = {"r": 2, "lora_alpha": 4.0, "target_modules": ["q_proj"], "peft_type": "LORA", "bias": "none"}
-    more = {"task_type": "CAUSAL_LM", "init_lora_weights": True, "megatron_core": "megatron.core", "rank_pattern": {}}
-    (folder / "adapter_config.json").write_text(json.dumps(settings | more))
-    texts = dict.fromkeys(("base", "weights_hash", "tokenizer_hash", "template", "quantisation"), "x")
-    contract = Contract(
-        **texts,
-        revision=None,
-        bits=4,
-        rank=2,
-        alpha=4.0,
-        target_modules=["q_proj"],
-        data_hashes={"fpb": "x"},
-        num_train_examples=3,
-        adapter_mib=0.1,
-    )
-    (folder / "finlora.yaml").write_text(yaml.safe_dump(dataclasses.asdict(contract)))
-
-
-def _make_audit(folder: Path) -> None:
-    from finlora.serve.audit import AuditEntry, AuditLog
-
-    texts: dict[str, Any] = dict.fromkeys(
-        ("request_id", "key_id", "path", "model", "base_hash", "prompt_hash", "outcome"), "x"
-    )
-    log = AuditLog(folder)
-    for _ in range(2):
-        log.append(
-            AuditEntry(**texts, adapter_hash=None, output_hash=None, prompt_tokens=1, completion_tokens=0, seconds=0.5)
-        )
-    log.close()
-    log.path.rename(folder / "log")
-
-
-_EVENTS = (
-    b'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}\n\n'
-    b'data: {"choices": [{"delta": {"content": "Gewinn \xc3\xbc"}}]}\n\ndata: {"choices": []}\n\ndata: [DONE]\n\n',
-    b'data: {"error": {"message": "a stage died", "code": "stage_lost"}}\n\n',
-    b'{"answer": "12", "quote": {"start": 0, "end": 2}}',
-    b'{"results": [{"probabilities": {"positive": 0.5, "negative": 0.5}}]}',
-)
-_BODIES = (
-    b'\x00{"model": "a", "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "stop": ["x"]}',
-    b'\x00{"model": "a", "messages": [{"role": "system", "content": "a"}], "stream": true, "logprobs": true}',
-    b'\x01{"model": "a", "prompt": [1, 2, 3], "max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "seed": 4, "n": 1}',
-    b'\x02{"model": "a", "task": "fpb", "texts": ["a", "b"], "about": ["c", "d"], "threshold": 0.5}',
-    b'\x03{"model": "a", "task": "xbrl_tags", "context": "<a>", "question": "b", "max_tokens": 3}',
-    b'\x04{"version": "v1"}',
-)
-
-
-def _nwgi_seed() -> list[bytes]:
-    from finlora.data.prompts import seven_sentiment_prompt
-
-    row = {"context": seven_sentiment_prompt("Profit rose"), "target": "neutral"}
-    return [json.dumps(row).encode() + b"\n", json.dumps(row | {"target": "strong negative"}).encode()]
-
-
-_NINE = "News,Price or Not,Price Direction Up,Price Direction Constant,Price Direction Down,Past Price,Future Price,"
-_HEADLINES = f"{_NINE}Past News,Future News,Asset Comparision\n".encode() + b'"gold, up",1,1,0,0,1,0,0,0,0\n' * 6
 _XBRL = [f"xbrl_{kind}_test.{date}.jsonl" for kind in ("xbrl_tags", "value") for date in ("20250310", "20250313")]
 _ARROW = [f"fiqa-2018.{part}.arrow" for part in ("train", "validation", "test")]
 
 _ALL = (
-    Target("config", _config, _made(_make_config, "config.yaml")),
-    Target("serve_config", _serve_config, _made(_make_serve_config, "config.yaml")),
-    Target("keys", _keys, _made(_make_keys, "keys.yaml")),
+    Target("config", _config, made(make_config, "config.yaml")),
+    Target("serve_config", _serve_config, made(make_serve_config, "config.yaml")),
+    Target("keys", _keys, made(make_keys, "keys.yaml")),
     Target(
         "lines", _raw("fpb", ["Sentences_50Agree.txt"]), lambda: [b"Profit rose@positive\nSales fell@negative\n" * 4]
     ),
-    Target("csv", _raw("headline", ["headline.csv"]), lambda: [_HEADLINES]),
+    Target("csv", _raw("headline", ["headline.csv"]), lambda: [HEADLINES]),
     Target("posts", _raw("tfns", ["sent_train.csv", "sent_valid.csv"]), lambda: [b'text,label\n"a ""b""",1\nc,2\n']),
     Target(
         "conll", _raw("ner", ["FIN5.txt", "FIN3.txt"]), lambda: [b"Ines NNP O I-PER\nsold VBD O O\n\nA NNP O I-ORG\n"]
     ),
-    Target("jsonl", _raw("nwgi", ["nwgi_train.jsonl", "nwgi_test.jsonl"]), _nwgi_seed),
+    Target("jsonl", _raw("nwgi", ["nwgi_train.jsonl", "nwgi_test.jsonl"]), nwgi_seed),
     Target("filings", _raw("xbrl_tags", _XBRL), lambda: [b'{"context": "a", "target": "b", "doc_path": "c"}\n']),
-    Target("arrow", _raw("fiqa", _ARROW), _made(_make_arrow, "stream", "file", "packed")),
-    Target("parquet", _prepared, _made(_make_prepared, "few/synthetic_sentiment/test.parquet")),
+    Target("arrow", _raw("fiqa", _ARROW), made(make_arrow, "stream", "file", "packed")),
+    Target("parquet", _prepared, made(make_prepared, "few/synthetic_sentiment/test.parquet")),
     Target(
-        "adapter_weights", _adapter_with("adapter_model.safetensors"), _made(_make_adapter, "adapter_model.safetensors")
+        "adapter_weights", _adapter_with("adapter_model.safetensors"), made(make_adapter, "adapter_model.safetensors")
     ),
-    Target("adapter_config", _adapter_with("adapter_config.json"), _made(_make_adapter, "adapter_config.json")),
-    Target("contract", _adapter_with("finlora.yaml"), _made(_make_adapter, "finlora.yaml")),
-    Target("base_config", _base_with("config.json"), lambda: [json.dumps(_SHAPE | {"model_type": "llama"}).encode()]),
-    Target("base_weights", _base_with("model.safetensors"), _made(_make_adapter, "adapter_model.safetensors")),
+    Target("adapter_config", _adapter_with("adapter_config.json"), made(make_adapter, "adapter_config.json")),
+    Target("contract", _adapter_with("finlora.yaml"), made(make_adapter, "finlora.yaml")),
+    Target("base_config", _base_with("config.json"), lambda: [json.dumps(SHAPE | {"model_type": "llama"}).encode()]),
+    Target("base_weights", _base_with("model.safetensors"), made(make_adapter, "adapter_model.safetensors")),
     Target(
         "base_index",
         _base_with("model.safetensors.index.json"),
@@ -443,8 +302,8 @@ _ALL = (
         _manifest,
         lambda: [b'{"repository": "a/b", "commit": "c", "files": {"mirror.json": "0"}, "total_bytes": 3}'],
     ),
-    Target("body", _body, lambda: list(_BODIES)),
-    Target("stream", _stream, lambda: list(_EVENTS)),
-    Target("audit", _audit, _made(_make_audit, "log")),
+    Target("body", _body, lambda: list(BODIES)),
+    Target("stream", _stream, lambda: list(EVENTS)),
+    Target("audit", _audit, made(make_audit, "log")),
 )
 TARGETS = {target.name: target for target in _ALL}

@@ -2,9 +2,9 @@
 
     make chaos                                                   # all kinds, at most 50 minutes
     make chaos MINUTES=5                                         # what fits into 5 minutes
-    python benchmarks/chaos.py --parts files writers --seed 7    # without Ray, about two minutes
-    python benchmarks/chaos.py --parts train serve --minutes 15
-    python benchmarks/chaos.py --parts files --only "bit flipped/checkpoint" --only-seed 123456  # one fault again
+    python -m tests.chaos --parts files writers --seed 7    # without Ray, about two minutes
+    python -m tests.chaos --parts train serve --minutes 15
+    python -m tests.chaos --parts files --only "bit flipped/checkpoint" --only-seed 123456  # one fault again
 
 Parts: `files` damages what lies on disk; `writers` kills, fills the disk of, or holds up processes that write, and breaks a
 training loop in a process of its own; `train` kills processes of `finlora train` and `finlora tune` on Ray nodes of this machine;
@@ -31,8 +31,8 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from chaos_record import Injection, Tally, read_injections, render_table, say, seeds
-from time_budget import Need, StoppedError, note_signals, run_part, share_out
+from tests.chaos.record import Injection, Tally, read_injections, render_table, say, seeds
+from tests.chaos.time_budget import Need, StoppedError, note_signals, run_part, share_out
 
 PARTS = ("files", "writers", "train", "serve")
 LEAST = {"files": 120, "writers": 80, "train": 18, "serve": 9}
@@ -48,7 +48,9 @@ END_S = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--minutes", type=float, default=WHOLE_MINUTES, help="for everything, start and end included")
     parser.add_argument("--seed", type=int, default=0)
@@ -127,7 +129,7 @@ def _run_apart(part: str, seconds: float, asked: list[int], record: Path, option
 
 
 def command_of(part: str) -> list[str]:
-    return [sys.executable, __file__, f"--alone={part}"]
+    return [sys.executable, "-m", "tests.chaos", f"--alone={part}"]
 
 
 def _judge(
@@ -150,25 +152,25 @@ def _judge(
 
 def _run_part(part: str, folder: Path, tally: Tally, options: argparse.Namespace) -> None:
     if part == "files":
-        from chaos_files import artefacts_of, damage, make_world
+        from tests.chaos.files import artefacts_of, damage, make_world
 
         world = make_world(folder)
         for artefact in artefacts_of(world):
             for kind in ("cut short", "bit flipped"):
                 inject(tally, kind, artefact.name, options, lambda seed, a=artefact, k=kind: damage(a, k, seed, folder))
     elif part == "writers":
-        from chaos_writers import list_faults
+        from tests.chaos.writers import list_faults
 
         for kind, target, act in list_faults(folder):
             inject(tally, kind, target, options, act)
     elif part == "train":
-        from chaos_search import run_search_under_fire
-        from chaos_train import run_training_under_fire
+        from tests.chaos.search import run_search_under_fire
+        from tests.chaos.train import run_training_under_fire
 
         run_training_under_fire(tally, options.seed)
         run_search_under_fire(tally, options.seed)
     else:
-        from chaos_serve import run_server_under_fire
+        from tests.chaos.serve import run_server_under_fire
 
         run_server_under_fire(folder, tally, options.seed)
 

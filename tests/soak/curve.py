@@ -1,4 +1,4 @@
-"""The curves of benchmarks/soak.py: what each role of processes holds over the time, how steep that is, and a drawing of it."""
+"""The curves of tests.soak: what each role of processes holds over the time, how steep that is, and a drawing of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from chaos_record import say
+from tests.chaos.record import say
 
 RAYS_OWN = "Ray's own"
 WARM_UP_SHARE = 1 / 3

@@ -1,7 +1,7 @@
 """Train as jobs on several Ray nodes of this machine, lose a node, stop a job, and end with the numbers of a quiet run.
 
-    python benchmarks/node_failure.py                # about 4 minutes on two cores, no GPU
-    python benchmarks/node_failure.py --steps 200    # shorter
+    python -m tests.chaos.nodes.node_failure                # about 4 minutes on two cores, no GPU
+    python -m tests.chaos.nodes.node_failure --steps 200    # shorter
 
 A head, two nodes of one core each, token authentication; every command is a client's `ray job ...`. First a run without
 trouble, whose log is followed while it trains. Then the same run with another name: when a third of its steps are done one
@@ -18,10 +18,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
-from local_nodes import ROOT, LocalNodes
-from time_budget import run_to_end
+from tests.chaos.nodes.local_nodes import LocalNodes
+from tests.chaos.time_budget import run_to_end
 
 LIMIT_S = 240.0
 """Longest wait for any one thing."""
@@ -164,7 +163,9 @@ def compare(nodes: LocalNodes) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.chaos.nodes.node_failure", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--steps", type=int, default=400, help="optimiser steps of each run")
     options = parser.parse_args()
     started = time.monotonic()
@@ -185,5 +186,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    assert Path.cwd() == ROOT, "run it from the checkout"
     sys.exit(run_to_end(main))

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import chaos_files
-from chaos_record import Injection, render_table, seeds
+from tests.chaos import files
+from tests.chaos.record import Injection, render_table, seeds
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +19,8 @@ def test_a_fault_of_each_cheap_kind_loses_nothing(tmp_path):
     record = tmp_path / "faults.jsonl"
     command = [
         sys.executable,
-        "benchmarks/chaos.py",
+        "-m",
+        "tests.chaos",
         "--parts",
         "files",
         "writers",
@@ -48,13 +49,13 @@ def test_bit_that_is_flipped_in_silence_counts_as_a_loss(tmp_path, monkeypatch):
     """What would be seen without the hashes of an adapter's files."""
     from finlora.model.contract import Contract
 
-    world = chaos_files.make_world(tmp_path)
-    (adapter,) = (each for each in chaos_files.artefacts_of(world) if each.name == "adapter, safetensors")
-    sound = chaos_files.damage(adapter, "bit flipped", 1, tmp_path)
+    world = files.make_world(tmp_path)
+    (adapter,) = (each for each in files.artefacts_of(world) if each.name == "adapter, safetensors")
+    sound = files.damage(adapter, "bit flipped", 1, tmp_path)
     assert (sound.lost, sound.seen.partition(":")[0]) == ("", "AdapterError")
-    assert chaos_files.damage(adapter, "bit flipped", 1, tmp_path) == sound
+    assert files.damage(adapter, "bit flipped", 1, tmp_path) == sound
     monkeypatch.setattr(Contract, "check_files", lambda *_: None)
-    lost = [chaos_files.damage(adapter, "bit flipped", seed, tmp_path).lost for seed in range(4)]
+    lost = [files.damage(adapter, "bit flipped", seed, tmp_path).lost for seed in range(4)]
     assert "loads with other values, and nothing is said" in lost
 
 

@@ -18,10 +18,11 @@ from typing import Any
 
 import aiohttp
 import psutil
-from chaos_record import Injection, Tally, say
-from live_commands import READY_S, LiveCommands, descendants, title
-from load_users import RETRY_S, Question, Refused, read_answer, run_users
-from load_users import Tally as Answers
+
+from benchmarks.load_users import RETRY_S, Question, Refused, read_answer, run_users
+from benchmarks.load_users import Tally as Answers
+from tests.chaos.live_commands import READY_S, LiveCommands, descendants, title
+from tests.chaos.record import Injection, Tally, say
 
 PLAN = (*["stage"] * 3, *["replica"] * 3, *["proxy"] * 3)
 TITLES = {"stage": "ray::StageActor", "replica": "ray::ServeReplica", "proxy": "ray::ProxyActor"}

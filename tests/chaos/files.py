@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chaos_record import Injection, plain
 
 from finlora.config import LoraConfig, RunConfig
 from finlora.configfile import load_config
 from finlora.errors import FinloraError
+from tests.chaos.record import Injection, plain
 
 CPU = torch.device("cpu")
 RUN_HASH = "0123456789abcdef"

@@ -1,4 +1,4 @@
-"""`finlora serve` and `finlora train` as processes on a tiny base of their own, for benchmarks that watch or break them."""
+"""`finlora serve` and `finlora train` as processes on a tiny base of their own, for checks that watch or break them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import psutil
-from chaos_record import say, traces
 
 from finlora.engine.semaphores import remove_left_semaphores
+from tests.chaos.record import say, traces
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 READY_S = 600.0
 TRIES = 6
 BASE = (

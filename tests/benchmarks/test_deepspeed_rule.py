@@ -13,14 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from deepspeed_rule import DeepSpeedRule, Faults
 
 from finlora.train.onebit import Schedule
 from finlora.train.zero_one_adam import ZeroOneAdam
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from deepspeed_rule import DeepSpeedRule, Faults  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 STEPS, SHAPES = 80, ((64, 16), (1040,))
 NO_FAULTS = Faults(**dict.fromkeys((field.name for field in dataclasses.fields(Faults)), False))

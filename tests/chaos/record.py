@@ -1,4 +1,4 @@
-"""What benchmarks/chaos.py writes down: each injected fault, what the user saw of it, what was lost; and what stayed behind."""
+"""What tests.chaos writes down: each injected fault, what the user saw of it, what was lost; and what stayed behind."""
 
 from __future__ import annotations
 

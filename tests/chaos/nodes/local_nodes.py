@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 _START_SECONDS = 240.0
 
 
@@ -28,7 +28,7 @@ class LocalNodes:
     """A head without cores for work, and nodes that come and go. Close it at the end: it ends what it started, no more."""
 
     def __init__(self) -> None:
-        # Short: Ray puts sockets below it, whose paths have 107 characters at most. A part of benchmarks/chaos.py has a short
+        # Short: Ray puts sockets below it, whose paths have 107 characters at most. A part of tests.chaos has a short
         # folder of its own, which goes with it.
         here = tempfile.gettempdir()
         self.folder = Path(tempfile.mkdtemp(prefix="fl-", dir=here if Path(here).name.startswith("fl-") else "/tmp"))

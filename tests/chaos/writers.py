@@ -21,13 +21,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from chaos_child import Child, mount
-from chaos_files import World, make_world, write_adapter, write_checkpoint
-from chaos_loop import break_loop
-from chaos_record import Injection, plain
 
 from finlora.errors import FinloraError
 from finlora.train.run import RunFolder, explain_full_disk
+from tests.chaos.child import Child, mount
+from tests.chaos.files import World, make_world, write_adapter, write_checkpoint
+from tests.chaos.loop import break_loop
+from tests.chaos.record import Injection, plain
 
 _TASK = "synthetic_sentiment"
 

@@ -7,10 +7,11 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-import local_nodes
 import psutil
 import pytest
-from local_nodes import ROOT, LocalNodes
+
+from tests.chaos.nodes import local_nodes
+from tests.chaos.nodes.local_nodes import ROOT, LocalNodes
 
 JOIN = "from finlora import cluster; cluster.connect(False); import ray; print('IN', len(ray.nodes()))"
 SECRET = "finlora-desk-" + "s" * 43

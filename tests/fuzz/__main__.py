@@ -2,8 +2,8 @@
 
     make fuzz                                                    # every target of fuzz_targets.py, 20 minutes in all
     make fuzz MINUTES=5
-    python benchmarks/fuzz.py --targets arrow parquet --minutes 20 --seed 7
-    python benchmarks/fuzz.py --targets arrow --replay fuzz-found/arrow-1f2e3d4c
+    python -m tests.fuzz --targets arrow parquet --minutes 20 --seed 7
+    python -m tests.fuzz --targets arrow --replay fuzz-found/arrow-1f2e3d4c
 
 --minutes bounds everything: it is shared out over the targets, whose starts count. Ctrl-C, SIGTERM and SIGHUP end what runs and
 say what was done until then. Each target runs in a process of its own, within a bound of memory and of seconds an input. Where
@@ -29,7 +29,8 @@ import traceback
 from pathlib import Path
 
 import psutil
-from time_budget import StoppedError, note_signals, run_part
+
+from tests.chaos.time_budget import StoppedError, note_signals, run_part
 
 _SLOW_S = 20.0
 _LEAST_S = 15.0
@@ -56,7 +57,9 @@ _SHAVE = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--targets", nargs="+", metavar="TARGET", help="without it: all")
     parser.add_argument("--minutes", type=float, default=20.0, help="for all targets together, starts included")
     parser.add_argument("--seed", type=int, help="without it: drawn, and printed")
@@ -67,7 +70,7 @@ def main() -> int:
     parser.add_argument("--run-one", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    from fuzz_targets import TARGETS
+    from tests.fuzz.targets import TARGETS
 
     unknown = set(options.targets or ()) - set(TARGETS)
     if unknown:
@@ -75,7 +78,7 @@ def main() -> int:
     if options.replay:
         if len(options.targets or ()) != 1:
             parser.error("--replay needs exactly one of --targets")
-        from fuzz_targets import run_one
+        from tests.fuzz.targets import run_one
 
         run_one(TARGETS[options.targets[0]], options.replay.read_bytes())
         print("only FinLoRA's own errors, or none")
@@ -123,7 +126,8 @@ def _run_apart(name: str, engine: str, seed: int, share: float, asked: list[int]
     settings = ["--seconds", str(seconds), "--seed", str(seed), "--memory-mib", str(options.memory_mib)]
     command = [
         sys.executable,
-        __file__,
+        "-m",
+        "tests.fuzz",
         "--run-one",
         name,
         "--engine",
@@ -156,7 +160,7 @@ def _run_here(name: str, engine: str, seconds: float, seed: int, memory_mib: int
     if engine == "atheris":
         _breed(name, seconds, seed, memory_mib, found)
         return 0  # atheris ends the process itself
-    from fuzz_targets import TARGETS, run_one
+    from tests.fuzz.targets import TARGETS, run_one
 
     target, dice = TARGETS[name], random.Random(f"{seed} {name}")
     seeds = target.seeds()
@@ -214,7 +218,7 @@ def _breed(name: str, seconds: float, seed: int, memory_mib: int, found: Path) -
     corpus = found / "corpus" / name
     corpus.mkdir(parents=True, exist_ok=True)
     with atheris.instrument_imports(include=["finlora", "yaml"]):
-        from fuzz_targets import TARGETS, run_one
+        from tests.fuzz.targets import TARGETS, run_one
 
         for data in TARGETS[name].seeds():
             (corpus / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chaos_files import CPU, World
-from chaos_record import Injection, plain
 
 from finlora.config import RunConfig
 from finlora.errors import FinloraError
 from finlora.train.run import RunFolder
+from tests.chaos.files import CPU, World
+from tests.chaos.record import Injection, plain
 
 _LIMIT_S = 120.0
 _KEEP = 2

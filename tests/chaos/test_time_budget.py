@@ -11,13 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from time_budget import Need, share_out
+
+from tests.chaos.time_budget import Need, share_out
 
 ROOT = Path(__file__).resolve().parents[2]
 # A part that judges one fault, starts a process that leaves its session and its parent, and never ends.
 PRETENDED = """
 import os, subprocess, sys, time
-from chaos_record import Injection, Tally
+from tests.chaos.record import Injection, Tally
 from pathlib import Path
 record = next(word.partition("=")[2] for word in sys.argv if word.startswith("--record="))
 if os.fork() == 0:
@@ -36,8 +37,8 @@ time.sleep(600)
 """
 CHECK = """
 import sys
-import chaos
-from time_budget import Need
+import tests.chaos.__main__ as chaos
+from tests.chaos.time_budget import Need
 chaos.NEEDS = {part: Need(1, 1) for part in chaos.PARTS} | {"train": Need(900, 900)}
 chaos.RESERVE_S = dict.fromkeys(chaos.PARTS, 0.0)
 chaos.END_S = 0.0
@@ -53,7 +54,7 @@ def check(tmp_path):
     started = []
 
     def start(*options):
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'benchmarks'}:{ROOT}", "PIDS": str(tmp_path / "pids")}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PIDS": str(tmp_path / "pids")}
         command = [
             sys.executable,
             "-c",
@@ -119,7 +120,8 @@ def test_fuzz_says_its_total_and_what_it_leaves_out_and_ends_at_a_signal(tmp_pat
     targets = ("arrow", "manifest", "parquet")
     command = [
         sys.executable,
-        "benchmarks/fuzz.py",
+        "-m",
+        "tests.fuzz",
         "--targets",
         *targets,
         "--engine",
@@ -145,14 +147,14 @@ def test_fuzz_says_its_total_and_what_it_leaves_out_and_ends_at_a_signal(tmp_pat
 def test_check_in_this_process_ends_what_it_started_at_a_signal(tmp_path):
     """As soak, node_failure and search_failure are run."""
     script = (
-        "import subprocess, sys, time\nfrom time_budget import run_to_end\n"
+        "import subprocess, sys, time\nfrom tests.chaos.time_budget import run_to_end\n"
         "def check():\n"
         "    shell = ['sh', '-c', 'setsid sleep 600 >/dev/null 2>&1 & echo $!']\n"
         "    print(subprocess.check_output(shell, text=True), flush=True)\n"
         "    time.sleep(600)\n"
         "sys.exit(run_to_end(check))"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "benchmarks")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True
     ) as process:

@@ -1,4 +1,4 @@
-"""Broken inputs to whatever reads from outside: a few here, by hypothesis; benchmarks/fuzz.py runs the same for minutes."""
+"""Broken inputs to whatever reads from outside: a few here, by hypothesis; `python -m tests.fuzz` runs the same for minutes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from fuzz_targets import TARGETS, run_one
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tests.fuzz.targets import TARGETS, run_one
 
 ROOT = Path(__file__).resolve().parents[2]
 PIECES = st.one_of(
@@ -68,7 +69,8 @@ def test_broken_input_ends_in_our_own_errors_and_in_time(name):
 def test_script_runs_without_atheris_names_its_seed_and_replays(tmp_path):
     command = [
         sys.executable,
-        "benchmarks/fuzz.py",
+        "-m",
+        "tests.fuzz",
         "--targets",
         "manifest",
         "--engine",
@@ -88,6 +90,6 @@ def test_script_runs_without_atheris_names_its_seed_and_replays(tmp_path):
     )
     assert "only FinLoRA's own errors" in again.stdout
     wrong = subprocess.run(
-        [sys.executable, "benchmarks/fuzz.py", "--targets", "none"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "tests.fuzz", "--targets", "none"], cwd=ROOT, capture_output=True, text=True
     )
     assert (wrong.returncode, "unknown target none" in wrong.stderr) == (2, True)

@@ -1,0 +1,1 @@
+"""Fuzzing of every input from outside: `python -m tests.fuzz`."""

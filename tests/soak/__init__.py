@@ -1,0 +1,1 @@
+"""Soak test of server and training: `python -m tests.soak`."""

@@ -46,10 +46,18 @@ accept: $(STAMP)
 	$(BIN)/python -m tests.acceptance --base .demo/real-base --output .demo/accept \
 	  $(if $(DEVICE),--device $(DEVICE)) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))
 
+# The same as the hooks of .pre-commit-config.yaml, on all files and without git.
+TREE := $(wildcard .ci/* .gitignore .pre-commit-config.yaml .rayignore *.md *.toml *.yml Makefile finlora tests benchmarks jobs docs cluster serve_configs requirements)
+TEXTS := grep -rIlZ --exclude-dir=__pycache__ '' $(TREE)
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@$(TEXTS) | xargs -0 $(BIN)/end-of-file-fixer
+	@find $(TREE) -name '*.yaml' -o -name '*.yml' | xargs $(BIN)/check-yaml --allow-multiple-documents
+	@$(TEXTS) | xargs -0 $(BIN)/detect-private-key
+	@! find $(TREE) -type f -size +250k | grep .
 
 check: lint test
 

@@ -40,29 +40,31 @@ def _refuse(section: str, checks: Sequence[tuple[bool, str]]) -> None:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     base: str = "meta-llama/Llama-3.1-8B-Instruct"
-    """Hub id, or local folder with config.json, tokenizer and *.safetensors."""
+    """Base model: its id on the Hugging Face hub, or a local folder with config.json, tokenizer and *.safetensors."""
     revision: str | None = None
     """Hub commit or tag. None: the hub's default branch, whose commit is then recorded."""
     tokenizer: str | None = None
     """Folder or Llama-3 `tokenizer.model` file. None: the tokenizer beside the weights."""
     weights: Literal["pretrained", "random"] = "pretrained"
-    """`random` fills the true shapes from a seed, to measure speed and memory without the weights."""
+    """`random` fills the layers with random numbers, to measure speed and memory without the weights."""
     bits: Bits = 4
     """Bits of the frozen base weights: 16 (bf16), 8 (LLM.int8) or 4 (NF4 with double quantisation)."""
     compute_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type of activations and of unquantised weights. auto: bfloat16 on a GPU; on a CPU what it multiplies faster, by its units
-    (AMX-BF16, AVX512_BF16) or measured (finlora/precision.py)."""
+    """Type of activations and of unquantised weights. auto: bfloat16 on a GPU; on a CPU bfloat16 where it has AMX-BF16 or
+    AVX512_BF16 and a short measurement finds it faster, else float32."""
     template: Template = "raw"
     """`raw`: plain completion as in the paper; `chat`: the tokenizer's chat template around the same prompt."""
     template_date: str | None = None
-    """Day, as 2024-07-26, that a chat template which writes today's date writes into each prompt. None: an adapter's own, which
-    it was trained with; without an adapter, and in training, 2024-07-26, as Llama 3's templates write without a clock."""
+    """Date (as 2024-07-26) that replaces today's date in prompts whose chat template writes it, so that answers do not
+    change with the day. None: the adapter's own; without an adapter, and in training, 2024-07-26, the default of Llama 3's
+    template."""
     max_seq_len: int = 8192
-    """Longest prompt + answer in tokens; longer examples follow data.too_long."""
+    """Longest prompt and answer together, in tokens. data.too_long says what happens to longer examples."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """transformers' attention implementation."""
+    """Attention implementation of transformers, for training on padded rows."""
     cache: str | None = None
-    """Folder that keeps the base quantised, for whoever loads it next at the same bits. None: each load quantises."""
+    """Folder for the quantised base: the first load writes it, later loads with the same bits read it. None: each load
+    quantises."""
 
     def __post_init__(self) -> None:
         _refuse(
@@ -89,9 +91,9 @@ class LoraConfig:
     alpha: float = 32.0
     """The update is scaled by alpha / rank."""
     dropout: float = 0.1
-    """Dropout on the adapter's input during training, 0 <= dropout < 1."""
+    """Dropout on the adapter's input during training, at least 0 and less than 1."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    """Llama projections that get an adapter."""
+    """Projections of each layer that get an adapter: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.target_modules if name not in LLAMA_PROJECTIONS]
@@ -110,15 +112,17 @@ class LoraConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     tasks: tuple[str, ...] = ("synthetic",)
-    """Prepared tasks to train on together, or to evaluate one after the other (names: `finlora prepare --help`)."""
+    """Prepared tasks to train on together, or to evaluate one after the other. `finlora prepare list` shows all names."""
     dir: str = "~/finlora/data"
-    """Folder that `finlora prepare` wrote: DIR/<task>/train.parquet and test.parquet. All nodes must see it."""
+    """Folder of prepared tasks, as `finlora prepare` writes it: `DIR/TASK/train.parquet` and `test.parquet`. All nodes must
+    see it."""
     too_long: Literal["error", "skip"] = "error"
-    """What an example over model.max_seq_len does: stop the run, or be skipped and counted. Never truncated."""
+    """What happens to an example longer than model.max_seq_len: `error` stops the run, `skip` leaves it out and counts it.
+    No example is ever truncated."""
     max_train_examples: int | None = None
-    """Use only the first N training examples of the seeded order. None: all."""
+    """Train on the first N examples of the shuffled order only. None: all."""
     max_test_examples: int | None = None
-    """Evaluate only the first N test examples. None: all; a limited evaluation says so in its result."""
+    """Evaluate the first N test examples only; the result says so. None: all."""
 
     def __post_init__(self) -> None:
         limits = [("max_train_examples", self.max_train_examples), ("max_test_examples", self.max_test_examples)]
@@ -142,19 +146,20 @@ class OptimConfig:
     beta2: float = 0.999
     """Decay of the second moment."""
     eps: float = 1e-8
-    """Term added to the root of the second moment."""
+    """Added to the square root of the second moment, against division by zero."""
     weight_decay: float = 0.0
-    """Decoupled weight decay."""
+    """Decoupled weight decay, as in AdamW."""
     warmup_ratio: float = 0.03
-    """Share of all steps over which the learning rate rises linearly from 0."""
+    """Share of all steps during which the learning rate rises linearly from 0 to its peak."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after the warm-up; linear and cosine end at 0."""
+    """Learning rate after the warm-up; linear and cosine fall to 0."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm: their mean over workers, or a worker's own between 0/1 Adam's exchanges; 0: never."""
+    """Gradients are clipped to this norm: their mean over workers, or with 0/1 Adam a worker's own between exchanges. 0: no
+    clipping."""
     freeze_ratio: float = 0.2
-    """0/1 Adam: share of the run after which the variance is frozen for good (scaled to the run, never a fixed count)."""
+    """0/1 Adam: share of all steps after which the variance (second moment) is frozen."""
     max_local_steps: int = 16
-    """0/1 Adam: longest interval between two synchronisations, in steps."""
+    """0/1 Adam: most steps between two synchronisations of the workers."""
 
     def __post_init__(self) -> None:
         _refuse(
@@ -176,53 +181,55 @@ class OptimConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     num_workers: int = 1
-    """Ray Train workers, each with its own copy of the base: one a GPU."""
+    """Ray Train workers. Each holds a copy of the base; set it to the number of GPUs."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """`cpu` trains without a GPU (small models); it is never chosen for you."""
+    """Device of training. `cpu` is for small models; FinLoRA never falls back to it by itself."""
     gpus_per_worker: float = 1.0
-    """GPUs that Ray reserves for a worker; below 1, several workers share one GPU (gloo instead of NCCL)."""
+    """GPUs that Ray reserves for each worker. Below 1, several workers share a GPU and communicate over gloo instead of
+    NCCL."""
     cpus_per_worker: float = 1.0
-    """CPU cores that Ray reserves for a worker."""
+    """CPU cores that Ray reserves for each worker."""
     global_batch_size: int = 16
-    """Examples an optimiser step, over all workers."""
+    """Examples per optimiser step, over all workers."""
     micro_batch_size: int = 4
-    """Padded rows only: examples a worker, a forward pass; gradient accumulation follows. Packing cuts by max_pack_tokens."""
+    """Examples per forward pass of a worker, on padded rows; gradient accumulation follows from it. Packed runs use
+    train.max_pack_tokens instead."""
     epochs: int = 4
     """Passes over the training set."""
     max_steps: int | None = None
-    """Stop after so many optimiser steps. None: epochs decide."""
+    """Optimiser steps after which the run stops. None: after the epochs."""
     gradient_checkpointing: bool = False
-    """Padded rows only: recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass, on padded rows: less memory, about a third more time."""
     packing: bool = True
-    """Lay examples end to end: the same result without padding. False, and for models that cannot run so (it is said why):
-    padded rows through transformers' own forward pass."""
+    """Lay examples end to end instead of padding them: the same result, faster. false: padded rows through transformers. A
+    base or adapter that cannot be packed also trains on padded rows, and the run says why."""
     share_prefix: bool = True
-    """Packing computes the tokens that all prompts of a pack begin with once. Exact but for dropout, whose masks on these
-    tokens the examples of a pack then share."""
+    """Packed runs: compute the prefix that all prompts of a pack share once. The result is the same, except that the
+    examples of a pack share the dropout masks of the prefix."""
     max_pack_tokens: int = 16384
-    """Most tokens a pack; fewer are taken where the memory asks for it. A longer example is a pack of its own."""
+    """Most tokens in a pack; a run takes fewer where memory is short. A longer example is a pack of its own."""
     recompute: Literal["auto", "none", "mlp", "layer"] = "auto"
-    """Activations that packing computes again in the backward pass: none, those of the MLP (about a quarter more time), or
-    the whole layer (half more). auto: the fastest that fits the memory, by forecast."""
+    """Packed runs: activations that the backward pass computes again, to save memory: none, those of the MLP (about a
+    quarter more time) or of the whole layer (about half more). auto: the fastest that fits, by forecast."""
     unpack_weights: Literal["auto", "always", "never"] = "auto"
-    """Packing may hold 4-bit weights unpacked in bfloat16: the same numbers in four times the memory, and no unpacking at
-    each product. auto: where that fits and is faster, by forecast."""
+    """Packed runs: hold 4-bit weights as bfloat16, which takes four times the memory and saves unpacking them at each
+    product. The numbers are the same. auto: where it fits and is faster, by forecast."""
     memory_gib: float | None = None
-    """GPU memory that a worker may use. None: the GPU's, or the share that gpus_per_worker gives."""
+    """GPU memory that a worker may use, in GiB. None: the GPU's, or its share where gpus_per_worker is below 1."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """bf16: DeepSpeed runs the forward pass under bf16 autocast, adapter and optimiser state stay float32. auto: bf16 on a GPU;
-    on a CPU as model.compute_dtype."""
+    """Type of the forward and backward pass. bf16: autocast to bfloat16; adapter and optimiser state stay float32. auto:
+    bf16 on a GPU; on a CPU as model.compute_dtype."""
     max_failures: int = 3
-    """How often Ray Train restarts failed workers from the last checkpoint before the run fails."""
+    """Restarts of failed workers from the last checkpoint before the run fails."""
     max_stall_s: float | None = 900.0
-    """A worker that finishes no pass, step or checkpoint for so long ends, as failed. None: it may wait for ever."""
+    """Seconds without a finished pass, step or checkpoint after which a worker counts as failed. None: no limit."""
     checkpoint_every_steps: int | None = 100
-    """Optimiser steps between checkpoints, besides the one an epoch. None: only that one. With 0/1 Adam a checkpoint waits for
-    the next step at which all workers agree."""
+    """Optimiser steps between checkpoints, besides one at the end of each epoch. None: that one only. 0/1 Adam writes it at
+    the next synchronisation."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept on disk; the adapter of the last step is always exported beside them."""
+    """Newest checkpoints that stay on disk. The adapter of the last step is always written beside them."""
     log_every_steps: int = 10
-    """Optimiser steps between two TensorBoard points and two losses shown. A job log gets a line each 10 s whatever this is."""
+    """Optimiser steps between two points in TensorBoard. A job log gets a line every 10 s in any case."""
 
     def __post_init__(self) -> None:
         counts = (
@@ -255,22 +262,24 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvalConfig:
     bits: Bits | None = 8
-    """Bits of the base during evaluation; the paper evaluates at 8. None: as trained (model.bits)."""
+    """Bits of the base weights during evaluation; the paper evaluates at 8. None: those of training (model.bits)."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """Device of the evaluation; `cpu` is never chosen for you."""
+    """Device of the evaluation. FinLoRA never falls back to `cpu` by itself."""
     batch_size: int = 64
-    """Examples that the KV cache holds at once; fewer where the memory asks for it."""
+    """Examples that the KV cache holds at once; fewer where memory is short."""
     num_stages: int = 1
-    """Ray actors that the layers are spread over, each on eval.num_gpus; 1: the evaluating process holds them all."""
+    """Pipeline stages: Ray actors that share the layers, each on eval.num_gpus GPUs. 1: the evaluating process holds all
+    layers."""
     transport: Transport = "messages"
-    """How hidden states pass between these stages: in Ray's messages; from GPU to GPU, each stage having one; over sockets."""
+    """How hidden states pass between stages: as Ray messages, by NCCL from GPU to GPU, or by gloo over sockets. With
+    `messages`, stages on one machine whose GPUs reach each other's memory copy from GPU to GPU."""
     method: Literal["labels", "generate"] = "labels"
-    """Closed-label tasks: `labels` scores every allowed label in one forward pass, `generate` decodes freely.
-    Free-text tasks (XBRL) always generate."""
+    """How a task with labels is scored: `labels` compares the probabilities of all labels in one forward pass, `generate`
+    writes text and reads the label from it. Free-text tasks (XBRL) always generate."""
     max_new_tokens: int = 48
-    """Longest generated answer in tokens."""
+    """Longest generated answer, in tokens."""
     num_gpus: float = 1.0
-    """GPUs that the evaluation job reserves from Ray, or each of its stages."""
+    """GPUs that Ray reserves for the evaluation, or for each of its stages."""
 
     def __post_init__(self) -> None:
         counts = ((key, getattr(self, key)) for key in ("batch_size", "num_stages", "max_new_tokens"))
@@ -286,13 +295,14 @@ class EvalConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     name: str = "run"
-    """Name of the run: folder under output_dir, Ray Train run and dashboard entry."""
+    """Name of the run: its folder under output_dir, and its name in Ray's dashboard."""
     output_dir: str = "~/finlora/runs"
-    """Folder of all runs, on storage that all nodes see."""
+    """Folder of all runs, on storage that all nodes share."""
     seed: int = 42
-    """Seed of sampling, dropout and adapter initialisation."""
+    """Seed of the data order, dropout and adapter initialisation."""
     max_wait_s: float | None = 1800.0
-    """Seconds that training and evaluation wait for GPUs and cores that others hold; then they say who. None: no limit."""
+    """Seconds that training and evaluation wait for GPUs and cores that others hold, before they end with exit code 5.
+    None: no limit."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)

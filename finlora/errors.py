@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 
 class FinloraError(Exception):
-    """Root of the tree: catch this to catch everything that FinLoRA raises on purpose."""
+    """Root of all errors that FinLoRA raises on purpose."""
 
     exit_code = 1
 
@@ -33,7 +33,7 @@ class FinloraError(Exception):
 
 
 class ConfigError(FinloraError):
-    """One or more settings are wrong. `faults` holds a line for each, so that all are mended at once."""
+    """One or more settings, options or arguments are wrong. The message lists all of them (`faults`)."""
 
     exit_code = 2
 
@@ -51,37 +51,37 @@ class ConfigError(FinloraError):
 
 
 class DatasetError(FinloraError):
-    """Raw data, a prepared set or an encoded example is not as the task needs it."""
+    """Raw data, a prepared set or an example does not fit its task."""
 
     exit_code = 3
 
 
 class ModelError(FinloraError):
-    """A base model, tokenizer or weight file cannot be used as asked."""
+    """A base model, its tokenizer or its weights cannot be used as asked."""
 
     exit_code = 4
 
 
 class AdapterError(ModelError):
-    """An adapter folder is missing, incomplete or was made for another base, bits or template."""
+    """An adapter folder is missing, incomplete or belongs to another base, tokenizer or template."""
 
 
 class ResourceError(FinloraError):
-    """The machine or cluster lacks what the run asks for."""
+    """The machine or cluster lacks GPUs, memory, disk or a port that the command needs."""
 
     exit_code = 5
 
 
 class NoRoomError(ResourceError):
-    """Others held the GPUs or cores for longer than the run may wait: the same command can succeed later."""
+    """Others held the GPUs or cores for longer than `max_wait_s`. The same command can succeed later."""
 
 
 class QueueFullError(ResourceError):
-    """The engine has as many requests in line as it may: the same request can succeed later."""
+    """The server's queue is full. The same request can succeed later."""
 
 
 class QuotaError(ResourceError):
-    """A key has asked as much as it may just now; `retry_after_s` seconds later there is room."""
+    """A key has reached its limit of requests or tokens for this minute. Ask again after `retry_after_s` seconds."""
 
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message)
@@ -92,7 +92,7 @@ class QuotaError(ResourceError):
 
 
 class StageLostError(ResourceError):
-    """A stage of a model died, or is not there yet: the same request can succeed later."""
+    """A stage of the model crashed or is still starting. The same request can succeed later."""
 
 
 class CheckpointError(FinloraError):
@@ -108,7 +108,7 @@ class ResultError(FinloraError):
 
 
 class StoppedError(FinloraError):
-    """A run was asked to stop and did, leaving a checkpoint; 130 after SIGINT, 143 after SIGTERM."""
+    """A signal stopped a run, which wrote a checkpoint first: 129 after SIGHUP, 130 after SIGINT, 143 after SIGTERM."""
 
     exit_code = 130
 

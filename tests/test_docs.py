@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import re
 from pathlib import Path
 
 import pytest
 
+from finlora import cpu
 from finlora.configfile import load_config
 from finlora.data.catalog import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT / "docs")): path for path in sorted((ROOT / "docs").rglob("*.md"))}
 ROOT_PAGES = {path.name: path for path in sorted(ROOT.glob("*.md"))}
+OUR_OWN = {"DS_ACCELERATOR", "LOCAL_RANK", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"}
+"""Variables that the code sets for libraries whatever the user has set."""
 SOURCE = "\n".join(path.read_text() for path in (ROOT / "finlora").rglob("*.py"))
 # Strings of the source that the formatter or the author cut into several are whole again.
 SOURCE = re.sub(r'"\s*\n\s*f?"', "", SOURCE)
@@ -62,6 +67,48 @@ def test_broken_link_and_anchor_are_found(tmp_path):
 @pytest.mark.parametrize("page", PAGES)
 def test_page_is_in_the_sites_navigation(page):
     assert re.search(rf": {re.escape(page)}$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+
+
+@pytest.fixture
+def generator(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    return importlib.import_module("generate")
+
+
+def test_reference_is_what_the_code_says(generator, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["generate.py", "--check"])
+    assert generator.main() == 0, capsys.readouterr().out + "run python docs/generate.py"
+
+
+def test_stale_page_is_named_with_the_command_and_written_anew(generator, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generator, "FOLDER", tmp_path)
+    monkeypatch.setattr("sys.argv", ["generate.py", "--check"])
+    assert generator.main() == 1
+    assert "docs/reference/errors.md is out of date: run python docs/generate.py\n" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("sys.argv", ["generate.py"])
+    assert generator.main() == 0
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert written == {name: (ROOT / "docs" / "reference" / name).read_text() for name in written}
+    assert len(written) == 6
+
+
+def test_setting_without_text_is_refused(generator):
+    @dataclasses.dataclass
+    class Bare:
+        told: int = 1
+        """A text."""
+        untold: int = 2
+
+    with pytest.raises(LookupError, match=r"Bare: no string stands under untold$"):
+        generator.texts_of(Bare)
+
+
+def test_every_environment_variable_that_the_code_reads_is_in_the_reference():
+    read = set(re.findall(r"environ(?:\.get|\.setdefault)?[\[(]\"([A-Z_]+)\"", SOURCE)) | set(cpu.ENVIRONMENT)
+    assert len(read) > 15
+    page = PAGES["reference/environment.md"].read_text()
+    assert [name for name in sorted(read - OUR_OWN) if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

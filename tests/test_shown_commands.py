@@ -23,7 +23,8 @@ def check_finlora(verb, *rest):
     values = VERBS[verb].make_context(verb, list(rest)).params  # raises on an unknown option or a missing argument
     config = values.get("config")
     if config and not config.stem.isupper() and str(config) != "...":  # NAME stands for one of the reader's own
-        load = {"serve": read_deployment, "tune": load_search}.get(verb, load_config)
+        is_server = verb == "serve" or config.parts[0] == "serve_configs"  # `doctor` takes both kinds
+        load = read_deployment if is_server else load_search if verb == "tune" else load_config
         overrides = [text for text in values["overrides"] or [] if text != "name=SEARCH"]
         load(ROOT / config if not config.is_file() else config, overrides)
 

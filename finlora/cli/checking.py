@@ -22,7 +22,7 @@ _COLOURS = {"ok": "green", "warning": "yellow", "fault": "bold red"}
 @app.command(
     epilog="Examples:\n\n  finlora doctor\n\n  finlora doctor --config jobs/configs/llama-8b-4bit-r4-fpb.yaml\n\n"
     "  finlora doctor --config serve_configs/llama-8b-8bit.yaml --json\n\n"
-    "  ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/doctor.py --config jobs/configs/...yaml"
+    "  ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/doctor.py --config jobs/configs/NAME.yaml"
 )
 def doctor(
     config: ConfigPath = None,

@@ -53,7 +53,7 @@ def plan(
 
 @app.command(
     epilog="Examples:\n\n  finlora train --config jobs/configs/llama-8b-4bit-r4-fpb.yaml train.num_workers=4\n\n"
-    "  ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/train.py --config jobs/configs/...yaml"
+    "  ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/train.py --config jobs/configs/NAME.yaml"
 )
 def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train an adapter on the Ray cluster, or resume the run of that name from its last checkpoint."""

@@ -39,23 +39,32 @@ class PretrainConfig:
     """Shape and schedule of a small base."""
 
     vocab_size: int = 2048
+    """Tokens of the tokenizer that is trained first."""
     hidden_size: int = 256
+    """Width of the hidden states."""
     intermediate_size: int = 704
+    """Width inside the MLP."""
     num_layers: int = 4
+    """Decoder layers."""
     num_heads: int = 4
+    """Attention heads."""
     num_kv_heads: int = 2
+    """Heads of keys and values, which the attention heads share (grouped-query attention)."""
     context_length: int = 256
-    """Tokens a training block. Longer prompts still run: positions are rotary up to 8192."""
+    """Tokens in a training block. The model takes prompts up to 8,192 tokens all the same."""
     batch_size: int = 16
-    """Blocks a step."""
+    """Blocks per optimiser step."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Of forward and backward pass; weights are float32. auto: bf16 on a GPU; on a CPU what it multiplies faster."""
+    """Type of the forward and backward pass; weights are float32. auto: bf16 on a GPU; on a CPU as model.compute_dtype."""
     num_steps: int = 400
+    """Optimiser steps."""
     answer_weight: float = 10.0
-    """Loss weight of the answer tokens of self-supervised questions. They are one token in forty, and reading an input
-    to answer from it is what a base must learn."""
+    """Loss weight of the answer tokens of self-supervised questions. Only one token in forty is one, and a base must learn
+    to answer from what it has read."""
     learning_rate: float = 2e-3
+    """Peak learning rate."""
     seed: int = 0
+    """Seed of weights and data order."""
 
 
 def pretrain_base(

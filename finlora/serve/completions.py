@@ -16,15 +16,23 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from finlora.engine.request import Answer, Piece, Sampling
-from finlora.serve.doorway import ERRORS, gather_all, key_of, request_id_of, server_of
+from finlora.serve.doorway import ANSWERING_ERRORS, gather_all, key_of, request_id_of, server_of
 from finlora.serve.failures import RefusedError, as_refusal, error_body
 from finlora.serve.ledger import Call
 from finlora.serve.logprobs import TokenRow, TokenRows, chat_logprobs, completion_logprobs, list_rows
 from finlora.serve.prompt import encode_messages, encode_plain
-from finlora.serve.protocol import CachedTokens, ChatRequest, CompletionRequest, GenerationRequest, Usage
+from finlora.serve.protocol import (
+    CachedTokens,
+    ChatRequest,
+    ChatResponse,
+    CompletionRequest,
+    CompletionResponse,
+    GenerationRequest,
+    Usage,
+)
 from finlora.serve.server import Server
 
-router = APIRouter(tags=["OpenAI"], responses=ERRORS)
+router = APIRouter(tags=["OpenAI"], responses=ANSWERING_ERRORS)
 
 
 _Rows = Sequence[TokenRow] | None
@@ -37,9 +45,15 @@ class _Prompt:
     ids: tuple[int, ...]
 
 
-@router.post("/v1/chat/completions", response_model=None, summary="Answer a conversation")
+@router.post(
+    "/v1/chat/completions",
+    response_model=None,
+    responses={200: {"model": ChatResponse}},
+    summary="Answer a conversation",
+)
 async def chat(body: ChatRequest, request: Request) -> Response:
-    """Answer as OpenAI's chat completions do. With `stream` the answer comes as server-sent events, closed by `[DONE]`."""
+    """Answer as OpenAI's chat completions do. With `stream` the answer comes as server-sent events, the last one `[DONE]`: their
+    choices hold a `delta` in place of the `message`. An answer without `[DONE]` is not complete."""
     server = server_of(request)
     call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
     text = json.dumps([[message.role, message.text] for message in body.messages], ensure_ascii=False)
@@ -48,9 +62,15 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     return await _reply(_Chat(server, call, bool(body.logprobs)), body, [prompt], sampling)
 
 
-@router.post("/v1/completions", response_model=None, summary="Continue a text")
+@router.post(
+    "/v1/completions",
+    response_model=None,
+    responses={200: {"model": CompletionResponse}},
+    summary="Continue a text",
+)
 async def complete(body: CompletionRequest, request: Request) -> Response:
-    """Continue a text as OpenAI's completions do, without any template around it. Several prompts only without `stream`."""
+    """Continue a text as OpenAI's completions do, without a template around it. With `stream`, events as for chat and
+    one prompt only."""
     server = server_of(request)
     call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
     prompts = _read_prompts(body, server)

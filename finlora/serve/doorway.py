@@ -14,22 +14,35 @@ from finlora.serve.server import Server
 
 _T = TypeVar("_T")
 
-_WORDS = {
-    400: "The request is malformed, or asks for what this model cannot do.",
-    401: "The key is missing or not known.",
+WORDS = {
+    400: "A field is wrong or unknown, or the model cannot do what it asks for.",
+    401: "The key is missing or unknown.",
     403: "The key may not do that.",
-    404: "There is no such model or path for this key.",
-    408: "The answer was not complete in time.",
-    413: "The body is too large.",
-    422: "The adapter was made for another base, or is incomplete.",
-    429: "The key has used its minute, or too many requests wait; `Retry-After` says how long.",
-    500: "The server failed; its log says why under the request id.",
-    503: "A stage of the model is down; ask again after `Retry-After` seconds.",
+    404: "There is no such model for this key, or no such path.",
+    405: "The path takes another method; `Allow` names it.",
+    408: "The answer was not complete within `limits.deadline_s`, or the body did not arrive within a minute.",
+    413: "The body is larger than `limits.max_body_bytes`.",
+    422: "The adapter was made for another base, tokenizer or template, or is incomplete.",
+    429: "The key has reached its limit for this minute, or the queue is full. `Retry-After` says when to ask again, in seconds.",
+    500: "The server failed. Its log says why, under the request id.",
+    503: "A stage of the model is restarting, or keys cannot be checked. `Retry-After` says when to ask again, in seconds.",
 }
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse, "description": words} for status, words in _WORDS.items()
-}
-"""For the OpenAPI description."""
+"""HTTP status -> meaning, for the OpenAPI description and the documents."""
+
+
+def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the errors that an endpoint answers, for its OpenAPI description."""
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorResponse, "description": WORDS[status]} for status in statuses
+    }
+    # Without it FastAPI describes a 422 in a form of its own, which no endpoint here answers.
+    return {**found, "default": {"model": ErrorResponse, "description": "Any other error."}}
+
+
+LOOKING_ERRORS = errors_of(401, 500, 503)
+"""Of endpoints that show something."""
+ANSWERING_ERRORS = errors_of(400, 401, 404, 408, 413, 422, 429, 500, 503)
+"""Of endpoints that ask the model."""
 
 
 def server_of(request: Request) -> Server:

@@ -29,8 +29,8 @@ _TABLE: tuple[tuple[type[FinloraError], int, str, str, int], ...] = (
     (DatasetError, 400, "invalid_request_error", "invalid_value", 0),
 )
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
-
-
+HTTP_CODES = {404: "unknown_path", 405: "method_not_allowed", 408: "slow_body", 413: "too_large"}
+"""Status of an error that Starlette raises itself -> code."""
 _MAX_FAULTS, _MAX_NAME = 20, 100  # a body may name a million fields, each of any length
 
 
@@ -94,7 +94,6 @@ def invalid_body(error: RequestValidationError) -> RefusedError:
 
 def from_http(error: HTTPException) -> RefusedError:
     """Return Starlette's own errors, as of an unknown path, in our form."""
-    codes = {404: "unknown_path", 405: "method_not_allowed", 408: "slow_body", 413: "too_large"}
     hints = {404: "there is nothing at this path: see /openapi.json.", 405: "this path takes another method."}
     message = hints.get(error.status_code, str(error.detail))
-    return RefusedError(error.status_code, message, codes.get(error.status_code, "http_error"))
+    return RefusedError(error.status_code, message, HTTP_CODES.get(error.status_code, "http_error"))

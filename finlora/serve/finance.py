@@ -12,7 +12,7 @@ from finlora.data.question import QUESTION_TASKS, Question, make_question
 from finlora.engine.grounding import find_quote
 from finlora.engine.request import Answer, normalise_choices
 from finlora.serve.completions import count_usage
-from finlora.serve.doorway import ERRORS, gather_all, key_of, request_id_of, server_of
+from finlora.serve.doorway import ANSWERING_ERRORS, LOOKING_ERRORS, gather_all, key_of, request_id_of, server_of
 from finlora.serve.failures import RefusedError
 from finlora.serve.protocol import (
     ClassifyRequest,
@@ -23,33 +23,33 @@ from finlora.serve.protocol import (
     Quote,
 )
 
-router = APIRouter(tags=["Financial questions"], responses=ERRORS)
+router = APIRouter(tags=["Financial questions"])
 
 About = Literal["none", "entity", "question"]
 _ABOUT: dict[str, About] = {"headline": "question", "ner": "entity", "xbrl_tags": "question", "xbrl_values": "question"}
 
 
 class TaskFacts(BaseModel):
-    name: str
-    about: About = Field(description="What the task asks about the text, which `about` then names.")
-    labels: list[str] = Field(description="Allowed answers; empty for free text.")
-    questions: list[str] = Field(description="Allowed values of `about`; empty: any.")
+    name: str = Field(description="Name to give as `task`.")
+    about: About = Field(description="What the task asks about the text; the request names it as `about`.")
+    labels: list[str] = Field(description="Allowed answers; empty for a task with free answers.")
+    questions: list[str] = Field(description="Allowed values of `about`; empty: any text.")
 
 
 class TaskList(BaseModel):
     object: Literal["list"] = "list"
-    data: list[TaskFacts]
+    data: list[TaskFacts] = Field(description="The tasks.")
 
 
-@router.get("/v1/tasks", summary="List the tasks")
+@router.get("/v1/tasks", summary="List the tasks", responses=LOOKING_ERRORS)
 async def list_tasks() -> TaskList:
-    """Return what can be asked, whichever adapter is best at it."""
+    """List the questions that can be asked. Any model takes any of them; adapters differ in how well they answer."""
     return TaskList(data=[_describe(name) for name in QUESTION_TASKS])
 
 
-@router.post("/v1/classify", summary="Label texts")
+@router.post("/v1/classify", summary="Label texts", responses=ANSWERING_ERRORS)
 async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
-    """Return the probability of each label of a task for each text, from one forward pass a text."""
+    """Return the probability of each label of the task, for each text. Each text costs one forward pass."""
     server = server_of(request)
     call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
     most = server.config.limits.max_texts
@@ -71,9 +71,9 @@ async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
     )
 
 
-@router.post("/v1/extract", summary="Find a tag or a number")
+@router.post("/v1/extract", summary="Find a tag or a number", responses=ANSWERING_ERRORS)
 async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
-    """Answer a question from a fragment, and say where in it the answer stands. `grounded` false: check it yourself."""
+    """Answer a question from a text and say where the answer stands in it. Check an answer yourself where `grounded` is false."""
     server = server_of(request)
     call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
     if not body.question.strip():

@@ -14,46 +14,55 @@ class Measures:
     """All metrics of one copy of the server. `adapter` is `base` for the base alone."""
 
     def __init__(self) -> None:
-        self._requests = Counter("finlora_http_requests_total", "HTTP requests answered.", ("path", "status"))
+        self._requests = Counter(
+            "finlora_http_requests_total", "HTTP requests answered, by path and status.", ("path", "status")
+        )
         self._request_seconds = Histogram(
             "finlora_http_request_seconds",
-            "From the first byte of a request to the last of its answer.",
+            "Seconds from the first byte of a request to the last of its answer.",
             _SECONDS,
             ("path",),
         )
-        self._answers = Counter("finlora_answers_total", "Answers of the model.", ("adapter", "outcome"))
-        self._prompt_tokens = Counter("finlora_prompt_tokens_total", "Tokens of prompts.", ("adapter",))
-        self._cached_tokens = Counter(
-            "finlora_cached_tokens_total", "Prompt tokens found in the prefix cache.", ("adapter",)
+        self._answers = Counter(
+            "finlora_answers_total", "Answers of the model, by how they ended.", ("adapter", "outcome")
         )
-        self._new_tokens = Counter("finlora_new_tokens_total", "Tokens generated.", ("adapter",))
+        self._prompt_tokens = Counter("finlora_prompt_tokens_total", "Prompt tokens.", ("adapter",))
+        self._cached_tokens = Counter(
+            "finlora_cached_tokens_total", "Prompt tokens that were in the prefix cache.", ("adapter",)
+        )
+        self._new_tokens = Counter("finlora_new_tokens_total", "Generated tokens.", ("adapter",))
         self._first = Histogram(
-            "finlora_time_to_first_token_seconds", "Until the first text or the choice.", _SECONDS, ("adapter",)
+            "finlora_time_to_first_token_seconds",
+            "Seconds until the first text of an answer, or until the label.",
+            _SECONDS,
+            ("adapter",),
         )
         self._each = Histogram(
             "finlora_time_per_token_seconds",
-            "Between two tokens, in the mean of an answer.",
+            "Mean seconds between two tokens of an answer.",
             _TOKEN_SECONDS,
             ("adapter",),
         )
-        self._queue = Gauge("finlora_requests_waiting", "Requests in line.")
-        self._active = Gauge("finlora_requests_active", "Requests at work.")
-        self._cache_used = Gauge("finlora_kv_cache_rows_used", "Rows of requests at work.")
-        self._cache_total = Gauge("finlora_kv_cache_rows", "Rows of the KV cache.")
+        self._queue = Gauge("finlora_requests_waiting", "Requests in the queue.")
+        self._active = Gauge("finlora_requests_active", "Requests in flight.")
+        self._cache_used = Gauge("finlora_kv_cache_rows_used", "KV cache positions held by requests in flight.")
+        self._cache_total = Gauge("finlora_kv_cache_rows", "KV cache positions in all.")
         self._busy = Gauge(
             "finlora_stage_busy_ratio",
-            "Share of the last half second that a stage computed; 0 without work.",
+            "Share of the last half second in which a stage computed; 0 when idle.",
             ("stage",),
         )
         self._bubble = Gauge(
             "finlora_pipeline_bubble_ratio",
-            "Share of the stages' time with work that was idle, over the last half second; 0 without work.",
+            "Share of the last half second in which stages waited although there was work; 0 when idle.",
         )
-        self._ready = Gauge("finlora_ready", "1 while all stages stand.")
-        self._losses = Gauge("finlora_stage_losses", "How often stages were lost.")
-        self._repairs = Gauge("finlora_stage_repairs", "How often only the dead stages were started for it.")
-        self._recovery = Gauge("finlora_stage_recovery_seconds", "From the last loss until the stages stood again.")
-        self._adapters = Gauge("finlora_adapters_loaded", "Adapters held in memory.")
+        self._ready = Gauge("finlora_ready", "1 while all stages run, else 0.")
+        self._losses = Gauge("finlora_stage_losses", "Crashes of stages since the start.")
+        self._repairs = Gauge("finlora_stage_repairs", "Crashes after which only the crashed stages restarted.")
+        self._recovery = Gauge(
+            "finlora_stage_recovery_seconds", "Seconds from the last crash until all stages ran again."
+        )
+        self._adapters = Gauge("finlora_adapters_loaded", "Adapters in memory.")
 
     def count_request(self, path: str, status: int, seconds: float) -> None:
         """Count an HTTP request."""

@@ -50,26 +50,32 @@ class _Body(_Wire):
 
 
 class StreamOptions(_Wire):
-    include_usage: bool = Field(False, description="Send the usage in a last event of its own.")
+    include_usage: bool = Field(False, description="Send the usage as a last event.")
 
 
 class GenerationRequest(_Body):
     """What both kinds of completion have in common."""
 
-    model: str = Field(description="`base` for the base alone, `base:adapter`, or `base:adapter@v2` for one version.")
-    max_tokens: int | None = Field(None, ge=1, description="Most new tokens. Left out: the server's default.")
-    temperature: float | None = Field(0.0, ge=0, le=2, description="0, the default: the likeliest token each time.")
-    top_p: float | None = Field(
-        1.0, gt=0, le=1, description="Draw among the likeliest tokens of this total probability."
+    model: str = Field(
+        description="A name of `/v1/models`: the base, `base:adapter`, or `base:adapter@v2` for one version of an adapter."
     )
-    stop: str | _StopTexts | None = Field(None, description="Texts that end the answer and are left out of it.")
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Equal seeds draw equal tokens.")
+    max_tokens: int | None = Field(
+        None, ge=1, description="Most new tokens. Default: `limits.default_new_tokens` of the server."
+    )
+    temperature: float | None = Field(0.0, ge=0, le=2, description="0: always the most probable token.")
+    top_p: float | None = Field(
+        1.0, gt=0, le=1, description="Sample among the most probable tokens that together have this probability."
+    )
+    stop: str | _StopTexts | None = Field(
+        None, description="Texts that end the answer. The answer does not contain them."
+    )
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed samples the same tokens.")
     stream: bool = Field(False, description="Send the answer as server-sent events.")
-    stream_options: StreamOptions | None = None
-    n: Literal[1] | None = Field(1, description="Only 1 is offered: send the request again for another answer.")
-    user: str | None = Field(None, description="Taken and not used: the key says who asks.")
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(0.0, description="Only 0 is offered.")
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(0.0, description="Only 0 is offered.")
+    stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
+    n: Literal[1] | None = Field(1, description="Only 1. Send the request again for another answer.")
+    user: str | None = Field(None, description="Ignored: the key says who asks.")
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(0.0, description="Only 0.")
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(0.0, description="Only 0.")
 
     @property
     def stop_texts(self) -> tuple[str, ...]:
@@ -83,14 +89,14 @@ class GenerationRequest(_Body):
 
 
 class TextPart(_Wire):
-    type: Literal["text"]
-    text: str
+    type: Literal["text"] = Field(description="Only texts.")
+    text: str = Field(description="Part of the message.")
 
 
 class Message(_Wire):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)]
-    name: str | None = Field(None, description="Taken and not used.")
+    role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
+    content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)] = Field(description="What is said.")
+    name: str | None = Field(None, description="Ignored.")
 
     @property
     def text(self) -> str:
@@ -101,13 +107,18 @@ class ChatRequest(GenerationRequest):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(
-        fail_fast=True, min_length=1, description="A base served without turns takes one user message."
+        fail_fast=True,
+        min_length=1,
+        description="The conversation. A base served with model.template=raw takes one user message.",
     )
-    max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens, which it goes before.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens, and wins over it.")
     logprobs: bool | None = Field(
-        False, description="Give each token's log-probability; in a stream, each event those of its tokens."
+        False,
+        description="Return the log-probability of each token. In a stream, each event holds those of its tokens.",
     )
-    top_logprobs: Literal[0] | None = Field(None, description="Only 0: other tokens' probabilities are not offered.")
+    top_logprobs: Literal[0] | None = Field(
+        None, description="Only 0: log-probabilities of other tokens are not offered."
+    )
 
 
 class CompletionRequest(GenerationRequest):
@@ -116,7 +127,7 @@ class CompletionRequest(GenerationRequest):
     prompt: str | _Texts | Annotated[list[int], Field(fail_fast=True, min_length=1)] = Field(
         description="A text, several texts (without stream), or token ids."
     )
-    logprobs: Literal[0] | None = Field(None, description="0: give each token's log-probability, and no others'.")
+    logprobs: Literal[0] | None = Field(None, description="0: return the log-probability of each token of the answer.")
     echo: Literal[False] | None = Field(False, description="Only false.")
     best_of: Literal[1] | None = Field(1, description="Only 1.")
 
@@ -124,14 +135,17 @@ class CompletionRequest(GenerationRequest):
 class ClassifyRequest(_Body):
     """Body of `POST /v1/classify`."""
 
-    model: str = Field(description="As in `/v1/models`.")
-    task: str = Field(description="A task of `/v1/tasks` that has labels.")
-    text: str | None = Field(None, description="One text; or give `texts`.")
-    texts: _Texts | None = Field(None, description="Several texts, answered in one go.")
+    model: str = Field(description="A name of `/v1/models`.")
+    task: str = Field(description="A task of `/v1/tasks` with labels.")
+    text: str | None = Field(None, description="One text. Give either `text` or `texts`.")
+    texts: _Texts | None = Field(None, description="Several texts.")
     about: str | Annotated[list[str], Field(fail_fast=True)] | None = Field(
-        None, description="What the task asks about the text: an entity or a question; one for all texts, or one each."
+        None,
+        description="What the task asks about the text, an entity or a question: one for all texts, or a list with one for each.",
     )
-    threshold: float = Field(0.0, ge=0, le=1, description="Abstain where the likeliest label has less probability.")
+    threshold: float = Field(
+        0.0, ge=0, le=1, description="Return no label where the most probable one has less than this."
+    )
 
     @model_validator(mode="after")
     def _check_texts(self) -> ClassifyRequest:
@@ -155,66 +169,133 @@ class ClassifyRequest(_Body):
 class ExtractRequest(_Body):
     """Body of `POST /v1/extract`."""
 
-    model: str = Field(description="As in `/v1/models`.")
-    task: Literal["xbrl_tags", "xbrl_values"]
-    context: str = Field(description="XBRL fragment or other text in which the answer stands.")
-    question: str = Field(description="What is looked for in it.")
-    max_tokens: int | None = Field(None, ge=1, description="Most new tokens. Left out: enough for a tag or a number.")
+    model: str = Field(description="A name of `/v1/models`.")
+    task: Literal["xbrl_tags", "xbrl_values"] = Field(description="Look for a US GAAP tag, or for a reported number.")
+    context: str = Field(description="XBRL excerpt or other text that holds the answer.")
+    question: str = Field(description="What to look for in it.")
+    max_tokens: int | None = Field(
+        None, ge=1, description="Most new tokens. Default: `limits.default_extract_tokens` of the server."
+    )
 
 
 class VersionRequest(_Body):
     """Body of `POST /v1/adapters/{name}/version`."""
 
-    version: str | None = Field(description="Version to serve from now on, as `v1`; null: the newest.")
+    version: str | None = Field(description="Version to serve from now on, such as `v1`. null: the newest.")
 
 
 class CachedTokens(BaseModel):
-    cached_tokens: int = Field(description="Prompt tokens found in the prefix cache.")
+    cached_tokens: int = Field(description="Prompt tokens that were in the prefix cache.")
 
 
 class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: CachedTokens
+    prompt_tokens: int = Field(description="Tokens of all prompts.")
+    completion_tokens: int = Field(description="New tokens of all answers.")
+    total_tokens: int = Field(description="Both together.")
+    prompt_tokens_details: CachedTokens = Field(description="How many of the prompt tokens were cached.")
 
 
 class LabelResult(BaseModel):
-    label: str | None = Field(description="The likeliest label; null where the server abstained.")
-    probabilities: dict[str, float] = Field(description="Label -> probability, normalised over all, likeliest first.")
-    abstained: bool
+    label: str | None = Field(description="The most probable label; null below the threshold.")
+    probabilities: dict[str, float] = Field(
+        description="Label -> probability. They add up to 1; the most probable comes first."
+    )
+    abstained: bool = Field(description="Whether no label reached the threshold.")
 
 
 class ClassifyResponse(BaseModel):
-    id: str
-    model: str
-    task: str
-    results: list[LabelResult] = Field(description="In the order of the texts.")
-    usage: Usage
+    id: str = Field(description="Id of the request, as in `X-Request-Id`.")
+    model: str = Field(description="As asked for.")
+    task: str = Field(description="As asked for.")
+    results: list[LabelResult] = Field(description="One for each text, in their order.")
+    usage: Usage = Field(description="Tokens of the request.")
 
 
 class Quote(BaseModel):
-    start: int = Field(description="First character (Unicode code point) in the context.")
-    end: int = Field(description="The character behind the last.")
+    start: int = Field(description="First character of the quote, counted in Unicode code points from 0.")
+    end: int = Field(description="Character after the last.")
 
 
 class ExtractResponse(BaseModel):
-    id: str
-    model: str
-    task: str
-    answer: str
-    quote: Quote | None = Field(description="Where the answer stands in the context; null: nowhere.")
+    id: str = Field(description="Id of the request, as in `X-Request-Id`.")
+    model: str = Field(description="As asked for.")
+    task: str = Field(description="As asked for.")
+    answer: str = Field(description="The tag or number.")
+    quote: Quote | None = Field(description="Where the answer stands in the context; null where it does not.")
     grounded: bool = Field(description="Whether the answer stands in the context.")
-    finish_reason: Literal["stop", "length"]
-    usage: Usage
+    finish_reason: Literal["stop", "length"] = Field(description="`length`: cut off at max_tokens.")
+    usage: Usage = Field(description="Tokens of the request.")
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] = Field(description="The model.")
+    content: str = Field(description="The answer.")
+    refusal: None = Field(description="Always null.")
+
+
+class TokenLogprob(BaseModel):
+    token: str = Field(description="Text of the token.")
+    logprob: float = Field(description="Its natural logarithm of probability, before temperature and top_p.")
+    bytes: list[int] | None = Field(description="The text in UTF-8; null for a part of a character.")
+    top_logprobs: list[None] = Field(description="Always empty.")
+
+
+class ChatLogprobs(BaseModel):
+    content: list[TokenLogprob] = Field(description="One for each token of the answer.")
+    refusal: None = Field(description="Always null.")
+
+
+class ChatChoice(BaseModel):
+    index: int = Field(description="Always 0.")
+    message: ChatMessage = Field(description="The answer.")
+    finish_reason: Literal["stop", "length"] = Field(description="`length`: cut off at max_tokens.")
+    logprobs: ChatLogprobs | None = Field(description="null unless the request asks for them.")
+
+
+class ChatResponse(BaseModel):
+    """Reply of `POST /v1/chat/completions` without `stream`."""
+
+    id: str = Field(description="`chatcmpl-` and the request id.")
+    object: Literal["chat.completion"] = Field(description="In a stream `chat.completion.chunk`.")
+    created: int = Field(description="Unix seconds.")
+    model: str = Field(description="As asked for.")
+    choices: list[ChatChoice] = Field(description="One answer.")
+    usage: Usage = Field(description="Tokens of the request.")
+
+
+class CompletionLogprobs(BaseModel):
+    tokens: list[str] = Field(description="Text of each token.")
+    token_logprobs: list[float] = Field(
+        description="Natural logarithm of its probability, before temperature and top_p."
+    )
+    top_logprobs: None = Field(description="Always null.")
+    text_offset: list[int] = Field(description="Character of the answer at which the token begins.")
+
+
+class CompletionChoice(BaseModel):
+    index: int = Field(description="Number of the prompt, from 0.")
+    text: str = Field(description="The continuation.")
+    finish_reason: Literal["stop", "length"] = Field(description="`length`: cut off at max_tokens.")
+    logprobs: CompletionLogprobs | None = Field(description="null unless the request asks for them.")
+
+
+class CompletionResponse(BaseModel):
+    """Reply of `POST /v1/completions` without `stream`."""
+
+    id: str = Field(description="`cmpl-` and the request id.")
+    object: Literal["text_completion"] = Field(description="The same in a stream.")
+    created: int = Field(description="Unix seconds.")
+    model: str = Field(description="As asked for.")
+    choices: list[CompletionChoice] = Field(description="One for each prompt, in their order.")
+    usage: Usage = Field(description="Tokens of the request.")
 
 
 class ErrorBody(BaseModel):
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
+    message: str = Field(description="What was found, what was expected, what to do.")
+    type: str = Field(description="OpenAI's word for the kind of error.")
+    param: str | None = Field(None, description="Field of the request that is wrong.")
+    code: str | None = Field(None, description="Word for programs.")
 
 
 class ErrorResponse(BaseModel):
-    error: ErrorBody
+    error: ErrorBody = Field(description="What went wrong.")

@@ -23,21 +23,23 @@ class StagesConfig:
     """How one copy of the base is held: by so many Ray actors, each with its span of layers."""
 
     num: int = 1
-    """Stages; one is an actor of its own too, so that a fault of the GPU does not end the server."""
+    """Pipeline stages that share the layers. A single stage also runs in a process of its own, so that a GPU fault does not
+    end the server."""
     device: Literal["cuda", "cpu"] = "cuda"
-    """Never chosen for you."""
+    """Device of the stages. FinLoRA never falls back to `cpu` by itself."""
     gpus: float = 1.0
-    """GPUs that Ray reserves for a stage."""
+    """GPUs that Ray reserves for each stage."""
     cpus: float = 1.0
-    """CPU cores that Ray reserves for a stage."""
+    """CPU cores that Ray reserves for each stage."""
     cache_rows: int = 32768
-    """Tokens that the KV cache holds; each stage has the rows of its own layers."""
+    """Tokens that the KV cache holds, over all requests. Each stage holds the part of its own layers."""
     keep_unpacked: bool = False
-    """Hold 4-bit weights unpacked in bfloat16: faster long prompts for four times the memory."""
+    """Hold 4-bit weights as bfloat16: faster long prompts, four times the memory."""
     transport: Transport = "messages"
-    """How hidden states travel between stages (finlora/engine/pipeline.py)."""
+    """How hidden states pass between stages: as Ray messages, by NCCL from GPU to GPU, or by gloo over sockets. With
+    `messages`, stages on one machine whose GPUs reach each other's memory copy from GPU to GPU."""
     wait_s: float | None = 600.0
-    """Seconds to wait for the stages' places while others hold them. None: without limit."""
+    """Seconds to wait for GPUs and cores that others hold. None: no limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,21 +47,21 @@ class LimitsConfig:
     """What a single request, and all of them together, may take. Limits of a key are in the key file."""
 
     max_body_bytes: int = 2 * 2**20
-    """Largest body of a request."""
+    """Largest request body, in bytes."""
     max_new_tokens: int = 2048
-    """Most new tokens of an answer."""
+    """Most new tokens in an answer."""
     default_new_tokens: int = 256
-    """New tokens of an answer that does not say how many."""
+    """Most new tokens in an answer whose request does not set max_tokens."""
     default_extract_tokens: int = 48
-    """New tokens of an extracted tag or number whose request does not say how many."""
+    """The same for `/v1/extract`, whose answers are a tag or a number."""
     max_texts: int = 256
-    """Most texts of one classification."""
+    """Most texts in one classification, and most prompts in one completion."""
     max_waiting: int = 1024
-    """Most requests in line; those after it are refused with 429."""
+    """Most requests in the queue; further ones get 429."""
     max_batch_tokens: int = 2048
-    """Most rows of a micro-batch."""
+    """Most tokens in a micro-batch."""
     deadline_s: float = 300.0
-    """Seconds after which an answer is given up with 408."""
+    """Seconds after which an unfinished answer ends with 408."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,42 +72,44 @@ class DirectConfig:
     """
 
     port: int | None = None
-    """None: there is none. All copies of a node answer at the same one."""
+    """Port of the server's own HTTP processes, beside Ray Serve's proxy. All copies on a node share it. None: none."""
     host: str | None = None
-    """Address of this machine to listen at. None: 127.0.0.1; with `finlora serve` the proxy's."""
+    """Address to listen at. None: 127.0.0.1; with `finlora serve` the proxy's."""
     processes: int = 2
-    """Of each copy."""
+    """HTTP processes of each copy of the server."""
     ssl_certfile: str | None = None
-    """PEM. None: plain HTTP; with `finlora serve` the proxy's."""
+    """Certificate as a PEM file. None: plain HTTP; with `finlora serve` the proxy's certificate."""
     ssl_keyfile: str | None = None
-    """PEM without a password."""
+    """Private key as a PEM file without a password. None: plain HTTP."""
     keep_alive_timeout_s: int = 75
-    """Seconds that a line without a request stays open."""
+    """Seconds that an idle connection stays open."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServeConfig:
     name: str = "base"
-    """Name of the base in `/v1/models`; an adapter is `name:adapter`."""
+    """Name of the base in `/v1/models`. An adapter on it is called `name:adapter`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The base; model.bits says how it is held."""
     stages: StagesConfig = field(default_factory=StagesConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     direct: DirectConfig = field(default_factory=DirectConfig)
     adapters_dir: str | None = None
-    """Folder of adapters: DIR/NAME is one, or holds its versions DIR/NAME/v1, v2, ... None: the base alone."""
+    """Folder of adapters. `DIR/NAME` is an adapter, or holds its versions `DIR/NAME/v1`, `v2` and so on. None: the base
+    alone."""
     max_adapters: int = 16
-    """Adapters held in memory; the one that was not used for longest gives way."""
+    """Adapters held in memory at once; the least recently used one is dropped."""
     keys_file: str | None = None
-    """File of hashed keys that `finlora key` writes. None: the key of FINLORA_API_KEY in the environment, alone."""
+    """File of hashed API keys, as `finlora key` writes it. None: the one key in the environment variable
+    FINLORA_API_KEY."""
     audit_dir: str | None = None
-    """Folder of the audit log, a file for each copy of the server. None: no audit log."""
+    """Folder of the audit log; each copy of the server writes files of its own. None: no audit log."""
     audit_texts: bool = False
-    """Write prompts and answers themselves into the audit log, beside their hashes."""
+    """Write prompts and answers into the audit log, besides their hashes."""
     ready_every_s: float = 1.0
-    """Seconds between two looks at whether all stages live."""
+    """Seconds between two health checks of the stages."""
     seed: int = 42
-    """Seed of random weights, and nothing else."""
+    """Seed of the weights where model.weights is `random`; nothing else uses it."""
 
     def __post_init__(self) -> None:
         stages, limits = self.stages, self.limits

@@ -8,62 +8,85 @@ from typing import Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
-from finlora.serve.doorway import ERRORS, key_of, server_of
+from finlora.serve.doorway import LOOKING_ERRORS, errors_of, key_of, server_of
 from finlora.serve.failures import RefusedError
 from finlora.serve.protocol import VersionRequest
 
-router = APIRouter(responses=ERRORS)
+router = APIRouter()
 _STARTED = int(time.time())
 
 
 class ModelFacts(BaseModel):
-    id: str
+    id: str = Field(description="Name to give as `model`.")
     object: Literal["model"] = "model"
-    created: int
+    created: int = Field(description="When the server started, in Unix seconds.")
     owned_by: Literal["finlora"] = "finlora"
 
 
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
-    data: list[ModelFacts]
+    data: list[ModelFacts] = Field(description="The models.")
+
+
+class AdapterFacts(BaseModel):
+    name: str = Field(description="Name of its folder. `base:name` is its model.")
+    versions: list[str] = Field(description="Names of its versions; empty where the folder is the adapter itself.")
+    refused: str = Field("", description="Why it cannot be served. Only then, and without the fields below.")
+    current: str | None = Field(
+        None, description="Version that is served; null where the folder is the adapter itself."
+    )
+    hash: str = Field("", description="Hash of its weights.")
+    bits: int = Field(0, description="Bits of the base that it was trained on.")
+    rank: int = Field(0, description="Its LoRA rank.")
+    template_date: str | None = Field(None, description="Date that its chat template writes; null: none.")
+    tasks: list[str] = Field([], description="Tasks that it was trained on.")
+    loaded: bool = Field(False, description="Whether it is in memory now.")
+
+
+class AdapterList(BaseModel):
+    data: list[AdapterFacts] = Field(description="The adapters that the key may use.")
+
+
+class Alive(BaseModel):
+    status: Literal["alive"] = "alive"
 
 
 class StageState(BaseModel):
-    layers: tuple[int, int] = Field(description="First and last decoder layer.")
-    weights_gib: float
-    cache_gib: float
-    busy: float = Field(description="Share of the last half second that it computed; 0 without work.")
+    layers: tuple[int, int] = Field(description="Its first and last decoder layer.")
+    weights_gib: float = Field(description="Weights of its layers, in GiB.")
+    cache_gib: float = Field(description="Its part of the KV cache, in GiB.")
+    busy: float = Field(description="Share of the last half second in which it computed; 0 when idle.")
 
 
 class StagesState(BaseModel):
-    stages: list[StageState] = Field(description="Empty while a stage is being restarted.")
-    queue: int = Field(description="Requests in line.")
-    active: int = Field(description="Requests at work.")
-    kv_used: int = Field(description="Rows of the KV cache that they hold.")
-    kv_total: int
+    stages: list[StageState] = Field(description="Empty while a stage restarts.")
+    queue: int = Field(description="Requests in the queue.")
+    active: int = Field(description="Requests in flight.")
+    kv_used: int = Field(description="KV cache positions held by requests in flight.")
+    kv_total: int = Field(description="KV cache positions in all.")
     bubble: float = Field(
-        description="Share of the stages' time with work that was idle, over the last half second; 0 without work."
+        description="Share of the last half second in which stages waited although there was work; 0 when idle."
     )
-    losses: int = Field(description="How often stages were lost.")
-    repairs: int = Field(description="How often only the dead stages had to be started for it; else all were.")
-    recovery_s: float | None = Field(description="Seconds from the last loss until the stages stood again.")
+    losses: int = Field(description="Crashes of stages since the start.")
+    repairs: int = Field(description="Crashes after which only the crashed stages restarted, not all.")
+    recovery_s: float | None = Field(description="Seconds from the last crash until all stages ran again.")
 
 
 class Ready(BaseModel):
     status: Literal["ready"] = "ready"
-    seconds: float = Field(description="How long one token took through all stages.")
+    seconds: float = Field(description="Seconds that the token took.")
 
 
-@router.get("/v1/models", tags=["OpenAI"], summary="List the models that the key may use")
+@router.get("/v1/models", tags=["OpenAI"], summary="List the models that the key may use", responses=LOOKING_ERRORS)
 async def list_models(request: Request) -> ModelList:
-    """Return the base and each adapter on it."""
+    """List the base and, as `base:adapter`, each adapter that the key may use."""
     names = server_of(request).list_models(key_of(request))
     return ModelList(data=[ModelFacts(id=name, created=_STARTED) for name in names])
 
 
-@router.get("/v1/models/{model}", tags=["OpenAI"], summary="Look a model up")
+@router.get("/v1/models/{model}", tags=["OpenAI"], summary="Look a model up", responses=errors_of(401, 404, 500, 503))
 async def find_model(model: str, request: Request) -> ModelFacts:
-    """Return a model that the key may use."""
+    """Show one model of that list."""
     names = server_of(request).list_models(key_of(request))
     if model not in names:
         raise RefusedError(
@@ -72,16 +95,30 @@ async def find_model(model: str, request: Request) -> ModelFacts:
     return ModelFacts(id=model, created=_STARTED)
 
 
-@router.get("/v1/adapters", tags=["Adapters"], summary="List adapters with their versions")
+@router.get(
+    "/v1/adapters",
+    tags=["Adapters"],
+    summary="List adapters with their versions",
+    response_model=AdapterList,
+    response_model_exclude_unset=True,
+    responses=LOOKING_ERRORS,
+)
 async def list_adapters(request: Request) -> dict[str, list[dict[str, Any]]]:
-    """Return what lies in the adapter folder, with the reason where one is refused."""
+    """List the adapter folder: each adapter with its versions, and the reason where one is refused."""
     server, key = server_of(request), key_of(request)
     return {"data": [server.describe_adapter(name) for name in server.shelf.list_names() if key.may_use(name)]}
 
 
-@router.post("/v1/adapters/{name}/version", tags=["Adapters"], summary="Choose the version that is served")
+@router.post(
+    "/v1/adapters/{name}/version",
+    tags=["Adapters"],
+    summary="Choose the version that is served",
+    response_model=AdapterFacts,
+    response_model_exclude_unset=True,
+    responses=errors_of(400, 401, 403, 404, 413, 422, 500, 503),
+)
 async def set_version(name: str, body: VersionRequest, request: Request) -> dict[str, Any]:
-    """Roll an adapter back, or forward again; needs an admin key. Requests at work end with the version they began with."""
+    """Roll an adapter back, or forward again. Needs an admin key. Requests in flight keep the version that they began with."""
     server = server_of(request)
     server.require_admin(key_of(request))
     if name not in server.shelf.list_names():
@@ -90,9 +127,9 @@ async def set_version(name: str, body: VersionRequest, request: Request) -> dict
     return server.describe_adapter(name)
 
 
-@router.get("/v1/stages", tags=["Health"], summary="Show stages, queue and cache")
+@router.get("/v1/stages", tags=["Health"], summary="Show stages, queue and cache", responses=LOOKING_ERRORS)
 async def show_stages(request: Request) -> StagesState:
-    """Return what each stage holds and how busy it is."""
+    """Show the layers, memory and load of each stage, the queue, the KV cache and the crashes of stages so far."""
     engine = server_of(request).engine
     snapshot, stages = engine.snapshot, engine.stages
     busy = snapshot.busy if len(snapshot.busy) == len(stages) else (0.0,) * len(stages)
@@ -118,12 +155,12 @@ async def show_stages(request: Request) -> StagesState:
 
 
 @router.get("/healthz", tags=["Health"], summary="Say that the server runs")
-async def live() -> dict[str, str]:
-    """Answer whenever the process lives; needs no key and says nothing of the model."""
-    return {"status": "alive"}
+async def live() -> Alive:
+    """Answer while the HTTP process runs. Needs no key and says nothing about the model."""
+    return Alive()
 
 
-@router.get("/readyz", tags=["Health"], summary="Send a token through all stages")
+@router.get("/readyz", tags=["Health"], summary="Send a token through all stages", responses=LOOKING_ERRORS)
 async def ready(request: Request) -> Ready:
-    """Answer 200 when a token has just come through every stage, 503 while one is dead."""
+    """Answer 200 after sending one token through all stages, 503 while a stage is down."""
     return Ready(seconds=await server_of(request).probe())

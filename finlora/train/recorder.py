@@ -13,7 +13,15 @@ from finlora.train.progress import append_progress
 from finlora.train.run import RunFolder
 from finlora.train.wire import Wire
 
-PUBLISHED = ("loss", "learning_rate", "tokens_per_second", "examples_per_second", "memory_gib", "step")
+PUBLISHED = {
+    "loss": "Mean cross entropy per answer token, over all workers and the steps since the last record.",
+    "learning_rate": "Learning rate of the last step.",
+    "tokens_per_second": "Tokens trained per second by all workers, padding not counted.",
+    "examples_per_second": "Examples trained per second by all workers.",
+    "memory_gib": "Peak GPU memory of this worker, in GiB; on a CPU its resident memory.",
+    "step": "Optimiser steps done.",
+}
+"""Names and texts of a worker's metrics."""
 
 
 class Recorder:

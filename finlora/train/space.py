@@ -40,29 +40,30 @@ class SearchConfig:
     """The section `search`."""
 
     num_trials: int = 16
-    """Trials in all, the config itself included."""
+    """Number of trials, including the first, which is the config as it stands."""
     rank: tuple[int, ...] = (4, 8, 16)
-    """Ranks to try. Empty: lora.rank."""
+    """LoRA ranks to try. Empty: lora.rank only."""
     bits: tuple[int, ...] = (4, 8)
-    """Bits of the base to try. Empty: model.bits."""
+    """Bits of the base to try. Empty: model.bits only."""
     learning_rate: tuple[float, ...] = (3e-5, 1e-3)
-    """Lowest and highest learning rate, drawn evenly in the logarithm. Empty: optim.learning_rate."""
+    """Lowest and highest learning rate, sampled evenly on a logarithmic scale. Empty: optim.learning_rate only."""
     alpha: tuple[float, ...] = ()
-    """Values of alpha to try. Empty: lora.alpha."""
+    """Values of alpha to try. Empty: lora.alpha only."""
     target_modules: tuple[str, ...] = ()
-    """Sets of projections to try, each joined by `+`: [q_proj+v_proj, q_proj+k_proj+v_proj]. Empty: lora.target_modules."""
+    """Sets of projections to try, joined by `+`: `[q_proj+v_proj, q_proj+k_proj+v_proj]`. Empty: lora.target_modules
+    only."""
     objectives: tuple[Objective, ...] = ("weighted_f1", "accuracy", "peak_memory_gib", "hours")
-    """What the Pareto front weighs. The first one decides which trial is the best; scores count on held-out training data."""
+    """What the Pareto front compares. The first one, a score on held-out training examples, decides which trial is best."""
     validation_share: float = 0.15
-    """Share of the training examples held out to judge the trials by. The test split is never looked at."""
+    """Share of the training examples that is held out to judge the trials. The test split is never used."""
     grace_share: float = 0.1
-    """Share of its steps that every trial is trained before ASHA may stop it."""
+    """Share of its steps that each trial runs before ASHA may stop it."""
     reduction_factor: int = 3
-    """ASHA lets one in so many trials go on at each rung. 1: every trial is trained to its end."""
+    """At each rung ASHA lets one in so many trials go on. 1: all trials run to their end."""
     max_concurrent: int | None = None
-    """Most trials at once. None: as many as the cluster has GPUs and cores for."""
+    """Most trials at once. None: as many as the cluster has room for."""
     retry_failed: bool = False
-    """Whether a resumed search runs the failed trials again."""
+    """Run failed trials again when the search is resumed."""
 
     def __post_init__(self) -> None:
         rates = self.learning_rate

@@ -293,7 +293,7 @@ def _make_gauges(config: RunConfig, worker: int) -> Callable[[dict[str, float]],
     """Return what sets this worker's numbers in Ray's metrics."""
     from ray.util.metrics import Gauge
 
-    gauges = {name: Gauge(f"finlora_train_{name}", tag_keys=("run", "worker")) for name in PUBLISHED}
+    gauges = {name: Gauge(f"finlora_train_{name}", text, ("run", "worker")) for name, text in PUBLISHED.items()}
 
     def publish(values: dict[str, float]) -> None:
         for name, value in values.items():

@@ -15,6 +15,7 @@ import pytest
 from wire import send
 
 from finlora.serve.asgi import make_app
+from finlora.serve.protocol import ChatResponse, CompletionResponse
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "serve.md"
 BLOCKS = re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
@@ -63,6 +64,25 @@ def test_openai_example_writes_the_same_text_twice(live):
     middle = len(written) // 2
     assert written[:middle] == written[middle + 1 :] != ""
     assert written[middle] == "\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "form"),
+    [
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "Hello"}], "logprobs": True, "max_tokens": 2},
+            ChatResponse,
+        ),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}, ChatResponse),
+        ("/v1/completions", {"prompt": ["Hello", "you"], "logprobs": 0, "max_tokens": 2}, CompletionResponse),
+        ("/v1/completions", {"prompt": "Hello", "max_tokens": 2}, CompletionResponse),
+    ],
+)
+def test_reply_has_the_fields_that_the_reference_names(path, body, form, live):
+    reply = send(live.address, path, live.keys["desk"], {"model": "tiny", **body})
+    assert reply.status == 200
+    assert form.model_validate(reply.body).model_dump() == reply.body
 
 
 def test_every_kind_of_request_has_an_example():

@@ -16,10 +16,10 @@ def find_ours(value: PaperValue, results: Sequence[Result]) -> Result | None:
     """Return our newest measurement that may stand beside a number of the paper, or None.
 
     A Llama of the same size, variant and task is needed; inference memory also needs batch size 1, accuracies
-    pretrained weights. A full measurement is preferred to a partial one.
+    pretrained weights. A full measurement is preferred to a partial one, and of equal times the later line.
     """
     found = [result for result in results if all(meets(result) for meets, _ in _conditions(value))]
-    return max(found, key=lambda result: (not result.is_partial, result.created), default=None)
+    return max(reversed(found), key=lambda result: (not result.is_partial, result.created), default=None)
 
 
 def explain_missing(value: PaperValue, results: Sequence[Result]) -> str:

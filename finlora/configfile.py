@@ -118,6 +118,19 @@ def save_config(config: RunConfig, path: Path) -> None:
     write_whole(path, yaml.safe_dump(config_to_tree(config), sort_keys=False))
 
 
+def describes_server(tree: Any) -> bool:
+    """Return whether what a YAML file holds is Ray Serve's, as in serve_configs/, and not a run's, as in jobs/configs/."""
+    return isinstance(tree, Mapping) and "applications" in tree
+
+
+def is_server_file(path: Path) -> bool:
+    """Return whether a YAML file is Ray Serve's; False for one that cannot be read, which is told when it is read as a config."""
+    try:
+        return describes_server(read_yaml(path))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
@@ -136,12 +149,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} is not valid YAML: {error}") from error
     if tree is None:
+        if path.stat().st_size == 0:  # one of comments alone is meant so
+            raise ConfigError(
+                f"config file {path} is empty, as after a copy that was cut off: expected sections like `model:` and `train:`."
+            )
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(
             f"config file {path} holds a {type(tree).__name__}: expected sections like `model:` and `train:`."
         )
-    if "applications" in tree:
+    if describes_server(tree):
         raise ConfigError(
             f"config file {path} describes a served model: expected a run's, as in jobs/configs/. "
             f"`finlora serve --config {path}` serves it."

@@ -14,11 +14,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from finlora.durable import append_line, unseal
+from finlora.durable import append_line, read_last_line, unseal
 from finlora.errors import ResultError
 
 SEARCH_MARK = "search.yaml"
 """Lies in the folder of a search, above its trials' results."""
+_MAX_LINE_BYTES = 2**22
+"""Of the last result, with its config and loss curve: a longer one's time is not looked at."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,11 +101,17 @@ def describe_environment() -> dict[str, str]:
 def append_result(path: Path, result: Result) -> None:
     """Append one line to a results file, creating folder and file. Concurrent writers on one host do not interleave.
 
+    Its time is at least that of the line before it, since the newest of several measurements counts: a clock that was set
+    back must not let an old number stand.
+
     Raises:
         ResultError: the line did not go in whole, as on a full disk.
     """
     record = dataclasses.asdict(result)
-    record["created"] = record["created"] or datetime.now(UTC).isoformat(timespec="seconds")
+    if not record["created"]:
+        before = (read_last_line(path, _MAX_LINE_BYTES) or {}).get("created")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        record["created"] = max(now, before) if isinstance(before, str) else now
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         append_line(path, record, is_synced=True)

@@ -219,6 +219,7 @@ def test_missing_file_points_to_examples(tmp_path):
         ("model: [", "is not valid YAML"),
         ("- a\n- b\n", "holds a list: expected sections"),
         ("just text", "holds a str: expected sections"),
+        ("", "is empty, as after a copy that was cut off: expected sections"),
         ("model: 3", "model=3: expected a section with keys"),
         ("3: x", "3 is not a setting"),
     ],
@@ -237,7 +238,7 @@ def test_unreadable_file_is_refused(tmp_path):
         load_config(tmp_path)
 
 
-def test_empty_file_gives_defaults_and_takes_overrides(tmp_path):
+def test_file_of_comments_gives_defaults_and_takes_overrides(tmp_path):
     assert load_config(write(tmp_path, "# nothing yet\n"), ["lora.rank=8"]).lora.rank == 8
 
 

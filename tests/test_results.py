@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from datetime import datetime, timedelta
 
 import pytest
 
 from finlora.errors import ResultError
+from finlora.pairing import pair_results
 from finlora.results import Result, append_result, describe_environment, read_results
 
 
@@ -36,6 +38,21 @@ def test_append_dates_result_and_keeps_earlier_lines(tmp_path):
     append_result(path, make_result(task="ner"))
     assert [result.task for result in read_results(path)] == ["fpb", "ner"]
     assert all(result.created.endswith("+00:00") for result in read_results(path))
+
+
+def test_clock_set_back_does_not_make_the_newer_result_the_older_one(tmp_path, monkeypatch):
+    class SetBack(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) - timedelta(hours=1)
+
+    path = tmp_path / "results.jsonl"
+    append_result(path, make_result(metrics={"accuracy": 0.5}))
+    monkeypatch.setattr("finlora.results.datetime", SetBack)
+    append_result(path, make_result(metrics={"accuracy": 0.75}))
+    before, after = results = read_results(path)
+    assert after.created == before.created
+    assert [each.result.metrics["accuracy"] for each in pair_results(results).kept] == [0.75]
 
 
 def test_result_with_nan_and_line_separators_round_trips(tmp_path):

@@ -48,7 +48,9 @@ def _read(config: Path | None, overrides: Sequence[str]) -> tuple[Any, Any, floa
     """Return the settings of a run, its base and GPUs; of a Serve YAML base and GPUs, and what the server would find wrong."""
     if config is None and not overrides:
         return None, None, 0.0, []
-    if config is None or not _is_serve_yaml(config):
+    from finlora.configfile import is_server_file
+
+    if config is None or not is_server_file(config):
         from finlora.doctor.examine import count_wanted
 
         settings = load_settings(config, overrides)
@@ -70,13 +72,6 @@ def _read(config: Path | None, overrides: Sequence[str]) -> tuple[Any, Any, floa
     stages = deployment.settings.stages
     gpus = count_stages(deployment) * stages.gpus if stages.device == "cuda" else 0.0
     return None, make_absolute(deployment.settings).model, gpus, [finding]
-
-
-def _is_serve_yaml(path: Path) -> bool:
-    try:
-        return any(line.startswith("applications:") for line in path.read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError):
-        return False  # told when it is read as a config
 
 
 def _show(findings: Sequence[Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from finlora.configfile import describes_server
 from finlora.errors import ConfigError, ResourceError
 from finlora.foreign_errors import shorten
 from finlora.host import require_free_port
@@ -60,7 +61,7 @@ def read_deployment(path: Path, overrides: Sequence[str] = ()) -> Deployment:
 
     try:
         tree = read_yaml(path)
-        if not isinstance(tree, dict) or "applications" not in tree:
+        if not describes_server(tree):
             raise ConfigError(
                 f"{path} describes no served model: expected a Serve YAML with `applications:`, as in serve_configs/."
             )

@@ -12,7 +12,7 @@ import yaml
 from typer.testing import CliRunner
 
 from finlora.cli.main import app
-from finlora.configfile import load_config
+from finlora.configfile import is_server_file, load_config
 from finlora.errors import ConfigError, ResourceError
 from finlora.model.shapes import GIB, LLAMA_8B, LLAMA_70B, count_weight_bytes
 from finlora.serve.deploy import check_server, count_stages, read_deployment, require_capacity, require_no_service
@@ -132,6 +132,18 @@ def test_yaml_of_a_run_and_of_a_server_are_told_apart():
         ConfigError, match=r"cpu-demo.yaml describes a served model: expected a run's.*`finlora serve --config"
     ):
         load_config(ROOT / "serve_configs" / "cpu-demo.yaml")
+
+
+@pytest.mark.parametrize("text", ["applications: []\n", '"applications": []\n', "{applications: []}\n", "name: x\napplications:\n"])
+def test_every_reader_takes_a_servers_yaml_for_one_however_it_is_written(tmp_path, text):
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    assert is_server_file(path)
+    with pytest.raises(ConfigError, match="describes a served model"):
+        load_config(path)
+    result = CliRunner().invoke(app, ["doctor", "--config", str(path)])
+    assert isinstance(result.exception, ConfigError)
+    assert "describes a served model" not in str(result.exception)
 
 
 def test_cluster_too_small_for_all_stages_is_refused_before_they_start():

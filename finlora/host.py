@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finlora.errors import ConfigError, ResourceError
+from finlora.working_dir import resolve_output
 
 MAX_SOCKET_PATH = 107
 """Longest path of a Unix socket in bytes; source: unix(7), sun_path."""
@@ -106,6 +107,39 @@ def find_write_problem(folder: Path) -> str | None:
         return error.strerror or str(error)
 
 
+def find_output_problem(folder: Path) -> str | None:
+    """Return why nothing can be written below a folder, which may not be there yet; None where it can."""
+    there = folder.expanduser().absolute()
+    try:
+        while not os.path.lexists(there) and there != there.parent:  # a link that leads nowhere is in the way
+            there = there.parent
+        if not there.is_dir():
+            return f"{there} is no folder"
+    except OSError as error:  # a folder above is closed to this account
+        return error.strerror or str(error)
+    return find_write_problem(there)
+
+
+def require_output(option: str, path: Path, *, is_new: bool = False) -> Path:
+    """Return the absolute path of what a verb writes, after a look whether it can, before anything is computed.
+
+    Args:
+        option: what the user typed before it, as `--output `.
+        path: a folder that is written into, which may not be there yet.
+        is_new: it is written beside its place and moved there whole, so that the folder above it is what must be writable.
+
+    Raises:
+        ConfigError: it is relative inside a submitted Ray job, or cannot be written.
+    """
+    target = resolve_output(option, path)
+    folder = target.parent if is_new else target
+    if problem := find_output_problem(folder):
+        raise ConfigError(
+            f"{option}{path}: {folder} cannot be written ({problem}): name another one, or change its owner or mode."
+        )
+    return target
+
+
 def require_listener(host: str, port: int, resolve_s: float = 4.0, connect_s: float = 4.0) -> None:
     """Connect once, and hang up. A name server has no deadline, so that it is waited for in a thread.
 
@@ -159,6 +193,13 @@ def require_free_port(host: str, port: int, name: str, mend: str) -> None:
             door.bind(address)
     except OSError as error:
         raise ResourceError(f"{name}={port} at {host} cannot be listened at ({error.strerror}): {mend}.") from error
+
+
+def drop_empty_size() -> None:
+    """Forget a terminal's size of nothing, as a pipe or a container without a terminal exports it: no help or table fits it."""
+    for name in ("COLUMNS", "LINES"):
+        if os.environ.get(name, "1").strip().strip("0") == "":
+            del os.environ[name]
 
 
 def fill_streams() -> None:

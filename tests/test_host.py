@@ -50,6 +50,39 @@ def test_path_too_long_for_sockets_is_refused_at_the_byte(tmp_path, monkeypatch)
     assert not long.exists()
 
 
+def test_output_that_cannot_be_written_is_refused_by_its_option(tmp_path, monkeypatch):
+    assert host.require_output("--output ", tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ConfigError, match=r"--output .*file/x: .*file/x cannot be written \(.*file is no folder\): name"
+    ):
+        host.require_output("--output ", tmp_path / "file" / "x")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(ConfigError, match=r"loop cannot be written"):
+        host.require_output("--output ", tmp_path / "loop")
+    # A folder's mode does not bind root, who may run the tests.
+    monkeypatch.setattr(host, "find_write_problem", lambda folder: None if folder == tmp_path / "own" else "Read-only")
+    (tmp_path / "own").mkdir()
+    assert host.require_output("--output ", tmp_path / "own") == tmp_path / "own"
+    with pytest.raises(ConfigError, match=rf"--file .*own: {tmp_path} cannot be written \(Read-only\)"):
+        host.require_output("--file ", tmp_path / "own", is_new=True)
+
+    def closed(_path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", closed)
+    with pytest.raises(ConfigError, match=r"cannot be written \(Permission denied\)"):
+        host.require_output("--output ", tmp_path / "x")
+
+
+@pytest.mark.parametrize(("size", "left"), [("0", None), ("", None), ("00", None), ("20", "20"), ("abc", "abc")])
+def test_terminal_of_no_columns_is_forgotten(monkeypatch, size, left):
+    monkeypatch.setenv("COLUMNS", size)
+    host.drop_empty_size()
+    assert os.environ.get("COLUMNS") == left
+
+
 def test_temporary_folder_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     (tmp_path / "file").write_text("")

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from finlora.errors import ConfigError
-from finlora.host import fill_streams
+from finlora.host import drop_empty_size, fill_streams
 from finlora.terminal import OutputConsole
 
 # The verbs in the order of the work, which is the order of the help whatever module defines them.
@@ -51,6 +51,7 @@ app = typer.Typer(
     "[bold]report[/] the results.",
 )
 fill_streams()
+drop_empty_size()
 # A job log has no width of its own; the 80 columns that Rich assumes there break every table.
 console = OutputConsole(width=None if sys.stdout.isatty() else 140)
 

@@ -9,6 +9,7 @@ import typer
 
 from finlora.cli.app import DryRun, Overrides, app, console, say
 from finlora.errors import ConfigError, ModelError
+from finlora.host import require_output
 from finlora.terminal import open_bars
 from finlora.working_dir import resolve_output
 
@@ -34,7 +35,7 @@ def prefetch(
     names, wanted = _split(models), [task_named(name) for name in _split(tasks)]
     if check == bool(names or wanted):
         raise ConfigError("give either --check, or what to fetch with --models and --tasks.")
-    folder = resolve_output("--output ", output)
+    folder = (resolve_output if check else require_output)("--output ", output)
     with open_bars(console, "reading the mirror" if check else "asking the hub") as bars:
         fetched = [mirror_model(name, folder, bars.update) for name in names]
         checked = [check_mirrored(path, bars.update) for path in list_mirrored(folder)] if check else []

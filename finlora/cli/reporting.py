@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from finlora.cli.app import app, console
-from finlora.working_dir import resolve_output
+from finlora.host import require_output
 
 
 @app.command(
@@ -23,6 +23,6 @@ def report(
     from finlora.report import render_report
     from finlora.results import list_searches, read_results
 
-    folder = resolve_output("--output ", output) if output else None
+    folder = require_output("--output ", output) if output else None
     source = results.expanduser()
     render_report(read_results(source), folder, console, searches=list_searches(source))

@@ -9,6 +9,7 @@ import typer
 
 from finlora.cli.app import ConfigPath, DryRun, Overrides, app, console, resolve_run, say
 from finlora.errors import FinloraError
+from finlora.host import require_output
 from finlora.terminal import describe_duration, open_bars, polling
 from finlora.working_dir import resolve_output
 
@@ -78,7 +79,7 @@ def reproduce(
     from finlora.reproduce.plan import make_plan
     from finlora.results import read_results
 
-    folder = resolve_output("--output ", output)
+    folder = (resolve_output if dry_run else require_output)("--output ", output)
     bases = {size: base for size, base in (("8b", base_8b), ("70b", base_70b)) if base is not None}
     steps = make_plan(configs.expanduser(), folder, overrides or [], only, bases)
     if dry_run:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from finlora.cli.app import DryRun, Overrides, app, console, say
+from finlora.host import require_output
 from finlora.terminal import open_bars
-from finlora.working_dir import resolve_output
 
 
 @app.command(
@@ -82,15 +83,20 @@ def key(
     from finlora.serve.keys import add_key
 
     names = tuple(part.strip() for part in adapters.split(",") if part.strip()) or None
-    made = add_key(
-        resolve_output("--file ", file),
+
+    def show(made: str) -> None:
+        console.out(made)
+        sys.stdout.flush()
+
+    add_key(
+        require_output("--file ", file, is_new=True),
         name,
         adapters=names,
         requests_per_minute=requests,
         tokens_per_minute=tokens,
         is_admin=admin,
+        show=show,
     )
-    console.out(made)
 
 
 @app.command(
@@ -113,7 +119,10 @@ def audit(
         torn = (
             "; behind it a line was begun and not ended, as when the server is killed" if report.has_torn_line else ""
         )
-        say(f"{log}: {report.count:,} entries, whole; the last is {report.head}{torn}")
+        if report.count == 0:
+            say(f"{log}: empty{torn}. No question was logged yet, or all lines were cut off: --head looks for them.")
+        else:
+            say(f"{log}: {report.count:,} entries, whole; the last is {report.head}{torn}")
     if missing:
         raise ResultError(
             f"no log of {path} holds the head {min(missing)}: entries that the server wrote were cut off, or a log was taken "

@@ -20,8 +20,8 @@ from finlora.cli.app import (
     say,
 )
 from finlora.errors import ConfigError
+from finlora.host import require_output
 from finlora.terminal import describe_duration, describe_times, open_bars, polling
-from finlora.working_dir import resolve_output
 
 
 @app.command(
@@ -107,7 +107,7 @@ def merge(
     """Fold an adapter into its 16-bit base; writes a plain Hugging Face folder in bfloat16."""
     if config is None and adapter is None:
         raise ConfigError("no adapter is named: give --config YAML for that of its run, or --adapter FOLDER.")
-    target = resolve_output("--output ", output)
+    target = require_output("--output ", output, is_new=True)
     if config is None:
         from finlora.model.contract import read_contract
 

@@ -115,6 +115,10 @@ def require_split(folder: Path, task: str, split: SplitName) -> Path:
     """
     path = folder / task / f"{split}.parquet"
     if not path.is_file():
+        if not folder.is_dir() and folder.exists():
+            raise DatasetError(
+                f"data.dir={folder} is a file: give the folder that `finlora prepare` wrote its tasks into, with --output."
+            )
         why = (
             f"only the test split of {task} was prepared" if (folder / task / "test.parquet").is_file() else "not found"
         )

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finlora.host import find_ray_temp, find_write_problem
+from finlora.host import find_output_problem, find_ray_temp
 
 PACKAGES = ("finlora", "ray", "torch", "transformers", "deepspeed", "bitsandbytes")
 _SMI_S = 20.0
@@ -130,19 +130,18 @@ def rebuild(values: Mapping[str, Any]) -> NodeFacts:
 def look_at(folder: Path) -> Disk:
     """Return free space of a folder, and whether it can be written; of the nearest one above where it is not there yet."""
     there = folder.expanduser().absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        return Disk(path=str(folder), free_gib=0.0, used_share=0.0, problem=f"{there} is no folder")
+    problem = find_output_problem(there)
     try:
+        while not there.exists() and there != there.parent:
+            there = there.parent
         usage = shutil.disk_usage(there)
     except OSError as error:
-        return Disk(path=str(folder), free_gib=0.0, used_share=0.0, problem=error.strerror or str(error))
+        return Disk(path=str(folder), free_gib=0.0, used_share=0.0, problem=problem or error.strerror or str(error))
     return Disk(
         path=str(folder),
         free_gib=usage.free / 2**30,
         used_share=1 - usage.free / usage.total if usage.total else 1.0,
-        problem=find_write_problem(there) or "",
+        problem=problem or "",
     )
 
 

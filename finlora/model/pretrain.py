@@ -23,6 +23,7 @@ from finlora.data.pretraining import pretraining_texts
 from finlora.data.unlabelled import input_of, unlabelled_texts
 from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import DatasetError, ModelError
+from finlora.host import require_output
 from finlora.model.base import check_device
 from finlora.precision import AUTO, resolve_precision
 
@@ -136,6 +137,7 @@ def run_pretraining(
         One line for the user.
 
     Raises:
+        ConfigError: `output` cannot be written.
         ModelError: `output` holds another model than these settings describe.
         DatasetError: a task is not prepared, or has too little text.
         ResourceError: the device is not there.
@@ -151,6 +153,7 @@ def run_pretraining(
                 f"{output} holds another model already: choose another --output, or delete that folder to train anew."
             )
         return f"{output} is complete already, kept."
+    require_output("--output ", output, is_new=True)
     texts = [text for task in tasks for text in _texts_of(task, data, settings.seed)]
 
     def show(step: int, loss: float) -> None:

@@ -195,11 +195,17 @@ def _follow(raw: bytes, head: str, place: str) -> str:
         values = json.loads(line)
         previous, _ = values.pop("previous"), values.pop("hash")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ResultError(f"{place} is no entry of an audit log ({type(error).__name__}).") from error
+        raise ResultError(
+            f"{place} is no entry of an audit log ({type(error).__name__}): expected a line of JSON as the server wrote it. "
+            "Compare with a copy of the log; what follows that line is not checked."
+        ) from error
     expected, digest = _seal(values, head)
     if line != expected:  # the whole line, so that a field that stands twice does not pass either
         what = "was changed" if previous == head else "does not follow the one before it"
-        raise ResultError(f"{place} {what}: the log was altered there or before.")
+        raise ResultError(
+            f"{place} {what}: the log was altered there or before. Compare with a copy of the log; what follows that line is "
+            "not checked."
+        )
     return digest
 
 

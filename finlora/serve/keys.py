@@ -11,7 +11,7 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -159,8 +159,12 @@ def add_key(
     requests_per_minute: int | None,
     tokens_per_minute: int | None,
     is_admin: bool,
+    show: Callable[[str], None] = lambda key: None,
 ) -> str:
     """Make a key, append it to the file as a hash, and return it: it is shown once and stands nowhere else.
+
+    Args:
+        show: called with the key before the file changes: where it fails, as on a full disk, no key is left that nobody saw.
 
     Raises:
         ConfigError: the name is taken or no plain word, or the file is damaged.
@@ -184,9 +188,14 @@ def add_key(
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        yaml.safe_dump(entries, stream, sort_keys=False)
-    temporary.replace(file)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            yaml.safe_dump(entries, stream, sort_keys=False)
+        show(key)
+        temporary.replace(file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     return key
 
 

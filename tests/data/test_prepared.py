@@ -99,6 +99,9 @@ def test_missing_set_says_to_prepare_it(tmp_path):
     write(tmp_path, dataclasses.replace(SPLITS, train=()))
     with pytest.raises(DatasetError, match="only the test split of fpb was prepared"):
         read_prepared(tmp_path, "fpb", "train")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DatasetError, match=r"data\.dir=.*file is a file: give the folder that `finlora prepare` wrote"):
+        read_prepared(tmp_path / "file", "fpb", "train")
 
 
 def test_cut_short_file_is_refused(tmp_path):

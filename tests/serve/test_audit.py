@@ -115,6 +115,19 @@ def test_heads_in_the_servers_log_show_what_was_cut_off_or_written_anew(tmp_path
     assert verify_audit(anew.path, heads).found == frozenset()
 
 
+def test_empty_and_foreign_logs_are_not_called_whole(tmp_path, capsys):
+    (tmp_path / "audit-a.jsonl").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(["audit", str(tmp_path)])
+    assert ended.value.code == 0
+    assert "audit-a.jsonl: empty. No question was logged yet, or all lines were cut off" in capsys.readouterr().out
+    (tmp_path / "audit-a.jsonl").write_bytes(b"PK\x03\x04\xff\n")
+    with pytest.raises(
+        ResultError, match=r"line 1 is no entry .*: expected a line of JSON as the server wrote it\. Compare"
+    ):
+        verify_audit(tmp_path / "audit-a.jsonl")
+
+
 def test_verb_finds_the_heads_or_ends_with_an_error(log, capsys, monkeypatch):
     for name in ("HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
         monkeypatch.setenv(name, "0")  # main sets them where they are not: afterwards they are as before

@@ -134,7 +134,9 @@ def test_yaml_of_a_run_and_of_a_server_are_told_apart():
         load_config(ROOT / "serve_configs" / "cpu-demo.yaml")
 
 
-@pytest.mark.parametrize("text", ["applications: []\n", '"applications": []\n', "{applications: []}\n", "name: x\napplications:\n"])
+@pytest.mark.parametrize(
+    "text", ["applications: []\n", '"applications": []\n', "{applications: []}\n", "name: x\napplications:\n"]
+)
 def test_every_reader_takes_a_servers_yaml_for_one_however_it_is_written(tmp_path, text):
     path = tmp_path / "s.yaml"
     path.write_text(text)

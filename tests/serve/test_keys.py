@@ -33,6 +33,18 @@ def test_key_is_known_by_its_hash_alone(file):
     assert ring.check(other).may_use(None)
 
 
+def test_key_that_could_not_be_shown_is_not_kept(file):
+    def fail(key):
+        assert not file.exists()
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        add_key(file, "desk", **NO_LIMITS, show=fail)
+    assert list(file.parent.iterdir()) == []
+    shown = []
+    assert [add_key(file, "desk", **NO_LIMITS, show=shown.append)] == shown
+
+
 @pytest.mark.parametrize(
     "change", [lambda k: k[:-1], lambda k: k + "a", lambda k: k.swapcase(), lambda k: "", lambda k: "é" + k]
 )

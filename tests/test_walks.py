@@ -161,7 +161,7 @@ def newcomer(tiny_base, prepared_synthetic, tmp_path, monkeypatch, call):
 @pytest.mark.parametrize(
     ("document", "reaches_hub", "verbs"),
     [
-        ("README.md", True, ["prepare", "train", "evaluate", "evaluate", "report", "ask"]),
+        ("README.md", True, ["prepare", "plan", "train", "evaluate", "evaluate", "report", "key", "serve"]),
         ("docs/explanation/life-of-a-run.md", True, ["prepare", "plan", "train", "evaluate", "ask", "report"]),
         (
             "docs/tutorials/first-server.md",
@@ -178,7 +178,9 @@ def test_newcomer_gets_from_raw_data_to_an_answer(newcomer, document, reaches_hu
     assert newcomer.ran == verbs
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/how-to/serve.md", "docs/how-to/search.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/how-to/serve.md", "docs/how-to/search.md", "docs/how-to/reproduce.md"]
+)
 def test_what_is_cheap_runs_as_shown_where_data_and_base_are_at_hand(newcomer, document):
     newcomer.prepare("fpb")
     shown = [
@@ -189,4 +191,5 @@ def test_what_is_cheap_runs_as_shown_where_data_and_base_are_at_hand(newcomer, d
     for command in shown:
         if {"tune", "reproduce", "serve", "key", "audit", "jobs/tune.py"} & set(command[1:]):
             newcomer.type(*command)
-    assert {"README.md": 4, "docs/how-to/serve.md": 7, "docs/how-to/search.md": 2}[document] == len(newcomer.ran)
+    expected = {"README.md": 2, "docs/how-to/serve.md": 7, "docs/how-to/search.md": 2, "docs/how-to/reproduce.md": 2}
+    assert len(newcomer.ran) == expected[document]

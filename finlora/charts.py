@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from finlora.pairing import Kept
-from finlora.plots import COLOURS, new_figure, shorten
+from finlora.plots import COLOURS, add_legend, new_figure, shorten
 from finlora.results import Result
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def draw_reliability(result: Result) -> Figure:
     axes.grid(color="#EEEEEE")
     error = result.metrics.get("calibration_error", math.nan)
     axes.set_title(f"expected calibration error {100 * error:.1f} %", fontsize=10.5, loc="left")
-    figure.legend(loc="outside upper left", ncols=3, fontsize=9, frameon=False)
+    add_legend(figure, size=9)
     return figure
 
 

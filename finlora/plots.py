@@ -70,9 +70,8 @@ def new_grid(num_rows: int, num_columns: int, width: float, height: float) -> tu
     return figure, grid
 
 
-def _add_legend(figure: Figure) -> None:
-    """Put the legend above the axes, in as many columns as fit the figure's width."""
-    size = 10.5
+def add_legend(figure: Figure, size: float = 10.5) -> None:
+    """Put the legend above the axes, in as many columns as fit the figure's width at a font of `size` points."""
     _, labels = figure.axes[0].get_legend_handles_labels()
     # A character is about 0.6 of the font's size wide, the sign and its gaps take 0.7 inches.
     widest = max(map(len, labels)) * 0.6 * size / 72 + 0.7
@@ -111,7 +110,7 @@ def _draw_accuracy(evaluations: Sequence[Kept]) -> Figure | None:
     if any(result.is_partial for result in results):
         figure.suptitle("* part of the test split", fontsize=9, x=0.99, ha="right", color="#555555")
     if majority_label is None:
-        _add_legend(figure)
+        add_legend(figure)
     return figure
 
 
@@ -143,7 +142,7 @@ def _draw_loss(trainings: Sequence[Kept]) -> Figure | None:
     axes.set_ylabel("training loss", fontsize=12)
     axes.set_ylim(bottom=0)
     axes.grid(color="#DDDDDD")
-    _add_legend(figure)
+    add_legend(figure)
     if len(trainings) > len(shown):
         axes.set_title(f"the newest {len(shown)} of {len(trainings)} runs", fontsize=10, loc="right")
     return figure

@@ -132,27 +132,49 @@ def _write(
     sections[len(first) + 2 : len(first) + 2] = plots  # scores and cost, then what they look like, then the rest
     created = [result.created for _, result in paired.kept if result.created]
     num_runs = len({run for run, _ in paired.kept if not run.is_base})
-    subtitle = f"{len(paired.kept)} measurements of {num_runs} trained runs"
-    subtitle += f", {min(created)[:10]} to {max(created)[:10]}" if created else ""
+    subtitle = f"{_count(len(paired.kept), 'measurement')}, {_count(num_runs, 'trained run')}"
+    days = sorted({moment[:10] for moment in created})
+    subtitle += f", {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else ""
     subtitle += f". {len(left_out.rows)} left out, listed below with the reason" if left_out.rows else ""
     (output / "report.html").write_text(render_page("FinLoRA results", subtitle, sections), encoding="utf-8")
     return len(paths)
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def draw_table(table: TextTable, console: Console) -> None:
     """Print a table with its notes below."""
     drawn = Table(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for index, name in enumerate(table.header):
-        cells = [row[index] for row in table.rows]
-        longest = max(len(word) for word in " ".join((name, *cells)).split())
+    columns = [[row[index] for row in table.rows] for index in range(len(table.header))]
+    longest = [
+        max(len(word) for word in " ".join((name, *cells)).split())
+        for name, cells in zip(table.header, columns, strict=True)
+    ]
+    whole = _widest_word(longest, console.width)
+    for name, cells, word in zip(table.header, columns, longest, strict=True):
         # `not measured` takes two lines in a column of plain numbers, which leaves the width to names.
         width = max(len(name), _MIN_WIDTH) if all(map(_is_number, cells)) else None
-        drawn.add_column(Text(name), overflow="fold", min_width=min(longest, _MIN_WIDTH), max_width=width)
+        drawn.add_column(Text(name), overflow="fold", min_width=min(word, whole), max_width=width)
     for row in table.rows:
         drawn.add_row(*(Text(cell, style="dim" if cell.startswith((NOT_RUN, NOT_MEASURED)) else "") for cell in row))
     console.print(drawn)
     for note in table.notes:
         console.print(Text(note, style="dim"))
+
+
+def _widest_word(longest: Sequence[int], width: int) -> int:
+    """Return the most characters of a word that every column can keep on one line, in a terminal of this width.
+
+    Args:
+        longest: characters of each column's longest word.
+    """
+    gaps = 2 * len(longest) + 2
+    fitting = (
+        size for size in range(max(longest), _MIN_WIDTH, -1) if sum(min(n, size) for n in longest) + gaps <= width
+    )
+    return next(fitting, _MIN_WIDTH)
 
 
 def _is_number(cell: str) -> bool:

@@ -19,6 +19,12 @@ from finlora.report import render_report
 from finlora.scores import score_table
 from finlora.tables import cost_table, format_number, format_score, paper_tables, wire_table
 
+METRICS = {
+    f"{name}{end}": value
+    for name in ("accuracy", "strict_accuracy", "weighted_f1")
+    for end, value in (("", 0.947), ("_low", 0.908), ("_high", 0.98))
+}
+
 
 def find_paper(**wanted):
     (value,) = [v for v in PAPER if all(getattr(v, key) == entry for key, entry in wanted.items())]
@@ -233,8 +239,19 @@ def test_report_names_what_is_left_out(tmp_path):
     for text in (stream.getvalue(), (tmp_path / "report.md").read_text(encoding="utf-8")):
         assert "superseded by that of 2026-02-01T00:00:00+00:00" in text
         assert "trials of the search search-fpb" in text
-    assert "1 measurements of 1 trained runs" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "1 measurement, 1 trained run, 2026-02-01. " in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "2 left out, listed below with the reason" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_names_stay_whole_where_the_terminal_has_room():
+    """`synthetic_sentimen` with its `t` below, beside columns that had room to spare."""
+    results = [make_evaluation(task="synthetic_sentiment", run="demo-real-4bit-r4", is_partial=True, metrics=METRICS)]
+    for width, is_whole in ((140, True), (60, False)):
+        stream = io.StringIO()
+        render_report(results, None, Console(file=stream, width=width))
+        lines = stream.getvalue().split("% with 95")[0].splitlines()
+        assert any("synthetic_sentiment " in line for line in lines) == is_whole
+        assert max(map(len, lines)) <= width
 
 
 def test_markup_in_names_is_printed_literally():

@@ -87,6 +87,16 @@ def test_svg_keeps_the_numbers_of_a_matrix_and_of_a_diagram():
     assert not has_matrix(make_evaluation(counts={str(n): {"0": 1} for n in range(40)}))
 
 
+def test_legend_of_a_diagram_lies_inside_it():
+    """Three entries side by side were wider than the picture, which cut the last one."""
+    figure = draw_reliability(make_evaluation(calibration=CALIBRATION))
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+
+
 def test_provenance_names_data_settings_and_environment():
     results = [
         make_evaluation(

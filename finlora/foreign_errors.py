@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import sys
 import tempfile
 import traceback
 
@@ -30,6 +31,11 @@ def explain(error: Exception) -> FinloraError:
         return ResourceError(
             f"memory ran out ({shorten(error)}): end what else uses it, or ask for less: smaller batches, fewer bits. `finlora "
             "plan` forecasts a training."
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] != "finlora":
+        return ResourceError(
+            f"the Python module {error.name} is not installed beside {sys.executable}: `make setup` installs all that FinLoRA "
+            "needs, as `pip install -r requirements/packages.lock` does in an environment of your own."
         )
     kind = ResourceError if type(error).__module__.split(".")[0] == "ray" else FinloraError
     return kind(f"this was not expected: {shorten(error)}. {_keep_traceback(error)}")

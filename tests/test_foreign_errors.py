@@ -36,6 +36,11 @@ def fail(error):
         (OSError(errno.EMFILE, "Too many open files"), ResourceError, "raise the limit, as `ulimit -n 65536`"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/d/x"), ConfigError, "/d/x: No such file: name a file"),
         (MemoryError(), ResourceError, "memory ran out (MemoryError)"),
+        (
+            ModuleNotFoundError("No module named 'grpc_reflection'", name="grpc_reflection"),
+            ResourceError,
+            f"grpc_reflection is not installed beside {sys.executable}: `make setup`",
+        ),
     ],
 )
 def test_known_kind_says_what_to_do(error, kind, words):

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from finlora.config import DataConfig, ModelConfig, RunConfig
-from finlora.train.run import load_training_set
-from finlora.train.sampler import Sampler
+from finlora.train.run.run_folder import load_training_set
+from finlora.train.steps.sampler import Sampler
 
 Deal = Callable[[Sampler, Sequence[int]], list[list[int]]]
 DEALS: dict[str, Deal] = {

@@ -90,8 +90,8 @@ class Questions:
 
 def read_questions(work: Work, config: Any, tokenizer: Any) -> Questions:
     """Take examples of the test split, spread over it."""
-    from finlora.data.prepared import read_prepared
-    from finlora.evaluate.runner import encode_split
+    from finlora.data.sets.prepared import read_prepared
+    from finlora.evaluate.evaluation import encode_split
 
     split = read_prepared(Path(config.data.dir), work.task, "test")
     encoded = encode_split(config, tokenizer, split, work.task)
@@ -115,7 +115,7 @@ def measure_plain(
     import torch
 
     from finlora.model.base import load_base, quiet_bitsandbytes
-    from finlora.model.peak import measure_peak_gib
+    from finlora.model.memory.peak import measure_peak_gib
 
     num_new = work.num_new or LABEL_TOKENS
     with quiet_bitsandbytes():
@@ -155,11 +155,11 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
     """Time the engine on all questions at once, from an empty prefix cache each time."""
     import torch
 
-    from finlora.engine.drive import EngineCore
-    from finlora.engine.limits import Limits
-    from finlora.engine.opening import choose_batch_rows, choose_in_flight, count_rows, open_executor
+    from finlora.engine.admission import Limits
+    from finlora.engine.engine import EngineCore
     from finlora.engine.request import Request, Sampling
     from finlora.engine.scheduler import Scheduler
+    from finlora.inference.open_base import choose_batch_rows, choose_in_flight, count_rows, open_executor
     from finlora.model.base import quiet_bitsandbytes
     from finlora.model.source import find_source
     from finlora.model.tokenizer import load_tokenizer
@@ -175,9 +175,9 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
     with ExitStack() as stack:
         stack.enter_context(quiet_bitsandbytes())
         if work.num_stages > 1:
-            from finlora import cluster
+            from finlora.cluster import connect
 
-            cluster.connect(log_to_driver=False)
+            connect.connect(log_to_driver=False)
             import ray  # reads its settings when it is imported
 
             stack.callback(ray.shutdown)

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from finlora.model import frozen
-from finlora.model.shapes import LLAMA_8B, LLAMA_70B, LlamaShape
+from finlora.model.layers import frozen_linear
+from finlora.model.memory.shapes import LLAMA_8B, LLAMA_70B, LlamaShape
 
 SHAPES = {
     "8b": LLAMA_8B,
@@ -68,30 +68,30 @@ def measure(shape: LlamaShape, name: str, num_rows: int, device: torch.device, r
     num_out, num_in = sum(out for out, _ in sizes), sizes[0][1]
     generator = torch.Generator(device).manual_seed(0)
     values = torch.randint(-127, 128, (num_out, num_in), dtype=torch.int8, device=device, generator=generator)
-    weight = frozen.Int8Weight((values, torch.rand(num_out, device=device, generator=generator)), torch.bfloat16)
-    dense = frozen.DenseWeight(torch.randn(num_out, num_in, device=device, generator=generator).bfloat16())
+    weight = frozen_linear.Int8Weight((values, torch.rand(num_out, device=device, generator=generator)), torch.bfloat16)
+    dense = frozen_linear.DenseWeight(torch.randn(num_out, num_in, device=device, generator=generator).bfloat16())
     x = torch.randn(num_rows, num_in, device=device, generator=generator).bfloat16()
     x[:, :3] *= 10
     grad = torch.randn(num_rows, num_out, device=device, generator=generator).bfloat16()
-    strength, columns = torch.topk(frozen._find_outliers(x), min(frozen.MAX_OUTLIERS, num_in))
+    strength, columns = torch.topk(frozen_linear._find_outliers(x), min(frozen_linear.MAX_OUTLIERS, num_in))
     held_back = torch.zeros(num_in, dtype=torch.bool, device=device).scatter_(0, columns, strength > 0)
-    quantised, row_scales = frozen._quantise_rows(x, held_back)
-    few = frozen._unpack_int8(values[:, columns], weight.scales, torch.bfloat16)
+    quantised, row_scales = frozen_linear._quantise_rows(x, held_back)
+    few = frozen_linear._unpack_int8(values[:, columns], weight.scales, torch.bfloat16)
     parts: dict[str, Callable[[], Any]] = {
         "bf16 forward": lambda: dense.forward(x),
         "bf16 backward": lambda: dense.backward(grad),
         "8-bit forward": lambda: weight.forward(x),
         "8-bit backward": lambda: weight.backward(grad),
-        "  find outliers": lambda: frozen._find_outliers(x),
-        "  quantise rows": lambda: frozen._quantise_rows(x, held_back),
-        "  gather columns": lambda: frozen._unpack_int8(values[:, columns], weight.scales, torch.bfloat16),
-        "  unpack weight": lambda: frozen._unpack_int8(values, weight.scales, torch.bfloat16),
+        "  find outliers": lambda: frozen_linear._find_outliers(x),
+        "  quantise rows": lambda: frozen_linear._quantise_rows(x, held_back),
+        "  gather columns": lambda: frozen_linear._unpack_int8(values[:, columns], weight.scales, torch.bfloat16),
+        "  unpack weight": lambda: frozen_linear._unpack_int8(values, weight.scales, torch.bfloat16),
         "  int8 product alone": lambda: torch._int_mm(quantised, values.t()),
     }
     if device.type == "cuda":
-        from finlora.model.many_rows import choose_columns, many_int8
+        from finlora.model.kernels.int8_prefill import choose_columns, many_int8
 
-        outliers, few_x = frozen._find_outliers(x), x[:, columns] * (strength > 0)
+        outliers, few_x = frozen_linear._find_outliers(x), x[:, columns] * (strength > 0)
         parts["  strongest columns"] = lambda: choose_columns(outliers, len(columns))
         parts["  product, rescaled"] = lambda: many_int8(quantised, row_scales, values, weight.scales, few_x, few, None)
     return {part: time_microseconds(run, device, repeats) for part, run in parts.items()}

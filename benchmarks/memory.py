@@ -24,8 +24,8 @@ from typing import Any
 
 from finlora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from finlora.errors import ConfigError
-from finlora.model.activations import MemoryPlan, plan_memory
-from finlora.model.shapes import CUDA_CONTEXT_GIB, LLAMA_8B, LLAMA_70B, LlamaShape, MicroBatch
+from finlora.model.memory.padded_memory import MemoryPlan, plan_memory
+from finlora.model.memory.shapes import CUDA_CONTEXT_GIB, LLAMA_8B, LLAMA_70B, LlamaShape, MicroBatch
 
 SHAPES = {
     "8b": LLAMA_8B,
@@ -131,7 +131,7 @@ def write_base(folder: Path, shape: LlamaShape) -> None:
     """Write config.json of a shape, and a small tokenizer, so that load_base finds a whole folder."""
     import torch
 
-    from finlora.data.pretraining import pretraining_texts
+    from finlora.data.pretraining.generated_texts import pretraining_texts
     from finlora.model.pretrain import PretrainConfig, pretrain_base
 
     small = PretrainConfig(
@@ -185,8 +185,8 @@ def _train(net: Any, case: Case, config: RunConfig, device: Any, folder: Path) -
 
     from finlora.data.encode import IGNORED, Batch
     from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
-    from finlora.train.loop import AnswerLoss
-    from finlora.train.optimizer import make_optimizer
+    from finlora.train.optim.optimizer import make_optimizer
+    from finlora.train.steps.loop import AnswerLoss
 
     model = attach_lora(net, config.lora, net.name_or_path, 0)
     if case.checkpointing:

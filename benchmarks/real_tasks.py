@@ -212,7 +212,7 @@ def report(options: argparse.Namespace, outcome: Outcome) -> None:
     """Print tables and checks, and write them with `finlora report`'s plots to OUTPUT/report."""
     from rich.console import Console
 
-    from finlora.report import render_report
+    from finlora.report.write import render_report
 
     folder = options.output / "report"
     folder.mkdir(exist_ok=True)

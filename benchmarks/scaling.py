@@ -28,8 +28,8 @@ from cluster_model import ETHERNET_10, ETHERNET_100, Cluster, Link, Load, Method
 from finlora.config import LoraConfig, OptimConfig
 from finlora.configfile import load_config
 from finlora.errors import ConfigError
-from finlora.model.shapes import LLAMA_8B, LLAMA_70B, adapter_shapes
-from finlora.train.onebit import Schedule
+from finlora.model.memory.shapes import LLAMA_8B, LLAMA_70B, adapter_shapes
+from finlora.train.optim.onebit import Schedule
 
 BATCH = 16
 """Examples a rank and step."""
@@ -68,8 +68,8 @@ class Run:
 
 def measure(folder: Path, base: Path, data: Path, task: str, optimiser: str, workers: int, steps: int) -> Run:
     """Train on the connected Ray and read what the run wrote; the first tenth of the steps warms up and is not timed."""
-    from finlora.train.progress import read_progress
-    from finlora.train.run import RunFolder
+    from finlora.train.run.progress import read_progress
+    from finlora.train.run.run_folder import RunFolder
     from finlora.train.worker import run_training
 
     name = f"{optimiser}-{workers}"
@@ -123,9 +123,9 @@ def run_measurements(options: argparse.Namespace) -> None:
     """Train on a local Ray of the product's own."""
     import torch
 
-    from finlora import cluster
-    from finlora.data.prepare import prepare_task
-    from finlora.data.pretraining import pretraining_texts
+    from finlora.cluster import connect as cluster
+    from finlora.data.pretraining.generated_texts import pretraining_texts
+    from finlora.data.sets.prepare import prepare_task
     from finlora.model.pretrain import PretrainConfig, pretrain_base
 
     with tempfile.TemporaryDirectory(prefix="finlora-scaling-") as name:
@@ -230,7 +230,7 @@ def efficiency_table(curves: Sequence[Curve]) -> list[str]:
 
 def draw(curves: Sequence[Curve], path: Path) -> None:
     """Draw efficiency over GPUs: a column a network, a row a load."""
-    from finlora.plots import COLOURS, GREY, new_grid, save_figure
+    from finlora.report.plots import COLOURS, GREY, new_grid, save_figure
 
     networks = list(dict.fromkeys(curve.cluster.between.name for curve in curves))
     figure, rows = new_grid(len(curves) // len(networks), len(networks), 9.6, 3.5 * len(curves) // len(networks) + 0.6)

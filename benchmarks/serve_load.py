@@ -70,11 +70,11 @@ def main() -> int:
         parser.error("--kills takes one client: the users go on until all stages stand again")
 
     os.environ.setdefault("FINLORA_API_KEY", secrets.token_urlsafe(32))
-    from finlora import cluster
+    from finlora.cluster import connect
 
     port, direct_port = find_free_port(), find_free_port()
-    cluster.connect(log_to_driver=False)
-    from finlora.serve.deploy import read_deployment
+    connect.connect(log_to_driver=False)
+    from finlora.serve.deploy.serve_yaml import read_deployment
     from finlora.serve.settings import DirectConfig, make_absolute
 
     deployment = read_deployment(options.config, options.overrides)
@@ -130,7 +130,7 @@ def find_free_port() -> int:
 def make_questions(count: int, num_tokens: int, labels_only: bool) -> list[Question]:
     """Return different questions on generated sentences, in a seeded order."""
     from finlora.data.prompts import SENTIMENTS
-    from finlora.data.synthetic import sentiment_sentence
+    from finlora.data.tasks.synthetic import sentiment_sentence
 
     rng, texts = random.Random("serve-load"), {}
     while len(texts) < count:
@@ -148,9 +148,9 @@ def run_bare(
         are over HTTP; the answers of the first; and by how much a label's probability has differed from it in the second.
     """
     from finlora.data.question import make_question
-    from finlora.engine.ask import rank_choices
     from finlora.engine.request import normalise_choices
-    from finlora.serve.model import open_pipeline, read_base
+    from finlora.inference.ask import rank_choices
+    from finlora.serve.served_model import open_pipeline, read_base
 
     started = time.monotonic()
     base = read_base(settings)
@@ -238,7 +238,7 @@ def serve_load(
     """
     from ray import serve
 
-    from finlora.serve.app import ServerDeployment
+    from finlora.serve.deploy.replica import ServerDeployment
     from finlora.serve.settings import to_args
 
     http = deployment.http | {"host": "127.0.0.1", "port": ports[0]}

@@ -26,11 +26,11 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", help="key=value over its args")
     parser.add_argument("--kills", type=int, default=4, help="for each way")
     options = parser.parse_args()
-    from finlora import cluster
+    from finlora.cluster import connect
 
-    cluster.connect(log_to_driver=False)
-    from finlora.serve.deploy import read_deployment
-    from finlora.serve.model import open_pipeline, read_base
+    connect.connect(log_to_driver=False)
+    from finlora.serve.deploy.serve_yaml import read_deployment
+    from finlora.serve.served_model import open_pipeline, read_base
     from finlora.serve.settings import make_absolute
 
     settings = make_absolute(read_deployment(options.config, options.overrides).settings)
@@ -73,7 +73,7 @@ def kill_stage(opened: Any, index: int) -> float:
 def answer(opened: Any, base: Any, num_tokens: int) -> list[int]:
     """Return the tokens that continue a text."""
     from finlora.engine.request import Request, Sampling
-    from finlora.serve.prompt import encode_plain
+    from finlora.serve.http.chat_prompt import encode_plain
 
     ids = (int(base.tokenizer.bos_token_id), *encode_plain(PROMPT, base))
     opened.core.submit(Request(id="r", prompt_ids=ids, sampling=Sampling(max_tokens=num_tokens)))

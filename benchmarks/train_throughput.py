@@ -123,12 +123,12 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
     from finlora.model.base import load_base, quiet_bitsandbytes
     from finlora.model.lora import attach_lora, trainable_parameters
     from finlora.precision import is_autocast
-    from finlora.train.batches import PaddedBatches
-    from finlora.train.loop import run_steps
-    from finlora.train.optimizer import make_optimizer
+    from finlora.train.optim.optimizer import make_optimizer
     from finlora.train.path import make_sampler, take_path
     from finlora.train.plan import find_memory_gib, plan_run
-    from finlora.train.run import load_training_set
+    from finlora.train.run.run_folder import load_training_set
+    from finlora.train.steps.batches import PaddedBatches
+    from finlora.train.steps.loop import run_steps
 
     device = torch.device(arguments.device)
     # A form of pack is recorded when it comes again: FinLoRA is measured once most forms have come.

@@ -127,7 +127,7 @@ def settings_sections(cls: type, prefix: str = "") -> list[str]:
 def make_config() -> str:
     from finlora.config import RunConfig
     from finlora.model.pretrain import PretrainConfig
-    from finlora.train.space import SearchConfig
+    from finlora.train.search.space import SearchConfig
 
     return page(
         "Run settings",
@@ -225,11 +225,11 @@ def _kind(parameter: Any) -> str:
 
 
 def make_metrics() -> str:
-    from finlora.serve import measures
-    from finlora.train.recorder import PUBLISHED
+    from finlora.serve.accounts import prometheus
+    from finlora.train.run.recorder import PUBLISHED
 
     serving = []
-    for call in ast.walk(ast.parse(inspect.getsource(measures))):
+    for call in ast.walk(ast.parse(inspect.getsource(prometheus))):
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") in ("Counter", "Gauge", "Histogram"):
             name, text = (ast.literal_eval(part) for part in call.args[:2])
             tags = next((ast.literal_eval(part) for part in call.args[2:] if isinstance(part, ast.Tuple)), ())
@@ -311,7 +311,7 @@ def _status(as_refusal: Callable[[Exception], Any], kind: Any) -> str:
 
 def _http_rows() -> list[tuple[str, str, str]]:
     from finlora.serve import failures
-    from finlora.serve.doorway import WORDS
+    from finlora.serve.http.context import WORDS
 
     found: dict[int, set[str]] = {}
     for _, status, _, entry, _ in failures._TABLE:

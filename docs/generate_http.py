@@ -23,8 +23,8 @@ _EXAMPLES = {
 
 def make_http() -> str:
     """Return the page: each endpoint with its request, reply and errors, then the objects that they name."""
-    from finlora.serve.asgi import make_app
-    from finlora.serve.page import page_router
+    from finlora.serve.http.asgi import make_app
+    from finlora.serve.http.web_page import page_router
 
     server = SimpleNamespace(
         keys=None,

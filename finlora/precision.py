@@ -1,7 +1,7 @@
 """Resolution of the settings `model.compute_dtype: auto` and `train.precision: auto` into number types.
 
-On a GPU auto is bfloat16. On a CPU it is what the processor multiplies faster (finlora/cpu.py). A run's driver resolves it once,
-before anything is forecast, and records it in the run's config.yaml: workers on other nodes and a resumed run take that.
+On a GPU auto is bfloat16. On a CPU it is what the processor multiplies faster (machine/cpu.py). A run's driver resolves it
+once, before anything is forecast, and records it in the run's config.yaml: workers on other nodes and a resumed run take that.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from finlora.config import ModelConfig, RunConfig
-from finlora.cpu import Dtype, choose_dtype
+from finlora.machine.cpu import Dtype, choose_dtype
 from finlora.yamltext import read_yaml
 
 AUTO = "auto"

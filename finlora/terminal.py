@@ -26,11 +26,11 @@ from rich.progress import (
 from rich.table import Table
 
 from finlora.errors import FinloraError, StoppedError
-from finlora.foreign_errors import explain
-from finlora.signals import StoppedByError, leave_output
+from finlora.machine.foreign_errors import explain
+from finlora.machine.signals import StoppedByError, leave_output
 
 if TYPE_CHECKING:
-    from finlora.data.prepared import PreparedReport
+    from finlora.data.sets.prepared import PreparedReport
 
 _LOG_SECONDS = 10.0
 """Between two lines of a log."""
@@ -198,7 +198,7 @@ def open_bars(console: Console, doing: str) -> Iterator[Bars]:
 
 def show_tasks(console: Console) -> None:
     """List every task that `finlora prepare` knows."""
-    from finlora.data.catalog import TASKS
+    from finlora.data.sets.catalog import TASKS
 
     table = Table("task", "data", "answers", "hub dataset", "licence", box=box.SIMPLE_HEAD)
     for task in TASKS.values():

@@ -16,7 +16,9 @@ import pytest
 
 from finlora.config import RunConfig
 from finlora.configfile import load_config
-from finlora.cpu import set_environment
+from finlora.machine.cpu import set_environment
+
+pytest_plugins = ["engine_fixtures"]
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -46,7 +48,7 @@ def tiny_base(tmp_path_factory) -> Path:
     """Folder of a Llama of 2 layers, hidden 64, 4 heads on 2 key-value heads, with its own tokenizer; hardly trained."""
     import torch
 
-    from finlora.data.pretraining import pretraining_texts
+    from finlora.data.pretraining.generated_texts import pretraining_texts
     from finlora.model.pretrain import PretrainConfig, pretrain_base
 
     folder = tmp_path_factory.mktemp("models") / "tiny"
@@ -118,7 +120,7 @@ def pretend_day(monkeypatch) -> Callable[[str], None]:
 @pytest.fixture(scope="session")
 def prepared_synthetic(tmp_path_factory) -> Path:
     """Folder of prepared tasks, with generated sentiment and generated XBRL questions in it."""
-    from finlora.data.prepare import prepare_task
+    from finlora.data.sets.prepare import prepare_task
 
     folder = tmp_path_factory.mktemp("prepared")
     for task in ("synthetic_sentiment", "synthetic_xbrl"):
@@ -129,9 +131,9 @@ def prepared_synthetic(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def prepared_fpb(prepared_synthetic, tmp_path_factory) -> Path:
     """Generated examples under the name of a task of the paper."""
-    from finlora.data.catalog import task_named
     from finlora.data.example import Splits
-    from finlora.data.prepared import read_prepared, write_prepared
+    from finlora.data.sets.catalog import task_named
+    from finlora.data.sets.prepared import read_prepared, write_prepared
 
     folder = tmp_path_factory.mktemp("paper")
     train, test = (
@@ -192,9 +194,9 @@ def ray_instance() -> Iterator[None]:
         patch.delenv("RAY_ADDRESS", raising=False)
         for key, value in settings.items():
             patch.setenv(key, value)
-        from finlora import cluster
+        from finlora.cluster import connect
 
-        cluster.connect(log_to_driver=False)
+        connect.connect(log_to_driver=False)
         import ray
 
         yield

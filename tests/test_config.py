@@ -101,7 +101,7 @@ def test_choice_among_texts_is_read_as_text():
 def test_every_users_texts_are_read_by_their_settings(tmp_path):
     from finlora.model.pretrain import PretrainConfig
     from finlora.serve.settings import read_settings
-    from finlora.train.space import load_search
+    from finlora.train.search.space import load_search
 
     served = read_settings({}, ["adapters_dir=/mnt/desk #2", "model.base=a: b", "keys_file=null", "stages.num=2"])
     assert (served.adapters_dir, served.model.base) == ("/mnt/desk #2", "a: b")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from finlora import cpu
 from finlora.configfile import load_config
-from finlora.data.catalog import TASKS
+from finlora.data.sets.catalog import TASKS
+from finlora.machine import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT / "docs")): path for path in sorted((ROOT / "docs").rglob("*.md"))}

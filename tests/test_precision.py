@@ -9,13 +9,13 @@ import torch
 
 from finlora.config import ModelConfig, RunConfig
 from finlora.configfile import load_config, save_config
-from finlora.cpu import Choice
-from finlora.engine.opening import open_executor
-from finlora.evaluate.runner import check_evaluation
-from finlora.model.activations import element_bytes
+from finlora.evaluate.evaluation import check_evaluation
+from finlora.inference.open_base import open_executor
+from finlora.machine.cpu import Choice
 from finlora.model.base import load_base
+from finlora.model.memory.padded_memory import element_bytes
 from finlora.precision import describe_choice, resolve_evaluation, resolve_model, resolve_precision, resolve_training
-from finlora.reproduce.plan import Step
+from finlora.reproduce.paper_rows import Step
 
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 import pytest
 
 from finlora.errors import ResultError
-from finlora.pairing import pair_results
+from finlora.report.pairing import pair_results
 from finlora.results import Result, append_result, describe_environment, read_results
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from finlora.configfile import load_config
-from finlora.data.catalog import TASKS
+from finlora.data.sets.catalog import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "jobs" / "configs").glob("*.yaml"))

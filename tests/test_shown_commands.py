@@ -12,8 +12,8 @@ from shown_commands import DOCUMENTS, PROGRAMS, ROOT, shown_commands
 
 from finlora.cli.main import app
 from finlora.configfile import load_config
-from finlora.serve.deploy import read_deployment
-from finlora.train.space import load_search
+from finlora.serve.deploy.serve_yaml import read_deployment
+from finlora.train.search.space import load_search
 
 VERBS = typer.main.get_command(app).commands
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")

@@ -17,14 +17,14 @@ from made_results import make_evaluation
 from shown_commands import ROOT, shown_commands
 
 from finlora.configfile import load_config, save_config
-from finlora.data.catalog import task_named
 from finlora.data.example import Splits
-from finlora.data.prepared import read_prepared, write_prepared
+from finlora.data.sets.catalog import task_named
+from finlora.data.sets.prepared import read_prepared, write_prepared
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.contract import make_contract, write_contract
 from finlora.model.lora import attach_lora, save_adapter
 from finlora.results import append_result
-from finlora.serve.audit import AuditEntry, AuditLog
+from finlora.serve.accounts.audit import AuditEntry, AuditLog
 
 SMALL = ("model.template=raw", "eval.device=cpu", "eval.bits=16")
 """The tiny base has no turns, and this machine no GPU."""

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from finlora.errors import ConfigError
-from finlora.host import drop_empty_size, fill_streams
+from finlora.machine.host import drop_empty_size, fill_streams
 from finlora.terminal import OutputConsole
 
 # The verbs in the order of the work, which is the order of the help whatever module defines them.
@@ -74,7 +74,7 @@ def say(line: str) -> None:
 def load_settings(config: Path | None, overrides: Sequence[str] | None) -> Any:
     """Return the RunConfig of a YAML and the `key=value` after it, with absolute paths."""
     from finlora.configfile import load_config
-    from finlora.train.run import resolve_paths
+    from finlora.train.run.run_folder import resolve_paths
 
     return resolve_paths(load_config(config, overrides or []))
 

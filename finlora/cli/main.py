@@ -10,15 +10,15 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from finlora.cli import answers, checking, data, reporting, searching, serving, training
+from finlora.cli import answer_verbs, data_verbs, doctor_verb, report_verbs, search_verbs, serve_verbs, train_verbs
 from finlora.cli.app import app
-from finlora.cpu import set_environment
-from finlora.host import check_arguments, check_home, soften_output
-from finlora.signals import end_in_order
+from finlora.machine.cpu import set_environment
+from finlora.machine.host import check_arguments, check_home, soften_output
+from finlora.machine.signals import end_in_order
 from finlora.terminal import exit_with
 
 # Importing a group registers its verbs.
-GROUPS = (checking, data, training, searching, answers, serving, reporting)
+GROUPS = (doctor_verb, data_verbs, train_verbs, search_verbs, answer_verbs, serve_verbs, report_verbs)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -25,7 +25,7 @@ MIN_SHARED_PREFIX = 8
 """Tokens of common beginning below which sharing costs more than it saves."""
 _LONG_EXAMPLE, _MIN_SHARE = 1024, 1 / 16
 """For examples that are so long in the mean, the share of their tokens that sharing must save: attention has a faster way for
-those that share nothing (finlora/model/attention.py)."""
+those that share nothing (finlora/model/layers/attention.py)."""
 
 
 @dataclass(frozen=True, slots=True)

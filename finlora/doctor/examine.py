@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finlora import cluster
+from finlora.cluster import connect
 from finlora.config import ModelConfig, RunConfig
 from finlora.doctor.checks import Finding, check_disk, check_nodes, fault, from_error, ok
 from finlora.doctor.facts import NodeFacts, gather, look_at, rebuild
@@ -15,7 +15,7 @@ from finlora.doctor.inputs import check_base, check_data, check_hub
 from finlora.errors import ConfigError, FinloraError, ResourceError
 
 if TYPE_CHECKING:
-    from finlora.data.prepared import SplitName
+    from finlora.data.sets.prepared import SplitName
 
 
 def examine(config: RunConfig | None, model: ModelConfig | None, gpus_wanted: float) -> list[Finding]:
@@ -30,7 +30,7 @@ def examine(config: RunConfig | None, model: ModelConfig | None, gpus_wanted: fl
     inputs = list(_list_inputs(config, model))
     nodes = [rebuild(gather(folders, inputs))]
     findings = []
-    if cluster.is_local():
+    if connect.is_local():
         findings.append(_check_local())
     else:
         others, more = _ask_cluster(folders, inputs)
@@ -59,7 +59,7 @@ def require_inputs(config: RunConfig, *, splits: tuple[SplitName, ...]) -> None:
         ModelError: the base's files are not usable.
         ResourceError: the disk is full.
     """
-    from finlora.data.prepared import require_split
+    from finlora.data.sets.prepared import require_split
     from finlora.model.base_files import check_base as check_base_files
 
     found = check_disk("this machine", look_at(Path(config.output_dir)))
@@ -83,7 +83,7 @@ def count_wanted(config: RunConfig) -> float:
 
 def _check_local() -> Finding:
     try:
-        cluster.prepare()
+        connect.prepare()
     except FinloraError as error:
         return from_error("Ray", error)
     return ok("Ray", "RAY_ADDRESS is not set: each command starts a Ray of its own on this machine")
@@ -92,7 +92,7 @@ def _check_local() -> Finding:
 def _ask_cluster(folders: list[str], inputs: list[str]) -> tuple[list[NodeFacts], list[Finding]]:
     address = os.environ["RAY_ADDRESS"].strip()
     try:
-        cluster.connect(log_to_driver=False)
+        connect.connect(log_to_driver=False)
     except FinloraError as error:
         return [], [from_error("Ray", error)]
     from finlora.doctor.nodes import gather_nodes  # imports Ray, which must come after the connection's settings

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finlora.host import find_output_problem, find_ray_temp
+from finlora.machine.host import find_output_problem, find_ray_temp
 
 PACKAGES = ("finlora", "ray", "torch", "transformers", "deepspeed", "bitsandbytes")
 _SMI_S = 20.0

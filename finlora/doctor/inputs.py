@@ -10,7 +10,7 @@ from finlora.config import ModelConfig, RunConfig
 from finlora.data.example import Example
 from finlora.doctor.checks import Finding, fault, from_error, ok, warn
 from finlora.errors import DatasetError, FinloraError
-from finlora.hub import find_hub_problem, hub_host, is_behind_proxy, is_offline
+from finlora.machine.model_hub import find_hub_problem, hub_host, is_behind_proxy, is_offline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -62,7 +62,7 @@ def check_data(config: RunConfig, base: BaseFiles | None) -> Iterator[Finding]:
     Args:
         base: without it, lengths are not looked at.
     """
-    from finlora.data.prepared import read_prepared
+    from finlora.data.sets.prepared import read_prepared
 
     for task in config.data.tasks:
         for split in _SPLITS:

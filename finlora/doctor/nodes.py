@@ -9,7 +9,7 @@ from typing import Any
 
 from finlora.doctor.checks import Finding, fault
 from finlora.doctor.facts import NodeFacts, gather, rebuild
-from finlora.foreign_errors import shorten
+from finlora.machine.foreign_errors import shorten
 
 ANSWER_S = 60.0
 """Most seconds for all nodes; a worker process that starts anew takes a few."""

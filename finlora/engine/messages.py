@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from finlora.engine.microbatch import MicroBatch
+from finlora.engine.micro_batch import MicroBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +17,7 @@ class Change:
 
 
 class Parcel(NamedTuple):
-    """Hidden states that stay on a GPU whose memory the next stage reaches (finlora/engine/handover.py)."""
+    """Hidden states that stay on a GPU whose memory the next stage reaches (finlora/pipeline/hidden_states_gpu.py)."""
 
     memory: bytes
     """CUDA's handle of the memory that holds them."""
@@ -45,5 +45,5 @@ class Message:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it asks for nothing, or answers nothing (finlora/engine/reading.py)."""
+        """Whether it asks for nothing, or answers nothing (finlora/pipeline/late_read.py)."""
         return self.work is None and self.state is None

@@ -17,12 +17,10 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
 
-from finlora.engine.extents import ExtentPool
-from finlora.engine.limits import MIN_AHEAD_CHUNK, MIN_CHUNK, MIN_PREFIX, Limits
-from finlora.engine.microbatch import MicroBatch, Output
+from finlora.engine.admission import MIN_AHEAD_CHUNK, MIN_CHUNK, MIN_PREFIX, Beginnings, Limits, Part, Work, add_rows
+from finlora.engine.kv_cache import ExtentPool
+from finlora.engine.micro_batch import MicroBatch, Output
 from finlora.engine.request import Answer, Finish, Request, Token
-from finlora.engine.sharing import Beginnings
-from finlora.engine.work import Part, Work, add_rows
 from finlora.errors import ConfigError, QueueFullError
 
 
@@ -95,7 +93,7 @@ class Scheduler:
                     line.remove(request)
                     return Answer(request_id=request_id, finish=finish)
         work = self._active.get(request_id)
-        # What is under way of it comes before all that its rows will be given to (finlora/engine/extents.py).
+        # What is under way of it comes before all that its rows will be given to (finlora/engine/kv_cache.py).
         return None if work is None else self._finish(work, finish)
 
     def uses_adapter(self, name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from finlora.config import LLAMA_PROJECTIONS
 from finlora.configfile import show
 from finlora.errors import ModelError
-from finlora.model.shapes import LlamaShape
+from finlora.model.memory.shapes import LlamaShape
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

@@ -19,7 +19,7 @@ from typing import Any
 from finlora.config import ModelConfig
 from finlora.durable import hash_file, seal, unseal, write_whole
 from finlora.errors import ModelError, ResourceError
-from finlora.hub import find_hub_problem
+from finlora.machine.model_hub import find_hub_problem
 from finlora.model.source import HUB_FILES, find_source
 
 MANIFEST = "mirror.json"

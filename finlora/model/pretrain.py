@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from finlora.data.prepared import read_prepared
-from finlora.data.pretraining import pretraining_texts
-from finlora.data.unlabelled import input_of, unlabelled_texts
+from finlora.data.pretraining.generated_texts import pretraining_texts
+from finlora.data.pretraining.unlabelled import input_of, unlabelled_texts
+from finlora.data.sets.prepared import read_prepared
 from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import DatasetError, ModelError
-from finlora.host import require_output
+from finlora.machine.host import require_output
 from finlora.model.base import check_device
 from finlora.precision import AUTO, resolve_precision
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finlora.config import ModelConfig
 from finlora.configfile import show
 from finlora.errors import ModelError
-from finlora.hub import explain_hub, find_hub_problem
+from finlora.machine.model_hub import explain_hub, find_hub_problem
 from finlora.model.architecture import (
     EMBEDDING,
     HEAD,
@@ -22,7 +22,7 @@ from finlora.model.architecture import (
     check_tensors,
 )
 from finlora.model.git_lfs import refuse_pointer
-from finlora.model.shapes import LlamaShape, shape_of
+from finlora.model.memory.shapes import LlamaShape, shape_of
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

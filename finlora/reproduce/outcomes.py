@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from finlora.data.prepared import read_prepared
+from finlora.data.sets.prepared import read_prepared
 from finlora.durable import seal, unseal, write_whole
 from finlora.errors import FinloraError, ResultError
 from finlora.model.contract import CONTRACT_FILE
 from finlora.model.source import find_source
-from finlora.reproduce.plan import Step
-from finlora.tables import TextTable
+from finlora.report.tables import TextTable
+from finlora.reproduce.paper_rows import Step
 
 State = Literal["done", "cannot run", "waits for its training", "failed", "to do"]
 _STATES: tuple[State, ...] = ("done", "cannot run", "waits for its training", "failed", "to do")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from finlora.config import Bits, ModelConfig, Transport
 from finlora.configfile import settings_from_tree
 from finlora.errors import ConfigError
-from finlora.working_dir import describe_lost
+from finlora.machine.working_dir import describe_lost
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 
 from finlora.config import RunConfig
 from finlora.precision import is_autocast
-from finlora.train.optimizer import clips_itself
+from finlora.train.optim.optimizer import clips_itself
 
 
 def choose_collectives(config: RunConfig) -> str:

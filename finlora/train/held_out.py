@@ -10,12 +10,12 @@ import torch
 
 from finlora.config import RunConfig
 from finlora.data.encode import Encoded, collate, encode_examples
-from finlora.data.prepared import read_prepared
+from finlora.data.sets.prepared import read_prepared
 from finlora.durable import append_line, read_lines
 from finlora.model.base_files import read_base_files
 from finlora.precision import is_autocast
-from finlora.train.loop import AnswerLoss
-from finlora.train.run import RunFolder
+from finlora.train.run.run_folder import RunFolder
+from finlora.train.steps.loop import AnswerLoss
 
 if TYPE_CHECKING:
     from peft import PeftModel

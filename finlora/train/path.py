@@ -15,11 +15,11 @@ from finlora.config import RunConfig
 from finlora.data.encode import Encoded
 from finlora.data.pack_size import PackSize, measure_pack
 from finlora.data.packing import split_by_tokens
-from finlora.model.packed_memory import PackPlan, Workload, packing_refusal, plan_packs
+from finlora.model.memory.packed_memory import PackPlan, Workload, packing_refusal, plan_packs
 from finlora.model.source import find_source
 from finlora.precision import is_autocast
-from finlora.train.batches import Batches, PackedBatches, PaddedBatches
-from finlora.train.sampler import Sampler
+from finlora.train.steps.batches import Batches, PackedBatches, PaddedBatches
+from finlora.train.steps.sampler import Sampler
 
 if TYPE_CHECKING:
     import torch
@@ -106,8 +106,8 @@ def take_path(
     """
     import torch
 
-    from finlora.model.packed import PackedLlama
-    from finlora.train.loop import AnswerLoss
+    from finlora.model.layers.packed_model import PackedLlama
+    from finlora.train.steps.loop import AnswerLoss
 
     if plan is None:
         if config.train.gradient_checkpointing:

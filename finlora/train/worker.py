@@ -22,17 +22,23 @@ import torch
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from finlora import cluster
+from finlora.cluster import connect
 from finlora.config import RunConfig
 from finlora.configfile import config_from_tree, config_to_tree
-from finlora.cpu import set_environment
 from finlora.durable import scratch_folder
+from finlora.machine.cpu import set_environment
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.lora import attach_lora, trainable_parameters
 from finlora.precision import describe_choice, resolve_training
 from finlora.results import Result, append_result
-from finlora.train.attempts import AttemptClock
-from finlora.train.checkpoint import (
+from finlora.train.data_parallel import choose_collectives, make_engine
+from finlora.train.held_out import HELD_OUT, HeldOut
+from finlora.train.optim.optimizer import is_synchronised, make_optimizer
+from finlora.train.optim.traffic import WireClock, WireMeter
+from finlora.train.path import make_sampler, take_path
+from finlora.train.plan import Verdict, count_gpus, explain_out_of_memory, find_memory_gib, plan_run
+from finlora.train.run.attempts import AttemptClock
+from finlora.train.run.checkpoint import (
     CheckpointInfo,
     CheckpointSchedule,
     load_checkpoint,
@@ -40,17 +46,10 @@ from finlora.train.checkpoint import (
     require_finite,
     save_checkpoint,
 )
-from finlora.train.data_parallel import choose_collectives, make_engine
-from finlora.train.failure import GiveUp, own_error
-from finlora.train.held_out import HELD_OUT, HeldOut
-from finlora.train.loop import count_steps, run_steps
-from finlora.train.optimizer import is_synchronised, make_optimizer
-from finlora.train.path import make_sampler, take_path
-from finlora.train.plan import Verdict, count_gpus, explain_out_of_memory, find_memory_gib, plan_run
-from finlora.train.progress import StepMark
-from finlora.train.recorder import PUBLISHED, Recorder, reduce_sum
-from finlora.train.room import AwaitRoom, WaitingWords
-from finlora.train.run import (
+from finlora.train.run.failure import GiveUp, own_error
+from finlora.train.run.progress import StepMark
+from finlora.train.run.recorder import PUBLISHED, Recorder, reduce_sum
+from finlora.train.run.run_folder import (
     RunFolder,
     TrainingSet,
     claim_run,
@@ -60,11 +59,12 @@ from finlora.train.run import (
     load_training_set,
     open_run,
 )
-from finlora.train.snapshot import mend_snapshot
-from finlora.train.stall import StallGuard
-from finlora.train.stop import StopRequest, describe_stop, stop_on_signals
-from finlora.train.summary import export_adapter, summarise_run
-from finlora.train.wire import WireClock, WireMeter
+from finlora.train.run.snapshot import mend_snapshot
+from finlora.train.run.stall import StallGuard
+from finlora.train.run.stop import StopRequest, describe_stop, stop_on_signals
+from finlora.train.run.summary import export_adapter, summarise_run
+from finlora.train.run.wait_for_gpus import AwaitRoom, WaitingWords
+from finlora.train.steps.loop import count_steps, run_steps
 
 _logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ def run_training(
         announce(said)
     train = config.train
     gpus = train.gpus_per_worker if train.device == "cuda" else 0.0
-    cluster.require(train.num_workers, train.cpus_per_worker, gpus)
+    connect.require(train.num_workers, train.cpus_per_worker, gpus)
     training_set = load_training_set(config)
     folder = open_run(config)
     if said := describe_date(training_set):

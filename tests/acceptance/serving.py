@@ -149,7 +149,7 @@ def settings_of(tools: Tools, folder: Any, port: int) -> dict[str, Any]:
     application = {
         "name": "finlora",
         "route_prefix": "/",
-        "import_path": "finlora.serve.app:build",
+        "import_path": "finlora.serve.deploy.replica:build",
         "args": args,
         "deployments": [{"name": "Server", "num_replicas": 1, "ray_actor_options": {"num_cpus": 0.25}}],
     }

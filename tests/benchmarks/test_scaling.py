@@ -1,6 +1,6 @@
 """The simulation of large clusters: its bytes are those of real runs, its times those worked out by hand, its table the docs'.
 
-That of 0/1 Adam's bytes is compared with ranks over gloo where these are started: tests/train/test_zero_one_adam.py.
+That of 0/1 Adam's bytes is compared with ranks over gloo where these are started: tests/train/optim/test_zero_one_adam.py.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from cluster_model import PCIE, Cluster, Link, Load, draw_steps, simulate
 from scaling import METHODS, Run, measure, measured_table
 
 from finlora.config import LoraConfig, ModelConfig
-from finlora.model.shapes import adapter_shapes
+from finlora.model.memory.shapes import adapter_shapes
 from finlora.model.source import find_source
-from finlora.train.onebit import Schedule, Traffic
+from finlora.train.optim.onebit import Schedule, Traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "scaling.py"

@@ -49,8 +49,8 @@ class World:
 
 def make_world(folder: Path) -> World:
     """Make a tiny base, a prepared set, an adapter, a checkpoint, a quantised base and records below `folder`."""
-    from finlora.data.prepare import prepare_task
-    from finlora.data.pretraining import pretraining_texts
+    from finlora.data.pretraining.generated_texts import pretraining_texts
+    from finlora.data.sets.prepare import prepare_task
     from finlora.model.pretrain import PretrainConfig, pretrain_base
 
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_kv_heads": 2}
@@ -103,10 +103,10 @@ def write_adapter(world: World, value: int) -> None:
 
 def load_adapter_as_served(world: World) -> Any:
     """Check an adapter against its base and read it, as the server does."""
-    from finlora.engine.adapters import read_adapter
     from finlora.model.contract import read_contract
     from finlora.model.source import find_source, fingerprint_weights
     from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
+    from finlora.stage.adapter_weights import read_adapter
 
     source = find_source(world.config.model)
     contract = read_contract(world.adapter)
@@ -143,8 +143,8 @@ def load_cached(world: World) -> Any:
 
 def write_checkpoint(folder: Path, step: int) -> None:
     """Write the parts of two workers, with the step as value."""
-    from finlora.train.checkpoint import CheckpointInfo, save_checkpoint
-    from finlora.train.wire import Wire
+    from finlora.train.optim.traffic import Wire
+    from finlora.train.run.checkpoint import CheckpointInfo, save_checkpoint
 
     parameters = {name: torch.nn.Parameter(torch.full((64, 64), float(step))) for name in ("a.lora_A", "a.lora_B")}
     optimizer = torch.optim.AdamW(parameters.values(), lr=0.1)
@@ -156,7 +156,7 @@ def write_checkpoint(folder: Path, step: int) -> None:
 
 
 def load_checkpoint_as_resumed(folder: Path) -> Any:
-    from finlora.train.checkpoint import load_checkpoint, read_info
+    from finlora.train.run.checkpoint import load_checkpoint, read_info
 
     info = read_info(folder, RUN_HASH, 2)
     parameters = {name: torch.nn.Parameter(torch.zeros(64, 64)) for name in ("a.lora_A", "a.lora_B")}
@@ -168,11 +168,11 @@ def load_checkpoint_as_resumed(folder: Path) -> Any:
 def write_records(world: World, value: int) -> None:
     """Write a run's config, progress and result, and how a trial ended."""
     from finlora.results import Result, append_result
-    from finlora.train.loop import Progress
-    from finlora.train.progress import append_progress
-    from finlora.train.run import open_run
-    from finlora.train.space import Trial
-    from finlora.train.trials import SearchFolder, TrialRecord, write_record
+    from finlora.train.run.progress import append_progress
+    from finlora.train.run.run_folder import open_run
+    from finlora.train.search.search_folder import SearchFolder, TrialRecord, write_record
+    from finlora.train.search.space import Trial
+    from finlora.train.steps.loop import Progress
 
     run = open_run(world.config)
     names = ("tokens_per_second", "examples_per_second", "memory_gib", "seconds_left")
@@ -195,24 +195,24 @@ def write_records(world: World, value: int) -> None:
 
 def load_run_config(world: World) -> Any:
     """Open the run as `finlora train` does: other settings are refused, free ones are what the command says."""
-    from finlora.train.run import open_run
+    from finlora.train.run.run_folder import open_run
 
     return str(open_run(world.config))
 
 
 def load_trial(world: World) -> Any:
-    from finlora.train.space import Trial
-    from finlora.train.trials import SearchFolder, read_record
+    from finlora.train.search.search_folder import SearchFolder, read_record
+    from finlora.train.search.space import Trial
 
     trial = Trial(name="000", rank=4, bits=4, learning_rate=1e-4, alpha=32.0, target_modules=("q_proj",))
     return read_record(SearchFolder(world.folder / "search"), trial)
 
 
 def artefacts_of(world: World) -> list[Artefact]:
-    from finlora.data.prepared import read_prepared
+    from finlora.data.sets.prepared import read_prepared
     from finlora.results import read_results
-    from finlora.train.progress import read_progress
-    from finlora.train.run import RunFolder
+    from finlora.train.run.progress import read_progress
+    from finlora.train.run.run_folder import RunFolder
 
     run = RunFolder(world.folder / "runs" / "run")
     data, adapter, cache = world.folder / "data", world.adapter, world.folder / "cache"

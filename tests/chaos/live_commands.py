@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from finlora.engine.semaphores import remove_left_semaphores
+from finlora.pipeline.ray_workarounds import remove_left_semaphores
 from tests.chaos.record import say, traces
 
 ROOT = Path(__file__).resolve().parents[2]

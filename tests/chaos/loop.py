@@ -21,7 +21,7 @@ import torch
 
 from finlora.config import RunConfig
 from finlora.errors import FinloraError
-from finlora.train.run import RunFolder
+from finlora.train.run.run_folder import RunFolder
 from tests.chaos.files import CPU, World
 from tests.chaos.record import Injection, plain
 
@@ -55,7 +55,10 @@ def train(config: RunConfig, spoil_at: int | None = None, jump_seed: int | None 
     """
     from finlora.model.base import load_base
     from finlora.model.lora import attach_lora, trainable_parameters
-    from finlora.train.checkpoint import (
+    from finlora.train.optim.optimizer import make_optimizer
+    from finlora.train.optim.traffic import Wire, WireClock
+    from finlora.train.path import make_sampler, plan_path, take_path
+    from finlora.train.run.checkpoint import (
         CheckpointInfo,
         CheckpointSchedule,
         load_checkpoint,
@@ -63,14 +66,11 @@ def train(config: RunConfig, spoil_at: int | None = None, jump_seed: int | None 
         require_finite,
         save_checkpoint,
     )
-    from finlora.train.loop import count_steps, run_steps
-    from finlora.train.optimizer import make_optimizer
-    from finlora.train.path import make_sampler, plan_path, take_path
-    from finlora.train.progress import append_progress
-    from finlora.train.run import hash_run, load_training_set, open_run
-    from finlora.train.snapshot import mend_snapshot
-    from finlora.train.summary import export_adapter
-    from finlora.train.wire import Wire, WireClock
+    from finlora.train.run.progress import append_progress
+    from finlora.train.run.run_folder import hash_run, load_training_set, open_run
+    from finlora.train.run.snapshot import mend_snapshot
+    from finlora.train.run.summary import export_adapter
+    from finlora.train.steps.loop import count_steps, run_steps
 
     if jump_seed is not None:
         _set_clock_at_random(jump_seed)
@@ -211,7 +211,7 @@ def _spoil(config: RunConfig, rng: random.Random) -> str:
 
 
 def _compare(quiet: RunConfig, config: RunConfig) -> str:
-    from finlora.train.progress import read_progress
+    from finlora.train.run.progress import read_progress
 
     losses = [[(record.step, record.loss) for record in read_progress(_folder(each))] for each in (quiet, config)]
     weights = [(_folder(each).adapter / "adapter_model.safetensors").read_bytes() for each in (quiet, config)]

@@ -147,7 +147,7 @@ async def _wait_until_ready(session: aiohttp.ClientSession) -> None:
 
 def _judge(live: LiveCommands, answers: Answers) -> str:
     """Return what was lost or is not as it should be."""
-    from finlora.serve.audit import list_logs, verify_audit
+    from finlora.serve.accounts.audit import list_logs, verify_audit
 
     wrong = [*(f"wrong: {each}" for each in answers.wrong[:3]), *(f"lost: {each}" for each in answers.lost[:3])]
     requests, outcomes = [], []

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from finlora.errors import FinloraError
-from finlora.train.run import RunFolder, explain_full_disk
+from finlora.train.run.run_folder import RunFolder, explain_full_disk
 from tests.chaos.child import Child, mount
 from tests.chaos.files import World, make_world, write_adapter, write_checkpoint
 from tests.chaos.loop import break_loop
@@ -58,10 +58,10 @@ def list_faults(folder: Path) -> list[tuple[str, str, Callable[[int], Injection]
 
 def _list_writers(world: World) -> list[Writer]:
     def prepare(folder: Path, value: int) -> None:
-        from finlora.data.catalog import task_named
         from finlora.data.example import Splits
-        from finlora.data.prepare import code_version
-        from finlora.data.prepared import read_prepared, write_prepared
+        from finlora.data.sets.catalog import task_named
+        from finlora.data.sets.prepare import code_version
+        from finlora.data.sets.prepared import read_prepared, write_prepared
 
         split = read_prepared(world.folder / "data", _TASK, "train")
         parts = Splits(train=split.examples[value % 7 :], test=split.examples[:3], notes=(str(value),))
@@ -77,7 +77,7 @@ def _list_writers(world: World) -> list[Writer]:
         )
 
     def read_set(folder: Path) -> int | None:
-        from finlora.data.prepared import read_prepared
+        from finlora.data.sets.prepared import read_prepared
 
         if not (folder / _TASK).exists():
             return None
@@ -109,8 +109,8 @@ def _list_writers(world: World) -> list[Writer]:
         write_checkpoint(folder / f"checkpoint_{value:06}", value)
 
     def read_checkpoint(folder: Path) -> int | None:
-        from finlora.train.checkpoint import read_info
-        from finlora.train.snapshot import mend_snapshot
+        from finlora.train.run.checkpoint import read_info
+        from finlora.train.run.snapshot import mend_snapshot
 
         mend_snapshot(folder)  # as each start of a driver does; removes what was not written to its end
         whole = sorted(folder.glob("checkpoint_[0-9]*"))

@@ -178,7 +178,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(call, config_file, tmp_path, 
 
 
 def test_list_shows_every_task(call):
-    from finlora.data.catalog import TASKS
+    from finlora.data.sets.catalog import TASKS
 
     code, output, _ = call("prepare", "list")
     assert code == 0

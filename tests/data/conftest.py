@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finlora.data.rows import Request, SplitChoice
+from finlora.data.raw.rows import Request, SplitChoice
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 
 from finlora.data.prompts import entity_prompt, headline_prompt, sentiment_prompt, xbrl_prompt
 from finlora.data.question import QUESTION_TASKS, make_question, read_content
-from finlora.data.rows import Request
-from finlora.data.synthetic import read_synthetic_sentiment
+from finlora.data.raw.rows import Request
+from finlora.data.tasks.synthetic import read_synthetic_sentiment
 from finlora.errors import DatasetError
 
 TEXT = "Profit at Brunholt rose 12 %"

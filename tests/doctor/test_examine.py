@@ -56,7 +56,7 @@ def test_address_without_a_cluster_is_a_fault_among_the_others(call, monkeypatch
 
 def test_serve_yaml_is_looked_at_as_the_server_would(call, tiny_base, tmp_path, monkeypatch):
     text = (
-        "applications:\n  - name: a\n    import_path: finlora.serve.app:build\n    args:\n"
+        "applications:\n  - name: a\n    import_path: finlora.serve.deploy.replica:build\n    args:\n"
         f"      model: {{base: {tiny_base}}}\n      keys_file: {tmp_path / 'keys.yaml'}\n      stages: {{device: cpu}}\n"
     )
     (tmp_path / "s.yaml").write_text(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 
-from finlora.engine.microbatch import MicroBatch, Output
+from finlora.engine.micro_batch import MicroBatch, Output
 from finlora.engine.request import Request
 
 END, VOCABULARY = 0, 40

@@ -8,7 +8,7 @@ from collections import Counter, deque
 import pytest
 from pretend_model import END, PretendModel, answer_alone
 
-from finlora.engine.limits import Limits
+from finlora.engine.admission import Limits
 from finlora.engine.request import Request, Sampling
 from finlora.engine.scheduler import Scheduler
 from finlora.errors import ConfigError, QueueFullError

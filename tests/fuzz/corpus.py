@@ -50,19 +50,19 @@ def make_serve_config(folder: Path) -> None:
 
 
 def make_keys(folder: Path) -> None:
-    from finlora.serve.keys import add_key
+    from finlora.serve.accounts.keys import add_key
 
     limits: dict[str, Any] = {"requests_per_minute": 3, "tokens_per_minute": None, "is_admin": False}
     add_key(folder / "keys.yaml", "desk", adapters=("ner",), **limits)
 
 
 def make_prepared(folder: Path) -> None:
-    from finlora.data.prepare import prepare_task
-    from finlora.data.prepared import read_prepared, write_prepared
+    from finlora.data.sets.prepare import prepare_task
+    from finlora.data.sets.prepared import read_prepared, write_prepared
 
     prepare_task("synthetic_sentiment", None, folder, None, "all", False, False)
-    from finlora.data.catalog import task_named
     from finlora.data.example import Splits
+    from finlora.data.sets.catalog import task_named
 
     few = read_prepared(folder, "synthetic_sentiment", "test").examples[:3]
     facts: dict[str, Any] = {"variant": "as_published", "source": "generated", "version": "0", "dry_run": False}
@@ -126,7 +126,7 @@ def make_adapter(folder: Path) -> None:
 
 
 def make_audit(folder: Path) -> None:
-    from finlora.serve.audit import AuditEntry, AuditLog
+    from finlora.serve.accounts.audit import AuditEntry, AuditLog
 
     texts: dict[str, Any] = dict.fromkeys(
         ("request_id", "key_id", "path", "model", "base_hash", "prompt_hash", "outcome"), "x"

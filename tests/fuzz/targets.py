@@ -83,7 +83,7 @@ def _serve_config(data: bytes, folder: Path) -> None:
 
 
 def _keys(data: bytes, folder: Path) -> None:
-    from finlora.serve.keys import KeyRing
+    from finlora.serve.accounts.keys import KeyRing
 
     path = folder / "keys.yaml"
     path.write_bytes(data)
@@ -97,7 +97,7 @@ def _raw(task: str, names: Sequence[str]) -> Callable[[bytes, Path], object]:
     """A task's reader on the same bytes under all its file names."""
 
     def run(data: bytes, folder: Path) -> None:
-        from finlora.data.prepare import prepare_task
+        from finlora.data.sets.prepare import prepare_task
 
         source = folder / "raw"
         source.mkdir()
@@ -109,7 +109,7 @@ def _raw(task: str, names: Sequence[str]) -> Callable[[bytes, Path], object]:
 
 
 def _prepared(data: bytes, folder: Path) -> None:
-    from finlora.data.prepared import read_prepared
+    from finlora.data.sets.prepared import read_prepared
 
     (folder / "synthetic_sentiment").mkdir()
     (folder / "synthetic_sentiment" / "test.parquet").write_bytes(data)
@@ -123,10 +123,10 @@ def _adapter_with(name: str) -> Callable[[bytes, Path], object]:
     def run(data: bytes, folder: Path) -> None:
         import torch
 
-        from finlora.engine.adapters import read_adapter
         from finlora.model.adapter_files import check_adapter
         from finlora.model.contract import read_contract
-        from finlora.model.shapes import shape_of
+        from finlora.model.memory.shapes import shape_of
+        from finlora.stage.adapter_weights import read_adapter
 
         for file, content in adapter_files().items():
             (folder / file).write_bytes(content)
@@ -168,7 +168,7 @@ class _Desk:
     """A server that lets everything through to the point where the model would be asked."""
 
     def __init__(self) -> None:
-        from finlora.serve.keys import KeyRing
+        from finlora.serve.accounts.keys import KeyRing
 
         self.keys = KeyRing(None, {"FINLORA_API_KEY": "a-key-of-the-fuzzer-alone"})
         self.config = SimpleNamespace(limits=SimpleNamespace(max_body_bytes=2**21, max_texts=256))
@@ -192,7 +192,7 @@ _apps: list[Any] = []
 
 def _body(data: bytes, folder: Path) -> None:
     """The whole application, asked with the bytes as the body, cut into two parts, or as headers and path."""
-    from finlora.serve.asgi import make_app
+    from finlora.serve.http.asgi import make_app
 
     if not _apps:
         _apps.append(make_app(_Desk(), has_proxy=False))  # type: ignore[arg-type]
@@ -238,7 +238,7 @@ def _ask(path: str, headers: list[tuple[bytes, bytes]], parts: list[bytes]) -> N
 
 def _stream(data: bytes, folder: Path) -> None:
     """What a server sends, whole and in single bytes: the pieces must be the same, and show nothing but text."""
-    from finlora.serve.client import read_extract, read_pieces, read_probabilities
+    from finlora.serve.http.client import read_extract, read_pieces, read_probabilities
 
     def collect(blocks: list[bytes]) -> tuple[str, str]:
         text = ""
@@ -260,7 +260,7 @@ def _stream(data: bytes, folder: Path) -> None:
 
 
 def _audit(data: bytes, folder: Path) -> None:
-    from finlora.serve.audit import verify_audit
+    from finlora.serve.accounts.audit import verify_audit
 
     (folder / "audit-1.jsonl").write_bytes(data)
     verify_audit(folder / "audit-1.jsonl", ["0" * 64])

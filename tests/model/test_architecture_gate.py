@@ -13,17 +13,17 @@ from safetensors.torch import load_file, save_file
 from finlora.config import LoraConfig, ModelConfig
 from finlora.data.encode import Encoded
 from finlora.data.packing import pack_examples
-from finlora.engine.in_process import InProcess
-from finlora.engine.limits import Limits
+from finlora.engine.admission import Limits
 from finlora.engine.request import Request
 from finlora.engine.scheduler import Scheduler
-from finlora.engine.stage import Stage
 from finlora.errors import ModelError
+from finlora.inference.in_process import InProcess
 from finlora.model.base import load_base, measure_weights, quiet_bitsandbytes
+from finlora.model.layers.packed_model import PackedLlama
 from finlora.model.lora import attach_lora
-from finlora.model.packed import PackedLlama
-from finlora.model.shapes import count_weight_bytes
+from finlora.model.memory.shapes import count_weight_bytes
 from finlora.model.source import find_source, fingerprint_weights
+from finlora.stage.stage import Stage
 
 CPU = torch.device("cpu")
 IDS = torch.arange(30).reshape(1, 30) + 5
@@ -162,7 +162,7 @@ def test_rotary_embedding_of_each_kind_and_spelling_equals_transformers(base, ro
 
 def score_next(executor, prompts):
     """Return the log-probabilities of tokens 7 and 8 behind each prompt, all asked at once."""
-    from finlora.engine.drive import EngineCore
+    from finlora.engine.engine import EngineCore
 
     limits = Limits(cache_rows=512, max_batch_tokens=512, max_in_flight=1)
     core = EngineCore(executor, Scheduler(limits, 1, lambda: 3), None)

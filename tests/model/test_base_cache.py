@@ -76,8 +76,8 @@ def test_training_on_a_cached_base_is_the_same(tiny_base, tmp_path):
     from finlora.config import LoraConfig
     from finlora.data.encode import Encoded
     from finlora.data.packing import pack_examples
+    from finlora.model.layers.packed_model import PackedLlama
     from finlora.model.lora import attach_lora
-    from finlora.model.packed import PackedLlama
 
     pack = pack_examples([Encoded(prompt_ids=tuple(range(5, 30)), answer_ids=(3, 4))], share_prefix=True)
     losses = []

@@ -91,7 +91,7 @@ def test_mirror_holds_what_is_read_and_the_licence_and_nothing_else(mirror, publ
 
 
 def test_mirrored_base_and_task_train_without_a_hub(mirror, make_config):
-    from finlora.train.run import describe_run, load_training_set
+    from finlora.train.run.run_folder import describe_run, load_training_set
 
     config = make_config(f"model.base={mirror / 'models' / NAME}", f"data.dir={mirror / 'data'}")
     assert "optimiser steps" in describe_run(config, load_training_set(config))

@@ -13,20 +13,20 @@ import torch
 import uvicorn
 
 from finlora.config import LoraConfig, ModelConfig
-from finlora.engine.drive import EngineCore
-from finlora.engine.in_process import InProcess
-from finlora.engine.stage import Stage
+from finlora.engine.engine import EngineCore
+from finlora.inference.in_process import InProcess
 from finlora.model.base import load_base
 from finlora.model.contract import make_contract, write_contract
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
-from finlora.serve.asgi import make_app
-from finlora.serve.audit import AuditLog
-from finlora.serve.engine import AsyncEngine
-from finlora.serve.keys import KeyRing, add_key
-from finlora.serve.model import make_scheduler, read_base
-from finlora.serve.server import Server
+from finlora.serve.accounts.audit import AuditLog
+from finlora.serve.accounts.keys import KeyRing, add_key
+from finlora.serve.http.asgi import make_app
+from finlora.serve.http.server import Server
+from finlora.serve.live.engine_thread import AsyncEngine
+from finlora.serve.served_model import make_scheduler, read_base
 from finlora.serve.settings import ServeConfig, read_settings
-from finlora.serve.stages import OpenCore, StageFacts
+from finlora.serve.stage_states import OpenCore, StageFacts
+from finlora.stage.stage import Stage
 
 CPU = torch.device("cpu")
 ADMIN = "an-admin-key-of-the-tests"

@@ -8,11 +8,11 @@ import time
 
 from live_server import make_settings, open_in_process
 
-from finlora.engine.drive import EngineCore
-from finlora.engine.in_process import InProcess
+from finlora.engine.engine import EngineCore
 from finlora.engine.request import Answer, Request, Sampling
-from finlora.serve.engine import AsyncEngine
-from finlora.serve.model import make_scheduler, read_base
+from finlora.inference.in_process import InProcess
+from finlora.serve.live.engine_thread import AsyncEngine
+from finlora.serve.served_model import make_scheduler, read_base
 
 PROMPTS = [tuple(range(3 + n, 20 + 3 * n)) for n in range(8)]
 

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from finlora.serve.page import page_router
+from finlora.serve.http.web_page import page_router
 from finlora.serve.protocol import ChatRequest, ClassifyRequest, ExtractRequest
 
 KEY = "a-key-of-the-test"

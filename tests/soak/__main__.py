@@ -211,8 +211,8 @@ class Soak:
         }
 
     def _step(self) -> int:
-        from finlora.train.progress import last_progress
-        from finlora.train.run import RunFolder
+        from finlora.train.run.progress import last_progress
+        from finlora.train.run.run_folder import RunFolder
 
         last = last_progress(RunFolder(self.live.folder / "runs" / "soak"))
         return 0 if last is None else last.step

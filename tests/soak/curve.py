@@ -77,7 +77,7 @@ def report(samples: list[dict[str, Any]], figure: Path | None) -> int:
 
 
 def draw(memory: dict[str, Curve], descriptors: dict[str, Curve], path: Path) -> None:
-    from finlora.plots import COLOURS, GREY, new_figures, save_figure
+    from finlora.report.plots import COLOURS, GREY, new_figures, save_figure
 
     figure, _ = new_figures(1, 9.5, 6.0)
     figure.clear()

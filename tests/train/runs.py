@@ -7,8 +7,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from finlora.train.progress import read_progress
-from finlora.train.run import RunFolder
+from finlora.train.run.progress import read_progress
+from finlora.train.run.run_folder import RunFolder
 
 EXACT = [
     "model.bits=16",

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from finlora.data.encode import collate, encode_examples
-from finlora.data.prepared import read_prepared
+from finlora.data.sets.prepared import read_prepared
 from finlora.model.base import load_base
 from finlora.model.lora import attach_lora
 from finlora.model.tokenizer import load_tokenizer
 from finlora.train import held_out as module
 from finlora.train.held_out import HeldOut, read_held_out
-from finlora.train.loop import AnswerLoss
-from finlora.train.run import RunFolder
+from finlora.train.run.run_folder import RunFolder
+from finlora.train.steps.loop import AnswerLoss
 
 CPU = torch.device("cpu")
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.layers.packed_model import PackedLlama
 from finlora.model.lora import attach_lora
-from finlora.model.packed import PackedLlama
-from finlora.train.batches import PackedBatches, PaddedBatches
-from finlora.train.loop import AnswerLoss
 from finlora.train.path import make_sampler, plan_path, refuse_packing, take_path
-from finlora.train.run import load_training_set
+from finlora.train.run.run_folder import load_training_set
+from finlora.train.steps.batches import PackedBatches, PaddedBatches
+from finlora.train.steps.loop import AnswerLoss
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from finlora.errors import ConfigError, ResourceError
-from finlora.model.shapes import LLAMA_8B
+from finlora.model.memory.shapes import LLAMA_8B
 from finlora.train import plan as module
 from finlora.train.plan import (
     REFERENCE_GPU_GIB,
@@ -19,7 +19,7 @@ from finlora.train.plan import (
     plan_run,
     render_plan,
 )
-from finlora.train.run import load_training_set
+from finlora.train.run.run_folder import load_training_set
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from finlora.errors import ResourceError
 from finlora.model.contract import read_contract
 from finlora.precision import resolve_training
 from finlora.results import read_results
-from finlora.train.attempts import read_attempts
-from finlora.train.run import load_training_set
+from finlora.train.run.attempts import read_attempts
+from finlora.train.run.run_folder import load_training_set
 
 pytestmark = pytest.mark.ray
 
@@ -113,8 +113,8 @@ def test_two_workers_equal_a_plain_adamw_loop(uninterrupted):
     """
     from finlora.model.base import load_base
     from finlora.model.lora import attach_lora, trainable_parameters
-    from finlora.train.optimizer import learning_rate_at
-    from finlora.train.sampler import Sampler
+    from finlora.train.optim.optimizer import learning_rate_at
+    from finlora.train.steps.sampler import Sampler
 
     config, _ = uninterrupted
     net = load_base(ModelConfig(base=config.model.base, compute_dtype="float32"), 16, torch.device("cpu"), 0).model

@@ -24,8 +24,8 @@ def act_once(at_step, marker, act):
     """Return a worker's body in which worker 0 calls `act` once, after it has recorded `at_step`."""
 
     def work(loop_config):  # a closure, so Ray sends it by value and workers need no test module
-        from finlora.train import recorder
         from finlora.train import worker as there
+        from finlora.train.run import recorder
 
         append = recorder.append_progress
 

@@ -15,11 +15,11 @@ from tests.chaos.nodes.local_nodes import LocalNodes
 NODES = "import ray; ray.init(logging_level='ERROR'); print(sorted(n['Alive'] for n in ray.nodes()), ray.cluster_resources())"
 
 HOLD = (
-    "import ray, time; from finlora.lease import take_lease; ray.init(); "
+    "import ray, time; from finlora.cluster.lease import take_lease; ray.init(); "
     "lease = take_lease([{'CPU': 2.0}], 30.0, print, 'night-training'); lease.__enter__(); time.sleep(600)"
 )
 ASK = (
-    "import ray, time; from finlora.lease import describe_shortage; ray.init(logging_level='ERROR')\n"
+    "import ray, time; from finlora.cluster.lease import describe_shortage; ray.init(logging_level='ERROR')\n"
     "while not (said := describe_shortage([{'CPU': 2.0}])): time.sleep(0.5)\n"
     "print(said)"
 )

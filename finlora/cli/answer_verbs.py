@@ -1,0 +1,172 @@
+"""Verbs that let a base or an adapter answer: a whole test split with its scores, or one question."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from finlora.cli.app import (
+    AdapterPath,
+    BaseAlone,
+    ConfigPath,
+    DryRun,
+    Overrides,
+    app,
+    choose_adapter,
+    console,
+    load_settings,
+    say,
+)
+from finlora.errors import ConfigError
+from finlora.terminal import open_bars
+
+_LOADING = "loading the base"
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora evaluate --config jobs/configs/llama-8b-4bit-r4-fpb.yaml --base\n\n"
+    "  finlora evaluate --config ... --adapter ~/finlora/runs/llama-8b-4bit-r4-fpb/adapter eval.bits=8"
+)
+def evaluate(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    adapter: AdapterPath = None,
+    base: BaseAlone = False,
+    ray: Annotated[bool, typer.Option("--ray", help="Run as a Ray task that reserves eval.num_gpus.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Score base or adapter on the test splits: accuracy, strict accuracy, weighted F1, with 95 % intervals."""
+    from finlora.results import append_result
+    from finlora.train.run.run_folder import RunFolder
+
+    settings = load_settings(config, overrides)
+    chosen, folder = choose_adapter(settings, adapter, base), RunFolder(Path(settings.output_dir) / settings.name)
+    from finlora.evaluate.evaluation import check_evaluation, run_evaluation
+
+    say(check_evaluation(settings, chosen))
+    if dry_run:
+        return
+    from finlora.doctor.examine import require_inputs
+
+    require_inputs(settings, splits=("test",))
+    is_spread = settings.eval.num_stages > 1
+    if ray or is_spread:
+        from finlora.cluster import connect
+
+        connect.connect(log_to_driver=ray)
+    if ray:
+        # Stages have GPUs of their own.
+        gpus = settings.eval.num_gpus if settings.eval.device == "cuda" and not is_spread else 0.0
+        results = connect.call(
+            _evaluate_as_task,
+            *(settings, chosen),
+            num_cpus=1.0,
+            num_gpus=gpus,
+            wait_s=settings.max_wait_s,
+            announce=say,
+            title=f"the evaluation of {settings.name}",
+        )
+    else:
+        with open_bars(console, _LOADING) as bars:
+            results = run_evaluation(settings, chosen, bars.update, _print_reading)
+    for result in results:
+        append_result(folder.results, result)
+    from finlora.report.write import show_results
+
+    show_results(results, console)
+    say(f"Appended to {folder.results}")
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora ask 'Profit rose 12 %' --task fpb --config jobs/configs/llama-8b-4bit-r4-fpb.yaml\n\n"
+    "  finlora ask 'Profit rose 12 %' --task fpb --server http://127.0.0.1:8000 --model llama-8b:fpb\n\n"
+    "  finlora ask @filing.xml --task xbrl_values --about 'What is the value of Revenues?' --config ... --stages 4"
+)
+def ask(
+    text: Annotated[str, typer.Argument(help="What to ask about; @FILE reads a file.")],
+    overrides: Overrides = None,
+    config: ConfigPath = None,
+    task: Annotated[str | None, typer.Option(help="Form of the prompt. Without it: the text alone.")] = None,
+    about: Annotated[str | None, typer.Option(help="Entity, headline question or XBRL question.")] = None,
+    adapter: AdapterPath = None,
+    base: BaseAlone = False,
+    stages: Annotated[
+        int | None, typer.Option(help="Ray actors that the layers are spread over. Without it: eval.num_stages.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest text; higher: more varied.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes a drawn text repeatable.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Address of a served model to ask instead, with the key of FINLORA_API_KEY.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Its name on the server, as base:adapter.")] = None,
+) -> None:
+    """Ask base or adapter one question: the probability of each allowed answer, or text as it is written."""
+    from finlora.data.question import make_question, read_content
+
+    if server is not None or model is not None:
+        if server is None or model is None or overrides or config or adapter or base or stages:
+            raise ConfigError("--server and --model go together, and without settings of a model of one's own.")
+        _ask_server(server, model, task, read_content(text), about, temperature, seed)
+        return
+    from finlora.engine.request import Sampling
+    from finlora.inference.ask import ask as ask_engine
+    from finlora.terminal import show_reply
+
+    settings = load_settings(config, overrides)
+    chosen = choose_adapter(settings, adapter, base)
+    question = make_question(task, read_content(text), about)
+    sampling = Sampling(max_tokens=settings.eval.max_new_tokens, temperature=temperature, seed=seed)
+    num_stages = settings.eval.num_stages if stages is None else stages
+    if num_stages > 1:
+        from finlora.cluster import connect
+        from finlora.model.base_files import check_base
+
+        check_base(settings.model, chosen)
+        connect.connect(log_to_driver=False)
+    # To standard error, since the answer may be piped on.
+    with open_bars(Console(stderr=True), _LOADING) as bars:
+
+        def show(piece: str) -> None:
+            bars.do(None)
+            console.out(piece, end="")
+
+        reply = ask_engine(settings, chosen, question, sampling, num_stages, show)
+    show_reply(reply.probabilities, reply.quote, console, is_quoted=task in ("xbrl_tags", "xbrl_values"))
+    if reply.template_date:
+        say(f"Date in the chat template: {reply.template_date}")
+
+
+def _ask_server(
+    server: str, model: str, task: str | None, text: str, about: str | None, temperature: float, seed: int | None
+) -> None:
+    from finlora.serve.accounts.keys import KEY_VARIABLE
+    from finlora.serve.http.client import TIMEOUT_S, ask_server
+    from finlora.terminal import saying_later, show_reply
+
+    words = f"Waiting for an answer of {server}, {TIMEOUT_S:.0f} s at most."
+    with saying_later(words):
+        reply = ask_server(
+            *(server, os.environ.get(KEY_VARIABLE, ""), model, task, text, about),
+            temperature=temperature,
+            seed=seed,
+            on_text=lambda piece: console.out(piece, end=""),
+        )
+    show_reply(reply.probabilities, reply.quote, console, is_quoted=task in ("xbrl_tags", "xbrl_values"))
+
+
+def _print_reading(reading: Any) -> None:
+    sys.stdout.write(reading.describe() + "\n")
+    sys.stdout.flush()
+
+
+def _evaluate_as_task(settings: Any, chosen: Path | None) -> Any:
+    """Evaluate in a Ray task, whose output Ray shows in the driver's log."""
+    from finlora.evaluate.evaluation import run_evaluation
+
+    with open_bars(console, _LOADING) as bars:
+        return run_evaluation(settings, chosen, bars.update, _print_reading)

@@ -1,0 +1,115 @@
+"""Verbs that make what training starts from: prepared tasks, and a small base where no hub is reachable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from finlora.cli.app import DryRun, Overrides, app, console, say
+from finlora.errors import ConfigError, ModelError
+from finlora.machine.host import require_output
+from finlora.machine.working_dir import resolve_output
+from finlora.terminal import open_bars
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora prefetch --models meta-llama/Llama-3.1-8B-Instruct --tasks fpb,ner --output /mnt/mirror\n\n"
+    "  finlora prefetch --check --output /mnt/mirror"
+)
+def prefetch(
+    output: Annotated[Path, typer.Option(help="Folder of the mirror.")] = Path("~/finlora/mirror"),
+    models: Annotated[str, typer.Option(help="Base models: owner/name or owner/name@revision, by commas.")] = "",
+    tasks: Annotated[str, typer.Option(help="Tasks whose hub datasets are prepared into it, by commas.")] = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="Read a mirror again, without a network, and compare.")
+    ] = False,
+) -> None:
+    """Mirror base models and datasets of the hub into a folder, hashes verified, for machines without a hub."""
+    from finlora.data.sets.catalog import task_named
+    from finlora.data.sets.prepare import prepare_task
+    from finlora.data.sets.prepared import check_prepared
+    from finlora.model.mirror import check_mirrored, list_mirrored, mirror_model
+
+    names, wanted = _split(models), [task_named(name) for name in _split(tasks)]
+    if check == bool(names or wanted):
+        raise ConfigError("give either --check, or what to fetch with --models and --tasks.")
+    folder = (resolve_output if check else require_output)("--output ", output)
+    with open_bars(console, "reading the mirror" if check else "asking the hub") as bars:
+        fetched = [mirror_model(name, folder, bars.update) for name in names]
+        checked = [check_mirrored(path, bars.update) for path in list_mirrored(folder)] if check else []
+    for model in fetched + checked:
+        where = folder / "models" / model.repository
+        say(f"model.base={where}: {model.total_bytes / 2**30:.2f} GiB of commit {model.commit[:12]}, hashes agree")
+    for task in wanted:
+        prepare_task(task.name, None, folder / "data", None, "all", False, False)
+    prepared = check_prepared(folder / "data") if check else [task.name for task in wanted]
+    if prepared:
+        say(f"data.dir={folder / 'data'}: {', '.join(prepared)}, hashes agree")
+    if check and not (checked or prepared):
+        raise ModelError(f"{folder} holds no mirrored model and no prepared task: mend --output.")
+    say("Where no hub is reachable, set HF_HUB_OFFLINE=1 and these settings.")
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora prepare fpb --source /mnt/raw/fpb\n\n"
+    "  finlora prepare ner --source /mnt/raw/ner --variant corrected --output /mnt/data\n\n  finlora prepare synthetic"
+)
+def prepare(
+    task: Annotated[str, typer.Argument(help="Task to prepare; `list` shows all of them.")],
+    source: Annotated[
+        Path | None, typer.Option(help="Folder with the raw files. Without it: the hub's dataset.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder of prepared tasks.")] = Path("~/finlora/data"),
+    variant: Annotated[
+        Literal["as_published", "corrected"] | None,
+        typer.Option(help="Keep or mend known label defects, where both exist."),
+    ] = None,
+    splits: Annotated[Literal["all", "test"], typer.Option(help="`test`: only the test split.")] = "all",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a prepared set that differs.")] = False,
+    own_data: Annotated[
+        bool,
+        typer.Option("--own-data", help="Take rows that are not the published set's: a part of it, or your own."),
+    ] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Turn raw data into Parquet with a frozen, hashed split; shows counts, labels, duplicates and leaks."""
+    from finlora.data.sets.prepare import prepare_task
+    from finlora.terminal import show_preparation, show_tasks
+
+    if task == "list":
+        show_tasks(console)
+        return
+    folder = source.expanduser() if source else None
+    target = resolve_output("--output ", output)
+    with open_bars(console, f"preparing {task}"):
+        report = prepare_task(task, folder, target, variant, splits, overwrite, dry_run, own_data)
+    show_preparation(report, console, is_dry=dry_run)
+
+
+@app.command(
+    epilog="Example:\n\n  finlora pretrain --tasks fpb,tfns --data ~/finlora/data --output ~/finlora/base-small"
+)
+def pretrain(
+    output: Annotated[Path, typer.Option(help="Folder of the new base model.")],
+    tasks: Annotated[str, typer.Option(help="Prepared tasks whose train inputs are the text; `synthetic`: generated.")],
+    data: Annotated[Path, typer.Option(help="Folder of prepared tasks.")] = Path("~/finlora/data"),
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Never chosen for you.")] = "cuda",
+    overrides: Overrides = None,
+) -> None:
+    """Pretrain a small Llama base with its own tokenizer on unlabelled training text (no hub needed)."""
+    from finlora.configfile import build_settings
+    from finlora.model.pretrain import PretrainConfig, run_pretraining
+    from finlora.precision import AUTO, describe_cpu
+
+    settings, folder = build_settings(PretrainConfig, overrides or []), resolve_output("--output ", output)
+    if settings.precision == AUTO and device == "cpu":
+        say(describe_cpu())
+    with open_bars(console, "making texts and tokenizer") as bars:
+        summary = run_pretraining(settings, _split(tasks), data.expanduser(), folder, device, bars.update)
+    say(summary)
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]

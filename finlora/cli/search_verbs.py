@@ -1,0 +1,109 @@
+"""Verbs that start many runs: a search for good settings, and the paper's whole table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finlora.cli.app import ConfigPath, DryRun, Overrides, app, console, resolve_run, say
+from finlora.errors import FinloraError
+from finlora.machine.host import require_output
+from finlora.machine.working_dir import resolve_output
+from finlora.terminal import describe_duration, open_bars, polling
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora tune --config jobs/configs/llama-8b-4bit-r4-fpb.yaml name=search-fpb search.num_trials=24\n\n"
+    "  finlora tune --config ... train.num_workers=1 train.gpus_per_worker=0.5 search.rank=[4,8,16] search.bits=[4,8]"
+)
+def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Search rank, bits, learning rate and more with Ray Tune and ASHA, or go on with the search of that name."""
+    from finlora.train.run.run_folder import resolve_paths
+    from finlora.train.search.space import load_search, sample_trials
+
+    settings, search = load_search(config, overrides or [])
+    settings = resolve_paths(settings)
+    trials = sample_trials(settings, search)
+    if dry_run:
+        from finlora.train.run.run_folder import describe_run, load_training_set
+
+        say(describe_run(resolve_run(settings), load_training_set(settings)))
+        for trial in trials:
+            say(f"{trial.name}: alpha {trial.alpha:g} on {', '.join(trial.target_modules)}")
+        return
+    from finlora.cluster import connect
+    from finlora.doctor.examine import require_inputs
+
+    connect.prepare()
+    require_inputs(settings, splits=("train",))
+    connect.connect(log_to_driver=False)
+    from finlora.train.search.follow import SearchFollower
+    from finlora.train.search.pareto import write_summary
+    from finlora.train.search.search import run_search  # imports Ray, which must come after the connection's settings
+    from finlora.train.search.search_folder import search_folder
+
+    def tell(record: Any) -> None:
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in record.scores.items())
+        say(f"{record.trial.name}: {record.state} after {describe_duration(record.seconds)}. {scores or record.cause}")
+
+    folder = search_folder(settings)
+    with (
+        open_bars(console, "starting the search") as bars,
+        polling(SearchFollower(folder, trials, settings.name, bars.update)),
+    ):
+        records = run_search(settings, search, say, tell)
+    for path in write_summary(settings, search, folder, records, console):
+        say(f"Written: {path}")
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora reproduce --output /mnt/reproduce --dry-run\n\n"
+    "  finlora reproduce --output /mnt/reproduce --only '*8b*' data.dir=/mnt/data train.num_workers=1"
+)
+def reproduce(
+    overrides: Overrides = None,
+    output: Annotated[Path, typer.Option(help="Folder of the reproduction.")] = Path("~/finlora/reproduce"),
+    configs: Annotated[Path, typer.Option(help="Folder with one YAML a row of the paper.")] = Path("jobs/configs"),
+    only: Annotated[str, typer.Option(help="Pattern of step names, as '*8b*ner*'.")] = "*",
+    base_8b: Annotated[
+        str | None, typer.Option("--base-8b", help="Folder of the 8B base instead of the hub's.")
+    ] = None,
+    base_70b: Annotated[str | None, typer.Option("--base-70b", help="Folder of the 70B base.")] = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Run every row of the paper's tables that is not done yet, say why the others cannot run here, and report."""
+    from finlora.report.write import draw_table, render_report
+    from finlora.reproduce.outcomes import foresee, outcome_table
+    from finlora.reproduce.paper_rows import make_plan
+    from finlora.results import read_results
+
+    folder = (resolve_output if dry_run else require_output)("--output ", output)
+    bases = {size: base for size, base in (("8b", base_8b), ("70b", base_70b)) if base is not None}
+    steps = make_plan(configs.expanduser(), folder, overrides or [], only, bases)
+    if dry_run:
+        draw_table(outcome_table(foresee(steps, folder)), console)
+        return
+    from finlora.cluster import connect
+
+    connect.connect(log_to_driver=False)
+    from finlora.reproduce.run_rows import run_plan  # imports Ray, which must come after the connection's settings
+
+    with open_bars(console, "starting") as bars:
+
+        def tell(line: str) -> None:
+            say(line)
+            bars.do(line if line.startswith("[") else None)
+
+        outcomes = run_plan(steps, folder, tell)
+    steps_table = outcome_table(outcomes)
+    if any(outcome.state == "done" for outcome in outcomes):
+        render_report(read_results(folder / "runs"), folder / "report", console, [steps_table])
+    else:
+        draw_table(steps_table, console)
+    failed = [outcome.name for outcome in outcomes if outcome.state == "failed"]
+    if failed:
+        raise FinloraError(
+            f"{len(failed)} steps failed ({', '.join(failed[:3])}): the table says why. The same command goes on."
+        )

@@ -1,0 +1,128 @@
+"""Verbs of an adapter's life: forecast a run, train it, fold it into its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from finlora.cli.app import (
+    AdapterPath,
+    ConfigPath,
+    DryRun,
+    Overrides,
+    app,
+    choose_adapter,
+    console,
+    load_settings,
+    resolve_run,
+    say,
+)
+from finlora.errors import ConfigError
+from finlora.machine.host import require_output
+from finlora.terminal import describe_duration, describe_times, open_bars, polling
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora plan --config jobs/configs/llama-70b-4bit-r4-ner.yaml --gpu-memory 48 --gpus 4\n\n"
+    "  finlora plan --config ... train.memory_gib=24"
+)
+def plan(
+    config: ConfigPath = None,
+    overrides: Overrides = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(help="GiB of a GPU. Without it: this machine's, or a 48 GB card's where it has none."),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs of the cluster. Without it: those the config asks for.")
+    ] = None,
+) -> None:
+    """Forecast a run's memory on its prepared data; names the setting that would make it fit. Needs no GPU."""
+    from finlora.train.plan import count_gpus, find_memory_gib, plan_run, render_plan
+
+    settings = resolve_run(load_settings(config, overrides))
+    memory = find_memory_gib(settings.train.device) if gpu_memory is None else gpu_memory
+    with open_bars(console, "reading the data"):
+        verdict = plan_run(settings, memory, count_gpus(settings) if gpus is None else gpus)
+    console.print(render_plan(settings, verdict))
+    verdict.require_fit()
+    say(verdict.words)
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora train --config jobs/configs/llama-8b-4bit-r4-fpb.yaml train.num_workers=4\n\n"
+    "  ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/train.py --config jobs/configs/NAME.yaml"
+)
+def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    """Train an adapter on the Ray cluster, or resume the run of that name from its last checkpoint."""
+    from finlora.train.run.run_folder import RunFolder, load_training_set
+    from finlora.train.search.follow import Follower
+
+    settings = load_settings(config, overrides)
+    if dry_run:
+        from finlora.train.run.run_folder import describe_run
+
+        settings = resolve_run(settings)
+        say(describe_run(settings, load_training_set(settings)))
+        return
+    from finlora.cluster import connect
+    from finlora.doctor.examine import require_inputs
+
+    connect.prepare()
+    require_inputs(settings, splits=("train",))
+    connect.connect(log_to_driver=False)
+    from finlora.train.worker import run_training  # imports Ray, which must come after the connection's settings
+
+    folder = RunFolder(Path(settings.output_dir) / settings.name)
+    with (
+        open_bars(console, "starting workers") as bars,
+        polling(Follower(folder, settings.name, bars.update, say, describe_duration)),
+    ):
+        result = run_training(settings, say)
+    took = describe_times(result.wall_seconds or 0, result.waited_seconds or 0, result.attempts or 1)
+    say(
+        f"Adapter {result.adapter} ({result.adapter_mib:.2f} MiB): loss {result.metrics['loss_first']:.4f} -> "
+        f"{result.metrics['loss_last']:.4f} in {took}"
+    )
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora merge --config jobs/configs/NAME.yaml --output ~/finlora/merged --allow-other-bits\n\n"
+    "  finlora merge --adapter ~/finlora/runs/NAME/adapter --output ~/finlora/merged"
+)
+def merge(
+    output: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist yet.")],
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Of the run. Without it: the adapter's config.yaml.")
+    ] = None,
+    adapter: AdapterPath = None,
+    allow_other_bits: Annotated[
+        bool, typer.Option("--allow-other-bits", help="Merge one trained at 8 or 4 bit; its logits change a little.")
+    ] = False,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Where the 16-bit base is held.")] = "cpu",
+) -> None:
+    """Fold an adapter into its 16-bit base; writes a plain Hugging Face folder in bfloat16."""
+    if config is None and adapter is None:
+        raise ConfigError("no adapter is named: give --config YAML for that of its run, or --adapter FOLDER.")
+    target = require_output("--output ", output, is_new=True)
+    if config is None:
+        from finlora.model.contract import read_contract
+
+        own = Path(adapter or "").expanduser().absolute()
+        read_contract(own)  # says what stands there instead of an adapter
+        config = own / "config.yaml"
+    import torch
+
+    from finlora.model.merge import export_merged
+
+    settings = load_settings(config, overrides)
+    folder = choose_adapter(settings, adapter, base=False)
+    assert folder is not None  # without --base there is one
+    with open_bars(console, "merging"):
+        merged = export_merged(settings.model, folder, target, torch.device(device), allow_other_bits=allow_other_bits)
+    say(f"Merged model {merged.folder} ({merged.gib:.2f} GiB, {merged.num_tensors} weights changed)")
+    if merged.trained_bits != 16:
+        say(f"Trained at {merged.trained_bits} bit: evaluate the merged model before you use it.")

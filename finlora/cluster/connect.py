@@ -1,0 +1,197 @@
+"""Reach a Ray cluster, or start a local one that asks for a token of its own, and check what it can give."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar, cast
+
+from finlora.cluster.lease import take_lease
+from finlora.cluster.probe import probe_cluster, require_node_here, require_same_versions
+from finlora.errors import ConfigError, FinloraError, ResourceError
+from finlora.machine.cpu import set_environment, worker_environment
+from finlora.machine.host import check_ray_temp, find_ray_temp
+from finlora.machine.signals import without_hangup_for_children
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_TOKEN_FILE = Path("~/.config/finlora/ray-token")
+
+
+def prepare() -> None:
+    """Look whether a local Ray can start, and set the token that Ray reads when it is imported. Called before any import of Ray.
+
+    Raises:
+        ConfigError: the token cannot be kept in the home folder.
+        ResourceError: the temporary folder cannot hold what Ray puts there.
+    """
+    if is_local():
+        check_ray_temp()
+        _guard_local()
+
+
+def connect(log_to_driver: bool) -> None:
+    """Join the cluster of RAY_ADDRESS or the running job; start a local one otherwise.
+
+    Its dashboard and its own address are on the loopback interface; other ports of Ray listen on all of the machine's
+    (docs/explanation/security.md). It is guarded by a token of FinLoRA's own, never by one in Ray's default place, since that
+    file would change how other Ray programs of this user behave.
+
+    Args:
+        log_to_driver: show what workers print.
+
+    Raises:
+        ConfigError: RAY_ADDRESS is no address of a cluster, or the home folder cannot hold the token.
+        ResourceError: no cluster answers at RAY_ADDRESS within 15 s, it has other versions or another token, or a local one
+            cannot start here.
+    """
+    prepare()
+    set_environment()  # a Ray that is started here inherits it
+    import ray  # only now: Ray reads its authentication mode when it is imported
+
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    if not is_local():
+        versions = probe_cluster(address)
+        require_same_versions(versions)
+        require_node_here(versions)
+    try:
+        if not is_local():
+            ray.init(log_to_driver=log_to_driver, runtime_env={"env_vars": worker_environment()})
+            return
+        with without_hangup_for_children():
+            ray.init(
+                address="local",
+                log_to_driver=log_to_driver,
+                _node_ip_address="127.0.0.1",
+                logging_level="WARNING",
+            )
+    except Exception as error:  # Ray has no kind of its own for most of it
+        raise _explain_start(error, address) from error
+
+
+def is_local() -> bool:
+    """Return whether a Ray of this machine alone is used, which `connect` starts."""
+    return os.environ.get("RAY_ADDRESS", "").strip() in ("", "local")
+
+
+def _explain_start(error: Exception, address: str) -> ResourceError:
+    found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if not is_local():
+        return ResourceError(
+            f"the Ray cluster at RAY_ADDRESS={address} answers, but cannot be joined ({found}): look at `ray status` there, and "
+            "start this machine's node again (`ray stop`, `ray start`)."
+        )
+    if "timed out during startup" in str(error):
+        return ResourceError(
+            "Ray did not start on this machine within 30 s, its own limit: other work takes the processors. Run the same "
+            "command again when they are free, or name a cluster that runs with RAY_ADDRESS."
+        )
+    return ResourceError(
+        f"Ray did not start on this machine ({found}): its logs are in {find_ray_temp() / 'ray' / 'session_latest' / 'logs'}; "
+        "`finlora doctor` looks for what is missing."
+    )
+
+
+def require(num_workers: int, cpus: float, gpus: float) -> None:
+    """Check that the cluster could ever hold the workers, instead of waiting for what cannot come.
+
+    Args:
+        num_workers: workers wanted at once.
+        cpus: CPU cores a worker.
+        gpus: GPUs a worker.
+
+    Raises:
+        ResourceError: says what the cluster has in all, what is free, and what was asked for.
+    """
+    import ray
+
+    total, free = ray.cluster_resources(), ray.available_resources()
+    for kind, each in (("GPU", gpus), ("CPU", cpus)):
+        need = num_workers * each
+        if need > total.get(kind, 0.0) + 1e-6:
+            mend = (
+                "choose fewer workers, or the CPU with train.device=cpu eval.device=cpu"
+                if kind == "GPU"
+                else "choose fewer workers or lower train.cpus_per_worker"
+            )
+            raise ResourceError(
+                f"the config asks for {need:g} {kind} ({num_workers} workers x {each:g}), but the cluster has "
+                f"{total.get(kind, 0.0):g} ({free.get(kind, 0.0):g} free now): {mend}."
+            )
+
+
+def call(
+    function: Callable[..., _T],
+    *arguments: object,
+    num_cpus: float,
+    num_gpus: float,
+    wait_s: float | None = None,
+    announce: Callable[[str], None] = _logger.warning,
+    title: str | None = None,
+) -> _T:
+    """Run a function as a Ray task with reserved CPU cores and GPUs; an error of ours comes back as it was raised.
+
+    Args:
+        function: what to run.
+        arguments: what it takes.
+        num_cpus: CPU cores.
+        num_gpus: GPUs, or a share of one.
+        wait_s: seconds to wait while others hold them. None: without limit.
+        announce: shows a line while it waits, which says who holds them.
+        title: what others read who wait for what it holds. None: the function's name.
+
+    Raises:
+        ResourceError: the cluster could never hold it, or the wait was too long.
+    """
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    require(1, num_cpus, num_gpus)
+    name = title or str(getattr(function, "__name__", "task"))
+    bundle = {"CPU": num_cpus} | ({"GPU": num_gpus} if num_gpus else {})
+    with take_lease([bundle], wait_s, announce, name=name) as group:
+        options = {"scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=group), "max_retries": 0}
+        task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, **options)(function)
+        try:
+            return cast(_T, ray.get(task.remote(*arguments)))
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, FinloraError):
+                raise error.cause from error
+            raise
+
+
+def _guard_local() -> None:
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    token_file = _TOKEN_FILE.expanduser()
+    try:
+        _make_token(token_file)
+    except OSError as error:
+        raise ConfigError(
+            f"the token of a local Ray cannot be kept at {token_file} ({error.strerror}): make the home folder writable, or set "
+            "HOME to one that is."
+        ) from error
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
+
+
+def _make_token(token_file: Path) -> None:
+    if token_file.is_file():
+        with token_file.open("rb"):  # it must be readable, too
+            return
+    token_file.parent.mkdir(parents=True, exist_ok=True)
+    # Under another name first: a process that is killed here must not leave an empty token, which Ray refuses for good.
+    descriptor, fresh = tempfile.mkstemp(prefix=".ray-token-", dir=token_file.parent)
+    with os.fdopen(descriptor, "w") as stream:
+        stream.write(secrets.token_hex(32))
+    with contextlib.suppress(FileExistsError):  # another process was first
+        os.link(fresh, token_file)
+    Path(fresh).unlink()

@@ -1,0 +1,95 @@
+"""Unlabelled texts to pretrain the small demo base on: the words and forms of the generated set, never its labels.
+
+A base that has seen the forms but not the tasks is what fine-tuning starts from in earnest too: it can copy and answer
+in one word, and does not yet know sentiment, prices, entity types or tags. Only names of the train side occur.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from finlora.data.prompts import (
+    ENTITY_TYPES,
+    SENTIMENTS,
+    YES_NO,
+    completion,
+)
+from finlora.data.tasks import synthetic_words as words
+from finlora.data.tasks.synthetic import Side, company_name, entity_sentence, filing, headline, sentiment_sentence
+
+_SIDE: Side = "train"
+
+
+def pretraining_texts(seed: int, num_texts: int) -> list[str]:
+    """Return texts for next-token training, in a seeded order: half plain, half self-supervised questions.
+
+    Args:
+        seed: the same seed and number give the same texts.
+        num_texts: number of texts; they may repeat where a form has few fillings.
+    """
+    rng = random.Random(f"pretraining-{seed}")
+    return [rng.choice(_FORMS)(rng) for _ in range(num_texts)]
+
+
+def _sentence(rng: random.Random) -> str:
+    """Draw one sentence of any kind. Its label decides what is drawn and is then forgotten."""
+    kind = rng.randrange(3)
+    if kind == 0:
+        return sentiment_sentence(rng, _SIDE, rng.choice(SENTIMENTS))[0]
+    return headline(rng, _SIDE, rng.choice(YES_NO))[0] if kind == 1 else entity_sentence(rng, _SIDE)[0]
+
+
+def _plain(rng: random.Random) -> str:
+    return " ".join(_sentence(rng) for _ in range(rng.randint(1, 3)))
+
+
+def _fragment(rng: random.Random) -> str:
+    report = filing(rng, _SIDE)
+    return f"XBRL file:\n```xml\n{report.fragment}\n```\n{report.company} , FY {report.year}"
+
+
+def _repeat_company(rng: random.Random) -> str:
+    sentence, company = sentiment_sentence(rng, _SIDE, rng.choice(SENTIMENTS))
+    return completion("Repeat the company named in the input.", sentence) + company
+
+
+def _repeat_first_word(rng: random.Random) -> str:
+    sentence = _sentence(rng)
+    return completion("Repeat the first word of the input.", sentence) + sentence.split()[0]
+
+
+def _repeat_word(rng: random.Random) -> str:
+    """Make every word of a closed answer likely after `Answer: `, without any text it could be the label of."""
+    word = rng.choice((*SENTIMENTS, *YES_NO, *ENTITY_TYPES, *words.LINE_ITEMS.values()))
+    return completion("Repeat the input.", word) + word
+
+
+def _is_named(rng: random.Random) -> str:
+    sentence, company = sentiment_sentence(rng, _SIDE, rng.choice(SENTIMENTS))
+    is_named = rng.random() < 0.5
+    asked = company if is_named else company_name(rng, _SIDE)
+    question = f"Does the input name {asked}? Please choose an answer from {{Yes/No}}."
+    return completion(question, sentence) + ("Yes" if asked == company else "No")
+
+
+def _repeat_line(rng: random.Random) -> str:
+    """Teach copying out of a fragment by place, never by the meaning of a line."""
+    report = filing(rng, _SIDE)
+    tag = rng.choice(list(report.values))
+    number = report.values[tag]
+    question, answer = rng.choice(
+        [
+            (f"Copy the line that starts with <us-gaap:{tag}>.", f"<us-gaap:{tag}>{number}</>"),
+            (f"Copy what stands before >{number}<.", f"us-gaap:{tag}"),
+            (f"Copy what stands after <us-gaap:{tag}>.", str(number)),
+        ]
+    )
+    return completion(question, report.fragment) + answer
+
+
+# Plain forms stand twice, so that about half of the texts are plain.
+_FORMS: tuple[Callable[[random.Random], str], ...] = (
+    *(_plain, _plain, _plain, _fragment, _fragment),
+    *(_repeat_company, _repeat_first_word, _repeat_word, _is_named, _repeat_line, _repeat_line),
+)

@@ -1,0 +1,73 @@
+"""`finlora prepare`: read a task's raw rows once, freeze its split, and write it as a prepared set."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import metadata
+from pathlib import Path
+
+from finlora.data.raw.rows import Request, SplitChoice
+from finlora.data.sets.catalog import task_named
+from finlora.data.sets.origin import compare_published
+from finlora.data.sets.prepared import PreparedReport, write_prepared
+from finlora.errors import DatasetError
+
+
+def prepare_task(
+    name: str,
+    source: Path | None,
+    output: Path,
+    variant: str | None,
+    splits: SplitChoice,
+    overwrite: bool,
+    dry_run: bool,
+    is_own: bool = False,
+) -> PreparedReport:
+    """Prepare one task below `output`.
+
+    Args:
+        name: a task of the catalog.
+        source: folder of raw files. None: the task's dataset on the hub, or the generator.
+        output: folder of all prepared sets; the task gets a folder of its own name in it.
+        variant: `as_published` or, where the task offers it, `corrected`. None: the task's first variant.
+        splits: `all`, or `test` to leave the training split out.
+        overwrite: replace a differing set that is there already.
+        dry_run: read and check everything, write nothing.
+        is_own: take rows of other numbers or labels than the published set's.
+
+    Raises:
+        DatasetError: an unknown task or variant, a malformed raw row, an unreachable hub, rows that are not the published set's,
+            or a set in the way.
+    """
+    task = task_named(name)
+    chosen = task.variants[0] if variant is None else variant
+    if chosen not in task.variants:
+        raise DatasetError(f"{name} has no variant {chosen!r}: expected {' or '.join(task.variants)}. Mend --variant.")
+    if task.hub_id is None and source is not None:
+        raise DatasetError(f"{name} is generated and reads no files, but --source {source} was given. Leave it out.")
+    read = task.read(Request(source=source, variant=chosen, splits=splits))
+    said = compare_published(name, chosen, read, is_of_hub=source is None, is_own=is_own)
+    read = dataclasses.replace(read, notes=(*said, *read.notes))
+    if splits == "test":
+        read = dataclasses.replace(read, train=(), notes=(*read.notes, "The training split was left out on request."))
+    elif not read.train:
+        raise DatasetError(f"{name} has no training example: expected at least one. Check the raw files of --source.")
+    origin = f"hub:{task.hub_id}" if task.hub_id is not None else "generated"
+    return write_prepared(
+        task,
+        read,
+        output,
+        variant=chosen,
+        source=origin if source is None else str(source),
+        version=code_version(),
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+
+
+def code_version() -> str:
+    """Return FinLoRA's version, which a checkout that is not installed does not have."""
+    try:
+        return metadata.version("finlora")
+    except metadata.PackageNotFoundError:
+        return "not installed"

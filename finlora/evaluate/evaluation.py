@@ -1,0 +1,263 @@
+"""Evaluate a base or an adapter on prepared test splits, on any engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from finlora.cluster.lease import seconds_waited
+from finlora.config import RunConfig
+from finlora.configfile import config_to_tree, load_config
+from finlora.data.encode import Encoded, encode_choices, encode_examples
+from finlora.data.example import Example
+from finlora.data.sets.prepared import PreparedSplit, read_prepared
+from finlora.durable import hash_file
+from finlora.engine.interface import Engine
+from finlora.engine.meter import Reading
+from finlora.engine.request import ADAPTER
+from finlora.errors import ConfigError
+from finlora.evaluate.calibration import bin_confidences, calibration_error
+from finlora.evaluate.metrics import score_answers
+from finlora.inference.batch import BatchEngine
+from finlora.inference.open_base import count_rows, open_engine
+from finlora.model.adapter_files import ADAPTER_WEIGHTS
+from finlora.model.base import check_device
+from finlora.model.base_files import read_base_files
+from finlora.model.contract import read_contract
+from finlora.precision import describe_type, resolve_evaluation
+from finlora.results import Result, describe_environment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the task, examples done and examples in all."""
+OnReading = Callable[[Reading], None]
+
+
+def ignore_reading(_reading: Reading) -> None:
+    """Nobody wants to know."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """A test split as the engine is asked it."""
+
+    task: str
+    split: PreparedSplit
+    examples: Sequence[Example]
+    """Those that fit the model."""
+    encoded: Sequence[Encoded]
+    choice_ids: Mapping[str, tuple[int, ...]]
+    """Allowed answer -> its tokens, end token included."""
+    sizes: Sequence[int]
+    """Cache rows that each example can need."""
+
+
+def run_evaluation(
+    config: RunConfig, adapter: Path | None, on_progress: OnProgress, on_reading: OnReading = ignore_reading
+) -> list[Result]:
+    """Evaluate every task of the config, in this process or over eval.num_stages Ray actors.
+
+    Args:
+        config: with absolute paths. Test splits, adapter and lengths are checked before the model is loaded.
+        adapter: adapter folder, or None for the base alone.
+        on_reading: gets what the stages did, at the end; where one was lost, since then.
+
+    Raises:
+        DatasetError: a test split is missing, damaged, or an example is too long.
+        AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
+        ResourceError: the device or the cluster has too little.
+        StageLostError: stages died again and again; one that dies once is started again, and what it had asked anew.
+    """
+    config, waited = resolve_evaluation(config), seconds_waited()
+    device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
+    if config.eval.num_stages == 1:
+        check_device(device)
+    base = read_base_files(config.model)
+    tokenizer = base.tokenizer
+    contract = read_contract(adapter) if adapter else None
+    date = base.check_adapter(adapter, contract) if adapter and contract else base.template_date
+    splits = [read_prepared(Path(config.data.dir), task, "test") for task in config.data.tasks]
+    works = [
+        encode_split(config, tokenizer, split, task, date)
+        for split, task in zip(splits, config.data.tasks, strict=True)
+    ]
+    sizes = sorted((size for work in works for size in work.sizes), reverse=True)
+    # The longest requests at once, and one more for the beginning that they share.
+    wanted = count_rows(sizes, config.eval.batch_size)
+    with open_engine(config, tokenizer, adapter, config.eval.num_stages, wanted, sizes[0]) as opened:
+        engine = BatchEngine(opened.core, ADAPTER if adapter else None, opened.renew)
+        results = [
+            dataclasses.replace(
+                _evaluate_task(config, engine, work, on_progress),
+                variant=contract.variant if contract else "base",
+                base_hash=base.hash_weights(),
+                run=name_run(adapter) if adapter else None,
+                adapter=str(adapter) if adapter else None,
+                adapter_hash=hash_file(adapter / ADAPTER_WEIGHTS) if adapter else None,
+                adapter_mib=contract.adapter_mib if contract else None,
+                peak_memory_gib=engine.core.executor.peak_memory_gib(),
+                waited_seconds=seconds_waited() - waited,
+            )
+            for work in works
+        ]
+        on_reading(engine.core.meter.read())
+        return results
+
+
+def name_run(adapter: Path) -> str:
+    """Return the name of the run that an adapter comes from: its config tells it wherever the folder was copied to."""
+    try:
+        return load_config(adapter / "config.yaml").name
+    except ConfigError:  # of another version of FinLoRA, or taken out
+        return adapter.parent.name if adapter.name == "adapter" else adapter.name
+
+
+def check_evaluation(config: RunConfig, adapter: Path | None) -> str:
+    """Check that base, test splits and adapter are there and fit, before any GPU is taken; returns the plan in words.
+
+    Raises:
+        DatasetError: a test split is missing or damaged.
+        AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
+        ModelError: the base's files are not usable.
+    """
+    base = read_base_files(config.model)
+    counts = [
+        f"{task} {len(read_prepared(Path(config.data.dir), task, 'test').examples):,}" for task in config.data.tasks
+    ]
+    subject, date = "the base model", base.template_date
+    if adapter is not None:
+        contract = read_contract(adapter)
+        subject, date = f"adapter {contract.variant} of {adapter}", base.check_adapter(adapter, contract)
+    today = f"; date in the chat template: {date}" if date else ""
+    limit = f", the first {config.data.max_test_examples} of each" if config.data.max_test_examples else ""
+    return (
+        f"Evaluating {subject} on {config.model.base} at {config.eval.bits or config.model.bits} bit "
+        f"({config.eval.device}, {describe_type(config.model, config.eval.device)}): test examples "
+        f"{', '.join(counts)}{limit}{today}"
+    )
+
+
+class Answers(NamedTuple):
+    """What the engine said, in the order of the examples."""
+
+    texts: list[str]
+    method: str
+    """`labels`, `generate`, or both for a mixed set."""
+    confidences: dict[int, float]
+    """Index of an example whose answer was chosen among its labels -> probability of the chosen one."""
+
+
+def answer_examples(engine: Engine, work: Work, config: RunConfig, on_progress: Callable[[int], None]) -> Answers:
+    """Ask the engine for the answer to each example."""
+    examples = work.examples
+    scored = [index for index, item in enumerate(examples) if _is_scored(item, config)]
+    generated = sorted(set(range(len(examples))) - set(scored))
+    answers = [""] * len(examples)
+    confidences: dict[int, float] = {}
+    prompts = [item.prompt_ids for item in work.encoded]
+    if scored:
+        own = [[work.choice_ids[choice] for choice in examples[index].choices] for index in scored]
+        scores = engine.score_choices([prompts[index] for index in scored], own, on_progress)
+        for index, row in zip(scored, scores, strict=True):
+            chosen = max(range(len(row)), key=row.__getitem__)
+            answers[index], confidences[index] = examples[index].choices[chosen], row[chosen]
+    if generated:
+        num_scored = len(scored)
+        texts = engine.generate(
+            [prompts[index] for index in generated],
+            config.eval.max_new_tokens,
+            lambda done: on_progress(num_scored + done),
+        )
+        for index, text in zip(generated, texts, strict=True):
+            answers[index] = text
+    used = [name for name, group in (("labels", scored), ("generate", generated)) if group]
+    return Answers(answers, "+".join(used), confidences)
+
+
+def encode_split(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, split: PreparedSplit, task: str, date: str | None = None
+) -> Work:
+    """Encode a test split.
+
+    Args:
+        date: as of `encode_prompt`.
+
+    Raises:
+        DatasetError: an example is too long, unless data.too_long skips it.
+    """
+    limit, template = config.data.max_test_examples, config.model.template
+    examples = list(split.examples[:limit])
+    encoded, kept = encode_examples(
+        examples,
+        tokenizer,
+        template=template,
+        max_seq_len=config.model.max_seq_len,
+        too_long=config.data.too_long,
+        reserve=[0 if _is_scored(item, config) else config.eval.max_new_tokens for item in examples],
+        date=date,
+    )
+    examples = [examples[index] for index in kept]
+    choices = sorted({choice for item in examples if _is_scored(item, config) for choice in item.choices})
+    choice_ids = dict(zip(choices, encode_choices(choices, tokenizer, template), strict=True))
+    rooms = [
+        sum(len(choice_ids[choice]) for choice in item.choices)
+        if _is_scored(item, config)
+        else config.eval.max_new_tokens
+        for item in examples
+    ]
+    sizes = [len(item.prompt_ids) + room for item, room in zip(encoded, rooms, strict=True)]
+    return Work(task=task, split=split, examples=examples, encoded=encoded, choice_ids=choice_ids, sizes=sizes)
+
+
+def _evaluate_task(config: RunConfig, engine: BatchEngine, work: Work, on_progress: OnProgress) -> Result:
+    examples, split = work.examples, work.split
+    started = time.perf_counter()
+    answers, method, confidences = answer_examples(
+        engine, work, config, lambda done: on_progress(work.task, done, len(examples))
+    )
+    seconds = time.perf_counter() - started
+    scores = score_answers(answers, examples, seed=config.seed)
+    is_right = [answers[index] == examples[index].answer for index in confidences]
+    calibration = bin_confidences(list(confidences.values()), is_right)
+    error = {"calibration_error": calibration_error(calibration)} if calibration else {}
+    num_tokens = sum(len(item.prompt_ids) for item in work.encoded)
+    return Result(
+        kind="evaluation",
+        task=work.task,
+        variant="base",
+        base=config.model.base,
+        bits=config.eval.bits or config.model.bits,
+        method=method,
+        num_examples=len(examples),
+        is_partial=len(examples) < len(split.examples),
+        metrics=scores.metrics | error,
+        counts=scores.confusion,
+        calibration=calibration,
+        seconds_per_example=seconds / len(examples),
+        tokens_per_second=num_tokens / seconds,
+        wall_seconds=seconds,
+        gpu_hours=count_gpu_hours(config, seconds),
+        data_hash=split.hash,
+        config=config_to_tree(config),
+        environment=describe_environment(),
+    )
+
+
+def count_gpu_hours(config: RunConfig, seconds: float) -> float | None:
+    """Return GPUs that an evaluation holds times hours, None on CPU: stages that share a GPU hold a part of it each."""
+    if config.eval.device != "cuda":
+        return None
+    return seconds / 3600 * config.eval.num_stages * config.eval.num_gpus
+
+
+def _is_scored(item: Example, config: RunConfig) -> bool:
+    """Return whether the answer is chosen among the example's labels; free text is generated whatever the method."""
+    return bool(item.choices) and config.eval.method == "labels"

@@ -1,0 +1,126 @@
+"""One question to one model, in this process or spread over stage actors: what `finlora ask` does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finlora.config import RunConfig
+from finlora.data.encode import encode_choices, encode_prompt
+from finlora.data.grounding import find_quote
+from finlora.data.question import Question
+from finlora.engine.request import ADAPTER, Finish, Piece, Request, Sampling, normalise_choices
+from finlora.errors import ConfigError
+from finlora.model.base_files import read_base_files
+from finlora.model.contract import read_contract
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reply:
+    """An answer as a user reads it."""
+
+    probabilities: dict[str, float]
+    """Allowed answer -> probability, normalised over them, likeliest first; empty for free text."""
+    text: str
+    """The likeliest allowed answer, or the generated text."""
+    quote: tuple[int, int] | None
+    """Where generated text stands in the question's context, from and to which character; None: nowhere."""
+    finish: Finish
+    num_prompt_tokens: int
+    template_date: str | None
+    """Day that the chat template wrote into the prompt; None: it writes none, or always its own."""
+
+
+def ask(
+    config: RunConfig,
+    adapter: Path | None,
+    question: Question,
+    sampling: Sampling,
+    num_stages: int,
+    on_text: Callable[[str], None],
+) -> Reply:
+    """Load the model, answer one question, and let the model go.
+
+    Args:
+        config: with absolute paths; eval.bits and eval.device say how the base is held.
+        adapter: adapter folder; None: the base alone.
+        num_stages: 1: this process holds the model; more: so many Ray actors, Ray being connected.
+        on_text: gets generated text as it comes.
+
+    Raises:
+        AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
+        ConfigError: the prompt is too long for the model.
+        ResourceError: the device or the cluster has too little.
+        StageLostError: a stage died before the answer was complete.
+    """
+    base = read_base_files(config.model)
+    tokenizer = base.tokenizer
+    date = base.check_adapter(adapter, read_contract(adapter)) if adapter else base.template_date
+    request = make_request(question, tokenizer, config, sampling, ADAPTER if adapter else None, date)
+    longest = min(config.model.max_seq_len, int(base.source.config.max_position_embeddings))
+    if request.num_tokens > longest:
+        raise ConfigError(
+            f"the question takes {request.num_tokens:,} tokens with the room for its answer, and the model {longest:,}: shorten "
+            "the text, or raise model.max_seq_len as far as the base goes."
+        )
+    # Slow to import, and not needed where the question cannot be asked.
+    from finlora.inference.open_base import open_engine
+
+    rows = request.num_tokens
+    with open_engine(config, tokenizer, adapter, num_stages, rows, rows) as (core, _):
+        core.submit(request)
+        pieces: list[str] = []
+
+        def take(_request_id: str, piece: Piece) -> None:
+            pieces.append(piece.text)
+            on_text(piece.text)
+
+        answers = []
+        while not core.is_idle:
+            answers += core.step(take)
+    (answer,) = answers
+    answer.require_numbers()
+    ranked = rank_choices(question.choices, answer.log_probs) if question.choices else {}
+    text = next(iter(ranked), "") or "".join(pieces)
+    return Reply(
+        probabilities=ranked,
+        text=text,
+        quote=None if ranked else find_quote(text, question.context),
+        finish=answer.finish,
+        num_prompt_tokens=len(request.prompt_ids),
+        template_date=date,
+    )
+
+
+def make_request(
+    question: Question,
+    tokenizer: PreTrainedTokenizerFast,
+    config: RunConfig,
+    sampling: Sampling,
+    adapter: str | None,
+    date: str | None,
+) -> Request:
+    """Encode a question as training does.
+
+    Args:
+        date: as of `encode_prompt`.
+    """
+    template = config.model.template
+    return Request(
+        id="ask",
+        prompt_ids=encode_prompt(question.prompt, tokenizer, template, date),
+        adapter=adapter,
+        sampling=sampling,
+        choices=encode_choices(question.choices, tokenizer, template),
+    )
+
+
+def rank_choices(choices: Sequence[str], log_probs: Sequence[float]) -> dict[str, float]:
+    """Return each choice's probability, normalised over all of them, the likeliest first."""
+    pairs = sorted(zip(choices, normalise_choices(log_probs), strict=True), key=lambda pair: -pair[1])
+    return dict(pairs)

@@ -1,0 +1,226 @@
+"""The base of a config, held in one stage of this process or in several actors, ready to compute micro-batches."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from finlora.config import RunConfig
+from finlora.data.encode import end_token_id
+from finlora.engine.admission import Limits
+from finlora.engine.engine import EngineCore, Executor
+from finlora.engine.kv_cache import BLOCK
+from finlora.engine.micro_batch import MicroBatch
+from finlora.engine.request import ADAPTER
+from finlora.engine.scheduler import Scheduler
+from finlora.errors import ResourceError
+from finlora.inference.in_process import InProcess
+from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.memory.shapes import GIB
+from finlora.stage.decode_graphs import DECODE_SIZES, FEW_TAILS, PROMPT_SIZES, SHORT
+from finlora.stage.stage import Stage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_ROOM_SHARE, _ROOM_BYTES = 0.05, 1.5 * GIB
+"""Of a GPU's memory, kept free for what a micro-batch computes."""
+_ODD = 37
+"""Rows above the most of a micro-batch that are warmed up for."""
+
+
+@contextmanager
+def open_executor(
+    config: RunConfig, num_stages: int, wanted_rows: int, least_rows: int
+) -> Iterator[tuple[Executor, int]]:
+    """Hold a base while inside; yields what computes, and the rows of its cache.
+
+    Args:
+        config: eval.bits and eval.device say how the base is held.
+        num_stages: 1: this process holds it; more: so many Ray actors, Ray being connected.
+        wanted_rows: tokens that the KV cache should hold.
+        least_rows: tokens that it must hold; where wanted_rows do not fit, it gets what does.
+
+    Raises:
+        ModelError: the base's files are not usable.
+        ResourceError: the device or the cluster has too little.
+    """
+    bits = config.eval.bits or config.model.bits
+    wanted_rows, least_rows = round_up(wanted_rows), round_up(least_rows)
+    if num_stages > 1:
+        from finlora.pipeline.pipeline import Pipeline, PipelineConfig
+
+        settings = PipelineConfig(
+            num_stages=num_stages,
+            cache_rows=wanted_rows,
+            device=config.eval.device,
+            gpus_per_stage=config.eval.num_gpus,
+            cpus_per_stage=1.0 / num_stages,  # one core in all, as an evaluation reserves
+            transport=config.eval.transport,
+            wait_s=config.max_wait_s,
+            holder=f"the model of {config.name} in stages",
+        )
+        pipeline = Pipeline(config.model, bits, settings, config.seed)
+        try:
+            yield pipeline, wanted_rows
+        finally:
+            pipeline.close()
+        return
+    device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
+    with quiet_bitsandbytes():
+        base = load_base(config.model, bits, device, config.seed)
+        net, dtype = base.model, base.dtype
+        span = range(net.config.num_hidden_layers)
+        width = 2 * net.config.num_key_value_heads * net.config.head_dim * dtype.itemsize
+        rows = min(wanted_rows, count_fitting_rows(device, len(span) * width))
+        if rows < least_rows:
+            raise ResourceError(
+                f"the KV cache has room for {max(0, rows):,} tokens beside the base at {bits} bit and one request needs "
+                f"{least_rows:,}: take fewer bits (eval.bits), more stages, or a larger GPU."
+            )
+        yield InProcess([Stage(net, span, rows, dtype)]), rows
+
+
+class OpenEngine(NamedTuple):
+    """A base that is held, and requests to it."""
+
+    core: EngineCore
+    renew: Callable[[], EngineCore] | None
+    """Starts lost stages alone and returns a core over all, without requests; errors as of Pipeline.repair. None: there is one
+    process."""
+
+
+@contextmanager
+def open_engine(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    adapter: Path | None,
+    num_stages: int,
+    wanted_rows: int,
+    least_rows: int,
+) -> Iterator[OpenEngine]:
+    """Hold a base and at most one adapter, under the name ADAPTER, while inside; arguments and errors as `open_executor`."""
+    with open_executor(config, num_stages, wanted_rows, least_rows) as (executor, rows):
+        in_flight = choose_in_flight(num_stages, config.eval.device, config.eval.num_gpus)
+        limits = Limits(
+            cache_rows=rows,
+            max_in_flight=in_flight,
+            max_batch_tokens=choose_batch_rows(in_flight),
+            follows=executor.can_follow,
+        )
+        end = end_token_id(tokenizer, config.model.template)
+
+        def make_core() -> EngineCore:
+            return EngineCore(executor, Scheduler(limits, end, lambda: random.getrandbits(31)), tokenizer)
+
+        core = make_core()
+        if adapter is not None:
+            core.load_adapter(ADAPTER, adapter)
+        if isinstance(executor, InProcess):
+            yield OpenEngine(core, None)
+            return
+        from finlora.pipeline.pipeline import Pipeline
+
+        assert isinstance(executor, Pipeline)
+
+        def renew() -> EngineCore:
+            executor.repair()
+            renewed = make_core()
+            renewed.adapters |= executor.adapters
+            return renewed
+
+        yield OpenEngine(core, renew)
+
+
+def choose_in_flight(num_stages: int, device: str, gpus_per_stage: float) -> int:
+    """Return how many micro-batches are under way at once: one for each processor that the stages compute on.
+
+    Stages that share a GPU take turns on it. More micro-batches would only be smaller ones, each of which reads all weights.
+
+    Args:
+        device: `cuda` or `cpu`.
+        gpus_per_stage: share of a GPU; of no use on CPU.
+    """
+    if device != "cuda" or gpus_per_stage >= 1:
+        return num_stages
+    return min(num_stages, max(1, math.ceil(num_stages * gpus_per_stage - 1e-6)))
+
+
+def choose_batch_rows(in_flight: int) -> int:
+    """Return the most rows of a micro-batch.
+
+    One alone at work reads and unpacks the weights a sixth as often with six times as many rows; several stages are kept busy by
+    more micro-batches of fewer rows.
+    """
+    return 12288 if in_flight == 1 else 2048
+
+
+def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:
+    """Compute nothing of use in every size that requests will bring, so that none of them waits for kernels and recorded passes.
+
+    Args:
+        executor: with nothing in its cache yet.
+        num_rows: rows of its cache.
+        batch_tokens: most rows of a micro-batch.
+    """
+    longest = min(batch_tokens, num_rows)
+    sizes, label_counts = [size for size in PROMPT_SIZES if size < longest], (0, 1, FEW_TAILS + 1)
+    # Labels come on top of the most rows, by any number: kernels are compiled anew for rows that are no multiple of 16.
+    whole = [(longest, 0), (longest // 2, 0), (longest, 0), (min(longest + _ODD, num_rows), FEW_TAILS + 1)]
+    # Seen for the first time, then recorded: prompts alone, and with the last tokens of labels, a few and many.
+    recorded = [(size, num_labels) for size, num_labels in product(sizes, label_counts) if num_labels < size]
+    for size, num_labels in (*whole, *recorded, *recorded):
+        _pass(executor, _make_prompts(size, num_labels))
+    for size in (*DECODE_SIZES, *DECODE_SIZES):  # seen for the first time, then recorded
+        tokens = MicroBatch(0, adapters=[(None, size)])
+        for _ in range(size):
+            tokens.add([0], 0, [num_rows], [(num_rows, 1)])  # the row behind the cache belongs to nobody
+        _pass(executor, tokens)
+
+
+def _make_prompts(num_rows: int, num_labels: int) -> MicroBatch:
+    """Return a micro-batch of one prompt, or where it has many labels of short ones; each label has a token behind the first."""
+    batch, left = MicroBatch(0, adapters=[(None, num_rows)]), num_rows - num_labels
+    first = size = min(left, SHORT) if num_labels > 1 else left
+    while left:
+        place, size = batch.num_rows, min(left, size)
+        batch.add([0] * size, 0, range(place, place + size), [(place, size)])
+        left -= size
+    for place in range(batch.num_rows, num_rows):
+        batch.add([0], first, [place], [(0, first), (place, 1)])
+    return batch
+
+
+def _pass(executor: Executor, batch: MicroBatch) -> None:
+    executor.start(batch)
+    executor.collect()
+
+
+def count_fitting_rows(device: torch.device, row_bytes: int) -> int:
+    """Return the rows of a cache that fit beside what a device holds; on CPU memory is not counted."""
+    if device.type != "cuda":
+        return 2**40
+    free, total = torch.cuda.mem_get_info(device)
+    room = free - _ROOM_SHARE * total - _ROOM_BYTES
+    return int(room / row_bytes) // BLOCK * BLOCK
+
+
+def count_rows(sizes: Sequence[int], at_once: int) -> int:
+    """Return the cache rows in which so many requests find room at once whichever they are, beside a prefix that is kept.
+
+    Args:
+        sizes: rows that each request can need, the largest first.
+    """
+    return sum(map(round_up, sizes[:at_once])) + round_up(sizes[0])
+
+
+def round_up(num_tokens: int) -> int:
+    """Return the cache rows of a whole number of blocks."""
+    return -(-num_tokens // BLOCK) * BLOCK

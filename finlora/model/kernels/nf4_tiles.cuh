@@ -1,0 +1,30 @@
+// NF4 weights with double quantisation, in tiles as finlora/model/kernels/nf4.py makes them; put before the files that read them.
+//
+// A tile is 32 outputs by 256 columns. Its bytes lie as a warp reads them, end to end: each load brings every lane 16 bytes, which
+// are its operands of products of 16 outputs and 64 columns. A group of 64 columns of an output shares a scale,
+// level_code[level] * level_scale + mean; the levels, a byte a group, come last.
+
+constexpr int LANES = 32;
+constexpr int OUT_TILES = 2, OUTS = OUT_TILES * 16, GROUPS = 4, COLUMNS = GROUPS * 64;  // of a tile
+constexpr int HALVES = 2, HALF_GROUPS = GROUPS / HALVES, HALF_BYTES = OUTS * HALF_GROUPS * 32;
+constexpr int LEVEL_PLACE = HALVES * HALF_BYTES, TILE_STRIDE = LEVEL_PLACE + OUTS * GROUPS;
+constexpr int PAIRS = 256, NESTED = 64 * 256;  // weights that share a level's scale
+
+// Half a tile's part of one lane: products' operands for 16 outputs and 64 columns each.
+struct Half {
+    uint4 bytes[OUT_TILES][HALF_GROUPS];
+};
+
+__device__ void load_half(Half& half, const unsigned char* from) {
+    const uint4* own = reinterpret_cast<const uint4*>(from) + threadIdx.x % LANES;
+#pragma unroll
+    for (int m = 0; m < OUT_TILES; m++)
+#pragma unroll
+        for (int group = 0; group < HALF_GROUPS; group++) half.bytes[m][group] = __ldcs(own + (m * HALF_GROUPS + group) * LANES);
+    __syncwarp();  // holds the loads here: the compiler would move them down to where the weights are used
+}
+
+// Returns the levels of the lane's own output.
+__device__ unsigned load_levels(const unsigned char* tile) {
+    return __ldcs(reinterpret_cast<const unsigned*>(tile + LEVEL_PLACE) + threadIdx.x % LANES);
+}

@@ -1,0 +1,194 @@
+"""Forecast the memory of a packed training step, as finlora/model/layers/packed_layer.py keeps and frees it, and plan by it.
+
+Legend, all in bytes: e an activation's element (2 in bfloat16), T rows of a pack, H hidden, Q query width, K key-value width,
+I intermediate, h heads, k adapted projections of rank r, L layers, N labelled places, V vocabulary.
+
+Kept for the backward pass, a layer and row; of the last layer only its input, q, k and v, as only N places go on from there:
+    always     e H                                      the layer's input
+    not layer  e (2 Q + 2 K + H + k r) + 4 h            q, k, v; attention's output and log-sum-exp; y; D(n) A^T
+    none       2 e I                                    gate and up
+Highest of these moments, beside what is kept:
+    head       8 V for each labelled place of a chunk   scores and their log-softmax in float32
+    MLP        what is computed again, the gradients of z, of silu(g) u, and of gate and up: e (H + 3 I) a row; or, while a
+               product's weight is unpacked, e (H + I) a row and the weight
+    LLM.int8   what is computed again, the int32 product of gate and up and two rows of H: 8 I + 2 e H a row
+Attention's own moment is lower, since gate and up are gone by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from finlora.config import RunConfig
+from finlora.data.pack_size import PackSize, most_tokens
+from finlora.model.memory.padded_memory import MemoryPlan, element_bytes
+from finlora.model.memory.shapes import (
+    GIB,
+    LlamaShape,
+    context_gib,
+    count_adapter_file_bytes,
+    count_adapter_parameters,
+    count_load_peak_bytes,
+    count_optimizer_bytes,
+    count_weight_bytes,
+)
+from finlora.precision import count_bytes
+
+Recompute = Literal["none", "mlp", "layer"]
+PACKED_TARGETS = ("q_proj", "k_proj", "v_proj")
+"""Projections that packed training adapts."""
+
+HEAD_CHUNK = 2048
+_PACK_OVERHEAD, _UNPACK_OVERHEAD = 100, 300
+"""Tokens whose products take as long as reading the weights once, and as unpacking them once: a rule of thumb."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """What a worker's packs are cut from."""
+
+    longest: int
+    """Tokens of the longest example."""
+    mean_share: float
+    """Tokens of a worker's share of a global batch, in the mean."""
+    largest_share: int
+    """The same at most."""
+    measure: Callable[[int], PackSize]
+    """Most rows, keys and labels of any pack of the run, when packs hold at most so many tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackPlan:
+    """How a worker trains packed."""
+
+    keep_unpacked: bool
+    recompute: Recompute
+    max_tokens: int
+    """Most tokens a pack."""
+    size: PackSize
+    """The largest pack of the run."""
+    memory: MemoryPlan
+    cost: float
+    """Relative time of a step, in token passes through the layers."""
+
+    def fits(self, memory_gib: float) -> bool:
+        """Return whether training and loading stay within what torch may allocate."""
+        return max(self.memory.train_peak_gib, self.memory.load_peak_gib) <= memory_gib
+
+
+def packing_refusal(target_modules: Sequence[str]) -> str | None:
+    """Return in words why an adapter cannot train packed, or None where it can; any base can (architecture.py)."""
+    others = sorted(set(target_modules) - set(PACKED_TARGETS))
+    if others:
+        return f"lora.target_modules has {', '.join(others)}; packed training adapts {', '.join(PACKED_TARGETS)}"
+    return None
+
+
+def count_kept_bytes(shape: LlamaShape, config: RunConfig, recompute: Recompute) -> int:
+    """Return what one layer keeps of one token for the backward pass."""
+    e, lora = element_bytes(config), config.lora
+    kv = shape.num_kv_heads * shape.head_dim
+    kept = e * shape.hidden_size
+    if recompute == "layer":
+        return kept
+    low = len(lora.target_modules) * lora.rank
+    kept += e * (2 * shape.query_size + 2 * kv + shape.hidden_size + low) + 4 * shape.num_heads
+    return kept + (2 * e * shape.intermediate_size if recompute == "none" else 0)
+
+
+def count_pack_bytes(
+    shape: LlamaShape, config: RunConfig, size: PackSize, recompute: Recompute, *, keep_unpacked: bool
+) -> int:
+    """Return the highest activation memory of a pack, by the module's table."""
+    e, hidden, inner = element_bytes(config), shape.hidden_size, shape.intermediate_size
+    bits = 16 if keep_unpacked else config.model.bits
+    # gate and up lie side by side at 8 bit and are unpacked together; NF4's scales are unpacked to float32 first
+    weight = {16: 0, 4: e * hidden * inner + 4 * hidden * inner // 64, 8: 2 * e * hidden * inner}[bits]
+    a_row = count_kept_bytes(shape, config, recompute)
+    again = count_kept_bytes(shape, config, "none") - a_row
+    last = e * (hidden + (0 if recompute == "layer" else shape.query_size + 2 * shape.num_kv_heads * shape.head_dim))
+    moments = [
+        last * size.num_rows + 8 * shape.vocab_size * min(size.num_labels, HEAD_CHUNK),
+        (again + e * (hidden + 3 * inner)) * size.num_rows,
+        (again + e * (hidden + inner)) * size.num_rows + weight,
+        (again + 8 * inner + 2 * e * hidden) * size.num_rows if config.model.bits == 8 else 0,
+    ]
+    return (shape.num_layers - 1) * a_row * size.num_rows + max(moments)
+
+
+def forecast_packs(
+    shape: LlamaShape, config: RunConfig, size: PackSize, recompute: Recompute, *, keep_unpacked: bool
+) -> MemoryPlan:
+    """Forecast a worker's memory when its largest pack has that size."""
+    element = count_bytes(config)
+    weights = count_weight_bytes(shape, 16 if keep_unpacked else config.model.bits, element)
+    adapter = 4 * count_adapter_parameters(shape, config.lora)
+    optimizer = count_optimizer_bytes(shape, config.lora, config.optim.name, config.train.num_workers)
+    load_peak = count_load_peak_bytes(shape, config.model.bits, element)
+    if keep_unpacked:  # gate and up are there twice while they are laid side by side
+        load_peak = max(load_peak, weights + 2 * element * shape.hidden_size * shape.intermediate_size)
+    return MemoryPlan(
+        weights_gib=weights / GIB,
+        adapter_gib=adapter / GIB,
+        optimizer_gib=optimizer / GIB,
+        activations_gib=count_pack_bytes(shape, config, size, recompute, keep_unpacked=keep_unpacked) / GIB,
+        load_peak_gib=load_peak / GIB,
+        context_gib=context_gib(config.train.device),
+        adapter_file_mib=count_adapter_file_bytes(shape, config.lora) / 2**20,
+        micro_batch=None,
+    )
+
+
+def plan_packs(shape: LlamaShape, config: RunConfig, work: Workload, memory_gib: float) -> PackPlan:
+    """Choose the fastest of all ways to train within the memory, by forecast; where none fits, the one that needs least.
+
+    Args:
+        memory_gib: what torch may allocate for a worker; GiB = 2**30 bytes.
+    """
+    plans = []
+    most = max(work.longest, min(config.train.max_pack_tokens, work.largest_share))
+    largest = work.measure(most)
+
+    def plan(max_tokens: int, size: PackSize, recompute: Recompute, keep_unpacked: bool) -> PackPlan:
+        is_dense = keep_unpacked or config.model.bits == 16
+        return PackPlan(
+            keep_unpacked=keep_unpacked,
+            recompute=recompute,
+            max_tokens=max_tokens,
+            size=size,
+            memory=forecast_packs(shape, config, size, recompute, keep_unpacked=keep_unpacked),
+            cost=_cost(recompute, is_dense, work.mean_share, max_tokens),
+        )
+
+    for keep_unpacked, recompute in _ways(config):
+        found = plan(most, largest, recompute, keep_unpacked)
+        if not found.fits(memory_gib):
+            # Linear in the rows, above what an empty pack needs.
+            none = PackSize(num_rows=0, num_labels=largest.num_labels)
+            fixed = forecast_packs(shape, config, none, recompute, keep_unpacked=keep_unpacked).train_peak_gib
+            room = (memory_gib - fixed) / (found.memory.train_peak_gib - fixed) * largest.num_rows
+            fitting = max(work.longest, min(most, most_tokens(int(room))))
+            found = plan(fitting, work.measure(fitting), recompute, keep_unpacked)
+        plans.append(found)
+    fitting_plans = [plan for plan in plans if plan.fits(memory_gib)]
+    if fitting_plans:
+        return min(fitting_plans, key=lambda plan: plan.cost)
+    return min(plans, key=lambda plan: plan.memory.train_peak_gib)
+
+
+def _ways(config: RunConfig) -> Iterator[tuple[bool, Recompute]]:
+    train = config.train
+    unpack = {"always": (True,), "never": (False,), "auto": (True, False)}[train.unpack_weights]
+    for keep_unpacked in unpack if config.model.bits == 4 else (False,):
+        for recompute in get_args(Recompute) if train.recompute == "auto" else (train.recompute,):
+            yield keep_unpacked, recompute
+
+
+def _cost(recompute: Recompute, is_dense: bool, mean_tokens: float, max_tokens: int) -> float:
+    """Return passes through the layers times tokens, with what each pack costs whatever its length."""
+    passes = {"none": 2.0, "mlp": 2.5, "layer": 3.0}[recompute]
+    num_packs = max(1.0, 1.15 * mean_tokens / max_tokens)
+    overhead = _PACK_OVERHEAD + (0 if is_dense else _UNPACK_OVERHEAD)
+    return passes * (mean_tokens + num_packs * overhead)

@@ -1,0 +1,170 @@
+"""Forecast the memory of a training step: what autograd keeps, and the highest moment of the backward pass.
+
+The stack counted: transformers' LlamaForCausalLM with sdpa, PEFT's LoRA under bf16 autocast, a frozen base, bitsandbytes
+matmuls on CUDA, and AnswerLoss. Legend, all in bytes an element e (2 in bfloat16): n = B T tokens, H hidden, Q query
+width, K key-value width, I intermediate, L layers, N labelled places, V vocabulary, r LoRA rank.
+
+Kept by each decoder layer. The first one's input needs no gradient, so neither its norm nor its dropout mask is kept:
+    2 norms              (4 H + 4) n each      float32 input and 1/rms; the frozen weight needs no input
+    LoRA dropout         (e d + d) n a target  its output for A's gradient, and a byte mask; d is the target's input width
+    LoRA A               e r n a target        its output for B's gradient, and both factors cast to bf16
+    attention            (2 e Q + 2 e W) n     query, output, key, value; W = Q where rows are padded, else K
+                         4 heads B T'          log-sum-exp, T' = T up to 32; and e B T T'' mask as bias, T'' = T up to 8
+    MLP                  3 e I n               gate, silu(gate), up
+At 8 bit, MatMul8bitLt holds its input on the autograd node besides: norm outputs (2 e H n) and down_proj's input (e I n).
+Gradient checkpointing (non-reentrant) keeps e H n a layer, but cannot drop what is held on a node: at 8 bit these inputs
+and the attention output (e Q n) stay for all layers. There PEFT makes the embedding's output need a gradient, so the
+first layer is like the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finlora.config import RunConfig
+from finlora.model.memory.shapes import (
+    GIB,
+    LlamaShape,
+    MicroBatch,
+    context_gib,
+    count_adapter_file_bytes,
+    count_adapter_parameters,
+    count_load_peak_bytes,
+    count_optimizer_bytes,
+    count_weight_bytes,
+)
+from finlora.precision import count_bytes, is_autocast
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """Forecast of one worker, GiB as torch allocates them. Training holds the first four at once."""
+
+    weights_gib: float
+    adapter_gib: float
+    """Adapter in float32."""
+    optimizer_gib: float
+    """Gradients and optimiser state."""
+    activations_gib: float
+    """Highest activations of a step, temporary tensors included."""
+    load_peak_gib: float
+    context_gib: float
+    """What the process needs outside torch's allocator."""
+    adapter_file_mib: float
+    """adapter_model.safetensors in bfloat16, MiB = 2**20 bytes."""
+    micro_batch: MicroBatch | None
+    """The largest padded batch; None for packs."""
+
+    @property
+    def train_peak_gib(self) -> float:
+        """torch.cuda.max_memory_allocated of a training step."""
+        return self.weights_gib + self.adapter_gib + self.optimizer_gib + self.activations_gib
+
+    @property
+    def total_gib(self) -> float:
+        """What a worker needs: the higher of training and loading, and the context."""
+        return max(self.train_peak_gib, self.load_peak_gib) + self.context_gib
+
+
+def plan_memory(shape: LlamaShape, config: RunConfig, micro_batch: MicroBatch) -> MemoryPlan:
+    """Forecast a worker's memory for a run; reads model.bits, lora, optim.name and train of the config."""
+    model, lora, train = config.model, config.lora, config.train
+    element = element_bytes(config)
+    weight_element = count_bytes(config)
+    optimizer = count_optimizer_bytes(shape, lora, config.optim.name, train.num_workers)
+    return MemoryPlan(
+        weights_gib=count_weight_bytes(shape, model.bits, weight_element) / GIB,
+        adapter_gib=_FLOAT32 * count_adapter_parameters(shape, lora) / GIB,
+        optimizer_gib=optimizer / GIB,
+        activations_gib=count_step_peak_bytes(shape, config, micro_batch, element) / GIB,
+        load_peak_gib=count_load_peak_bytes(shape, model.bits, weight_element) / GIB,
+        context_gib=context_gib(train.device),
+        adapter_file_mib=count_adapter_file_bytes(shape, lora) / 2**20,
+        micro_batch=micro_batch,
+    )
+
+
+def element_bytes(config: RunConfig) -> int:
+    """Return the bytes of an activation; float32 in either setting is forecast as float32 throughout, an upper bound."""
+    return count_bytes(config) if is_autocast(config) else _FLOAT32
+
+
+def count_layer_bytes(shape: LlamaShape, config: RunConfig, batch: MicroBatch, element: int, *, is_first: bool) -> int:
+    """Return what autograd keeps of one decoder layer that is not checkpointed, by the module's table."""
+    hidden, query, inner = shape.hidden_size, shape.query_size, shape.intermediate_size
+    n, lora = batch.num_examples * batch.num_tokens, config.lora
+    norm = (_FLOAT32 * hidden + _FLOAT32) * n
+    total = norm if is_first else 2 * norm
+    for target in lora.target_modules:
+        num_out, num_in = shape.projection(target)
+        needs_input_grad = not (is_first and target in ("q_proj", "k_proj", "v_proj"))
+        total += element * (num_in + lora.rank) * n + element * lora.rank * num_out
+        if needs_input_grad:
+            total += element * lora.rank * num_in + (num_in * n if lora.dropout else 0)
+    width = query if batch.is_padded else shape.num_kv_heads * shape.head_dim
+    total += element * (2 * query + 2 * width) * n
+    total += _FLOAT32 * shape.num_heads * batch.num_examples * _round_up(batch.num_tokens, 32)
+    if batch.is_padded:
+        total += element * n * _round_up(batch.num_tokens, 8)
+    return total + 3 * element * inner * n
+
+
+def count_saved_bytes(shape: LlamaShape, config: RunConfig, batch: MicroBatch, element: int) -> int:
+    """Return what lives between forward and backward pass because of all decoder layers, final norm and loss."""
+    n = batch.num_examples * batch.num_tokens
+    layers = _count_layers_bytes(shape, config, batch, element)
+    layers += 2 * element * batch.num_tokens * shape.head_dim  # cosines and sines of the positions
+    return layers + _count_norm_bytes(shape, n) + _FLOAT32 * batch.num_labels * shape.vocab_size
+
+
+def count_step_peak_bytes(shape: LlamaShape, config: RunConfig, batch: MicroBatch, element: int) -> int:
+    """Return the highest activation memory of forward and backward pass. The highest of three moments:
+
+    - loss: log-probabilities, their gradient and that of the logits, 12 N V in float32;
+    - final norm: five float32 tensors of H n besides its kept input;
+    - MLP of the last layer: a gradient of H n, and either three of I n (silu, gate, up) or the input's gradient of I n
+      beside the base weight that the matmul unpacks (bits < 16). With checkpointing this layer was just computed again.
+    Attention keeps less at its moment, as the MLP's tensors are gone by then and I is more than 2 Q in Llama.
+    """
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    n = batch.num_examples * batch.num_tokens
+    layers = _count_layers_bytes(shape, config, batch, element)
+    norm, labels = _count_norm_bytes(shape, n), batch.num_labels * shape.vocab_size
+    loss_moment = layers + norm + 3 * _FLOAT32 * labels
+    norm_moment = layers + norm + 5 * _FLOAT32 * hidden * n
+    recomputed = 0
+    if config.train.gradient_checkpointing:
+        recomputed = count_layer_bytes(shape, config, batch, element, is_first=False)
+    unpacked = element * hidden * inner if config.model.bits < 16 else 0
+    if config.model.bits == 4:
+        unpacked += _FLOAT32 * hidden * inner // 64  # absmax before it is applied
+    mlp_moment = (
+        layers + recomputed + element * hidden * n + max(3 * element * inner * n, element * inner * n + unpacked)
+    )
+    return max(loss_moment, norm_moment, mlp_moment)
+
+
+def _count_layers_bytes(shape: LlamaShape, config: RunConfig, batch: MicroBatch, element: int) -> int:
+    """Return what all decoder layers keep between forward and backward pass."""
+    n, num_layers = batch.num_examples * batch.num_tokens, shape.num_layers
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    if config.train.gradient_checkpointing:
+        inputs = element * num_layers * hidden * n
+        mask = n * batch.num_tokens if batch.is_padded else 0  # bool, for computing the layers again
+        on_nodes = element * num_layers * (2 * hidden + inner + shape.query_size) * n if config.model.bits == 8 else 0
+        return inputs + mask + on_nodes
+    # The first layer's q, k and v need no input gradient here, so they hold nothing.
+    on_nodes = element * ((2 * num_layers - 1) * hidden + num_layers * inner) * n if config.model.bits == 8 else 0
+    first = count_layer_bytes(shape, config, batch, element, is_first=True)
+    other = count_layer_bytes(shape, config, batch, element, is_first=False)
+    return first + (num_layers - 1) * other + on_nodes
+
+
+def _count_norm_bytes(shape: LlamaShape, n: int) -> int:
+    return (_FLOAT32 * shape.hidden_size + _FLOAT32) * n
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,225 @@
+"""Forecast the memory of a base, its adapter and a training step from config.json alone; nothing is allocated.
+
+The forecast counts what torch allocates (torch.cuda.max_memory_allocated). The CUDA context lies outside it, about
+CUDA_CONTEXT_GIB more as the driver reports it. GiB = 2**30 bytes. finlora/model/memory/padded_memory.py forecasts the step.
+
+Sources: QLoRA, arXiv:2305.14314, section 3 (NF4 blocks of 64, absmax double-quantised in blocks of 256); LLM.int8(),
+arXiv:2208.07339 (int8 with a float32 scale a row); finlora/model/base.py for the order of loading.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finlora.config import LLAMA_PROJECTIONS, Bits, LoraConfig
+
+GIB = 2**30
+CUDA_CONTEXT_GIB = 1.3
+"""Memory of the CUDA context and of cuBLAS outside torch's allocator: 1.1 to 1.3 measured on an H200 with torch 2.11."""
+
+
+def context_gib(device: str) -> float:
+    """Return what a process needs outside torch's allocator."""
+    return CUDA_CONTEXT_GIB if device == "cuda" else 0.0
+
+
+_NF4_BLOCK, _ABSMAX_BLOCK = 64, 256
+_NF4_TABLES = 16 * 4 + 256 * 4 + 4  # NF4 code, code of the second quantisation, offset: float32, a set a layer
+_ADAM_BLOCK = 512  # 0/1 Adam pads each parameter to whole blocks of one scale
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LlamaShape:
+    """The sizes of a Llama that decide its memory."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    is_tied: bool = False
+    """The output head is the embedding."""
+
+    @property
+    def query_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    def projection(self, name: str) -> tuple[int, int]:
+        """Return (out, in) of a decoder projection."""
+        hidden, query, kv = self.hidden_size, self.query_size, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (query, hidden),
+            "k_proj": (kv, hidden),
+            "v_proj": (kv, hidden),
+            "o_proj": (hidden, query),
+            "gate_proj": (self.intermediate_size, hidden),
+            "up_proj": (self.intermediate_size, hidden),
+            "down_proj": (hidden, self.intermediate_size),
+        }[name]
+
+
+LLAMA_8B = LlamaShape(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+)
+"""Llama-3.1-8B."""
+LLAMA_70B = LlamaShape(
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_layers=80,
+    num_heads=64,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+)
+"""Llama-3.1-70B."""
+
+
+def shape_of(values: dict[str, Any]) -> LlamaShape:
+    """Read the shape from transformers' config.to_dict() (finlora/model/source.py has it of a folder)."""
+    heads = int(values["num_attention_heads"])
+    return LlamaShape(
+        hidden_size=int(values["hidden_size"]),
+        intermediate_size=int(values["intermediate_size"]),
+        num_layers=int(values["num_hidden_layers"]),
+        num_heads=heads,
+        num_kv_heads=int(values.get("num_key_value_heads") or heads),
+        head_dim=int(values.get("head_dim") or int(values["hidden_size"]) // heads),
+        vocab_size=int(values["vocab_size"]),
+        is_tied=bool(values.get("tie_word_embeddings", False)),
+    )
+
+
+def count_weight_bytes(shape: LlamaShape, bits: Bits, element_bytes: int = 2) -> int:
+    """Return the bytes of the frozen base on the device as finlora/model/base.py loads it.
+
+    Args:
+        element_bytes: bytes of the compute type: 2 for bfloat16, 4 for float32.
+    """
+    rotary = 2 * (shape.head_dim // 2) * 4  # inverse frequencies and their original, float32
+    return rotary + sum(final for final, _ in _load_steps(shape, bits, element_bytes))
+
+
+def count_load_peak_bytes(shape: LlamaShape, bits: Bits, element_bytes: int = 2) -> int:
+    """Return the highest device memory while loading: what is there already, plus one tensor on its way.
+
+    A tensor on its way to 4 bit is there unquantised, with its float32 absmax before and after centring; at 8 bit
+    unquantised and as float16. A tensor that stays unquantised lands in its final place.
+    """
+    done = peak = 0
+    for final, in_flight in _load_steps(shape, bits, element_bytes):
+        peak = max(peak, done + final + in_flight)
+        done += final
+    return max(peak, count_weight_bytes(shape, bits, element_bytes))
+
+
+def _load_steps(shape: LlamaShape, bits: Bits, element_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield (final bytes, extra bytes in flight) of each tensor in loading order."""
+    hidden, vocabulary = shape.hidden_size * element_bytes, shape.vocab_size * shape.hidden_size * element_bytes
+    yield vocabulary, 0
+    for _ in range(shape.num_layers):
+        for name in LLAMA_PROJECTIONS:
+            num_out, num_in = shape.projection(name)
+            size = num_out * num_in
+            if bits == 16:
+                yield size * element_bytes, 0
+            elif bits == 8:
+                yield size + 4 * num_out, size * element_bytes + size * 2
+            else:
+                blocks = -(-size // _NF4_BLOCK)
+                final = -(-size // 2) + blocks + 4 * -(-blocks // _ABSMAX_BLOCK) + _NF4_TABLES
+                yield final, size * element_bytes + 2 * 4 * blocks
+        yield 2 * hidden, 0
+    yield hidden, 0
+    if not shape.is_tied:
+        yield vocabulary, 0
+
+
+def adapter_shapes(shape: LlamaShape, lora: LoraConfig) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Yield (name in the file, shape) of every adapter tensor."""
+    for layer in range(shape.num_layers):
+        for target in lora.target_modules:
+            block = "self_attn" if target in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
+            num_out, num_in = shape.projection(target)
+            prefix = f"base_model.model.model.layers.{layer}.{block}.{target}"
+            yield f"{prefix}.lora_A.weight", (lora.rank, num_in)
+            yield f"{prefix}.lora_B.weight", (num_out, lora.rank)
+
+
+def count_adapter_parameters(shape: LlamaShape, lora: LoraConfig) -> int:
+    """Return the sum of rank * (in + out) over the target modules of all layers."""
+    return sum(rows * columns for _, (rows, columns) in adapter_shapes(shape, lora))
+
+
+def count_adapter_file_bytes(shape: LlamaShape, lora: LoraConfig) -> int:
+    """Return the exact size of adapter_model.safetensors: 8 bytes, a JSON header padded to 8, bfloat16 tensors.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (rows, columns) in sorted(adapter_shapes(shape, lora)):  # the writer sorts by name within a type
+        end = offset + 2 * rows * columns
+        header[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"))
+    return 8 + -(-len(text) // 8) * 8 + offset
+
+
+def count_optimizer_bytes(
+    shape: LlamaShape, lora: LoraConfig, optimizer: str, num_workers: int, parameter_bytes: int = 4
+) -> int:
+    """Return the bytes of gradients (float32) and optimiser state of one worker.
+
+    AdamW holds m and v in float32. 0/1 Adam holds m, v, u, the last synchronised weights and the worker's compression
+    error in float32, the server's error for its share, and a byte mask, over parameters padded to blocks of 512; adapters
+    that are not float32 (parameter_bytes != 4) add a float32 master copy.
+    """
+    sizes = [rows * columns for _, (rows, columns) in adapter_shapes(shape, lora)]
+    gradients = parameter_bytes * sum(sizes)
+    if optimizer == "adamw":
+        return gradients + 8 * sum(sizes)
+    blocks = sum(-(-size // _ADAM_BLOCK) for size in sizes)
+    padded = -(-blocks // num_workers) * num_workers * _ADAM_BLOCK
+    masters = 4 * padded if parameter_bytes != 4 else 0
+    return gradients + 5 * 4 * padded + 4 * padded // num_workers + padded + masters
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """The largest forward pass of a run."""
+
+    num_examples: int
+    """B: rows."""
+    num_tokens: int
+    """T: tokens of the longest row, to which all are padded."""
+    num_labels: int
+    """Answer tokens of all rows, where the output head runs."""
+    is_padded: bool
+    """Rows differ in length: attention then takes a (B, 1, T, T) mask and copies keys and values for every head."""
+
+
+def find_worst_micro_batch(lengths: Sequence[tuple[int, int]], micro_batch_size: int) -> MicroBatch:
+    """Bound every micro-batch of a run from (tokens, answer tokens) of its examples.
+
+    Each example is drawn once an epoch, so the longest one meets a full micro-batch: T is its length. The labels are
+    those of the B longest answers. One row alone is never padded.
+    """
+    num_examples = min(micro_batch_size, len(lengths))
+    answers = sorted((answer for _, answer in lengths), reverse=True)
+    return MicroBatch(
+        num_examples=num_examples,
+        num_tokens=max(total for total, _ in lengths),
+        num_labels=sum(answers[:num_examples]),
+        is_padded=num_examples > 1 and len({total for total, _ in lengths}) > 1,
+    )

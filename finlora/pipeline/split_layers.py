@@ -1,0 +1,45 @@
+"""Cut a model into stages whose passes take about as long.
+
+A pass of few tokens reads every weight once, so a stage's time goes with the bytes of its weights: its layers, and the output
+head at the last one. The embedding is looked up, not multiplied, and costs no time.
+"""
+
+from __future__ import annotations
+
+from finlora.config import Bits
+from finlora.errors import ConfigError
+from finlora.model.memory.shapes import LlamaShape, count_weight_bytes
+
+
+def split_layers(shape: LlamaShape, bits: Bits, num_stages: int) -> list[range]:
+    """Return the decoder layers of each stage, such that the slowest stage is as fast as can be.
+
+    Raises:
+        ConfigError: more stages than layers, or none.
+    """
+    if not 1 <= num_stages <= shape.num_layers:
+        raise ConfigError(
+            f"found {num_stages} stages for {shape.num_layers} decoder layers: expected 1 to {shape.num_layers}, one layer each."
+        )
+    table = 2 * shape.vocab_size * shape.hidden_size
+    tables = table if shape.is_tied else 2 * table
+    layer = (count_weight_bytes(shape, bits) - tables) / shape.num_layers
+    # The last stage has the head, so it takes `fewer` layers than the others; what is left over goes to the first ones.
+    best: list[int] = []
+    slowest = float("inf")
+    for last in range(1, shape.num_layers - num_stages + 2):
+        rest = shape.num_layers - last
+        sizes = [last]
+        if num_stages > 1:
+            share, more = divmod(rest, num_stages - 1)
+            sizes = [share + (number < more) for number in range(num_stages - 1)] + [last]
+        elif rest:
+            continue
+        time = max([*(size * layer for size in sizes[:-1]), last * layer + table])
+        if time <= slowest:
+            best, slowest = sizes, time
+    spans, start = [], 0
+    for size in best:
+        spans.append(range(start, start + size))
+        start += size
+    return spans

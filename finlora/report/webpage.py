@@ -1,0 +1,52 @@
+"""Tables and figures -> one HTML file that needs nothing else: no network, no script, no second file."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from finlora.report.tables import NOT_MEASURED, NOT_RUN, TextTable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A figure as it stands in the page."""
+
+    caption: str
+    source: str
+    """A data URL."""
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One part of the page."""
+
+    title: str
+    table: TextTable | None = None
+    images: tuple[Image, ...] = ()
+
+
+def embed(figure: Figure, caption: str) -> Image:
+    """Turn a figure into an SVG inside the page, the same one for equal figures."""
+    import matplotlib
+
+    stream = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "finlora"}):  # names of shapes are drawn at random otherwise
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    return Image(caption, f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}")
+
+
+def render_page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """Return the page. Names and texts of results are shown as they are, never read as markup."""
+    from jinja2 import Environment, StrictUndefined
+
+    source = resources.files("finlora.report").joinpath("templates/report.html").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
+    return template.render(title=title, subtitle=subtitle, sections=sections, missing=(NOT_MEASURED, NOT_RUN))

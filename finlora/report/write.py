@@ -1,0 +1,201 @@
+"""Show results on the terminal, and write them as one HTML file and as Markdown: `finlora report RUNS --output DIR`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from finlora.errors import ResultError
+from finlora.report.pairing import Paired, pair_results
+from finlora.report.scores import score_table
+from finlora.report.tables import (
+    NOT_MEASURED,
+    NOT_RUN,
+    TextTable,
+    cost_table,
+    differences_table,
+    environment_table,
+    left_out_table,
+    paper_tables,
+    provenance_table,
+    wire_table,
+)
+from finlora.results import Result
+
+_TITLES = {
+    "accuracy": "Accuracy",
+    "loss": "Learning curves",
+    "memory": "Peak memory",
+    "training-time": "Time of training",
+    "evaluation-time": "Time of evaluation",
+}
+_MIN_WIDTH = 8
+"""Words up to this length are not broken when the terminal is narrow: those of `not measured`."""
+
+
+def show_results(results: Sequence[Result], console: Console) -> None:
+    """Print scores, cost and traffic of these results."""
+    _show(pair_results(results), console)
+
+
+def _show(paired: Paired, console: Console) -> None:
+    for table in (score_table(paired), cost_table(paired), wire_table(paired)):
+        if table.rows:
+            draw_table(table, console)
+
+
+def render_report(
+    results: list[Result],
+    output: Path | None,
+    console: Console,
+    first: Sequence[TextTable] = (),
+    searches: Sequence[Path] = (),
+) -> None:
+    """Print every table, ours and beside the paper, and write them into a folder.
+
+    Args:
+        results: of any number of runs.
+        output: folder for report.html, which holds everything, and report.md with its PNG plots. None: print only.
+        console: where the tables go.
+        first: tables to stand before all others.
+        searches: folders whose trials are not among the results, to be named.
+
+    Raises:
+        ResultError: there are no results, or the folder cannot be written.
+    """
+    if not results:
+        raise ResultError("there are no results to report: run `finlora train` or `finlora evaluate` first.")
+    paired = pair_results(results)
+    left_out = left_out_table(paired, searches)
+    for table in first:
+        draw_table(table, console)
+    _show(paired, console)
+    beside = paper_tables(paired)
+    for table in (*beside, *([left_out] if left_out.rows else [])):
+        draw_table(table, console)
+    if output is None:
+        return
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        num_plots = _write(paired, first, beside, left_out, output)
+    except OSError as error:
+        raise ResultError(
+            f"the report cannot be written to {output} ({error}): give a folder you may write to."
+        ) from error
+    names = f"{output / 'report.html'}, report.md"
+    console.print(f"Written: {names} and {num_plots} plots", highlight=False, soft_wrap=True)
+
+
+def _write(
+    paired: Paired, first: Sequence[TextTable], beside: Sequence[TextTable], left_out: TextTable, output: Path
+) -> int:
+    """Write report.md with its PNG plots, and report.html with all in it; returns the number of plots."""
+    from finlora.report.charts import describe, draw_confusion, draw_reliability, draw_times, has_matrix
+    from finlora.report.plots import draw_overview, save_figure  # matplotlib takes a second to import
+    from finlora.report.webpage import Section, embed, render_page
+
+    figures = draw_overview(paired)
+    for kind in ("training", "evaluation"):
+        if figure := draw_times(paired.kept, kind):
+            figures[f"{kind}-time"] = figure
+    matrices = [(describe(each), draw_confusion(each.result)) for each in paired.kept if has_matrix(each.result)]
+    curves = [(describe(each), draw_reliability(each.result)) for each in paired.kept if each.result.calibration]
+    tables = [*first, score_table(paired), cost_table(paired), wire_table(paired), *beside, differences_table()]
+    tables += [left_out, provenance_table(paired), environment_table(paired)]
+    paths = [output / f"{name}.png" for name in figures]
+    for path, figure in zip(paths, figures.values(), strict=True):
+        save_figure(figure, path)
+    for group, drawn in (("confusion", matrices), ("reliability", curves)):
+        for number, (_, figure) in enumerate(drawn, start=1):
+            paths.append(output / f"{group}-{number}.png")
+            save_figure(figure, paths[-1])
+    (output / "report.md").write_text(render_markdown("FinLoRA results", tables, paths), encoding="utf-8")
+    sections = [Section(table.title, table) for table in tables if table.rows]
+    plots = [
+        *(Section(_TITLES[name], images=(embed(figure, _TITLES[name]),)) for name, figure in figures.items()),
+        *(
+            [Section("Confusion matrices", images=tuple(embed(figure, name) for name, figure in matrices))]
+            if matrices
+            else []
+        ),
+        *(
+            [Section("Reliability of probabilities", images=tuple(embed(figure, name) for name, figure in curves))]
+            if curves
+            else []
+        ),
+    ]
+    sections[len(first) + 2 : len(first) + 2] = plots  # scores and cost, then what they look like, then the rest
+    created = [result.created for _, result in paired.kept if result.created]
+    num_runs = len({run for run, _ in paired.kept if not run.is_base})
+    subtitle = f"{_count(len(paired.kept), 'measurement')}, {_count(num_runs, 'trained run')}"
+    days = sorted({moment[:10] for moment in created})
+    subtitle += f", {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else ""
+    subtitle += f". {len(left_out.rows)} left out, listed below with the reason" if left_out.rows else ""
+    (output / "report.html").write_text(render_page("FinLoRA results", subtitle, sections), encoding="utf-8")
+    return len(paths)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def draw_table(table: TextTable, console: Console) -> None:
+    """Print a table with its notes below."""
+    drawn = Table(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    columns = [[row[index] for row in table.rows] for index in range(len(table.header))]
+    longest = [
+        max(len(word) for word in " ".join((name, *cells)).split())
+        for name, cells in zip(table.header, columns, strict=True)
+    ]
+    whole = _widest_word(longest, console.width)
+    for name, cells, word in zip(table.header, columns, longest, strict=True):
+        # `not measured` takes two lines in a column of plain numbers, which leaves the width to names.
+        width = max(len(name), _MIN_WIDTH) if all(map(_is_number, cells)) else None
+        drawn.add_column(Text(name), overflow="fold", min_width=min(word, whole), max_width=width)
+    for row in table.rows:
+        drawn.add_row(*(Text(cell, style="dim" if cell.startswith((NOT_RUN, NOT_MEASURED)) else "") for cell in row))
+    console.print(drawn)
+    for note in table.notes:
+        console.print(Text(note, style="dim"))
+
+
+def _widest_word(longest: Sequence[int], width: int) -> int:
+    """Return the most characters of a word that every column can keep on one line, in a terminal of this width.
+
+    Args:
+        longest: characters of each column's longest word.
+    """
+    gaps = 2 * len(longest) + 2
+    fitting = (
+        size for size in range(max(longest), _MIN_WIDTH, -1) if sum(min(n, size) for n in longest) + gaps <= width
+    )
+    return next(fitting, _MIN_WIDTH)
+
+
+def _is_number(cell: str) -> bool:
+    return cell in (NOT_MEASURED, "none", "NaN") or cell.replace(",", "").replace(".", "", 1).isdigit()
+
+
+def render_markdown(title: str, tables: Sequence[TextTable], plots: Sequence[Path]) -> str:
+    """Return tables and plots as a Markdown text; plots are named as files beside it."""
+    parts = [f"# {title}\n"]
+    for table in tables:
+        if not table.rows:
+            continue
+        lines = [f"## {table.title}\n", _markdown_row(table.header), _markdown_row(["---"] * len(table.header))]
+        parts.append("\n".join([*lines, *map(_markdown_row, table.rows)]) + "\n")
+        parts.extend(note.replace("*", "\\*") + "\n" for note in table.notes)
+    if plots:
+        parts.append("## Plots\n")
+        parts.extend(f"![{plot.stem}]({plot.name})\n" for plot in plots)
+    return "\n".join(parts)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    escaped = (cell.replace("|", "\\|").replace("*", "\\*").replace("\n", "<br>") for cell in cells)
+    return f"| {' | '.join(escaped)} |"

@@ -1,0 +1,188 @@
+"""Adapters in a folder: which there are, which version of each is served, and whether it fits the base.
+
+Layout of DIR:
+    NAME/finlora.yaml ...        one adapter without versions
+    NAME/v1/ NAME/v2/ ...        versions of one; the newest complete one is served
+    NAME/current                 a version's name, written by `roll back`: that one is served instead
+
+The folder is the only state, and it is read for each request: an adapter that is copied in is served at once, in every copy
+of the server, and a roll-back outlives a restart. A folder without finlora.yaml is incomplete and not there yet.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from finlora.errors import AdapterError
+from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_file
+from finlora.model.contract import CONTRACT_FILE, Contract, read_contract
+from finlora.serve.served_model import ServedBase
+from finlora.stage.adapter_weights import hash_adapter
+
+CURRENT_FILE = "current"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_VERSION = re.compile(r"v(\d{1,9})", re.ASCII)
+_MAX_CURRENT_BYTES = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedAdapter:
+    """One version of an adapter, found to fit the base."""
+
+    name: str
+    version: str | None
+    """None: a folder without versions."""
+    folder: Path
+    hash: str
+    """16 hex digits over weights and settings."""
+    contract: Contract
+    template_date: str | None
+    """Day that the chat template writes into its prompts: that of its training."""
+
+    @property
+    def engine_name(self) -> str:
+        """Name in the engine: other weights are another name, so what is at work is never changed under it."""
+        return f"{self.name}@{self.version or '-'}#{self.hash}"
+
+
+class AdapterShelf:
+    """The adapters of one folder for one base.
+
+    Args:
+        folder: DIR; None: there are none.
+    """
+
+    def __init__(self, folder: Path | None, base: ServedBase) -> None:
+        self._folder, self._base = folder, base
+        # Stamp of the files -> what they were found to be: hashing 21 MiB for each request would be felt.
+        self._known: dict[Path, tuple[tuple[int, ...], ServedAdapter | AdapterError]] = {}
+
+    def list_names(self) -> list[str]:
+        """Return all names with a complete version, whether or not it fits."""
+        if self._folder is None or not self._folder.is_dir():
+            return []
+        return sorted(
+            entry.name
+            for entry in self._folder.iterdir()
+            if _NAME.fullmatch(entry.name) and ((entry / CONTRACT_FILE).is_file() or _list_versions(entry))
+        )
+
+    def describe_unserved(self) -> list[str]:
+        """Return for each folder that holds an adapter's settings and no contract why it is not served."""
+        if self._folder is None or not self._folder.is_dir():
+            return []
+        found = []
+        for entry in sorted(self._folder.iterdir()):
+            if (entry / ADAPTER_CONFIG).is_file() and not (entry / CONTRACT_FILE).is_file():
+                try:
+                    read_contract(entry)
+                except AdapterError as error:
+                    found.append(str(error))
+        return found
+
+    def list_versions(self, name: str) -> list[str]:
+        """Return the complete versions of an adapter, oldest first; empty for one without versions."""
+        return _list_versions(self._find(name))
+
+    def current_version(self, name: str) -> str | None:
+        """Return the version that is served: the one set by a roll-back, else the newest.
+
+        Raises:
+            AdapterError: there is no such adapter, or the version set is gone.
+        """
+        home = self._find(name)
+        versions = _list_versions(home)
+        if not versions:
+            return None
+        if not os.path.lexists(home / CURRENT_FILE):
+            return versions[-1]
+        try:
+            check_file(home / CURRENT_FILE, _MAX_CURRENT_BYTES)
+            pinned = (home / CURRENT_FILE).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise AdapterError(f"{home / CURRENT_FILE} cannot be read ({error}): set the version anew.") from error
+        if pinned not in versions:
+            raise AdapterError(
+                f"adapter {name!r} is set to version {pinned!r}, which is not there: expected one of {', '.join(versions)}; "
+                "set one of them, or put the version back."
+            )
+        return pinned
+
+    def find(self, name: str, version: str | None = None) -> ServedAdapter:
+        """Return the version asked for, or the current one.
+
+        Raises:
+            AdapterError: it is not there, incomplete, or made for another base, tokenizer or template.
+        """
+        home = self._find(name)
+        versions = _list_versions(home)
+        if version is None:
+            version = self.current_version(name)
+        elif version not in versions:
+            there = ", ".join(versions) or "none, since it has no versions"
+            raise AdapterError(f"adapter {name!r} has no version {version!r}: expected one of {there}.")
+        folder = home / version if version else home
+        files = [folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG, folder / CONTRACT_FILE]
+        try:
+            stats = [file.stat() for file in files]
+        except OSError as error:
+            raise AdapterError(f"adapter {name!r} is incomplete ({error}): copy its folder again.") from error
+        stamp = tuple(value for stat in stats for value in (stat.st_mtime_ns, stat.st_size, stat.st_ino))
+        known = self._known.get(folder)
+        if known is None or known[0] != stamp:
+            known = self._known[folder] = (stamp, self._look_at(name, version, folder))
+        if isinstance(known[1], AdapterError):
+            raise known[1].with_traceback(None)
+        return known[1]
+
+    def _look_at(self, name: str, version: str | None, folder: Path) -> ServedAdapter | AdapterError:
+        """Read an adapter through; a refusal is returned, to be kept: reading a bad folder costs as much as a good one."""
+        try:
+            contract = read_contract(folder)
+            contract.check_hashes(folder, self._base.weights_hash, self._base.tokenizer_hash, self._base.template)
+            check_adapter(folder)
+            digest = hash_adapter(folder)
+            date = contract.choose_date(folder, self._base.template_date)
+        except AdapterError as error:
+            return error
+        return ServedAdapter(
+            name=name, version=version, folder=folder, hash=digest, contract=contract, template_date=date
+        )
+
+    def set_current(self, name: str, version: str | None) -> ServedAdapter:
+        """Serve a version from now on, in every copy of the server; None: the newest again.
+
+        Raises:
+            AdapterError: it is not there or does not fit; nothing changes then.
+        """
+        home = self._find(name)
+        versions = _list_versions(home)
+        if not versions:
+            raise AdapterError(
+                f"adapter {name!r} has no versions: expected folders {name}/v1, {name}/v2; there is nothing to choose."
+            )
+        adapter = self.find(name, version or versions[-1])
+        if version is None:
+            (home / CURRENT_FILE).unlink(missing_ok=True)
+        else:
+            temporary = home / f".{CURRENT_FILE}"
+            temporary.write_text(f"{version}\n", encoding="utf-8")
+            temporary.replace(home / CURRENT_FILE)
+        return adapter
+
+    def _find(self, name: str) -> Path:
+        # The name comes from a request: nothing but a plain folder name may touch the file system.
+        if self._folder is None or not _NAME.fullmatch(name) or not (self._folder / name).is_dir():
+            there = ", ".join(self.list_names()) or "none"
+            raise AdapterError(f"there is no adapter {name!r}: expected one of {there}.")
+        return self._folder / name
+
+
+def _list_versions(home: Path) -> list[str]:
+    if not home.is_dir():
+        return []
+    complete = [entry.name for entry in home.iterdir() if (entry / CONTRACT_FILE).is_file()]
+    return sorted((name for name in complete if _VERSION.fullmatch(name)), key=lambda name: int(name[1:]))

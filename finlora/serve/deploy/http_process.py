@@ -1,0 +1,112 @@
+"""One of the processes that answer at a server's own port, past Ray Serve's proxy; the engine is in the replica's process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import uvicorn
+
+from finlora.errors import ResourceError
+from finlora.serve.accounts.audit import AuditLog
+from finlora.serve.accounts.keys import KeyRing
+from finlora.serve.accounts.ledger import Meter
+from finlora.serve.deploy.direct_port import certificate_of, check_certificate, listen_shared
+from finlora.serve.http.asgi import make_app
+from finlora.serve.http.server import Server
+from finlora.serve.live.remote_engine import RemoteEngine
+from finlora.serve.served_model import read_base
+from finlora.serve.settings import ServeConfig
+
+DRAIN_S = 50.0
+"""Seconds that the processes have to end. Ray Serve gives a replica 60 for all, and lets the proxy's requests end first."""
+_ANSWER_S, _CUT_S = 40, 2.0
+"""Seconds of these for the answers under way, and for those that are cut to be written down."""
+_LOOK_EVERY_S = 5.0
+_POLL_S = 0.02
+
+
+async def answer_http(
+    config: ServeConfig, hub: Path, meter: Meter, opened: asyncio.Event, closing: asyncio.Event
+) -> None:
+    """Answer until `closing` is set or the hub is gone; answers under way come to their end.
+
+    Args:
+        hub: socket of the process that drives the engine.
+        opened: set when the port answers.
+
+    Raises:
+        ConfigError: the certificate cannot be used.
+        ResourceError: the port is taken by others.
+    """
+    keys = KeyRing(config.keys_path, os.environ)
+    base = read_base(config)
+    async with contextlib.AsyncExitStack() as stack:
+        audit = AuditLog(config.audit_folder) if config.audit_folder else None
+        if audit is not None:
+            stack.callback(audit.close)
+        engine = await RemoteEngine.open(hub)
+        following = asyncio.ensure_future(engine.follow())
+
+        async def leave() -> None:
+            engine.close()
+            await following
+
+        stack.push_async_callback(leave)
+        web = _make_web(Server(config, base, engine, keys, meter, audit, quota=engine))
+        listener = stack.enter_context(listen_shared(config.direct))
+        serving = asyncio.ensure_future(web.serve(sockets=[listener]))
+        while not web.started:
+            if serving.done():
+                await serving  # raises what kept it from listening
+                raise ResourceError(f"nothing listens at direct.port={config.direct.port}: see the log of FrontActor.")
+            await asyncio.sleep(_POLL_S)
+        opened.set()
+        ends = [serving, following, asyncio.ensure_future(closing.wait())]
+        silent_since: dict[object, float] = {}
+        while not any(end.done() for end in ends):
+            await asyncio.wait(ends, timeout=_LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+            _close_silent(web, silent_since, config.direct.keep_alive_timeout_s)
+        ends[-1].cancel()
+        web.should_exit = True
+        await serving
+        if cut := list(web.server_state.tasks):  # what took too long is cancelled, and still to be written down
+            await asyncio.wait(cut, timeout=_CUT_S)
+
+
+def _close_silent(web: uvicorn.Server, since: dict[object, float], most_s: float) -> None:
+    """Close lines on which nothing was ever asked; uvicorn looks at those alone that have had an answer.
+
+    Args:
+        since: when each of them was seen first.
+    """
+    now = time.monotonic()
+    silent = [line for line in web.server_state.connections if getattr(line, "cycle", None) is None]
+    for line in [line for line in since if line not in silent]:
+        del since[line]
+    for line in silent:
+        if now - since.setdefault(line, now) >= most_s and (transport := getattr(line, "transport", None)) is not None:
+            transport.close()
+
+
+def _make_web(server: Server) -> uvicorn.Server:
+    direct = server.config.direct
+    check_certificate(direct)
+    certificate, key = certificate_of(direct)
+    settings = uvicorn.Config(
+        make_app(server, has_proxy=False),
+        lifespan="off",  # which would show the gauges of the one engine once more
+        ws="none",
+        log_config=None,
+        access_log=False,  # the server writes its own line a request
+        server_header=False,
+        proxy_headers=False,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+        timeout_keep_alive=direct.keep_alive_timeout_s,
+        timeout_graceful_shutdown=_ANSWER_S,
+    )
+    return uvicorn.Server(settings)

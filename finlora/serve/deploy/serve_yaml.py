@@ -1,0 +1,292 @@
+"""Serve YAMLs of serve_configs/: read and checked as Ray Serve reads them, and run on one machine by `finlora serve`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from finlora.configfile import describes_server
+from finlora.errors import ConfigError, ResourceError
+from finlora.machine.foreign_errors import shorten
+from finlora.machine.host import require_free_port
+from finlora.machine.signals import heeded_signals, leave_terminal
+from finlora.precision import describe_type, resolve_model
+from finlora.serve.accounts.keys import KeyRing
+from finlora.serve.adapter_versions import AdapterShelf
+from finlora.serve.deploy.direct_port import check_certificate, require_free
+from finlora.serve.served_model import read_base
+from finlora.serve.settings import ServeConfig, make_absolute, read_settings, to_args
+from finlora.yamltext import read_yaml
+
+_logger = logging.getLogger(__name__)
+IMPORT_PATH = "finlora.serve.deploy.replica:build"
+_END_S = 30.0
+"""Seconds that Ray Serve has to end, as serve.shutdown gives it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deployment:
+    """What a Serve YAML says of FinLoRA's application."""
+
+    name: str
+    route_prefix: str
+    settings: ServeConfig
+    options: dict[str, Any]
+    """Of Ray Serve's deployment: num_replicas and the like."""
+    http: dict[str, Any]
+    logging: dict[str, Any]
+    """Of Ray Serve's own lines."""
+    proxy_location: str
+
+
+def read_deployment(path: Path, overrides: Sequence[str] = ()) -> Deployment:
+    """Read a Serve YAML; `overrides` such as `stages.num=4` change its `args`.
+
+    Raises:
+        ConfigError: it is no Serve YAML, its settings are wrong, or it does not hold FinLoRA's application alone.
+    """
+    from pydantic import ValidationError
+    from ray.serve.schema import ServeDeploySchema
+
+    try:
+        tree = read_yaml(path)
+        if not describes_server(tree):
+            raise ConfigError(
+                f"{path} describes no served model: expected a Serve YAML with `applications:`, as in serve_configs/."
+            )
+        schema = ServeDeploySchema.model_validate(tree)
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: see serve_configs/ for one YAML a deployment.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read ({error}): expected a YAML as in serve_configs/.") from error
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise ConfigError([f"{path}: {fault}" for fault in faults]) from error
+    ours = [application for application in schema.applications if application.import_path == IMPORT_PATH]
+    if len(ours) != 1 or len(schema.applications) != 1:
+        raise ConfigError(
+            f"{path} holds {len(schema.applications)} applications, {len(ours)} of them with import_path {IMPORT_PATH}: "
+            "expected one, as in serve_configs/."
+        )
+    (application,) = ours
+    options = (
+        application.deployments[0].model_dump(exclude_unset=True, exclude={"name"}) if application.deployments else {}
+    )
+    return Deployment(
+        name=application.name,
+        route_prefix=application.route_prefix or "/",
+        settings=read_settings(application.args, overrides),
+        options=options,
+        http=schema.http_options.model_dump(exclude_unset=True),
+        logging=schema.logging_config.model_dump(exclude_unset=True) if schema.logging_config else {},
+        proxy_location=str(schema.proxy_location.value),
+    )
+
+
+def check_server(deployment: Deployment, host: str | None, port: int | None, *, is_here: bool) -> Deployment:
+    """Look at everything that can be wrong without a GPU or a cluster: ports, certificate, keys, base, tokenizer.
+
+    Args:
+        host: where the proxy listens. None: as the YAML says, or 127.0.0.1.
+        port: of the proxy. None: as the YAML says, or 8000.
+        is_here: the proxy will run on this machine, so its port must be free here.
+
+    Returns:
+        The deployment with absolute paths and the address that it listens at.
+
+    Raises:
+        ConfigError: there is no key, or the direct port cannot be as it is wanted.
+        ModelError: the base's files are not usable.
+        ResourceError: a port is taken.
+    """
+    http: dict[str, Any] = {"host": "127.0.0.1", "port": 8000} | deployment.http
+    http |= {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    settings = make_absolute(_follow_proxy(deployment.settings, http))
+    if is_here:
+        _require_free_proxy(http)
+    if settings.direct.port is not None:
+        check_certificate(settings.direct)
+        require_free(settings.direct)
+    KeyRing(settings.keys_path, os.environ)
+    if settings.adapters_folder is not None and settings.adapters_folder.is_file():
+        raise ConfigError(f"adapters_dir={settings.adapters_folder} is a file: expected the folder of adapters.")
+    base = read_base(settings)
+    for reason in AdapterShelf(settings.adapters_folder, base).describe_unserved():
+        _logger.warning("Not served: %s", reason)
+    return dataclasses.replace(deployment, settings=settings, http=http)
+
+
+def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
+    """Serve on the connected Ray until a signal comes, then let answers under way end.
+
+    Args:
+        deployment: as `check_server` returned it.
+
+    Raises:
+        ResourceError: another service runs on the cluster, a port is taken, or the server did not come up; says why.
+    """
+    import ray
+    from ray import serve
+    from ray.exceptions import RayError
+
+    from finlora.serve.deploy.replica import ServerDeployment
+
+    http, settings, direct = deployment.http, deployment.settings, deployment.settings.direct
+    kind = describe_type(settings.model, settings.stages.device)
+    settings = dataclasses.replace(settings, model=resolve_model(settings.model, settings.stages.device))
+    require_no_service()
+    require_capacity(deployment, ray.cluster_resources())
+    if _is_head():
+        _require_free_proxy(http)  # Ray's own processes may have taken it meanwhile
+    # It says of each step of its own that it was done, and once that our options are not applied, which they are.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    stop = threading.Event()
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
+        stop.set()
+
+    previous = {number: signal.signal(number, end) for number in heeded_signals()}
+    try:
+        remote: Any = ServerDeployment
+        try:
+            serve.start(http_options=http, proxy_location=deployment.proxy_location)
+            application = remote.options(**deployment.options).bind(to_args(settings))
+            place = {"name": deployment.name, "route_prefix": deployment.route_prefix}
+            serve.run(application, **place, logging_config=deployment.logging or None)
+        except (RuntimeError, RayError) as error:
+            raise ResourceError(
+                f"the server did not come up: {shorten(error)}. `ray status` and the logs in the dashboard say more."
+            ) from error
+        where = _name(http.get("ssl_certfile"), http["host"], http["port"])
+        beside = (
+            f", and by itself at {_name(direct.ssl_certfile, direct.host, direct.port)}"
+            if direct.port is not None
+            else ""
+        )
+        if settings.adapters_folder is not None and not settings.adapters_folder.is_dir():
+            announce(f"adapters_dir={settings.adapters_folder} does not exist: the base alone is served until it does.")
+        announce(f"Serving {settings.name} at {where} (page, /v1/...){beside}, in {kind}. Ctrl-C ends it.")
+        stop.wait()
+        announce("Letting the answers under way end.")
+        try:
+            serve.delete(deployment.name)  # shutting down alone would cut them after half a minute
+        except TimeoutError:
+            announce("Answers that were not complete after a minute are cut.")
+    finally:
+        _end_controller()
+        serve.shutdown()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def count_stages(deployment: Deployment) -> int:
+    """Return how many stages all copies of the model have together; of copies that scale, those that it starts with."""
+    scaling = deployment.options.get("autoscaling_config") or {}
+    copies = deployment.options.get("num_replicas") or 1
+    if not isinstance(copies, int):  # `auto`
+        copies = scaling.get("min_replicas", 1)
+    return deployment.settings.stages.num * int(copies)
+
+
+def require_capacity(deployment: Deployment, total: Mapping[str, float]) -> None:
+    """Compare what all stages need with what the cluster has at all, instead of waiting for what cannot come.
+
+    Args:
+        total: the cluster's resources by Ray's names.
+
+    Raises:
+        ResourceError: it is too small.
+    """
+    stages, count = deployment.settings.stages, count_stages(deployment)
+    for kind, each in (("GPU", stages.gpus if stages.device == "cuda" else 0.0), ("CPU", stages.cpus)):
+        if count * each > total.get(kind, 0.0) + 1e-6:
+            mend = "or stages.device=cpu" if kind == "GPU" else "or a lower stages.cpus"
+            raise ResourceError(
+                f"the server asks for {count * each:g} {kind} ({count} stages of all copies x {each:g}), and the cluster has "
+                f"{total.get(kind, 0.0):g}: choose fewer stages.num or num_replicas, {mend}."
+            )
+
+
+def _require_free_proxy(http: dict[str, Any]) -> None:
+    mend = "another server answers there, or another program: end it, or take another port with --port"
+    require_free_port(http["host"], http["port"], "port", mend)
+
+
+def _is_head() -> bool:
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    return any(node["NodeID"] == own and "node:__internal_head__" in node["Resources"] for node in ray.nodes())
+
+
+def require_no_service() -> None:
+    """Refuse a cluster on which Ray Serve runs: at its end `finlora serve` would end that service too."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    with contextlib.suppress(ValueError):
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        raise ResourceError(
+            "a Ray Serve service runs on this cluster already: update it with `serve deploy FILE`, end it with `serve shutdown`, "
+            "or unset RAY_ADDRESS to serve on this machine alone."
+        )
+
+
+def _end_controller() -> None:
+    """Have Ray Serve's controller end Serve, and wait for it, as serve.shutdown does, which then finds nothing left to do.
+
+    Its answer to this call is its own death. To serve.shutdown, which lets all calls be tried again, that is a failure that
+    Ray announces on the terminal; a call that is not tried again only comes back.
+    """
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return  # it did not come up
+    # What went wrong otherwise, serve.shutdown tries again and says.
+    with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_END_S)
+
+
+def _follow_proxy(settings: ServeConfig, http: dict[str, Any]) -> ServeConfig:
+    """Return the settings with the proxy's address and certificate at the direct port, where it has none of its own.
+
+    Raises:
+        ConfigError: both ports are one, or what guards the proxy cannot guard the direct port.
+    """
+    direct = settings.direct
+    if direct.port is None:
+        return settings
+    if direct.port == http["port"]:
+        raise ConfigError(f"direct.port={direct.port} is the port of Ray Serve's proxy as well: expected another one.")
+    certificate = direct.ssl_certfile, direct.ssl_keyfile
+    if direct.ssl_certfile is None:
+        if unknown := [name for name in ("ssl_keyfile_password", "ssl_ca_certs") if http.get(name)]:
+            raise ConfigError(
+                f"http_options.{unknown[0]} guards the proxy, and direct.port={direct.port} takes a certificate and a key "
+                "without a password alone: leave the direct port out, or give it its own direct.ssl_certfile and ssl_keyfile."
+            )
+        certificate = http.get("ssl_certfile"), http.get("ssl_keyfile")
+    direct = dataclasses.replace(
+        direct, host=direct.host or http["host"], ssl_certfile=certificate[0], ssl_keyfile=certificate[1]
+    )
+    return dataclasses.replace(settings, direct=direct)
+
+
+def _name(certificate: str | None, host: str | None, port: int | None) -> str:
+    return f"{'https' if certificate else 'http'}://{host}:{port}"

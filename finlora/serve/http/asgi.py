@@ -1,0 +1,90 @@
+"""The web application of one copy of the server: paths, errors and the guard before them. No Ray here."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from finlora.data.sets.prepare import code_version
+from finlora.errors import FinloraError
+from finlora.serve.failures import RefusedError, error_reply, from_http, invalid_body
+from finlora.serve.http import completions, finance, status
+from finlora.serve.http.guard import Guard
+from finlora.serve.http.server import Server
+from finlora.serve.http.web_page import page_router
+
+_logger = logging.getLogger(__name__)
+_SHOW_EVERY_S = 1.0
+
+_DESCRIPTION = """A Llama base with adapters for financial questions, on your own GPUs.
+
+Every path but `/healthz` and the web page at `/` needs a key: `Authorization: Bearer KEY`. Each answer carries an
+`X-Request-Id`, which the server's log and audit log name too; send one of your own (up to 64 letters, digits, `.`, `_`, `-`)
+and it is kept. Errors have OpenAI's form. Limits: one answer a request (`n`
+is 1), log-probabilities of the chosen tokens alone."""
+
+
+def make_app(server: Server, *, has_proxy: bool) -> ASGIApp:
+    """Return the application around a server whose engine runs.
+
+    Args:
+        has_proxy: a proxy before it puts `X-Request-Id` on requests and answers.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        task = asyncio.ensure_future(_show_gauges(server))
+        yield
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    app = FastAPI(
+        title="FinLoRA",
+        version=code_version(),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,  # both pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.server = server
+    for router in (completions.router, finance.router, status.router, page_router()):
+        app.include_router(router)
+
+    @app.exception_handler(RequestValidationError)
+    async def answer_invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_reply(invalid_body(error))
+
+    @app.exception_handler(HTTPException)
+    async def answer_http(_request: Request, error: HTTPException) -> JSONResponse:
+        reply = error_reply(from_http(error))
+        reply.headers.update(error.headers or {})  # `Allow` goes with 405 (RFC 9110, section 15.5.6)
+        return reply
+
+    async def answer_known(_request: Request, error: Exception) -> JSONResponse:
+        return error_reply(error)
+
+    app.add_exception_handler(FinloraError, answer_known)
+    app.add_exception_handler(RefusedError, answer_known)
+
+    @app.exception_handler(Exception)
+    async def answer_unknown(request: Request, error: Exception) -> JSONResponse:
+        _logger.error("%s failed", request.state.request_id, exc_info=error)
+        return error_reply(error)
+
+    most = server.config.limits.max_body_bytes
+    return Guard(app, server.keys, most, server.meter.count_request, has_proxy=has_proxy)
+
+
+async def _show_gauges(server: Server) -> None:
+    while True:
+        server.meter.show(server.engine.snapshot, is_ready=bool(server.engine.stages))
+        await asyncio.sleep(_SHOW_EVERY_S)

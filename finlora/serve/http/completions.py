@@ -1,0 +1,244 @@
+"""OpenAI's `/v1/completions` and `/v1/chat/completions`: whole, or as server-sent events.
+
+Source: OpenAI API reference, https://platform.openai.com/docs/api-reference/chat/streaming (chunks, usage event, `[DONE]`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from finlora.engine.request import Answer, Piece, Sampling
+from finlora.serve.accounts.ledger import Call
+from finlora.serve.failures import RefusedError, as_refusal, error_body
+from finlora.serve.http.chat_prompt import encode_messages, encode_plain
+from finlora.serve.http.context import ANSWERING_ERRORS, gather_all, key_of, request_id_of, server_of
+from finlora.serve.http.logprobs import TokenRow, TokenRows, chat_logprobs, completion_logprobs, list_rows
+from finlora.serve.http.server import Server
+from finlora.serve.protocol import (
+    CachedTokens,
+    ChatRequest,
+    ChatResponse,
+    CompletionRequest,
+    CompletionResponse,
+    GenerationRequest,
+    Usage,
+)
+
+router = APIRouter(tags=["OpenAI"], responses=ANSWERING_ERRORS)
+
+
+_Rows = Sequence[TokenRow] | None
+"""Tokens with their log-probabilities; None where they were not asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    text: str
+    ids: tuple[int, ...]
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=None,
+    responses={200: {"model": ChatResponse}},
+    summary="Answer a conversation",
+)
+async def chat(body: ChatRequest, request: Request) -> Response:
+    """Answer as OpenAI's chat completions do. With `stream` the answer comes as server-sent events, the last one `[DONE]`: their
+    choices hold a `delta` in place of the `message`. An answer without `[DONE]` is not complete."""
+    server = server_of(request)
+    call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    text = json.dumps([[message.role, message.text] for message in body.messages], ensure_ascii=False)
+    prompt = _Prompt(text, encode_messages(body.messages, server.base, server.date_of(call)))
+    sampling = _sampling_of(body, prompt, server, body.max_completion_tokens or body.max_tokens)
+    return await _reply(_Chat(server, call, bool(body.logprobs)), body, [prompt], sampling)
+
+
+@router.post(
+    "/v1/completions",
+    response_model=None,
+    responses={200: {"model": CompletionResponse}},
+    summary="Continue a text",
+)
+async def complete(body: CompletionRequest, request: Request) -> Response:
+    """Continue a text as OpenAI's completions do, without a template around it. With `stream`, events as for chat and
+    one prompt only."""
+    server = server_of(request)
+    call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    prompts = _read_prompts(body, server)
+    if body.stream and len(prompts) > 1:
+        raise RefusedError(
+            400, f"found {len(prompts)} prompts with stream=true: stream one.", "invalid_value", "prompt"
+        )
+    longest = max(prompts, key=lambda prompt: len(prompt.ids))
+    sampling = _sampling_of(body, longest, server, body.max_tokens)
+    return await _reply(_Completion(server, call, body.logprobs is not None), body, prompts, sampling)
+
+
+class _Chat:
+    """The form of chat completions."""
+
+    kind, prefix, piece_kind = "chat.completion", "chatcmpl", "chat.completion.chunk"
+
+    def __init__(self, server: Server, call: Call, has_logprobs: bool) -> None:
+        self.server, self.call, self.has_logprobs = server, call, has_logprobs
+
+    def whole(self, index: int, text: str, answer: Answer, rows: _Rows) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message} | self._rest(rows, answer)
+
+    def first(self) -> dict[str, Any] | None:
+        return {"index": 0, "delta": {"role": "assistant", "content": ""}} | self._rest(None)
+
+    def piece(self, text: str, rows: _Rows) -> dict[str, Any]:
+        return {"index": 0, "delta": {"content": text}} | self._rest(rows)
+
+    def last(self, answer: Answer, rows: _Rows) -> dict[str, Any]:
+        return {"index": 0, "delta": {}} | self._rest(rows or None, answer)
+
+    @staticmethod
+    def _rest(rows: _Rows, answer: Answer | None = None) -> dict[str, Any]:
+        logprobs = None if rows is None else chat_logprobs(rows)
+        return {"finish_reason": finish_reason(answer) if answer else None, "logprobs": logprobs}
+
+
+class _Completion:
+    """The form of completions."""
+
+    kind, prefix, piece_kind = "text_completion", "cmpl", "text_completion"
+
+    def __init__(self, server: Server, call: Call, has_logprobs: bool) -> None:
+        self.server, self.call, self.has_logprobs = server, call, has_logprobs
+
+    def whole(self, index: int, text: str, answer: Answer | None, rows: _Rows) -> dict[str, Any]:
+        reason, logprobs = (
+            finish_reason(answer) if answer else None,
+            completion_logprobs(rows) if rows is not None else None,
+        )
+        return {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
+
+    def first(self) -> dict[str, Any] | None:
+        return None
+
+    def piece(self, text: str, rows: _Rows) -> dict[str, Any]:
+        return self.whole(0, text, None, rows)
+
+    def last(self, answer: Answer, rows: _Rows) -> dict[str, Any]:
+        return self.whole(0, "", answer, rows or None)
+
+
+async def _reply(
+    form: _Chat | _Completion, body: GenerationRequest, prompts: Sequence[_Prompt], sampling: Sampling
+) -> Response:
+    server, call = form.server, form.call
+    frame = {"id": f"{form.prefix}-{call.request_id}", "created": int(time.time()), "model": body.model}
+    if body.stream:
+        (prompt,) = prompts
+        events = server.generate(call, prompt.text, prompt.ids, sampling)
+        # The first event is awaited here, so that what goes wrong before it has its own status.
+        first = await anext(events)
+        wants_usage = body.stream_options is not None and body.stream_options.include_usage
+        stream = _stream(form, frame | {"object": form.piece_kind}, first, events, len(prompt.ids), wants_usage)
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+    results = await gather_all(
+        [_collect(server, call, prompt, sampling, index) for index, prompt in enumerate(prompts)]
+    )
+    tokenizer = server.base.tokenizer
+    choices = [
+        form.whole(index, text, answer, list_rows(answer, text, tokenizer) if form.has_logprobs else None)
+        for index, (text, answer) in enumerate(results)
+    ]
+    usage = count_usage([(len(p.ids), answer) for p, (_, answer) in zip(prompts, results, strict=True)])
+    return JSONResponse({**frame, "object": form.kind, "choices": choices, "usage": usage.model_dump()})
+
+
+async def _stream(
+    form: _Chat | _Completion,
+    frame: dict[str, Any],
+    first: Piece | Answer,
+    events: AsyncIterator[Piece | Answer],
+    num_prompt: int,
+    wants_usage: bool,
+) -> AsyncIterator[str]:
+    def event(choices: list[dict[str, Any]], **more: Any) -> str:
+        return f"data: {json.dumps({**frame, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
+
+    usage = {"usage": None} if wants_usage else {}
+    rows = TokenRows(form.server.base.tokenizer) if form.has_logprobs else None
+    async with contextlib.aclosing(events):  # type: ignore[type-var]
+        try:
+            if (opening := form.first()) is not None:
+                yield event([opening], **usage)
+            item = first
+            while isinstance(item, Piece):
+                yield event([form.piece(item.text, rows.take(item) if rows else None)], **usage)
+                item = await anext(events)
+            yield event([form.last(item, rows.finish(item) if rows else None)], **usage)
+            if wants_usage:
+                yield event([], usage=count_usage([(num_prompt, item)]).model_dump())
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            # The status is out already: the error comes as an event, and no [DONE] follows it.
+            yield f"data: {error_body(as_refusal(error)).model_dump_json()}\n\n"
+
+
+async def _collect(server: Server, call: Call, prompt: _Prompt, sampling: Sampling, index: int) -> tuple[str, Answer]:
+    pieces: list[str] = []
+    async for event in server.generate(call, prompt.text, prompt.ids, sampling, index):
+        if isinstance(event, Answer):
+            return "".join(pieces), event
+        pieces.append(event.text)
+    raise AssertionError("a stream ends with its answer or an error")
+
+
+def finish_reason(answer: Answer) -> str:
+    """Return OpenAI's word for why an answer ended."""
+    return "length" if answer.finish == "length" else "stop"
+
+
+def count_usage(answers: Sequence[tuple[int, Answer]]) -> Usage:
+    """Return the tokens of prompts and answers, given as (tokens of the prompt, answer)."""
+    num_prompt, num_new = sum(size for size, _ in answers), sum(len(answer.tokens) for _, answer in answers)
+    return Usage(
+        prompt_tokens=num_prompt,
+        completion_tokens=num_new,
+        total_tokens=num_prompt + num_new,
+        prompt_tokens_details=CachedTokens(cached_tokens=sum(answer.num_cached for _, answer in answers)),
+    )
+
+
+def _sampling_of(body: GenerationRequest, prompt: _Prompt, server: Server, max_tokens: int | None) -> Sampling:
+    return server.make_sampling(
+        prompt.ids,
+        max_tokens=max_tokens,
+        default_tokens=server.config.limits.default_new_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        stop=body.stop_texts,
+        seed=body.seed,
+    )
+
+
+def _read_prompts(body: CompletionRequest, server: Server) -> list[_Prompt]:
+    base, prompt = server.base, body.prompt
+    if not isinstance(prompt, str) and isinstance(prompt[0], int):
+        ids = tuple(int(token) for token in prompt)
+        size = len(base.tokenizer)
+        if not all(0 <= token < size for token in ids):
+            raise RefusedError(400, f"prompt holds ids outside 0 to {size - 1:,}.", "invalid_value", "prompt")
+        return [_Prompt(json.dumps(ids), ids)]
+    texts = [prompt] if isinstance(prompt, str) else [str(text) for text in prompt]
+    if len(texts) > server.config.limits.max_texts:
+        most = server.config.limits.max_texts
+        raise RefusedError(
+            400, f"found {len(texts):,} prompts: expected at most {most:,} in one request.", "invalid_value", "prompt"
+        )
+    return [_Prompt(text, (int(base.tokenizer.bos_token_id), *encode_plain(text, base))) for text in texts]

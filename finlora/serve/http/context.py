@@ -1,0 +1,72 @@
+"""What each path needs of its request: the server, the key that was let in, the request's id."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar, cast
+
+from fastapi import Request
+
+from finlora.serve.accounts.keys import KeyRecord
+from finlora.serve.http.server import Server
+from finlora.serve.protocol import ErrorResponse
+
+_T = TypeVar("_T")
+
+WORDS = {
+    400: "A field is wrong or unknown, or the model cannot do what it asks for.",
+    401: "The key is missing or unknown.",
+    403: "The key may not do that.",
+    404: "There is no such model for this key, or no such path.",
+    405: "The path takes another method; `Allow` names it.",
+    408: "The answer was not complete within `limits.deadline_s`, or the body did not arrive within a minute.",
+    413: "The body is larger than `limits.max_body_bytes`.",
+    422: "The adapter was made for another base, tokenizer or template, or is incomplete.",
+    429: "The key has reached its limit for this minute, or the queue is full. `Retry-After` says when to ask again, in seconds.",
+    500: "The server failed. Its log says why, under the request id.",
+    503: "A stage of the model is restarting, or keys cannot be checked. `Retry-After` says when to ask again, in seconds.",
+}
+"""HTTP status -> meaning, for the OpenAPI description and the documents."""
+
+
+def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the errors that an endpoint answers, for its OpenAPI description."""
+    found: dict[int | str, dict[str, Any]] = {
+        status: {"model": ErrorResponse, "description": WORDS[status]} for status in statuses
+    }
+    # Without it FastAPI describes a 422 in a form of its own, which no endpoint here answers.
+    return {**found, "default": {"model": ErrorResponse, "description": "Any other error."}}
+
+
+LOOKING_ERRORS = errors_of(401, 500, 503)
+"""Of endpoints that show something."""
+ANSWERING_ERRORS = errors_of(400, 401, 404, 408, 413, 422, 429, 500, 503)
+"""Of endpoints that ask the model."""
+
+
+def server_of(request: Request) -> Server:
+    return cast(Server, request.app.state.server)
+
+
+def key_of(request: Request) -> KeyRecord:
+    key = request.state.key
+    assert isinstance(key, KeyRecord), "the guard lets nobody without a key come here"
+    return key
+
+
+def request_id_of(request: Request) -> str:
+    return cast(str, request.state.request_id)
+
+
+async def gather_all(works: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """Await all; the first failure cancels the others and is raised as it was."""
+    if len(works) == 1:
+        return [await works[0]]
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,141 @@
+"""The financial questions: labels with their probabilities, and answers quoted from an XBRL fragment."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+
+from finlora.data.grounding import find_quote
+from finlora.data.prompts import HEADLINE_QUESTIONS
+from finlora.data.question import QUESTION_TASKS, Question, make_question
+from finlora.engine.request import Answer, normalise_choices
+from finlora.serve.failures import RefusedError
+from finlora.serve.http.completions import count_usage
+from finlora.serve.http.context import ANSWERING_ERRORS, LOOKING_ERRORS, gather_all, key_of, request_id_of, server_of
+from finlora.serve.protocol import (
+    ClassifyRequest,
+    ClassifyResponse,
+    ExtractRequest,
+    ExtractResponse,
+    LabelResult,
+    Quote,
+)
+
+router = APIRouter(tags=["Financial questions"])
+
+About = Literal["none", "entity", "question"]
+_ABOUT: dict[str, About] = {"headline": "question", "ner": "entity", "xbrl_tags": "question", "xbrl_values": "question"}
+
+
+class TaskFacts(BaseModel):
+    name: str = Field(description="Name to give as `task`.")
+    about: About = Field(description="What the task asks about the text; the request names it as `about`.")
+    labels: list[str] = Field(description="Allowed answers; empty for a task with free answers.")
+    questions: list[str] = Field(description="Allowed values of `about`; empty: any text.")
+
+
+class TaskList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[TaskFacts] = Field(description="The tasks.")
+
+
+@router.get("/v1/tasks", summary="List the tasks", responses=LOOKING_ERRORS)
+async def list_tasks() -> TaskList:
+    """List the questions that can be asked. Any model takes any of them; adapters differ in how well they answer."""
+    return TaskList(data=[_describe(name) for name in QUESTION_TASKS])
+
+
+@router.post("/v1/classify", summary="Label texts", responses=ANSWERING_ERRORS)
+async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
+    """Return the probability of each label of the task, for each text. Each text costs one forward pass."""
+    server = server_of(request)
+    call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    most = server.config.limits.max_texts
+    if len(body.all_texts) > most:
+        raise RefusedError(
+            400,
+            f"found {len(body.all_texts):,} texts: expected at most {most:,} in one request.",
+            "invalid_value",
+            "texts",
+        )
+    questions = [_ask(body.task, *pair) for pair in zip(body.all_texts, body.all_abouts, strict=True)]
+    answers = await gather_all([server.choose(call, question, index) for index, question in enumerate(questions)])
+    return ClassifyResponse(
+        id=call.request_id,
+        model=body.model,
+        task=body.task,
+        results=[_label(q, answer, body.threshold) for q, (_, answer) in zip(questions, answers, strict=True)],
+        usage=count_usage(answers),
+    )
+
+
+@router.post("/v1/extract", summary="Find a tag or a number", responses=ANSWERING_ERRORS)
+async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
+    """Answer a question from a text and say where the answer stands in it. Check an answer yourself where `grounded` is false."""
+    server = server_of(request)
+    call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    if not body.question.strip():
+        raise RefusedError(
+            400, "question is empty: say what is looked for in the context.", "invalid_value", "question"
+        )
+    question = make_question(body.task, body.context, body.question)
+    ids = server.encode(call, question.prompt)
+    default = server.config.limits.default_extract_tokens
+    sampling = server.make_sampling(ids, max_tokens=body.max_tokens, default_tokens=default)
+    pieces: list[str] = []
+    async for event in server.generate(call, question.prompt, ids, sampling):
+        if isinstance(event, Answer):
+            break
+        pieces.append(event.text)
+    text = "".join(pieces).strip()
+    place = find_quote(text, body.context)
+    return ExtractResponse(
+        id=call.request_id,
+        model=body.model,
+        task=body.task,
+        answer=text,
+        quote=Quote(start=place[0], end=place[1]) if place else None,
+        grounded=place is not None,
+        finish_reason="length" if isinstance(event, Answer) and event.finish == "length" else "stop",
+        usage=count_usage([(len(ids), event)] if isinstance(event, Answer) else []),
+    )
+
+
+def _describe(name: str) -> TaskFacts:
+    about = _ABOUT.get(name, "none")
+    sample = {"none": None, "entity": "x", "question": next(iter(HEADLINE_QUESTIONS))}[about]
+    return TaskFacts(
+        name=name,
+        about=about,
+        labels=list(make_question(name, "x", sample).choices),
+        questions=list(HEADLINE_QUESTIONS) if name == "headline" else [],
+    )
+
+
+def _ask(task: str, text: str, about: str | None) -> Question:
+    """Render a question that has labels.
+
+    Raises:
+        RefusedError: there is no such task, or `about` is missing or not wanted.
+        DatasetError: the text is empty, or `about` does not fit it.
+    """
+    labelled = [name for name in QUESTION_TASKS if not name.startswith("xbrl")]
+    if task not in labelled:
+        raise RefusedError(
+            400, f"task {task!r} has no labels here: expected one of {', '.join(labelled)}.", "invalid_value", "task"
+        )
+    wanted = _ABOUT.get(task, "none")
+    if (wanted == "none") != (about is None or not about):
+        found, do = ("no about", f"name the {wanted}") if not about else (f"about={about!r}", "leave it out")
+        raise RefusedError(400, f"found {found} for task {task}: {do}.", "invalid_value", "about")
+    return make_question(task, text, about)
+
+
+def _label(question: Question, answer: Answer, threshold: float) -> LabelResult:
+    pairs = zip(question.choices, normalise_choices(answer.log_probs), strict=True)
+    ranked = dict(sorted(pairs, key=lambda pair: -pair[1]))
+    likeliest, probability = next(iter(ranked.items()))
+    has_doubt = probability < threshold
+    return LabelResult(label=None if has_doubt else likeliest, probabilities=ranked, abstained=has_doubt)

@@ -1,0 +1,168 @@
+"""What stands before every path: a request id, the key, and the largest body.
+
+Plain ASGI, since a streamed answer must pass through untouched. Nothing of a body, a key or an answer is logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from finlora.errors import ConfigError
+from finlora.serve.accounts.keys import KeyRecord, KeyRing
+from finlora.serve.failures import RefusedError, error_reply
+
+_logger = logging.getLogger(__name__)
+
+OPEN_PATHS = ("/healthz", "/")
+OPEN_FOLDER = "/page/"
+_DRAINED_BODIES = 4
+"""Largest bodies' worth of bytes that are thrown away before a line is closed."""
+_BODY_S = 60.0
+"""Seconds in which a body must be whole: requests that send a byte now and then would fill all places."""
+_DRAIN_S = 5.0
+_MAX_DIGITS = 18
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_SECURITY_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
+
+
+class Guard:
+    """Lets a request through to the app when its key is known and its body is not too large.
+
+    A request keeps the `X-Request-Id` that it brings, so that a caller's own logs and this server's name it alike.
+
+    Args:
+        on_end: told path, as it is declared, status and seconds of each request.
+        has_proxy: a proxy before it gives each request an `X-Request-Id` and puts that on the answer, as Ray Serve's does.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: KeyRing,
+        max_body_bytes: int,
+        on_end: Callable[[str, int, float], None],
+        *,
+        has_proxy: bool,
+    ) -> None:
+        self._app, self._keys, self._max_body_bytes, self._on_end = app, keys, max_body_bytes, on_end
+        self._has_proxy = has_proxy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        ids = [value for name, value in scope["headers"] if name == b"x-request-id"]
+        given = ids[0].decode("latin-1") if ids else ""  # the first, as Ray Serve does
+        is_good = _REQUEST_ID.fullmatch(given) is not None
+        request_id = given if is_good else f"req-{secrets.token_hex(12)}"
+        state = scope.setdefault("state", {})
+        state["request_id"], state["key"] = request_id, None
+        status = 0
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = list(message.get("headers", []))
+                names = {name.lower() for name, _ in headers}
+                headers += [pair for pair in _SECURITY_HEADERS if pair[0] not in names]
+                if not self._has_proxy:
+                    headers.append((b"x-request-id", request_id.encode()))
+                message = {**message, "headers": headers}
+            await send(message)
+
+        received, has_more = 0, True
+
+        async def receive_bounded() -> Message:
+            nonlocal received, has_more
+            if has_more:  # afterwards only the end of the line can come, however late
+                try:
+                    async with asyncio.timeout(started + _BODY_S - time.monotonic()):
+                        message = await receive()
+                except TimeoutError:
+                    raise HTTPException(408, f"the body was not whole after {_BODY_S:g} s: send it at once.") from None
+            else:
+                message = await receive()
+            has_more = has_more and message.get("more_body", False)
+            received += len(message.get("body", b"")) if message["type"] == "http.request" else 0
+            if received > self._max_body_bytes:
+                raise HTTPException(413, str(self._too_large()))  # FastAPI passes on no other error of a body
+            return message
+
+        try:
+            try:
+                if given and not is_good:
+                    raise RefusedError(
+                        400,
+                        f"X-Request-Id has {len(given)} characters: expected 1 to 64 letters, digits, '.', '_' and '-', or none.",
+                        "invalid_request_id",
+                    )
+                state["key"] = self._admit(scope)
+                await self._app(scope, receive_bounded, send_marked)
+            except RefusedError as refusal:
+                await self._drain(receive)
+                await error_reply(refusal)(scope, receive, send_marked)
+        finally:
+            seconds = time.monotonic() - started
+            key: KeyRecord | None = state["key"]
+            path = scope["path"] if len(scope["path"]) <= 100 else scope["path"][:100] + "..."
+            _logger.info(
+                "%s key=%s %s %r %d %.3f s",
+                *(request_id, key.id if key else "-", scope["method"], path, status, seconds),
+            )
+            # Unknown paths share a name: a metric for each would be a way to fill the memory.
+            self._on_end(getattr(scope.get("route"), "path", "other"), status, seconds)
+
+    def _admit(self, scope: Scope) -> KeyRecord | None:
+        """Return the record of the request's key; None where none is needed.
+
+        Raises:
+            RefusedError: the key is missing or not known, or the body will be too large.
+        """
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        path = scope["path"]
+        record = None
+        if path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
+            scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+            if scheme.lower() != "bearer" or not key:
+                raise RefusedError(401, "no API key came: send it as `Authorization: Bearer KEY`.", "missing_api_key")
+            try:
+                record = self._keys.check(key.strip())
+            except ConfigError as error:  # nobody is let in, and nobody without a key is told why
+                _logger.error("no key can be checked: %s", error)
+                raise RefusedError(503, "keys cannot be checked now: ask again later.", "no_keys", None, 5) from error
+            if record is None:
+                raise RefusedError(
+                    401, "the API key is not known: ask whoever runs the server for one.", "invalid_api_key"
+                )
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or len(length) > _MAX_DIGITS or int(length) > self._max_body_bytes:
+            raise self._too_large()
+        return record
+
+    async def _drain(self, receive: Receive) -> None:
+        """Take the body of a refused request, within reason: a line closed on a client that still sends hides the answer."""
+        received, has_more = 0, True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                while has_more and received <= _DRAINED_BODIES * self._max_body_bytes:
+                    message = await receive()
+                    received += len(message.get("body", b""))
+                    has_more = message.get("more_body", False)
+
+    def _too_large(self) -> RefusedError:
+        most = self._max_body_bytes
+        return RefusedError(
+            413, f"the body has more than {most:,} bytes: cut the text to what the question needs.", "too_large"
+        )

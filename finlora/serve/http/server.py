@@ -1,0 +1,272 @@
+"""One copy of the server: what every path asks of it, from a model's name and a key to an answer that is counted and logged."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import AsyncIterator, Sequence
+
+from finlora.data.encode import encode_choices, encode_prompt
+from finlora.data.question import Question
+from finlora.engine.request import Answer, Piece, Request, Sampling
+from finlora.errors import AdapterError
+from finlora.serve.accounts.audit import AuditLog
+from finlora.serve.accounts.keys import KeyRecord, KeyRing
+from finlora.serve.accounts.ledger import Call, Course, Ledger, Meter
+from finlora.serve.accounts.quota import KeptQuota, Quota
+from finlora.serve.adapter_versions import AdapterShelf
+from finlora.serve.failures import RefusedError, as_refusal
+from finlora.serve.live.handle import AskedEngine
+from finlora.serve.served_model import ServedBase
+from finlora.serve.settings import ServeConfig
+from finlora.serve.stage_states import AdapterRef
+
+_PROBE_S = 15.0
+
+
+class Server:
+    """The parts of a copy, joined.
+
+    Args:
+        engine: started.
+        audit: None: nothing is logged.
+        quota: what keys have asked; None: counted here.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        base: ServedBase,
+        engine: AskedEngine,
+        keys: KeyRing,
+        meter: Meter,
+        audit: AuditLog | None,
+        quota: KeptQuota | None = None,
+    ) -> None:
+        self.config, self.base, self.engine, self.keys, self.meter, self.audit = (
+            config,
+            base,
+            engine,
+            keys,
+            meter,
+            audit,
+        )
+        self.shelf = AdapterShelf(config.adapters_folder, base)
+        self.quota = Quota(time.monotonic) if quota is None else quota
+        # Labels are few and come with each question.
+        self._encode_choices = functools.lru_cache(256)(
+            lambda choices: encode_choices(choices, base.tokenizer, base.template)
+        )
+        self._ledger = Ledger(self.quota, meter, base.weights_hash, audit, has_texts=config.audit_texts)
+
+    def list_models(self, key: KeyRecord) -> list[str]:
+        """Return the names that a key may ask."""
+        names: list[str | None] = [None, *self.shelf.list_names()]
+        return [f"{self.config.name}:{name}" if name else self.config.name for name in names if key.may_use(name)]
+
+    async def open_call(self, request_id: str, key: KeyRecord, path: str, model: str) -> Call:
+        """Let a request in: find its model, and count it.
+
+        Raises:
+            RefusedError: the model is not there, or the key may not use it.
+            AdapterError: the adapter does not fit the base.
+            QuotaError: the key has asked as much as it may.
+        """
+        base, colon, rest = model.partition(":")
+        name, _, version = rest.partition("@")
+        # A name that a key may not use looks like one that is not there: names can be confidential too.
+        known = base == self.config.name and (not colon or name in self.shelf.list_names())
+        if not known or not key.may_use(name or None):
+            there = ", ".join(self.list_models(key)) or "none"
+            raise RefusedError(
+                404,
+                f"there is no model {model!r} for key {key.id!r}: expected one of {there}.",
+                "model_not_found",
+                "model",
+            )
+        adapter = self.shelf.find(name, version or None) if name else None
+        await self.quota.admit(key)
+        self.engine.require_ready()
+        return Call(request_id=request_id, key=key, path=path, model=model, adapter=adapter)
+
+    def date_of(self, call: Call) -> str | None:
+        """Return the day that a chat template writes into the prompts of a call: its adapter's, or the base's."""
+        return call.adapter.template_date if call.adapter else self.base.template_date
+
+    def encode(self, call: Call, prompt: str) -> tuple[int, ...]:
+        """Render a prompt as its adapter was trained."""
+        return encode_prompt(prompt, self.base.tokenizer, self.base.template, self.date_of(call))
+
+    def make_sampling(
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        max_tokens: int | None,
+        default_tokens: int,
+        temperature: float | None = 0.0,
+        top_p: float | None = 1.0,
+        stop: tuple[str, ...] = (),
+        seed: int | None = None,
+    ) -> Sampling:
+        """Return how an answer to a prompt is drawn.
+
+        Args:
+            max_tokens: None: `default_tokens`, or fewer where no more fit.
+
+        Raises:
+            RefusedError: the prompt, or prompt and answer, are longer than the model takes.
+        """
+        limits, room = self.config.limits, self.base.max_tokens - len(prompt_ids)
+        wanted = max_tokens if max_tokens is not None else max(1, min(default_tokens, room))
+        if wanted > limits.max_new_tokens:
+            raise RefusedError(
+                400,
+                f"found max_tokens={wanted:,}: this server writes at most {limits.max_new_tokens:,} tokens.",
+                "invalid_value",
+                "max_tokens",
+            )
+        if wanted > room:
+            raise RefusedError(
+                400,
+                f"the prompt has {len(prompt_ids):,} tokens and the answer may have {wanted:,}; the model takes "
+                f"{self.base.max_tokens:,} in all: shorten the prompt or lower max_tokens.",
+                "context_length_exceeded",
+            )
+        return Sampling(
+            max_tokens=wanted,
+            temperature=0.0 if temperature is None else temperature,
+            top_p=1.0 if top_p is None else top_p,
+            stop=stop,
+            seed=seed,
+        )
+
+    async def generate(
+        self, call: Call, prompt: str, prompt_ids: tuple[int, ...], sampling: Sampling, index: int = 0
+    ) -> AsyncIterator[Piece | Answer]:
+        """Yield an answer's text as it comes, and last the Answer. Leaving early frees what the request held.
+
+        Args:
+            prompt: as the client gave it, for the audit log.
+            index: number of the prompt within its request.
+
+        Raises:
+            RefusedError: the deadline passed.
+            FinloraError: as AskedEngine.ask.
+        """
+        request = Request(
+            id=f"{call.engine_id}-{index}",
+            prompt_ids=prompt_ids,
+            adapter=call.adapter.engine_name if call.adapter else None,
+            sampling=sampling,
+            client=call.key.id,
+            deadline=time.monotonic() + self.config.limits.deadline_s,
+        )
+        async with contextlib.aclosing(self._follow(call, prompt, request)) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield event
+
+    async def choose(self, call: Call, question: Question, index: int = 0) -> tuple[int, Answer]:
+        """Return the tokens of a question's prompt, and an answer with the log-probabilities of its choices.
+
+        Raises:
+            RefusedError: the prompt is longer than the model takes, or the deadline passed.
+            FinloraError: as AskedEngine.ask.
+        """
+        base = self.base
+        request = Request(
+            id=f"{call.engine_id}-{index}",
+            prompt_ids=self.encode(call, question.prompt),
+            adapter=call.adapter.engine_name if call.adapter else None,
+            choices=self._encode_choices(tuple(question.choices)),
+            client=call.key.id,
+            deadline=time.monotonic() + self.config.limits.deadline_s,
+        )
+        if request.num_tokens > base.max_tokens:
+            raise RefusedError(
+                400,
+                f"the text makes a prompt of {len(request.prompt_ids):,} tokens, with its labels {request.num_tokens:,}; the "
+                f"model takes {base.max_tokens:,}: shorten the text.",
+                "context_length_exceeded",
+            )
+        async for event in self._follow(call, question.prompt, request, question.choices):
+            if isinstance(event, Answer):
+                return len(request.prompt_ids), event
+        raise AssertionError("a request ends with its answer or an error")
+
+    async def probe(self) -> float:
+        """Send one token through all stages; returns the seconds it took.
+
+        Raises:
+            StageLostError: a stage is dead.
+            RefusedError: no answer came in time.
+        """
+        started = time.monotonic()
+        request = Request(
+            id=f"probe-{started}-{id(asyncio.current_task())}",
+            prompt_ids=(int(self.base.tokenizer.bos_token_id),),
+            sampling=Sampling(max_tokens=1),
+            client="probe",
+            deadline=started + _PROBE_S,
+        )
+        answer = await self.engine.answer(request)
+        if answer.finish == "deadline":
+            raise RefusedError(
+                503, f"no token came through the stages in {_PROBE_S:g} s.", "not_ready", retry_after_s=5
+            )
+        return time.monotonic() - started
+
+    async def _follow(
+        self, call: Call, prompt: str, request: Request, choices: Sequence[str] = ()
+    ) -> AsyncIterator[Piece | Answer]:
+        """Pass the engine's events on; whatever comes of them is counted and logged."""
+        adapter = AdapterRef(request.adapter, call.adapter.folder) if call.adapter and request.adapter else None
+        course = Course(call, prompt, len(request.prompt_ids), choices)
+        try:
+            async with contextlib.aclosing(self.engine.ask(request, adapter)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    if course.first_s is None:
+                        course.first_s = time.monotonic() - course.started
+                    if isinstance(event, Piece):
+                        course.pieces.append(event.text)
+                        yield event
+                        continue
+                    event.require_numbers()
+                    course.answer, course.outcome = event, event.finish
+                    if event.finish == "deadline":
+                        seconds = self.config.limits.deadline_s
+                        raise RefusedError(
+                            408, f"no answer was complete in {seconds:g} s: ask for less, or later.", "deadline"
+                        )
+                    self._ledger.close(course)
+                    yield event
+        except Exception as error:
+            course.outcome = as_refusal(error).code
+            raise
+        finally:
+            if course.answer is None or course.outcome == "deadline":
+                self._ledger.close(course)
+
+    def require_admin(self, key: KeyRecord) -> None:
+        """Raise RefusedError unless the key may change what is served."""
+        if not key.is_admin:
+            raise RefusedError(403, f"key {key.id!r} may not change what is served: use an admin key.", "not_admin")
+
+    def describe_adapter(self, name: str) -> dict[str, object]:
+        """Return what is known of an adapter, with the reason where it is refused."""
+        facts: dict[str, object] = {"name": name, "versions": self.shelf.list_versions(name)}
+        try:
+            adapter = self.shelf.find(name)
+        except AdapterError as error:
+            return facts | {"refused": str(error)}
+        contract = adapter.contract
+        return facts | {
+            "current": adapter.version,
+            "hash": adapter.hash,
+            "bits": contract.bits,
+            "rank": contract.rank,
+            "template_date": adapter.template_date,
+            "tasks": sorted(contract.data_hashes),
+            "loaded": adapter.engine_name in self.engine.snapshot.adapters,
+        }

@@ -1,0 +1,109 @@
+"""The engine as another process of the same copy asks it, over a link to the one that drives it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from pathlib import Path
+
+from finlora.engine.request import Request
+from finlora.errors import StageLostError
+from finlora.serve.accounts.keys import KeyRecord
+from finlora.serve.live.handle import AskedEngine
+from finlora.serve.live.link import Link, connect
+from finlora.serve.stage_states import AdapterRef, StageFacts
+
+_GONE = "the process that drives the model is gone"
+
+
+class RemoteEngine(AskedEngine):
+    """What `AsyncEngine` is to coroutines of its own process; it keeps the keys' quota as well.
+
+    Args:
+        link: to the hub; `follow` must run as long as anything is asked.
+    """
+
+    def __init__(self, link: Link) -> None:
+        super().__init__()
+        self._link: Link | None = link
+        self._stages: tuple[StageFacts, ...] = ()
+        self._why_down = "the model is being loaded"
+        self._numbers = itertools.count()
+        self._admissions: dict[int, asyncio.Future[None]] = {}
+
+    @classmethod
+    async def open(cls, path: Path) -> RemoteEngine:
+        """Connect to the hub at a socket.
+
+        Raises:
+            OSError: there is none.
+        """
+        return cls(await connect(path))
+
+    async def follow(self) -> None:
+        """Take what the hub sends, until it is gone; whoever waits then is told."""
+        if self._link is None:
+            return  # closed before this began
+        async for kind, *rest in self._link.receive():
+            if kind == "events":
+                self._deliver(*rest)
+            elif kind == "standing":
+                self.snapshot, self._stages, self._why_down = rest
+            elif kind == "admitted":
+                number, error = rest
+                if (admission := self._admissions.get(number)) is not None and not admission.done():
+                    admission.set_exception(error) if error else admission.set_result(None)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the hub; whoever waits is told."""
+        if self._link is None:
+            return
+        self._link.abort()
+        self._link, self._stages, self._why_down = None, (), _GONE
+        lost = StageLostError(f"{_GONE}: ask again.")
+        self._deliver([(name, lost) for name in self._awaited])
+        for admission in self._admissions.values():
+            if not admission.done():
+                admission.set_exception(lost)
+
+    @property
+    def stages(self) -> tuple[StageFacts, ...]:
+        return self._stages
+
+    def require_ready(self) -> None:
+        if not self._stages:
+            raise StageLostError(f"{self._why_down}: ask again in a few seconds.")
+
+    def _submit(self, request: Request, adapter: AdapterRef | None) -> None:
+        if self._link is not None:
+            self._link.put("ask", request, adapter)
+
+    def cancel(self, request_id: str) -> None:
+        if self._link is not None:
+            self._link.put("cancel", request_id)
+
+    async def admit(self, key: KeyRecord) -> None:
+        """Count a request of a key, in the process that counts for all.
+
+        Raises:
+            QuotaError: the key has none left, or its tokens are spent.
+            StageLostError: that process is gone.
+        """
+        if key.requests_per_minute is None and key.tokens_per_minute is None:
+            return
+        if self._link is None:
+            self.require_ready()
+            raise AssertionError("no stage stands without a link")
+        number = next(self._numbers)
+        admission = self._admissions[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._link.put("admit", number, key)
+            await admission
+        finally:
+            del self._admissions[number]
+
+    def take_tokens(self, key: KeyRecord, count: int) -> None:
+        """Count tokens that were computed for a key."""
+        if key.tokens_per_minute is not None and self._link is not None:
+            self._link.put("spend", key, count)

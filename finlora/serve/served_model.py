@@ -1,0 +1,125 @@
+"""The base that is served: its tokenizer and hashes, and stages for it as often as they are needed."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from finlora.config import Template
+from finlora.data.encode import end_token_id
+from finlora.engine.admission import Limits
+from finlora.engine.engine import EngineCore
+from finlora.engine.scheduler import Scheduler
+from finlora.model.base_files import read_base_files
+from finlora.precision import describe_type
+from finlora.serve.settings import ServeConfig
+from finlora.serve.stage_states import OpenCore, StageFacts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServedBase:
+    """What is known of a base without its weights."""
+
+    tokenizer: PreTrainedTokenizerFast
+    template: Template
+    template_date: str | None
+    """Day that the chat template writes into prompts to the base alone; an adapter's own may be another one."""
+    weights_hash: str
+    tokenizer_hash: str
+    end_token_id: int
+    max_tokens: int
+    """Longest prompt and answer together."""
+
+
+def read_base(config: ServeConfig) -> ServedBase:
+    """Find a base and read its tokenizer.
+
+    Raises:
+        ModelError: the base's files are not usable.
+    """
+    files = read_base_files(config.model)
+    context = int(files.source.config.max_position_embeddings)
+    longest = min(config.model.max_seq_len, context, config.stages.cache_rows)
+    return ServedBase(
+        tokenizer=files.tokenizer,
+        template=config.model.template,
+        template_date=files.template_date,
+        weights_hash=files.hash_weights(),
+        tokenizer_hash=files.hash_tokenizer(),
+        end_token_id=end_token_id(files.tokenizer, config.model.template),
+        max_tokens=longest,
+    )
+
+
+def open_pipeline(config: ServeConfig, base: ServedBase, holder: str = "a served model") -> OpenCore:
+    """Bring up all stages of a base as Ray actors; Ray must be connected.
+
+    Args:
+        holder: what others read who wait for these GPUs and cores.
+
+    Raises:
+        ResourceError: the cluster has too little, or others held it for too long.
+        ModelError: the base's files are not usable.
+    """
+    from finlora.inference.open_base import choose_in_flight, warm_up
+    from finlora.pipeline.pipeline import Pipeline, PipelineConfig
+
+    stages = config.stages
+    _logger.info("Computes in %s", describe_type(config.model, stages.device))
+    settings = PipelineConfig(
+        num_stages=stages.num,
+        cache_rows=stages.cache_rows,
+        device=stages.device,
+        gpus_per_stage=stages.gpus,
+        cpus_per_stage=stages.cpus,
+        keep_unpacked=stages.keep_unpacked,
+        transport=stages.transport,
+        wait_s=stages.wait_s,
+        holder=holder,
+    )
+    pipeline = Pipeline(config.model, config.bits, settings, config.seed)
+    in_flight = choose_in_flight(stages.num, stages.device, stages.gpus)
+
+    def describe() -> OpenCore:
+        if stages.device == "cuda":  # kernels are compiled and passes recorded before anybody waits for them
+            warm_up(pipeline, stages.cache_rows, config.limits.max_batch_tokens)
+        core = EngineCore(
+            pipeline, make_scheduler(config, base, in_flight, follows=pipeline.can_follow), base.tokenizer
+        )
+        core.adapters |= pipeline.adapters
+        facts = tuple(
+            StageFacts(
+                first_layer=span.start,
+                last_layer=span.stop - 1,
+                weights_gib=held["weights_gib"],
+                cache_gib=held["cache_gib"],
+            )
+            for span, held in zip(pipeline.spans, pipeline.stages, strict=True)
+        )
+        return OpenCore(core=core, stages=facts, check=pipeline.check, close=pipeline.close, repair=repair)
+
+    def repair() -> OpenCore:
+        dead = pipeline.repair()
+        _logger.warning("Started again alone: stage %s of %d", ", ".join(map(str, dead)), stages.num)
+        return describe()
+
+    return describe()
+
+
+def make_scheduler(config: ServeConfig, base: ServedBase, max_in_flight: int, *, follows: bool) -> Scheduler:
+    """Return a scheduler within the limits of a config."""
+    limits = Limits(
+        cache_rows=config.stages.cache_rows,
+        max_batch_tokens=config.limits.max_batch_tokens,
+        max_waiting=config.limits.max_waiting,
+        max_in_flight=max_in_flight,
+        follows=follows,
+    )
+    return Scheduler(limits, base.end_token_id, lambda: random.getrandbits(31))

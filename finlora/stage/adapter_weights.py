@@ -1,0 +1,205 @@
+"""LoRA adapters for the engine: many on one base, read from PEFT folders, each stage only its own layers.
+
+Shapes: rank r, in K, out N of a projection.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finlora.config import LLAMA_PROJECTIONS
+from finlora.configfile import show
+from finlora.errors import AdapterError
+from finlora.model.adapter_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    open_weights,
+    read_lora_settings,
+    require_finite,
+)
+from finlora.model.memory.shapes import LlamaShape
+
+PRODUCTS = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "out": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+"""Projections that are multiplied together, as finlora/model/layers/packed_layer.py joins them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """The low-rank update of one projection: scale * (x A^T) B^T, added to its columns of a product."""
+
+    columns: slice
+    down: Tensor
+    """A (r, K)."""
+    up: Tensor
+    """B (N, r)."""
+    scale: float
+
+
+Adapter = Mapping[tuple[int, str], list[Update]]
+"""(layer, product) -> its updates."""
+
+
+_MAX_GATHERED_ROWS = 64
+"""Rows up to which each fetches its own adapter's matrices; more of them multiply by all adapters' and keep their own's part."""
+
+
+class Bank:
+    """All adapters of a span side by side, so that each row of a pass can use another one, by its number.
+
+    Number 0 is the base alone. The tensors stay where they are until a further adapter does not fit: recorded passes read them.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: dict[str | None, int] = {None: 0}
+        self._pairs: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._room = 2
+
+    def add(self, name: str, adapter: Adapter, num_out: Mapping[str, int]) -> bool:
+        """Take an adapter in; returns whether tensors had to move.
+
+        Args:
+            num_out: columns of each product.
+        """
+        number = next(n for n in range(self._room + 1) if n not in self.numbers.values())
+        self.numbers[name] = number  # first, so that `remove` clears what a failure leaves
+        has_moved = number == self._room
+        self._room *= 2 if has_moved else 1
+        # Also of products that this adapter leaves alone: its rows look there too.
+        for key, (downs, ups) in self._pairs.items():
+            if len(downs) < self._room:
+                self._pairs[key], has_moved = self._grow((downs, ups), downs[0], ups[0]), True
+        for (layer, product), updates in adapter.items():
+            down = torch.cat([update.down for update in updates])
+            up = down.new_zeros(len(down), num_out[product])
+            start = 0
+            for update in updates:
+                size = len(update.down)
+                up[start : start + size, update.columns] = (update.up * update.scale).t()
+                start += size
+            pair = self._pairs.get((layer, product))
+            if pair is None or pair[0].shape[1] < len(down):
+                pair, has_moved = self._grow(pair, down, up), True
+                self._pairs[layer, product] = pair
+            pair[0][number, : len(down)], pair[1][number, : len(down)] = down, up
+        return has_moved
+
+    def remove(self, name: str) -> None:
+        number = self.numbers.pop(name)
+        for down, up in self._pairs.values():
+            down[number : number + 1].zero_()  # none where the tensors had not grown yet
+            up[number : number + 1].zero_()
+
+    def touches(self, layer: int, product: str) -> bool:
+        """Return whether any adapter has changed a product since the bank was made."""
+        return (layer, product) in self._pairs
+
+    def apply(self, out: Tensor, x: Tensor, numbers: Tensor, layer: int, product: str) -> Tensor:
+        """Add each row's own update to a product. Shapes: out (T, N), x (T, K), numbers (T,) -> out."""
+        pair = self._pairs.get((layer, product))
+        if pair is None:
+            return out
+        downs, ups = pair
+        if len(x) <= _MAX_GATHERED_ROWS:
+            low = torch.bmm(downs[numbers], x[..., None])
+            return out + torch.bmm(low.transpose(1, 2), ups[numbers])[:, 0]
+        low = (x @ downs.flatten(0, 1).t()).view(len(x), *downs.shape[:2])
+        is_own = numbers[:, None, None] == torch.arange(len(downs), device=x.device)[None, :, None]
+        # Not times 0: what another's update makes of a row need not be finite.
+        return out.addmm_(torch.where(is_own, low, 0).flatten(1), ups.flatten(0, 1))
+
+    def _grow(self, pair: tuple[Tensor, Tensor] | None, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Return zeros with room for all numbers and ranks, holding what was there."""
+        rank = max(len(down), 0 if pair is None else pair[0].shape[1])
+        downs, ups = (tensor.new_zeros(self._room, rank, tensor.shape[1]) for tensor in (down, up))
+        if pair is not None:
+            count, old_rank = pair[0].shape[:2]
+            downs[:count, :old_rank], ups[:count, :old_rank] = pair
+        return downs, ups
+
+
+def hash_adapter(folder: Path) -> str:
+    """Return 16 hex digits over an adapter's weights and settings.
+
+    Raises:
+        AdapterError: one of them is missing.
+    """
+    digest = hashlib.sha256()
+    try:
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            if (folder / name).exists() and not (folder / name).is_file():  # reading a pipe would not end
+                raise AdapterError(f"{folder / name} is no regular file: copy the adapter's own files.")
+            with (folder / name).open("rb") as stream:
+                hashlib.file_digest(stream, lambda: digest)
+    except OSError as error:
+        raise AdapterError(
+            f"{error.filename} is missing or cannot be read ({error.strerror}): expected an adapter folder as `finlora train` "
+            "writes it."
+        ) from error
+    return digest.hexdigest()[:16]
+
+
+def read_adapter(folder: Path, shape: LlamaShape, span: range, dtype: torch.dtype, device: torch.device) -> Adapter:
+    """Read an adapter's tensors for a span of layers.
+
+    Raises:
+        AdapterError: files are missing, it is no plain LoRA that fits a model of that shape, or not all numbers are finite.
+    """
+    settings = read_lora_settings(folder)
+    adapter: dict[tuple[int, str], list[Update]] = {}
+    with open_weights(folder, settings) as (file, shapes):
+        places = _find_places(folder, shapes, shape)  # of all layers, so that all stages refuse what one refuses
+        for (layer, product), columns, pair in places:
+            if layer in span:
+                down, up = (file.get_tensor(name) for name in pair)
+                for name, tensor in zip(pair, (down, up), strict=True):
+                    require_finite(tensor, folder, name)
+                update = Update(columns, down.to(device, dtype), up.to(device, dtype), settings.scale)
+                adapter.setdefault((layer, product), []).append(update)
+    return adapter
+
+
+def _find_places(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], shape: LlamaShape
+) -> list[tuple[tuple[int, str], slice, list[str]]]:
+    """Return layer and product, columns, and the names of A and B of each update.
+
+    Raises:
+        AdapterError: a tensor has no place in the base, or another shape than its place.
+    """
+    places = []
+    names = set(shapes)
+    for layer in range(shape.num_layers):
+        for product, targets in PRODUCTS.items():
+            start = 0
+            for target in targets:
+                num_out, num_in = shape.projection(target)
+                block = "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+                prefix = f"base_model.model.model.layers.{layer}.{block}.{target}"
+                pair = [f"{prefix}.lora_{part}.weight" for part in "AB"]
+                if names.issuperset(pair):
+                    names.difference_update(pair)
+                    down, up = (shapes[name] for name in pair)
+                    if down[1] != num_in or up[0] != num_out:
+                        raise AdapterError(
+                            f"{folder} has {prefix} as {list(up)} x {list(down)}, the base's is "
+                            f"{num_out} x {num_in}: it was made for another base."
+                        )
+                    places.append(((layer, product), slice(start, start + num_out), pair))
+                start += num_out
+    if names:
+        raise AdapterError(
+            f"{folder} has {len(names)} tensors that no layer of the base takes, such as {show(min(names))[1:-1]}: expected "
+            f"LoRA pairs on {', '.join(LLAMA_PROJECTIONS)}."
+        )
+    return places

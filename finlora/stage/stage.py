@@ -1,0 +1,293 @@
+"""A span of decoder layers with its part of the KV cache: one stage of the pipeline, or the whole model.
+
+Shapes: T rows of a micro-batch, R rows of the cache, S keys that its segments see, H hidden, h heads, g key-value heads of
+width d, N wanted rows, V vocabulary. For inference only: nothing is kept for a backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finlora.engine.micro_batch import MicroBatch
+from finlora.errors import AdapterError
+from finlora.model.kernels import launch
+from finlora.model.layers.attention import can_attend_alone, can_flash
+from finlora.model.layers.cached_attention import attend_cache, attend_tails, write_cache
+from finlora.model.layers.elementwise import gate, normalise
+from finlora.model.layers.frozen_linear import MAX_FEW_ROWS, multiply_gated
+from finlora.model.layers.packed_model import read_layer
+from finlora.model.memory.peak import measure_peak_gib
+from finlora.model.memory.shapes import shape_of
+from finlora.stage.adapter_weights import PRODUCTS, Adapter, Bank, read_adapter
+from finlora.stage.batch_attention import Attend, make_attention, narrow
+from finlora.stage.decode_graphs import Begin, RecordedPasses, Rows
+from finlora.stage.sampling import Unread, choice_log_probs, sample
+from finlora.stage.upload import fill_drawn, upload
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapt:
+    """What adapters do to the products of a pass."""
+
+    add: Callable[[Tensor, Tensor, int, str], Tensor]
+    """(product, its input, layer of the span, product's name) -> product with the adapters' updates."""
+    touches: Callable[[int, str], bool]
+    """(layer of the span, product's name) -> whether there are any."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """Rows whose last hidden states are wanted: behind the keys and values of the last layer, no other row is computed."""
+
+    rows: Tensor
+    attend_keys: Attend
+    adapt: _Adapt
+
+
+class Stage:
+    """Runs micro-batches through its layers, in the order in which they come.
+
+    Args:
+        net: transformers' model, of which only the span's parameters are there (`load_base`); it is taken over.
+        span: its decoder layers.
+        num_rows: R.
+        dtype: type of activations and cache.
+        keep_unpacked: hold a 4-bit base unpacked: four times the memory, and no unpacking at each product.
+    """
+
+    def __init__(
+        self, net: Any, span: range, num_rows: int, dtype: torch.dtype, *, keep_unpacked: bool = False
+    ) -> None:
+        config = net.config
+        self.net, self.span, self.dtype = net, span, dtype
+        self.layers = []
+        for index in span:
+            self.layers.append(read_layer(net.model.layers[index], config, dtype, keep_unpacked, consumes=True))
+            if (
+                torch.cuda.is_initialized()
+            ):  # what weights lay in before fits no other layer's, and others share the GPU
+                torch.cuda.empty_cache()
+        self.device = self.layers[0].first_norm.device
+        self.is_first, self.is_last = span.start == 0, span.stop == config.num_hidden_layers
+        self.adapters: dict[str, Adapter] = {}
+        self.bank = Bank()
+        _, num_groups, width = self.layers[0].heads
+        # One row more, for rows that only fill up a recorded pass.
+        self.cache = torch.zeros(len(span), 2, num_rows + 1, num_groups, width, dtype=dtype, device=self.device)
+        # Its type and width are those of queries.
+        self._flashes, self._goes_alone = can_flash(self.cache), can_attend_alone(self.cache)
+        self.passes = RecordedPasses(self._run_rows, num_rows, self.device, fills=self._flashes)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.cache.numel() * self.cache.element_size()
+
+    def peak_memory_gib(self) -> float:
+        """Return the most memory that the stage's process took since the base was loaded, loading included, in GiB."""
+        return measure_peak_gib(self.device)
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Read an adapter's updates of this span.
+
+        Raises:
+            AdapterError: the folder holds no adapter that fits, or memory has no room for it; nothing changes then.
+        """
+        shape = shape_of(self.net.config.to_dict())
+        adapter = read_adapter(folder, shape, self.span, self.dtype, self.device)
+        sizes = {name: sum(shape.projection(part)[0] for part in parts) for name, parts in PRODUCTS.items()}
+        try:
+            has_moved = self.bank.add(name, adapter, sizes)
+        except torch.OutOfMemoryError as error:
+            self.bank.remove(name)
+            self.passes.forget()  # some tensors may have moved
+            raise AdapterError(
+                f"{folder} does not fit into the memory that is left on {self.device} ({error}): hold fewer adapters at once "
+                "(max_adapters), or a smaller KV cache."
+            ) from error
+        if has_moved:
+            self.passes.forget()
+        self.adapters[name] = adapter
+
+    def unload_adapter(self, name: str) -> None:
+        """Drop an adapter where it is there."""
+        if self.adapters.pop(name, None) is not None:
+            self.bank.remove(name)
+
+    def clear_cache(self) -> None:
+        """Forget every row, in place: recorded passes write there."""
+        self.cache.zero_()
+
+    @torch.inference_mode()
+    def run(self, batch: MicroBatch, hidden: Tensor | None, begin: Begin = lambda: None) -> Tensor | Unread:
+        """Compute a micro-batch.
+
+        Args:
+            hidden: (T, H) from the stage before; None at the first stage.
+            begin: called when the host has laid out the work.
+
+        Returns:
+            (T, H) for the next stage; from the last one, what the micro-batch asks for.
+        """
+        self._copy_rows(batch)
+        wanted = None
+        if self.is_last:
+            wanted = sorted({draw.row for draw in batch.draws} | {score.row for score in batch.scores})
+        taken = self.passes.take(batch)
+        if taken is None:
+            result = self.forward(batch, hidden, wanted, begin())
+        else:
+            result = self.passes.run(batch, taken, hidden, self.bank.numbers, begin)
+        if wanted is None:
+            return result
+        if not wanted:
+            return self._finish(batch, (), result.new_empty(0, 1).float())
+        if taken is not None and taken.form.is_decode:
+            return self._finish(batch, range(batch.num_rows), result)
+        states = result if taken is None else result[self._ids(wanted)]
+        return self._finish(batch, wanted, self.compute_logits(states))
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        batch: MicroBatch,
+        hidden: Tensor | None,
+        wanted: Sequence[int] | None = None,
+        drawn: Tensor | None = None,
+    ) -> Tensor:
+        """Return the hidden states (T, H) behind the span's last layer, and fill the cache.
+
+        Args:
+            wanted: rows, in ascending order, whose states are returned, (N, H); None: all.
+            drawn: tokens that the micro-batch follows.
+        """
+        ids, positions, slots = (self._ids(numbers) for numbers in (batch.input_ids, batch.positions, batch.slots))
+        if drawn is not None:
+            fill_drawn(ids, drawn)
+        few = None
+        if wanted is not None:
+            segments, adapters = narrow(batch, wanted)
+            attend_few = make_attention(segments, self.device, flashes=self._flashes)
+            few = _Wanted(self._ids(wanted), attend_few, self._make_adapt(adapters))
+        attend_keys = make_attention(batch.segments, self.device, flashes=self._flashes, goes_alone=self._goes_alone)
+        adapt = self._make_adapt(batch.adapters)
+        return self._run_layers(ids, positions, slots, hidden, attend_keys, adapt, few)
+
+    @torch.inference_mode()
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits. Shapes: (N, H) -> (N, V)."""
+        norm = self.net.model.norm
+        normed = self._norm(hidden, norm.weight.to(self.dtype), norm.variance_epsilon)
+        logits: Tensor = (normed @ self.net.lm_head.weight.to(self.dtype).t()).float()
+        return logits
+
+    def _run_rows(self, rows: Rows, hidden: Tensor | None) -> Tensor:
+        """Compute a pass that can be recorded; returns hidden states, or where the last stage decodes, logits."""
+        form = rows.form
+
+        def attend_keys(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            output, _ = attend_cache(query, keys, values, rows.places)
+            return attend_tails(output, query, keys, values, rows.tails) if form.num_tails else output
+
+        def add(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
+            return self.bank.apply(out, x, rows.adapters, self.span[index], product) if form.has_adapters else out
+
+        def touches(index: int, product: str) -> bool:
+            return form.has_adapters and self.bank.touches(self.span[index], product)
+
+        x = self._run_layers(rows.ids, rows.positions, rows.slots, hidden, attend_keys, _Adapt(add, touches))
+        return self.compute_logits(x) if self.is_last and form.is_decode else x
+
+    def _norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if launch.takes_kernels(x) and len(x) <= MAX_FEW_ROWS:
+            from finlora.model.kernels.rms_norm import norm_rows
+
+            return norm_rows(x, weight, eps)
+        return normalise(x, weight, eps)
+
+    def _copy_rows(self, batch: MicroBatch) -> None:
+        """Copy the cache rows of beginnings that requests share, all at once."""
+        if not batch.copies:
+            return
+        origins: dict[int, int] = {}  # of rows that are overwritten: each copy reads what those before it have left
+        for source, target, count in batch.copies:
+            read = [origins.get(row, row) for row in range(source, source + count)]
+            origins.update(zip(range(target, target + count), read, strict=True))
+        targets, sources = self._ids([*origins]), self._ids([*origins.values()])
+        # Keys, or values, of one layer at a time: whole rows are copied many times faster.
+        for rows in self.cache.flatten(0, 1):
+            rows.index_copy_(0, targets, rows.index_select(0, sources))
+
+    def _run_layers(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        hidden: Tensor | None,
+        attend_keys: Attend,
+        adapt: _Adapt,
+        wanted: _Wanted | None = None,
+    ) -> Tensor:
+        if self.is_first:
+            hidden = self.net.model.embed_tokens(ids).to(self.dtype)
+        assert hidden is not None, "stages after the first get hidden states"
+        x = hidden.to(self.device)
+        cosine, sine = (table[0] for table in self.net.model.rotary_emb(x, positions[None]))
+        for index, layer in enumerate(self.layers):
+            *_, width = layer.heads
+            normed = self._norm(x, layer.first_norm, layer.eps)
+            qkv = adapt.add(layer.qkv.forward(normed), normed, index, "qkv").view(len(x), -1, width)
+            keys, values = self.cache[index]
+            query = write_cache(qkv, cosine, sine, slots, keys, values)
+            if wanted is not None and index == len(self.layers) - 1:
+                x, query, attend_keys, adapt = x[wanted.rows], query[wanted.rows], wanted.attend_keys, wanted.adapt
+                if not len(x):
+                    break
+            attended = attend_keys(query, keys, values).flatten(1)
+            y = adapt.add(layer.out.forward(attended, x), attended, index, "out")
+            normed = self._norm(y, layer.second_norm, layer.eps)
+            if adapt.touches(index, "gate_up"):
+                inner = gate(adapt.add(layer.gate_up.forward(normed), normed, index, "gate_up"))
+            else:
+                inner = multiply_gated(layer.gate_up, normed)
+            x = adapt.add(layer.down.forward(inner, y), inner, index, "down")
+        return x
+
+    def _make_adapt(self, adapters: Sequence[tuple[str | None, int]]) -> _Adapt:
+        """Return what adds the updates of each adapter to its own rows of a product, in place.
+
+        Args:
+            adapters: (name, rows) in the order of the rows.
+        """
+
+        def add(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
+            start = 0
+            for name, num_rows in adapters:
+                rows = slice(start, start + num_rows)
+                start += num_rows
+                if name is None or not num_rows:
+                    continue
+                for update in self.adapters[name].get((self.span[index], product), ()):
+                    out[rows, update.columns].addmm_(x[rows] @ update.down.t(), update.up.t(), alpha=update.scale)
+            return out
+
+        def touches(index: int, product: str) -> bool:
+            return any(name is not None and (self.span[index], product) in self.adapters[name] for name, _ in adapters)
+
+        return _Adapt(add, touches)
+
+    def _finish(self, batch: MicroBatch, rows: Sequence[int], logits: Tensor) -> Unread:
+        """Return what the micro-batch asks for, from the logits (N, V) of some of its rows."""
+        places = {row: place for place, row in enumerate(rows)}
+        drawn = logits[self._ids([places[draw.row] for draw in batch.draws])] if batch.draws else logits[:0]
+        scored = logits[self._ids([places[score.row] for score in batch.scores])] if batch.scores else logits[:0]
+        targets = self._ids([score.token for score in batch.scores])
+        return Unread(batch.number, *sample(drawn, batch.draws), choice_log_probs(scored, targets))
+
+    def _ids(self, numbers: Sequence[int]) -> Tensor:
+        return upload(numbers, self.device)

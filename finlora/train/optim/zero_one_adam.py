@@ -1,0 +1,328 @@
+"""0/1 Adam: Adam that exchanges one bit an element at few steps, for data-parallel training over slow links.
+
+Source: Lu, Li, Zhang, De Sa, He 2022, arXiv:2202.06009, Algorithm 1. Worker i, step t from 1, g_i the local gradient:
+
+    m_i <- b1 m_i + (1 - b1) g_i;   x_i <- x_i - r_t m_i / D;   u_i <- u_i + r_t m_i           every step
+    t in T_u:  U = 1bit-AllReduce(u_i);  m_i <- U / sum of r since t';  x_i <- x_t' - U / D;  u_i <- 0;  t' <- t
+    t in T_v:  G = AllReduce(g_i);  v <- b2 v + (1 - b2) G^2
+
+Checked against the restatement in github.com/junaidaliop/zij, canon/math/01adam.md (commit 00728ec), and the authors' code
+and tutorial (DeepSpeed 0.19.6, runtime/fp16/onebit/zoadam.py). Deviations, each with its reason:
+ 1. x and u take the momentum that already holds g_i, as the authors' code does; with the older one, as stated, no gradient
+    would ever reach x while every step synchronises. The sum of r covers u's steps, not step t' once more, as in that code.
+ 2. r_t = lr / (1 - b1^t), and v is divided by 1 - b2^(number of its updates): Adam's bias corrections. The paper and that
+    code have none: steps grow to 6.6 times Adam's (at step 12) and stay 1 / sqrt(1 - b2^n) times where v freezes after n
+    updates. D = sqrt(v) + eps, as in Adam.
+ 3. v is updated before x moves, as in Adam and that code. T_v ends before local steps begin, so D is constant in them.
+ 4. At t in T_v the exact mean gradient G is on every rank, so m and x take it and the 1-bit exchange is left out, as in
+    that code. Ranks are then equal by construction, and the first steps are plain Adam.
+ 5. The 1-bit exchange runs on u / D, the update, not on u. One scale then serves coordinates whose gradients differ by
+    orders of magnitude (LoRA's A and B); a sign times mean |u| over a small D would throw the small ones far away. That
+    code sends g until T_v ends, then u, and clears the errors between; here they are kept.
+ 6. The scale is a mean over 512 elements of one parameter: 1.06 bits an element; there, a parameter's root mean square.
+ 7. Off T_v, v is at least (1 - b2) times its mean over the block, which is what one gradient of typical size leaves
+    there; where v is 0 it is the mean itself. A frozen v cannot grow: without, such a coordinate's next gradient explodes.
+ 8. Off T_v, |m| / D is held within max(1, (1 - b1) / sqrt(1 - b2)), Adam's own bound of a step in units of the learning
+    rate (Kingma and Ba, arXiv:1412.6980, section 2.1), also after m was recovered from U. A frozen v breaks it: on TFNS
+    m / D grew to 640 in a few coordinates, and their compression errors drowned the 511 that share a scale with each.
+ 9. T_v and T_u are scaled to the run's length: `Schedule`.
+10. Decoupled weight decay, on x between and on x_t' at synchronisations. A step with lr = 0 off T_v changes nothing.
+11. Gradients are clipped here, where the method needs no round for it: the exact mean in T_v, as AdamW's is, and each rank's
+    own elsewhere.
+12. One rank: nothing is sent, so nothing is compressed; all else is the same, and every gradient counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from finlora.errors import CheckpointError, ConfigError
+from finlora.train.optim.onebit import FlatLayout, OneBitExchange, Schedule, floor_by_block, rank_and_world_size
+from finlora.train.optim.traffic import WireClock
+
+BLOCK_SIZE = 512
+_COUNTS = ("_num_variance_updates", "_steps_since_sync", "_rate_sum", "_decay")
+_EXCHANGE_COUNTS = ("bytes_sent", "num_compressed", "num_exact")
+
+
+class ZeroOneAdam(torch.optim.Optimizer):
+    """0/1 Adam over one flat float32 vector of all parameters. See the module for the equations.
+
+    It does all communication itself: gradients must arrive local, not averaged; every rank must call `step` and
+    `synchronise` in the same order. bfloat16 parameters get a float32 master copy, float32 ones do not. The first `step`
+    takes rank 0's weights for all.
+
+    Args:
+        params: parameters, or exactly one group of them, all on one device.
+        lr: step size; read anew from param_groups[0]["lr"] at each step, so that any scheduler works.
+        total_steps: optimiser steps of the whole run, to which the schedules are scaled.
+        freeze_ratio: share of total_steps after which the variance is frozen for good.
+        max_local_steps: longest gap between two synchronisations, in steps.
+        max_grad_norm: gradients are scaled down to this norm; 0: never.
+        process_group: None means the default group, or one rank when torch.distributed is not initialised.
+        block_size: elements that share a scale, a multiple of 8.
+        clock: sums the seconds of communication; None: nobody counts them.
+
+    Raises:
+        ConfigError: a schedule that makes no sense, a second parameter group, or parameters on several devices.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        total_steps: int,
+        freeze_ratio: float,
+        max_local_steps: int,
+        max_grad_norm: float = 0.0,
+        process_group: dist.ProcessGroup | None = None,
+        block_size: int = BLOCK_SIZE,
+        clock: WireClock | None = None,
+    ) -> None:
+        self.schedule = Schedule.from_ratio(total_steps, freeze_ratio, max_local_steps)
+        if block_size < 8 or block_size % 8:
+            raise ConfigError(
+                f"ZeroOneAdam: block_size={block_size}: expected a multiple of 8, so that signs fill bytes"
+            )
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        if len({parameter.device for parameter in self._parameters()}) != 1:
+            raise ConfigError("ZeroOneAdam: parameters lie on several devices, expected one: move them together first")
+        self._block_size, self._process_group, self._clock = block_size, process_group, clock
+        self._max_grad_norm = max_grad_norm
+        self._step = self._num_variance_updates = self._steps_since_sync = 0
+        self._rate_sum, self._decay = 0.0, 1.0
+        # Made at the first step: DeepSpeed may move and broadcast the weights after it was given the optimiser.
+        self._buffers: dict[str, Tensor] = {}
+        self._exchange: OneBitExchange | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Take the one group of parameters.
+
+        Raises:
+            ConfigError: a second group; one flat vector has one learning rate and one weight decay.
+        """
+        if self.param_groups:
+            raise ConfigError("ZeroOneAdam: found a second parameter group, expected one: pass all parameters together")
+        super().add_param_group(param_group)
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether all ranks hold the same weights now; the only moment to write a checkpoint of the model."""
+        return self._steps_since_sync == 0
+
+    @property
+    def num_syncs(self) -> int:
+        """Rounds of communication so far, exact and 1-bit together; 0 with one rank."""
+        return self._exchange.num_exact + self._exchange.num_compressed if self._exchange else 0
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes this rank sent: num_exact * 2 (n-1)/n 4 N + num_compressed * 2 (n-1)/n (N / 8 + 4 N / B), N padded."""
+        return self._exchange.bytes_sent if self._exchange else 0
+
+    @property
+    def bytes_adam(self) -> int:
+        """Bytes that a ring all-reduce of the gradients, in the parameters' types, would have sent over the same steps."""
+        n, parameters = rank_and_world_size(self._process_group)[1], self._parameters()
+        return self._step * 2 * (n - 1) * sum(p.numel() * p.element_size() for p in parameters) // n
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take one step with the local gradients; a missing gradient counts as 0. Returns what closure returns."""
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        if self._exchange is None:
+            self._allocate()
+            # The method needs x_0 equal on all ranks.
+            if self._exchange is not None and self._exchange.world_size > 1:
+                dist.broadcast(self._buffers["last_synced"], group=self._process_group, group_src=0)
+            self._write_weights(self._buffers["last_synced"])
+        self._step += 1
+        gradient = self._layout.gather(parameter.grad for parameter in self._parameters())
+        if self.schedule.is_variance_step(self._step):
+            self._step_exact(gradient)
+        else:
+            self._step_local(gradient)
+        if self._steps_since_sync >= self.schedule.sync_interval(self._step):
+            self.synchronise()
+        return loss
+
+    @torch.no_grad()
+    def synchronise(self) -> None:
+        """Make the weights equal on all ranks, as at t in T_u. Collective; does nothing where they are equal already."""
+        if self.is_synchronised or self._exchange is None:
+            return
+        buffers, denominator = self._buffers, self._denominator(is_floored=True)
+        update = self._exchange.average(buffers["u"] / denominator)
+        buffers["m"] = update * denominator / self._rate_sum
+        self._bound_momentum(denominator)
+        buffers["last_synced"].mul_(self._decay).sub_(update)
+        buffers["u"].zero_()
+        self._write_weights(buffers["last_synced"])
+        self._steps_since_sync, self._rate_sum, self._decay = 0, 0.0, 1.0
+
+    def _step_exact(self, gradient: Tensor) -> None:
+        """A step of T_v: Adam with the exact mean gradient, the same on every rank."""
+        assert self._exchange is not None and self.is_synchronised, "T_v ends before local steps begin"  # noqa: PT018
+        (beta1, beta2), buffers = self._group()["betas"], self._buffers
+        mean = self._clip(self._exchange.average_exact(gradient))
+        self._num_variance_updates += 1
+        buffers["m"].mul_(beta1).add_(mean, alpha=1 - beta1)
+        buffers["v"].mul_(beta2).addcmul_(mean, mean, value=1 - beta2)
+        rate, decay = self._rate_and_decay()
+        weights = buffers["last_synced"].mul_(decay)
+        weights.addcdiv_(buffers["m"], self._denominator(is_floored=False), value=-rate)
+        self._write_weights(weights)
+
+    def _step_local(self, gradient: Tensor) -> None:
+        """A step off T_v: only this rank's weights, momentum and u move."""
+        rate, decay = self._rate_and_decay()
+        if rate == 0:
+            return  # The momentum recovered from u would be 0 / 0, and unequal momenta would meet a step of T_v.
+        beta1, buffers = self._group()["betas"][0], self._buffers
+        denominator = self._denominator(is_floored=True)
+        buffers["m"].mul_(beta1).add_(self._clip(gradient), alpha=1 - beta1)
+        self._bound_momentum(denominator)
+        weights = self._read_weights().mul_(decay)
+        weights.addcdiv_(buffers["m"], denominator, value=-rate)
+        buffers["u"].add_(buffers["m"], alpha=rate)
+        self._write_weights(weights)
+        self._rate_sum += rate
+        self._decay *= decay
+        self._steps_since_sync += 1
+
+    def _bound_momentum(self, denominator: Tensor) -> None:
+        """Deviation 8."""
+        beta1, beta2 = self._group()["betas"]
+        limit = denominator * max(1.0, (1 - beta1) / (1 - beta2) ** 0.5)
+        torch.clamp(self._buffers["m"], -limit, limit, out=self._buffers["m"])
+
+    def _clip(self, gradient: Tensor) -> Tensor:
+        """Deviation 11."""
+        if self._max_grad_norm == 0:
+            return gradient
+        return gradient.mul((self._max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0))
+
+    def _rate_and_decay(self) -> tuple[float, float]:
+        group = self._group()
+        return group["lr"] / (1 - group["betas"][0] ** self._step), 1 - group["lr"] * group["weight_decay"]
+
+    def _denominator(self, *, is_floored: bool) -> Tensor:
+        """D = sqrt(v / (1 - b2^updates)) + eps, with the floor of deviation 7 where v does not see the gradient."""
+        beta2 = self._group()["betas"][1]
+        v = self._buffers["v"] / (1 - beta2**self._num_variance_updates)
+        if is_floored:
+            v = floor_by_block(v, 1 - beta2, self._layout.is_real, self._block_size)
+        denominator: Tensor = v.sqrt_().add_(self._group()["eps"])
+        return denominator
+
+    def _group(self) -> dict[str, Any]:
+        return self.param_groups[0]
+
+    def _parameters(self) -> list[Tensor]:
+        parameters: list[Tensor] = self._group()["params"]
+        return parameters
+
+    def _read_weights(self) -> Tensor:
+        return self._buffers["master"] if "master" in self._buffers else self._layout.gather(self._parameters())
+
+    def _write_weights(self, flat: Tensor) -> None:
+        if "master" in self._buffers:
+            self._buffers["master"].copy_(flat)
+        self._layout.scatter(flat)
+
+    def _allocate(self) -> None:
+        _, world_size = rank_and_world_size(self._process_group)
+        self._layout = FlatLayout(self._parameters(), self._block_size, world_size)
+        self._exchange = OneBitExchange(self._layout.is_real, self._block_size, self._process_group, self._clock)
+        weights = self._layout.gather(self._parameters())
+        self._buffers = {name: torch.zeros_like(weights) for name in ("m", "v", "u")} | {"last_synced": weights}
+        if any(parameter.dtype != torch.float32 for parameter in self._parameters()):
+            self._buffers["master"] = weights.clone()
+
+    def _fingerprint(self) -> dict[str, int]:
+        """What must be equal for a saved state to be continued."""
+        rank, world_size = rank_and_world_size(self._process_group)
+        return {
+            "world_size": world_size,
+            "rank": rank,
+            "num_elements": sum(parameter.numel() for parameter in self._parameters()),
+            "block_size": self._block_size,
+            "total_steps": self.schedule.total_steps,
+            "freeze_steps": self.schedule.freeze_steps,
+            "max_local_steps": self.schedule.max_local_steps,
+        }
+
+    @torch.no_grad()
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's whole state, weights included. Every rank saves and loads its own; tensors are references."""
+        state: dict[str, Any] = {"fingerprint": self._fingerprint(), "step": self._step}
+        if self._exchange is not None:
+            errors = {"worker_error": self._exchange.worker_error, "server_error": self._exchange.server_error}
+            buffers = {name: tensor for name, tensor in self._buffers.items() if name != "master"}
+            state["tensors"] = buffers | errors | {"weights": self._read_weights()}
+            state["exchange"] = {name: getattr(self._exchange, name) for name in _EXCHANGE_COUNTS}
+            state["counts"] = {name: getattr(self, name) for name in _COUNTS}
+        return {**super().state_dict(), STATE_KEY: state}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue bit for bit where this rank's `state_dict` was taken, the parameters' values included.
+
+        Raises:
+            CheckpointError: the state is another optimiser's or rank's, or of another world size, model or schedule.
+        """
+        state = take_own_state(state_dict, self._fingerprint())
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != STATE_KEY})
+        self._step, self._buffers, self._exchange = state["step"], {}, None
+        if "tensors" not in state:
+            return
+        self._allocate()
+        assert self._exchange is not None
+        device = self._parameters()[0].device
+        tensors = {name: tensor.to(device, copy=True) for name, tensor in state["tensors"].items()}
+        self._write_weights(tensors.pop("weights"))
+        self._exchange.worker_error = tensors.pop("worker_error")
+        self._exchange.server_error = tensors.pop("server_error")
+        self._buffers |= tensors
+        for owner, counts in ((self._exchange, state["exchange"]), (self, state["counts"])):
+            for name, value in counts.items():
+                setattr(owner, name, value)
+
+
+STATE_KEY = "zero_one_adam"
+"""Entry of the optimiser's state_dict."""
+
+
+def take_own_state(state_dict: Mapping[str, Any], expected: Mapping[str, int]) -> dict[str, Any]:
+    """Return the entry of 0/1 Adam.
+
+    Args:
+        expected: the fingerprint of the optimiser that goes on.
+
+    Raises:
+        CheckpointError: the state is another optimiser's or rank's, or of another world size, model or schedule.
+    """
+    state: dict[str, Any] | None = state_dict.get(STATE_KEY)
+    if state is None:
+        raise CheckpointError(
+            f"found an optimiser state without {STATE_KEY!r}, expected one that 0/1 Adam saved: "
+            "set optim.name to the optimiser that wrote the checkpoint, or start a new run"
+        )
+    saved = state["fingerprint"]
+    differences = [f"{k} {saved.get(k)}, expected {v}" for k, v in expected.items() if saved.get(k) != v]
+    if differences:
+        raise CheckpointError(
+            f"found a 0/1 Adam state with {'; '.join(differences)}: error buffers and local weights belong to one rank "
+            "of one run; resume with the same workers and settings, or start a new run from the exported adapter"
+        )
+    return state

@@ -1,0 +1,82 @@
+"""Where the numbers of a running training go: the run folder, TensorBoard, and whoever publishes metrics. No Ray here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from finlora.train.optim.traffic import Wire
+from finlora.train.run.progress import append_progress
+from finlora.train.run.run_folder import RunFolder
+from finlora.train.steps.loop import Progress
+
+PUBLISHED = {
+    "loss": "Mean cross entropy per answer token, over all workers and the steps since the last record.",
+    "learning_rate": "Learning rate of the last step.",
+    "tokens_per_second": "Tokens trained per second by all workers, padding not counted.",
+    "examples_per_second": "Examples trained per second by all workers.",
+    "memory_gib": "Peak GPU memory of this worker, in GiB; on a CPU its resident memory.",
+    "step": "Optimiser steps done.",
+}
+"""Names and texts of a worker's metrics."""
+
+
+class Recorder:
+    """Sends each Progress to the run folder and TensorBoard (worker 0) and to `publish` (all workers).
+
+    Args:
+        num_workers: world size; memory and traffic of all workers are shared in one small exchange.
+        read_wire: returns what this worker has sent so far.
+        publish: takes this worker's own numbers, named as in PUBLISHED.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        worker: int,
+        num_workers: int,
+        read_wire: Callable[[], Wire],
+        publish: Callable[[dict[str, float]], None],
+    ) -> None:
+        self.folder, self.worker, self.num_workers = folder, worker, num_workers
+        self.read_wire, self.publish = read_wire, publish
+        self.metrics: dict[str, Any] = {}
+        self.writer: Any = None
+        if worker == 0:
+            from tensorboardX import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder.root / "tensorboard"))
+
+    def __call__(self, progress: Progress) -> None:
+        values = dataclasses.asdict(progress)
+        self.publish({name: values[name] for name in PUBLISHED})
+        wire = dataclasses.asdict(self.read_wire())
+        shared = torch.zeros(self.num_workers, 1 + len(wire), dtype=torch.float64)
+        shared[self.worker] = torch.tensor([progress.memory_gib, *wire.values()], dtype=torch.float64)
+        if torch.distributed.get_backend() == "nccl":
+            shared = shared.cuda()
+        memory, *columns = reduce_sum(shared).T.tolist()
+        self.metrics = values | {
+            "memory_gib": sum(memory),
+            "wire": [
+                {name: type(wire[name])(value) for name, value in zip(wire, row, strict=True)}
+                for row in zip(*columns, strict=True)
+            ],
+        }
+        if self.worker == 0:
+            append_progress(self.folder, dataclasses.replace(progress, memory_gib=self.metrics["memory_gib"]))
+            for name in PUBLISHED:
+                self.writer.add_scalar(f"train/{name}", self.metrics[name], progress.step)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all workers in place and return it."""
+    torch.distributed.all_reduce(values)
+    return values

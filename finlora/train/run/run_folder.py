@@ -1,0 +1,311 @@
+"""The folder of one training run and what must hold before any GPU is taken. No Ray here.
+
+Layout of OUTPUT_DIR/NAME:
+    config.yaml        the resolved config: alone it reruns the run
+    progress.jsonl     one Progress a line, appended by worker 0
+    step               steps done and steps in all, at most 5 s old while the workers train
+    tensorboard/       the same numbers as TensorBoard events
+    plan.txt           how the workers train, and the memory they need by forecast
+    checkpoint_*/      Ray Train's checkpoints (finlora/train/run/checkpoint.py)
+    lock               held by the driver while the run goes on
+    waiting.txt        who holds what the run waits for; gone when there is room (finlora/train/run/wait_for_gpus.py)
+    attempts.json      seconds at work and waiting of each start of the driver (finlora/train/run/attempts.py)
+    stop               empty; a signal's name in it asks the workers to stop (finlora/train/run/stop.py)
+    adapter/           PEFT's two files and config.yaml; finlora.yaml is written last and marks the run as finished
+    results.jsonl      one Result of this training
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finlora.config import RunConfig
+from finlora.configfile import config_to_tree, load_config, save_config
+from finlora.data.encode import Encoded, encode_examples
+from finlora.data.sets.prepared import read_prepared
+from finlora.errors import ConfigError, ResourceError
+from finlora.machine.working_dir import describe_lost
+from finlora.model.base_files import read_base_files
+
+# What may differ between a run and its resumption: it changes where, how often and in which memory, never what is computed.
+_FREE_SETTINGS = {
+    "": ("output_dir", "eval", "max_wait_s"),
+    "model": ("cache",),
+    "data": ("dir", "max_test_examples"),
+    # The last four lay the same work out in memory otherwise: sums are rounded in another order, dropout draws other masks.
+    "train": (
+        *(
+            "max_failures",
+            "max_stall_s",
+            "keep_checkpoints",
+            "checkpoint_every_steps",
+            "log_every_steps",
+            "cpus_per_worker",
+        ),
+        *("memory_gib", "max_pack_tokens", "recompute", "unpack_weights"),
+    ),
+}
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingSet:
+    """Encoded examples of all trained tasks, and what was left out."""
+
+    encoded: list[Encoded]
+    hashes: dict[str, str]
+    """Task -> hash of its prepared train split."""
+    num_skipped: int
+    """Examples over model.max_seq_len, left out by data.too_long=skip."""
+    template_date: str | None = None
+    """Day that the chat template writes into each prompt; None: it writes none, or always its own."""
+
+    def name_inputs(self, weights_hash: str) -> dict[str, str]:
+        """Return what a run reads, by hashes: with another base, or other prompts, it is another run."""
+        # A date was not always fixed: the prompts of a run had the day of each of its attempts.
+        date = {"template date": self.template_date} if self.template_date else {}
+        return {**self.hashes, "base": weights_hash, **date}
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of one run."""
+
+    root: Path
+
+    @property
+    def title(self) -> str:
+        """Return what others read who wait for the GPUs of this run."""
+        if self.root.parent.name == "trials":
+            return f"trial {self.root.name} of the search {self.root.parent.parent.name}"
+        return f"the training {self.root.name}"
+
+    @property
+    def adapter(self) -> Path:
+        return self.root / "adapter"
+
+    @property
+    def progress(self) -> Path:
+        return self.root / "progress.jsonl"
+
+    @property
+    def step(self) -> Path:
+        return self.root / "step"
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results.jsonl"
+
+    @property
+    def stop(self) -> Path:
+        return self.root / "stop"
+
+    @property
+    def waiting(self) -> Path:
+        return self.root / "waiting.txt"
+
+    @property
+    def attempts(self) -> Path:
+        return self.root / "attempts.json"
+
+    @property
+    def group(self) -> Path:
+        return self.root / "group"
+
+    @property
+    def plan(self) -> Path:
+        return self.root / "plan.txt"
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+
+def resolve_paths(config: RunConfig) -> RunConfig:
+    """Make every local path absolute, as workers run in other folders.
+
+    Raises:
+        ConfigError: a path is relative inside a submitted Ray job, whose working directory is deleted afterwards.
+    """
+    faults: list[str] = []
+
+    def resolve(key: str, value: str) -> str:
+        path = Path(value).expanduser()
+        # What came along with the copy can be read there; what is written there is lost.
+        if (key in ("output_dir", "model.cache") or not path.exists()) and (lost := describe_lost(f"{key}=", value)):
+            faults.append(lost)
+        return str(path.absolute())
+
+    is_local_base = Path(config.model.base).expanduser().exists()
+    resolved = dataclasses.replace(
+        config,
+        output_dir=resolve("output_dir", config.output_dir),
+        data=dataclasses.replace(config.data, dir=resolve("data.dir", config.data.dir)),
+        model=dataclasses.replace(
+            config.model,
+            base=resolve("model.base", config.model.base) if is_local_base else config.model.base,
+            tokenizer=config.model.tokenizer and resolve("model.tokenizer", config.model.tokenizer),
+            cache=config.model.cache and resolve("model.cache", config.model.cache),
+        ),
+    )
+    if faults:
+        raise ConfigError(faults)
+    return resolved
+
+
+def load_training_set(config: RunConfig) -> TrainingSet:
+    """Read the prepared train splits, take the seeded first N, and encode them.
+
+    Raises:
+        DatasetError: a split is missing, damaged, or an example is too long.
+        ModelError: the base or its tokenizer is not usable.
+    """
+    import numpy as np
+
+    splits = [read_prepared(Path(config.data.dir), task, "train") for task in config.data.tasks]
+    examples = [example for split in splits for example in split.examples]
+    limit = config.data.max_train_examples
+    if limit is not None and limit < len(examples):
+        order = np.random.default_rng(config.seed).permutation(len(examples))[:limit]
+        examples = [examples[index] for index in sorted(order)]
+    base = read_base_files(config.model)
+    encoded, kept = encode_examples(
+        examples,
+        base.tokenizer,
+        template=config.model.template,
+        max_seq_len=config.model.max_seq_len,
+        too_long=config.data.too_long,
+        date=base.template_date,
+    )
+    hashes = {task: split.hash for task, split in zip(config.data.tasks, splits, strict=True)}
+    return TrainingSet(
+        encoded=encoded, hashes=hashes, num_skipped=len(examples) - len(kept), template_date=base.template_date
+    )
+
+
+def describe_run(config: RunConfig, training_set: TrainingSet) -> str:
+    """Return the resolved config and what training would do, for --dry-run."""
+    lengths = sorted(item.num_tokens for item in training_set.encoded)
+    train = config.train
+    steps = -(-len(lengths) // train.global_batch_size) * train.epochs
+    steps = min(steps, train.max_steps or steps)
+    cut = "packed" if train.packing else f"micro-batches of {train.micro_batch_size}"
+    return (
+        f"{yaml.safe_dump(config_to_tree(config), sort_keys=False)}\n"
+        f"{len(lengths):,} examples ({training_set.num_skipped} skipped), {sum(lengths):,} tokens, length "
+        f"{lengths[0]} / {lengths[len(lengths) // 2]} / {lengths[-1]} (shortest / median / longest)\n"
+        f"{steps:,} optimiser steps of {train.global_batch_size} examples: {train.num_workers} workers, {cut}\n"
+        f"{described + chr(10) if (described := describe_date(training_set)) else ''}"
+        f"Dry run: nothing was started or written."
+    )
+
+
+def describe_date(training_set: TrainingSet) -> str:
+    """Say in a line which day the chat template writes into each prompt; empty where it writes none."""
+    date = training_set.template_date
+    return f"Date in the chat template, on whatever day: {date} (model.template_date)" if date else ""
+
+
+def hash_run(config: RunConfig, hashes: dict[str, str]) -> str:
+    """Return 16 hex digits over everything that decides what the run computes."""
+    tree = config_to_tree(config)
+    for section, keys in _FREE_SETTINGS.items():
+        for key in keys:
+            (tree[section] if section else tree).pop(key)
+    if tree["model"]["template_date"] is None:  # as in runs that were begun before there was such a setting
+        del tree["model"]["template_date"]
+    text = json.dumps([tree, hashes], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def open_run(config: RunConfig) -> RunFolder:
+    """Create or reopen the run's folder.
+
+    Raises:
+        ConfigError: a run of that name exists with other settings; names each that differs.
+    """
+    folder = RunFolder(Path(config.output_dir) / config.name)
+    if folder.config.is_file():
+        try:
+            there = config_to_tree(load_config(folder.config))
+        except ConfigError as error:
+            raise ConfigError(
+                f"{folder.config}, of the run that is there, cannot be read by this version ({error}): resume it with the "
+                "version that wrote it, or choose another `name`."
+            ) from error
+        differing = _differences(there, config_to_tree(config))
+        if differing:
+            raise ConfigError(
+                f"{folder.root} already holds a run with other settings ({'; '.join(differing)}): restore them to resume "
+                "it, or choose another `name`."
+            )
+    save_config(config, folder.config)
+    return folder
+
+
+def explain_full_disk(error: BaseException, folder: RunFolder) -> ResourceError | None:
+    """Return what to say where an error means that a file could not be written to its end; None for any other error.
+
+    torch and safetensors hide the system's error in words of their own, so their words have to be looked at.
+    """
+    words = ("No space left on device", "(os error ", "inline_container.cc")
+    if getattr(error, "errno", None) not in _FULL and not any(text in str(error) for text in words):
+        return None
+    return ResourceError(
+        f"a file of the run could not be written ({error}): make room below {folder.root} and in the temporary folder of "
+        "every node (TMPDIR). The checkpoints written before are whole: the same command goes on from the last one."
+    )
+
+
+@contextlib.contextmanager
+def claim_run(folder: RunFolder) -> Iterator[None]:
+    """Keep a second driver out of the folder while inside; the system frees the lock of a driver that was killed.
+
+    Raises:
+        ResourceError: another driver is at work in the folder; says where.
+    """
+    with (folder.root / "lock").open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise ResourceError(
+                f"{folder.root} is in use by {stream.read().strip()}: wait for that run to end or to stop, or choose another "
+                "`name`."
+            ) from None
+        except OSError:
+            pass  # A file system without locks, as some NFS mounts: nothing can be promised there.
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+        stream.flush()
+        yield
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    found = []
+    for section, value in new.items():
+        free = _FREE_SETTINGS.get("", ())
+        if section in free:
+            continue
+        if not isinstance(value, dict):
+            if old.get(section) != value:
+                found.append(f"{section}: {old.get(section)} there, {value} here")
+            continue
+        for key, inner in value.items():
+            if key not in _FREE_SETTINGS.get(section, ()) and old[section].get(key) != inner:
+                found.append(f"{section}.{key}: {old[section].get(key)} there, {inner} here")
+    return found

@@ -1,0 +1,88 @@
+"""What a finished run leaves: the adapter folder and the Result of its training. No Ray here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from finlora.config import RunConfig
+from finlora.configfile import config_to_tree, save_config
+from finlora.model.base import BaseModel
+from finlora.model.contract import make_contract, read_contract, write_contract
+from finlora.model.lora import save_adapter
+from finlora.results import Result, describe_environment
+from finlora.train.run.attempts import Attempt
+from finlora.train.run.progress import read_progress
+from finlora.train.run.run_folder import RunFolder, TrainingSet
+
+
+def export_adapter(
+    config: RunConfig, folder: RunFolder, base: BaseModel, model: Any, training_set: TrainingSet
+) -> None:
+    """Write the adapter folder; finlora.yaml comes last and marks it complete."""
+    size = save_adapter(model, folder.adapter)
+    save_config(config, folder.adapter / "config.yaml")
+    final = read_progress(folder)[-1]
+    contract = make_contract(
+        base,
+        config.model.base,
+        config.lora,
+        config.model.template,
+        training_set.hashes,
+        len(training_set.encoded),
+        size,
+        {"loss_last": final.loss, "steps": float(final.step)},
+        training_set.template_date,
+    )
+    write_contract(folder.adapter, contract)
+
+
+def summarise_run(
+    config: RunConfig,
+    folder: RunFolder,
+    training_set: TrainingSet,
+    attempts: Sequence[Attempt],
+    metrics: dict[str, Any],
+) -> Result:
+    """Collect a finished run's numbers.
+
+    Args:
+        attempts: of the run, the last one among them; their times are added up.
+        metrics: what the workers reported with the last checkpoint; what is missing counts as not measured.
+    """
+    seconds = sum(attempt.seconds for attempt in attempts)
+    records = read_progress(folder)
+    weights = folder.adapter / "adapter_model.safetensors"
+    on_gpu = config.train.device == "cuda"
+    contract = read_contract(folder.adapter)
+    return Result(
+        kind="training",
+        task="+".join(config.data.tasks),
+        variant=variant_name(config),
+        base=config.model.base,
+        bits=config.model.bits,
+        base_hash=contract.weights_hash,
+        run=config.name,
+        adapter=str(folder.adapter),
+        adapter_hash=contract.files[weights.name],
+        num_examples=len(training_set.encoded),
+        is_partial=training_set.num_skipped > 0 or config.data.max_train_examples is not None,
+        metrics={"loss_first": records[0].loss, "loss_last": records[-1].loss},
+        loss_curve=[[float(record.step), record.loss] for record in records],
+        wire=metrics.get("wire", []),
+        tokens_per_second=sorted(record.tokens_per_second for record in records)[len(records) // 2],
+        wall_seconds=seconds,
+        waited_seconds=sum(attempt.waited for attempt in attempts),
+        attempts=len(attempts),
+        gpu_hours=seconds / 3600 * config.train.num_workers * config.train.gpus_per_worker if on_gpu else None,
+        peak_memory_gib=metrics.get("memory_gib", records[-1].memory_gib),
+        adapter_mib=weights.stat().st_size / 2**20,
+        data_hash="+".join(training_set.hashes.values()),
+        config=config_to_tree(config),
+        environment=describe_environment(),
+    )
+
+
+def variant_name(config: RunConfig) -> str:
+    """Name an adapter as the tables do: `4bit-r4`."""
+    return f"{config.model.bits}bit-r{config.lora.rank}"

@@ -1,0 +1,117 @@
+"""How a search looks at its trials through Ray Tune: whom ASHA stops, when all of it stops, and how each ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+
+from finlora.train.held_out import HELD_OUT, read_held_out
+from finlora.train.search.run_trial import TrialTask, write_end
+from finlora.train.search.search_folder import SearchFolder, TrialRecord, read_record
+from finlora.train.search.space import OWN
+
+_CLOSE_S = 60.0
+"""Longest wait for trials to stop at a checkpoint."""
+
+
+class ResumedAsha(ASHAScheduler):  # type: ignore[misc]
+    """ASHA that starts from what earlier trials had reported, and writes down whom it stops.
+
+    Args:
+        grace: steps before the first rung.
+        done: trials of the search that have ended.
+    """
+
+    def __init__(
+        self, folder: SearchFolder, reduction_factor: int, total_steps: int, grace: int, done: Sequence[TrialRecord]
+    ) -> None:
+        # The last rung lies before the last step: a trial stopped there would have been trained for nothing.
+        last = max(1, total_steps - 1)
+        super().__init__(
+            time_attr="step",
+            metric=HELD_OUT,
+            mode="min",
+            max_t=last,
+            grace_period=min(grace, last),
+            reduction_factor=reduction_factor,
+            stop_last_trials=False,
+        )
+        self._folder = folder
+        for record in done:
+            past = _Past(record.trial.name)
+            self.on_trial_add(None, past)
+            for report in read_held_out(folder.run_of(record.trial)):
+                super().on_trial_result(None, past, report)
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Decide as ASHA does, but never stop the config as it stands: the others are held against it."""
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        name = trial.config["trial"]
+        if decision != self.STOP or name.startswith(OWN):
+            return str(self.CONTINUE)
+        (self._folder.trials / name / "pruned").write_text(str(result["step"]), encoding="utf-8")
+        return decision
+
+
+@dataclass(frozen=True, slots=True)
+class _Past:
+    """A trial that has ended, as far as ASHA looks at it."""
+
+    trial_id: str
+
+
+class StopWhenIdle(tune.Stopper):  # type: ignore[misc]
+    """Ends Ray Tune after a signal, once no trial is at work: ending it earlier would kill them between checkpoints."""
+
+    def __init__(self, folder: SearchFolder) -> None:
+        self._folder = folder
+        self._since: float | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        """Return whether a signal came and all trials have stopped, or had long enough."""
+        if not self._folder.stop.read_text(encoding="utf-8").strip():
+            return False
+        self._since = self._since or time.monotonic()
+        is_idle = not any(self._folder.trials.glob("*/busy"))
+        return is_idle or time.monotonic() - self._since > _CLOSE_S
+
+
+class Listener(tune.Callback):  # type: ignore[misc]
+    """Sees in the search's own process how trials end, those included whose driver cannot tell."""
+
+    def __init__(
+        self, folder: SearchFolder, tasks: dict[str, TrialTask], on_record: Callable[[TrialRecord], None]
+    ) -> None:
+        self._folder, self._tasks, self._on_record = folder, tasks, on_record
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        task = self._tasks[trial.config["trial"]]
+        run = self._folder.run_of(task.trial)
+        mark = run.root / "pruned"
+        if mark.is_file() and read_record(self._folder, task.trial) is None:
+            cause = f"stopped by ASHA at step {mark.read_text(encoding='utf-8')}"
+            write_end(self._folder, task, "pruned", cause=cause)
+            (run.root / "busy").unlink(missing_ok=True)
+        self._tell(task)
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        task = self._tasks[trial.config["trial"]]
+        run = self._folder.run_of(task.trial)
+        if read_record(self._folder, task.trial) is None and not (run.root / "unplaced").is_file():
+            lines = (trial.get_error() or "its driver died").__str__().strip().splitlines()
+            write_end(self._folder, task, "failed", cause=lines[-1])
+        (run.root / "busy").unlink(missing_ok=True)
+        self._tell(task)
+
+    def _tell(self, task: TrialTask) -> None:
+        record = read_record(self._folder, task.trial)
+        if record is not None:
+            self._on_record(record)

@@ -1,0 +1,80 @@
+"""Show a running training or search to a user, from what its workers write into their folders. No Ray here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from finlora.train.run.progress import last_progress, read_step
+from finlora.train.run.run_folder import RunFolder
+from finlora.train.search.search_folder import RECORD, SearchFolder
+from finlora.train.search.space import Trial
+
+
+class Follower:
+    """Called again and again: shows how the run trains, once, and then its last progress record.
+
+    Args:
+        name: of the run.
+        update: shows done, total and a note under a name.
+        announce: shows a line.
+        describe: writes seconds as hours and minutes.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        name: str,
+        update: Callable[[str, int, int, str], None],
+        announce: Callable[[str], None],
+        describe: Callable[[float], str],
+    ) -> None:
+        self.folder, self.name = folder, name
+        self.update, self.announce, self.describe = update, announce, describe
+        self._is_plan_shown = False
+
+    def __call__(self) -> None:
+        last, mark = last_progress(self.folder), read_step(self.folder)
+        if last is None and mark is None:
+            return
+        if not self._is_plan_shown and self.folder.plan.is_file():
+            self._is_plan_shown = True
+            self.announce(self.folder.plan.read_text(encoding="utf-8").strip())
+        if last is None:
+            assert mark is not None
+            self.update(self.name, *mark, "")
+            return
+        note = (
+            f"loss {last.loss:.4f}  {last.tokens_per_second:,.0f} tokens/s  {last.memory_gib:.1f} GiB  "
+            f"{self.describe(last.seconds_left)} left"
+        )
+        self.update(self.name, max(last.step, mark[0] if mark else 0), last.total_steps, note)
+
+
+class SearchFollower:
+    """Called again and again: shows how many trials of a search have ended, and the steps of those that run.
+
+    Args:
+        name: of the search.
+        update: shows done, total and a note under a name.
+    """
+
+    def __init__(
+        self,
+        folder: SearchFolder,
+        trials: Sequence[Trial],
+        name: str,
+        update: Callable[[str, int, int, str], None],
+    ) -> None:
+        self.folder, self.trials, self.name, self.update = folder, trials, name, update
+
+    def __call__(self) -> None:
+        ended, running = 0, []
+        for trial in self.trials:
+            run = self.folder.run_of(trial)
+            if (run.root / RECORD).is_file():
+                ended += 1
+            elif (run.root / "busy").is_file():
+                last = last_progress(run)
+                running.append(f"{trial.name} {f'{last.step}/{last.total_steps}' if last else 'starting'}")
+        if ended or running:
+            self.update(self.name, ended, len(self.trials), f"trials ended  {', '.join(running)}".rstrip())

@@ -1,0 +1,235 @@
+"""The folder of one search: what each trial brought, kept so that nothing is done twice. No Ray here.
+
+Layout of OUTPUT_DIR/NAME:
+    search.yaml            the resolved config with its section `search`: alone it reruns the search
+    data/                  the training examples of each task, parted into train and held-out ones
+    trials/NAME/           a run folder a trial (run/run_folder.py), with held_out.jsonl: the loss on the held-out part
+    trials/NAME/trial.json how the trial ended; written whole, and only then is the trial done
+    base-cache/            the quantised bases that the trials share (finlora/model/base_cache.py); removed at the end
+    tune/                  Ray Tune's own files
+    best.yaml              the best trial's config, ready to train on all training examples
+    front.md, front.png    the Pareto front
+    stop                   a signal's name in it asks all trials to stop
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from finlora.config import RunConfig
+from finlora.configfile import config_to_tree, settings_from_tree
+from finlora.data.example import Splits
+from finlora.data.sets.catalog import task_named
+from finlora.data.sets.prepare import code_version
+from finlora.data.sets.prepared import read_prepared, write_prepared
+from finlora.durable import seal, unseal, write_whole
+from finlora.errors import ConfigError, DatasetError, ResultError
+from finlora.results import SEARCH_MARK
+from finlora.train.run.run_folder import RunFolder
+from finlora.train.search.space import SearchConfig, Trial, hash_search
+from finlora.yamltext import read_yaml
+
+State = Literal["finished", "pruned", "failed"]
+RECORD = "trial.json"
+_HASH = "hash"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialRecord:
+    """How a trial ended."""
+
+    trial: Trial
+    state: State
+    step: int
+    """Optimiser steps done."""
+    total_steps: int
+    held_out_loss: float | None
+    """Mean cross entropy an answer token on the held-out examples, at that step."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Finished trials: the scores of LARGER_IS_BETTER that every task has, as means over tasks, peak_memory_gib of training,
+    hours of its steps (times GPUs, or workers on CPU)."""
+    seconds: float = 0.0
+    """Wall time of the attempt that ended the trial, start-up included."""
+    cause: str = ""
+    """Why it did not finish."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchFolder:
+    """Paths of one search."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / SEARCH_MARK
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def trials(self) -> Path:
+        return self.root / "trials"
+
+    @property
+    def cache(self) -> Path:
+        return self.root / "base-cache"
+
+    @property
+    def stop(self) -> Path:
+        return self.root / "stop"
+
+    @property
+    def best(self) -> Path:
+        return self.root / "best.yaml"
+
+    def run_of(self, trial: Trial) -> RunFolder:
+        """Return the folder of a trial's training."""
+        return RunFolder(self.trials / trial.name)
+
+
+def search_folder(config: RunConfig) -> SearchFolder:
+    """Return the folder of the search of that name."""
+    return SearchFolder(Path(config.output_dir) / config.name)
+
+
+def open_search(config: RunConfig, search: SearchConfig) -> SearchFolder:
+    """Create or reopen the search's folder, and part the training examples.
+
+    Raises:
+        ConfigError: a search of that name with other settings is there.
+        DatasetError: the prepared data is missing or too small to part.
+    """
+    folder = search_folder(config)
+    key = hash_search(config, search)
+    if folder.config.is_file():
+        found = _read_hash(folder.config)
+        if found != key:
+            raise ConfigError(
+                f"{folder.root} already holds a search with other settings than these, kept in {folder.config.name}: restore "
+                "them to go on with it, or choose another `name`."
+            )
+    elif folder.root.exists() and any(folder.root.iterdir()):
+        raise ConfigError(f"{folder.root} holds something else than a search: choose another `name`.")
+    for task in config.data.tasks:
+        part_examples(Path(config.data.dir), task, folder.data, search.validation_share, config.seed)
+    folder.trials.mkdir(parents=True, exist_ok=True)
+    tree = {_HASH: key, **config_to_tree(config), "search": _listed(dataclasses.asdict(search))}
+    write_whole(folder.config, yaml.safe_dump(tree, sort_keys=False))
+    return folder
+
+
+def part_examples(source: Path, task: str, target: Path, share: float, seed: int) -> None:
+    """Hold a share of a task's training examples out, whole groups of them, and write both parts as a prepared set.
+
+    The held-out part stands as its test split, so that training and evaluation read it as they read any set.
+
+    Raises:
+        DatasetError: there is no train split, or it has a single group.
+    """
+    import numpy as np
+
+    split = read_prepared(source, task, "train")
+    groups = list(dict.fromkeys(example.group for example in split.examples))
+    num_held = max(1, round(share * len(groups)))
+    if len(groups) < 2:
+        raise DatasetError(
+            f"{task} has {len(split.examples)} training examples of one group: expected at least two groups, to hold one out."
+        )
+    order = np.random.default_rng(seed).permutation(len(groups))
+    held = {groups[index] for index in order[:num_held]}
+
+    parts = Splits(
+        train=tuple(example for example in split.examples if example.group not in held),
+        test=tuple(example for example in split.examples if example.group in held),
+        notes=(f"Parted from the train split for a search: {num_held} of {len(groups)} groups held out.",),
+    )
+    write_prepared(
+        task_named(task),
+        parts,
+        target,
+        variant=split.variant,
+        source=f"train split {split.hash[:16]} of {split.source}",
+        version=code_version(),
+        overwrite=False,
+        dry_run=False,
+    )
+
+
+def trial_config(config: RunConfig, search: SearchConfig, folder: SearchFolder, trial: Trial, steps: int) -> RunConfig:
+    """Return the config by which a trial trains: its settings, on the parted data, reporting at each rung of ASHA.
+
+    Args:
+        steps: optimiser steps before the first rung.
+    """
+    applied = trial.apply(config)
+    return dataclasses.replace(
+        applied,
+        name=trial.name,
+        output_dir=str(folder.trials),
+        model=dataclasses.replace(applied.model, cache=applied.model.cache or str(folder.cache)),
+        data=dataclasses.replace(applied.data, dir=str(folder.data)),
+        train=dataclasses.replace(applied.train, checkpoint_every_steps=steps),
+    )
+
+
+def best_config(config: RunConfig, trial: Trial) -> RunConfig:
+    """Return the config that trains a trial's settings on all training examples, whatever part the search was limited to."""
+    data = dataclasses.replace(config.data, max_train_examples=None, max_test_examples=None)
+    return dataclasses.replace(trial.apply(config), name=f"{config.name}-best", data=data)
+
+
+def count_grace_steps(search: SearchConfig, total_steps: int) -> int:
+    """Return the steps before ASHA's first rung."""
+    return max(1, math.ceil(search.grace_share * total_steps))
+
+
+def write_record(folder: SearchFolder, record: TrialRecord) -> None:
+    """Write how a trial ended, as a whole."""
+    run = folder.run_of(record.trial)
+    run.root.mkdir(parents=True, exist_ok=True)
+    write_whole(run.root / RECORD, json.dumps(seal(dataclasses.asdict(record)), indent=1))
+
+
+def read_record(folder: SearchFolder, trial: Trial) -> TrialRecord | None:
+    """Return how a trial ended; None where it has not.
+
+    Raises:
+        ResultError: the record is damaged.
+    """
+    path = folder.run_of(trial).root / RECORD
+    if not path.is_file():
+        return None
+    try:
+        values = unseal(json.loads(path.read_text(encoding="utf-8")))
+        own = settings_from_tree(Trial, values.pop("trial"))
+        return TrialRecord(trial=own, **values)
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        raise ResultError(
+            f"{path} does not say any more how the trial ended ({error}): delete that file, and the search scores its adapter "
+            "again without training it again."
+        ) from error
+
+
+def _read_hash(path: Path) -> str | None:
+    """Return the hash of a search's settings; None where the file is no search's."""
+    try:
+        tree = read_yaml(path)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({' '.join(str(error).split())}): delete that file and start the search with its settings again; "
+            "trials that have ended count."
+        ) from error
+    return tree.get(_HASH) if isinstance(tree, dict) else None
+
+
+def _listed(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

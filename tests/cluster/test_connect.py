@@ -1,0 +1,100 @@
+"""Reaching a cluster: the token of a local one, what it lacks in words, and errors that come back as raised."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+import pytest
+
+from finlora.cluster import connect
+from finlora.errors import DatasetError, ResourceError
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty home folder and no word on authentication yet; whatever the test sets is taken back."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return tmp_path
+
+
+def test_local_cluster_is_guarded_by_a_private_token_of_our_own(home):
+    connect._guard_local()
+    path = home / ".config" / "finlora" / "ray-token"
+    assert (os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN_PATH"]) == ("token", str(path))
+    assert len(path.read_text()) == 64
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not (home / ".ray").exists()
+
+
+def test_token_is_made_once(home, monkeypatch):
+    connect._guard_local()
+    token = (home / ".config" / "finlora" / "ray-token").read_text()
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    connect._guard_local()
+    assert (home / ".config" / "finlora" / "ray-token").read_text() == token
+
+
+def test_own_choice_of_authentication_is_left_alone(home, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    connect._guard_local()
+    assert "RAY_AUTH_TOKEN_PATH" not in os.environ
+    assert list(home.iterdir()) == []
+
+
+def test_workers_of_a_cluster_that_runs_already_get_the_environment_of_a_cpu(monkeypatch):
+    """They inherit that of `ray start`, which the command cannot change."""
+    asked = []
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # as the user has it
+    for name in ("probe_cluster", "require_same_versions", "require_node_here"):
+        monkeypatch.setattr(connect, name, lambda _found: None)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **options: asked.append(options))
+    connect.connect(log_to_driver=True)
+    environment = {"OMP_WAIT_POLICY": "active", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+    assert asked == [{"log_to_driver": True, "runtime_env": {"env_vars": environment}}]
+
+
+@pytest.mark.ray
+def test_workers_of_a_local_cluster_wait_asleep_on_the_cores_that_they_reserve(ray_instance):
+    def read():
+        names = ("OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "OMP_NUM_THREADS")
+        return [os.environ[name] for name in names]
+
+    assert connect.call(read, num_cpus=0.5, num_gpus=0.0) == ["passive", "32", "1"]
+
+
+@pytest.mark.ray
+def test_demands_the_cluster_cannot_meet_are_refused_by_words(ray_instance):
+    connect.require(1, 0.5, 0.0)
+    with pytest.raises(ResourceError, match=r"asks for 4 GPU \(2 workers x 2\), but the cluster has 0 \(0 free now\)"):
+        connect.require(2, 0.5, 2.0)
+    with pytest.raises(ResourceError, match=r"asks for 4000 CPU .*choose fewer workers or lower train.cpus_per_worker"):
+        connect.require(4000, 1.0, 0.0)
+
+
+@pytest.mark.ray
+def test_task_returns_its_value_and_raises_our_errors_as_they_were(ray_instance):
+    def divide(a, b):
+        if b == 0:
+            from finlora.errors import DatasetError
+
+            raise DatasetError("line 3 is zero")
+        return a / b
+
+    assert connect.call(divide, 6, 3, num_cpus=0.5, num_gpus=0.0) == 2
+    with pytest.raises(DatasetError, match=r"^line 3 is zero$"):
+        connect.call(divide, 6, 0, num_cpus=0.5, num_gpus=0.0)
+
+
+@pytest.mark.ray
+def test_connecting_twice_keeps_the_cluster(ray_instance):
+    import ray
+
+    before = ray.get_runtime_context().get_node_id()
+    connect.connect(log_to_driver=False)
+    assert ray.get_runtime_context().get_node_id() == before

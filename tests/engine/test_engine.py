@@ -1,0 +1,175 @@
+"""The engine against transformers' own model: tokens and probabilities, whatever the stages, the batch and the adapters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_requests import END, RAGGED, generate_alone, make_requests, run, score_alone, tokens_of
+
+from finlora.engine.request import Request, Sampling
+from finlora.errors import AdapterError
+from finlora.stage.adapter_weights import Bank
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 4])
+def test_greedy_tokens_equal_transformers_on_any_number_of_stages(make_core, plain, num_stages):
+    answers, _ = run(make_core(num_stages), make_requests())
+    for number, prompt in enumerate(RAGGED):
+        assert tokens_of(answers[f"r{number}"]) == generate_alone(plain(), prompt, 8)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_stages_equal_the_quantised_model(make_core, plain, bits):
+    """Within 0.5 %: on CPU bitsandbytes' own products of inference round activations, to bfloat16 at 4 bit."""
+    choices = ((5, END), (6, 7, END))
+    answers, _ = run(make_core(2, bits), [Request(id="c", prompt_ids=RAGGED[2], choices=choices)])
+    expected = [score_alone(plain(bits), RAGGED[2], choice) for choice in choices]
+    assert list(answers["c"].log_probs) == pytest.approx(expected, rel=5e-3)
+    assert list(answers["c"].log_probs) != pytest.approx(
+        [score_alone(plain(), RAGGED[2], c) for c in choices], rel=5e-3
+    )
+
+
+def test_unpacked_weights_give_the_same_numbers(make_core):
+    request = Request(id="c", prompt_ids=RAGGED[2], choices=((5, END), (6, 7, END)))
+    packed, unpacked = (run(make_core(1, 4, keep_unpacked=flag), [request])[0]["c"].log_probs for flag in (False, True))
+    assert list(packed) == pytest.approx(list(unpacked), rel=1e-6)
+
+
+@pytest.mark.parametrize("num_stages", [1, 4])
+def test_logits_equal_transformers(make_core, plain, num_stages):
+    core = make_core(num_stages)
+    for request in make_requests():
+        core.submit(request)
+    batch, hidden = core.scheduler.next_batch(), None
+    for stage in core.executor.stages:
+        hidden = stage.forward(batch, hidden)
+    own = core.executor.stages[-1].compute_logits(hidden).split([len(prompt) for prompt in RAGGED])
+    for prompt, logits in zip(RAGGED, own, strict=True):
+        with torch.no_grad():
+            expected = plain()(input_ids=torch.tensor([prompt])).logits[0]
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_batch_tokens": 16}, {"keeps_prefixes": False}])
+def test_choices_of_several_tokens_are_scored_in_full(make_core, plain, limits):
+    choices = ((9, END), (10, 11, 12, END), (13,), (10, 11, END))
+    prompts = [RAGGED[3], (*RAGGED[3][:40], 8, 8), RAGGED[5]]
+    requests = [Request(id=f"r{n}", prompt_ids=prompt, choices=choices) for n, prompt in enumerate(prompts)]
+    answers, _ = run(make_core(2, **limits), requests)
+    for number, prompt in enumerate(prompts):
+        answer = answers[f"r{number}"]
+        assert answer.finish == "choice"
+        expected = [score_alone(plain(), prompt, choice) for choice in choices]
+        assert list(answer.log_probs) == pytest.approx(expected, rel=1e-5, abs=1e-4)
+
+
+def test_adapters_share_a_batch_and_each_answers_as_alone(make_core, plain):
+    names = [None, "few", "all", "few", None, "all"]
+    requests = [
+        Request(id=f"r{n}", prompt_ids=prompt, adapter=name, sampling=Sampling(max_tokens=6))
+        for n, (prompt, name) in enumerate(zip(RAGGED, names, strict=True))
+    ]
+    core = make_core(2)
+    core.submit(requests[0])
+    answers, _ = run(core, requests[1:])
+    expected = {n: generate_alone(plain(adapter=name), RAGGED[n], 6) for n, name in enumerate(names)}
+    assert {n: tokens_of(answers[f"r{n}"]) for n in expected} == expected
+    assert expected[1] != generate_alone(plain(), RAGGED[1], 6)
+
+
+@pytest.mark.parametrize("keeps_prefixes", [True, False])
+def test_prefix_cache_changes_nothing_but_the_work(make_core, plain, keeps_prefixes):
+    prompts = [(*RAGGED[5], *range(100 + n, 104 + n)) for n in range(5)]
+    core = make_core(1, keeps_prefixes=keeps_prefixes)
+    answers, _ = run(core, make_requests(prompts, 5))
+    for number, prompt in enumerate(prompts):
+        assert tokens_of(answers[f"r{number}"]) == generate_alone(plain(), prompt, 5)
+    cached = [answers[f"r{number}"].num_cached for number in range(5)]
+    assert cached == ([0, 90, 90, 90, 90] if keeps_prefixes else [0] * 5)
+
+
+def test_cancelled_request_leaves_the_others_as_they_were(make_core, plain):
+    core = make_core(2)
+    answers, _ = run(core, make_requests(count=10), lambda step: core.cancel("r2") if step == 5 else None)
+    assert answers["r2"].finish == "cancelled"
+    assert 0 < len(answers["r2"].tokens) < 10
+    for number in (0, 1, 3, 4, 5):
+        assert tokens_of(answers[f"r{number}"]) == generate_alone(plain(), RAGGED[number], 10)
+
+
+def test_text_streams_and_ends_at_a_stop_string(make_core):
+    core = make_core()
+    (request,) = make_requests([RAGGED[1]], 12)
+    answers, texts = run(core, [request])
+    whole = core.tokenizer.decode(tokens_of(answers["r0"]), skip_special_tokens=True)
+    assert texts["r0"] == whole
+    stop = whole[len(whole) // 2 :][:3]
+    stopped = Request(id="s", prompt_ids=RAGGED[1], sampling=Sampling(max_tokens=12, stop=(stop,)))
+    answers, texts = run(core, [stopped])
+    assert answers["s"].finish == "stop"
+    assert texts["s"] == whole[: whole.index(stop)]
+
+
+def test_adapters_are_loaded_and_unloaded_by_name(make_core, adapter_folders):
+    core = make_core()
+    with pytest.raises(AdapterError, match=r"adapter 'few' is loaded already, from .*few: unload it first"):
+        core.load_adapter("few", adapter_folders["few"])
+    with pytest.raises(AdapterError, match=r"adapter 'nobody' is not loaded; loaded are: all, few"):
+        core.submit(Request(id="r", prompt_ids=(5,), adapter="nobody"))
+    core.submit(Request(id="r", prompt_ids=(5, 6, 7), adapter="few"))
+    with pytest.raises(AdapterError, match=r"requests still use adapter 'few'"):
+        core.unload_adapter("few")
+    run(core, [])
+    core.unload_adapter("few")
+    assert sorted(core.adapters) == ["all"]
+    core.load_adapter("few", adapter_folders["all"])
+    answers, _ = run(core, [Request(id="again", prompt_ids=(5, 6, 7), adapter="few")])
+    assert answers["again"].num_cached == 0  # the name means another adapter now
+
+
+def adapters_of(core):
+    """What each stage holds: names, and the rows of its tensors that are not zero."""
+    return [
+        (
+            sorted(stage.adapters),
+            {key: down.count_nonzero(dim=(1, 2)).nonzero().tolist() for key, (down, _) in stage.bank._pairs.items()},
+        )
+        for stage in core.executor.stages
+    ]
+
+
+def test_adapter_that_a_later_stage_refuses_is_left_on_none(make_core, plain, late_fault, adapter_folders):
+    core = make_core(2)
+    before = adapters_of(core)
+    with pytest.raises(AdapterError, match=r"layers.3.self_attn.v_proj as \[24, 4\]"):
+        core.load_adapter("late", late_fault)
+    assert adapters_of(core) == before
+    core.load_adapter("late", adapter_folders["few"])  # the name is free
+    answers, _ = run(core, make_requests(count=4, adapter="late"))
+    assert tokens_of(answers["r2"]) == generate_alone(plain(adapter="few"), RAGGED[2], 4)
+
+
+def test_adapter_that_memory_has_no_room_for_is_left_on_none(make_core, plain, adapter_folders, monkeypatch):
+    core = make_core(2)
+    core.load_adapter("third", adapter_folders["few"])  # there is no room for a fourth
+    before = adapters_of(core)
+    grow, calls = Bank._grow, []
+
+    def grow_until_full(self, *tensors):
+        calls.append(self)
+        if len(calls) == 11:  # of eight on each stage: the second has begun
+            raise torch.OutOfMemoryError("no room")
+        return grow(self, *tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bank, "_grow", grow_until_full)
+        with pytest.raises(AdapterError, match=r"does not fit into the memory that is left on cpu \(no room\)"):
+            core.load_adapter("fourth", adapter_folders["all"])
+    assert len({id(bank) for bank in calls}) == 2
+    assert adapters_of(core) == before
+    answers, _ = run(core, make_requests(count=4, adapter="all"))
+    assert tokens_of(answers["r2"]) == generate_alone(plain(adapter="all"), RAGGED[2], 4)
+    core.load_adapter("fourth", adapter_folders["few"])
+    answers, _ = run(core, make_requests(count=4, adapter="fourth"))
+    assert tokens_of(answers["r2"]) == generate_alone(plain(adapter="few"), RAGGED[2], 4)

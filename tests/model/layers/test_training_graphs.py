@@ -1,0 +1,118 @@
+"""Recorded passes against the same passes run as they are: on a GPU, else with CUDA graphs and kernels emulated."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+from emulated_flash import emulate_attention
+from emulated_graphs import emulate_graphs
+from emulated_triton import emulated_kernels
+
+from finlora.config import LoraConfig, ModelConfig
+from finlora.data.encode import Encoded
+from finlora.data.pack_size import pad_pack
+from finlora.data.packing import pack_examples
+from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.layers import training_graphs
+from finlora.model.layers.packed_model import PackedLlama
+from finlora.model.lora import attach_lora, trainable_parameters
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """The GPU at hand, or an emulated one, of which the graphs are returned."""
+    if DEVICE.type == "cuda":
+        yield None
+        return
+    graphs = emulate_graphs(monkeypatch)
+    emulate_attention(monkeypatch)
+    with emulated_kernels():
+        yield graphs
+
+
+def make_packs(count):
+    """Packs of two forms in turn, with tokens of their own."""
+    for number in range(count):
+        items = [
+            Encoded(
+                tuple(range(10, 40)) + tuple((number * 7 + n + k) % 300 for k in range(5 + 30 * (number % 2))), (200,)
+            )
+            for n in range(6)
+        ]
+        yield pad_pack(pack_examples(items, share_prefix=True))
+
+
+@pytest.fixture
+def make_module(tiny_base):
+    def build(bits, is_captured):
+        with quiet_bitsandbytes():
+            base = load_base(ModelConfig(base=str(tiny_base), compute_dtype="bfloat16"), bits, DEVICE, 0)
+        model = attach_lora(base.model, LoraConfig(rank=4, dropout=0.1), str(tiny_base), 1)
+        torch.manual_seed(5)
+        for parameter in trainable_parameters(model).values():
+            parameter.data = torch.randn_like(parameter) * 0.1
+        return PackedLlama(model.train(), torch.bfloat16, capture=is_captured), list(
+            trainable_parameters(model).values()
+        )
+
+    return build
+
+
+def run(module, parameters, packs):
+    torch.manual_seed(3)
+    results = []
+    for pack in packs:
+        loss = module(pack)
+        results.append((loss.detach().clone(), [grad.clone() for grad in torch.autograd.grad(loss, parameters)]))
+    return results
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_replay_equals_the_plain_pass_bit_for_bit(make_module, bits, gpu):
+    expected = run(*make_module(bits, False), make_packs(8))
+    own = run(*make_module(bits, True), make_packs(8))
+    if gpu is not None:  # two forms, each seen once and then replayed
+        assert [graph.num_replays for graph in gpu] == [3, 3]
+    for (loss, gradients), (other_loss, others) in zip(own, expected, strict=True):
+        assert torch.equal(loss, other_loss)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
+def test_graphs_share_their_outputs_and_are_bounded(make_module, monkeypatch):
+    monkeypatch.setattr(training_graphs, "MAX_GRAPHS", 1)
+    module, parameters = make_module(16, True)
+    run(module, parameters, make_packs(8))
+    assert len(module._captured._graphs) == 1
+    expected = run(*make_module(16, False), make_packs(8))
+    again = run(module, parameters, make_packs(8))
+    assert [float(loss) for loss, _ in again] == [float(loss) for loss, _ in expected]
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_any_packs_of_a_form_replay_as_they_are(make_module, share_prefix):
+    """Lengths, prefixes, labels and places differ within a form: none of them may stay in a graph."""
+    rng = random.Random(7)
+    packs = []
+    for _ in range(14):
+        prefix = tuple(rng.choices(range(3, 300), k=20))
+        items = [
+            Encoded(
+                (*prefix, *rng.choices(range(3, 300), k=rng.randint(1, 9))),
+                tuple(rng.choices(range(3, 300), k=rng.randint(1, 3))),
+            )
+            for _ in range(8)
+        ]
+        packs.append(pad_pack(pack_examples(items, share_prefix=share_prefix)))
+    forms = [pack.form for pack in packs]
+    assert max(forms.count(form) for form in forms) >= 4  # seen, captured and replayed with other numbers
+    expected = run(*make_module(16, False), packs)
+    own = run(*make_module(16, True), [copy.deepcopy(pack) for pack in packs])
+    for (loss, gradients), (other_loss, others) in zip(own, expected, strict=True):
+        assert torch.equal(loss, other_loss)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))

@@ -1,0 +1,111 @@
+"""The packed forecast: what a layer keeps, byte for byte; the plan for a given memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from finlora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
+from finlora.data.encode import Encoded
+from finlora.data.pack_size import PackSize, measure_pack, pad_pack
+from finlora.data.packing import pack_examples
+from finlora.model.base import load_base
+from finlora.model.layers.packed_layer import Place, run_layer
+from finlora.model.layers.packed_model import PackedLlama
+from finlora.model.lora import attach_lora
+from finlora.model.memory.packed_memory import (
+    Workload,
+    count_kept_bytes,
+    forecast_packs,
+    plan_packs,
+)
+from finlora.model.memory.shapes import LLAMA_8B, LLAMA_70B, shape_of
+
+EXAMPLES = [Encoded(tuple(range(10, 40 + 3 * n)), tuple(range(200, 202 + n % 4))) for n in range(7)]
+
+
+def make_run(base="base", **train):
+    return RunConfig(
+        model=ModelConfig(base=base, bits=16, compute_dtype="float32"),
+        lora=LoraConfig(dropout=0.1),
+        train=TrainConfig(device="cpu", precision="fp32", **train),
+    )
+
+
+@pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
+def test_layer_keeps_what_the_table_says(tiny_base, recompute):
+    config = make_run(str(tiny_base))
+    model = attach_lora(load_base(config.model, 16, torch.device("cpu"), 0).model, config.lora, str(tiny_base), 1)
+    module = PackedLlama(model.train(), torch.float32, recompute=recompute)
+    pack = pack_examples(EXAMPLES, share_prefix=True)
+    llama = model.get_base_model()
+    x = llama.model.embed_tokens(pack.input_ids)
+    cosine, sine = (table[0] for table in llama.model.rotary_emb(x, pack.positions[None]))
+    with torch.no_grad():
+        place = Place(pack.segments, None, cosine, sine, recompute)
+        _, kept = run_layer(x, module.layers[0], place, torch.tensor(5, dtype=torch.int32))
+    tensors = [value for item in dataclasses.fields(kept) if (value := getattr(kept, item.name)) is not None]
+    own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert own == len(x) * count_kept_bytes(shape_of(llama.config.to_dict()), config, recompute)
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_size_is_known_before_the_pack_is_built(count, share_prefix):
+    pack = pack_examples(EXAMPLES[:count], share_prefix=share_prefix)
+    for is_padded, built in ((False, pack), (True, pad_pack(pack))):
+        size = measure_pack(EXAMPLES[:count], share_prefix=share_prefix, is_padded=is_padded)
+        assert size == PackSize(num_rows=len(built.input_ids), num_labels=len(built.targets))
+
+
+def workload(longest=719, mean=1504, largest=4000):
+    return Workload(
+        longest=longest,
+        mean_share=mean,
+        largest_share=largest,
+        measure=lambda tokens: PackSize(num_rows=min(tokens, largest), num_labels=64),
+    )
+
+
+def true_run(bits, **train):
+    return RunConfig(model=ModelConfig(bits=bits), train=TrainConfig(global_batch_size=16, **train))
+
+
+def test_forecast_grows_by_what_the_rows_keep():
+    config = true_run(4)
+    small, large = (
+        forecast_packs(LLAMA_8B, config, PackSize(num_rows=n, num_labels=16), "none", keep_unpacked=False)
+        for n in (4000, 5000)
+    )
+    kept = 31 * (2 * (3 * 4096 + 2 * 1024 + 4096 + 12) + 4 * 32 + 4 * 14336)  # written out from the module's table
+    working = 2 * (4096 + 3 * 14336)
+    assert (large.train_peak_gib - small.train_peak_gib) * 2**30 == pytest.approx(1000 * (kept + working), rel=1e-9)
+
+
+@pytest.mark.parametrize(("shape", "memory"), [(LLAMA_8B, 46.1), (LLAMA_8B, 12.0), (LLAMA_8B, 8.0), (LLAMA_70B, 43.8)])
+def test_plan_fits_the_memory_it_was_made_for(shape, memory):
+    plan = plan_packs(shape, true_run(4), workload(), memory)
+    assert plan.fits(memory)
+    assert plan.memory.train_peak_gib <= memory
+    assert plan.memory.load_peak_gib <= memory
+
+
+def test_what_costs_least_is_tried_first():
+    """Unpacked weights go first, then gate and up projection are computed again, then whole layers."""
+    cases = [(LLAMA_8B, 46.0), (LLAMA_8B, 16.0), (LLAMA_8B, 7.5), (LLAMA_70B, 42.0)]
+    plans = [plan_packs(shape, true_run(4), workload(), memory) for shape, memory in cases]
+    ways = [(plan.keep_unpacked, plan.recompute) for plan in plans]
+    assert ways == [(True, "none"), (False, "none"), (False, "mlp"), (False, "layer")]
+
+
+def test_plan_that_cannot_fit_is_the_one_that_needs_least():
+    plan = plan_packs(LLAMA_8B, true_run(4), workload(), 5.0)
+    assert not plan.fits(5.0)
+    assert (plan.keep_unpacked, plan.recompute, plan.max_tokens) == (False, "layer", 719)
+
+
+def test_settings_leave_one_way():
+    plan = plan_packs(LLAMA_8B, true_run(4, recompute="mlp", unpack_weights="never"), workload(), 1000.0)
+    assert (plan.keep_unpacked, plan.recompute) == (False, "mlp")

@@ -1,0 +1,246 @@
+"""What a stage's process does with messages, without the processes: parcels stand for hidden states that stay on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import pytest
+import torch
+
+from finlora.engine.messages import Message, Parcel
+from finlora.engine.micro_batch import Draw, MicroBatch, Output
+from finlora.errors import ResourceError
+from finlora.inference.in_process import InProcess
+from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.pipeline.actor import StageActor
+from finlora.pipeline.sampled_tokens import Loop
+from finlora.stage.stage import Stage
+
+CPU, ROWS = torch.device("cpu"), 64
+SPANS = [(0, 2), (2, 3), (3, 4)]
+
+
+class PretendStamps:
+    """Stage number -> [when it began, when it ended], on a clock that goes on by a second whenever it is read."""
+
+    def __init__(self, times=()):
+        self.times = dict(times)
+
+    def begin(self, stage):
+        self.times[stage] = [float(len(self.times))]
+
+    def end(self, stage):
+        self.times[stage].append(self.times[stage][0] + 1.0 + stage)
+
+    def copy(self, first, last):
+        seconds = tuple(self.times[stage][1] - self.times[stage][0] for stage in range(first, last + 1))
+        return lambda: seconds
+
+
+class PretendGpu:
+    """Memory that two stages share, by place; a sender and a receiver of it, as hidden_states_gpu.py has them."""
+
+    held_gib = 0.0
+
+    def __init__(self, stage):
+        self.stage, self.rooms = stage, {}
+
+    def begin(self, place, num_rows, before):
+        stamps = PretendStamps(before.times if before else ())
+        stamps.begin(self.stage)
+        self.rooms[place] = (num_rows, stamps)
+
+    def send(self, place, ticket, hidden):
+        num_rows, stamps = self.rooms[place]
+        assert len(hidden) == num_rows
+        stamps.end(self.stage)
+        self.rooms[place] = (hidden.clone(), stamps)
+        self.ticket = ticket
+        return Parcel(bytes([place]), 0, num_rows)
+
+    def receive(self, parcel):
+        hidden, stamps = self.rooms[parcel.memory[0]]
+        self.coming = torch.full_like(hidden, float("nan"))  # not there yet
+        return self.coming, stamps
+
+    def wait(self, parcel, ticket):
+        assert ticket <= self.ticket
+        self.coming.copy_(self.rooms[parcel.memory[0]][0])
+
+
+def make_batch(number, ids, first_row):
+    batch = MicroBatch(number, adapters=[(None, len(ids))])
+    batch.add(ids, 0, range(first_row, first_row + len(ids)), [(first_row, len(ids))])
+    batch.draws.append(Draw(len(ids) - 1, 0.0, 1.0, 0, 0))
+    return batch
+
+
+BATCHES = [make_batch(0, [5, 9, 2], 0), make_batch(1, [7, 3], 10), make_batch(2, [11, 4, 8, 6], 20)]
+FOLLOWING = MicroBatch(3, adapters=[(None, 1)], follows=2)
+"""The token behind the last of those."""
+FOLLOWING.add([-1], 4, [24], [(20, 5)])
+FOLLOWING.draws.append(Draw(0, 0.0, 1.0, 0, 1))
+
+
+@pytest.fixture(scope="module")
+def expected(four_layers):
+    with quiet_bitsandbytes():
+        alone = InProcess([Stage(load_base(four_layers, 16, CPU, 0).model, range(4), ROWS, torch.float32)])
+    tokens = []
+    for batch in [*BATCHES, FOLLOWING]:
+        alone.start(batch)
+        if batch.number != FOLLOWING.follows:
+            tokens += [alone.collect().tokens for _ in range(1 + (batch is FOLLOWING))]
+    return tokens
+
+
+@pytest.fixture
+def actors(four_layers):
+    def make(number, span):
+        settings = {"device": "cpu", "cache_rows": ROWS, "keep_unpacked": False}
+        actor = StageActor(dataclasses.asdict(four_layers), 16, span, 0, **settings)
+        assert actor.take_number(number, len(SPANS)) is None
+        return actor
+
+    found = [make(number, span) for number, span in enumerate(SPANS)]
+    yield found
+    for actor in reversed(found):
+        actor._quiet.__exit__(None, None, None)  # where a stage has a process of its own, that ends with it
+
+
+def hand_over(actors, *numbers):
+    """Let stages share memory with the ones after them."""
+    for number in numbers:
+        shared = PretendGpu(number)
+        actors[number].sender, actors[number].hands_over = shared, True
+        actors[number + 1].receiver = shared
+
+
+@pytest.mark.parametrize("sharing", [(), (0,), (1,), (0, 1)], ids=["none", "first two", "last two", "all"])
+def test_micro_batches_keep_their_states_and_their_seconds(sharing, actors, expected):
+    hand_over(actors, *sharing)
+    messages = [
+        Message(batch, place=place, ticket=batch.number + 5) for batch, place in zip(BATCHES, (0, 1, 0), strict=True)
+    ]
+    # Two are under way at once; the third one has the first one's place, and begins when that is back.
+    waiting = [actors[0].run(message) for message in messages[:2]]
+    waiting = [actors[1].run(message) for message in waiting]
+    outputs = [actors[2].run(waiting[0])]
+    third = actors[0].run(messages[2])
+    outputs += [actors[2].run(waiting[1]), actors[2].run(actors[1].run(third))]
+    for number, message in enumerate(outputs):
+        assert isinstance(message.state, Output)
+        assert message.state.number == number
+        assert message.place == messages[number].place
+        found = [token for token, _ in message.state.tokens]
+        assert found == [token for token, _ in expected[number]]
+        assert len(message.seconds) == 3
+        if sharing == (0, 1):
+            assert message.seconds == (1.0, 2.0, 3.0)  # as stamped, each stage's own
+
+
+def test_last_stage_that_reads_late_brings_each_answer_with_the_next_message(actors, expected):
+    hand_over(actors, 0, 1)
+    actors[2].reader.is_late = True
+    broken = Message(BATCHES[2], ResourceError("the GPU is full"))
+
+    def pass_through(message):
+        for actor in actors:
+            message = actor.run(message)
+        return message
+
+    assert pass_through(Message(BATCHES[0], ticket=5)).is_empty
+    found = [pass_through(Message(BATCHES[1], ticket=6)), pass_through(Message(None))]
+    for number, message in enumerate(found):
+        assert message.seconds == (1.0, 2.0, 3.0)
+        assert (message.work, message.state.number) == (None, number)
+        assert [token for token, _ in message.state.tokens] == [token for token, _ in expected[number]]
+    assert [pass_through(broken).is_empty, pass_through(Message(None))] == [True, broken]
+    assert pass_through(Message(None)).is_empty
+    assert pass_through(Message(BATCHES[0], ticket=7)).is_empty
+    actors[2].receiver = None
+    actors[2].start_afresh()
+    assert not actors[2].reader.is_late
+    assert actors[2].reader.take(Message(None)).is_empty  # what was left is void
+
+
+def test_seconds_of_stages_that_share_a_gpu_come_with_the_first_that_waits(actors):
+    hand_over(actors, 0)
+    first = actors[0].run(Message(BATCHES[0]))
+    assert isinstance(first.state, Parcel)
+    assert first.seconds == ()
+    assert actors[1].run(first).seconds == (1.0, 2.0)
+
+
+def test_stage_that_starts_afresh_puts_states_into_messages_until_it_offers_anew(actors):
+    hand_over(actors, 0)
+    actors[1].receiver = None
+    actors[0].start_afresh()
+    message = actors[0].run(Message(BATCHES[0]))
+    assert not isinstance(message.state, Parcel)
+    assert len(message.seconds) == 1
+    assert isinstance(actors[2].run(actors[1].run(message)).state, Output)
+
+
+class PretendWay(Loop):
+    """Both ends of the way back, and what was sent and waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.log = []
+
+    def wait(self, ticket):
+        self.log.append(("wait", ticket))
+        return super().wait(ticket)
+
+    def send(self, ticket, tokens):
+        self.log.append(("send", ticket, tokens))
+        super().send(ticket, tokens)
+
+
+def test_first_stage_begins_with_tokens_that_the_last_has_drawn(actors, expected):
+    way = actors[0].coming = actors[2].going = PretendWay()
+    answers = []
+    for message in (Message(BATCHES[2], ticket=7), Message(FOLLOWING, ticket=8, follows=7)):
+        for actor in actors:
+            message = actor.run(message)
+        answers.append([token for token, _ in message.state.tokens])
+    assert answers[1] == [token for token, _ in expected[3]]
+    assert way.log == [("send", 7, answers[0]), ("wait", 7), ("send", 8, answers[1])]
+
+
+def test_wait_for_tokens_does_not_count_as_computing(actors):
+    class Slow(Loop):
+        def wait(self, ticket):
+            time.sleep(0.5)
+            return super().wait(ticket)
+
+    actors[0].coming = Slow()
+    actors[0].coming.send(7, [5])
+    started = time.perf_counter()
+    assert actors[0].run(Message(FOLLOWING, ticket=8, follows=7)).seconds[0] < time.perf_counter() - started - 0.5
+
+
+def test_failure_before_the_last_stage_is_told_to_the_first(actors):
+    way = actors[0].coming = actors[2].going = PretendWay()
+    broken = Message(BATCHES[2], ResourceError("the GPU is full"), ticket=7)
+    assert actors[2].run(broken) == broken
+    with pytest.raises(
+        RuntimeError, match="a micro-batch has failed: the tokens that the next one follows will not come"
+    ):
+        actors[0].run(Message(FOLLOWING, ticket=8, follows=7))
+    assert way.log == [("send", 7, None), ("wait", 7)]
+
+
+def test_one_stage_alone_follows_itself(four_layers, expected):
+    actor = StageActor(
+        dataclasses.asdict(four_layers), 16, (0, 4), 0, device="cpu", cache_rows=ROWS, keep_unpacked=False
+    )
+    actor.coming = actor.going = Loop()
+    messages = Message(BATCHES[2], ticket=7), Message(FOLLOWING, ticket=8, follows=7)
+    answers = [actor.run(message).state.tokens for message in messages]
+    actor._quiet.__exit__(None, None, None)
+    assert [[token for token, _ in tokens] for tokens in answers] == [
+        [token for token, _ in expected[n]] for n in (2, 3)
+    ]

@@ -1,0 +1,56 @@
+"""Stages on GPUs of their own, and two on each of two GPUs, say what one process says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_hidden_states_gpu import ROWS, ask_all, expected, look, lose_at_work  # noqa: F401  (a fixture)
+
+NUM_STAGES = 4
+FORMS = [(1.0, "messages"), (1.0, "nccl"), (0.5, "messages")]
+
+
+def needs(num_gpus):
+    is_missing = torch.cuda.device_count() < num_gpus
+    return [pytest.mark.gpu, pytest.mark.skipif(is_missing, reason=f"needs {num_gpus} CUDA devices")]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(form, marks=needs(int(NUM_STAGES * form[0])), id=f"{form[1]}-{form[0]}-of-a-gpu") for form in FORMS
+    ],
+)
+def pipeline(request, four_layers, ray_instance):
+    from finlora.pipeline.pipeline import Pipeline, PipelineConfig
+
+    gpus, transport = request.param
+    config = PipelineConfig(
+        num_stages=NUM_STAGES, cache_rows=ROWS, gpus_per_stage=gpus, cpus_per_stage=0.25, transport=transport
+    )
+    pipeline = Pipeline(four_layers, 16, config, seed=0)
+    yield pipeline
+    pipeline.close()
+
+
+def test_stages_of_several_gpus_say_what_one_says(pipeline, expected, four_layers, adapter_folders):  # noqa: F811
+    gpus = look(pipeline, lambda self: str(torch.cuda.get_device_properties(self.device).uuid))
+    assert len(set(gpus)) == int(NUM_STAGES * pipeline._config.gpus_per_stage)
+    hands_over = pipeline._config.transport == "messages"
+    assert look(pipeline, lambda self: self.hands_over) == [hands_over] * (NUM_STAGES - 1) + [False]
+    assert look(pipeline, lambda self: self.reader.is_late) == [False] * (NUM_STAGES - 1) + [hands_over]
+    for in_flight in (2, NUM_STAGES):
+        assert ask_all(pipeline, four_layers, adapter_folders, in_flight)[0] == expected
+
+
+@pytest.mark.parametrize("dying", [1, 3])
+def test_stage_that_dies_on_a_gpu_of_its_own_joins_the_others_again(
+    dying,
+    pipeline,
+    expected,  # noqa: F811
+    four_layers,
+    adapter_folders,
+):
+    lose_at_work(pipeline, four_layers, dying)
+    assert dying in pipeline.repair()
+    assert ask_all(pipeline, four_layers, adapter_folders, NUM_STAGES)[0] == expected

@@ -1,0 +1,138 @@
+"""A pipeline whose stages share a GPU, and leave hidden states and tokens there, says what one process says."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from engine_requests import ON_GPU, RAGGED, make_requests, run, tokens_of
+from test_pipeline_repair import kill_at_work
+
+from finlora.engine.admission import Limits
+from finlora.engine.engine import EngineCore
+from finlora.engine.messages import Parcel
+from finlora.engine.request import Request, Sampling
+from finlora.engine.scheduler import Scheduler
+from finlora.inference.in_process import InProcess
+from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.tokenizer import load_tokenizer
+from finlora.pipeline.graph import join_stages
+from finlora.stage.stage import Stage
+
+DEVICE, END, ROWS = "cuda", 1, 1024
+
+
+def open_core(executor, base, in_flight):
+    limits = Limits(cache_rows=ROWS, max_in_flight=in_flight, follows=executor.can_follow)
+    return EngineCore(executor, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(base.base)))
+
+
+def ask_all(executor, base, adapter_folders, in_flight):
+    """Return all answers' tokens, and the meter's reading."""
+    core = open_core(executor, base, in_flight)
+    core.load_adapter("all", adapter_folders["all"])
+    requests = make_requests(count=6)
+    requests.append(Request(id="adapted", prompt_ids=RAGGED[2], adapter="all", sampling=Sampling(max_tokens=4)))
+    answers, _ = run(core, requests)
+    core.unload_adapter("all")
+    return {name: tokens_of(answer) for name, answer in answers.items()}, core.meter.read()
+
+
+def look(pipeline, at):
+    """Return what a function of a stage's actor says in each."""
+    import ray
+
+    return ray.get([actor.__ray_call__.remote(at) for actor in pipeline.actors])
+
+
+def lose_at_work(pipeline, base, dying):
+    """Kill one of four stages while micro-batches are under way; returns all their processes."""
+    before = look(pipeline, lambda _stage: os.getpid())
+    kill_at_work(pipeline, open_core(pipeline, base, 4), dying, num_steps=9)
+    return before
+
+
+@pytest.fixture(scope="module")
+def expected(four_layers, adapter_folders):
+    """Tokens of one stage in this process, on the same device: random weights are others on CPU."""
+    with quiet_bitsandbytes():
+        base = load_base(four_layers, 16, torch.device(DEVICE), 0)
+        alone = InProcess([Stage(base.model, range(4), ROWS, torch.float32)])
+    return ask_all(alone, four_layers, adapter_folders, 1)[0]
+
+
+@pytest.fixture(scope="module")
+def pipeline(four_layers, ray_instance):
+    from finlora.pipeline.pipeline import Pipeline, PipelineConfig
+
+    config = PipelineConfig(num_stages=4, cache_rows=ROWS, device=DEVICE, gpus_per_stage=0.25, cpus_per_stage=0.25)
+    pipeline = Pipeline(four_layers, 16, config, seed=0)
+    yield pipeline
+    pipeline.close()
+
+
+@pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
+def test_four_stages_of_one_gpu_say_what_one_says(_gpu, pipeline, expected, four_layers, adapter_folders):
+    assert look(pipeline, lambda self: self.hands_over) == [True, True, True, False]
+    assert look(pipeline, lambda self: type(self.coming).__name__)[0] == "FirstBoard"
+    assert look(pipeline, lambda self: type(self.going).__name__)[3] == "LastBoard"
+    found, reading = ask_all(pipeline, four_layers, adapter_folders, 4)  # so that several places are in use
+    assert found == expected
+    assert len(reading.busy) == 4
+    assert all(0 < share < 1 for share in reading.busy)
+    assert pipeline.peak_memory_gib() > 4 * 2 / 1024  # a parcel's memory each, beside the weights
+
+
+@pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
+@pytest.mark.parametrize("dying", [0, 1, 3])
+def test_stage_that_dies_at_work_starts_anew_and_hands_over_again(
+    _gpu, dying, pipeline, expected, four_layers, adapter_folders
+):
+    """What the others have queued waits for it on the GPU."""
+    before = lose_at_work(pipeline, four_layers, dying)
+    assert pipeline.repair() == [dying]
+    after = look(pipeline, lambda _stage: os.getpid())
+    assert [number for number in range(4) if after[number] != before[number]] == [dying]
+    assert ask_all(pipeline, four_layers, adapter_folders, 4)[0] == expected
+
+
+@pytest.mark.parametrize("failing", [None, 1, 2])
+def test_stages_that_cannot_share_memory_use_messages_and_say_why(failing, ray_instance, caplog):
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Pretending:
+        """A stage on one of two machines, of which one has trouble with CUDA."""
+
+        def __init__(self, number):
+            self.number, self.hands_over = number, False
+
+        def take_number(self, number, num_stages):
+            return "one" if number < 3 else "another"
+
+        def offer(self, ticket):
+            self.hands_over = True
+            self._fail(1)
+            return Parcel(b"m", 1, 1)
+
+        def accept(self, parcel, ticket):
+            assert ticket == 7
+            self._fail(2)
+
+        def use_messages(self):
+            self.hands_over = False
+
+        def _fail(self, number):
+            if number == self.number == failing:
+                raise RuntimeError("CUDA: cudaErrorMapBufferObjectFailed")
+
+    actors = [Pretending.remote(number) for number in range(4)]
+    assert not join_stages(actors, "messages", 7)  # answers come at once
+    handing = ray.get([actor.__ray_call__.remote(lambda self: self.hands_over) for actor in actors])
+    assert handing == [True, failing is None, False, False]
+    said = "Stages 1 and 2 do not reach each other's GPU memory (RuntimeError: CUDA: cudaErrorMapBufferObjectFailed): their"
+    assert (said in caplog.text) == (failing is not None)
+    for actor in actors:
+        ray.kill(actor)

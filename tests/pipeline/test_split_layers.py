@@ -1,0 +1,40 @@
+"""Stages of equal cost, the output head counted."""
+
+from __future__ import annotations
+
+import pytest
+
+from finlora.errors import ConfigError
+from finlora.model.memory.shapes import LLAMA_8B, LLAMA_70B
+from finlora.pipeline.split_layers import split_layers
+
+HEAD_8B = 2 * 128256 * 4096
+LAYER_8B = 2 * (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336)
+
+
+@pytest.mark.parametrize("shape", [LLAMA_8B, LLAMA_70B])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize("num_stages", [1, 2, 3, 4, 8])
+def test_spans_hold_every_layer_once_and_in_order(shape, bits, num_stages):
+    spans = split_layers(shape, bits, num_stages)
+    assert len(spans) == num_stages
+    assert [layer for span in spans for layer in span] == list(range(shape.num_layers))
+
+
+def test_last_stage_has_fewer_layers_for_its_head():
+    """At 16 bit the head weighs 2.4 layers of 8B: 9, 9, 8 and 6 make the slowest 9, where four times 8 would make it 10.4."""
+    assert pytest.approx(2.41, abs=0.01) == HEAD_8B / LAYER_8B
+    assert [len(span) for span in split_layers(LLAMA_8B, 16, 4)] == [9, 9, 8, 6]
+    assert [len(span) for span in split_layers(LLAMA_8B, 16, 1)] == [32]
+    # At 4 bit the layers are lighter and the head is not.
+    assert len(split_layers(LLAMA_8B, 4, 4)[-1]) < 6
+
+
+def test_every_layer_a_stage():
+    assert [len(span) for span in split_layers(LLAMA_8B, 16, 32)] == [1] * 32
+
+
+@pytest.mark.parametrize("num_stages", [0, 33])
+def test_impossible_number_is_refused_by_words(num_stages):
+    with pytest.raises(ConfigError, match=rf"found {num_stages} stages for 32 decoder layers: expected 1 to 32"):
+        split_layers(LLAMA_8B, 16, num_stages)

@@ -1,0 +1,211 @@
+"""OpenAI's own client against the whole server: texts, streams, probabilities, refusals."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import openai
+import pytest
+from wire import send
+
+from finlora.engine.request import Request, Sampling
+from finlora.serve.http.chat_prompt import encode_plain
+
+PROMPT = "Profit rose 12 %"
+
+
+def answer_alone(live, prompt, count):
+    """What the engine itself says, as text."""
+    import asyncio
+
+    base = live.server.base
+    ids = (base.tokenizer.bos_token_id, *encode_plain(prompt, base))
+    request = Request(id=f"alone-{prompt}-{count}", prompt_ids=ids, sampling=Sampling(max_tokens=count))
+    answer = asyncio.run(live.engine.answer(request))
+    return base.tokenizer.decode([token.id for token in answer.tokens], skip_special_tokens=True)
+
+
+def test_completion_is_the_engines_own(client, live):
+    reply = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8, logprobs=0)
+    (choice,) = reply.choices
+    assert choice.text == answer_alone(live, PROMPT, 8)
+    assert choice.finish_reason == "length"
+    assert reply.usage.completion_tokens == len(choice.logprobs.tokens) == 8
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + 8
+    assert "".join(choice.logprobs.tokens) == choice.text
+    assert all(value <= 0 for value in choice.logprobs.token_logprobs)
+    assert [choice.text[place:][:1] for place in choice.logprobs.text_offset] == [t[:1] for t in choice.logprobs.tokens]
+
+
+def test_several_prompts_come_back_in_their_order(client, live):
+    prompts = [PROMPT, "Loss", "The"]
+    reply = client.completions.create(model="tiny", prompt=prompts, max_tokens=4)
+    assert [choice.index for choice in reply.choices] == [0, 1, 2]
+    assert [choice.text for choice in reply.choices] == [answer_alone(live, prompt, 4) for prompt in prompts]
+
+
+def test_token_ids_are_taken_as_they_are(client, live):
+    base = live.server.base
+    ids = [base.tokenizer.bos_token_id, *encode_plain(PROMPT, base)]
+    reply = client.completions.create(model="tiny", prompt=ids, max_tokens=8)
+    assert reply.choices[0].text == answer_alone(live, PROMPT, 8)
+    with pytest.raises(openai.BadRequestError, match=r"prompt holds ids outside 0 to 511"):
+        client.completions.create(model="tiny", prompt=[512], max_tokens=8)
+
+
+def test_chat_of_one_message_is_the_prompt_of_training(client, live):
+    reply = client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": PROMPT}], max_completion_tokens=8, logprobs=True
+    )
+    (choice,) = reply.choices
+    assert choice.message.content == answer_alone(live, PROMPT, 8)
+    assert bytes(b for token in choice.logprobs.content for b in token.bytes).decode() == choice.message.content
+
+
+def test_stream_joins_to_the_whole_and_tells_its_usage(client):
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12}
+    whole = client.chat.completions.create(**asked)
+    events = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    text = "".join(e.choices[0].delta.content or "" for e in events if e.choices)
+    assert text == whole.choices[0].message.content
+    assert events[0].choices[0].delta.role == "assistant"
+    assert events[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
+    assert (events[-1].choices, events[-1].usage.completion_tokens) == ([], 12)
+    assert len({event.id for event in events}) == 1
+    assert len(events) > 5, "it came in one piece"
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_streamed_log_probabilities_equal_the_whole_ones(client, live, stops):
+    text = answer_alone(live, "The", 12)
+    asked = {"model": "tiny", "max_tokens": 12, "stop": [text[5:9]] if stops else None}
+    whole = client.completions.create(**asked, prompt="The", logprobs=0).choices[0]
+    events = [e.choices[0] for e in client.completions.create(**asked, prompt="The", logprobs=0, stream=True)]
+    told = [event.logprobs for event in events if event.logprobs is not None]
+    assert whole.finish_reason == ("stop" if stops else "length")
+    for field in ("tokens", "token_logprobs", "text_offset"):
+        assert [value for part in told for value in getattr(part, field)] == getattr(whole.logprobs, field)
+    place = 0
+    for event in events:
+        place += len(event.text)
+        if event.text:
+            assert all(offset < place for offset in event.logprobs.text_offset)
+    assert len(told) > 1, "they came in one piece"
+
+    asked |= {"messages": [{"role": "user", "content": "The"}], "logprobs": True}
+    whole = client.chat.completions.create(**asked).choices[0]
+    events = [event.choices[0] for event in client.chat.completions.create(**asked, stream=True)]
+    content = [token for event in events if event.logprobs for token in event.logprobs.content]
+    assert content == whole.logprobs.content
+    assert "".join(event.delta.content or "" for event in events) == whole.message.content
+    assert events[0].logprobs is None
+    assert all(event.logprobs.content for event in events if event.delta.content)
+
+
+def test_stream_holds_no_log_probabilities_unless_asked(client):
+    events = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=3, stream=True)
+    assert {event.choices[0].logprobs for event in events} == {None}
+
+
+def test_stop_text_ends_the_answer_and_is_left_out(client, live):
+    text = answer_alone(live, "The", 10)
+    stop = text[4:7]
+    reply = client.completions.create(model="tiny", prompt="The", max_tokens=10, stop=[stop, "§§"], logprobs=0)
+    (choice,) = reply.choices
+    assert (choice.text, choice.finish_reason) == (text[: text.index(stop)], "stop")
+    assert "".join(choice.logprobs.tokens).startswith(choice.text)
+
+
+def test_equal_seeds_draw_equal_texts(client):
+    def draw(seed):
+        asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 16, "temperature": 1.5, "top_p": 0.9}
+        return client.completions.create(**asked, seed=seed).choices[0].text
+
+    assert draw(3) == draw(3)
+    assert len({draw(seed) for seed in range(6)}) > 1
+
+
+def test_models_are_those_of_the_key(client, live):
+    assert [model.id for model in client.models.list()] == ["tiny", "tiny:chatty", "tiny:good", "tiny:plain"]
+    assert client.models.retrieve("tiny:good").id == "tiny:good"
+    narrow = client.with_options(api_key=live.keys["narrow"])
+    assert [model.id for model in narrow.models.list()] == ["tiny:good"]
+    with pytest.raises(openai.NotFoundError, match=r"no model 'tiny' for key 'narrow': expected one of tiny:good"):
+        narrow.completions.create(model="tiny", prompt=PROMPT)
+
+
+def test_adapter_and_each_of_its_versions_say_something_of_their_own(client):
+    models = ("tiny", "tiny:good", "tiny:good@v1", "tiny:good@v2", "tiny:plain")
+    texts = {m: client.completions.create(model=m, prompt=PROMPT, max_tokens=8).choices[0].text for m in models}
+    assert texts["tiny:good"] == texts["tiny:good@v2"]
+    assert len(set(texts.values())) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        (
+            {"model": "other"},
+            openai.NotFoundError,
+            r"no model 'other' for key 'desk': expected one of tiny, tiny:chatty",
+        ),
+        ({"model": "tiny:half"}, openai.NotFoundError, r"no model 'tiny:half'"),
+        ({"model": "tiny:../good"}, openai.NotFoundError, r"no model"),
+        ({"model": "tiny:good@v9"}, openai.UnprocessableEntityError, r"no version 'v9': expected one of v1, v2"),
+        ({"model": "tiny:chatty"}, openai.UnprocessableEntityError, r"template is raw, trained with chat"),
+        ({"n": 2}, openai.BadRequestError, r"n: Input should be 1"),
+        ({"logprobs": 5}, openai.BadRequestError, r"logprobs: Input should be 0"),
+        ({"max_tokens": 5000}, openai.BadRequestError, r"writes at most 2,048 tokens"),
+        ({"max_tokens": 2000}, openai.BadRequestError, r"the model takes 1,024 in all: shorten the prompt or lower"),
+        ({"prompt": "rate " * 3000, "max_tokens": 1}, openai.BadRequestError, r"the prompt has [\d,]+ tokens"),
+        ({"temperature": -1}, openai.BadRequestError, r"temperature: .*greater than or equal to 0"),
+        ({"stop": ""}, openai.BadRequestError, r"stop is empty"),
+        ({"logit_bias": {"5": 1}}, openai.BadRequestError, r"logit_bias: Extra inputs are not permitted"),
+        ({"prompt": ["a", "b"], "stream": True}, openai.BadRequestError, r"found 2 prompts with stream=true"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_words(client, changes, kind, words):
+    with pytest.raises(kind, match=words):
+        client.completions.create(**{"model": "tiny", "prompt": PROMPT} | changes)
+
+
+def test_conversation_needs_a_base_with_turns(client):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
+    with pytest.raises(openai.BadRequestError, match=r"messages hold 2 turns \(system, user\).*send one user message"):
+        client.chat.completions.create(model="tiny", messages=turns)
+
+
+def test_client_that_hangs_up_frees_its_rows(client, live):
+    with client.completions.create(model="tiny", prompt=PROMPT, max_tokens=900, stream=True) as stream:
+        next(iter(stream))
+        live.wait_for(lambda: live.engine.snapshot.kv_used > 900)
+    live.wait_until_idle()
+    assert live.meter.answers[-1][:2] == ("base", "cancelled")
+
+
+def test_line_cut_in_the_middle_of_a_stream_frees_its_rows(live):
+    host, port = live.address.removeprefix("http://").split(":")
+    body = json.dumps({"model": "tiny", "prompt": PROMPT, "max_tokens": 900, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {live.keys['desk']}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port))) as line:
+        line.sendall(head.encode() + body)
+        assert b"200 OK" in line.recv(200)
+    live.wait_until_idle()
+
+
+def test_sixty_four_at_once_each_get_their_own_answer(live):
+    from concurrent.futures import ThreadPoolExecutor
+
+    prompts = [f"Profit rose {number} %" for number in range(64)]
+    expected = {prompt: answer_alone(live, prompt, 4) for prompt in prompts}
+
+    def ask(prompt):
+        reply = send(
+            live.address, "/v1/completions", live.keys["desk"], {"model": "tiny", "prompt": prompt, "max_tokens": 4}
+        )
+        return prompt, reply.body["choices"][0]["text"]
+
+    with ThreadPoolExecutor(64) as pool:
+        assert dict(pool.map(ask, prompts)) == expected

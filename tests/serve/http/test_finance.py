@@ -1,0 +1,108 @@
+"""Financial questions over HTTP: the engine's own probabilities, quotes that stand in the text, refusals by words."""
+
+from __future__ import annotations
+
+import pytest
+from wire import send
+
+from finlora.data.grounding import find_quote
+from finlora.data.prompts import HEADLINE_QUESTIONS
+from finlora.data.question import QUESTION_TASKS, make_question
+from finlora.engine.request import Sampling
+from finlora.inference.ask import ask
+
+TEXTS = ["Profit rose 12 %", "Loss widened", "Sales were flat"]
+
+
+@pytest.fixture
+def post(live):
+    return lambda path, body, key="desk": send(live.address, path, live.keys[key], {"model": "tiny"} | body)
+
+
+@pytest.mark.parametrize("adapter", [None, "good"])
+def test_probabilities_are_those_of_finlora_ask(post, make_config, adapters, adapter):
+    model = f"tiny:{adapter}" if adapter else "tiny"
+    reply = post("/v1/classify", {"model": model, "task": "fpb", "texts": TEXTS}).body
+    assert (reply["model"], reply["task"], len(reply["results"])) == (model, "fpb", 3)
+    folder = adapters / "good" / "v2" if adapter else None
+    for text, result in zip(TEXTS, reply["results"], strict=True):
+        alone = ask(make_config(), folder, make_question("fpb", text, None), Sampling(), 1, lambda _piece: None)
+        assert result["probabilities"] == pytest.approx(alone.probabilities, rel=1e-4)
+        assert list(result["probabilities"]) == list(alone.probabilities)
+        assert (result["label"], result["abstained"]) == (alone.text, False)
+
+
+def test_doubt_abstains(post):
+    reply = post("/v1/classify", {"task": "fpb", "text": TEXTS[0], "threshold": 1.0}).body
+    (result,) = reply["results"]
+    assert (result["label"], result["abstained"], len(result["probabilities"])) == (None, True, 3)
+    assert reply["usage"]["prompt_tokens"] > 20
+
+
+def test_each_text_has_its_own_entity(post):
+    texts = ["Ines met Bo in Rome.", "Rome met Ines."]
+    reply = post("/v1/classify", {"task": "ner", "texts": texts, "about": ["Rome", "Ines"]})
+    assert {frozenset(result["probabilities"]) for result in reply.body["results"]} == {
+        frozenset({"location", "organization", "person"})
+    }
+
+
+def test_tasks_say_what_they_ask(live):
+    tasks = {task["name"]: task for task in send(live.address, "/v1/tasks", live.keys["desk"]).body["data"]}
+    assert tuple(tasks) == QUESTION_TASKS
+    assert (tasks["fpb"]["about"], tasks["fpb"]["labels"]) == ("none", ["negative", "neutral", "positive"])
+    assert (tasks["ner"]["about"], tasks["xbrl_tags"]["labels"]) == ("entity", [])
+    assert tasks["headline"]["questions"] == list(HEADLINE_QUESTIONS)
+
+
+@pytest.mark.parametrize("task", ["xbrl_tags", "xbrl_values"])
+def test_extract_says_where_the_answer_stands(post, task):
+    context = "<us-gaap:Revenues contextRef='FY'>1234</us-gaap:Revenues>"
+    asked = {"task": task, "context": context, "question": "How much?", "max_tokens": 12}
+    reply = post("/v1/extract", asked).body
+    place = find_quote(reply["answer"], context)
+    assert reply["quote"] == ({"start": place[0], "end": place[1]} if place else None)
+    assert reply["grounded"] is (place is not None)
+    assert reply["usage"]["completion_tokens"] == 12
+
+
+def test_extract_writes_no_more_than_a_tag_needs_unless_asked(post):
+    asked = {"task": "xbrl_values", "context": "<a>1234</a>", "question": "How much?"}
+    assert post("/v1/extract", asked).body["usage"]["completion_tokens"] == 48
+    assert post("/v1/extract", asked | {"max_tokens": 60}).body["usage"]["completion_tokens"] == 60
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "words"),
+    [
+        ("classify", {"task": "fpb"}, "expected either text or texts"),
+        ("classify", {"task": "fpb", "text": "a", "texts": ["a"]}, "expected either text or texts"),
+        ("classify", {"task": "fpb", "texts": []}, "texts: List should have at least 1 item"),
+        ("classify", {"task": "fpb", "text": "  "}, "found an empty text"),
+        ("classify", {"task": "xbrl_tags", "text": "a"}, "task 'xbrl_tags' has no labels here: expected one of fpb,"),
+        ("classify", {"task": "ner", "text": "Rome"}, "found no about for task ner: name the entity"),
+        ("classify", {"task": "ner", "text": "Rome", "about": "Oslo"}, "'Oslo' does not stand in the text"),
+        ("classify", {"task": "headline", "text": "Gold", "about": "x"}, "headline question 'x' is not known"),
+        ("classify", {"task": "fpb", "text": "a", "about": "x"}, "found about='x' for task fpb: leave it out"),
+        ("classify", {"task": "ner", "texts": ["a", "b"], "about": ["a"]}, "about holds 1 entries for 2 texts"),
+        (
+            "classify",
+            {"task": "fpb", "text": "a", "threshold": 2},
+            "threshold: Input should be less than or equal to 1",
+        ),
+        ("classify", {"task": "fpb", "texts": ["a"] * 300}, "found 300 texts: expected at most 256 in one request"),
+        ("classify", {"task": "fpb", "text": "rate " * 2000}, "the model takes 1,024: shorten the text"),
+        (
+            "extract",
+            {"task": "fpb", "context": "a", "question": "b"},
+            "task: Input should be 'xbrl_tags' or 'xbrl_values'",
+        ),
+        ("extract", {"task": "xbrl_tags", "context": "a", "question": " "}, "question is empty"),
+        ("extract", {"task": "xbrl_tags", "context": "", "question": "b"}, "found an empty text"),
+    ],
+)
+def test_question_that_cannot_be_asked_is_refused_by_words(post, live, path, body, words):
+    reply = post(f"/v1/{path}", body)
+    assert (reply.status, reply.error["type"]) == (400, "invalid_request_error")
+    assert words in reply.error["message"]
+    live.wait_until_idle()

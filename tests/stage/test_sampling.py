@@ -1,0 +1,88 @@
+"""Sampling against the definition of nucleus sampling, by hand and by frequency; each row as if it were alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from finlora.engine.micro_batch import Draw
+from finlora.stage.sampling import choice_log_probs, sample
+
+
+def draw(temperature=1.0, top_p=1.0, seed=0, position=0):
+    return Draw(0, temperature, top_p, seed, position)
+
+
+def pairs(logits, draws):
+    """Each row's token and its log-probability."""
+    tokens, log_probs = sample(logits, draws)
+    return list(zip(tokens.tolist(), log_probs.tolist(), strict=True))
+
+
+def logits_of(*probabilities):
+    return torch.tensor([[math.log(p) for p in probabilities]])
+
+
+def frequencies(logits, count=4000, **settings):
+    rows = logits.expand(count, -1).clone()
+    counts = Counter(token for token, _ in pairs(rows, [draw(position=n, **settings) for n in range(count)]))
+    return {token: number / count for token, number in counts.items()}
+
+
+def test_greedy_takes_the_likeliest_and_gives_its_probability():
+    (token, log_prob), *_ = pairs(logits_of(0.2, 0.5, 0.3), [draw(temperature=0.0)])
+    assert (token, log_prob) == (1, pytest.approx(math.log(0.5), abs=1e-6))
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {0: 0.2, 1: 0.5, 2: 0.25, 3: 0.05}),
+        # p^2 over its sum, 0.355
+        ({"temperature": 0.5}, {0: 0.04 / 0.355, 1: 0.25 / 0.355, 2: 0.0625 / 0.355, 3: 0.0025 / 0.355}),
+        # 0.5 + 0.25 is under 0.8, so token 0 belongs to it as well
+        ({"top_p": 0.8}, {0: 0.2 / 0.95, 1: 0.5 / 0.95, 2: 0.25 / 0.95}),
+        ({"top_p": 0.6}, {1: 0.5 / 0.75, 2: 0.25 / 0.75}),
+        ({"top_p": 0.01}, {1: 1.0}),
+    ],
+)
+def test_tokens_come_as_often_as_they_should(settings, expected):
+    """Four standard errors of 4,000 draws are 0.032 at most."""
+    found = frequencies(logits_of(0.2, 0.5, 0.25, 0.05), **settings)
+    assert found.keys() == expected.keys()
+    assert found == pytest.approx(expected, abs=0.032)
+
+
+def test_row_draws_the_same_in_any_batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 50, generator=generator)
+    draws = [draw(temperature=0.7 * (n % 3), top_p=0.9, seed=n, position=2 * n) for n in range(6)]
+    together = pairs(logits, draws)
+    assert [pairs(logits[n : n + 1], [draws[n]])[0] for n in range(6)] == together
+    backwards = pairs(logits.flip(0), draws[::-1])
+    assert backwards[::-1] == together
+
+
+def test_seed_and_position_decide():
+    logits = torch.zeros(1, 1000)
+    first = pairs(logits, [draw(seed=1)])
+    assert pairs(logits, [draw(seed=1)]) == first
+    assert pairs(logits, [draw(seed=2)]) != first
+    assert pairs(logits, [draw(seed=1, position=1)]) != first
+
+
+def test_probability_is_the_models_own_whatever_was_drawn_from():
+    ((token, log_prob),) = pairs(logits_of(0.9, 0.1), [draw(temperature=0.1, top_p=0.5)])
+    assert (token, log_prob) == (0, pytest.approx(math.log(0.9), abs=1e-6))
+
+
+def test_scores_of_given_tokens_are_log_softmax():
+    logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(1))
+    targets = torch.tensor([0, 29, 7, 7, 3])
+    expected = torch.log_softmax(logits, -1)[torch.arange(5), targets].tolist()
+    assert choice_log_probs(logits, targets).tolist() == pytest.approx(expected, abs=1e-6)
+    assert choice_log_probs(logits[:0], targets[:0]).tolist() == []
+    assert pairs(logits[:0], []) == []

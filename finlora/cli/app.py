@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ import typer
 from typer.core import TyperGroup
 
 from finlora.errors import ConfigError
+from finlora.machine.foreign_errors import explain
 from finlora.machine.host import drop_empty_size, fill_streams
+from finlora.machine.signals import StoppedByError, leave_output
 from finlora.terminal import OutputConsole
 
 # The verbs in the order of the work, which is the order of the help whatever module defines them.
@@ -37,6 +40,21 @@ ORDER = (
 class _OrderOfWork(TyperGroup):
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         return sorted(super().list_commands(ctx), key=ORDER.index)
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        """Run a verb; what Typer would end without a word of ours is told by terminal.exit_with instead.
+
+        It ends Ctrl-C with 130 and nothing, an EOFError with `Aborted!` and a reader that has gone with 1.
+        """
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise StoppedByError(signal.SIGINT) from error
+        except EOFError as error:
+            raise explain(error) from error
+        except BrokenPipeError:
+            leave_output()
+            sys.exit(128 + signal.SIGPIPE)
 
 
 app = typer.Typer(

@@ -10,12 +10,16 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from finlora.cli import answer_verbs, data_verbs, doctor_verb, report_verbs, search_verbs, serve_verbs, train_verbs
-from finlora.cli.app import app
-from finlora.machine.cpu import set_environment
-from finlora.machine.host import check_arguments, check_home, soften_output
-from finlora.machine.signals import end_in_order
-from finlora.terminal import exit_with
+try:
+    from finlora.cli import answer_verbs, data_verbs, doctor_verb, report_verbs, search_verbs, serve_verbs, train_verbs
+    from finlora.cli.app import app
+    from finlora.machine.cpu import set_environment
+    from finlora.machine.host import check_arguments, check_home, soften_output
+    from finlora.machine.signals import end_in_order
+    from finlora.terminal import exit_with
+except KeyboardInterrupt:  # Ctrl-C while packages are read: a slow disk takes seconds
+    sys.stderr.write("Stopped by SIGINT before anything began.\n")
+    raise SystemExit(130) from None
 
 # Importing a group registers its verbs.
 GROUPS = (doctor_verb, data_verbs, train_verbs, search_verbs, answer_verbs, serve_verbs, report_verbs)

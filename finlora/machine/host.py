@@ -29,14 +29,21 @@ def check_arguments(arguments: Sequence[str]) -> None:
     """Refuse an argument whose bytes are no text.
 
     Raises:
-        ConfigError: one is not UTF-8.
+        ConfigError: one is not UTF-8, or the locale cannot read UTF-8.
     """
     for number, argument in enumerate(arguments, start=1):
         if any("\ud800" <= character <= "\udfff" for character in argument):
-            shown = argument.encode("utf-8", "surrogateescape")[:60]
+            raw = argument.encode("utf-8", "surrogateescape")
+            try:
+                raw.decode()
+            except UnicodeDecodeError:
+                raise ConfigError(
+                    f"argument {number} is {raw[:60]!r}, which is not UTF-8: expected text in UTF-8. Rename the file, or convert "
+                    "the text with `iconv -t UTF-8`."
+                ) from None
             raise ConfigError(
-                f"argument {number} is {shown!r}, which is not UTF-8: expected text in UTF-8. Rename the file, or convert the "
-                "text with `iconv -t UTF-8`."
+                f"argument {number} is {raw[:60]!r}, which is UTF-8, but this session's locale reads "
+                f"{sys.getfilesystemencoding()} alone: set PYTHONUTF8=1, or LC_ALL=C.UTF-8."
             )
 
 

@@ -18,6 +18,11 @@ def test_argument_that_is_no_text_is_named():
     host.check_arguments(["ask", "Gewinn stieg um 12 % \u20ac"])
     with pytest.raises(ConfigError, match=r"argument 2 is b'model.base=\\xff', which is not UTF-8: expected text"):
         host.check_arguments(["train", os.fsdecode(b"model.base=\xff")])
+    # In the C locale without Python's UTF-8 mode each byte of a valid text comes as half a character as well.
+    with pytest.raises(
+        ConfigError, match=r"argument 1 is b'\\xc3\\xbc', which is UTF-8, but this session's locale reads"
+    ):
+        host.check_arguments([b"\xc3\xbc".decode("ascii", "surrogateescape")])
 
 
 def test_home_that_is_none_is_said(monkeypatch):

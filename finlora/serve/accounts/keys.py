@@ -171,6 +171,9 @@ def add_key(
     """
     if not _ID.fullmatch(name) or name == ENVIRONMENT_ID:
         raise ConfigError(f"found the name {name!r}: expected 1 to 32 small letters and digits.")
+    file = Path(os.path.realpath(file))  # of a link the file that it leads to, which is what a server reads
+    if file.is_symlink():
+        raise ConfigError(f"{file} is a link that leads to itself: remove it, or name another file.")
     records = read_keys(file) if file.exists() else []
     if any(record.id == name for record in records):
         raise ConfigError(f"{file} holds a key {name!r} already: take another name, or delete its entry first.")

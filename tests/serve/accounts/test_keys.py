@@ -33,6 +33,19 @@ def test_key_is_known_by_its_hash_alone(file):
     assert ring.check(other).may_use(None)
 
 
+def test_key_goes_into_the_file_that_a_link_leads_to(file):
+    target = file.with_name("shared.yaml")
+    file.symlink_to(target)
+    add_key(file, "desk", **NO_LIMITS)
+    add_key(file, "night", **NO_LIMITS)
+    assert file.is_symlink()
+    assert [record.id for record in read_keys(target)] == ["desk", "night"]
+    loop = file.with_name("loop")
+    loop.symlink_to("loop")
+    with pytest.raises(ConfigError, match="loop is a link that leads to itself"):
+        add_key(loop, "desk", **NO_LIMITS)
+
+
 def test_key_that_could_not_be_shown_is_not_kept(file):
     def fail(key):
         assert not file.exists()

@@ -1,0 +1,71 @@
+"""ARCHITECTURE.md names every module once and none that is gone; its picture shows the imports of today."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MEND = "run .venv/bin/python docs/architecture.py"
+
+
+@pytest.fixture(scope="module")
+def generator():
+    spec = importlib.util.spec_from_file_location("architecture", ROOT / "docs" / "architecture.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def listed_files(text):
+    """Return the paths that a list of files names, below finlora/."""
+    found = []
+    for title, table in re.findall(r"^### (\S+)/\n\n((?:\|.*\n)+)", text, flags=re.MULTILINE):
+        folder = "" if title == "finlora" else f"{title}/"
+        found += [folder + name for name in re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)]
+    return found
+
+
+def test_every_file_has_its_line_and_no_line_names_a_missing_file(generator):
+    files = [str(path.relative_to(ROOT / "finlora")) for path in [*generator.MODULES, *generator.KERNELS]]
+    assert sorted(listed_files(generator.PAGE.read_text(encoding="utf-8"))) == sorted(files), MEND
+    assert sorted(listed_files(generator.list_files())) == sorted(files)
+
+
+def test_every_file_says_what_it_is(generator):
+    silent = [path for path in [*generator.MODULES, *generator.KERNELS] if not generator.first_sentence(path)]
+    assert silent == []
+
+
+def test_first_sentence_of_a_file(generator, tmp_path):
+    module, kernel = tmp_path / "a.py", tmp_path / "a.cu"
+    module.write_text('"""Reader of config.yaml\nand its rows. More.\n\nMore still.\n"""\n')
+    kernel.write_text("// Product of few rows,\n// at 4 bit. More.\n#include <x>\n")
+    assert generator.first_sentence(module) == "Reader of config.yaml and its rows."
+    assert generator.first_sentence(kernel) == "Product of few rows, at 4 bit."
+
+
+def test_prose_names_modules_that_are_there(generator):
+    named = generator.named_modules(generator.PAGE.read_text(encoding="utf-8"))
+    assert len(named) > 20
+    assert [name for name in sorted(named) if not any((ROOT / top / name).is_file() for top in ("", "finlora"))] == []
+
+
+def test_picture_shows_todays_imports(generator):
+    assert generator.STAIR.read_text(encoding="utf-8") == generator.draw_stair(), MEND
+
+
+def test_floors_follow_the_imports_and_a_circle_is_refused(generator):
+    imports = {"cli": {"train", "errors"}, "train": {"errors"}, "errors": set()}
+    assert generator.floors_of(imports) == {"errors": 0, "train": 1, "cli": 2}
+    assert generator.without_detours(imports) == {"cli": {"train"}, "train": {"errors"}, "errors": set()}
+    with pytest.raises(ValueError, match=r"circle: \['a', 'b'\]"):
+        generator.floors_of({"a": {"b"}, "b": {"a"}})
+
+
+def test_page_without_its_marks_is_refused(generator):
+    with pytest.raises(ValueError, match="lacks the two lines"):
+        generator.write_page("# Architecture\n")

@@ -1,4 +1,8 @@
-"""Users of a deployed server for benchmarks/serve_load.py: each waits for its answer before it asks again, and checks it."""
+"""Simulated users of a deployed server: each waits for its answer before the next request, and checks the answer.
+
+serve_load.py, a script, imports this file as `load_users`; tests.chaos.serve, run from the repository root, imports it as
+`benchmarks.load_users`.
+"""
 
 from __future__ import annotations
 

@@ -1,21 +1,22 @@
-"""Break the system on purpose, at random places and times, and look at what is lost: nothing may be.
+"""Fault injection, each fault with its seed: damages files and kills processes at random times, then checks that nothing is lost.
 
-    make chaos                                                   # all kinds, at most 50 minutes
-    make chaos MINUTES=5                                         # what fits into 5 minutes
-    python -m tests.chaos --parts files writers --seed 7    # without Ray, about two minutes
+    make chaos                                                   # all parts, at most 50 minutes
+    make chaos MINUTES=5                                         # the parts that fit into 5 minutes
+    python -m tests.chaos --parts files writers --seed 7         # without Ray, about two minutes
     python -m tests.chaos --parts train serve --minutes 15
-    python -m tests.chaos --parts files --only "bit flipped/checkpoint" --only-seed 123456  # one fault again
+    python -m tests.chaos --parts files --only "bit flipped/checkpoint" --only-seed 123456  # repeats one fault
 
-Parts: `files` damages what lies on disk; `writers` kills, fills the disk of, or holds up processes that write, and breaks a
-training loop in a process of its own; `train` kills processes of `finlora train` and `finlora tune` on Ray nodes of this machine;
-`serve` kills those of `finlora serve` under load. Each fault has a seed of its own, which is printed: places and times follow
-from it, as far as the machine lets them.
+`files` damages files on disk. `writers` kills or pauses processes that write, fills their disk, and breaks a training
+loop in its own process. `train` kills processes of `finlora train` and `finlora tune` on Ray nodes of this machine.
+`serve` kills processes of `finlora serve` under load. Each fault prints its seed; offsets and times follow from the
+seed, as far as the machine allows.
 
---minutes bounds everything, start and end included: each part has a share, a part for which there is no room is left out, and
-what a part has not judged when its share is over does not count. Ctrl-C, SIGTERM and SIGHUP end all that was started and show the
-table of what was judged until then.
+--minutes limits the whole run, start and end included. Each part gets a share of it. A part that does not fit is
+skipped, and a fault that is not judged when the share ends does not count. Ctrl-C, SIGTERM and SIGHUP kill all started
+processes and print the table of the faults judged so far.
 
-Exit code 1: something was lost, was answered wrongly, hung, or stayed behind; or a part of a whole run saw too few faults.
+Exit code 1: something was lost, was answered wrongly, hung or stayed behind; or a part of a full run injected too few
+faults.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from tests.chaos.time_budget import Need, StoppedError, note_signals, run_part, 
 
 PARTS = ("files", "writers", "train", "serve")
 LEAST = {"files": 120, "writers": 80, "train": 18, "serve": 9}
-"""Faults that a part must reach for its table to mean something."""
+"""Fewest faults of a part in a full run."""
 ROUNDS = 8
 WHOLE_MINUTES = 50.0
 NEEDS = {"files": Need(20, 60), "writers": Need(30, 90), "train": Need(300, 1500), "serve": Need(180, 600)}
-"""On two cores that others use as well."""
+"""Seconds on two shared cores."""
 RESERVE_S = {"files": 2.0, "writers": 10.0, "train": 120.0, "serve": 60.0}
-"""From a part's last fault to its end: what was begun is waited for, and nodes and servers end."""
+"""From the last fault of a part to its end: running work finishes, nodes and servers shut down."""
 END_S = 10.0
-"""From the end of the last part to the end of all."""
+"""From the end of the last part to the end of the run."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,16 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=WHOLE_MINUTES, help="for everything, start and end included")
+    parser.add_argument(
+        "--minutes", type=float, default=WHOLE_MINUTES, help="limit of the whole run, start and end included"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="faults of each cheap kind")
-    parser.add_argument("--only", help="KIND/TARGET of a cheap fault")
-    parser.add_argument("--only-seed", type=int, help="the seed that was printed with it")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="faults of each kind in files and writers")
+    parser.add_argument("--only", help="KIND/TARGET of a fault in files or writers")
+    parser.add_argument("--only-seed", type=int, help="the seed printed with that fault")
     parser.add_argument("--table", type=Path, help="Markdown file of the table")
     parser.add_argument("--record", type=Path, help="JSON lines file of the faults")
-    parser.add_argument(
-        "--from-records", type=Path, nargs="+", help="inject nothing, print the table of earlier records"
-    )
+    parser.add_argument("--from-records", type=Path, nargs="+", help="inject nothing; print the table of these records")
     parser.add_argument("--alone", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.from_records:
@@ -86,37 +87,37 @@ def _fresh_record(wanted: Path | None) -> Iterator[Path]:
 def _run_parts(options: argparse.Namespace, record: Path) -> int:
     started = time.monotonic()
     until = started + options.minutes * 60 - END_S
-    # A tenth less than there is: starts take longer on a busy machine, and a part that was promised must still find its least.
+    # A tenth in reserve: starts are slow on a busy machine, and an announced part must still get its minimum.
     shares = share_out({part: NEEDS[part] for part in options.parts}, 0.9 * (until - started))
     waiting = {part: NEEDS[part] for part in options.parts if part in shares}
-    told = ", ".join(f"{part} {shares[part]:.0f} s" if part in shares else f"{part} left out" for part in options.parts)
+    told = ", ".join(f"{part} {shares[part]:.0f} s" if part in shares else f"{part} skipped" for part in options.parts)
     code, counts = 0, {}
     try:
         with note_signals() as asked:
-            say(f"seed {options.seed}, at most {options.minutes:g} minutes in all: {told}")
+            say(f"seed {options.seed}, at most {options.minutes:g} minutes in total: {told}")
             for part in options.parts:
                 share = share_out(waiting, until - time.monotonic()).get(part)
                 waiting.pop(part, None)
                 if share is None:
-                    say(f"{part}: left out, {NEEDS[part].least:.0f} s are the least for it")
+                    say(f"{part}: skipped, it needs at least {NEEDS[part].least:.0f} s")
                     continue
                 before = len(read_injections(record))
                 ended = _run_apart(part, share, asked, record, options)
                 counts[part] = len(read_injections(record)) - before
                 if ended is None:
-                    say(f"{part}: its {share:.0f} s are over; what was not judged by then does not count")
+                    say(f"{part}: stopped after its {share:.0f} s; faults not judged by then do not count")
                 elif ended:
-                    say(f"BROKEN: {part} ended with {ended}, its message stands above")
+                    say(f"BROKEN: {part} exited with {ended}, see its message above")
                     code = 1
     except StoppedError as stop:
-        say(f"{stop}: all that was started has been ended")
+        say(f"{stop}: all started processes were killed")
         code = stop.exit_code
     return _judge(options, read_injections(record), counts, code, time.monotonic() - started)
 
 
 def _run_apart(part: str, seconds: float, asked: list[int], record: Path, options: argparse.Namespace) -> int | None:
-    """Run one part in processes and in a folder of its own, which go with it."""
-    folder = Path(tempfile.mkdtemp(prefix="fl-", dir="/tmp"))  # short: Ray puts sockets below it
+    """Run one part in its own processes and temporary folder, and remove both at its end."""
+    folder = Path(tempfile.mkdtemp(prefix="fl-", dir="/tmp"))  # short, for Ray's sockets
     soft = max(seconds - RESERVE_S[part], seconds / 4)
     only = [f"--only={options.only}"] * bool(options.only) + [f"--only-seed={options.only_seed}"] * (
         options.only_seed is not None
@@ -164,19 +165,19 @@ def _run_part(part: str, folder: Path, tally: Tally, options: argparse.Namespace
         for kind, target, act in list_faults(folder):
             inject(tally, kind, target, options, act)
     elif part == "train":
-        from tests.chaos.search import run_search_under_fire
-        from tests.chaos.train import run_training_under_fire
+        from tests.chaos.search import break_search
+        from tests.chaos.train import break_training
 
-        run_training_under_fire(tally, options.seed)
-        run_search_under_fire(tally, options.seed)
+        break_training(tally, options.seed)
+        break_search(tally, options.seed)
     else:
-        from tests.chaos.serve import run_server_under_fire
+        from tests.chaos.serve import break_server
 
-        run_server_under_fire(folder, tally, options.seed)
+        break_server(folder, tally, options.seed)
 
 
 def inject(tally: Tally, kind: str, target: str, options: argparse.Namespace, act: Callable[[int], Injection]) -> None:
-    """Inject a cheap fault as often as asked for, each time with another seed."""
+    """Inject a fault --rounds times, each time with another seed."""
     if options.only and options.only != f"{kind}/{target}":
         return
     for seed in islice(seeds(options.seed, kind, target, options.only_seed), options.rounds):

@@ -1,4 +1,4 @@
-"""A forked process that does one thing and may be killed, and a small disk of its own for it."""
+"""A forked process that a fault may kill, and a small private disk for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CLONE_NEWNS = 0x20000
 
 
 class Child:
-    """A forked process; what it raised is in `words`."""
+    """A forked process that runs one function; `words` holds the traceback of what it raised."""
 
     def __init__(self, work: Callable[[], object]) -> None:
         self._read, write = os.pipe()
@@ -65,7 +65,7 @@ class Child:
 
 
 def mount(disk: Path) -> bool:
-    """Put a small disk of memory there that this process alone sees; False where that is not permitted."""
+    """Mount an 8 MiB tmpfs in a mount namespace of this process. Returns False where that is not permitted."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS) != 0:
         return False

@@ -1,6 +1,6 @@
-"""Files cut short or with a flipped bit, one at a time: each artefact must load as it was written, or be refused with a message.
+"""Damaged files, truncated or with a flipped bit: the artefact must load as written, or be refused with an error of ours.
 
-Nothing here takes Ray: what is loaded is loaded by the code that runs, evaluates and serves use.
+Without Ray: artefacts are loaded by the code that training, evaluation and serving use.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ RUN_HASH = "0123456789abcdef"
 
 @dataclass(frozen=True)
 class Artefact:
-    """Something on disk that the product reads back."""
+    """Files on disk that the product reads back."""
 
     name: str
     files: Callable[[], list[Path]]
     load: Callable[[], Any]
-    """Returns a value that compares; raises FinloraError where it refuses."""
+    """Returns a value to compare. Raises FinloraError on a refusal."""
     may_lack: bool = False
-    """Whether a damaged record may be left out of a list, as a line of the log is."""
+    """Whether a damaged record may be skipped, as a line of the progress log is."""
 
 
 @dataclass(frozen=True)
 class World:
-    """A folder with one of each."""
+    """A folder with one artefact of each kind."""
 
     folder: Path
     config: RunConfig
@@ -85,7 +85,7 @@ def make_world(folder: Path) -> World:
 
 
 def write_adapter(world: World, value: int) -> None:
-    """Write an adapter whose B are all `value`, as a training writes it."""
+    """Write an adapter with all LoRA weights `value`, as training writes it."""
     from finlora.configfile import save_config
     from finlora.model.base import load_base
     from finlora.model.contract import make_contract, write_contract
@@ -122,7 +122,7 @@ def load_adapter_as_served(world: World) -> Any:
 
 
 def load_base_with_adapter(world: World) -> Any:
-    """Load the base that an adapter was trained on, as an evaluation does."""
+    """Load the base model of an adapter, as evaluation does."""
     from finlora.model.base import load_base
     from finlora.model.contract import read_contract
 
@@ -132,7 +132,7 @@ def load_base_with_adapter(world: World) -> Any:
 
 
 def load_cached(world: World) -> Any:
-    """Load the base at 4 bit from the cache of quantised bases."""
+    """Load the base model at 4 bit from the cache of quantised bases."""
     from finlora.model.base import load_base, quiet_bitsandbytes
 
     model = dataclasses.replace(world.config.model, cache=str(world.folder / "cache"))
@@ -142,7 +142,7 @@ def load_cached(world: World) -> Any:
 
 
 def write_checkpoint(folder: Path, step: int) -> None:
-    """Write the parts of two workers, with the step as value."""
+    """Write a checkpoint of two workers, with the step as weight value."""
     from finlora.train.optim.traffic import Wire
     from finlora.train.run.checkpoint import CheckpointInfo, save_checkpoint
 
@@ -166,7 +166,7 @@ def load_checkpoint_as_resumed(folder: Path) -> Any:
 
 
 def write_records(world: World, value: int) -> None:
-    """Write a run's config, progress and result, and how a trial ended."""
+    """Write a run's config, progress and results, and the record of a trial."""
     from finlora.results import Result, append_result
     from finlora.train.run.progress import append_progress
     from finlora.train.run.run_folder import open_run
@@ -194,7 +194,7 @@ def write_records(world: World, value: int) -> None:
 
 
 def load_run_config(world: World) -> Any:
-    """Open the run as `finlora train` does: other settings are refused, free ones are what the command says."""
+    """Open the run as `finlora train` does, which refuses changed settings."""
     from finlora.train.run.run_folder import open_run
 
     return str(open_run(world.config))
@@ -257,7 +257,7 @@ def artefacts_of(world: World) -> list[Artefact]:
 
 
 def damage(artefact: Artefact, kind: str, seed: int, folder: Path) -> Injection:
-    """Damage one file of an artefact, load it, and put the file back."""
+    """Damage one file of an artefact, load the artefact, and restore the file."""
     rng = random.Random(seed)
     expected = artefact.load()
     path = rng.choice(artefact.files())
@@ -275,14 +275,14 @@ def damage(artefact: Artefact, kind: str, seed: int, folder: Path) -> Injection:
         seen = f"{type(error).__name__}: {plain(str(error), folder)}"
     except Exception as error:
         seen = f"{type(error).__name__}: {plain(str(error), folder)}"
-        lost = "an error that is not ours"
+        lost = "an error that is not FinLoRA's own"
     else:
-        seen = "loads as it was written"
+        seen = "loads as written"
         if found != expected:
             is_lacking = artefact.may_lack and all(record in expected for record in found)
-            seen = "the damaged lines are left out" if is_lacking else "loads with other values"
-            lost = "" if is_lacking else "loads with other values, and nothing is said"
+            seen = "damaged lines are skipped" if is_lacking else "loads with other values"
+            lost = "" if is_lacking else "loads with other values, without an error"
     path.write_bytes(content)
     if artefact.load() != expected:
-        lost = lost or "the artefact does not load after the file was put back"
+        lost = lost or "the artefact does not load after the file was restored"
     return Injection(kind, artefact.name, seed, seen, lost)

@@ -1,4 +1,4 @@
-"""`finlora serve` and `finlora train` as processes on a tiny base of their own, for checks that watch or break them."""
+"""`finlora serve` and `finlora train` as child processes on a tiny base, for checks that watch or kill them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from finlora.pipeline.ray_workarounds import remove_left_semaphores
-from tests.chaos.record import say, traces
+from tests.chaos.record import leftovers, say
 
 ROOT = Path(__file__).resolve().parents[2]
 READY_S = 600.0
@@ -27,10 +27,10 @@ BASE = (
 
 
 class LiveCommands:
-    """Commands that run until they are told to end, each with a Ray of its own.
+    """Commands that run until SIGTERM, each with its own Ray.
 
     Args:
-        folder: short, since Ray puts sockets below it; everything goes into it.
+        folder: of all their files; short, for Ray's sockets.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,7 +38,7 @@ class LiveCommands:
         self.faults: list[str] = []
         self.roots: dict[str, subprocess.Popen[bytes]] = {}
         self.seen: dict[int, psutil.Process] = {}
-        """Processes below that ended meanwhile, or live."""
+        """Every process ever seen below the commands, by pid."""
         (folder / "token").write_text(secrets.token_hex(32))
         (folder / "token").chmod(0o600)
         (folder / "tmp").mkdir()
@@ -59,7 +59,7 @@ class LiveCommands:
         (folder / "ray").mkdir()
 
     def close(self) -> None:
-        """Ask both commands to end, and look at what stays behind."""
+        """End the commands by SIGTERM, and add what stays behind to `faults`."""
         processes = [(name, process, descendants(process.pid)) for name, process in self.roots.items()]
         self.roots = {}
         for _, process, _ in processes:
@@ -73,7 +73,7 @@ class LiveCommands:
                 self.faults.append(f"the {name} did not end within 120 s of SIGTERM")
             expected = {"server": 0, "training": 143}[name]
             if code != expected:
-                self.faults.append(f"the {name} ended with {code}, expected {expected}: see its log")
+                self.faults.append(f"the {name} exited with {code}, expected {expected}: its log follows")
                 say((self.folder / f"{name}.log").read_text(errors="replace")[-3000:])
             psutil.wait_procs(below, timeout=20)
             pids = {str(each.pid) for each in below}
@@ -81,10 +81,10 @@ class LiveCommands:
                 if path.name[7:].partition("-")[0] in pids:
                     os.utime(
                         path, (time.time() - 3600, time.time() - 3600)
-                    )  # what is left counts as left after a minute
-            remove_left_semaphores()  # as the next pipeline on this machine does
+                    )  # semaphores are swept when older than a minute
+            remove_left_semaphores()  # the next pipeline on this machine sweeps them this way
             members = {**self.seen, **{each.pid: each for each in below}}
-            left = traces(of=list(members.values()), folder=self.folder / "tmp")
+            left = leftovers(of=list(members.values()), folder=self.folder / "tmp")
             self.faults += [f"the {name} left {what}" for what in left]
 
     def choose_port(self) -> None:
@@ -93,15 +93,15 @@ class LiveCommands:
             self.port = free.getsockname()[1]
 
     def wait_for(self, words: str) -> None:
-        """Return when the server has said so."""
+        """Wait until the server has printed these words."""
         log, until = self.folder / "server.log", time.monotonic() + READY_S
         while words not in (text := log.read_text(encoding="utf-8", errors="replace")):
             if self.roots["server"].poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"the server did not come up: {text[-3000:]}")
+                raise RuntimeError(f"the server did not start: {text[-3000:]}")
             time.sleep(0.5)
 
     def serve(self) -> None:
-        """Start the server, and return when it serves; once more where a busy machine gave Ray too little in its 30 s."""
+        """Start the server and wait until it serves; retries where Ray missed its own start limit of 30 s."""
         for _ in range(TRIES):
             self.start("server", "serve", "--config", "serve_configs/cpu-demo.yaml", *self.serve_settings())
             try:

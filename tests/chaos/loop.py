@@ -1,7 +1,7 @@
-"""The product's training loop in a process of its own, without Ray: broken at random times, and started again until it is done.
+"""The training loop in its own process, without Ray: interrupted at random times and restarted until it is done.
 
-Real are the sampler, the packed path, AdamW, checkpoints, their list, progress lines and the adapter's folder. Its losses and its
-weights must equal those of a loop that nobody touched, bit for bit.
+Sampler, packing, AdamW, checkpoints and their list, progress log and adapter folder are the product's own. Losses and
+weights must equal those of an undisturbed loop, bit for bit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KEEP = 2
 
 
 class _Plain:
-    """What the loop asks of an engine, with one worker."""
+    """DeepSpeed engine interface of the loop, for one worker."""
 
     def __init__(self, module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.module, self.optimizer = module, optimizer
@@ -47,11 +47,11 @@ class _Plain:
 
 
 def train(config: RunConfig, spoil_at: int | None = None, jump_seed: int | None = None) -> None:
-    """Train the run of that name, or go on with it.
+    """Train a run, or resume it from its last checkpoint.
 
     Args:
-        spoil_at: after this step a weight becomes NaN.
-        jump_seed: the clock is set back and forward by hours meanwhile.
+        spoil_at: step after which one weight becomes NaN.
+        jump_seed: seed of a clock that jumps back and forward by up to a day.
     """
     from finlora.model.base import load_base
     from finlora.model.lora import attach_lora, trainable_parameters
@@ -130,7 +130,7 @@ def train(config: RunConfig, spoil_at: int | None = None, jump_seed: int | None 
 
 
 def break_loop(kind: str, world: World, seed: int) -> Injection:
-    """Break one run at a random time, go on with it, and compare."""
+    """Interrupt a run at a random time, resume it, and compare it with the undisturbed run."""
     rng = random.Random(seed)
     quiet, config = (dataclasses.replace(world.config, name=name) for name in ("quiet", f"run-{seed}"))
     if not _folder(quiet).adapter.exists():
@@ -163,11 +163,11 @@ def _interrupt(kind: str, config: RunConfig, rng: random.Random) -> tuple[str, f
     assert process.pid is not None
     if kind == "killed":
         os.kill(process.pid, signal.SIGKILL)
-        seen = "the same command goes on from the last checkpoint"
+        seen = "the same command resumes from the last checkpoint"
     elif kind == "out of memory":
-        # As of now it gets no more memory: the next allocation that needs some fails.
+        # No more memory from now on: the next allocation that grows the process fails.
         resource.prlimit(process.pid, resource.RLIMIT_AS, (2**20, 2**20))
-        seen = "an error of torch or Python, or nothing where it had all it needed; the same command goes on"
+        seen = "a torch or Python error, or nothing where no more memory was needed; the same command resumes"
     else:
         for _ in range(3):
             os.kill(process.pid, signal.SIGSTOP)
@@ -191,20 +191,20 @@ def _interrupt(kind: str, config: RunConfig, rng: random.Random) -> tuple[str, f
 
 
 def _spoil(config: RunConfig, rng: random.Random) -> str:
-    """A weight becomes NaN: the run must end with our error, and no checkpoint may hold it."""
+    """Set a weight to NaN: the run must end with an error of ours, and no checkpoint may contain NaN."""
     from safetensors.torch import load_file
 
-    log_every = rng.choice((1, 7))  # checkpoints are due at each third step, whether or not the loss is looked at
+    log_every = rng.choice((1, 7))  # a checkpoint is due every 3 steps, whether or not the loss is logged
     spoilt = dataclasses.replace(config, train=dataclasses.replace(config.train, log_every_steps=log_every))
     process = _start(spoilt, spoil_at=rng.randrange(1, 22))
     process.join(_LIMIT_S)
     if process.exitcode != 3:
-        raise RuntimeError(f"the loop ended with {process.exitcode} after a NaN, expected our error")
+        raise RuntimeError(f"the loop exited with {process.exitcode} after a NaN, expected 3 (FinLoRA's own error)")
     said = (_folder(config).root / "error.txt").read_text(encoding="utf-8")
     for path in _folder(config).root.glob("checkpoint_*/adapter.safetensors"):
         if not all(tensor.isfinite().all() for tensor in load_file(path).values()):
-            raise RuntimeError(f"{path} holds NaN")
-    _folder(config).progress.unlink(missing_ok=True)  # of other steps than those that the quiet run noted
+            raise RuntimeError(f"{path} contains NaN")
+    _folder(config).progress.unlink(missing_ok=True)  # its logged steps differ from those of the undisturbed run
     for path in _folder(config).root.glob("checkpoint_[0-9]*"):
         shutil.rmtree(path)
     return plain(said)
@@ -217,9 +217,9 @@ def _compare(quiet: RunConfig, config: RunConfig) -> str:
     weights = [(_folder(each).adapter / "adapter_model.safetensors").read_bytes() for each in (quiet, config)]
     left = [path.name for path in _folder(config).root.glob(".*")]
     if losses[0] != losses[1]:
-        return f"other losses: {losses[1]} instead of {losses[0]}"
+        return f"losses {losses[1]} instead of {losses[0]}"
     if weights[0] != weights[1]:
-        return "another adapter than the undisturbed run's"
+        return "the adapter differs from the undisturbed run's"
     return f"left behind: {left}" if left else ""
 
 
@@ -228,7 +228,7 @@ def _finish(config: RunConfig, **options: Any) -> None:
     process.join(_LIMIT_S)
     if process.exitcode != 0:
         process.kill()
-        raise RuntimeError(f"the loop ended with {process.exitcode} where it should have gone on to its end")
+        raise RuntimeError(f"the loop exited with {process.exitcode}, expected it to reach its last step")
 
 
 def _start(config: RunConfig, **options: Any) -> Any:
@@ -254,7 +254,7 @@ def _lines(folder: RunFolder) -> list[bytes]:
 
 
 def _set_clock_at_random(seed: int) -> None:
-    """Let time.time() jump by up to a day in both directions, in this process."""
+    """Patch time.time() in this process: it jumps by up to a day in both directions."""
     rng, real = random.Random(seed), time.time
     offset = 0.0
 

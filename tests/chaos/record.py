@@ -1,4 +1,4 @@
-"""What tests.chaos writes down: each injected fault, what the user saw of it, what was lost; and what stayed behind."""
+"""Records of fault injection: each fault, what the user saw, what was lost and what stayed behind."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ class Injection:
     kind: str
     """`bit flipped`, `killed`, ..."""
     target: str
-    """What it hit: an artefact, a process."""
+    """The damaged artefact or the killed process."""
     seed: int
-    """`--only KIND/TARGET --seed SEED` injects it again."""
+    """`--only KIND/TARGET --only-seed SEED` repeats the fault (files and writers)."""
     seen: str
-    """What the user sees, with numbers and paths taken out."""
+    """What the user sees, without numbers and paths."""
     lost: str = ""
-    """What was lost or wrong; empty: nothing."""
+    """What was lost or wrong; empty where nothing was."""
     recovery_s: float | None = None
-    """Seconds until the work went on, None where nothing had to."""
+    """Seconds until the work continued; None where it was not interrupted."""
 
 
 class Tally:
-    """All injections of a part, told on standard output and appended to a JSON lines file as they come."""
+    """Faults of a part: each is printed and appended to a JSON lines file at once."""
 
     def __init__(self, record: Path | None, until: float) -> None:
         self.injections: list[Injection] = []
@@ -43,12 +43,12 @@ class Tally:
 
     @property
     def is_over(self) -> bool:
-        """Whether the time is up."""
+        """Whether the time of the part is over."""
         return time.monotonic() >= self._until
 
     def add(self, injection: Injection) -> None:
         self.injections.append(injection)
-        recovery = "" if injection.recovery_s is None else f", on again after {injection.recovery_s:.1f} s"
+        recovery = "" if injection.recovery_s is None else f", recovered after {injection.recovery_s:.1f} s"
         lost = f"  LOST: {injection.lost}" if injection.lost else ""
         say(f"seed {injection.seed:>10}  {injection.kind}, {injection.target}: {injection.seen}{recovery}{lost}")
         if self._record is not None:
@@ -59,14 +59,14 @@ class Tally:
 def read_injections(path: Path) -> list[Injection]:
     whole, _, _ = path.read_text(encoding="utf-8").rpartition(
         "\n"
-    )  # a part may have been ended while it wrote its last line
+    )  # a part may be killed while it writes its last line
     return [Injection(**json.loads(line)) for line in whole.splitlines()]
 
 
 def render_table(injections: Sequence[Injection]) -> str:
-    """Return a Markdown table, a row for each kind and target."""
+    """Return a Markdown table with a row for each kind and target."""
     rows = [
-        "| fault | hit | times | what the user sees | lost | recovery, s |",
+        "| fault | target | count | what the user sees | lost | recovery, s |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     groups: dict[tuple[str, str], list[Injection]] = {}
@@ -83,7 +83,7 @@ def render_table(injections: Sequence[Injection]) -> str:
 
 
 def plain(text: str, folder: Path | None = None) -> str:
-    """Return a message without what differs from time to time: paths, numbers, hashes."""
+    """Return a message without the parts that vary: folders, numbers and hashes."""
     if folder is not None:
         text = text.replace(str(folder), "...")
     text = re.sub(r"/[\w./-]+", lambda match: Path(match[0]).name, " ".join(text.split()))
@@ -92,7 +92,7 @@ def plain(text: str, folder: Path | None = None) -> str:
 
 
 def seeds(seed: int, kind: str, target: str, only_seed: int | None = None) -> Iterator[int]:
-    """Yield the seeds of the injections of one kind: they depend on nothing else, so that one can be done again."""
+    """Yield the seeds of one kind of fault. They depend on the arguments alone, so that a fault can be repeated."""
     if only_seed is not None:
         yield only_seed
         return
@@ -101,12 +101,12 @@ def seeds(seed: int, kind: str, target: str, only_seed: int | None = None) -> It
         yield source.randrange(2**32)
 
 
-def traces(*, of: Sequence[psutil.Process], folder: Path) -> list[str]:
-    """Return what processes that have ended left: themselves, their listening ports, shared memory, scratch folders.
+def leftovers(*, of: Sequence[psutil.Process], folder: Path) -> list[str]:
+    """Return leftovers of ended processes: live processes, listening ports, shared memory and scratch folders.
 
     Args:
-        of: every process that was below what was started.
-        folder: TMPDIR of all of them.
+        of: every process ever seen below the started commands.
+        folder: their TMPDIR.
     """
     _, alive = psutil.wait_procs(list(of), timeout=20)
     left = [f"process {' '.join(process.cmdline())[:80]}" for process in alive if process.is_running()]

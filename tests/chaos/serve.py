@@ -1,9 +1,9 @@
-"""`finlora serve` on CPU under load, whose stages, replica and proxy are killed one after the other.
+"""`finlora serve` on CPU under load: stages, replica and proxy are killed one after the other.
 
-Users ask for labels and streamed texts and hold each answer against the one that the server gave in peace. A stated refusal, or
-a line that breaks with the process at its other end, is asked again; an answer that is wrong, a status that nothing states, or a
-question that waits for longer than the configured limit is a loss. At the end the audit log must be whole, name no request
-twice, and name as many answers as came.
+Users ask for labels and streamed texts. They compare each answer with the server's answer before the faults. They retry
+a stated refusal and a broken connection. Lost is: a wrong answer, a status without an error code, a question that waits
+longer than the configured limit. At the end the audit log must verify, name no request twice, and hold at least as many
+answers as arrived.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ TITLES = {"stage": "ray::StageActor", "replica": "ray::ServeReplica", "proxy": "
 MODELS = "demo"
 USERS, QUESTIONS = 6, 24
 HANG_S = 340.0
-"""The configured request_timeout_s and a little: while a replica is being replaced, questions wait in the proxy."""
+"""A little above the configured request_timeout_s: questions wait in the proxy while a replica is replaced."""
 LEAST_WAIT_S = 2.0
 WAIT_S = 400.0
 
 
-def run_server_under_fire(folder: Path, tally: Tally, seed: int) -> None:
-    """Serve, ask, kill, and look at what came."""
+def break_server(folder: Path, tally: Tally, seed: int) -> None:
+    """Serve under load, kill processes, and judge the answers."""
     live = LiveCommands(folder)
     live.make_base()
     live.choose_port()
@@ -44,7 +44,7 @@ def run_server_under_fire(folder: Path, tally: Tally, seed: int) -> None:
     rng.shuffle(plan)
     try:
         live.serve()
-        answers, injections = asyncio.run(_ask_under_fire(live, plan, rng, tally))
+        answers, injections = asyncio.run(_ask_with_faults(live, plan, rng, tally))
         lost = _judge(live, answers)
     finally:
         live.close()
@@ -53,7 +53,7 @@ def run_server_under_fire(folder: Path, tally: Tally, seed: int) -> None:
         tally.add(Injection(each.kind, each.target, each.seed, each.seen, each.lost or lost, each.recovery_s))
 
 
-async def _ask_under_fire(
+async def _ask_with_faults(
     live: LiveCommands, plan: list[str], rng: random.Random, tally: Tally
 ) -> tuple[Answers, list[Injection]]:
     questions = [
@@ -72,7 +72,7 @@ async def _ask_under_fire(
                     return
                 await asyncio.sleep(LEAST_WAIT_S)
                 injections.append(await _kill(live, session, target, rng.randrange(2**32), questions[1], expected))
-                say(f"  {target} killed, answered again after {injections[-1].recovery_s:.1f} s {injections[-1].lost}")
+                say(f"  {target} killed, recovered after {injections[-1].recovery_s:.1f} s {injections[-1].lost}")
 
         work = run_users(address, live.key, MODELS, questions, expected, USERS, 1.0, kill_all, may_break=True)
         answers = await work
@@ -82,13 +82,15 @@ async def _ask_under_fire(
 async def _kill(
     live: LiveCommands, session: aiohttp.ClientSession, target: str, seed: int, question: Question, expected: Any
 ) -> Injection:
-    """Kill one process of a kind at a random moment, and ask until there is the right answer."""
+    """Kill one process of a kind at a random time, and ask until an answer comes and all processes are back."""
     rng = random.Random(seed)
     await asyncio.sleep(rng.uniform(0, 2))
     until = time.monotonic() + WAIT_S
     while not (victims := await asyncio.to_thread(_find, live, target)):
         if time.monotonic() > until:
-            return Injection("killed", f"server's {target}", seed, "", f"there was none for {WAIT_S:.0f} s", WAIT_S)
+            return Injection(
+                "killed", f"server's {target}", seed, "", f"no {target} process for {WAIT_S:.0f} s", WAIT_S
+            )
         await asyncio.sleep(0.5)
     started = time.monotonic()
     rng.choice(victims).kill()
@@ -106,11 +108,11 @@ async def _kill(
                     else:
                         seen[f"{reply.status} {(await reply.json())['error']['code']}"] = None
         except TimeoutError:
-            return Injection("killed", f"server's {target}", seed, "", f"a question hung for {HANG_S:.0f} s", HANG_S)
+            return Injection("killed", f"server's {target}", seed, "", f"a question waited for {HANG_S:.0f} s", HANG_S)
         except (aiohttp.ClientError, ValueError, KeyError) as error:
-            seen["the line breaks" if isinstance(error, aiohttp.ClientError) else f"{reply.status} without a code"] = (
-                None
-            )
+            seen[
+                "the connection breaks" if isinstance(error, aiohttp.ClientError) else f"{reply.status} without a code"
+            ] = None
         await asyncio.sleep(RETRY_S)
     words = ", ".join(sorted(seen)) or "nothing"
     return Injection("killed", f"server's {target}", seed, words, "", time.monotonic() - started)
@@ -130,7 +132,7 @@ async def _answer(session: aiohttp.ClientSession, question: Question) -> Any:
     async with session.post(question.path, json=question.body(MODELS)) as reply:
         answer = await read_answer(reply, question, Answers(), time.monotonic())
     if isinstance(answer, Refused):
-        raise RuntimeError(f"refused in peace: {answer.code}")
+        raise RuntimeError(f"refused before any fault: {answer.code}")
     return answer
 
 
@@ -146,7 +148,7 @@ async def _wait_until_ready(session: aiohttp.ClientSession) -> None:
 
 
 def _judge(live: LiveCommands, answers: Answers) -> str:
-    """Return what was lost or is not as it should be."""
+    """Return what was lost or wrong; empty where nothing was."""
     from finlora.serve.accounts.audit import list_logs, verify_audit
 
     wrong = [*(f"wrong: {each}" for each in answers.wrong[:3]), *(f"lost: {each}" for each in answers.lost[:3])]
@@ -158,12 +160,12 @@ def _judge(live: LiveCommands, answers: Answers) -> str:
             requests.append(entry["request_id"])
             outcomes.append(entry["output_hash"] is not None)
     if len(set(requests)) != len(requests):
-        wrong.append(f"{len(requests) - len(set(requests))} requests were answered twice")
+        wrong.append(f"{len(requests) - len(set(requests))} requests stand twice in the audit log")
     if sum(outcomes) < answers.num_right:
-        wrong.append(f"{answers.num_right} answers came, the audit log names {sum(outcomes)}")
+        wrong.append(f"{answers.num_right} answers arrived, the audit log holds {sum(outcomes)}")
     counts = {role: len(_find(live, role)) for role in TITLES}
     if counts != {"stage": 2, "replica": 1, "proxy": 1}:
-        wrong.append(f"at the end there are {counts}")
+        wrong.append(f"processes at the end: {counts}")
     refused = re.sub(r"[{}']", "", str(dict(answers.refused)))
     say(
         f"{answers.num_right:,} right answers, {len(answers.wrong)} wrong, {len(answers.lost)} lost; refused: {refused}"

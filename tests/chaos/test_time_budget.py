@@ -1,4 +1,4 @@
-"""A check with a time budget ends when it says, leaves no process behind, and shows what was judged until then."""
+"""A check with a time budget ends in time, leaves no process behind, and shows what was judged so far."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from tests.chaos.time_budget import Need, share_out
 
 ROOT = Path(__file__).resolve().parents[2]
-# A part that judges one fault, starts a process that leaves its session and its parent, and never ends.
-PRETENDED = """
+# A part that records one fault, starts a detached process (own session, orphaned), and never ends.
+ENDLESS_PART = """
 import os, subprocess, sys, time
 from tests.chaos.record import Injection, Tally
 from pathlib import Path
@@ -32,7 +32,7 @@ Path(os.environ["PIDS"]).open("a").write(f"{os.getpid()}\\n")
 while len(Path(os.environ["PIDS"]).read_text().split()) % 2:
     time.sleep(0.05)
 (Path(os.environ["TMPDIR"]) / "left").touch()
-Tally(Path(record), 0).add(Injection("killed", sys.argv[1], 7, "goes on"))
+Tally(Path(record), 0).add(Injection("killed", sys.argv[1], 7, "resumes"))
 time.sleep(600)
 """
 CHECK = """
@@ -49,8 +49,8 @@ sys.exit(chaos.main(sys.argv[2:]))
 
 @pytest.fixture
 def check(tmp_path):
-    """Start a chaos of pretended parts; ended at the end of the test in any case."""
-    (tmp_path / "part.py").write_text(PRETENDED)
+    """Start fault injection with endless parts; killed at the end of the test."""
+    (tmp_path / "part.py").write_text(ENDLESS_PART)
     started = []
 
     def start(*options):
@@ -78,22 +78,22 @@ def is_left(pids):
     return [pid for pid in map(int, pids.read_text().split()) if psutil.pid_exists(pid)]
 
 
-def test_parts_end_at_their_time_with_all_that_they_started(check, tmp_path):
+def test_parts_end_at_their_limit_with_all_processes(check, tmp_path):
     process = check("--parts", "files", "train", "serve", "--minutes", "0.15")
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 0
-    assert output.startswith("seed 0, at most 0.15 minutes in all: files 4 s, train left out, serve 4 s\n")
-    assert "train: left out, 900 s are the least for it" in output
-    assert output.count("are over; what was not judged by then does not count") == 2
+    assert output.startswith("seed 0, at most 0.15 minutes in total: files 4 s, train skipped, serve 4 s\n")
+    assert "train: skipped, it needs at least 900 s" in output
+    assert output.count("s; faults not judged by then do not count") == 2
     assert "2 faults in " in output
-    assert "| killed | serve | 1 | goes on | 0 |" in (tmp_path / "table.md").read_text()
+    assert "| killed | serve | 1 | resumes | 0 |" in (tmp_path / "table.md").read_text()
     assert len((tmp_path / "pids").read_text().split()) == 4
     assert is_left(tmp_path / "pids") == []
     assert list(Path("/tmp").glob("fl-*/left")) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_signal_ends_all_and_leaves_the_table(check, tmp_path, number):
+def test_signal_kills_all_processes_and_keeps_the_table(check, tmp_path, number):
     record = tmp_path / "faults.jsonl"
     process = check("--parts", "files", "serve", "--minutes", "30", "--record", str(record))
     until = time.monotonic() + 60
@@ -103,12 +103,12 @@ def test_signal_ends_all_and_leaves_the_table(check, tmp_path, number):
     process.send_signal(number)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number
-    assert f"stopped by {number.name}: all that was started has been ended" in output
-    assert "| killed | files | 1 | goes on | 0 |" in (tmp_path / "table.md").read_text()
+    assert f"stopped by {number.name}: all started processes were killed" in output
+    assert "| killed | files | 1 | resumes | 0 |" in (tmp_path / "table.md").read_text()
     assert is_left(tmp_path / "pids") == []
 
 
-def test_parts_get_their_least_and_share_the_rest_by_what_they_usually_take():
+def test_parts_get_their_minimum_and_share_the_rest_by_usual_time():
     needs = {"small": Need(10, 30), "large": Need(100, 90), "huge": Need(500, 900)}
     assert share_out(needs, 5) == {}
     assert share_out(needs, 50) == {"small": 50}
@@ -116,7 +116,7 @@ def test_parts_get_their_least_and_share_the_rest_by_what_they_usually_take():
     assert sum(share_out(needs, 1000).values()) == pytest.approx(1000)
 
 
-def test_fuzz_says_its_total_and_what_it_leaves_out_and_ends_at_a_signal(tmp_path):
+def test_fuzz_prints_total_and_skipped_targets_and_ends_at_a_signal(tmp_path):
     targets = ("arrow", "manifest", "parquet")
     command = [
         sys.executable,
@@ -136,16 +136,16 @@ def test_fuzz_says_its_total_and_what_it_leaves_out_and_ends_at_a_signal(tmp_pat
         lines = [process.stdout.readline() for _ in range(2)]
         process.send_signal(signal.SIGTERM)
         rest = process.communicate(timeout=60)[0]
-    assert ", 2 targets in at most 0.5 minutes in all: 15 s each, its start included" in lines[0]
-    assert lines[1] == "left out, since 15 s are the least: parquet\n"
-    assert rest.splitlines()[0] == "stopped by SIGTERM: what ran has been ended"
+    assert ", 2 targets in at most 0.5 minutes in total: 15 s each, start-up included" in lines[0]
+    assert lines[1] == "skipped, since a target needs at least 15 s: parquet\n"
+    assert rest.splitlines()[0] == "stopped by SIGTERM: the running target was killed"
     assert rest.splitlines()[1].startswith("0 of 2 targets in ")
     assert process.returncode == 143
     assert [path.name for path in tmp_path.iterdir()] == ["found"]
 
 
-def test_check_in_this_process_ends_what_it_started_at_a_signal(tmp_path):
-    """As soak, node_failure and search_failure are run."""
+def test_signal_to_a_check_in_one_process_kills_all_it_started(tmp_path):
+    """The way soak, node_failure and search_failure run."""
     script = (
         "import subprocess, sys, time\nfrom tests.chaos.time_budget import run_to_end\n"
         "def check():\n"
@@ -163,5 +163,5 @@ def test_check_in_this_process_ends_what_it_started_at_a_signal(tmp_path):
         process.send_signal(signal.SIGHUP)
         rest = process.communicate(timeout=60)[0]
     assert process.returncode == 129
-    assert "stopped by SIGHUP: all that was started has been ended" in rest
+    assert "stopped by SIGHUP: all started processes were killed" in rest
     assert not psutil.pid_exists(pid)

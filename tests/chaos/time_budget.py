@@ -1,7 +1,8 @@
-"""A time budget over the parts of a long check: each part runs in processes of its own, which end with it.
+"""Time budget of a long check: each part runs in its own processes, which are killed at its end.
 
-What ends a part is its end, its time, or a signal to the check (SIGTERM, SIGINT, SIGHUP). No process stays behind: the check
-adopts orphans of its parts (PR_SET_CHILD_SUBREAPER), so that all that was ever started below it can be found and killed.
+A part ends by itself, at its time limit, or at a signal to the check (SIGTERM, SIGINT, SIGHUP). No process stays
+behind: the check adopts orphans of its parts (PR_SET_CHILD_SUBREAPER), so that it finds and kills every process ever
+started below it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PR_SET_CHILD_SUBREAPER = 36
 _END_S = 10.0
 _LOOK_S = 0.5
-"""Between two looks for adopted processes that have ended: until then they look alive to a part that waits for their end."""
+"""Interval for reaping adopted orphans: until reaped they look alive to a part that waits for their end."""
 
 
 class StoppedError(Exception):
-    """A signal came; `exit_code` is what a shell would count."""
+    """Stop by a signal; `exit_code` is 128 + its number, as in a shell."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -34,18 +35,18 @@ class StoppedError(Exception):
 
 
 class Need(NamedTuple):
-    """Seconds of a part."""
+    """Time of a part, in seconds."""
 
     least: float
-    """Below that it would end before it has shown anything."""
+    """Minimum for a meaningful result."""
     usual: float
-    """What it takes where nobody hurries it."""
+    """Time without a limit."""
 
 
 def share_out(needs: Mapping[str, Need], seconds: float) -> dict[str, float]:
-    """Return the seconds of each part that fits into a budget: its least, and of the rest a share by its usual time.
+    """Return the seconds of each part that fits: its minimum, and a share of the rest in proportion to its usual time.
 
-    A part for which there is no room is not in the answer; those that need most are left out first.
+    Parts that do not fit are not in the result; the largest minimum is dropped first.
     """
     fitting = dict(needs)
     while fitting and sum(need.least for need in fitting.values()) > seconds:
@@ -57,7 +58,7 @@ def share_out(needs: Mapping[str, Need], seconds: float) -> dict[str, float]:
 
 @contextlib.contextmanager
 def note_signals() -> Iterator[list[int]]:
-    """Yield a list into which SIGNALS go while inside: `run_part` looks into it, so that nothing else is interrupted."""
+    """Collect SIGNALS in a list instead of interrupting; `run_part` polls the list."""
     asked: list[int] = []
     with _handle(lambda number, _frame: asked.append(number)):
         yield asked
@@ -74,11 +75,11 @@ def _handle(handler: Callable[[int, Any], object]) -> Iterator[None]:
 
 
 def run_to_end(check: Callable[[], int]) -> int:
-    """Run a whole check in this process and end all that it started; returns its exit code, or that of a signal that came."""
+    """Run a check in this process and kill all that it started; returns its exit code, or 128 + the signal."""
 
     def stop(number: int, _frame: object) -> None:
         for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)  # the next one must not disturb the end
+            signal.signal(each, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
         raise StoppedError(number)
 
     adopt_orphans()
@@ -86,35 +87,35 @@ def run_to_end(check: Callable[[], int]) -> int:
         with _handle(stop):
             return check()
     except StoppedError as stop:
-        print(f"{stop}: all that was started has been ended", flush=True)
+        print(f"{stop}: all started processes were killed", flush=True)
         return stop.exit_code
     finally:
         end_all_below()
 
 
 def adopt_orphans() -> None:
-    """Become the parent of every process below whose own parent ends, so that none is lost from sight."""
+    """Become the subreaper: orphaned descendants become children of this process."""
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl")
 
 
 def run_part(command: Sequence[str], seconds: float, asked: Sequence[int] = (), **settings: Any) -> int | None:
-    """Run a part and end all that it started; returns its exit code, None where its time was over first.
+    """Run a part and kill all that it started; returns its exit code, None at the time limit.
 
     Args:
-        command: what to run.
-        seconds: time until it is ended.
-        asked: signals that came (`note_signals`).
-        settings: of subprocess.Popen.
+        command: command line of the part.
+        seconds: time limit.
+        asked: received signals (`note_signals`).
+        settings: arguments of subprocess.Popen.
 
     Raises:
-        StoppedError: a signal came; the part has been ended.
+        StoppedError: a signal came; the part was killed.
     """
     adopt_orphans()
     process = None
     until = time.monotonic() + seconds
     try:
-        process = subprocess.Popen(command, start_new_session=True, **settings)  # Ctrl-C comes to the check alone
+        process = subprocess.Popen(command, start_new_session=True, **settings)  # Ctrl-C reaches only the check
         while time.monotonic() < until:
             if asked:
                 raise StoppedError(asked[0])
@@ -129,7 +130,7 @@ def run_part(command: Sequence[str], seconds: float, asked: Sequence[int] = (), 
 
 
 def end_all_below() -> None:
-    """Kill every process below this one, orphans that it adopted too, and remove the shared memory that they left."""
+    """Kill all descendants, adopted orphans included, and remove their shared memory."""
     pids = set()
     while victims := [each for each in psutil.Process().children(recursive=True) if _is_alive(each)]:
         for victim in victims:

@@ -1,8 +1,7 @@
-"""A training and a search on Ray nodes of this machine, whose processes are killed, starved and held up one after the other.
+"""Training on local Ray nodes whose processes are killed, run out of memory or pause, one after the other.
 
-Every command is the user's: `finlora train`, and the same again where it has ended. The losses of each step and the adapter must
-equal those of a run that nobody touched, bit for bit; a search must end with the same scores, and without training a finished
-trial again.
+Each command is the user's: `finlora train`, and the same command again where it has ended. Losses of each step and the
+adapter must equal those of an undisturbed run, bit for bit.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from finlora.durable import scratch_folder
 from tests.chaos.nodes import node_failure
 from tests.chaos.nodes.local_nodes import ROOT, LocalNodes
 from tests.chaos.nodes.node_failure import BASE, settings, steps_done
-from tests.chaos.record import Injection, Tally, plain, say, traces
+from tests.chaos.record import Injection, Tally, leftovers, plain, say
 
 STEPS = 600
 COORDINATOR = "_AutoscalingCoordinatorActor"
-"""Ray Train's own: one a cluster, detached, so that it stays for the next run."""
+"""Ray Train's own detached actor, one in each cluster: it stays for the next run."""
 LIMIT_S = 400.0
 wait_until = functools.partial(node_failure.wait_until, limit_s=LIMIT_S, every_s=0.1)
-"""Longest wait for any one thing, on a machine that others use too."""
+"""`wait_until` with the limits of this part, for a shared machine."""
 PLAN = (
     *(["worker killed"] * 4 + ["controller killed"] * 3 + ["driver killed"] * 3 + ["node killed"] * 3),
     *(["worker out of memory"] * 3 + ["worker held up"] * 2),
@@ -40,8 +39,8 @@ PLAN = (
 TITLES = {"worker": "ray::RayTrainWorker", "controller": "ray::TrainController", "trial": "ray::ImplicitFunc"}
 
 
-class Fire:
-    """The nodes, and everything that was ever started below them."""
+class FaultyCluster:
+    """Ray nodes of this machine, and every process ever seen below them."""
 
     def __init__(self) -> None:
         self.nodes = LocalNodes()
@@ -101,14 +100,14 @@ class Fire:
             text=True,
         )
 
-    def said(self) -> str:
-        """Return the last line of the command that has ended, as its user sees it."""
+    def last_line(self) -> str:
+        """Return the last line that the user of the ended command sees."""
         lines = (self.nodes.folder / "driver.log").read_text(encoding="utf-8", errors="replace").splitlines()
         ours = [line for line in lines if re.match(r"(\w+ )?error: |Stopped", line)]
         return plain((ours or [line for line in lines if line.strip()] or ["nothing"])[-1], self.nodes.folder)
 
     def close(self) -> list[str]:
-        """Look at what stays behind in Ray, end the nodes, and look again."""
+        """Kill the nodes; returns what stayed behind in Ray before and on the machine after."""
         for role in TITLES:
             self.find(role)
         left = []
@@ -123,13 +122,13 @@ class Fire:
         for path in temporary.glob("finlora-*"):
             os.utime(path, (time.time() - 3600, time.time() - 3600))
         with scratch_folder(temporary, "finlora-checkpoint-"):
-            pass  # as the next worker on the node does
-        left += traces(of=list(self.seen.values()), folder=temporary)
+            pass  # the next worker on the node sweeps old folders this way
+        left += leftovers(of=list(self.seen.values()), folder=temporary)
         self.nodes.close()
         return left
 
     def _list(self, what: str, tries: int = 10) -> list[dict[str, object]]:
-        """Return what lives in Ray of a kind, after a moment in which the last ones may end; Ray's own does not count."""
+        """Return what is alive in Ray of a kind, without Ray Train's own; waits up to `tries` seconds for it to end."""
         state = "CREATED" if what == "placement-groups" else "ALIVE"
         form = ("--format", "json", "--address", self.nodes.dashboard)
         found: list[dict[str, object]] = []
@@ -143,143 +142,147 @@ class Fire:
         return found
 
 
-def run_training_under_fire(tally: Tally, seed: int) -> None:
-    """Train once in peace, then with faults, as many runs as they take."""
-    fire, rng = Fire(), random.Random(f"{seed} train")
+def break_training(tally: Tally, seed: int) -> None:
+    """Train once undisturbed, then with faults, in as many runs as the faults need."""
+    cluster, rng = FaultyCluster(), random.Random(f"{seed} train")
     plan = list(PLAN)
     rng.shuffle(plan)
     try:
-        fire.start()
-        _train_in_peace(fire)
+        cluster.start()
+        _train_undisturbed(cluster)
         number, pending = 0, list(plan)
         while pending and not tally.is_over:
             number += 1
-            injections = _train_under_fire(fire, f"troubled-{number}", pending, rng, tally)
-            # A run that stood still has lost already, and has no end to compare.
-            lost = "" if any(each.lost for each in injections) else _compare(fire, f"troubled-{number}")
+            injections = _train_with_faults(cluster, f"troubled-{number}", pending, rng, tally)
+            # A run that stalled counts as lost already, and has no result to compare.
+            lost = "" if any(each.lost for each in injections) else _compare(cluster, f"troubled-{number}")
             for each in injections:
                 tally.add(Injection(**{**values_of(each), "lost": each.lost or lost}))
     finally:
-        left = fire.close()
+        left = cluster.close()
     if left:
-        tally.add(Injection("all of these", "training", seed, "what stayed behind", ", ".join(left)))
+        tally.add(Injection("all of these", "training", seed, "leftovers", ", ".join(left)))
 
 
-def _train_in_peace(fire: Fire) -> None:
+def _train_undisturbed(cluster: FaultyCluster) -> None:
     started = time.monotonic()
-    driver = fire.launch("train", *_settings(fire, "quiet"))
+    driver = cluster.launch("train", *_settings(cluster, "quiet"))
     _wait_for_end(driver)
     if driver.returncode != 0:
-        raise RuntimeError(f"the quiet run ended with {driver.returncode}: {fire.said()}")
-    say(f"{STEPS} steps without a fault took {time.monotonic() - started:.0f} s")
+        raise RuntimeError(f"the undisturbed run exited with {driver.returncode}: {cluster.last_line()}")
+    say(f"undisturbed run: {STEPS} steps in {time.monotonic() - started:.0f} s")
 
 
-def _train_under_fire(fire: Fire, name: str, pending: list[str], rng: random.Random, tally: Tally) -> list[Injection]:
-    """Inject what is pending until the run is at its end; what is injected is taken from the list."""
-    command = ("train", *_settings(fire, name), "train.max_failures=50")
-    driver, injections = fire.launch(*command), []
+def _train_with_faults(
+    cluster: FaultyCluster, name: str, pending: list[str], rng: random.Random, tally: Tally
+) -> list[Injection]:
+    """Inject pending faults until the run has ended, and remove them from the list."""
+    command = ("train", *_settings(cluster, name), "train.max_failures=50")
+    driver, injections = cluster.launch(*command), []
     while True:
         try:
-            _wait_for_steps(fire, name, rng.randrange(5, 60), driver)
-        except TimeoutError as error:  # it went on after the fault and stood still later: lost all the same
+            _wait_for_steps(cluster, name, rng.randrange(5, 60), driver)
+        except TimeoutError as error:  # recovered from the fault and stalled later: lost as well
             driver.kill()
             last = injections.pop() if injections else Injection("no fault", name, 0, "nothing")
-            return [*injections, Injection(**{**values_of(last), "lost": f"the run stood still: {error}"})]
-        if driver.poll() is not None and _last(fire, name) >= STEPS:
+            return [*injections, Injection(**{**values_of(last), "lost": f"the run stalled: {error}"})]
+        if driver.poll() is not None and _last_step(cluster, name) >= STEPS:
             return injections
         if driver.poll() is not None:
             injections.append(
-                Injection("no fault", name, 0, fire.said(), f"it ended by itself with {driver.returncode}")
+                Injection(
+                    "no fault", name, 0, cluster.last_line(), f"the command exited with {driver.returncode} by itself"
+                )
             )
             return injections
-        if not pending or tally.is_over or _last(fire, name) > STEPS - 40:
+        if not pending or tally.is_over or _last_step(cluster, name) > STEPS - 40:
             _wait_for_end(driver)
             continue
         seed = rng.randrange(2**32)
-        injection, driver = _break(fire, name, pending.pop(0), seed, driver, command)
-        say(f"  {injection.kind} in {name} at step {_last(fire, name)}: {injection.seen}")
+        injection, driver = _break(cluster, name, pending.pop(0), seed, driver, command)
+        say(f"  {injection.kind} in {name} at step {_last_step(cluster, name)}: {injection.seen}")
         injections.append(injection)
 
 
 def _break(
-    fire: Fire, name: str, kind: str, seed: int, driver: subprocess.Popen[str], command: tuple[str, ...]
+    cluster: FaultyCluster, name: str, kind: str, seed: int, driver: subprocess.Popen[str], command: tuple[str, ...]
 ) -> tuple[Injection, subprocess.Popen[str]]:
     rng = random.Random(seed)
     time.sleep(rng.uniform(0, 1.5))
     for role in TITLES:
-        fire.find(role)  # so that what is killed is remembered
-    lines, started, lost = len(steps_done(fire.nodes, name)), time.monotonic(), ""
+        cluster.find(role)  # remembers the processes that are about to be killed
+    lines, started, lost = len(steps_done(cluster.nodes, name)), time.monotonic(), ""
     target, _, fault = kind.partition(" ")
-    _inject(fire, target, fault, rng, driver)
+    _inject(cluster, target, fault, rng, driver)
     seen = []
     try:
-        if target == "controller":  # workers still do a step or two, and that is no recovery
+        if target == "controller":  # workers still finish a step or two, which is no recovery
             driver.wait(LIMIT_S)
-        while len(steps_done(fire.nodes, name)) <= lines and _last(fire, name) < STEPS:
+        while len(steps_done(cluster.nodes, name)) <= lines and _last_step(cluster, name) < STEPS:
             if driver.poll() is not None:
                 if target != "driver":
-                    seen.append(f"the command ends with {driver.returncode}: {fire.said()}")
-                driver = fire.launch(*command)
-                seen.append("the same command goes on")
+                    seen.append(f"the command exits with {driver.returncode}: {cluster.last_line()}")
+                driver = cluster.launch(*command)
+                seen.append("the same command resumes")
             if time.monotonic() - started > LIMIT_S:
                 raise TimeoutError(f"no step within {LIMIT_S:.0f} s of the fault")
             time.sleep(0.1)
     except (TimeoutError, subprocess.TimeoutExpired) as error:
         lost = str(error)
         driver.kill()
-    words = "; ".join(seen) or ("nothing" if fault == "held up" else "the run waits and goes on by itself")
+    words = "; ".join(seen) or ("nothing" if fault == "held up" else "the run waits and resumes by itself")
     return Injection(fault, f"training {target}", seed, words, lost, time.monotonic() - started), driver
 
 
-def _inject(fire: Fire, target: str, fault: str, rng: random.Random, driver: subprocess.Popen[str]) -> None:
+def _inject(cluster: FaultyCluster, target: str, fault: str, rng: random.Random, driver: subprocess.Popen[str]) -> None:
     if target == "driver":
         driver.kill()
         driver.wait()
         return
     if target == "node":
-        victim = rng.choice(fire.alive)
-        fire.alive.remove(victim)
-        fire.nodes.kill_node(victim)
-        fire.add_node()
+        victim = rng.choice(cluster.alive)
+        cluster.alive.remove(victim)
+        cluster.nodes.kill_node(victim)
+        cluster.add_node()
         return
-    victim = rng.choice(fire.find(target))
+    victim = rng.choice(cluster.find(target))
     if fault == "killed":
         victim.kill()
     elif fault == "out of memory":
-        victim.rlimit(resource.RLIMIT_AS, (2**20, 2**20))  # as of now it gets no more
+        victim.rlimit(resource.RLIMIT_AS, (2**20, 2**20))  # no more memory from now on
     else:
         victim.send_signal(signal.SIGSTOP)
         time.sleep(rng.uniform(2, 8))
         victim.send_signal(signal.SIGCONT)
 
 
-def _compare(fire: Fire, name: str) -> str:
-    quiet, troubled = (dict(steps_done(fire.nodes, each)) for each in ("quiet", name))
+def _compare(cluster: FaultyCluster, name: str) -> str:
+    quiet, troubled = (dict(steps_done(cluster.nodes, each)) for each in ("quiet", name))
     if quiet != troubled:
         differing = [step for step in sorted(quiet | troubled) if quiet.get(step) != troubled.get(step)]
-        return f"{name} has other losses than the quiet run at steps {differing[:5]}"
-    runs = fire.nodes.folder / "runs"
+        return f"losses of {name} differ from the undisturbed run at steps {differing[:5]}"
+    runs = cluster.nodes.folder / "runs"
     adapters = [(runs / each / "adapter" / "adapter_model.safetensors").read_bytes() for each in ("quiet", name)]
-    return "" if adapters[0] == adapters[1] else f"{name} has another adapter than the quiet run"
+    return "" if adapters[0] == adapters[1] else f"the adapter of {name} differs from the undisturbed run's"
 
 
-def _settings(fire: Fire, name: str) -> list[str]:
-    own = [each for each in settings(fire.nodes, name, STEPS) if not each.startswith("train.epochs")]
+def _settings(cluster: FaultyCluster, name: str) -> list[str]:
+    own = [each for each in settings(cluster.nodes, name, STEPS) if not each.startswith("train.epochs")]
     return [*own, "train.epochs=50", "train.max_stall_s=60", "max_wait_s=600"]
 
 
-def _last(fire: Fire, name: str) -> int:
-    return max((step for step, _ in steps_done(fire.nodes, name)), default=0)
+def _last_step(cluster: FaultyCluster, name: str) -> int:
+    return max((step for step, _ in steps_done(cluster.nodes, name)), default=0)
 
 
 def _wait_for_end(driver: subprocess.Popen[str]) -> None:
     wait_until("the run's end", lambda: driver.poll() is not None)
 
 
-def _wait_for_steps(fire: Fire, name: str, count: int, driver: subprocess.Popen[str]) -> None:
-    """Return when so many steps more are noted, or the command has ended."""
-    before = len(steps_done(fire.nodes, name))
-    wait_until("steps", lambda: len(steps_done(fire.nodes, name)) >= before + count or driver.poll() is not None)
+def _wait_for_steps(cluster: FaultyCluster, name: str, count: int, driver: subprocess.Popen[str]) -> None:
+    """Wait for `count` more logged steps, or for the end of the command."""
+    before = len(steps_done(cluster.nodes, name))
+    wait_until("steps", lambda: len(steps_done(cluster.nodes, name)) >= before + count or driver.poll() is not None)
 
 
 def values_of(injection: Injection) -> dict[str, object]:

@@ -1,8 +1,8 @@
-"""Processes that write while they are killed, held up, or run out of disk; and a training loop that is broken at random times.
+"""Processes that write while they are killed, paused or out of disk; and a training loop that is interrupted at random times.
 
-Each fault has a child process of its own, forked from one that has imported everything. What it left is judged by reading it as
-the product does: a version that was written to its end, or a refusal with a message, never half of one. Then the same thing is
-written again, which must succeed and leave no scratch folder behind.
+Each fault has its own child process, forked from one with all imports done. Its files are judged by reading them as the
+product does: a complete version, or a refusal with an error of ours, never half a version. Then the same artefact is
+written again, which must succeed and leave no scratch folder.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _TASK = "synthetic_sentiment"
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes one artefact below a folder with a number as its content, over the one before, and reads the number back."""
+    """Writer of one artefact: overwrites it with a version number as content, and reads the number back."""
 
     name: str
     write: Callable[[Path, int], None]
     read: Callable[[Path], int | None]
-    """Raises FinloraError where it refuses. None: there is none, and whoever looks sees that."""
+    """Returns the version number, None where no artefact exists. Raises FinloraError on a refusal."""
 
 
 def list_faults(folder: Path) -> list[tuple[str, str, Callable[[int], Injection]]]:
-    """Return kind, target and what injects a fault with a seed."""
-    torch.set_num_threads(1)  # a pool of threads does not come through a fork
+    """Return kind, target and injecting function of each fault; the function takes the seed."""
+    torch.set_num_threads(1)  # a thread pool does not survive a fork
     world = make_world(folder / "world")
     faults: list[tuple[str, str, Callable[[int], Injection]]] = []
     for writer in _list_writers(world):
@@ -95,14 +95,14 @@ def _list_writers(world: World) -> list[Writer]:
         from finlora.model.contract import CONTRACT_FILE, read_contract
 
         if not (folder / "adapter" / CONTRACT_FILE).exists():
-            return None  # its training is not finished, by the sign that every reader looks for
+            return None  # training is not finished: every reader checks for the contract
         contract = read_contract(folder / "adapter")
         contract.check_files(folder / "adapter")
         value = int(contract.metrics["loss_last"])
         if not all(
             (tensor == value).all() for tensor in load_file(folder / "adapter" / "adapter_model.safetensors").values()
         ):
-            raise ValueError(f"a contract of {value} beside other weights")
+            raise ValueError(f"contract of version {value}, weights of another version")
         return value
 
     def checkpoint(folder: Path, value: int) -> None:
@@ -112,7 +112,7 @@ def _list_writers(world: World) -> list[Writer]:
         from finlora.train.run.checkpoint import read_info
         from finlora.train.run.snapshot import mend_snapshot
 
-        mend_snapshot(folder)  # as each start of a driver does; removes what was not written to its end
+        mend_snapshot(folder)  # removes incomplete checkpoints, as each driver start does
         whole = sorted(folder.glob("checkpoint_[0-9]*"))
         return read_info(whole[-1], "0123456789abcdef", 2).step if whole else None
 
@@ -142,7 +142,7 @@ def _list_writers(world: World) -> list[Writer]:
             return None
         found = [each.bits for each in read_results(folder / "results.jsonl")]
         if found != list(range(found[0], found[0] + len(found))):
-            raise ValueError(f"results {found} have a gap")
+            raise ValueError(f"results {found} are not consecutive")
         return found[-1]
 
     return [
@@ -155,19 +155,21 @@ def _list_writers(world: World) -> list[Writer]:
 
 
 def _kill(kind: str, writer: Writer, home: Path, seed: int) -> Injection:
-    """SIGKILL to a child that writes one version after the other."""
+    """SIGKILL to a child that writes version after version."""
     return _disturb(kind, writer, home, seed, lambda rng, child: (time.sleep(rng.uniform(0, 0.25)), child.kill()))
 
 
 def _hold_up(kind: str, writer: Writer, home: Path, seed: int) -> Injection:
-    """A child that stands still in the middle of its writes, as on a slow disk, while others read; then it goes on."""
+    """A child paused by SIGSTOP in the middle of its writes, as on a slow disk, while this process reads; then resumed."""
 
     def hold(rng: random.Random, child: Child) -> None:
         for _ in range(4):
             time.sleep(rng.uniform(0, 0.04))
             child.signal(signal.SIGSTOP)
-            with contextlib.suppress(FinloraError):  # being refused for now is right
-                if writer.name != "checkpoint":  # a driver mends the folder only where no process is at work in it
+            with contextlib.suppress(FinloraError):  # a refusal is correct for now
+                if (
+                    writer.name != "checkpoint"
+                ):  # reading repairs the folder, which a driver does only without a live writer
                     _read(writer, home)
             child.signal(signal.SIGCONT)
         child.kill()
@@ -183,7 +185,7 @@ def _disturb(
     try:
         first = (_read(writer, home) or 0) + 1
     except Exception as error:
-        return Injection(kind, writer.name, seed, "", f"not to be read before the fault: {error}")
+        return Injection(kind, writer.name, seed, "", f"not readable before the fault: {error}")
 
     def work() -> None:
         writer.write(home, first)
@@ -196,13 +198,13 @@ def _disturb(
     child = Child(work)
     while not child_is_ready.exists():
         if child.is_over:
-            return Injection(kind, writer.name, seed, "", f"the writer ended by itself: {child.words}")
+            return Injection(kind, writer.name, seed, "", f"the writer exited by itself: {child.words}")
         time.sleep(0.001)
     started = time.monotonic()
     try:
         act(rng, child)
     except Exception as error:
-        lost = f"a reader saw half of it: {error}"
+        lost = f"a reader saw half a version: {error}"
         child.kill()
     if child.words:
         lost = lost or f"the writer failed: {child.words}"
@@ -217,7 +219,7 @@ def _read(writer: Writer, home: Path) -> int | None:
 
 
 def _judge(writer: Writer, home: Path, at_least: int) -> tuple[str, str]:
-    """Return what whoever reads it now sees, and what is lost."""
+    """Return what a reader sees now, and what is lost."""
     try:
         value = _read(writer, home)
     except FinloraError as error:
@@ -225,38 +227,38 @@ def _judge(writer: Writer, home: Path, at_least: int) -> tuple[str, str]:
     except Exception as error:
         return "", f"{type(error).__name__}: {error}"
     if value is None:
-        return "there is none, the work is done again", ""
-    return "a version that was written to its end", "" if value >= at_least else f"version {value} after {at_least}"
+        return "no version exists, the work is repeated", ""
+    return "a complete version", "" if value >= at_least else f"version {value} after {at_least}"
 
 
 def _write_again(writer: Writer, home: Path) -> str:
-    """Do the work again as the user would; return what is wrong then."""
+    """Write the artefact again, as the user would; returns what went wrong."""
     value = 10**5
     with contextlib.suppress(FinloraError):
         value = (_read(writer, home) or 0) + 1
     for path in home.rglob(".*-*"):
-        os.utime(path, (time.time() - 3600, time.time() - 3600))  # what was left counts as left after a minute
+        os.utime(path, (time.time() - 3600, time.time() - 3600))  # scratch is swept when it is older than a minute
     try:
         writer.write(home, value)
         found = _read(writer, home)
     except FinloraError as error:
         if writer.name != "results":
-            return f"cannot be written again: {error}"
-        (home / "results.jsonl").unlink()  # it says to remove a line
+            return f"cannot be rewritten: {error}"
+        (home / "results.jsonl").unlink()  # its message asks for a line to be removed
         return ""
     left = [path.name for path in home.rglob(".*") if path.is_dir()]
     return f"left behind: {left}" if left else "" if found == value else f"wrote {value}, read {found}"
 
 
 def _fill(kind: str, writer: Writer, home: Path, seed: int) -> Injection:
-    """A disk of its own, with random room left for the second version; then there is room again."""
+    """A full disk: a private tmpfs with random free space for the second version; then the space is freed."""
     home.mkdir(exist_ok=True)
     report = home.with_suffix(".report")
     report.unlink(missing_ok=True)
     child = Child(lambda: report.write_text(json.dumps(_fill_in_child(writer, home / "disk", random.Random(seed)))))
     child.wait()
     if not report.exists():
-        return Injection(kind, writer.name, seed, "", f"the writer died: {child.words}")
+        return Injection(kind, writer.name, seed, "", f"the writer crashed: {child.words}")
     return Injection(kind, writer.name, seed, *json.loads(report.read_text()))
 
 
@@ -264,7 +266,7 @@ def _fill_in_child(writer: Writer, disk: Path, rng: random.Random) -> tuple[str,
     disk.mkdir(exist_ok=True)
     is_mounted = mount(disk)
     writer.write(disk, 1)
-    # The size of the first version, and so how much room its successor needs beside it.
+    # Size of the first version, and so the space that the second needs beside it.
     size = sum(path.stat().st_size for path in disk.rglob("*") if path.is_file())
     if is_mounted:
         room = rng.randrange(0, size + 4096) // 4096 * 4096
@@ -274,13 +276,13 @@ def _fill_in_child(writer: Writer, disk: Path, rng: random.Random) -> tuple[str,
     else:
         largest = max(path.stat().st_size for path in disk.rglob("*") if path.is_file())
         resource.setrlimit(resource.RLIMIT_FSIZE, (rng.randrange(largest), resource.RLIM_INFINITY))
-    seen = "enough room was left"
+    seen = "the space was enough"
     try:
         writer.write(disk, 2)
     except Exception as error:
         said = error if isinstance(error, FinloraError) else explain_full_disk(error, RunFolder(disk))
         if said is None:
-            return "", f"{type(error).__name__} says nothing of the disk: {error}"
+            return "", f"{type(error).__name__} does not name the disk: {error}"
         seen = f"{type(said).__name__}: {plain(str(said), disk)}"
     (disk / "filler").unlink(missing_ok=True)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -1,4 +1,4 @@
-"""Ray's token, end to end: a real head of this test's own lets in who has the token, and nobody else, by any door."""
+"""Ray's token, end to end: a real head admits drivers, jobs and dashboard requests with the token, and no others."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def client(nodes, **changes):
 
 def strangers(nodes):
     (nodes.folder / "wrong").write_text("f" * 64)
-    hasty = {"RAY_NUM_REDIS_GET_RETRIES": "5"}  # a driver asks once a second, 20 times by default, before it gives up
+    hasty = {"RAY_NUM_REDIS_GET_RETRIES": "5"}  # a driver retries once a second, 20 times by default
     return {
         "no token": hasty | {"RAY_AUTH_MODE": "disabled"},
         "wrong token": hasty | {"RAY_AUTH_TOKEN_PATH": str(nodes.folder / "wrong")},
@@ -50,7 +50,7 @@ def submit(nodes, *command, **changes):
 
 
 def as_strangers(nodes, command):
-    """Run a command as each of them, both at once: they mostly sleep between two tries."""
+    """Run a command as each stranger, both at once, since they mostly sleep between retries."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda changes: command(nodes, **changes), strangers(nodes).values()))
 

@@ -1,15 +1,15 @@
-"""Feed what FinLoRA reads from outside with broken inputs, for as long as wanted: only its own errors may come of it.
+"""Fuzzing of every input from outside: mutated inputs, on which FinLoRA may raise its own errors only.
 
-    make fuzz                                                    # every target of fuzz_targets.py, 20 minutes in all
+    make fuzz                                                    # every target of targets.py, 20 minutes in total
     make fuzz MINUTES=5
     python -m tests.fuzz --targets arrow parquet --minutes 20 --seed 7
     python -m tests.fuzz --targets arrow --replay fuzz-found/arrow-1f2e3d4c
 
---minutes bounds everything: it is shared out over the targets, whose starts count. Ctrl-C, SIGTERM and SIGHUP end what runs and
-say what was done until then. Each target runs in a process of its own, within a bound of memory and of seconds an input. Where
-`atheris` is installed (`pip install atheris`, not among FinLoRA's packages) inputs are bred by coverage of FinLoRA's code; else
-the seeds are changed at random, which finds less. The random seed is printed first: with it, and an empty --found, the same
-inputs come again. An input that breaks something is kept in --found, and the exit code is 1.
+--minutes limits the whole run and is shared by the targets, start-up included. Ctrl-C, SIGTERM and SIGHUP kill the
+running target and print a summary. Each target runs in its own process, with limits of memory and of seconds for each
+input. Inputs are mutated by coverage of FinLoRA's code where `atheris` is installed (`pip install atheris`, not a
+dependency), else at random, which finds less. The random seed is printed first: the same seed with an empty --found
+repeats the inputs. A failing input is saved in --found, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from tests.chaos.time_budget import StoppedError, note_signals, run_part
 
 _SLOW_S = 20.0
 _LEAST_S = 15.0
-"""Of a target, whose imports and valid inputs take a part of it on a busy machine."""
+"""Minimum for a target: imports and valid inputs take part of it on a busy machine."""
 _END_S = 5.0
-"""Before a target's share is over it ends by itself; one that does not is busy with an input."""
-_SHAVE = (
+"""A target stops this long before its share is over; one that does not is busy with an input."""
+_TOKENS = (
     b"",
     b"\0",
     b"\xff",
@@ -60,13 +60,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--targets", nargs="+", metavar="TARGET", help="without it: all")
-    parser.add_argument("--minutes", type=float, default=20.0, help="for all targets together, starts included")
-    parser.add_argument("--seed", type=int, help="without it: drawn, and printed")
-    parser.add_argument("--engine", choices=["atheris", "random"], help="without it: atheris where it is installed")
-    parser.add_argument("--memory-mib", type=int, default=4096, help="most that a target's process may take")
-    parser.add_argument("--found", type=Path, default=Path("fuzz-found"), help="folder of inputs that broke something")
-    parser.add_argument("--replay", type=Path, help="run the one target on this input alone, and show what it raises")
+    parser.add_argument("--targets", nargs="+", metavar="TARGET", help="default: all")
+    parser.add_argument("--minutes", type=float, default=20.0, help="limit of all targets together, start-up included")
+    parser.add_argument("--seed", type=int, help="default: random, and printed")
+    parser.add_argument("--engine", choices=["atheris", "random"], help="default: atheris where it is installed")
+    parser.add_argument("--memory-mib", type=int, default=4096, help="memory limit of a target's process")
+    parser.add_argument("--found", type=Path, default=Path("fuzz-found"), help="folder of failing inputs")
+    parser.add_argument("--replay", type=Path, help="run one target on this input alone, and show what it raises")
     parser.add_argument("--run-one", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -81,7 +81,7 @@ def main() -> int:
         from tests.fuzz.targets import run_one
 
         run_one(TARGETS[options.targets[0]], options.replay.read_bytes())
-        print("only FinLoRA's own errors, or none")
+        print("no error, or one of FinLoRA's own")
         return 0
     engine = options.engine or ("atheris" if importlib.util.find_spec("atheris") else "random")
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**31)
@@ -98,29 +98,29 @@ def _run_all(names: list[str], engine: str, seed: int, options: argparse.Namespa
     try:
         with note_signals() as asked:
             print(
-                f"seed {seed}, inputs by {engine}, {len(names)} targets in at most {options.minutes:g} minutes in all: "
-                f"{options.minutes * 60 / len(names):.0f} s each, its start included",
+                f"seed {seed}, inputs by {engine}, {len(names)} targets in at most {options.minutes:g} minutes in total: "
+                f"{options.minutes * 60 / len(names):.0f} s each, start-up included",
                 flush=True,
             )
             if left:
-                print(f"left out, since {_LEAST_S:.0f} s are the least: {', '.join(left)}", flush=True)
+                print(f"skipped, since a target needs at least {_LEAST_S:.0f} s: {', '.join(left)}", flush=True)
             for number, name in enumerate(names):
                 share = (until - time.monotonic()) / (len(names) - number)
                 code = max(code, _run_apart(name, engine, seed, share, asked, options))
             number = len(names)
     except StoppedError as stop:
-        print(f"{stop}: what ran has been ended", flush=True)
+        print(f"{stop}: the running target was killed", flush=True)
         code = stop.exit_code
     print(f"{number} of {len(names)} targets in {time.monotonic() - started:.0f} s", flush=True)
     return code
 
 
 def _run_apart(name: str, engine: str, seed: int, share: float, asked: list[int], options: argparse.Namespace) -> int:
-    """Run a target in a process and print its line; returns 1 where something broke.
+    """Run a target in a process and print its result; returns 1 on a failing input.
 
     Args:
-        share: seconds until it is ended, its start included.
-        asked: signals that came.
+        share: time limit in seconds, start-up included.
+        asked: received signals (`note_signals`).
     """
     seconds = max(share - _END_S, share / 2)
     settings = ["--seconds", str(seconds), "--seed", str(seed), "--memory-mib", str(options.memory_mib)]
@@ -146,9 +146,9 @@ def _run_apart(name: str, engine: str, seed: int, share: float, asked: list[int]
         said = log.read()
     counts = re.findall(r"(?:stat::number_of_executed_units:\s*|executed |^#)(\d+)", said, flags=re.MULTILINE)
     number = f"{int(counts[-1]):,}" if counts else "an unknown number of"
-    verdicts = {0: "nothing broke", None: "BROKEN: it did not end at its time, being busy with an input or its start"}
+    verdicts = {0: "no failures", None: "FAILED: killed at its time limit, busy with an input or its start-up"}
     print(
-        f"{name:16} {number:>20} inputs {time.monotonic() - started:6.0f} s  {verdicts.get(code, f'BROKEN (exit {code})')}",
+        f"{name:16} {number:>20} inputs {time.monotonic() - started:6.0f} s  {verdicts.get(code, f'FAILED (exit {code})')}",
         flush=True,
     )
     if code != 0:
@@ -158,20 +158,20 @@ def _run_apart(name: str, engine: str, seed: int, share: float, asked: list[int]
 
 def _run_here(name: str, engine: str, seconds: float, seed: int, memory_mib: int, found: Path) -> int:
     if engine == "atheris":
-        _breed(name, seconds, seed, memory_mib, found)
-        return 0  # atheris ends the process itself
+        _run_atheris(name, seconds, seed, memory_mib, found)
+        return 0  # atheris exits the process itself
     from tests.fuzz.targets import TARGETS, run_one
 
-    target, dice = TARGETS[name], random.Random(f"{seed} {name}")
+    target, rng = TARGETS[name], random.Random(f"{seed} {name}")
     seeds = target.seeds()
-    for data in seeds:  # imports are done before the memory is bounded
+    for data in seeds:  # all imports happen before the memory limit applies
         run_one(target, data)
     limit = memory_mib * 2**20
     until, number = psutil.Process().create_time() + seconds, 0
     signal.signal(signal.SIGALRM, _give_up)
     while time.time() < until:
         signal.alarm(round(_SLOW_S))
-        data, started = _change(dice, seeds), time.monotonic()
+        data, started = _mutate(rng, seeds), time.monotonic()
         try:
             run_one(target, data)
             _require_bounds(started, limit)
@@ -179,7 +179,7 @@ def _run_here(name: str, engine: str, seconds: float, seed: int, memory_mib: int
             path = found / f"{name}-{hashlib.sha256(data).hexdigest()[:8]}"
             path.write_bytes(data)
             traceback.print_exc()
-            print(f"kept as {path}; executed {number}")
+            print(f"saved as {path}; executed {number}")
             return 1
         number += 1
     print(f"executed {number}")
@@ -198,21 +198,21 @@ def _require_bounds(started: float, limit: int) -> None:
         raise RuntimeError(f"the input took {peak / 2**20:.0f} MiB")
 
 
-def _change(dice: random.Random, seeds: list[bytes]) -> bytes:
-    """Cut, double, swap and overwrite parts of a seed, a few times."""
-    data = bytearray(dice.choice(seeds))
-    for _ in range(dice.choice([1, 1, 2, 3, 8])):
-        start = dice.randrange(len(data) + 1)
-        stop = min(len(data), start + dice.choice([0, 1, 1, 2, 4, 8, 64]))
-        part = dice.choice([*_SHAVE, dice.randbytes(dice.choice([1, 2, 4, 8])), bytes(data[start:stop]) * 2])
-        if dice.random() < 0.3 and stop > start:
-            data[start] ^= 1 << dice.randrange(8)
+def _mutate(rng: random.Random, seeds: list[bytes]) -> bytes:
+    """Cut, repeat, flip and overwrite parts of a valid input, a few times."""
+    data = bytearray(rng.choice(seeds))
+    for _ in range(rng.choice([1, 1, 2, 3, 8])):
+        start = rng.randrange(len(data) + 1)
+        stop = min(len(data), start + rng.choice([0, 1, 1, 2, 4, 8, 64]))
+        part = rng.choice([*_TOKENS, rng.randbytes(rng.choice([1, 2, 4, 8])), bytes(data[start:stop]) * 2])
+        if rng.random() < 0.3 and stop > start:
+            data[start] ^= 1 << rng.randrange(8)
         else:
-            data[start:stop] = part * (5000 if dice.random() < 0.02 else 1)
+            data[start:stop] = part * (5000 if rng.random() < 0.02 else 1)
     return bytes(data)
 
 
-def _breed(name: str, seconds: float, seed: int, memory_mib: int, found: Path) -> None:
+def _run_atheris(name: str, seconds: float, seed: int, memory_mib: int, found: Path) -> None:
     import atheris
 
     corpus = found / "corpus" / name
@@ -222,7 +222,7 @@ def _breed(name: str, seconds: float, seed: int, memory_mib: int, found: Path) -
 
         for data in TARGETS[name].seeds():
             (corpus / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
-            run_one(TARGETS[name], data)  # imports what it needs
+            run_one(TARGETS[name], data)  # imports all it needs
     until = psutil.Process().create_time() + seconds
     settings = [
         f"-max_total_time={max(1, round(until - time.time()))}",

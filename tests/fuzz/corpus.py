@@ -22,7 +22,7 @@ SHAPE: dict[str, Any] = {
 
 
 def made(make: Callable[[Path], None], *names: str) -> Callable[[], list[bytes]]:
-    """Seeds: files that a function writes."""
+    """Valid inputs: the files that `make` writes into a folder."""
 
     def seeds() -> list[bytes]:
         folder = Path(tempfile.mkdtemp(prefix="seed-"))
@@ -85,7 +85,7 @@ def make_arrow(folder: Path) -> None:
 
 
 def adapter_files() -> dict[str, bytes]:
-    """The three files of an adapter for `SHAPE`."""
+    """Return the three files of an adapter for `SHAPE`, by name."""
     if not _files:
         folder = Path(tempfile.mkdtemp(prefix="seed-"))
         make_adapter(folder)

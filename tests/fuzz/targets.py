@@ -1,7 +1,7 @@
-"""What FinLoRA reads from outside, as functions of bytes: each may raise FinLoRA's own errors and nothing else.
+"""Fuzz targets: each reads one input from outside, as a function of bytes, and may raise FinLoRA's own errors only.
 
-Run by `python -m tests.fuzz` for minutes, and by test_fuzz.py for seconds. Each target has valid inputs, its seeds,
-from which inputs are bred.
+Run by `python -m tests.fuzz` for minutes, and by test_fuzz.py for seconds. Each target has valid inputs (corpus.py),
+which are mutated.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from tests.fuzz.corpus import (
 class Target:
     name: str
     run: Callable[[bytes, Path], object]
-    """Given an input and an empty folder; raises whatever the input makes it raise."""
+    """Takes an input and an empty folder; raises what reading the input raises."""
     seeds: Callable[[], list[bytes]]
 
 
 def run_one(target: Target, data: bytes) -> None:
-    """Run a target on one input, in a folder of its own; FinLoRA's own errors are what is expected of it."""
+    """Run a target on one input, in a temporary folder; passes over FinLoRA's own errors."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     try:
         target.run(data, folder)
@@ -94,7 +94,7 @@ def _keys(data: bytes, folder: Path) -> None:
 
 
 def _raw(task: str, names: Sequence[str]) -> Callable[[bytes, Path], object]:
-    """A task's reader on the same bytes under all its file names."""
+    """Reader of a task, given the same bytes under all its file names."""
 
     def run(data: bytes, folder: Path) -> None:
         from finlora.data.sets.prepare import prepare_task
@@ -118,7 +118,7 @@ def _prepared(data: bytes, folder: Path) -> None:
 
 
 def _adapter_with(name: str) -> Callable[[bytes, Path], object]:
-    """An adapter folder of which one file is not what it was."""
+    """Adapter folder with one file replaced by the input."""
 
     def run(data: bytes, folder: Path) -> None:
         import torch
@@ -143,7 +143,7 @@ def _adapter_with(name: str) -> Callable[[bytes, Path], object]:
 
 
 def _base_with(name: str) -> Callable[[bytes, Path], object]:
-    """A base's folder of which one file is not what it was."""
+    """Base model folder with one file replaced by the input."""
 
     def run(data: bytes, folder: Path) -> None:
         from finlora.config import ModelConfig
@@ -165,7 +165,7 @@ def _manifest(data: bytes, folder: Path) -> None:
 
 
 class _Desk:
-    """A server that lets everything through to the point where the model would be asked."""
+    """Server that accepts everything up to the call of the model."""
 
     def __init__(self) -> None:
         from finlora.serve.accounts.keys import KeyRing
@@ -191,7 +191,7 @@ _apps: list[Any] = []
 
 
 def _body(data: bytes, folder: Path) -> None:
-    """The whole application, asked with the bytes as the body, cut into two parts, or as headers and path."""
+    """The whole application: the input as body, as body in two chunks, as headers and as path."""
     from finlora.serve.http.asgi import make_app
 
     if not _apps:
@@ -207,7 +207,7 @@ def _body(data: bytes, folder: Path) -> None:
 def _ask(path: str, headers: list[tuple[bytes, bytes]], parts: list[bytes]) -> None:
     status: list[int] = []
     waiting = [
-        {"type": "http.request", "body": part, "more_body": place < len(parts) - 1} for place, part in enumerate(parts)
+        {"type": "http.request", "body": part, "more_body": index < len(parts) - 1} for index, part in enumerate(parts)
     ]
 
     async def receive() -> dict[str, Any]:
@@ -237,7 +237,7 @@ def _ask(path: str, headers: list[tuple[bytes, bytes]], parts: list[bytes]) -> N
 
 
 def _stream(data: bytes, folder: Path) -> None:
-    """What a server sends, whole and in single bytes: the pieces must be the same, and show nothing but text."""
+    """A server's stream, whole and byte by byte: the pieces must be equal and hold printable text only."""
     from finlora.serve.http.client import read_extract, read_pieces, read_probabilities
 
     def collect(blocks: list[bytes]) -> tuple[str, str]:
@@ -250,7 +250,7 @@ def _stream(data: bytes, folder: Path) -> None:
         return text, "whole"
 
     whole = collect([data])
-    assert whole == collect([data[place : place + 1] for place in range(len(data))])
+    assert whole == collect([data[index : index + 1] for index in range(len(data))])
     assert not any(ord(character) < 32 and character not in "\n\t" for character in whole[0])
     for read in (read_extract, read_probabilities):
         try:

@@ -1,16 +1,16 @@
-"""An hour of the CPU server under light load beside a long training: what each process holds, as a curve that must be flat.
+"""Soak test: the CPU server under light load beside a long training for an hour; memory and descriptors must stay flat.
 
     python -m tests.soak --minutes 60 --figure docs/explanation/soak.png --record soak.jsonl
-    python -m tests.soak --minutes 3 --every 2      # a look at the script itself
+    python -m tests.soak --minutes 3 --every 2      # a trial of the script itself
 
-Real commands: `finlora serve` with serve_configs/cpu-demo.yaml, asked by a few users with labels, streamed texts, the wrong key
-and a body that is refused; and `finlora train` with two workers, which writes a checkpoint each 50 steps. Resident memory, file
-descriptors and threads of every process below both come from psutil; beside them the files in the temporary folder and the
-segments in /dev/shm. At the end both get SIGTERM.
+The commands are real: `finlora serve` with serve_configs/cpu-demo.yaml, and `finlora train` with two workers and a
+checkpoint every 50 steps. A few users ask for labels and streamed texts, use a wrong key, and send invalid bodies.
+psutil samples resident memory, file descriptors and threads of every process below both commands; files in the
+temporary folder and segments in /dev/shm are counted as well. At the end both commands get SIGTERM.
 
-Flat means: over the last two thirds of the time the Theil-Sen slope of a role's resident memory stays under 4 % of its median
-an hour, or under 8 MiB an hour where that is more, and that of its descriptors under 2 an hour. Exit code 1: some role of ours
-grows, an answer was lost, or something stayed behind.
+Flat means, over the last two thirds of the time: the Theil-Sen slope of a role's resident memory is below 4 % of its
+median an hour (or below 8 MiB an hour, where that is more), and that of its descriptors below 2 an hour. Exit code 1: a
+role of ours grows, an answer was lost, or something stayed behind.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ ROLES = (
     ("worker", r"ray::(RayTrainWorker|_?RayTrain|TrainWorker)"),
     ("driver", r"finlora\.cli\.main"),
 )
-"""Processes of ours by their title; all others are Ray's own."""
+"""Our processes by title; all others are Ray's own."""
 USERS, THINK_S = 3, 0.4
 EPOCHS = 500
-"""Of 200 steps: more than an hour brings. A run looks at all its batches before it begins, so that without end is no number."""
+"""Of 200 steps each: more than an hour holds. A run plans all its batches at the start, so the number is finite."""
 
 
 def main() -> int:
@@ -57,12 +57,12 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=15.0, help="seconds between two samples")
     parser.add_argument("--figure", type=Path, help="PNG of the curve")
     parser.add_argument("--record", type=Path, help="JSON lines of the samples")
-    parser.add_argument("--draw", type=Path, help="draw and judge an earlier record, run nothing")
+    parser.add_argument("--draw", type=Path, help="run nothing; draw and judge this record")
     options = parser.parse_args()
     if options.draw:
         samples = [json.loads(line) for line in options.draw.read_text(encoding="utf-8").splitlines()]
         return report(samples, options.figure)
-    folder = Path(tempfile.mkdtemp(prefix="fl-", dir="/tmp"))  # short: Ray puts sockets below it
+    folder = Path(tempfile.mkdtemp(prefix="fl-", dir="/tmp"))  # short, for Ray's sockets
     try:
         with Soak(folder) as soak:
             samples = soak.run(options.minutes * 60, options.every, options.record)
@@ -75,7 +75,7 @@ def main() -> int:
 
 
 class Soak:
-    """The two long commands, and what is asked of the server meanwhile."""
+    """Server and training, and the requests to the server."""
 
     def __init__(self, folder: Path) -> None:
         self.live = LiveCommands(folder)
@@ -85,7 +85,7 @@ class Soak:
         self.live.make_base()
         self.live.choose_port()
         try:
-            # One after the other: two Rays that start at once on two busy cores run into Ray's own limit of 30 s.
+            # One after the other: two Rays that start together on two busy cores miss Ray's own start limit of 30 s.
             self.live.serve()
             self.live.start(
                 "training",
@@ -100,11 +100,11 @@ class Soak:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not StoppedError:  # then nobody waits for an end in order
+        if kind is not StoppedError:  # after a signal all processes are killed instead
             self.live.close()
 
     def run(self, seconds: float, every_s: float, record: Path | None) -> list[dict[str, Any]]:
-        """Ask and sample until the time is over, then end both commands; returns the samples."""
+        """Send requests and sample until the time is over; returns the samples."""
         return asyncio.run(self._run(seconds, every_s, record))
 
     async def _run(self, seconds: float, every_s: float, record: Path | None) -> list[dict[str, Any]]:
@@ -120,7 +120,7 @@ class Soak:
                 for name, process in self.live.roots.items():
                     if process.poll() is not None:
                         self.live.faults.append(
-                            f"the {name} ended by itself with {process.returncode} after {passed:.0f} s"
+                            f"the {name} exited by itself with {process.returncode} after {passed:.0f} s"
                         )
                 if any(process.poll() is not None for process in self.live.roots.values()):
                     break
@@ -135,7 +135,7 @@ class Soak:
             await asyncio.gather(*users, return_exceptions=True)
             if stream:
                 stream.close()
-        say(f"asked: {dict(self.asked)}; training at step {self._step():,}")
+        say(f"requests: {dict(self.asked)}; training at step {self._step():,}")
         return samples
 
     async def _wait_until_ready(self, session: Any) -> None:
@@ -152,11 +152,11 @@ class Soak:
             if time.monotonic() > until or any(process.poll() is not None for process in self.live.roots.values()):
                 for name in self.live.roots:
                     say((self.live.folder / f"{name}.log").read_text(errors="replace")[-3000:])
-                raise TimeoutError(f"server and training were not both at work within {READY_S:.0f} s")
+                raise TimeoutError(f"server and training were not both running within {READY_S:.0f} s")
             await asyncio.sleep(1.0)
 
     async def _ask_on(self, session: Any, number: int) -> None:
-        """Ask one thing after the other, each with an answer that is known to come."""
+        """Send one request after the other, each with a known status."""
         headers = {"Authorization": f"Bearer {self.live.key}"}
         text = "Nordhaven Shipping lifted its outlook after profit rose {} %"
         turn = number
@@ -178,7 +178,7 @@ class Soak:
                 self.asked[f"{path} {reply.status}"] += 1
                 is_cut = body is written and not content.rstrip().endswith(b"data: [DONE]")
                 if (reply.status != expected and (expected, reply.status) != (400, 422)) or is_cut:
-                    self.live.faults.append(f"{path} gave {reply.status} instead of {expected}: {content[:200]!r}")
+                    self.live.faults.append(f"{path} returned {reply.status} instead of {expected}: {content[:200]!r}")
             await asyncio.sleep(THINK_S)
 
     def _sample(self, seconds: float) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class Soak:
                             }
                         )
                 except psutil.Error:
-                    continue  # ended meanwhile
+                    continue  # the process has ended
         files = sum(len(names) for _, _, names in os.walk(self.live.folder / "tmp"))
         return {
             "seconds": round(seconds, 1),

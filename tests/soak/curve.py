@@ -1,4 +1,4 @@
-"""The curves of tests.soak: what each role of processes holds over the time, how steep that is, and a drawing of it."""
+"""Curves of the soak test: memory and descriptors of each process role over time, their slopes, and a figure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEMORY_SHARE, MEMORY_MIB, DESCRIPTORS = 0.04, 8.0, 2.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Curve:
-    """One quantity of all processes of a role together."""
+    """One quantity, summed over all processes of a role."""
 
     name: str
     seconds: list[float]
@@ -23,14 +23,14 @@ class Curve:
 
     @property
     def settled(self) -> tuple[list[float], list[float]]:
-        """The curve without its first third."""
+        """The curve without its first third (warm-up)."""
         start = WARM_UP_SHARE * self.seconds[-1]
         pairs = [(s, v) for s, v in zip(self.seconds, self.values, strict=True) if s >= start]
         return [s for s, _ in pairs], [v for _, v in pairs]
 
     @property
     def slope_per_hour(self) -> float:
-        """Theil-Sen slope of the settled part: the median over all pairs, so that single jumps do not count."""
+        """Theil-Sen slope of the settled part: the median over all pairs, robust to single jumps."""
         from scipy.stats import theilslopes
 
         seconds, values = self.settled
@@ -54,7 +54,7 @@ def curves_of(samples: list[dict[str, Any]], quantity: str) -> dict[str, Curve]:
 
 
 def report(samples: list[dict[str, Any]], figure: Path | None) -> int:
-    """Print a row a role, draw the curves, and return 1 where a role of ours grows."""
+    """Print a row for each role and draw the curves; returns 1 where a role of ours grows."""
     memory, descriptors = curves_of(samples, "rss_mib"), curves_of(samples, "descriptors")
     minutes = samples[-1]["seconds"] / 60
     say(

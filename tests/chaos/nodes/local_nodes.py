@@ -1,6 +1,6 @@
-"""A Ray cluster of several nodes on this machine, each started by the command of its systemd unit (cluster/systemd/).
+"""Ray cluster of several nodes on this machine, each started by the command of its systemd unit (cluster/systemd/).
 
-Only ports, folders and resources differ from a unit: nodes of one machine must not share them.
+Ports, folders and resources are the only differences from a unit, since nodes of one machine cannot share them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _START_SECONDS = 240.0
 
 
 class LocalNodes:
-    """A head without cores for work, and nodes that come and go. Close it at the end: it ends what it started, no more."""
+    """A head without CPUs for work, and nodes that join and are killed. `close` kills only what this object started."""
 
     def __init__(self) -> None:
-        # Short: Ray puts sockets below it, whose paths have 107 characters at most. A part of tests.chaos has a short
-        # folder of its own, which goes with it.
+        # Short, for Ray's sockets: their paths have at most 107 characters. A part of tests.chaos has a short TMPDIR
+        # of its own, removed at its end.
         here = tempfile.gettempdir()
         self.folder = Path(tempfile.mkdtemp(prefix="fl-", dir=here if Path(here).name.startswith("fl-") else "/tmp"))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -54,12 +54,14 @@ class LocalNodes:
         return f"http://127.0.0.1:{self.dashboard_port}"
 
     def start_head(self) -> None:
-        """Start the head and wait until its dashboard takes jobs."""
+        """Start the head and wait until its dashboard accepts jobs."""
         self._start("head", 0, {"--port": self.port, "--dashboard-port": self.dashboard_port})
         deadline = time.monotonic() + _START_SECONDS
         while self.run("ray", "job", "list", "--address", self.dashboard).returncode != 0:
             if time.monotonic() > deadline or self.processes["head"].poll() is not None:
-                raise RuntimeError(f"the head did not start: see {self.folder / 'head.log'}")
+                raise RuntimeError(
+                    f"the head did not start within {_START_SECONDS:.0f} s: see {self.folder / 'head.log'}"
+                )
             time.sleep(1.0)
 
     def start_node(self, name: str, num_cpus: int) -> None:
@@ -67,7 +69,7 @@ class LocalNodes:
         self._start(name, num_cpus, {"--address": f"127.0.0.1:{self.port}"})
 
     def kill_node(self, name: str) -> int:
-        """End a node as a power cut would: all its processes at once, by SIGKILL. Returns their number."""
+        """Kill all processes of a node by SIGKILL, as a power cut does. Returns their number."""
         started = self.processes.pop(name)
         root = psutil.Process(started.pid)
         victims = [root, *root.children(recursive=True)]
@@ -78,12 +80,12 @@ class LocalNodes:
         return len(victims)
 
     def run(self, *command: str, **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run a command as a client of this cluster, from the checkout."""
+        """Run a command as a client of this cluster, in the checkout."""
         settings = {"env": self.environment, "cwd": ROOT, "capture_output": True, "text": True, "check": False}
         return subprocess.run(command, **(settings | options))
 
     def close(self) -> None:
-        """End every node, workers before the head, and remove what they wrote."""
+        """Kill all nodes, the head last, and remove their files."""
         for name in [name for name in self.processes if name != "head"] + ["head"] * ("head" in self.processes):
             self.kill_node(name)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,12 +1,12 @@
-"""Train as jobs on several Ray nodes of this machine, lose a node, stop a job, and end with the numbers of a quiet run.
+"""Training jobs on local Ray nodes that lose a node and are stopped: the result must equal an undisturbed run's.
 
     python -m tests.chaos.nodes.node_failure                # about 4 minutes on two cores, no GPU
     python -m tests.chaos.nodes.node_failure --steps 200    # shorter
 
-A head, two nodes of one core each, token authentication; every command is a client's `ray job ...`. First a run without
-trouble, whose log is followed while it trains. Then the same run with another name: when a third of its steps are done one
-node is killed with all its processes and another one joins; when two thirds are done the job is stopped by `ray job stop`,
-and submitted again. Exit code 1: losses or adapter of the two runs differ by a single bit, or a step took too long.
+A head, two nodes of one core each, token authentication; every command is a client's `ray job ...`. First an
+undisturbed run, whose log is followed. Then the same run under another name: after a third of its steps one node is
+killed with all its processes and another joins; after two thirds `ray job stop` stops the job, which is submitted
+again. Exit code 1: losses or adapter of the two runs differ by a bit, or a wait exceeded its limit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.chaos.nodes.local_nodes import LocalNodes
 from tests.chaos.time_budget import run_to_end
 
 LIMIT_S = 240.0
-"""Longest wait for any one thing."""
+"""Limit of each single wait."""
 BASE = (
     *("vocab_size=512", "hidden_size=64", "intermediate_size=128", "num_layers=2", "num_heads=4", "num_kv_heads=2"),
     *("context_length=64", "batch_size=4", "num_steps=20"),
@@ -31,7 +31,7 @@ BASE = (
 
 
 def make_base(nodes: LocalNodes) -> None:
-    """Generate data and a small base in the cluster's folder."""
+    """Generate data and a small base model in the cluster's folder."""
     finlora = (sys.executable, "-m", "finlora.cli.main")
     for command in (
         ("prepare", "synthetic_sentiment", "--output", str(nodes.folder / "data")),
@@ -41,7 +41,7 @@ def make_base(nodes: LocalNodes) -> None:
 
 
 def settings(nodes: LocalNodes, name: str, steps: int) -> list[str]:
-    """Return the overrides of a run: float32, so that two runs can be compared by the bit."""
+    """Return the overrides of a run, in float32: two runs must be equal bit for bit."""
     here = nodes.folder
     return [
         *(f"name={name}", f"output_dir={here / 'runs'}", f"model.base={here / 'base'}", f"data.dir={here / 'data'}"),
@@ -52,18 +52,18 @@ def settings(nodes: LocalNodes, name: str, steps: int) -> list[str]:
 
 
 def submit(nodes: LocalNodes, name: str, steps: int) -> str:
-    """Submit a training without waiting for it; returns the submission id."""
+    """Submit a training job without waiting for it; returns the submission id."""
     identity = f"{name}-{time.time_ns() // 1_000_000}"
     job = ("python", "jobs/train.py", *settings(nodes, name, steps))
     options = ("--address", nodes.dashboard, "--submission-id", identity, "--working-dir", ".", "--no-wait")
     done = nodes.run("ray", "job", "submit", *options, "--", *job)
     if done.returncode != 0:
-        raise RuntimeError(f"the job was not taken: {done.stdout}{done.stderr}")
+        raise RuntimeError(f"ray job submit exited with {done.returncode}: {done.stdout}{done.stderr}")
     return identity
 
 
 def steps_done(nodes: LocalNodes, name: str) -> list[tuple[int, float]]:
-    """Return (step, loss) of each whole line of the run's progress file, in the order written."""
+    """Return (step, loss) of each complete line of the run's progress file, in order."""
     path = nodes.folder / "runs" / name / "progress.jsonl"
     if not path.is_file():
         return []
@@ -72,7 +72,7 @@ def steps_done(nodes: LocalNodes, name: str) -> list[tuple[int, float]]:
 
 
 def wait_until(what: str, is_true: Callable[[], bool], limit_s: float = LIMIT_S, every_s: float = 0.25) -> float:
-    """Return the seconds until something is true, looked at every so often."""
+    """Poll a condition every `every_s` seconds until it is true; returns the seconds waited."""
     started = time.monotonic()
     while not is_true():
         if time.monotonic() - started > limit_s:
@@ -82,7 +82,7 @@ def wait_until(what: str, is_true: Callable[[], bool], limit_s: float = LIMIT_S,
 
 
 def status_of(nodes: LocalNodes, identity: str) -> str:
-    """Return the job's status, as PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
+    """Return the job's status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED."""
     done = nodes.run("ray", "job", "list", "--address", nodes.dashboard)
     (_, _, row) = done.stdout.partition(f"submission_id='{identity}'")
     return row.partition("status=<JobStatus.")[2].partition(":")[0]
@@ -93,7 +93,7 @@ def log_of(nodes: LocalNodes, identity: str) -> str:
 
 
 def follow(nodes: LocalNodes, identity: str, seen: list[tuple[float, str]]) -> None:
-    """Note each line of a job's log with the time at which it came, until the job ends."""
+    """Append each line of a job's log with its arrival time, until the job ends."""
     command = ["ray", "job", "logs", "--follow", identity, "--address", nodes.dashboard]
     with subprocess.Popen(command, env=nodes.environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout or ():
@@ -101,22 +101,24 @@ def follow(nodes: LocalNodes, identity: str, seen: list[tuple[float, str]]) -> N
 
 
 def run_quietly(nodes: LocalNodes, steps: int) -> None:
-    """Train without trouble, and follow the log as a user would."""
+    """Train undisturbed, and follow the log as a user does."""
     identity, seen = submit(nodes, "quiet", steps), []
     thread = threading.Thread(target=follow, args=(nodes, identity, seen))
     thread.start()
-    seconds = wait_until("the quiet run", lambda: status_of(nodes, identity) in ("SUCCEEDED", "FAILED", "STOPPED"))
+    seconds = wait_until(
+        "the undisturbed run", lambda: status_of(nodes, identity) in ("SUCCEEDED", "FAILED", "STOPPED")
+    )
     thread.join(timeout=30)
     if status_of(nodes, identity) != "SUCCEEDED":
         raise RuntimeError(log_of(nodes, identity))
     early = sum(1 for when, line in seen if line.startswith("quiet: ") and when < seen[-1][0] - 1.0)
-    print(f"quiet run        {seconds:6.1f} s; {early} progress lines came while it trained")
+    print(f"undisturbed run  {seconds:6.1f} s; {early} progress lines arrived during training")
     if not early:
-        raise RuntimeError("no progress line came before the end: logs are not streamed")
+        raise RuntimeError("no progress line arrived before the end: logs are not streamed")
 
 
 def run_with_trouble(nodes: LocalNodes, steps: int) -> None:
-    """Train, lose a node, stop, submit again."""
+    """Train, kill a node, stop the job, submit it again."""
     identity = submit(nodes, "troubled", steps)
 
     def last_step() -> int:
@@ -130,18 +132,18 @@ def run_with_trouble(nodes: LocalNodes, steps: int) -> None:
     seconds = wait_until("steps after the kill", lambda: len(steps_done(nodes, "troubled")) > lines)
     again = steps_done(nodes, "troubled")[lines][0]
     print(
-        f"node killed      at step {at_kill} ({num_processes} processes); training again {seconds:.1f} s after a node came"
+        f"node killed      at step {at_kill} ({num_processes} processes); recovered {seconds:.1f} s after a new node started"
     )
     words = [line for line in log_of(nodes, identity).splitlines() if line.startswith("Waiting, ")]
-    print(f"                 first step noted again: {again}; {words[0] if words else 'NO WAIT WAS SAID'}")
+    print(f"                 first step after the kill: {again}; {words[0] if words else 'NO WAIT WAS LOGGED'}")
     if not words:
-        raise RuntimeError("the run did not say what it waited for")
+        raise RuntimeError("the run did not log what it waited for")
     wait_until("two thirds of the steps", lambda: last_step() >= 2 * steps // 3)
     started = time.monotonic()
     nodes.run("ray", "job", "stop", identity, "--address", nodes.dashboard)
     wait_until("the stop", lambda: status_of(nodes, identity) == "STOPPED")
     words = [line for line in log_of(nodes, identity).splitlines() if line.startswith("Stopped by SIGTERM at step")]
-    print(f"ray job stop     {time.monotonic() - started:6.1f} s: {words[0] if words else 'NO CHECKPOINT WAS SAID'}")
+    print(f"ray job stop     {time.monotonic() - started:6.1f} s: {words[0] if words else 'NO CHECKPOINT WAS LOGGED'}")
     identity = submit(nodes, "troubled", steps)
     seconds = wait_until("the end", lambda: status_of(nodes, identity) in ("SUCCEEDED", "FAILED", "STOPPED"))
     if not words or status_of(nodes, identity) != "SUCCEEDED":
@@ -150,14 +152,14 @@ def run_with_trouble(nodes: LocalNodes, steps: int) -> None:
 
 
 def compare(nodes: LocalNodes) -> bool:
-    """Return whether both runs ended with the same losses and the same adapter."""
+    """Return whether both runs have equal losses and adapters."""
     quiet, troubled = dict(steps_done(nodes, "quiet")), dict(steps_done(nodes, "troubled"))
     adapters = [
         nodes.folder / "runs" / name / "adapter" / "adapter_model.safetensors" for name in ("quiet", "troubled")
     ]
     is_loss_equal = quiet == troubled
     is_adapter_equal = adapters[0].read_bytes() == adapters[1].read_bytes()
-    print(f"losses equal     {is_loss_equal} ({len(quiet)} noted, last {list(quiet.values())[-1]:.6f})")
+    print(f"losses equal     {is_loss_equal} ({len(quiet)} logged, last {list(quiet.values())[-1]:.6f})")
     print(f"adapters equal   {is_adapter_equal} ({adapters[0].stat().st_size:,} bytes)")
     return is_loss_equal and is_adapter_equal
 

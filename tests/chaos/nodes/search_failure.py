@@ -1,11 +1,11 @@
-"""Search as a job on several Ray nodes of this machine, lose a node with its trials, and end with every trial done once.
+"""Search job on local Ray nodes that loses a node with its trials: every trial must end exactly once.
 
     python -m tests.chaos.nodes.search_failure                             # about 4 minutes on two cores, no GPU
     python -m tests.chaos.nodes.search_failure --trials 4 --steps 60       # shorter
 
-A head and two nodes, token authentication, `ray job submit`. Once a trial has ended and others train on both nodes, one node
-is killed with all its processes; no other takes its place. Exit code 1: a trial that had ended before the kill was done again or
-lost, a trial that the node took with it did not go on from its checkpoint, or the search did not end whole.
+A head and two nodes, token authentication, `ray job submit`. When a trial has ended and others train on both nodes, one
+node is killed with all its processes and not replaced. Exit code 1: a trial that ended before the kill was repeated or
+lost, a trial of the killed node did not resume from its checkpoint, or the search did not complete.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tests.chaos.time_budget import run_to_end
 
 NAME = "search"
 EVERY_STEPS = 0.1
-"""Share of a trial's steps between two checkpoints, which is ASHA's first rung."""
+"""Share of a trial's steps between two checkpoints, and ASHA's first rung."""
 
 
 def submit(nodes: LocalNodes, num_trials: int, steps: int) -> str:
     """Submit the search without waiting for it; returns the submission id."""
     own = [
         *settings(nodes, NAME, steps),
-        # A trial is a driver of 0.05 cores and a worker: two find room on a node of two cores.
+        # A trial is a driver of 0.05 CPUs and a worker: two trials fit on a node of two CPUs.
         *("train.num_workers=1", "train.cpus_per_worker=0.9", "eval.device=cpu", "eval.bits=null", "search.bits=[16]"),
         *(f"search.num_trials={num_trials}", "search.rank=[2,4]", "search.learning_rate=[3e-4,3e-3]"),
         *(f"search.grace_share={EVERY_STEPS}", "data.max_test_examples=50", "search.validation_share=0.05"),
@@ -40,7 +40,7 @@ def submit(nodes: LocalNodes, num_trials: int, steps: int) -> str:
     options = ("--address", nodes.dashboard, "--submission-id", NAME, "--working-dir", ".", "--no-wait")
     done = nodes.run("ray", "job", "submit", *options, "--", "python", "jobs/tune.py", *own)
     if done.returncode != 0:
-        raise RuntimeError(f"the job was not taken: {done.stdout}{done.stderr}")
+        raise RuntimeError(f"ray job submit exited with {done.returncode}: {done.stdout}{done.stderr}")
     return NAME
 
 
@@ -49,27 +49,27 @@ def trials_of(nodes: LocalNodes) -> Path:
 
 
 def ended(nodes: LocalNodes) -> dict[str, tuple[int, str]]:
-    """Return, of each trial that has ended, when its record was written and what it says."""
+    """Return modification time and text of the record of each ended trial."""
     records = trials_of(nodes).glob("*/trial.json")
     return {path.parent.name: (path.stat().st_mtime_ns, path.read_text(encoding="utf-8")) for path in records}
 
 
 def steps_of(nodes: LocalNodes, trial: str) -> list[int]:
-    """Return the steps that a trial has noted, in the order written."""
+    """Return the logged steps of a trial, in order."""
     path = trials_of(nodes) / trial / "progress.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     return [json.loads(line)["step"] for line in lines if line]
 
 
 def lock_of(nodes: LocalNodes, trial: str) -> str:
-    """Return which process drives a trial: it writes so when it has taken the folder, with no worker of another one left."""
+    """Return the lock of a trial, written by its driver once no worker of an earlier driver is left."""
     return (trials_of(nodes) / trial / "lock").read_text(encoding="utf-8")
 
 
 def parts_on(nodes: LocalNodes, name: str) -> dict[str, set[str]]:
-    """Return which parts of which trials a node runs, by the files that its processes hold open.
+    """Return the trials on a node, each with driver, worker or both, by the open files of its processes.
 
-    A driver holds the lock of its trial's folder, a worker the TensorBoard events in it.
+    A driver holds the lock of its trial's folder open, a worker its TensorBoard events.
     """
     root = trials_of(nodes)
     found: dict[str, set[str]] = {}
@@ -87,20 +87,20 @@ def parts_on(nodes: LocalNodes, name: str) -> dict[str, set[str]]:
 
 
 def has_listed_checkpoint(nodes: LocalNodes, trial: str) -> bool:
-    """Return whether Ray Train has heard of a checkpoint; its controller asks the workers every other second."""
+    """Return whether Ray Train has registered a checkpoint; its controller polls the workers every 2 s."""
     path = trials_of(nodes) / trial / "checkpoint_manager_snapshot.json"
     return path.is_file() and "checkpoint_dir_name" in path.read_text(encoding="utf-8")
 
 
 def run_with_a_loss(nodes: LocalNodes, num_trials: int, steps: int) -> bool:
-    """Search, lose node b while it trains, and check the end."""
+    """Run the search, kill node b while it trains, and check the result."""
     identity = submit(nodes, num_trials, steps)
 
     def is_over() -> bool:
         return status_of(nodes, identity) in ("SUCCEEDED", "FAILED", "STOPPED")
 
-    def at_work() -> dict[str, set[str]]:
-        """Trials of node b that would lose work; with a driver among what is lost, else none."""
+    def running() -> dict[str, set[str]]:
+        """Return running trials of node b with a checkpoint, empty unless a driver is among them."""
         parts = {name: kinds for name, kinds in parts_on(nodes, "b").items() if name not in ended(nodes)}
         parts = {name: kinds for name, kinds in parts.items() if has_listed_checkpoint(nodes, name)}
         return parts if any("driver" in kinds for kinds in parts.values()) else {}
@@ -109,10 +109,10 @@ def run_with_a_loss(nodes: LocalNodes, num_trials: int, steps: int) -> bool:
 
     def is_time() -> bool:
         lost.clear()
-        lost.update(at_work() if ended(nodes) else {})
+        lost.update(running() if ended(nodes) else {})
         return bool(lost)
 
-    seconds = wait_until("an ended trial, and another at work on node b", is_time)
+    seconds = wait_until("an ended trial and a running one on node b", is_time)
     before = ended(nodes)
     at_kill = {name: steps_of(nodes, name)[-1] for name in lost}
     noted = {name: len(steps_of(nodes, name)) for name in lost}
@@ -130,7 +130,7 @@ def run_with_a_loss(nodes: LocalNodes, num_trials: int, steps: int) -> bool:
         for name in waiting:
             steps = steps_of(nodes, name)
             if name in locks and lock_of(nodes, name) == locks[name]:
-                noted[name] = len(steps)  # of a worker whose driver is gone, and which will be gone too
+                noted[name] = len(steps)  # of a worker whose driver is dead, so that it ends as well
             elif new := steps[noted[name] :]:
                 again[name] = (time.monotonic() - killed, new[0])
         return waiting <= again.keys()
@@ -138,7 +138,7 @@ def run_with_a_loss(nodes: LocalNodes, num_trials: int, steps: int) -> bool:
     wait_until("the lost trials", all_run_again)
     for name, (seconds, step) in sorted(again.items()):
         print(
-            f"runs again       {seconds:6.1f} s after the kill: {name}, which lost its {' and '.join(sorted(lost[name]))} "
+            f"recovered        {seconds:6.1f} s after the kill: {name}, which lost its {' and '.join(sorted(lost[name]))} "
             f"at step {at_kill[name]}, from step {step}"
         )
     wait_until("the end of the search", is_over, 4 * LIMIT_S)
@@ -147,11 +147,11 @@ def run_with_a_loss(nodes: LocalNodes, num_trials: int, steps: int) -> bool:
     states = [json.loads(text)["state"] for _, text in after.values()]
     is_kept = all(after.get(name) == record for name, record in before.items())
     rung = max(1, round(EVERY_STEPS * steps))
-    # The first step after a checkpoint: a trial that began anew would note step 1.
+    # A resumed trial logs a step after a checkpoint; a restarted one would log step 1.
     is_resumed = bool(again) and all(step > rung for _, step in again.values())
     causes = [json.loads(text)["cause"] for _, text in after.values() if json.loads(text)["state"] == "failed"]
     print(f"trials           {', '.join(f'{states.count(state)} {state}' for state in sorted(set(states)))}")
-    print(f"ended ones kept  {is_kept} ({len(before)} records are the very files)")
+    print(f"ended ones kept  {is_kept} ({len(before)} records unchanged)")
     print(f"lost ones resume {is_resumed}{''.join(f'; failed: {cause}' for cause in causes)}")
     is_whole = status_of(nodes, identity) == "SUCCEEDED" and len(after) == num_trials and not causes
     if not is_whole:

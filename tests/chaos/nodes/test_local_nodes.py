@@ -1,6 +1,4 @@
-"""Nodes started by the systemd units' own commands: they join with the token alone, say which job holds what, can be killed, and
-leave nothing.
-"""
+"""Nodes started by the commands of the systemd units: join by token, attribution of resources to jobs, kill and clean-up."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ ASK = (
 
 def test_units_make_a_cluster_that_a_node_joins_and_leaves():
     nodes = LocalNodes()
-    # A node counts as dead once it has missed five looks of the head, which are 3 s apart by default.
+    # A node counts as dead after five missed health checks of the head, by default 3 s apart.
     nodes.environment["RAY_health_check_period_ms"] = "500"
     try:
         nodes.start_head()

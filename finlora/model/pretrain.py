@@ -283,10 +283,18 @@ def _fit(
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+    from huggingface_hub import save_torch_model
+
     output.parent.mkdir(parents=True, exist_ok=True)
+    model.to("cpu", torch.bfloat16)
+    model.config.architectures, model.config.dtype = [type(model).__name__], "bfloat16"
     with scratch_folder(output.parent, f".{output.name}-") as staging:
-        # Shards of 15 MB let a small base travel through size-limited channels, and exercise the sharded reader.
-        model.to("cpu", torch.bfloat16).save_pretrained(str(staging), max_shard_size="15MB")
+        # Not model.save_pretrained: it imports DeepSpeed to ask whether that shards, which takes seconds and warns of a GPU
+        # that is not there. Shards of 15 MB let a small base travel through size-limited channels, and exercise the sharded
+        # reader.
+        save_torch_model(model, staging, max_shard_size="15MB", shared_tensors_to_discard=["lm_head.weight"])
+        model.config.save_pretrained(str(staging))
+        model.generation_config.save_pretrained(str(staging))
         tokenizer.save_pretrained(str(staging))
         follow_umask(staging)
         output.mkdir(exist_ok=True)

@@ -16,6 +16,7 @@ def test_base_folder_holds_llama_and_its_tokenizer(tiny_base):
     config = json.loads((tiny_base / "config.json").read_text())
     tokenizer = load_tokenizer(tiny_base)
     assert (config["model_type"], config["hidden_size"], config["num_hidden_layers"]) == ("llama", 64, 2)
+    assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "bfloat16")
     assert config["vocab_size"] == len(tokenizer) == 512
     assert config["bos_token_id"] == tokenizer.bos_token_id != tokenizer.eos_token_id == config["eos_token_id"]
     assert tokenizer.pad_token_id not in (tokenizer.bos_token_id, tokenizer.eos_token_id)

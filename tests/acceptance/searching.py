@@ -83,7 +83,7 @@ def report(tools: Tools) -> None:
         accuracy = recorded(tools, name)["metrics"]["accuracy"]
         checks.contains(f"accuracy of {name} in report.html", f"{accuracy:.1%}"[:-1], text)
     loss = next(record for record in tools.results("main") if record["kind"] == "training")["metrics"]["loss_last"]
-    checks.contains("last loss of main", f"{loss:.3f}", text)
+    checks.contains("last loss of main", f"{loss:.4f}", text)
     checks.equal("addresses that the page loads from", [], re.findall(r'(?:src|href)="(https?://[^"]+)"', page))
     checks.equal("report.md beside it", True, (output / "report.md").is_file())
 

@@ -29,9 +29,10 @@ class Demo:
     """Titles and commands of the steps that make data and base; those after them are alike."""
     run: Path
     serve: str
-    ask: str
+    questions: tuple[tuple[str, str], ...]
+    """What is right, and a sentence: one of each label."""
     end: str
-    """What to think of the answer."""
+    """What to think of the answers."""
 
     @property
     def report(self) -> Path:
@@ -61,8 +62,12 @@ DEMOS = {
         ),
         run=HERE / "runs" / "demo-4bit-r4",
         serve="serve --config serve_configs/cpu-demo.yaml",
-        # In the words of the generated set: so small a base knows no others.
-        ask="'Nordhaven Shipping said its profit rose by 12 % to 340 million in May .' --task fpb --model demo:synthetic",
+        # In the words of the generated set, since so small a base knows no others, about a company that is not in it.
+        questions=(
+            ("positive", "Nordhaven Shipping said its profit rose by 12 % to 340 million in May ."),
+            ("negative", "Nordhaven Shipping said its net loss rose by 12 % to 340 million in May ."),
+            ("neutral", "Nordhaven Shipping will hold its annual meeting in May ."),
+        ),
         end="So small a base knows sentences of this form alone; step 5 says how often it is right.",
     ),
     "real": Demo(
@@ -73,15 +78,19 @@ DEMOS = {
         ),
         run=HERE / "real-runs" / "demo-real-4bit-r4",
         serve=f"serve --config serve_configs/cpu-demo.yaml model.base={HERE}/real-base model.template=chat",
-        # A sentence as newspapers write it: the adapter saw generated ones alone, the base has read others.
-        ask="'Operating profit rose to EUR 13.1 mn from EUR 8.7 mn, helped by demand in Asia.' --task fpb --model demo:synthetic",
+        # Sentences as newspapers write them: the adapter saw generated ones alone, the base has read others.
+        questions=(
+            ("positive", "Operating profit rose to EUR 13.1 mn from EUR 8.7 mn, helped by demand in Asia."),
+            ("negative", "Operating profit fell to EUR 8.7 mn from EUR 13.1 mn, and 200 jobs will go."),
+            ("neutral", "The annual general meeting will be held in Helsinki on 4 April."),
+        ),
         end="The adapter saw generated sentences alone; step 5 says how often it is right on those.",
     ),
 }
 
 
 def serve_and_ask(demo: Demo) -> int:
-    """Serve the trained adapter over HTTP, ask it one question, and end the server again."""
+    """Serve the trained adapter over HTTP, ask it a question of each label, and end the server again."""
     shutil.rmtree(HERE / "adapters", ignore_errors=True)
     shutil.copytree(demo.run / "adapter", HERE / "adapters" / "synthetic")
     (HERE / "keys.yaml").unlink(missing_ok=True)
@@ -104,10 +113,14 @@ def serve_and_ask(demo: Demo) -> int:
             if server.poll() is not None:
                 return server.returncode or 1
             time.sleep(0.5)
-        sys.stdout.write(f"$ FINLORA_API_KEY=... finlora ask {demo.ask} --server {address}\n")
-        sys.stdout.flush()
-        command = [*finlora, "ask", *shlex.split(demo.ask), "--server", address]
-        return subprocess.run(command, check=False, env={**os.environ, "FINLORA_API_KEY": key}).returncode
+        for right, sentence in demo.questions:
+            words = ["ask", sentence, "--task", "fpb", "--server", address, "--model", "demo:synthetic"]
+            sys.stdout.write(f"$ FINLORA_API_KEY=... {shlex.join(['finlora', *words])}     # right: {right}\n")
+            sys.stdout.flush()
+            asked = subprocess.run([*finlora, *words], check=False, env={**os.environ, "FINLORA_API_KEY": key})
+            if asked.returncode != 0:
+                return asked.returncode
+        return 0
     finally:
         server.terminate()
         server.wait(timeout=120)

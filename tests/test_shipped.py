@@ -109,6 +109,17 @@ def test_job_script_says_how_to_run_it_and_compiles(path):
     assert f"jobs/{path.name}" in source or f"make {path.stem}" in source
 
 
+def test_readme_is_read_in_three_minutes():
+    assert len(README.splitlines()) <= 110, "move what explains to docs/"
+
+
+def test_readme_shows_pictures_that_are_there():
+    pictures = re.findall(r'src(?:set)?="([^"]+)"|!\[[^]]*\]\(([^)]+)\)', README)
+    paths = [html or markdown for html, markdown in pictures]
+    assert len(paths) >= 3
+    assert [path for path in paths if not (ROOT / path).is_file()] == []
+
+
 def test_readme_names_only_files_that_are_there():
     paths = re.findall(r"`((?:jobs|serve_configs|benchmarks|requirements|finlora|tests)/[\w./-]+)`", README)
     assert [path for path in paths if not (ROOT / path).exists()] == []

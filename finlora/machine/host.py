@@ -183,15 +183,14 @@ def require_listener(host: str, port: int, resolve_s: float = 4.0, connect_s: fl
     raise problem
 
 
-def require_free_port(host: str, port: int, name: str, mend: str) -> None:
-    """Look whether nobody listens at a port.
+def require_free_port(host: str, port: int, name: str) -> None:
+    """Check that this process may listen at an address of this machine.
 
     Args:
         name: setting that holds the port, as it is shown.
-        mend: what to do instead.
 
     Raises:
-        ResourceError: somebody does, or the address is not this machine's.
+        ResourceError: another program listens there, the port is privileged, or the address is not this machine's.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -199,7 +198,13 @@ def require_free_port(host: str, port: int, name: str, mend: str) -> None:
             door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             door.bind(address)
     except OSError as error:
-        raise ResourceError(f"{name}={port} at {host} cannot be listened at ({error.strerror}): {mend}.") from error
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            advice = "use an address of this machine with --host: 127.0.0.1 for itself alone, 0.0.0.0 for all of its networks"
+        elif error.errno in (errno.EACCES, errno.EPERM):
+            advice = "ports below 1024 need root: use a higher one with --port"
+        else:
+            advice = "another program listens there: end it, or use another port with --port"
+        raise ResourceError(f"{name}={port} at {host} cannot be listened at ({error.strerror}): {advice}.") from error
 
 
 def drop_empty_size() -> None:

@@ -34,6 +34,7 @@ def test_what_typer_would_end_without_a_word_is_told(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr("finlora.results.read_results", fail)
     monkeypatch.setattr("finlora.cli.app.leave_output", lambda: None)  # it is the test's own output
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # an unexpected error's traceback goes there
     with pytest.raises(SystemExit) as ended:
         main(["report", str(tmp_path)])
     assert ended.value.code == code

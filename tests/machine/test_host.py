@@ -104,17 +104,35 @@ def test_temporary_folder_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
         host.check_ray_temp()
 
 
+@pytest.mark.parametrize("address", ["203.0.113.9", "no-such-name.invalid"])
+def test_address_of_another_machine_is_named(address):
+    with pytest.raises(
+        ResourceError, match=rf"port=8000 at {address} cannot .*: use an address of this machine with --host"
+    ):
+        host.require_free_port(address, 8000, "port")
+
+
+def test_privileged_port_is_named(monkeypatch):
+    def refuse(*_arguments):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(host.socket.socket, "bind", refuse)
+    with pytest.raises(ResourceError, match=r"\(Permission denied\): ports below 1024 need root: use a higher one"):
+        host.require_free_port("127.0.0.1", 80, "port")
+
+
 def test_taken_port_is_named(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(
-            ResourceError, match=rf"port={port} at 127.0.0.1 cannot be listened at \(Address already in use\): m"
+            ResourceError,
+            match=rf"port={port} at 127.0.0.1 cannot be listened at \(Address already in use\): another program",
         ):
-            host.require_free_port("127.0.0.1", port, "port", "mend")
+            host.require_free_port("127.0.0.1", port, "port")
         host.require_listener("127.0.0.1", port)
-    host.require_free_port("127.0.0.1", port, "port", "mend")
+    host.require_free_port("127.0.0.1", port, "port")
     with pytest.raises(ConnectionRefusedError):
         host.require_listener("127.0.0.1", port)
 

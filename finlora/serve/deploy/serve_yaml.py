@@ -75,9 +75,10 @@ def read_deployment(path: Path, overrides: Sequence[str] = ()) -> Deployment:
         raise ConfigError([f"{path}: {fault}" for fault in faults]) from error
     ours = [application for application in schema.applications if application.import_path == IMPORT_PATH]
     if len(ours) != 1 or len(schema.applications) != 1:
+        found = ", ".join(application.import_path for application in schema.applications) or "none"
         raise ConfigError(
-            f"{path} holds {len(schema.applications)} applications, {len(ours)} of them with import_path {IMPORT_PATH}: "
-            "expected one, as in serve_configs/."
+            f"{path} holds applications with these import paths: {found}. Expected one application, with "
+            f"`import_path: {IMPORT_PATH}`, as in serve_configs/ (before 0.1.0 it was finlora.serve.app:build)."
         )
     (application,) = ours
     options = (
@@ -221,8 +222,7 @@ def require_capacity(deployment: Deployment, total: Mapping[str, float]) -> None
 
 
 def _require_free_proxy(http: dict[str, Any]) -> None:
-    mend = "another server answers there, or another program: end it, or take another port with --port"
-    require_free_port(http["host"], http["port"], "port", mend)
+    require_free_port(http["host"], http["port"], "port")
 
 
 def _is_head() -> bool:

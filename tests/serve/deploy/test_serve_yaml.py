@@ -99,8 +99,11 @@ def test_settings_survive_the_way_to_a_replica(tmp_path, monkeypatch):
     ("change", "words"),
     [
         (lambda tree: tree.update(http_options={"prot": 1, "port": "x"}), r"http_options.port"),
-        (lambda tree: tree["applications"][0].update(import_path="other:app"), r"1 applications, 0 of them"),
-        (lambda tree: tree.update(applications=[]), r"0 applications"),
+        (
+            lambda tree: tree["applications"][0].update(import_path="other:app"),
+            r"these import paths: other:app\. Expected one",
+        ),
+        (lambda tree: tree.update(applications=[]), r"import paths: none\."),
         (lambda tree: tree["applications"][0].pop("import_path"), r"import_path: Field required"),
         (lambda tree: tree["applications"][0]["args"].update(name="a:b"), r"without colon"),
     ],
@@ -184,7 +187,7 @@ def test_taken_port_is_refused_before_ray_starts(tiny_base, monkeypatch):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(
-            ResourceError, match=rf"^port={port} at 127.0.0.1 cannot be listened at .*take another port with --p"
+            ResourceError, match=rf"^port={port} at 127.0.0.1 cannot be listened at .*use another port with --p"
         ):
             check_server(deployment, None, port, is_here=True)
         assert check_server(deployment, None, port, is_here=False).http["port"] == port

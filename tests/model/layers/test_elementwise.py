@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
@@ -139,3 +142,56 @@ def test_every_compiled_step_is_tried():
         if hasattr(value, "__wrapped__") and value.__module__ == module.__name__
     }
     assert found == set(arguments_of(2))
+
+
+SUMS = ["normalise", "normalise_and_drop", "normalise_and_drop_backward", "normalise_backward"]
+"""Steps that add up rows, whose order of summation a compiler chooses."""
+
+
+def test_steps_that_sum_over_rows_are_known():
+    """A step whose code has a mean or a sum of floats must not be compiled by its first call's rows."""
+    found = {name for name in arguments_of(2) if ".mean(" in step_source(name) or "_inverse_rms(" in step_source(name)}
+    found |= {name for name in arguments_of(2) if "_norm_gradient(" in step_source(name)}
+    assert sorted(found) == SUMS
+
+
+def step_source(name):
+    return inspect.getsource((getattr(elementwise, name, None) or getattr(frozen_linear, name)).__wrapped__)
+
+
+@pytest.mark.parametrize("name", SUMS)
+@pytest.mark.parametrize("rows", [(40, 3, 1, 2100), (1, 3, 40)])
+def test_kernel_of_a_sum_does_not_depend_on_the_calls_before(name, rows, monkeypatch):
+    """One kernel for any number of rows from two on, laid out for the same number whatever call comes first."""
+    laid_out_for, compiles = [], []
+    calls = [[copy.copy(value) for value in arguments_of(count)[name]] for count in rows]
+    assert all(len({id(value) for value in arguments}) == len(arguments) for arguments in calls), (
+        "a layer passes no tensor twice"
+    )
+
+    def backend(graph, inputs):
+        values = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        count = next(value.shape[-2] for value in values if isinstance(value, torch.Tensor) and value.dim() > 1)
+        is_variable = isinstance(count, torch.SymInt)
+        laid_out_for.append(
+            count.node.shape_env.var_to_hint_override.get(count.node.expr) if is_variable else f"{count} alone"
+        )
+        return graph.forward
+
+    def compile_recorded(function, **settings):
+        if function is plain:  # torch compiles some of its own, once imported
+            compiles.append(settings)
+        return torch._dynamo.optimize(backend, nopython=True)(function)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(elementwise, "_is_on_gpu", lambda value: True)
+    monkeypatch.setattr(torch, "compile", compile_recorded)
+    plain = getattr(elementwise, name).__wrapped__
+    step = elementwise.fused_sum(plain)
+    with torch.no_grad():
+        for arguments in calls:
+            torch.testing.assert_close(step(*arguments), plain(*arguments))
+            assert not any(hasattr(value, "_dynamo_dynamic_indices") for value in arguments)
+    assert compiles == [{"options": {"deterministic": True}}]
+    assert sorted(map(str, laid_out_for)) == [*(["1 alone"] if 1 in rows else []), str(elementwise._ASSUMED_ROWS)]
+    torch._dynamo.reset()

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from finlora.model.base import Int8Rows, read_int8
 from finlora.model.kernels import launch
+from finlora.model.kernels.int8_cpu import multiply_int8
 from finlora.model.kernels.nf4 import STRIP, Nf4Tiles, can_tile, take_tiles, unpack_nf4
 from finlora.model.layers.elementwise import fused, gate
 
@@ -162,7 +163,7 @@ class Int8Weight:
         quantised, row_scales = _quantise_rows(x, held_back)
         if missing := max(0, _MIN_INT8_ROWS - len(quantised)):
             quantised = nn.functional.pad(quantised, (0, 0, 0, missing))
-        product = torch._int_mm(quantised, self.values.t())[: x.shape[0]]
+        product = multiply_int8(quantised, self.values)[: x.shape[0]]
         out = _scale_product(product, row_scales, self.scales, self.dtype)
         weights = _unpack_int8(self.values[:, columns], self.scales, self.dtype)
         out.addmm_(x[:, columns] * is_outlier, weights.t())

@@ -9,7 +9,7 @@ import torch
 
 from finlora.config import RunConfig
 from finlora.precision import is_autocast
-from finlora.train.optim.optimizer import clips_itself
+from finlora.train.optim.optimizer import find_optimizer
 
 
 def choose_collectives(config: RunConfig) -> str:
@@ -20,6 +20,7 @@ def choose_collectives(config: RunConfig) -> str:
 
 def make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Any:
     """Return DeepSpeed's engine at ZeRO stage 0; its loss must be scaled by the caller."""
+    averages_itself = find_optimizer(config.optim.name).averages_gradients
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # before it speaks, and again, since its import sets it
     import deepspeed
 
@@ -37,10 +38,10 @@ def make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, confi
             "managed_gradient_accumulation": False,
             "zero_optimization": {"stage": 0},
             "torch_autocast": {"enabled": is_autocast(config), "dtype": "bfloat16"},
-            "gradient_clipping": 0.0 if clips_itself(config.optim) else config.optim.max_grad_norm,
+            # To clip their mean, DeepSpeed would share the norms of all ranks.
+            "gradient_clipping": 0.0 if averages_itself else config.optim.max_grad_norm,
             "steps_per_print": None,
         },
     )
-    # 0/1 Adam communicates by itself, compressed.
-    engine.enable_backward_allreduce = config.optim.name == "adamw"
+    engine.enable_backward_allreduce = not averages_itself
     return engine

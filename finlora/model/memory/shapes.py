@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finlora.config import LLAMA_PROJECTIONS, Bits, LoraConfig
+from finlora.train.optim.optimizer import find_optimizer
 
 GIB = 2**30
 CUDA_CONTEXT_GIB = 1.3
@@ -28,7 +29,6 @@ def context_gib(device: str) -> float:
 
 _NF4_BLOCK, _ABSMAX_BLOCK = 64, 256
 _NF4_TABLES = 16 * 4 + 256 * 4 + 4  # NF4 code, code of the second quantisation, offset: float32, a set a layer
-_ADAM_BLOCK = 512  # 0/1 Adam pads each parameter to whole blocks of one scale
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,20 +179,14 @@ def count_adapter_file_bytes(shape: LlamaShape, lora: LoraConfig) -> int:
 def count_optimizer_bytes(
     shape: LlamaShape, lora: LoraConfig, optimizer: str, num_workers: int, parameter_bytes: int = 4
 ) -> int:
-    """Return the bytes of gradients (float32) and optimiser state of one worker.
+    """Return the bytes of gradients and optimiser state of one worker, by the optimiser's record.
 
-    AdamW holds m and v in float32. 0/1 Adam holds m, v, u, the last synchronised weights and the worker's compression
-    error in float32, the server's error for its share, and a byte mask, over parameters padded to blocks of 512; adapters
-    that are not float32 (parameter_bytes != 4) add a float32 master copy.
+    Raises:
+        ConfigError: there is no optimiser of that name.
     """
     sizes = [rows * columns for _, (rows, columns) in adapter_shapes(shape, lora)]
-    gradients = parameter_bytes * sum(sizes)
-    if optimizer == "adamw":
-        return gradients + 8 * sum(sizes)
-    blocks = sum(-(-size // _ADAM_BLOCK) for size in sizes)
-    padded = -(-blocks // num_workers) * num_workers * _ADAM_BLOCK
-    masters = 4 * padded if parameter_bytes != 4 else 0
-    return gradients + 5 * 4 * padded + 4 * padded // num_workers + padded + masters
+    state = find_optimizer(optimizer).count_state_bytes(sizes, num_workers, parameter_bytes)
+    return parameter_bytes * sum(sizes) + state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

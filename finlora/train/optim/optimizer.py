@@ -1,52 +1,71 @@
-"""The one seam where an optimiser is chosen, and the course of its learning rate."""
+"""Registry of the adapter's optimisers, and the learning rate schedule.
+
+To add an optimiser, add its record to OPTIMIZERS here and its name and settings to `OptimConfig`. Training, checkpoints and the
+memory forecast read the record. This module imports no torch, since forecasts read it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-
-import torch
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from finlora.config import OptimConfig
-from finlora.train.optim.traffic import WireClock
+from finlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from finlora.train.optim.traffic import WireClock
+
+BLOCK_SIZE = 512
+"""Elements that share a scale in 0/1 Adam."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerKind:
+    """Everything that training has to know of an optimiser."""
+
+    name: str
+    """Value of `optim.name`."""
+    build: Callable[[Sequence[torch.nn.Parameter], OptimConfig, int, WireClock | None], torch.optim.Optimizer]
+    """Takes the adapter's parameters, the settings, the steps of the whole run, and the clock of its communication."""
+    averages_gradients: bool
+    """True: it averages over the workers and clips by itself, counts its traffic (`SelfCounting`) and has `is_synchronised`.
+    False: DeepSpeed averages the gradients and clips their mean."""
+    saves: frozenset[str]
+    """Names of the tensors in its state_dict: of one parameter, or of one flat vector of all."""
+    reads: frozenset[str]
+    """Settings of the section `optim` that `build` reads."""
+    count_state_bytes: Callable[[Sequence[int], int, int], int]
+    """Takes the sizes of the parameters, the workers and the bytes of an element; returns the bytes of one worker's state."""
+
+
+def find_optimizer(name: str) -> OptimizerKind:
+    """Return the record of an optimiser.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"optim.name={name!r}: expected one of {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]
 
 
 def make_optimizer(
     parameters: Sequence[torch.nn.Parameter], optim: OptimConfig, total_steps: int, clock: WireClock | None = None
 ) -> torch.optim.Optimizer:
-    """Build the optimiser named by the config over the adapter's parameters.
+    """Build the optimiser of a config over the adapter's parameters.
 
     Args:
-        total_steps: optimiser steps of the whole run; 0/1 Adam scales its freezing schedule to it.
-        clock: runs while 0/1 Adam communicates; AdamW does not communicate by itself.
+        total_steps: optimiser steps of the whole run.
+        clock: times the communication of an optimiser that averages the gradients itself.
+
+    Raises:
+        ConfigError: there is no optimiser of that name.
     """
-    if optim.name == "adamw":
-        return torch.optim.AdamW(
-            parameters,
-            lr=optim.learning_rate,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-        )
-    from finlora.train.optim.zero_one_adam import ZeroOneAdam
-
-    return ZeroOneAdam(
-        parameters,
-        lr=optim.learning_rate,
-        betas=(optim.beta1, optim.beta2),
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        total_steps=total_steps,
-        freeze_ratio=optim.freeze_ratio,
-        max_local_steps=optim.max_local_steps,
-        max_grad_norm=optim.max_grad_norm,
-        clock=clock,
-    )
-
-
-def clips_itself(optim: OptimConfig) -> bool:
-    """Return whether the optimiser clips gradients; the engine, which would share the norms of all ranks, must not then."""
-    return optim.name == "zero_one_adam"
+    return find_optimizer(optim.name).build(parameters, optim, total_steps, clock)
 
 
 def is_synchronised(optimizer: torch.optim.Optimizer) -> bool:
@@ -65,3 +84,79 @@ def learning_rate_at(step: int, total_steps: int, optim: OptimConfig) -> float:
     if optim.schedule == "cosine":
         return optim.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
     return optim.learning_rate
+
+
+def _build_adamw(
+    parameters: Sequence[torch.nn.Parameter], optim: OptimConfig, _total_steps: int, _clock: WireClock | None
+) -> torch.optim.Optimizer:
+    import torch
+
+    return torch.optim.AdamW(
+        parameters,
+        lr=optim.learning_rate,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+    )
+
+
+def _count_adamw_bytes(sizes: Sequence[int], _num_workers: int, _parameter_bytes: int) -> int:
+    """m and v in float32."""
+    return 8 * sum(sizes)
+
+
+def _build_zero_one_adam(
+    parameters: Sequence[torch.nn.Parameter], optim: OptimConfig, total_steps: int, clock: WireClock | None
+) -> torch.optim.Optimizer:
+    from finlora.train.optim.zero_one_adam import ZeroOneAdam
+
+    return ZeroOneAdam(
+        parameters,
+        lr=optim.learning_rate,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        total_steps=total_steps,
+        freeze_ratio=optim.freeze_ratio,
+        max_local_steps=optim.max_local_steps,
+        max_grad_norm=optim.max_grad_norm,
+        block_size=BLOCK_SIZE,
+        clock=clock,
+    )
+
+
+def _count_zero_one_bytes(sizes: Sequence[int], num_workers: int, parameter_bytes: int) -> int:
+    """m, v, u, the last synchronised weights, the worker's error and its share of the server's in float32; a byte mask.
+
+    All over parameters padded to whole blocks. Parameters that are not float32 add a float32 master copy.
+    """
+    blocks = sum(-(-size // BLOCK_SIZE) for size in sizes)
+    padded = -(-blocks // num_workers) * num_workers * BLOCK_SIZE
+    masters = 4 * padded if parameter_bytes != 4 else 0
+    return 5 * 4 * padded + 4 * padded // num_workers + padded + masters
+
+
+_ADAM = frozenset({"learning_rate", "beta1", "beta2", "eps", "weight_decay"})
+
+OPTIMIZERS = {
+    kind.name: kind
+    for kind in (
+        OptimizerKind(
+            name="adamw",
+            build=_build_adamw,
+            averages_gradients=False,
+            saves=frozenset({"step", "exp_avg", "exp_avg_sq"}),
+            reads=_ADAM,
+            count_state_bytes=_count_adamw_bytes,
+        ),
+        OptimizerKind(
+            name="zero_one_adam",
+            build=_build_zero_one_adam,
+            averages_gradients=True,
+            saves=frozenset({"m", "v", "u", "last_synced", "weights", "worker_error", "server_error"}),
+            reads=_ADAM | {"freeze_ratio", "max_local_steps", "max_grad_norm"},
+            count_state_bytes=_count_zero_one_bytes,
+        ),
+    )
+}
+"""Optimisers by name."""

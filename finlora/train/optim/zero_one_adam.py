@@ -45,7 +45,6 @@ from finlora.errors import CheckpointError, ConfigError
 from finlora.train.optim.onebit import FlatLayout, OneBitExchange, Schedule, floor_by_block, rank_and_world_size
 from finlora.train.optim.traffic import WireClock
 
-BLOCK_SIZE = 512
 _COUNTS = ("_num_variance_updates", "_steps_since_sync", "_rate_sum", "_decay")
 _EXCHANGE_COUNTS = ("bytes_sent", "num_compressed", "num_exact")
 
@@ -85,7 +84,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         max_local_steps: int,
         max_grad_norm: float = 0.0,
         process_group: dist.ProcessGroup | None = None,
-        block_size: int = BLOCK_SIZE,
+        block_size: int = 512,
         clock: WireClock | None = None,
     ) -> None:
         self.schedule = Schedule.from_ratio(total_steps, freeze_ratio, max_local_steps)

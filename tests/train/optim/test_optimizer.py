@@ -1,12 +1,21 @@
-"""The learning rate against numbers by hand, and the optimisers that the config names."""
+"""The learning rate against numbers by hand, and the registry of optimisers against what each really does."""
 
 from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 from finlora.config import OptimConfig
-from finlora.train.optim.optimizer import learning_rate_at, make_optimizer
+from finlora.errors import ConfigError
+from finlora.train.optim.optimizer import OPTIMIZERS, find_optimizer, learning_rate_at, make_optimizer
+from finlora.train.optim.traffic import SelfCounting
+
+EVERY_KIND = pytest.mark.parametrize("kind", OPTIMIZERS.values(), ids=OPTIMIZERS)
+OF_ALL = {"name", "schedule", "warmup_ratio", "max_grad_norm"}  # read by training itself, whatever the optimiser
 
 
 @pytest.mark.parametrize(
@@ -55,3 +64,54 @@ def test_adamw_is_torchs_with_the_configs_numbers():
 def test_zero_one_adam_is_our_own():
     optimizer = make_optimizer([torch.nn.Parameter(torch.ones(3))], OptimConfig(name="zero_one_adam"), 10)
     assert type(optimizer).__module__ == "finlora.train.optim.zero_one_adam"
+
+
+def test_config_allows_the_optimisers_of_the_registry():
+    assert get_args(get_type_hints(OptimConfig)["name"]) == tuple(OPTIMIZERS)
+    assert {field.name for field in dataclasses.fields(OptimConfig)} == OF_ALL.union(
+        *(kind.reads for kind in OPTIMIZERS.values())
+    )
+
+
+def test_unknown_optimiser_is_refused_by_its_name():
+    with pytest.raises(ConfigError, match=r"optim\.name='lion': expected one of adamw, zero_one_adam"):
+        make_optimizer([torch.nn.Parameter(torch.ones(3))], SimpleNamespace(name="lion"), 10)
+    with pytest.raises(ConfigError, match="'sgd'"):
+        find_optimizer("sgd")
+
+
+@EVERY_KIND
+def test_optimiser_reads_the_settings_of_its_record(kind):
+    read = set()
+
+    class Watched:
+        def __getattr__(self, name):
+            read.add(name)
+            return getattr(OptimConfig(), name)
+
+    kind.build([torch.nn.Parameter(torch.ones(3))], Watched(), 10, None)
+    assert read == kind.reads
+
+
+@EVERY_KIND
+def test_optimiser_that_averages_gradients_also_counts_its_traffic_and_knows_when_weights_agree(kind):
+    optimizer = make_optimizer([torch.nn.Parameter(torch.ones(3))], OptimConfig(name=kind.name), 10)
+    assert isinstance(optimizer, SelfCounting) == hasattr(optimizer, "is_synchronised") == kind.averages_gradients
+
+
+@EVERY_KIND
+def test_state_holds_the_tensors_of_the_record(kind):
+    parameters = [torch.nn.Parameter(torch.ones(512)), torch.nn.Parameter(torch.ones(32, 48))]
+    optimizer = make_optimizer(parameters, OptimConfig(name=kind.name), 10)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert set(names_of_tensors(optimizer.state_dict())) == kind.saves
+
+
+def names_of_tensors(tree):
+    for name, value in tree.items():
+        if isinstance(value, torch.Tensor):
+            yield name
+        elif isinstance(value, dict):
+            yield from names_of_tensors(value)

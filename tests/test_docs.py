@@ -136,7 +136,7 @@ def test_each_task_has_a_page_with_its_licence_and_defects():
 
 
 def test_messages_in_troubleshooting_are_raised_by_us_or_named_as_others():
-    quoted = re.findall(r"^\*\*`([^`]+)`", PAGES["how-to/troubleshooting.md"].read_text(), flags=re.MULTILINE)
+    quoted = re.findall(r"^### `([^`]+)`", PAGES["how-to/troubleshooting.md"].read_text(), flags=re.MULTILINE)
     assert len(quoted) >= 8
     theirs = {"No available agent to submit job", "Maximum request body size 104857600 exceeded", "/readyz"}
     theirs |= {"NCCL error", "Duplicate GPU detected", "finlora plan", "ray job submit", "No such file"}

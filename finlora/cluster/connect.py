@@ -16,7 +16,7 @@ from finlora.cluster.probe import probe_cluster, require_node_here, require_same
 from finlora.errors import ConfigError, FinloraError, ResourceError
 from finlora.machine.cpu import set_environment, worker_environment
 from finlora.machine.host import check_ray_temp, find_ray_temp
-from finlora.machine.signals import without_hangup_for_children
+from finlora.machine.signals import keep_sigterm, without_hangup_for_children
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -64,9 +64,10 @@ def connect(log_to_driver: bool) -> None:
         require_node_here(versions)
     try:
         if not is_local():
-            ray.init(log_to_driver=log_to_driver, runtime_env={"env_vars": worker_environment()})
+            with keep_sigterm():
+                ray.init(log_to_driver=log_to_driver, runtime_env={"env_vars": worker_environment()})
             return
-        with without_hangup_for_children():
+        with without_hangup_for_children(), keep_sigterm():
             ray.init(
                 address="local",
                 log_to_driver=log_to_driver,

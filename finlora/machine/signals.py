@@ -84,6 +84,29 @@ def end_in_order() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+@contextlib.contextmanager
+def keep_sigterm() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM while Ray is joined: `ray.init` sets its own, which exits with 15 and says nothing.
+
+    A process without a handler keeps Ray's.
+
+    Raises:
+        StoppedByError: SIGTERM came inside, while Ray's handler stood.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if before in (signal.SIG_DFL, None) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    try:
+        yield
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:
+            raise StoppedByError(signal.SIGTERM) from error
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 class StoppedByError(BaseException):
     """A signal ends this process now. No Exception, so that nothing that tries again keeps it."""
 

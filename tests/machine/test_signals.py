@@ -10,7 +10,14 @@ import sys
 
 import pytest
 
-from finlora.machine.signals import ENDING, StoppedByError, end_in_order, heeded_signals, without_hangup_for_children
+from finlora.machine.signals import (
+    ENDING,
+    StoppedByError,
+    end_in_order,
+    heeded_signals,
+    keep_sigterm,
+    without_hangup_for_children,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +40,32 @@ def test_signal_unwinds_and_has_the_shells_code(number, code):
     explained = stop.value.explain()
     assert explained.exit_code == code
     assert str(explained).startswith(f"Stopped by {number.name}: what was not written yet is lost.")
+
+
+def test_signal_has_the_shells_code_during_and_after_what_sets_a_handler_of_its_own():
+    """As `ray.init` does, whose handler exits with 15."""
+
+    def join():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+
+    def leave(then):
+        with end_in_order():
+            with keep_sigterm():
+                join()
+                if then == "during":
+                    os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    for then in ("during", "after"):
+        with pytest.raises(StoppedByError) as stop:
+            leave(then)
+        assert stop.value.explain().exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    with keep_sigterm():  # a program of the user's own that has no handler
+        join()
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    with pytest.raises(SystemExit, match="3"), end_in_order(), keep_sigterm():
+        sys.exit(3)
 
 
 def test_ignored_hangup_stays_ignored():

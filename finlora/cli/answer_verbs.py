@@ -40,7 +40,7 @@ def evaluate(
     ray: Annotated[bool, typer.Option("--ray", help="Run as a Ray task that reserves eval.num_gpus.")] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Score base or adapter on the test splits: accuracy, strict accuracy, weighted F1, with 95 % intervals."""
+    """Score the base or an adapter on the test splits: accuracy, strict accuracy, weighted F1, with 95 % intervals."""
     from finlora.results import append_result
     from finlora.train.run.run_folder import RunFolder
 
@@ -88,24 +88,29 @@ def evaluate(
     "  finlora ask @filing.xml --task xbrl_values --about 'What is the value of Revenues?' --config ... --stages 4"
 )
 def ask(
-    text: Annotated[str, typer.Argument(help="What to ask about; @FILE reads a file.")],
+    text: Annotated[str, typer.Argument(help="Text to ask about. @FILE reads a file.")],
     overrides: Overrides = None,
     config: ConfigPath = None,
-    task: Annotated[str | None, typer.Option(help="Form of the prompt. Without it: the text alone.")] = None,
-    about: Annotated[str | None, typer.Option(help="Entity, headline question or XBRL question.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Task whose prompt to use. Default: the text alone is the prompt.")
+    ] = None,
+    about: Annotated[
+        str | None,
+        typer.Option(help="What the task asks about the text: an entity, a headline question or an XBRL question."),
+    ] = None,
     adapter: AdapterPath = None,
     base: BaseAlone = False,
     stages: Annotated[
-        int | None, typer.Option(help="Ray actors that the layers are spread over. Without it: eval.num_stages.")
+        int | None, typer.Option(help="Pipeline stages, each a Ray actor. Default: eval.num_stages.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0: the likeliest text; higher: more varied.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Makes a drawn text repeatable.")] = None,
+    temperature: Annotated[float, typer.Option(help="0: the most probable text; higher: more varied.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling: the same seed writes the same text.")] = None,
     server: Annotated[
-        str | None, typer.Option(help="Address of a served model to ask instead, with the key of FINLORA_API_KEY.")
+        str | None, typer.Option(help="Address of a server to ask instead, with the key in FINLORA_API_KEY.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Its name on the server, as base:adapter.")] = None,
+    model: Annotated[str | None, typer.Option(help="Name of the model on the server, such as base:adapter.")] = None,
 ) -> None:
-    """Ask base or adapter one question: the probability of each allowed answer, or text as it is written."""
+    """Ask the base or an adapter one question. Shows the probability of each label, or the text while it is written."""
     from finlora.data.question import make_question, read_content
 
     if server is not None or model is not None:

@@ -64,7 +64,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
-    help="Fine-tune quantised Llama models on financial tasks on your own GPUs, and know what it brought.\n\n"
+    help="Fine-tune quantised Llama models on financial tasks on your own GPUs, and measure what it brings.\n\n"
     "The usual order: [bold]prepare[/] the data, [bold]train[/] an adapter, [bold]evaluate[/] base and adapter, "
     "[bold]report[/] the results.",
 )
@@ -73,14 +73,16 @@ drop_empty_size()
 # A job log has no width of its own; the 80 columns that Rich assumes there break every table.
 console = OutputConsole(width=None if sys.stdout.isatty() else 140)
 
+OVERRIDES = "[KEY=VALUE]..."
+"""How an argument of settings is shown."""
 ConfigPath = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file; see jobs/configs/.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the YAML, e.g. train.epochs=2.")
+    list[str] | None, typer.Argument(metavar=OVERRIDES, help="Settings that win over the YAML, such as train.epochs=2.")
 ]
 AdapterPath = Annotated[
-    Path | None, typer.Option("--adapter", help="Adapter folder. Without it: the one of the config's run.")
+    Path | None, typer.Option("--adapter", help="Adapter folder. Default: that of the config's run.")
 ]
-BaseAlone = Annotated[bool, typer.Option("--base", help="Take the base model without any adapter.")]
+BaseAlone = Annotated[bool, typer.Option("--base", help="Use the base model without an adapter.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, change nothing.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from finlora.cli.app import DryRun, Overrides, app, console, say
+from finlora.cli.app import OVERRIDES, DryRun, app, console, say
 from finlora.errors import ConfigError, ModelError
 from finlora.machine.host import require_output
 from finlora.machine.working_dir import resolve_output
@@ -20,13 +20,17 @@ from finlora.terminal import open_bars
 )
 def prefetch(
     output: Annotated[Path, typer.Option(help="Folder of the mirror.")] = Path("~/finlora/mirror"),
-    models: Annotated[str, typer.Option(help="Base models: owner/name or owner/name@revision, by commas.")] = "",
-    tasks: Annotated[str, typer.Option(help="Tasks whose hub datasets are prepared into it, by commas.")] = "",
+    models: Annotated[
+        str, typer.Option(help="Base models, separated by commas: owner/name or owner/name@revision.")
+    ] = "",
+    tasks: Annotated[
+        str, typer.Option(help="Tasks to prepare into it from the hub's data sets, separated by commas.")
+    ] = "",
     check: Annotated[
-        bool, typer.Option("--check", help="Read a mirror again, without a network, and compare.")
+        bool, typer.Option("--check", help="Read a whole mirror and compare its hashes. Needs no network.")
     ] = False,
 ) -> None:
-    """Mirror base models and datasets of the hub into a folder, hashes verified, for machines without a hub."""
+    """Copy base models and data sets of the hub into a folder, for machines without a hub. Checks every hash."""
     from finlora.data.sets.catalog import task_named
     from finlora.data.sets.prepare import prepare_task
     from finlora.data.sets.prepared import check_prepared
@@ -57,24 +61,22 @@ def prefetch(
     "  finlora prepare ner --source /mnt/raw/ner --variant corrected --output /mnt/data\n\n  finlora prepare synthetic"
 )
 def prepare(
-    task: Annotated[str, typer.Argument(help="Task to prepare; `list` shows all of them.")],
-    source: Annotated[
-        Path | None, typer.Option(help="Folder with the raw files. Without it: the hub's dataset.")
-    ] = None,
+    task: Annotated[str, typer.Argument(help="Task to prepare. `list` shows all tasks.")],
+    source: Annotated[Path | None, typer.Option(help="Folder with the raw files. Default: the hub's data set.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of prepared tasks.")] = Path("~/finlora/data"),
     variant: Annotated[
         Literal["as_published", "corrected"] | None,
-        typer.Option(help="Keep or mend known label defects, where both exist."),
+        typer.Option(help="Labels as published, or with known defects corrected. Default: as published."),
     ] = None,
-    splits: Annotated[Literal["all", "test"], typer.Option(help="`test`: only the test split.")] = "all",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a prepared set that differs.")] = False,
+    splits: Annotated[Literal["all", "test"], typer.Option(help="`test`: the test split only.")] = "all",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a prepared task that differs.")] = False,
     own_data: Annotated[
         bool,
-        typer.Option("--own-data", help="Take rows that are not the published set's: a part of it, or your own."),
+        typer.Option("--own-data", help="Accept rows that are not the published data set: a part of it, or your own."),
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Turn raw data into Parquet with a frozen, hashed split; shows counts, labels, duplicates and leaks."""
+    """Turn raw data into Parquet files with a fixed train and test split. Shows counts, labels, duplicates and leaks."""
     from finlora.data.sets.prepare import prepare_task
     from finlora.terminal import show_preparation, show_tasks
 
@@ -93,12 +95,19 @@ def prepare(
 )
 def pretrain(
     output: Annotated[Path, typer.Option(help="Folder of the new base model.")],
-    tasks: Annotated[str, typer.Option(help="Prepared tasks whose train inputs are the text; `synthetic`: generated.")],
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Prepared tasks whose training texts are used, separated by commas; `synthetic`: generated texts."
+        ),
+    ],
     data: Annotated[Path, typer.Option(help="Folder of prepared tasks.")] = Path("~/finlora/data"),
-    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Never chosen for you.")] = "cuda",
-    overrides: Overrides = None,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Device to train on.")] = "cuda",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar=OVERRIDES, help="Settings, such as num_steps=280.")
+    ] = None,
 ) -> None:
-    """Pretrain a small Llama base with its own tokenizer on unlabelled training text (no hub needed)."""
+    """Pretrain a small Llama base with a tokenizer of its own on training texts without labels. Needs no hub."""
     from finlora.configfile import build_settings
     from finlora.model.pretrain import PretrainConfig, run_pretraining
     from finlora.precision import AUTO, describe_cpu

@@ -29,7 +29,7 @@ def doctor(
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Look for what is missing on this machine, each node of RAY_ADDRESS's cluster and in a config; changes nothing."""
+    """Check this machine, the nodes of the cluster at RAY_ADDRESS and a config for what a run needs. Changes nothing."""
     from finlora.doctor.checks import exit_code
     from finlora.doctor.examine import examine
 

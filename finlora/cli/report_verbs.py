@@ -19,7 +19,7 @@ def report(
     results: Annotated[Path, typer.Argument(help="A results.jsonl file, or a folder of runs.")],
     output: Annotated[Path | None, typer.Option(help="Folder for report.html, report.md and plots.")] = None,
 ) -> None:
-    """Show results as one table beside the paper's numbers; write HTML, Markdown and plots."""
+    """Show results in one table beside the paper's numbers. Writes HTML, Markdown and plots."""
     from finlora.report.write import render_report
     from finlora.results import list_searches, read_results
 

@@ -19,7 +19,7 @@ from finlora.terminal import describe_duration, open_bars, polling
     "  finlora tune --config ... train.num_workers=1 train.gpus_per_worker=0.5 search.rank=[4,8,16] search.bits=[4,8]"
 )
 def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Search rank, bits, learning rate and more with Ray Tune and ASHA, or go on with the search of that name."""
+    """Search rank, bits, learning rate and more with Ray Tune and ASHA. Resumes the search of that name."""
     from finlora.train.run.run_folder import resolve_paths
     from finlora.train.search.space import load_search, sample_trials
 
@@ -68,12 +68,14 @@ def reproduce(
     configs: Annotated[Path, typer.Option(help="Folder with one YAML a row of the paper.")] = Path("jobs/configs"),
     only: Annotated[str, typer.Option(help="Pattern of step names, as '*8b*ner*'.")] = "*",
     base_8b: Annotated[
-        str | None, typer.Option("--base-8b", help="Folder of the 8B base instead of the hub's.")
+        str | None, typer.Option("--base-8b", help="Folder of the 8B base. Default: the hub's model.")
     ] = None,
-    base_70b: Annotated[str | None, typer.Option("--base-70b", help="Folder of the 70B base.")] = None,
+    base_70b: Annotated[
+        str | None, typer.Option("--base-70b", help="Folder of the 70B base. Default: the hub's model.")
+    ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Run every row of the paper's tables that is not done yet, say why the others cannot run here, and report."""
+    """Run every row of the paper's tables that is not done yet, and report. Says why a row cannot run here."""
     from finlora.report.write import draw_table, render_report
     from finlora.reproduce.outcomes import foresee, outcome_table
     from finlora.reproduce.paper_rows import make_plan

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from finlora.cli.app import DryRun, Overrides, app, console, say
+from finlora.cli.app import OVERRIDES, DryRun, app, console, say
 from finlora.machine.host import require_output
 from finlora.terminal import open_bars
 
@@ -20,18 +20,23 @@ from finlora.terminal import open_bars
 )
 def serve(
     config: Annotated[Path, typer.Option("--config", "-c", help="Serve YAML; see serve_configs/.")],
-    overrides: Overrides = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen at. Without it: the YAML's, 127.0.0.1.")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Without it: the YAML's.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar=OVERRIDES, help="Server settings that win over the YAML, such as stages.cache_rows=65536."
+        ),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen at. Default: the YAML's, or 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Port to listen at. Default: the YAML's.")] = None,
     direct_port: Annotated[
         int | None,
         typer.Option(
-            min=1, max=65535, help="Answer here too, past Ray Serve's proxy: several times the requests a second."
+            min=1, max=65535, help="Second port, without Ray Serve's proxy: several times as many requests per second."
         ),
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Serve a base and its adapters over HTTP until Ctrl-C: OpenAI's paths, classification, extraction, a web page."""
+    """Serve a base and its adapters over HTTP until Ctrl-C: OpenAI's endpoints, labels, extraction, a web page."""
     from finlora.cluster import connect
 
     changes = [*(overrides or []), *([f"direct.port={direct_port}"] if direct_port is not None else [])]
@@ -70,16 +75,21 @@ def serve(
     epilog="Example:\n\n  finlora key tradingdesk --file ~/finlora/keys.yaml --adapters fpb,ner --requests 120"
 )
 def key(
-    name: Annotated[str, typer.Argument(help="Name in logs and metrics: small letters and digits.")],
-    file: Annotated[Path, typer.Option(help="Key file; made where it is missing.")] = Path("~/finlora/keys.yaml"),
+    name: Annotated[str, typer.Argument(help="Name of the key in logs and metrics: small letters and digits.")],
+    file: Annotated[Path, typer.Option(help="Key file. Created where it is missing.")] = Path("~/finlora/keys.yaml"),
     adapters: Annotated[
-        str, typer.Option(help="Adapters that it may use, by commas; `base`: the base alone. Without it: all.")
+        str,
+        typer.Option(help="Adapters that the key may use, separated by commas; `base`: the base alone. Default: all."),
     ] = "",
-    requests: Annotated[int | None, typer.Option(min=1, help="Requests a minute. Without it: no limit.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Prompt and answer tokens a minute.")] = None,
-    admin: Annotated[bool, typer.Option("--admin", help="May roll adapters back.")] = False,
+    requests: Annotated[int | None, typer.Option(min=1, help="Most requests per minute. Default: no limit.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most prompt and answer tokens per minute. Default: no limit.")
+    ] = None,
+    admin: Annotated[
+        bool, typer.Option("--admin", help="Let the key choose which version of an adapter is served.")
+    ] = False,
 ) -> None:
-    """Make an API key: its hash goes into the file, the key itself is shown once. Delete its entry to take it away."""
+    """Make an API key. Shows it once and keeps its hash in the key file. Delete its entry there to revoke it."""
     from finlora.serve.accounts.keys import add_key
 
     names = tuple(part.strip() for part in adapters.split(",") if part.strip()) or None
@@ -103,12 +113,13 @@ def key(
     epilog="Examples:\n\n  finlora audit ~/finlora/audit\n\n  finlora audit ~/finlora/audit --head 9f86d081884c7d65..."
 )
 def audit(
-    path: Annotated[Path, typer.Argument(help="An audit log, or the folder of all.")],
+    path: Annotated[Path, typer.Argument(help="An audit log, or a folder of audit logs.")],
     head: Annotated[
-        list[str] | None, typer.Option(help="A head that the server's log told: it must stand in one of the logs.")
+        list[str] | None,
+        typer.Option(help="Hash that the server's log named as the end of the chain. It must be in one of the logs."),
     ] = None,
 ) -> None:
-    """Check that audit logs are whole: no line changed, taken out or put in between; with --head, none cut off before it."""
+    """Check that no line of an audit log was changed, removed or inserted; with --head, that none was cut off before it."""
     from finlora.errors import ResultError
     from finlora.serve.accounts.audit import list_logs, verify_audit
 

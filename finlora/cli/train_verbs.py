@@ -33,13 +33,13 @@ def plan(
     overrides: Overrides = None,
     gpu_memory: Annotated[
         float | None,
-        typer.Option(help="GiB of a GPU. Without it: this machine's, or a 48 GB card's where it has none."),
+        typer.Option(help="Memory of a GPU in GiB. Default: this machine's, or that of a 48 GB card."),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(help="GPUs of the cluster. Without it: those the config asks for.")
+        int | None, typer.Option(help="GPUs of the cluster. Default: as many as the config asks for.")
     ] = None,
 ) -> None:
-    """Forecast a run's memory on its prepared data; names the setting that would make it fit. Needs no GPU."""
+    """Forecast the memory of a run from its prepared data. Names the setting that makes it fit. Needs no GPU."""
     from finlora.train.plan import count_gpus, find_memory_gib, plan_run, render_plan
 
     settings = resolve_run(load_settings(config, overrides))
@@ -56,7 +56,7 @@ def plan(
     "  ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/train.py --config jobs/configs/NAME.yaml"
 )
 def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-    """Train an adapter on the Ray cluster, or resume the run of that name from its last checkpoint."""
+    """Train an adapter on the Ray cluster. Resumes the run of that name from its last checkpoint."""
     from finlora.train.run.run_folder import RunFolder, load_training_set
     from finlora.train.search.follow import Follower
 
@@ -93,18 +93,21 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
     "  finlora merge --adapter ~/finlora/runs/NAME/adapter --output ~/finlora/merged"
 )
 def merge(
-    output: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist yet.")],
+    output: Annotated[Path, typer.Option(help="Folder of the merged model. It must not exist yet.")],
     overrides: Overrides = None,
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Of the run. Without it: the adapter's config.yaml.")
+        Path | None, typer.Option("--config", "-c", help="YAML file of the run. Default: the adapter's config.yaml.")
     ] = None,
     adapter: AdapterPath = None,
     allow_other_bits: Annotated[
-        bool, typer.Option("--allow-other-bits", help="Merge one trained at 8 or 4 bit; its logits change a little.")
+        bool,
+        typer.Option(
+            "--allow-other-bits", help="Merge an adapter trained at 8 or 4 bit, whose answers change a little by it."
+        ),
     ] = False,
-    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Where the 16-bit base is held.")] = "cpu",
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Device that holds the 16-bit base.")] = "cpu",
 ) -> None:
-    """Fold an adapter into its 16-bit base; writes a plain Hugging Face folder in bfloat16."""
+    """Merge an adapter into its 16-bit base. Writes a plain Hugging Face folder in bfloat16."""
     if config is None and adapter is None:
         raise ConfigError("no adapter is named: give --config YAML for that of its run, or --adapter FOLDER.")
     target = require_output("--output ", output, is_new=True)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 import ray.train
@@ -191,70 +191,47 @@ def _train(
     verdict: Verdict,
     holds_out: bool,
 ) -> tuple[int, int]:
+    """Load the base, attach the adapter, resume from the newest checkpoint, train, export the adapter."""
     context = ray.train.get_context()
     worker, world_size = context.get_world_rank(), context.get_world_size()
     examples = training_set.encoded
     sampler = make_sampler(config, examples)
     total_steps = count_steps(sampler, config.train.epochs, config.train.max_steps)
     if worker == 0:  # before the base is loaded, which is where memory can run out
-        lines = filter(None, (verdict.describe(config), describe_date(training_set)))
-        folder.plan.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        _write_plan(folder, "w", verdict.describe(config), describe_date(training_set))
     with quiet_bitsandbytes():
         base = load_base(config.model, config.model.bits, device, config.seed)
         if worker == 0:
-            with folder.plan.open("a", encoding="utf-8") as plan:
-                plan.write(base.describe_loading() + "\n")
+            _write_plan(folder, "a", base.describe_loading())
         model = attach_lora(base.model, config.lora, config.model.base, config.seed)
-        taken = take_path(model.train(), config, examples, verdict.packs, device, base.tokenizer.pad_token_id)
+        path = take_path(model.train(), config, examples, verdict.packs, device, base.tokenizer.pad_token_id)
         parameters = trainable_parameters(model)
         meter = WireMeter(WireClock(device), sum(p.numel() for p in parameters.values()), world_size)
         optimizer = make_optimizer(list(parameters.values()), config.optim, total_steps, meter.clock)
-        engine = make_engine(taken.module, optimizer, config)
+        engine = make_engine(path.module, optimizer, config)
         meter.watch(engine)
         run_hash = hash_run(config, training_set.name_inputs(base.weights_hash))
-        info = CheckpointInfo(step=0, world_size=world_size, run_hash=run_hash)
-        start_step = 0
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is not None:
-            with checkpoint.as_directory() as path:
-                start_step = read_info(Path(path), info.run_hash, world_size).step
-                meter.resume(load_checkpoint(Path(path), worker, parameters, optimizer))
+        state = _TrainedState(worker, world_size, run_hash, parameters, optimizer, meter)
+        start_step = state.resume()
         record = Recorder(folder, worker, world_size, lambda: meter.read(optimizer), _make_gauges(config, worker))
-        schedule = CheckpointSchedule(
-            steps_per_epoch=sampler.steps_per_epoch,
-            total_steps=total_steps,
-            every_steps=config.train.checkpoint_every_steps,
-        )
         held_out = HeldOut(config, folder, worker, world_size, reduce_sum) if holds_out else None
-        mark = StepMark(folder, total_steps) if worker == 0 else None
         stop = StopRequest(folder.stop, worker, world_size)
         if stop.is_asked():
             return start_step, total_steps
-
-        def end_step(step: int) -> bool:
-            is_agreed = is_synchronised(optimizer)
-            is_due = schedule.is_due(step, is_synchronised=is_agreed)
-            is_stop = is_agreed and step < total_steps and stop.is_asked()
-            if is_due or is_stop:
-                save(step)
-            guard.tick()
-            if mark is not None:
-                mark.tick(step)
-            return is_stop
-
-        def save(step: int) -> None:
-            require_finite(parameters, step)
-            metrics = {**record.metrics, "step": step}
-            if held_out is not None:
-                metrics[HELD_OUT] = held_out.measure(step, model, device)
-            # Most workers are killed while they write; the next one on the node sweeps what they left.
-            with scratch_folder(Path(tempfile.gettempdir()), "finlora-checkpoint-") as path:
-                here = dataclasses.replace(info, step=step)
-                state = optimizer.state_dict()
-                save_checkpoint(path, worker, here, parameters, state, meter.read(optimizer))
-                ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(path))
-
         with StallGuard(config.train.max_stall_s) as guard:
+            after_step = _AfterStep(
+                state=state,
+                schedule=CheckpointSchedule(
+                    steps_per_epoch=sampler.steps_per_epoch,
+                    total_steps=total_steps,
+                    every_steps=config.train.checkpoint_every_steps,
+                ),
+                record=record,
+                measure=None if held_out is None else lambda step: held_out.measure(step, model, device),
+                stop=stop,
+                guard=guard,
+                mark=StepMark(folder, total_steps) if worker == 0 else None,
+            )
             done = run_steps(
                 engine,
                 examples,
@@ -263,18 +240,104 @@ def _train(
                 worker=worker,
                 start_step=start_step,
                 total_steps=total_steps,
-                batches=taken.batches,
+                batches=path.batches,
                 device=device,
                 log_every_steps=config.train.log_every_steps,
                 reduce_sum=reduce_sum,
                 on_log=record,
-                on_step_end=end_step,
+                on_step_end=after_step,
                 on_pass=guard.tick,
             )
         record.close()
         if worker == 0 and done == total_steps:
             export_adapter(config, folder, base, model, training_set)
     return done, total_steps
+
+
+class _TrainedState:
+    """What a worker's checkpoint holds: its adapter parameters, optimiser state and traffic counts.
+
+    Args:
+        run_hash: of the settings and inputs; a checkpoint with another one is refused.
+    """
+
+    def __init__(
+        self,
+        worker: int,
+        world_size: int,
+        run_hash: str,
+        parameters: dict[str, torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        meter: WireMeter,
+    ) -> None:
+        self._worker, self._world_size, self._run_hash = worker, world_size, run_hash
+        self._parameters, self._optimizer, self._meter = parameters, optimizer, meter
+
+    @property
+    def is_synchronised(self) -> bool:
+        """Whether all workers hold the same weights now."""
+        return is_synchronised(self._optimizer)
+
+    def require_finite(self, step: int) -> None:
+        """Refuse to go on with NaN or infinity in the adapter."""
+        require_finite(self._parameters, step)
+
+    def resume(self) -> int:
+        """Restore the newest checkpoint; returns its step, or 0 where there is none."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return 0
+        with checkpoint.as_directory() as path:
+            step = read_info(Path(path), self._run_hash, self._world_size).step
+            self._meter.resume(load_checkpoint(Path(path), self._worker, self._parameters, self._optimizer))
+        return step
+
+    def report(self, step: int, metrics: dict[str, Any]) -> None:
+        """Write this worker's part of a checkpoint and hand it to Ray Train. Collective."""
+        info = CheckpointInfo(step=step, world_size=self._world_size, run_hash=self._run_hash)
+        # Most workers are killed while they write; the next one on the node removes their scratch folders.
+        with scratch_folder(Path(tempfile.gettempdir()), "finlora-checkpoint-") as path:
+            wire = self._meter.read(self._optimizer)
+            save_checkpoint(path, self._worker, info, self._parameters, self._optimizer.state_dict(), wire)
+            ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(path))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _AfterStep:
+    """End of each step, on every worker: writes a checkpoint where one is due or a stop is asked for; says whether to stop."""
+
+    state: _TrainedState
+    schedule: CheckpointSchedule
+    record: Recorder
+    measure: Callable[[int], float] | None
+    """Returns the loss on a search's held-out examples. None: the run is no trial."""
+    stop: StopRequest
+    guard: StallGuard
+    mark: StepMark | None
+    """None: another worker keeps it."""
+
+    def __call__(self, step: int) -> bool:
+        is_agreed = self.state.is_synchronised
+        is_due = self.schedule.is_due(step, is_synchronised=is_agreed)
+        is_stop = is_agreed and step < self.schedule.total_steps and self.stop.is_asked()
+        if is_due or is_stop:
+            self._save(step)
+        self.guard.tick()
+        if self.mark is not None:
+            self.mark.tick(step)
+        return is_stop
+
+    def _save(self, step: int) -> None:
+        self.state.require_finite(step)
+        metrics = {**self.record.metrics, "step": step}
+        if self.measure is not None:
+            metrics[HELD_OUT] = self.measure(step)
+        self.state.report(step, metrics)
+
+
+def _write_plan(folder: RunFolder, mode: Literal["w", "a"], *lines: str) -> None:
+    with folder.plan.open(mode, encoding="utf-8") as plan:
+        plan.writelines(f"{line}\n" for line in lines if line)
 
 
 def _choose_device(config: RunConfig) -> torch.device:

@@ -35,20 +35,20 @@ def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun
         return
     from finlora.cluster import connect
     from finlora.doctor.examine import require_inputs
+    from finlora.train.search.search_folder import examine_search
 
+    folder = examine_search(settings, search)
     connect.prepare()
     require_inputs(settings, splits=("train",))
     connect.connect(log_to_driver=False)
     from finlora.train.search.follow import SearchFollower
     from finlora.train.search.pareto import write_summary
     from finlora.train.search.search import run_search  # imports Ray, which must come after the connection's settings
-    from finlora.train.search.search_folder import search_folder
 
     def tell(record: Any) -> None:
         scores = ", ".join(f"{name} {value:.4g}" for name, value in record.scores.items())
         say(f"{record.trial.name}: {record.state} after {describe_duration(record.seconds)}. {scores or record.cause}")
 
-    folder = search_folder(settings)
     with (
         open_bars(console, "starting the search") as bars,
         polling(SearchFollower(folder, trials, settings.name, bars.update)),

@@ -21,6 +21,7 @@ from finlora.cli.app import (
 )
 from finlora.errors import ConfigError
 from finlora.machine.host import require_output
+from finlora.results import Result
 from finlora.terminal import describe_duration, describe_times, open_bars, polling
 
 
@@ -57,7 +58,8 @@ def plan(
 )
 def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun = False) -> None:
     """Train an adapter on the Ray cluster. Resumes the run of that name from its last checkpoint."""
-    from finlora.train.run.run_folder import RunFolder, load_training_set
+    from finlora.train.run.run_folder import examine_run, load_training_set
+    from finlora.train.run.summary import find_finished
     from finlora.train.search.follow import Follower
 
     settings = load_settings(config, overrides)
@@ -67,6 +69,12 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
         settings = resolve_run(settings)
         say(describe_run(settings, load_training_set(settings)))
         return
+    folder = examine_run(settings)
+    if finished := find_finished(folder):
+        say(
+            f"{_describe_trained(finished)}. The run is finished: nothing was started. Choose another `name` to train again."
+        )
+        return
     from finlora.cluster import connect
     from finlora.doctor.examine import require_inputs
 
@@ -75,14 +83,17 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
     connect.connect(log_to_driver=False)
     from finlora.train.worker import run_training  # imports Ray, which must come after the connection's settings
 
-    folder = RunFolder(Path(settings.output_dir) / settings.name)
     with (
         open_bars(console, "starting workers") as bars,
         polling(Follower(folder, settings.name, bars.update, say, describe_duration)),
     ):
         result = run_training(settings, say)
+    say(_describe_trained(result))
+
+
+def _describe_trained(result: Result) -> str:
     took = describe_times(result.wall_seconds or 0, result.waited_seconds or 0, result.attempts or 1)
-    say(
+    return (
         f"Adapter {result.adapter} ({result.adapter_mib:.2f} MiB): loss {result.metrics['loss_first']:.4f} -> "
         f"{result.metrics['loss_last']:.4f} in {took}"
     )

@@ -39,6 +39,7 @@ from finlora.data.sets.prepared import read_prepared
 from finlora.errors import ConfigError, ResourceError
 from finlora.machine.working_dir import describe_lost
 from finlora.model.base_files import read_base_files
+from finlora.precision import resolve_training
 
 # What may differ between a run and its resumption: it changes where, how often and in which memory, never what is computed.
 _FREE_SETTINGS = {
@@ -232,6 +233,19 @@ def hash_run(config: RunConfig, hashes: dict[str, str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def examine_run(config: RunConfig) -> RunFolder:
+    """Return the folder of a run that this process may start or resume. Changes nothing.
+
+    Raises:
+        ConfigError: a run of that name exists with other settings; names each that differs.
+        ResourceError: another driver is at work in the folder.
+    """
+    folder = RunFolder(Path(config.output_dir) / config.name)
+    _refuse_other_run(folder, resolve_training(config, folder.config))
+    require_unclaimed(folder)
+    return folder
+
+
 def open_run(config: RunConfig) -> RunFolder:
     """Create or reopen the run's folder.
 
@@ -239,6 +253,12 @@ def open_run(config: RunConfig) -> RunFolder:
         ConfigError: a run of that name exists with other settings; names each that differs.
     """
     folder = RunFolder(Path(config.output_dir) / config.name)
+    _refuse_other_run(folder, config)
+    save_config(config, folder.config)
+    return folder
+
+
+def _refuse_other_run(folder: RunFolder, config: RunConfig) -> None:
     if folder.config.is_file():
         try:
             there = config_to_tree(load_config(folder.config))
@@ -253,8 +273,6 @@ def open_run(config: RunConfig) -> RunFolder:
                 f"{folder.root} already holds a run with other settings ({'; '.join(differing)}): restore them to resume "
                 "it, or choose another `name`."
             )
-    save_config(config, folder.config)
-    return folder
 
 
 def explain_full_disk(error: BaseException, folder: RunFolder) -> ResourceError | None:
@@ -293,6 +311,17 @@ def claim_run(folder: RunFolder) -> Iterator[None]:
         stream.write(f"process {os.getpid()} on {socket.gethostname()}")
         stream.flush()
         yield
+
+
+def require_unclaimed(folder: RunFolder) -> None:
+    """Refuse a folder in which another driver is at work.
+
+    Raises:
+        ResourceError: as `claim_run`.
+    """
+    if (folder.root / "lock").is_file():
+        with claim_run(folder):
+            pass
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

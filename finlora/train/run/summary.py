@@ -7,10 +7,11 @@ from typing import Any
 
 from finlora.config import RunConfig
 from finlora.configfile import config_to_tree, save_config
+from finlora.errors import FinloraError
 from finlora.model.base import BaseModel
 from finlora.model.contract import make_contract, read_contract, write_contract
 from finlora.model.lora import save_adapter
-from finlora.results import Result, describe_environment
+from finlora.results import Result, describe_environment, read_results
 from finlora.train.run.attempts import Attempt
 from finlora.train.run.progress import read_progress
 from finlora.train.run.run_folder import RunFolder, TrainingSet
@@ -35,6 +36,16 @@ def export_adapter(
         training_set.template_date,
     )
     write_contract(folder.adapter, contract)
+
+
+def find_finished(folder: RunFolder) -> Result | None:
+    """Return the Result of a run's training; None where the training, its adapter or its record is not complete."""
+    try:
+        read_contract(folder.adapter).check_files(folder.adapter)
+        results = read_results(folder.results) if folder.results.is_file() else []
+    except (FinloraError, OSError):
+        return None
+    return next((result for result in reversed(results) if result.kind == "training"), None)
 
 
 def summarise_run(

@@ -31,8 +31,9 @@ from finlora.data.sets.prepare import code_version
 from finlora.data.sets.prepared import read_prepared, write_prepared
 from finlora.durable import seal, unseal, write_whole
 from finlora.errors import ConfigError, DatasetError, ResultError
+from finlora.precision import resolve_training
 from finlora.results import SEARCH_MARK
-from finlora.train.run.run_folder import RunFolder
+from finlora.train.run.run_folder import RunFolder, require_unclaimed
 from finlora.train.search.space import SearchConfig, Trial, hash_search
 from finlora.yamltext import read_yaml
 
@@ -101,15 +102,38 @@ def search_folder(config: RunConfig) -> SearchFolder:
     return SearchFolder(Path(config.output_dir) / config.name)
 
 
+def examine_search(config: RunConfig, search: SearchConfig) -> SearchFolder:
+    """Return the folder of a search that this process may start or resume. Changes nothing.
+
+    Raises:
+        ConfigError: the folder holds a search with other settings, or something else.
+        ResourceError: another driver is at work in the folder.
+    """
+    folder = search_folder(config)
+    _refuse_other_search(folder, hash_search(resolve_training(config, folder.config), search))
+    require_unclaimed(RunFolder(folder.root))
+    return folder
+
+
 def open_search(config: RunConfig, search: SearchConfig) -> SearchFolder:
     """Create or reopen the search's folder, and part the training examples.
 
     Raises:
-        ConfigError: a search of that name with other settings is there.
+        ConfigError: the folder holds a search with other settings, or something else.
         DatasetError: the prepared data is missing or too small to part.
     """
     folder = search_folder(config)
     key = hash_search(config, search)
+    _refuse_other_search(folder, key)
+    for task in config.data.tasks:
+        part_examples(Path(config.data.dir), task, folder.data, search.validation_share, config.seed)
+    folder.trials.mkdir(parents=True, exist_ok=True)
+    tree = {_HASH: key, **config_to_tree(config), "search": _listed(dataclasses.asdict(search))}
+    write_whole(folder.config, yaml.safe_dump(tree, sort_keys=False))
+    return folder
+
+
+def _refuse_other_search(folder: SearchFolder, key: str) -> None:
     if folder.config.is_file():
         found = _read_hash(folder.config)
         if found != key:
@@ -119,12 +143,6 @@ def open_search(config: RunConfig, search: SearchConfig) -> SearchFolder:
             )
     elif folder.root.exists() and any(folder.root.iterdir()):
         raise ConfigError(f"{folder.root} holds something else than a search: choose another `name`.")
-    for task in config.data.tasks:
-        part_examples(Path(config.data.dir), task, folder.data, search.validation_share, config.seed)
-    folder.trials.mkdir(parents=True, exist_ok=True)
-    tree = {_HASH: key, **config_to_tree(config), "search": _listed(dataclasses.asdict(search))}
-    write_whole(folder.config, yaml.safe_dump(tree, sort_keys=False))
-    return folder
 
 
 def part_examples(source: Path, task: str, target: Path, share: float, seed: int) -> None:

@@ -47,7 +47,7 @@ from finlora.train.run.checkpoint import (
     save_checkpoint,
 )
 from finlora.train.run.failure import GiveUp, own_error
-from finlora.train.run.progress import StepMark
+from finlora.train.run.progress import StepMark, clear_step, read_step
 from finlora.train.run.recorder import PUBLISHED, Recorder, reduce_sum
 from finlora.train.run.run_folder import (
     RunFolder,
@@ -102,7 +102,8 @@ def run_training(
     folder = open_run(config)
     if said := describe_date(training_set):
         announce(said)
-    with claim_run(folder), stop_on_signals(folder.stop, announce):
+    with claim_run(folder), stop_on_signals(folder.stop, announce, lambda: read_step(folder) is not None):
+        clear_step(folder)
         for line in mend_snapshot(folder.root):
             announce(line)
         clock = AttemptClock(folder)

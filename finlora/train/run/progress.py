@@ -63,8 +63,13 @@ class StepMark:
             write_whole(self._path, f"{step} {self._total_steps}")
 
 
+def clear_step(folder: RunFolder) -> None:
+    """Note that no step was done since the workers were started. The file stays: on NFS a new one may be overlooked."""
+    folder.step.write_text("", encoding="utf-8")
+
+
 def read_step(folder: RunFolder) -> tuple[int, int] | None:
-    """Return the steps done and those of the whole run, as StepMark noted them; None where there is no note."""
+    """Return the steps done and those of the whole run, as StepMark noted them; None before the first step of this start."""
     try:
         done, total = folder.step.read_text(encoding="utf-8").split()
         return int(done), int(total)

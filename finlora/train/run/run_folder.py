@@ -3,7 +3,7 @@
 Layout of OUTPUT_DIR/NAME:
     config.yaml        the resolved config: alone it reruns the run
     progress.jsonl     one Progress a line, appended by worker 0
-    step               steps done and steps in all, at most 5 s old while the workers train
+    step               steps done and steps in all, at most 5 s old; empty until a started worker has done a step
     tensorboard/       the same numbers as TensorBoard events
     plan.txt           how the workers train, and the memory they need by forecast
     checkpoint_*/      Ray Train's checkpoints (finlora/train/run/checkpoint.py)

@@ -1,9 +1,10 @@
-"""Ending a run early without losing its work: a signal to the driver becomes a checkpoint of all workers at one step.
+"""Stop of a run by a signal to its driver: all workers write a checkpoint at one step, then end.
 
 The driver writes the signal's name into the run's `stop` file. After a step worker 0 reads the file and tells the others,
 so that all stop at the same step. They ask only at steps at which 0/1 Adam has just exchanged (with AdamW: at every
 step): workers have waited for each other there anyway, and their weights agree as in every checkpoint. So a run of 0/1
-Adam may go on for up to `optim.max_local_steps` steps after the signal.
+Adam may go on for up to `optim.max_local_steps` steps after the signal. Before the first step there is nothing to save,
+and the driver ends at once.
 
 The file exists, empty, from the run's start: on NFS another machine sees new content at its next open(), but may overlook
 a new file for a minute.
@@ -30,7 +31,9 @@ _READ_EVERY_S = 0.5
 
 
 @contextlib.contextmanager
-def stop_on_signals(path: Path, announce: Callable[[str], None]) -> Iterator[None]:
+def stop_on_signals(
+    path: Path, announce: Callable[[str], None], has_begun: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
     """Turn the first SIGINT, SIGTERM or SIGHUP inside into a request to the workers; a second one ends this process at once.
 
     Outside the main thread, where Python allows no handlers, signals stay with whoever has them. A SIGHUP that is ignored, as
@@ -39,6 +42,10 @@ def stop_on_signals(path: Path, announce: Callable[[str], None]) -> Iterator[Non
     Args:
         path: the run's `stop` file; what an earlier run left in it is removed.
         announce: shows a line to the user.
+        has_begun: whether a step was done that a checkpoint could save.
+
+    Raises:
+        StoppedError: a signal came before that.
     """
     path.write_text("", encoding="utf-8")
     if threading.current_thread() is not threading.main_thread():
@@ -59,6 +66,8 @@ def stop_on_signals(path: Path, announce: Callable[[str], None]) -> Iterator[Non
         was_asked = True
         name = signal.Signals(number).name
         path.write_text(name, encoding="utf-8")
+        if not has_begun():
+            raise describe_stop(path, 0, 0)
         announce(f"{name}: stopping after a checkpoint of this step. Once more ends at once, without one.")
 
     before = {number: signal.signal(number, ask) for number in heeded_signals()}
@@ -73,8 +82,11 @@ def describe_stop(path: Path, step: int, total_steps: int) -> StoppedError:
     """Return what ends the driver after the workers have stopped at `step`: one line and the shell's code of the signal."""
     name = path.read_text(encoding="utf-8").strip()
     number = signal.Signals[name] if name in signal.Signals.__members__ else signal.SIGTERM
-    where = f"at step {step:,} of {total_steps:,}, which is saved" if step else "before the first step"
-    return StoppedError(f"Stopped by {name} {where}: the same command resumes there.", 128 + number)
+    if step:
+        words = f"at step {step:,} of {total_steps:,}, which is saved: the same command resumes there."
+    else:
+        words = "before the first step: there was nothing to save. The same command starts again."
+    return StoppedError(f"Stopped by {name} {words}", 128 + number)
 
 
 class StopRequest:

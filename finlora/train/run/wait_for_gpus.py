@@ -16,6 +16,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 
 from finlora.cluster.holdings import note_title
 from finlora.cluster.lease import Bundle, Patience, wait_for_room
+from finlora.train.run.progress import clear_step
 from finlora.train.run.run_folder import RunFolder
 from finlora.train.run.stop import describe_stop
 
@@ -46,6 +47,7 @@ class AwaitRoom(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         """
         # Another job may be faster when room comes up; then Ray Train tries again and the wait goes on where it was.
         self._patience = self._patience or Patience(self._wait_s, self._say)
+        clear_step(self._folder)
         wait_for_room(self._bundles, self._patience, self._look)
         self._folder.waiting.unlink(missing_ok=True)
 

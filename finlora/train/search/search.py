@@ -32,6 +32,7 @@ from finlora.configfile import config_to_tree
 from finlora.errors import FinloraError, NoRoomError, StoppedError
 from finlora.precision import describe_choice, resolve_training
 from finlora.train.path import make_sampler
+from finlora.train.run.progress import read_step
 from finlora.train.run.run_folder import RunFolder, claim_run, load_training_set
 from finlora.train.run.stop import describe_stop, stop_on_signals
 from finlora.train.run.wait_for_gpus import free_group
@@ -93,7 +94,11 @@ def run_search(
     to_do = [trial for trial in trials if records.get(trial.name) is None]
     if done:
         announce(f"{len(done)} of {len(trials)} trials have ended before: {len(to_do)} to go.")
-    with claim_run(RunFolder(folder.root)), stop_on_signals(folder.stop, announce):
+
+    def has_begun() -> bool:
+        return any(read_step(folder.run_of(trial)) is not None for trial in to_do)
+
+    with claim_run(RunFolder(folder.root)), stop_on_signals(folder.stop, announce, has_begun):
         if to_do:
             wait_for_room(bundles, Patience(config.max_wait_s, announce), lambda: _raise_when_stopped(folder, 0, 0))
             _run_trials(config, search, folder, to_do, done, announce, on_record)
@@ -118,7 +123,14 @@ def _run_trials(
     grace = count_grace_steps(search, total_steps)
     for trial in to_do:
         run = folder.run_of(trial)
-        for name in ("busy", "unplaced", "pruned", "stop", RECORD):  # of a search that was killed, or of a failure
+        for name in (
+            "busy",
+            "unplaced",
+            "pruned",
+            "stop",
+            "step",
+            RECORD,
+        ):  # of a search that was killed, or of a failure
             (run.root / name).unlink(missing_ok=True)
     tasks = {
         trial.name: TrialTask(

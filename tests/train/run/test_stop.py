@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from finlora.errors import StoppedError
 from finlora.machine.signals import ENDING
 from finlora.train.run.stop import StopRequest, describe_stop, stop_on_signals
 
@@ -48,6 +49,18 @@ def test_second_signal_ends_the_driver_at_once(path):
     assert ended.value.code == 143
 
 
+@pytest.mark.parametrize("number", ENDING)
+def test_signal_before_the_first_step_ends_at_once(path, number):
+    before, lines = [signal.getsignal(each) for each in ENDING], []
+    words = rf"^Stopped by {number.name} before the first step: there was nothing to save"
+    with pytest.raises(StoppedError, match=words) as stopped, stop_on_signals(path, lines.append, lambda: False):
+        os.kill(os.getpid(), number)
+    assert stopped.value.exit_code == 128 + number
+    assert path.read_text() == number.name  # workers that start meanwhile read it
+    assert lines == []
+    assert [signal.getsignal(each) for each in ENDING] == before
+
+
 def test_signals_are_left_alone_outside_the_main_thread(path):
     before, seen = [signal.getsignal(each) for each in ENDING], []
 
@@ -81,7 +94,10 @@ def test_end_is_told_in_one_line_with_the_shells_code(path, text, code):
     error = describe_stop(path, 1200, 4000)
     assert str(error) == f"Stopped by {text} at step 1,200 of 4,000, which is saved: the same command resumes there."
     assert error.exit_code == code
-    assert "before the first step: the same command" in str(describe_stop(path, 0, 4000))
+    begun = str(describe_stop(path, 0, 4000))
+    assert (
+        begun == f"Stopped by {text} before the first step: there was nothing to save. The same command starts again."
+    )
 
 
 def test_hangup_leaves_the_terminal_and_a_second_one_does_not_end_the_driver(path, monkeypatch):

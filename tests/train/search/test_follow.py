@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from finlora.configfile import load_config
-from finlora.train.run.progress import StepMark, append_progress
+from finlora.train.run.progress import StepMark, append_progress, clear_step, read_step
 from finlora.train.run.run_folder import RunFolder
 from finlora.train.search.follow import Follower, SearchFollower
 from finlora.train.search.search_folder import SearchFolder, TrialRecord, write_record
@@ -57,6 +57,8 @@ def test_step_mark_is_written_by_time_and_shown_between_records(tmp_path):
     assert [row[1:3] for row in shown] == [(step, 10) for step in (1, 1, 1, 4, 4, 4, 7, 7, 7, 10)]
     assert shown[3][3] == ""
     assert shown[4][3].startswith("loss 0.5000")
+    clear_step(folder)  # as when the workers start again
+    assert read_step(folder) is None
     folder.step.write_text("7")  # cut short
     follow()
     assert shown[-1][:3] == ("run", 4, 10)

@@ -221,8 +221,8 @@ class ExtractResponse(BaseModel):
     model: str = Field(description="As asked for.")
     task: str = Field(description="As asked for.")
     answer: str = Field(description="The tag or number.")
-    quote: Quote | None = Field(description="Where the answer stands in the context; null where it does not.")
-    grounded: bool = Field(description="Whether the answer stands in the context.")
+    quote: Quote | None = Field(description="Position of the answer in the context; null where it is not there.")
+    grounded: bool = Field(description="Whether the answer is in the context.")
     finish_reason: Literal["stop", "length"] = Field(description="`length`: cut off at max_tokens.")
     usage: Usage = Field(description="Tokens of the request.")
 

@@ -73,7 +73,7 @@ async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
 
 @router.post("/v1/extract", summary="Find a tag or a number", responses=ANSWERING_ERRORS)
 async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
-    """Answer a question from a text and say where the answer stands in it. Check an answer yourself where `grounded` is false."""
+    """Answer a question from a text and say where in it the answer is. Check an answer yourself where `grounded` is false."""
     server = server_of(request)
     call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
     if not body.question.strip():

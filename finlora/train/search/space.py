@@ -40,7 +40,7 @@ class SearchConfig:
     """The section `search`."""
 
     num_trials: int = 16
-    """Number of trials, including the first, which is the config as it stands."""
+    """Number of trials, including the first, which is the config without changes."""
     rank: tuple[int, ...] = (4, 8, 16)
     """LoRA ranks to try. Empty: lora.rank only."""
     bits: tuple[int, ...] = (4, 8)

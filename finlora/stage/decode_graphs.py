@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from finlora.engine.micro_batch import MicroBatch, Segment
+from finlora.model.kernels import launch
 from finlora.model.layers.cached_attention import Places, Tails
 from finlora.stage.batch_attention import Tail, group_tails, list_rows, split_tails
 from finlora.stage.upload import fill_drawn, pin, upload
@@ -279,7 +280,7 @@ class _Graph:
         self.hidden = None if hidden is None else hidden.clone()
         torch.cuda.synchronize(device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool.id):  # type: ignore[arg-type]
+        with launch.capture_graph(self.graph, pool):
             self.output = run(Rows(self.numbers, form), self.hidden)
 
     def replay(self, numbers: Tensor, hidden: Tensor | None, drawn: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ reading a tensor on the host, and tensors made from numbers of Python, whose mem
 
 from __future__ import annotations
 
+import gc
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -66,6 +67,7 @@ class Stream:
 
 @contextmanager
 def capture(graph, **_settings):
+    assert not gc.isenabled(), "a collection in a capture may free graphs and pools, which CUDA refuses there"
     _active.append(graph)
     try:
         with graph:

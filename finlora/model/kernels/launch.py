@@ -13,7 +13,10 @@ Source: https://docs.nvidia.com/cuda/cuda-c-programming-guide/index.html#program
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,6 +25,25 @@ from torch import Tensor
 def takes_kernels(tensor: Tensor) -> bool:
     """Return whether kernels are launched for a tensor: on a GPU."""
     return tensor.is_cuda
+
+
+@contextlib.contextmanager
+def capture_graph(
+    graph: torch.cuda.CUDAGraph, pool: torch.cuda.MemPool, stream: torch.cuda.Stream | None = None
+) -> Iterator[None]:
+    """Capture what is launched inside into a graph, with Python's garbage collector off.
+
+    A collection there may free an earlier module's graphs and memory pool. CUDA refuses these calls in a capture, which is lost
+    then, and torch leaves its random generator in the state of a capture: all later random numbers of the process are refused.
+    """
+    is_on = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool.id, stream=stream):  # type: ignore[arg-type]
+            yield
+    finally:
+        if is_on:
+            gc.enable()
 
 
 @functools.cache

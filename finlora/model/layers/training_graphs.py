@@ -18,6 +18,7 @@ from torch import Tensor
 
 from finlora.data.pack_size import MAX_RECORDED_ROWS
 from finlora.data.packing import Pack
+from finlora.model.kernels import launch
 
 MAX_GRAPHS = 64
 """Graphs kept; the one unused for longest goes first. Each takes some megabytes of the driver's memory."""
@@ -80,7 +81,7 @@ class _Graph:
         self.inputs, self.seed = pack.to(device), _to_seed(seed, device)
         torch.cuda.synchronize(device)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool.id, stream=stream):  # type: ignore[arg-type]
+        with launch.capture_graph(self.graph, pool, stream):
             loss, gradients = run(self.inputs, self.seed)
             torch._foreach_copy_(outputs, [loss, *gradients])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
 
 import pytest
@@ -16,6 +17,7 @@ from finlora.data.encode import Encoded
 from finlora.data.pack_size import pad_pack
 from finlora.data.packing import pack_examples
 from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.kernels import launch
 from finlora.model.layers import training_graphs
 from finlora.model.layers.packed_model import PackedLlama
 from finlora.model.lora import attach_lora, trainable_parameters
@@ -116,3 +118,16 @@ def test_any_packs_of_a_form_replay_as_they_are(make_module, share_prefix):
     for (loss, gradients), (other_loss, others) in zip(own, expected, strict=True):
         assert torch.equal(loss, other_loss)
         assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
+
+
+def test_collector_is_on_again_after_a_capture_that_failed(gpu):
+    if gpu is None:
+        pytest.skip("on a GPU a failed capture spoils the process")
+
+    def fail():
+        with launch.capture_graph(torch.cuda.CUDAGraph(), torch.cuda.MemPool()):
+            raise ValueError("in a capture")
+
+    with pytest.raises(ValueError, match="in a capture"):
+        fail()
+    assert gc.isenabled()

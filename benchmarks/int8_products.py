@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
+from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B, PRODUCTS, LlamaShape, Product
 from finlora.model.layers import frozen_linear
-from finlora.model.memory.shapes import LLAMA_8B, LLAMA_70B, LlamaShape
 
 SHAPES = {
     "8b": LLAMA_8B,
@@ -29,12 +29,6 @@ SHAPES = {
     "tiny": LlamaShape(
         hidden_size=64, intermediate_size=224, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=2048
     ),
-}
-PRODUCTS = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "o": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
 }
 
 
@@ -62,9 +56,9 @@ def time_microseconds(run: Callable[[], object], device: torch.device, repeats: 
     return statistics.median(seconds) * 1e6
 
 
-def measure(shape: LlamaShape, name: str, num_rows: int, device: torch.device, repeats: int) -> dict[str, float]:
+def measure(shape: LlamaShape, name: Product, num_rows: int, device: torch.device, repeats: int) -> dict[str, float]:
     """Time a product's parts at `num_rows` rows."""
-    sizes = [shape.projection(part) for part in PRODUCTS[name]]
+    sizes = [projection.size(shape) for projection in PRODUCTS[name]]
     num_out, num_in = sum(out for out, _ in sizes), sizes[0][1]
     generator = torch.Generator(device).manual_seed(0)
     values = torch.randint(-127, 128, (num_out, num_in), dtype=torch.int8, device=device, generator=generator)

@@ -24,8 +24,9 @@ from typing import Any
 
 from finlora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from finlora.errors import ConfigError
+from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B, LlamaShape
 from finlora.model.memory.padded_memory import MemoryPlan, plan_memory
-from finlora.model.memory.shapes import CUDA_CONTEXT_GIB, LLAMA_8B, LLAMA_70B, LlamaShape, MicroBatch
+from finlora.model.memory.shapes import CUDA_CONTEXT_GIB, MicroBatch
 
 SHAPES = {
     "8b": LLAMA_8B,

@@ -28,7 +28,8 @@ from cluster_model import ETHERNET_10, ETHERNET_100, Cluster, Link, Load, Method
 from finlora.config import LoraConfig, OptimConfig
 from finlora.configfile import load_config
 from finlora.errors import ConfigError
-from finlora.model.memory.shapes import LLAMA_8B, LLAMA_70B, adapter_shapes
+from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B
+from finlora.model.memory.shapes import adapter_sizes
 from finlora.train.optim.onebit import Schedule
 
 BATCH = 16
@@ -153,8 +154,7 @@ def read_load(text: str, spread: float, jitter: float) -> Load:
     """
     try:
         size, rank, speed = text.split(":")
-        shapes = adapter_shapes(SHAPES[size], LoraConfig(rank=int(rank)))
-        sizes = [rows * columns for _, (rows, columns) in shapes]
+        sizes = adapter_sizes(SHAPES[size], LoraConfig(rank=int(rank)))
         return Load(
             name=f"{size.upper()} rank {rank}",
             sizes=sizes,

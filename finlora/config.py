@@ -14,13 +14,13 @@ from pathlib import PurePath
 from typing import Literal
 
 from finlora.errors import ConfigError
+from finlora.model.formula.llama import PROJECTION_NAMES
 
 Bits = Literal[16, 8, 4]
 Transport = Literal["messages", "nccl", "gloo"]
 Template = Literal["raw", "chat"]
 MAX_NAME_BYTES = 128
 """Of a run's name: a file system takes 255 bytes, and Ray makes longer names of it."""
-LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def is_date(text: str) -> bool:
@@ -96,7 +96,7 @@ class LoraConfig:
     """Projections of each layer that get an adapter: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.target_modules if name not in LLAMA_PROJECTIONS]
+        unknown = [name for name in self.target_modules if name not in PROJECTION_NAMES]
         _refuse(
             "lora",
             [
@@ -104,7 +104,7 @@ class LoraConfig:
                 (self.alpha > 0, f"alpha={self.alpha}: expected more than 0"),
                 (0 <= self.dropout < 1, f"dropout={self.dropout}: expected 0 <= dropout < 1"),
                 (bool(self.target_modules), "target_modules is empty: name at least one projection"),
-                (not unknown, f"target_modules has {unknown}: expected some of {', '.join(LLAMA_PROJECTIONS)}"),
+                (not unknown, f"target_modules has {unknown}: expected some of {', '.join(PROJECTION_NAMES)}"),
             ],
         )
 

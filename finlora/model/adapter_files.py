@@ -11,42 +11,30 @@ from __future__ import annotations
 
 import json
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finlora.config import LLAMA_PROJECTIONS
 from finlora.configfile import show
 from finlora.errors import AdapterError
+from finlora.model.formula.llama import PROJECTION_NAMES, LlamaShape
+from finlora.model.formula.low_rank import (
+    MAX_RANK,
+    LoraSettings,
+    UpdateSite,
+    foreign_settings,
+    list_sites,
+    rank_axis,
+    read_settings,
+)
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 
 _MAX_CONFIG_BYTES = 2**18
 _MAX_WEIGHTS_BYTES = 8 * 2**30
-_MAX_RANK = 4096
-_PLAIN = {"peft_type": ("LORA",), "bias": ("none",), "task_type": ("CAUSAL_LM", None), "init_lora_weights": (True,)}
-# Read by nobody, or only beside a setting that must be empty. Every other setting changes the formula, so it must be empty.
-_WITHOUT_EFFECT = (
-    *("r", "lora_alpha", "target_modules", "lora_dropout", "inference_mode", "peft_version"),
-    *("base_model_name_or_path", "revision", "megatron_core", "qalora_group_size"),
-)
 _DTYPES = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoraSettings:
-    """What `adapter_config.json` says of a plain LoRA."""
-
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
 
 def check_file(path: Path, max_bytes: int) -> None:
@@ -86,24 +74,20 @@ def read_lora_settings(folder: Path) -> LoraSettings:
         raise AdapterError(f"{path} is no LoRA configuration ({type(error).__name__}): copy it again.") from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path} holds a {type(values).__name__}: expected PEFT's settings. Copy it again.")
-    odd = [f"{key}={show(values.get(key))}" for key, plain in _PLAIN.items() if not _is_among(values.get(key), plain)]
-    odd += [f"{show(key)[1:-1]}={show(value)}" for key, value in values.items() if _changes_formula(key) and value]
+    odd = [f"{show(key)[1:-1]}={show(value)}" for key, value in foreign_settings(values).items()]
     if odd:
         raise AdapterError(
             f"{path} is not plain LoRA ({', '.join(odd[:8])}): FinLoRA computes W0 + (alpha / rank) B A only. Train the adapter "
             "with `finlora train`, or use PEFT itself."
         )
-    rank, alpha, targets = values.get("r"), values.get("lora_alpha"), values.get("target_modules")
-    is_rank = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= _MAX_RANK
-    is_alpha = isinstance(alpha, int | float) and not isinstance(alpha, bool) and 0 < alpha < 1e9
-    is_targets = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    if not (is_rank and is_alpha and is_targets and set(targets or ()).issubset(LLAMA_PROJECTIONS)):
+    settings = read_settings(values)
+    if settings is None:
+        found = ", ".join(f"{key}={show(values.get(key))}" for key in ("r", "lora_alpha", "target_modules"))
         raise AdapterError(
-            f"{path} has r={show(rank)}, lora_alpha={show(alpha)}, target_modules={show(targets)}: expected a rank of 1 to "
-            f"{_MAX_RANK:,}, a positive number and some of {', '.join(LLAMA_PROJECTIONS)}."
+            f"{path} has {found}: expected a rank of 1 to {MAX_RANK:,}, a positive number and some of "
+            f"{', '.join(PROJECTION_NAMES)}."
         )
-    assert isinstance(rank, int) and isinstance(alpha, int | float)  # noqa: PT018
-    return LoraSettings(rank=rank, alpha=float(alpha), target_modules=tuple(targets or ()))
+    return settings
 
 
 @contextmanager
@@ -137,6 +121,41 @@ def check_adapter(folder: Path) -> LoraSettings:
     return settings
 
 
+def find_sites(
+    folder: Path, settings: LoraSettings, shapes: Mapping[str, tuple[int, ...]], base: LlamaShape
+) -> list[UpdateSite]:
+    """Return where a base takes the adapter's updates. The file must hold all tensors that its settings ask for, and no others.
+
+    Args:
+        shapes: of the file's tensors, as `open_weights` yields them.
+
+    Raises:
+        AdapterError: a tensor is missing, no projection takes it, or the projection has another shape.
+    """
+    sites = list(list_sites(base, settings.target_modules))
+    wanted = {name for site in sites for name in site.names}
+    extra = shapes.keys() - wanted
+    if extra or not sites:
+        raise AdapterError(
+            f"{folder} has {len(extra)} tensors that no layer of the base takes{_example(extra)}: expected LoRA pairs on "
+            f"{', '.join(settings.target_modules) or 'some projection'} of {base.num_layers} layers."
+        )
+    if missing := wanted - shapes.keys():
+        raise AdapterError(
+            f"{folder} lacks {len(missing)} of the {len(wanted)} tensors that its {ADAPTER_CONFIG} asks for on this base"
+            f"{_example(missing)}: its file is not whole, or it was made for another base."
+        )
+    for site in sites:
+        down, up = (shapes[name] for name in site.names)
+        num_out, num_in = site.projection.size(base)
+        if down[1] != num_in or up[0] != num_out:
+            raise AdapterError(
+                f"{folder} has {site.projection.path(site.layer)} as {list(up)} x {list(down)}, the base's is "
+                f"{num_out} x {num_in}: it was made for another base."
+            )
+    return sites
+
+
 def require_finite(tensor: Any, folder: Path, name: str) -> None:
     """Refuse infinities and NaN, which would make every answer of the adapter a NaN.
 
@@ -147,20 +166,16 @@ def require_finite(tensor: Any, folder: Path, name: str) -> None:
         raise AdapterError(f"{folder} holds infinite numbers or NaN in {show(name)[1:-1]}: train the adapter again.")
 
 
+def _example(names: Set[str]) -> str:
+    return f", such as {show(min(names))[1:-1]}" if names else ""
+
+
 def _check_tensor(path: Path, name: str, held: Any, settings: LoraSettings) -> tuple[int, ...]:
     shape, dtype = tuple(held.get_shape()), str(held.get_dtype())
-    place = {"lora_A.weight": 0, "lora_B.weight": 1}.get(name[-13:])
-    if place is None or len(shape) != 2 or shape[place] != settings.rank or dtype not in _DTYPES:
+    axis = rank_axis(name)
+    if axis is None or len(shape) != 2 or shape[axis] != settings.rank or dtype not in _DTYPES:
         raise AdapterError(
             f"{path} holds {show(name)[1:-1]} as {dtype} {list(shape)}: expected lora_A ({settings.rank}, in) and lora_B "
             f"(out, {settings.rank}) in floating point, for the rank that {ADAPTER_CONFIG} says."
         )
     return shape
-
-
-def _changes_formula(key: str) -> bool:
-    return key not in _WITHOUT_EFFECT and key not in _PLAIN
-
-
-def _is_among(value: object, plain: tuple[object, ...]) -> bool:
-    return any(value is one or (isinstance(value, str) and value == one) for one in plain)

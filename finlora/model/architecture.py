@@ -8,22 +8,19 @@ LlamaForCausalLM, to whose answers the tests hold each path.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finlora.config import LLAMA_PROJECTIONS
 from finlora.configfile import show
 from finlora.errors import ModelError
-from finlora.model.memory.shapes import LlamaShape
+from finlora.model.formula.llama import ACTIVATIONS, HEAD, LlamaShape, list_tensors
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
 _ONE_VALUE: dict[str, tuple[object, ...]] = {
-    "hidden_act": ("silu", "swish"),
+    "hidden_act": ACTIVATIONS,
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "attention_dropout": (0, None),
@@ -163,7 +160,7 @@ def check_tensors(folder: Path, shape: LlamaShape, tensors: Mapping[str, StoredT
             f"{folder} holds {len(tensors)} tensors and its config.json says num_hidden_layers={shape.num_layers}: it describes "
             "another model, copy both again."
         )
-    expected = dict(_list_expected(shape))
+    expected = {tensor.name: tensor.shape for tensor in list_tensors(shape)}
     missing = [name for name in expected if name not in tensors]
     extra = [name for name in tensors if name not in expected and not _is_spare(name, shape)]
     if missing:
@@ -190,22 +187,6 @@ def check_tensors(folder: Path, shape: LlamaShape, tensors: Mapping[str, StoredT
             f" ({', '.join(show(name)[1:-1] for name in extra[:3])}{', ...' if len(extra) > 3 else ''})"
             f"{f': {kind}' if kind else ''}. Its answers would not be the model's, so no verb takes it: choose another base."
         )
-
-
-def _list_expected(shape: LlamaShape) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield name and shape of each tensor of a base, in the names of transformers."""
-    table, norm = (shape.vocab_size, shape.hidden_size), (shape.hidden_size,)
-    yield EMBEDDING, table
-    for index in range(shape.num_layers):
-        layer = f"model.layers.{index}"
-        for name in LLAMA_PROJECTIONS:
-            block = "mlp" if name in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-            yield f"{layer}.{block}.{name}.weight", shape.projection(name)
-        yield f"{layer}.input_layernorm.weight", norm
-        yield f"{layer}.post_attention_layernorm.weight", norm
-    yield "model.norm.weight", norm
-    if not shape.is_tied:
-        yield HEAD, table
 
 
 def _is_spare(name: str, shape: LlamaShape) -> bool:

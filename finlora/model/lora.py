@@ -11,7 +11,9 @@ import torch
 from finlora.config import LoraConfig
 from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import AdapterError
-from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, find_sites, open_weights
+from finlora.model.formula.llama import shape_of
+from finlora.model.formula.low_rank import peft_settings
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,12 +31,7 @@ def attach_lora(net: LlamaForCausalLM, lora: LoraConfig, base: str, seed: int) -
 
     torch.manual_seed(seed)  # A is drawn here: every worker must start from the same
     settings = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
-        bias="none",
-        task_type="CAUSAL_LM",
+        **peft_settings(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules),
         base_model_name_or_path=base,
     )
     with warnings.catch_warnings():
@@ -79,7 +76,9 @@ def load_adapter(net: LlamaForCausalLM, folder: Path) -> PeftModel:
     """
     from peft import PeftModel
 
-    check_adapter(folder)
+    settings = check_adapter(folder)
+    with open_weights(folder, settings) as (_, shapes):
+        find_sites(folder, settings, shapes, shape_of(net.config.to_dict()))
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings(

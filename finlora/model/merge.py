@@ -9,26 +9,22 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import yaml
-from torch import nn
 
 from finlora.config import ModelConfig
 from finlora.data.chat_template import fix_date
 from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import AdapterError, ModelError
-from finlora.model.adapter_files import check_adapter, open_weights, require_finite
+from finlora.model.adapter_files import check_adapter, find_sites, open_weights, require_finite
 from finlora.model.base import BaseModel, load_base
 from finlora.model.base_files import read_base_files
 from finlora.model.contract import Contract, read_contract
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+from finlora.model.formula.llama import LlamaShape, shape_of
+from finlora.model.formula.low_rank import LoraSettings
 
 MERGED_FILE = "merged.yaml"
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,28 +63,14 @@ def merge_lora(base: BaseModel, adapter: Path) -> int:
             f"the base is loaded at {base.bits} bit, a merge needs 16: rounded to {base.bits} bit again, the "
             "sum would lose most of the adapter. Load the base with bits=16, or serve base and adapter unmerged."
         )
-    scale, tensors = _read_adapter(adapter)
-    names = sorted(name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight"))
-    if not names or len(tensors) != 2 * len(names):
-        raise AdapterError(
-            f"{adapter} holds {len(tensors)} tensors that are not pairs of lora_A and lora_B: train it again."
-        )
-    pairs = []
-    for name in names:  # all are checked before the first is changed
-        weight = _find_weight(base.model, name.removeprefix(_PREFIX), adapter)
-        down, up = tensors[f"{name}.lora_A.weight"], tensors.get(f"{name}.lora_B.weight")
-        if up is None or (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
-            raise AdapterError(
-                f"{adapter} does not fit the base: {name} has A {list(down.shape)} and B "
-                f"{list(up.shape) if up is not None else 'missing'} for a weight {list(weight.shape)}."
-            )
-        pairs.append((weight, down, up))
+    settings, updates = _read_adapter(adapter, shape_of(base.model.config.to_dict()))
     with torch.no_grad():
-        for weight, down, up in pairs:
+        for name, down, up in updates:
+            weight = base.model.get_parameter(f"{name}.weight")
             update = up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
-            weight.copy_(weight.float().add_(update, alpha=scale))
+            weight.copy_(weight.float().add_(update, alpha=settings.scale))
             require_finite(weight, adapter, "the merged weight")
-    return len(pairs)
+    return len(updates)
 
 
 def export_merged(
@@ -128,23 +110,14 @@ def export_merged(
     return Merged(folder=output, num_tensors=num_tensors, gib=size / 2**30, trained_bits=contract.bits)
 
 
-def _read_adapter(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
-    """Return alpha / rank and all tensors."""
+def _read_adapter(folder: Path, base: LlamaShape) -> tuple[LoraSettings, list[tuple[str, torch.Tensor, torch.Tensor]]]:
+    """Return an adapter's settings, and of each update the projection's name, A and B."""
     settings = check_adapter(folder)
     with open_weights(folder, settings) as (file, shapes):
-        return settings.scale, {name: file.get_tensor(name) for name in shapes}
-
-
-def _find_weight(net: LlamaForCausalLM, name: str, adapter: Path) -> torch.Tensor:
-    try:
-        module = net.get_submodule(name)
-    except AttributeError:
-        module = None
-    if not isinstance(module, nn.Linear):
-        raise AdapterError(
-            f"{adapter} has an update for {name}, which this base does not have: merge it into its own base."
-        )
-    return module.weight
+        sites = find_sites(folder, settings, shapes, base)  # all are checked before a weight is changed
+        return settings, [
+            (site.projection.path(site.layer), *(file.get_tensor(name) for name in site.names)) for site in sites
+        ]
 
 
 def _write(base: BaseModel, contract: Contract, adapter: Path, output: Path) -> None:

@@ -14,15 +14,13 @@ from finlora.configfile import show
 from finlora.errors import ModelError
 from finlora.machine.model_hub import explain_hub, find_hub_problem
 from finlora.model.architecture import (
-    EMBEDDING,
-    HEAD,
     StoredTensor,
     check_config,
     check_rotary,
     check_tensors,
 )
+from finlora.model.formula.llama import EMBEDDING, HEAD, LlamaShape, shape_of
 from finlora.model.git_lfs import refuse_pointer
-from finlora.model.memory.shapes import LlamaShape, shape_of
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

@@ -84,7 +84,7 @@ class StageActor:
         """Connect to the stages beside this one."""
         from finlora.pipeline.hidden_states import Neighbours
 
-        hidden_size = self.stage.net.config.hidden_size
+        hidden_size = self.stage.shape.hidden_size
         self.neighbours = Neighbours(transport, stage, num_stages, address, hidden_size, self.stage.dtype, self.device)
 
     def take_number(self, number: int, num_stages: int) -> str | None:
@@ -99,7 +99,7 @@ class StageActor:
         """Hand hidden states over on the GPU from now on; returns a first parcel, for the next stage to try."""
         from finlora.pipeline.hidden_states_gpu import Sender
 
-        hidden_size = self.stage.net.config.hidden_size
+        hidden_size = self.stage.shape.hidden_size
         if self.sender is None:
             self.sender = Sender(self.number, self.num_stages, hidden_size, self.stage.dtype, self.device)
         self.hands_over = True
@@ -114,7 +114,7 @@ class StageActor:
         from finlora.pipeline.hidden_states_gpu import Receiver
 
         if self.receiver is None:
-            hidden_size = self.stage.net.config.hidden_size
+            hidden_size = self.stage.shape.hidden_size
             self.receiver = Receiver(self.num_stages, hidden_size, self.stage.dtype, self.device)
         self.receiver.take_trial(parcel, ticket)
 

@@ -7,46 +7,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from finlora.config import LLAMA_PROJECTIONS
-from finlora.configfile import show
 from finlora.errors import AdapterError
 from finlora.model.adapter_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    find_sites,
     open_weights,
     read_lora_settings,
     require_finite,
 )
-from finlora.model.memory.shapes import LlamaShape
+from finlora.model.formula.llama import LlamaShape, Product
+from finlora.model.formula.low_rank import Update
 
-PRODUCTS = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "out": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
-"""Projections that are multiplied together, as finlora/model/layers/packed_layer.py joins them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """The low-rank update of one projection: scale * (x A^T) B^T, added to its columns of a product."""
-
-    columns: slice
-    down: Tensor
-    """A (r, K)."""
-    up: Tensor
-    """B (N, r)."""
-    scale: float
-
-
-Adapter = Mapping[tuple[int, str], list[Update]]
+Adapter = Mapping[tuple[int, Product], list[Update]]
 """(layer, product) -> its updates."""
 
 
@@ -62,10 +40,10 @@ class Bank:
 
     def __init__(self) -> None:
         self.numbers: dict[str | None, int] = {None: 0}
-        self._pairs: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._pairs: dict[tuple[int, Product], tuple[Tensor, Tensor]] = {}
         self._room = 2
 
-    def add(self, name: str, adapter: Adapter, num_out: Mapping[str, int]) -> bool:
+    def add(self, name: str, adapter: Adapter, num_out: Mapping[Product, int]) -> bool:
         """Take an adapter in; returns whether tensors had to move.
 
         Args:
@@ -100,11 +78,11 @@ class Bank:
             down[number : number + 1].zero_()  # none where the tensors had not grown yet
             up[number : number + 1].zero_()
 
-    def touches(self, layer: int, product: str) -> bool:
+    def touches(self, layer: int, product: Product) -> bool:
         """Return whether any adapter has changed a product since the bank was made."""
         return (layer, product) in self._pairs
 
-    def apply(self, out: Tensor, x: Tensor, numbers: Tensor, layer: int, product: str) -> Tensor:
+    def apply(self, out: Tensor, x: Tensor, numbers: Tensor, layer: int, product: Product) -> Tensor:
         """Add each row's own update to a product. Shapes: out (T, N), x (T, K), numbers (T,) -> out."""
         pair = self._pairs.get((layer, product))
         if pair is None:
@@ -156,50 +134,14 @@ def read_adapter(folder: Path, shape: LlamaShape, span: range, dtype: torch.dtyp
         AdapterError: files are missing, it is no plain LoRA that fits a model of that shape, or not all numbers are finite.
     """
     settings = read_lora_settings(folder)
-    adapter: dict[tuple[int, str], list[Update]] = {}
+    adapter: dict[tuple[int, Product], list[Update]] = {}
     with open_weights(folder, settings) as (file, shapes):
-        places = _find_places(folder, shapes, shape)  # of all layers, so that all stages refuse what one refuses
-        for (layer, product), columns, pair in places:
+        # Of all layers, so that all stages refuse what one refuses.
+        for layer, projection, columns, names in find_sites(folder, settings, shapes, shape):
             if layer in span:
-                down, up = (file.get_tensor(name) for name in pair)
-                for name, tensor in zip(pair, (down, up), strict=True):
+                down, up = (file.get_tensor(name) for name in names)
+                for name, tensor in zip(names, (down, up), strict=True):
                     require_finite(tensor, folder, name)
                 update = Update(columns, down.to(device, dtype), up.to(device, dtype), settings.scale)
-                adapter.setdefault((layer, product), []).append(update)
+                adapter.setdefault((layer, projection.product), []).append(update)
     return adapter
-
-
-def _find_places(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], shape: LlamaShape
-) -> list[tuple[tuple[int, str], slice, list[str]]]:
-    """Return layer and product, columns, and the names of A and B of each update.
-
-    Raises:
-        AdapterError: a tensor has no place in the base, or another shape than its place.
-    """
-    places = []
-    names = set(shapes)
-    for layer in range(shape.num_layers):
-        for product, targets in PRODUCTS.items():
-            start = 0
-            for target in targets:
-                num_out, num_in = shape.projection(target)
-                block = "mlp" if target in ("gate_proj", "up_proj", "down_proj") else "self_attn"
-                prefix = f"base_model.model.model.layers.{layer}.{block}.{target}"
-                pair = [f"{prefix}.lora_{part}.weight" for part in "AB"]
-                if names.issuperset(pair):
-                    names.difference_update(pair)
-                    down, up = (shapes[name] for name in pair)
-                    if down[1] != num_in or up[0] != num_out:
-                        raise AdapterError(
-                            f"{folder} has {prefix} as {list(up)} x {list(down)}, the base's is "
-                            f"{num_out} x {num_in}: it was made for another base."
-                        )
-                    places.append(((layer, product), slice(start, start + num_out), pair))
-                start += num_out
-    if names:
-        raise AdapterError(
-            f"{folder} has {len(names)} tensors that no layer of the base takes, such as {show(min(names))[1:-1]}: expected "
-            f"LoRA pairs on {', '.join(LLAMA_PROJECTIONS)}."
-        )
-    return places

@@ -2,6 +2,9 @@
 
 Shapes: T rows of a micro-batch, R rows of the cache, S keys that its segments see, H hidden, h heads, g key-value heads of
 width d, N wanted rows, V vocabulary. For inference only: nothing is kept for a backward pass.
+
+finlora/model/layers/packed_layer.py writes the same layer out for training: its kernels keep what a backward pass needs, and its
+queries meet the rows of a pack instead of a KV cache.
 """
 
 from __future__ import annotations
@@ -16,15 +19,15 @@ from torch import Tensor
 
 from finlora.engine.micro_batch import MicroBatch
 from finlora.errors import AdapterError
+from finlora.model.formula.llama import PRODUCTS, Product, product_width, shape_of
 from finlora.model.kernels import launch
 from finlora.model.layers.attention import can_attend_alone, can_flash
 from finlora.model.layers.cached_attention import attend_cache, attend_tails, write_cache
 from finlora.model.layers.elementwise import gate, normalise
 from finlora.model.layers.frozen_linear import MAX_FEW_ROWS, multiply_gated
-from finlora.model.layers.packed_model import read_layer
+from finlora.model.layers.frozen_model import ModelEnds, read_layer
 from finlora.model.memory.peak import measure_peak_gib
-from finlora.model.memory.shapes import shape_of
-from finlora.stage.adapter_weights import PRODUCTS, Adapter, Bank, read_adapter
+from finlora.stage.adapter_weights import Adapter, Bank, read_adapter
 from finlora.stage.batch_attention import Attend, make_attention, narrow
 from finlora.stage.decode_graphs import Begin, RecordedPasses, Rows
 from finlora.stage.sampling import Unread, choice_log_probs, sample
@@ -35,9 +38,9 @@ from finlora.stage.upload import fill_drawn, upload
 class _Adapt:
     """What adapters do to the products of a pass."""
 
-    add: Callable[[Tensor, Tensor, int, str], Tensor]
+    add: Callable[[Tensor, Tensor, int, Product], Tensor]
     """(product, its input, layer of the span, product's name) -> product with the adapters' updates."""
-    touches: Callable[[int, str], bool]
+    touches: Callable[[int, Product], bool]
     """(layer of the span, product's name) -> whether there are any."""
 
 
@@ -64,17 +67,17 @@ class Stage:
     def __init__(
         self, net: Any, span: range, num_rows: int, dtype: torch.dtype, *, keep_unpacked: bool = False
     ) -> None:
-        config = net.config
-        self.net, self.span, self.dtype = net, span, dtype
+        self.shape, self.span, self.dtype = shape_of(net.config.to_dict()), span, dtype
+        self._ends = ModelEnds(net, dtype)
         self.layers = []
         for index in span:
-            self.layers.append(read_layer(net.model.layers[index], config, dtype, keep_unpacked, consumes=True))
+            self.layers.append(read_layer(net.model.layers[index], self.shape, dtype, keep_unpacked, consumes=True))
             if (
                 torch.cuda.is_initialized()
             ):  # what weights lay in before fits no other layer's, and others share the GPU
                 torch.cuda.empty_cache()
         self.device = self.layers[0].first_norm.device
-        self.is_first, self.is_last = span.start == 0, span.stop == config.num_hidden_layers
+        self.is_first, self.is_last = span.start == 0, span.stop == self.shape.num_layers
         self.adapters: dict[str, Adapter] = {}
         self.bank = Bank()
         _, num_groups, width = self.layers[0].heads
@@ -98,9 +101,8 @@ class Stage:
         Raises:
             AdapterError: the folder holds no adapter that fits, or memory has no room for it; nothing changes then.
         """
-        shape = shape_of(self.net.config.to_dict())
-        adapter = read_adapter(folder, shape, self.span, self.dtype, self.device)
-        sizes = {name: sum(shape.projection(part)[0] for part in parts) for name, parts in PRODUCTS.items()}
+        adapter = read_adapter(folder, self.shape, self.span, self.dtype, self.device)
+        sizes = {product: product_width(product, self.shape) for product in PRODUCTS}
         try:
             has_moved = self.bank.add(name, adapter, sizes)
         except torch.OutOfMemoryError as error:
@@ -181,10 +183,8 @@ class Stage:
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits. Shapes: (N, H) -> (N, V)."""
-        norm = self.net.model.norm
-        normed = self._norm(hidden, norm.weight.to(self.dtype), norm.variance_epsilon)
-        logits: Tensor = (normed @ self.net.lm_head.weight.to(self.dtype).t()).float()
-        return logits
+        norm, eps, head = self._ends.output_weights()
+        return (self._norm(hidden, norm, eps) @ head.t()).float()
 
     def _run_rows(self, rows: Rows, hidden: Tensor | None) -> Tensor:
         """Compute a pass that can be recorded; returns hidden states, or where the last stage decodes, logits."""
@@ -194,10 +194,10 @@ class Stage:
             output, _ = attend_cache(query, keys, values, rows.places)
             return attend_tails(output, query, keys, values, rows.tails) if form.num_tails else output
 
-        def add(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
+        def add(out: Tensor, x: Tensor, index: int, product: Product) -> Tensor:
             return self.bank.apply(out, x, rows.adapters, self.span[index], product) if form.has_adapters else out
 
-        def touches(index: int, product: str) -> bool:
+        def touches(index: int, product: Product) -> bool:
             return form.has_adapters and self.bank.touches(self.span[index], product)
 
         x = self._run_layers(rows.ids, rows.positions, rows.slots, hidden, attend_keys, _Adapt(add, touches))
@@ -234,10 +234,10 @@ class Stage:
         wanted: _Wanted | None = None,
     ) -> Tensor:
         if self.is_first:
-            hidden = self.net.model.embed_tokens(ids).to(self.dtype)
+            hidden = self._ends.embed(ids)
         assert hidden is not None, "stages after the first get hidden states"
         x = hidden.to(self.device)
-        cosine, sine = (table[0] for table in self.net.model.rotary_emb(x, positions[None]))
+        cosine, sine = self._ends.rotary_tables(x, positions)
         for index, layer in enumerate(self.layers):
             *_, width = layer.heads
             normed = self._norm(x, layer.first_norm, layer.eps)
@@ -265,7 +265,7 @@ class Stage:
             adapters: (name, rows) in the order of the rows.
         """
 
-        def add(out: Tensor, x: Tensor, index: int, product: str) -> Tensor:
+        def add(out: Tensor, x: Tensor, index: int, product: Product) -> Tensor:
             start = 0
             for name, num_rows in adapters:
                 rows = slice(start, start + num_rows)
@@ -276,7 +276,7 @@ class Stage:
                     out[rows, update.columns].addmm_(x[rows] @ update.down.t(), update.up.t(), alpha=update.scale)
             return out
 
-        def touches(index: int, product: str) -> bool:
+        def touches(index: int, product: Product) -> bool:
             return any(name is not None and (self.span[index], product) in self.adapters[name] for name, _ in adapters)
 
         return _Adapt(add, touches)

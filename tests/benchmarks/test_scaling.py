@@ -17,7 +17,7 @@ from cluster_model import PCIE, Cluster, Link, Load, draw_steps, simulate
 from scaling import METHODS, Run, measure, measured_table
 
 from finlora.config import LoraConfig, ModelConfig
-from finlora.model.memory.shapes import adapter_shapes
+from finlora.model.memory.shapes import adapter_sizes
 from finlora.model.source import find_source
 from finlora.train.optim.onebit import Schedule, Traffic
 
@@ -40,8 +40,8 @@ def run(world_size, method, steps=STEPS, load=None, between=SLOW):
 @pytest.mark.ray
 def test_measured_run_sends_what_the_simulation_says(ray_instance, tiny_base, prepared_synthetic, tmp_path):
     measured = measure(tmp_path, tiny_base, prepared_synthetic, "synthetic_sentiment", "adamw", 2, 10)
-    shapes = adapter_shapes(find_source(ModelConfig(base=str(tiny_base))).shape, LoraConfig(rank=4))
-    load = make_load(sizes=[rows * columns for _, (rows, columns) in shapes])
+    sizes = adapter_sizes(find_source(ModelConfig(base=str(tiny_base))).shape, LoraConfig(rank=4))
+    load = make_load(sizes=sizes)
     outcome = run(2, "adamw ring", steps=10, load=load)
     assert (measured.bytes_sent, measured.rounds) == (outcome.bytes_sent, outcome.rounds)
     assert measured.rounds == 10

@@ -125,7 +125,7 @@ def _adapter_with(name: str) -> Callable[[bytes, Path], object]:
 
         from finlora.model.adapter_files import check_adapter
         from finlora.model.contract import read_contract
-        from finlora.model.memory.shapes import shape_of
+        from finlora.model.formula.llama import shape_of
         from finlora.stage.adapter_weights import read_adapter
 
         for file, content in adapter_files().items():

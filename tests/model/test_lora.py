@@ -183,7 +183,9 @@ def test_base_of_another_width_is_refused_by_words(saved, tiny_base, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig.from_pretrained(str(tiny_base), hidden_size=32, num_attention_heads=2)
-    with pytest.raises(AdapterError, match=r"cannot be loaded on this base (?s:.)*size mismatch"):
+    with pytest.raises(
+        AdapterError, match=r"q_proj as \[64, 4\] x \[4, 64\], the base's is 32 x 32: it was made for another base"
+    ):
         load_adapter(LlamaForCausalLM(config), saved[1])
 
 
@@ -193,7 +195,7 @@ def test_weights_without_some_tensors_are_refused_by_words(saved, tiny_base, los
     """PEFT fills what a file lacks with fresh values and warns: that would answer with another adapter."""
     path = saved[1] / "adapter_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(path).items() if lost not in name}, path)
-    with pytest.raises(AdapterError, match=r"cannot be loaded on this base"):
+    with pytest.raises(AdapterError, match=r"lacks 6 of the 12 tensors"):
         load_adapter(load(tiny_base), saved[1])
 
 

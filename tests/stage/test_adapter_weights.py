@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from finlora.errors import AdapterError
+from finlora.model.base import load_base
+from finlora.model.lora import load_adapter
+from finlora.model.merge import merge_lora
 from finlora.model.source import find_source
 from finlora.stage.adapter_weights import Bank, read_adapter
 
@@ -64,6 +68,28 @@ def test_adapter_of_another_base_is_refused(read, copy):
     save_file(extra, path)
     with pytest.raises(AdapterError, match=r"6 tensors that no layer of the base takes, such as .*layers.9"):
         read(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors, _: {k: v for k, v in tensors.items() if "layers.3." not in k}, r"lacks 6 of the 24 tensors"),
+        (lambda tensors, more: tensors | more, r"2 tensors that no layer of the base takes, such as .*o_proj"),
+        (lambda tensors, more: more, r"2 tensors that no layer of the base takes, such as .*o_proj"),
+        (lambda *_: {}, r"lacks 24 of the 24 tensors"),
+    ],
+    ids=["too few", "too many", "others", "none"],
+)
+def test_stage_merge_and_peft_refuse_alike_what_the_settings_do_not_ask_for(read, copy, four_layers, change, words):
+    folder = copy("few")
+    path = folder / "adapter_model.safetensors"
+    prefix = "base_model.model.model.layers.0.self_attn.o_proj.lora_"
+    more = {f"{prefix}A.weight": torch.ones(4, 64), f"{prefix}B.weight": torch.ones(64, 4)}
+    save_file(change(load_file(path), more), path)
+    base = load_base(four_layers, 16, CPU, 0)
+    for load in (read, partial(merge_lora, base), partial(load_adapter, base.model)):
+        with pytest.raises(AdapterError, match=words):
+            load(folder)
 
 
 @pytest.mark.parametrize(

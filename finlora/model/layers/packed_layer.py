@@ -10,6 +10,9 @@ The base is frozen, so the backward pass keeps no input of its products; what el
 nothing is computed again, or gate and up projection, or the layer from its input. In the last
 layer only the labelled places are queries, and only they go through the MLP.
 
+finlora/stage/stage.py writes the same layer out for serving, with other kernels and without a backward pass: there queries meet
+the KV cache, and each row has an adapter of its own on any projection.
+
 Source: transformers' modeling_llama and PEFT's LoRA layers, to which tests hold loss and gradients.
 """
 
@@ -19,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finlora.data.encode import IGNORED
 from finlora.data.packing import Segments
@@ -35,39 +38,8 @@ from finlora.model.layers.elementwise import (
     normalise_backward,
     rotate,
 )
-from finlora.model.layers.frozen_linear import FrozenWeight
+from finlora.model.layers.frozen_model import Layer
 from finlora.model.memory.packed_memory import HEAD_CHUNK, Recompute
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lora:
-    """The adapter of one projection."""
-
-    columns: slice
-    """Its columns among q, k and v side by side."""
-    down: nn.Parameter
-    """A (r, in), float32."""
-    up: nn.Parameter
-    """B (out, r), float32."""
-    scale: float
-    """alpha / r."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Layer:
-    """One decoder layer; weights in the type of the activations."""
-
-    first_norm: Tensor
-    second_norm: Tensor
-    qkv: FrozenWeight
-    out: FrozenWeight
-    gate_up: FrozenWeight
-    down: FrozenWeight
-    lora: tuple[Lora, ...]
-    dropout: float
-    eps: float
-    heads: tuple[int, int, int]
-    """Query heads, key-value heads, head width."""
 
 
 @dataclass(slots=True)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from finlora.data.packing import Pack
-from finlora.model.layers.frozen_linear import FrozenWeight, freeze, is_nf4, unpack
-from finlora.model.layers.packed_layer import Layer, Lora, Place, answer_loss, layer_backward, run_layer
+from finlora.model.formula.llama import shape_of
+from finlora.model.formula.low_rank import foreign_settings, read_settings
+from finlora.model.layers.frozen_model import ModelEnds, read_layer
+from finlora.model.layers.packed_layer import Place, answer_loss, layer_backward, run_layer
 from finlora.model.layers.training_graphs import CapturedPasses
-from finlora.model.memory.packed_memory import PACKED_TARGETS, Recompute, packing_refusal
+from finlora.model.memory.packed_memory import Recompute, packing_refusal
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -48,8 +50,9 @@ class PackedLlama(nn.Module):
         self.dtype = dtype
         self.recompute = recompute
         llama = model.get_base_model()
-        self.layers = [read_layer(layer, llama.config, dtype, keep_unpacked) for layer in llama.model.layers]
-
+        shape, lora = shape_of(llama.config.to_dict()), read_settings(model.peft_config["default"].to_dict())
+        self.ends = ModelEnds(llama, dtype)
+        self.layers = [read_layer(layer, shape, dtype, keep_unpacked, lora=lora) for layer in llama.model.layers]
         self.parameters_in_order = [
             parameter for layer in self.layers for lora in layer.lora for parameter in (lora.down, lora.up)
         ]
@@ -75,9 +78,8 @@ class PackedLlama(nn.Module):
         Returns:
             The summed loss and the float32 gradients of `parameters_in_order`.
         """
-        llama = self.model.get_base_model()
-        x = llama.model.embed_tokens(pack.input_ids).to(self.dtype)
-        cosine, sine = (table[0] for table in llama.model.rotary_emb(x, pack.positions[None]))
+        x = self.ends.embed(pack.input_ids)
+        cosine, sine = self.ends.rotary_tables(x, pack.positions)
         last = len(self.layers) - 1
         places = [Place(pack.segments, None, cosine, sine, self.recompute)] * last
         places.append(Place(pack.last_segments, pack.places, cosine, sine, self.recompute))
@@ -86,9 +88,7 @@ class PackedLlama(nn.Module):
         for layer, place, own in zip(self.layers, places, seeds, strict=True):
             x, kept = run_layer(x, layer, place, own)
             all_kept.append(kept)
-        norm = llama.model.norm
-        weights = norm.weight.to(self.dtype), norm.variance_epsilon, llama.lm_head.weight.to(self.dtype)
-        loss, grad = answer_loss(x, *weights, pack.targets)
+        loss, grad = answer_loss(x, *self.ends.output_weights(), pack.targets)
         gradients: list[Tensor] = []
         for index in range(last, -1, -1):
             needs_x = index > 0
@@ -128,58 +128,9 @@ def _layer_salt(index: int) -> int:
 
 def refusal(model: PeftModel) -> str | None:
     """Return in words why a model cannot run packed, or None where it can."""
-    lora = model.peft_config["default"]
-    if reason := packing_refusal(sorted(lora.target_modules)):
+    settings = model.peft_config["default"]
+    if reason := packing_refusal(sorted(settings.target_modules)):
         return reason
-    if lora.bias != "none" or lora.use_dora or lora.use_rslora or len(model.peft_config) != 1:
+    if foreign_settings(settings.to_dict()) or len(model.peft_config) != 1:
         return "the adapter is not one plain LoRA without biases"
     return None
-
-
-def read_layer(
-    layer: nn.Module, config: Any, dtype: torch.dtype, keep_unpacked: bool, *, consumes: bool = False
-) -> Layer:
-    """Take the weights of one of transformers' decoder layers, and of PEFT's adapters on q, k and v where there are any.
-
-    Args:
-        keep_unpacked: hold 4-bit weights unpacked.
-        consumes: the layer itself need not go on working (finlora/model/layers/frozen_linear.py).
-    """
-    attention: Any = layer.self_attn
-    mlp: Any = layer.mlp
-
-    def take(owner: nn.Module, *names: str) -> FrozenWeight:
-        modules = []
-        for name in names:
-            holder, attribute = owner, name
-            if hasattr(getattr(owner, name), "base_layer"):
-                holder, attribute = getattr(owner, name), "base_layer"
-            module = getattr(holder, attribute)
-            if keep_unpacked and is_nf4(module):
-                module = unpack(module, dtype)
-                setattr(holder, attribute, module)
-            modules.append(module)
-        return freeze(modules, dtype, consumes=consumes)
-
-    loras, start, dropout = [], 0, 0.0
-    for name in PACKED_TARGETS:
-        module = getattr(attention, name)
-        if hasattr(module, "lora_A"):
-            columns = slice(start, start + module.out_features)
-            down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
-            loras.append(Lora(columns=columns, down=down, up=up, scale=float(module.scaling["default"])))
-            dropout = float(getattr(module.lora_dropout["default"], "p", 0.0))
-        start += module.out_features
-    norms: Any = (layer.input_layernorm, layer.post_attention_layernorm)
-    return Layer(
-        first_norm=norms[0].weight.to(dtype),
-        second_norm=norms[1].weight.to(dtype),
-        qkv=take(attention, *PACKED_TARGETS),
-        out=take(attention, "o_proj"),
-        gate_up=take(mlp, "gate_proj", "up_proj"),
-        down=take(mlp, "down_proj"),
-        lora=tuple(loras),
-        dropout=dropout,
-        eps=float(norms[0].variance_epsilon),
-        heads=(config.num_attention_heads, config.num_key_value_heads, int(attention.head_dim)),
-    )

@@ -23,10 +23,10 @@ from typing import Literal, get_args
 
 from finlora.config import RunConfig
 from finlora.data.pack_size import PackSize, most_tokens
+from finlora.model.formula.llama import PACKED_TARGETS, LlamaShape
 from finlora.model.memory.padded_memory import MemoryPlan, element_bytes
 from finlora.model.memory.shapes import (
     GIB,
-    LlamaShape,
     context_gib,
     count_adapter_file_bytes,
     count_adapter_parameters,
@@ -37,8 +37,6 @@ from finlora.model.memory.shapes import (
 from finlora.precision import count_bytes
 
 Recompute = Literal["none", "mlp", "layer"]
-PACKED_TARGETS = ("q_proj", "k_proj", "v_proj")
-"""Projections that packed training adapts."""
 
 HEAD_CHUNK = 2048
 _PACK_OVERHEAD, _UNPACK_OVERHEAD = 100, 300
@@ -89,12 +87,11 @@ def packing_refusal(target_modules: Sequence[str]) -> str | None:
 def count_kept_bytes(shape: LlamaShape, config: RunConfig, recompute: Recompute) -> int:
     """Return what one layer keeps of one token for the backward pass."""
     e, lora = element_bytes(config), config.lora
-    kv = shape.num_kv_heads * shape.head_dim
     kept = e * shape.hidden_size
     if recompute == "layer":
         return kept
     low = len(lora.target_modules) * lora.rank
-    kept += e * (2 * shape.query_size + 2 * kv + shape.hidden_size + low) + 4 * shape.num_heads
+    kept += e * (2 * shape.query_size + 2 * shape.kv_size + shape.hidden_size + low) + 4 * shape.num_heads
     return kept + (2 * e * shape.intermediate_size if recompute == "none" else 0)
 
 
@@ -108,7 +105,7 @@ def count_pack_bytes(
     weight = {16: 0, 4: e * hidden * inner + 4 * hidden * inner // 64, 8: 2 * e * hidden * inner}[bits]
     a_row = count_kept_bytes(shape, config, recompute)
     again = count_kept_bytes(shape, config, "none") - a_row
-    last = e * (hidden + (0 if recompute == "layer" else shape.query_size + 2 * shape.num_kv_heads * shape.head_dim))
+    last = e * (hidden + (0 if recompute == "layer" else shape.query_size + 2 * shape.kv_size))
     moments = [
         last * size.num_rows + 8 * shape.vocab_size * min(size.num_labels, HEAD_CHUNK),
         (again + e * (hidden + 3 * inner)) * size.num_rows,

@@ -22,9 +22,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from finlora.config import RunConfig
+from finlora.model.formula.llama import LlamaShape, find_projection
 from finlora.model.memory.shapes import (
     GIB,
-    LlamaShape,
     MicroBatch,
     context_gib,
     count_adapter_file_bytes,
@@ -98,12 +98,13 @@ def count_layer_bytes(shape: LlamaShape, config: RunConfig, batch: MicroBatch, e
     norm = (_FLOAT32 * hidden + _FLOAT32) * n
     total = norm if is_first else 2 * norm
     for target in lora.target_modules:
-        num_out, num_in = shape.projection(target)
-        needs_input_grad = not (is_first and target in ("q_proj", "k_proj", "v_proj"))
+        projection = find_projection(target)
+        num_out, num_in = projection.size(shape)
+        needs_input_grad = not (is_first and projection.product == "qkv")
         total += element * (num_in + lora.rank) * n + element * lora.rank * num_out
         if needs_input_grad:
             total += element * lora.rank * num_in + (num_in * n if lora.dropout else 0)
-    width = query if batch.is_padded else shape.num_kv_heads * shape.head_dim
+    width = query if batch.is_padded else shape.kv_size
     total += element * (2 * query + 2 * width) * n
     total += _FLOAT32 * shape.num_heads * batch.num_examples * _round_up(batch.num_tokens, 32)
     if batch.is_padded:

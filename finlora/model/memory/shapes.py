@@ -10,11 +10,14 @@ arXiv:2208.07339 (int8 with a float32 scale a row); finlora/model/base.py for th
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finlora.config import LLAMA_PROJECTIONS, Bits, LoraConfig
+from finlora.config import Bits, LoraConfig
+from finlora.model.formula.llama import LlamaShape, list_tensors
+from finlora.model.formula.low_rank import list_adapter_tensors
 from finlora.train.optim.optimizer import find_optimizer
 
 GIB = 2**30
@@ -29,75 +32,6 @@ def context_gib(device: str) -> float:
 
 _NF4_BLOCK, _ABSMAX_BLOCK = 64, 256
 _NF4_TABLES = 16 * 4 + 256 * 4 + 4  # NF4 code, code of the second quantisation, offset: float32, a set a layer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LlamaShape:
-    """The sizes of a Llama that decide its memory."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    is_tied: bool = False
-    """The output head is the embedding."""
-
-    @property
-    def query_size(self) -> int:
-        return self.num_heads * self.head_dim
-
-    def projection(self, name: str) -> tuple[int, int]:
-        """Return (out, in) of a decoder projection."""
-        hidden, query, kv = self.hidden_size, self.query_size, self.num_kv_heads * self.head_dim
-        return {
-            "q_proj": (query, hidden),
-            "k_proj": (kv, hidden),
-            "v_proj": (kv, hidden),
-            "o_proj": (hidden, query),
-            "gate_proj": (self.intermediate_size, hidden),
-            "up_proj": (self.intermediate_size, hidden),
-            "down_proj": (hidden, self.intermediate_size),
-        }[name]
-
-
-LLAMA_8B = LlamaShape(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-)
-"""Llama-3.1-8B."""
-LLAMA_70B = LlamaShape(
-    hidden_size=8192,
-    intermediate_size=28672,
-    num_layers=80,
-    num_heads=64,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-)
-"""Llama-3.1-70B."""
-
-
-def shape_of(values: dict[str, Any]) -> LlamaShape:
-    """Read the shape from transformers' config.to_dict() (finlora/model/source.py has it of a folder)."""
-    heads = int(values["num_attention_heads"])
-    return LlamaShape(
-        hidden_size=int(values["hidden_size"]),
-        intermediate_size=int(values["intermediate_size"]),
-        num_layers=int(values["num_hidden_layers"]),
-        num_heads=heads,
-        num_kv_heads=int(values.get("num_key_value_heads") or heads),
-        head_dim=int(values.get("head_dim") or int(values["hidden_size"]) // heads),
-        vocab_size=int(values["vocab_size"]),
-        is_tied=bool(values.get("tie_word_embeddings", False)),
-    )
 
 
 def count_weight_bytes(shape: LlamaShape, bits: Bits, element_bytes: int = 2) -> int:
@@ -125,40 +59,26 @@ def count_load_peak_bytes(shape: LlamaShape, bits: Bits, element_bytes: int = 2)
 
 def _load_steps(shape: LlamaShape, bits: Bits, element_bytes: int) -> Iterator[tuple[int, int]]:
     """Yield (final bytes, extra bytes in flight) of each tensor in loading order."""
-    hidden, vocabulary = shape.hidden_size * element_bytes, shape.vocab_size * shape.hidden_size * element_bytes
-    yield vocabulary, 0
-    for _ in range(shape.num_layers):
-        for name in LLAMA_PROJECTIONS:
-            num_out, num_in = shape.projection(name)
-            size = num_out * num_in
-            if bits == 16:
-                yield size * element_bytes, 0
-            elif bits == 8:
-                yield size + 4 * num_out, size * element_bytes + size * 2
-            else:
-                blocks = -(-size // _NF4_BLOCK)
-                final = -(-size // 2) + blocks + 4 * -(-blocks // _ABSMAX_BLOCK) + _NF4_TABLES
-                yield final, size * element_bytes + 2 * 4 * blocks
-        yield 2 * hidden, 0
-    yield hidden, 0
-    if not shape.is_tied:
-        yield vocabulary, 0
+    for tensor in list_tensors(shape):
+        size = math.prod(tensor.shape)
+        if bits == 16 or not tensor.is_projection:
+            yield size * element_bytes, 0
+        elif bits == 8:
+            yield size + 4 * tensor.shape[0], size * element_bytes + size * 2
+        else:
+            blocks = -(-size // _NF4_BLOCK)
+            final = -(-size // 2) + blocks + 4 * -(-blocks // _ABSMAX_BLOCK) + _NF4_TABLES
+            yield final, size * element_bytes + 2 * 4 * blocks
 
 
-def adapter_shapes(shape: LlamaShape, lora: LoraConfig) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield (name in the file, shape) of every adapter tensor."""
-    for layer in range(shape.num_layers):
-        for target in lora.target_modules:
-            block = "self_attn" if target in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-            num_out, num_in = shape.projection(target)
-            prefix = f"base_model.model.model.layers.{layer}.{block}.{target}"
-            yield f"{prefix}.lora_A.weight", (lora.rank, num_in)
-            yield f"{prefix}.lora_B.weight", (num_out, lora.rank)
+def adapter_sizes(shape: LlamaShape, lora: LoraConfig) -> list[int]:
+    """Return the number of parameters of each adapter tensor."""
+    return [math.prod(size) for _, size in list_adapter_tensors(shape, lora.rank, lora.target_modules)]
 
 
 def count_adapter_parameters(shape: LlamaShape, lora: LoraConfig) -> int:
     """Return the sum of rank * (in + out) over the target modules of all layers."""
-    return sum(rows * columns for _, (rows, columns) in adapter_shapes(shape, lora))
+    return sum(adapter_sizes(shape, lora))
 
 
 def count_adapter_file_bytes(shape: LlamaShape, lora: LoraConfig) -> int:
@@ -168,7 +88,9 @@ def count_adapter_file_bytes(shape: LlamaShape, lora: LoraConfig) -> int:
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, (rows, columns) in sorted(adapter_shapes(shape, lora)):  # the writer sorts by name within a type
+    for name, (rows, columns) in sorted(
+        list_adapter_tensors(shape, lora.rank, lora.target_modules)
+    ):  # the writer sorts by name within a type
         end = offset + 2 * rows * columns
         header[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [offset, end]}
         offset = end
@@ -184,7 +106,7 @@ def count_optimizer_bytes(
     Raises:
         ConfigError: there is no optimiser of that name.
     """
-    sizes = [rows * columns for _, (rows, columns) in adapter_shapes(shape, lora)]
+    sizes = adapter_sizes(shape, lora)
     state = find_optimizer(optimizer).count_state_bytes(sizes, num_workers, parameter_bytes)
     return parameter_bytes * sum(sizes) + state
 

@@ -203,3 +203,10 @@ def test_what_cannot_run_packed_is_said(make_model, targets, words):
     if words:
         with pytest.raises(ValueError, match=r"target_modules has o_proj"):
             PackedLlama(model, torch.float32)
+
+
+def test_variant_of_lora_cannot_run_packed(make_model):
+    model = make_model(16)
+    model.peft_config["default"].use_rslora = True
+    with pytest.raises(ValueError, match="is not one plain LoRA"):
+        PackedLlama(model, torch.float32)

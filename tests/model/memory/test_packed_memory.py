@@ -12,6 +12,7 @@ from finlora.data.encode import Encoded
 from finlora.data.pack_size import PackSize, measure_pack, pad_pack
 from finlora.data.packing import pack_examples
 from finlora.model.base import load_base
+from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B, shape_of
 from finlora.model.layers.packed_layer import Place, run_layer
 from finlora.model.layers.packed_model import PackedLlama
 from finlora.model.lora import attach_lora
@@ -21,7 +22,6 @@ from finlora.model.memory.packed_memory import (
     forecast_packs,
     plan_packs,
 )
-from finlora.model.memory.shapes import LLAMA_8B, LLAMA_70B, shape_of
 
 EXAMPLES = [Encoded(tuple(range(10, 40 + 3 * n)), tuple(range(200, 202 + n % 4))) for n in range(7)]
 

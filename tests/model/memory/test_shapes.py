@@ -18,13 +18,11 @@ from torch.utils._pytree import tree_leaves
 from finlora.config import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from finlora.data.encode import Batch
 from finlora.model.base import load_base, measure_weights, quiet_bitsandbytes
+from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B, LlamaShape, shape_of
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
 from finlora.model.memory.padded_memory import count_saved_bytes, count_step_peak_bytes, plan_memory
 from finlora.model.memory.shapes import (
     GIB,
-    LLAMA_8B,
-    LLAMA_70B,
-    LlamaShape,
     MicroBatch,
     count_adapter_file_bytes,
     count_adapter_parameters,
@@ -32,7 +30,6 @@ from finlora.model.memory.shapes import (
     count_optimizer_bytes,
     count_weight_bytes,
     find_worst_micro_batch,
-    shape_of,
 )
 from finlora.train.optim.optimizer import make_optimizer
 from finlora.train.steps.loop import AnswerLoss

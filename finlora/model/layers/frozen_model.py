@@ -1,0 +1,106 @@
+"""Frozen weights of a Llama as packed training and stages compute with them, read from the modules of transformers and PEFT.
+
+Read once, when a model is built: a pass walks no module of a decoder layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finlora.model.formula.llama import ATTENTION_NORM, MLP_NORM, PRODUCTS, LlamaShape, Product, product_columns
+from finlora.model.formula.low_rank import LoraSettings, Update, read_dropout, read_module
+from finlora.model.layers.frozen_linear import FrozenWeight, freeze, is_nf4, unpack
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """One decoder layer; weights in the type of the activations."""
+
+    first_norm: Tensor
+    second_norm: Tensor
+    qkv: FrozenWeight
+    out: FrozenWeight
+    gate_up: FrozenWeight
+    down: FrozenWeight
+    lora: tuple[Update, ...]
+    """In training, of q, k and v. A stage keeps its adapters beside the layers (finlora/stage/adapter_weights.py)."""
+    dropout: float
+    eps: float
+    heads: tuple[int, int, int]
+    """Query heads, key-value heads, head width."""
+
+
+class ModelEnds:
+    """Embedding and rotary tables before the layers, final norm and output head behind them."""
+
+    def __init__(self, net: Any, dtype: torch.dtype) -> None:
+        self._model, self._head, self._dtype = net.model, net.lm_head, dtype
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Shapes: (T,) -> (T, H)."""
+        return self._model.embed_tokens(input_ids).to(self._dtype)  # type: ignore[no-any-return]
+
+    def rotary_tables(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines (T, d) of the positions (T,), in the type of x."""
+        cosine, sine = self._model.rotary_emb(x, positions[None])
+        return cosine[0], sine[0]
+
+    def output_weights(self) -> tuple[Tensor, float, Tensor]:
+        """Return the final norm's weight (H,) and epsilon, and the head (V, H)."""
+        norm = self._model.norm
+        return norm.weight.to(self._dtype), norm.variance_epsilon, self._head.weight.to(self._dtype)
+
+
+def read_layer(
+    layer: nn.Module,
+    shape: LlamaShape,
+    dtype: torch.dtype,
+    keep_unpacked: bool,
+    *,
+    lora: LoraSettings | None = None,
+    consumes: bool = False,
+) -> Layer:
+    """Take the weights of one of transformers' decoder layers.
+
+    Args:
+        keep_unpacked: hold 4-bit weights unpacked.
+        lora: settings of the adapter that PEFT has put on the layer; None: there is none.
+        consumes: the layer itself need not go on working (finlora/model/layers/frozen_linear.py).
+    """
+
+    def take(product: Product) -> FrozenWeight:
+        modules = []
+        for projection in PRODUCTS[product]:
+            holder, attribute = layer.get_submodule(projection.block), projection.name
+            if hasattr(getattr(holder, attribute), "base_layer"):
+                holder, attribute = getattr(holder, attribute), "base_layer"
+            module = getattr(holder, attribute)
+            if keep_unpacked and is_nf4(module):
+                module = unpack(module, dtype)
+                setattr(holder, attribute, module)
+            modules.append(module)
+        return freeze(modules, dtype, consumes=consumes)
+
+    updates, dropout = [], 0.0
+    for projection, columns in product_columns("qkv", shape):
+        if lora is not None and projection.name in lora.target_modules:
+            module = layer.get_submodule(f"{projection.block}.{projection.name}")
+            updates.append(read_module(module, columns, lora.scale))
+            dropout = read_dropout(module)
+    first_norm, second_norm = (getattr(layer, name) for name in (ATTENTION_NORM, MLP_NORM))
+    return Layer(
+        first_norm=first_norm.weight.to(dtype),
+        second_norm=second_norm.weight.to(dtype),
+        qkv=take("qkv"),
+        out=take("out"),
+        gate_up=take("gate_up"),
+        down=take("down"),
+        lora=tuple(updates),
+        dropout=dropout,
+        eps=float(first_norm.variance_epsilon),
+        heads=(shape.num_heads, shape.num_kv_heads, shape.head_dim),
+    )

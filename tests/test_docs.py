@@ -12,6 +12,8 @@ import pytest
 from finlora.configfile import load_config
 from finlora.data.sets.catalog import TASKS
 from finlora.machine import cpu
+from finlora.model.contract import Contract
+from finlora.train.run import run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT / "docs")): path for path in sorted((ROOT / "docs").rglob("*.md"))}
@@ -109,6 +111,14 @@ def test_every_environment_variable_that_the_code_reads_is_in_the_reference():
     assert len(read) > 15
     page = PAGES["reference/environment.md"].read_text()
     assert [name for name in sorted(read - OUR_OWN) if f"`{name}`" not in page] == []
+
+
+def test_files_of_a_run_and_keys_of_a_contract_are_in_the_reference():
+    page = PAGES["reference/folders.md"].read_text()
+    files = re.findall(r"^    (\S+) {2,}", run_folder.__doc__, flags=re.MULTILINE)
+    assert len(files) > 10
+    keys = [field.name for field in dataclasses.fields(Contract)]
+    assert [name for name in (*files, *keys) if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -77,7 +77,7 @@ def reproduce(
 ) -> None:
     """Run every row of the paper's tables that is not done yet, and report. Says why a row cannot run here."""
     from finlora.report.write import draw_table, render_report
-    from finlora.reproduce.outcomes import foresee, outcome_table
+    from finlora.reproduce.outcomes import StepState, foresee, outcome_table
     from finlora.reproduce.paper_rows import make_plan
     from finlora.results import read_results
 
@@ -100,11 +100,11 @@ def reproduce(
 
         outcomes = run_plan(steps, folder, tell)
     steps_table = outcome_table(outcomes)
-    if any(outcome.state == "done" for outcome in outcomes):
+    if any(outcome.state == StepState.DONE for outcome in outcomes):
         render_report(read_results(folder / "runs"), folder / "report", console, [steps_table])
     else:
         draw_table(steps_table, console)
-    failed = [outcome.name for outcome in outcomes if outcome.state == "failed"]
+    failed = [outcome.name for outcome in outcomes if outcome.state == StepState.FAILED]
     if failed:
         raise FinloraError(
             f"{len(failed)} steps failed ({', '.join(failed[:3])}): the table says why. The same command goes on."

@@ -13,8 +13,8 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal
 
 from finlora.data.sets.prepared import read_prepared
 from finlora.durable import seal, unseal, write_whole
@@ -24,8 +24,15 @@ from finlora.model.source import find_source
 from finlora.report.tables import TextTable
 from finlora.reproduce.paper_rows import Step
 
-State = Literal["done", "cannot run", "waits for its training", "failed", "to do"]
-_STATES: tuple[State, ...] = ("done", "cannot run", "waits for its training", "failed", "to do")
+
+class StepState(StrEnum):
+    """How a step stands, in the words of its record and of the table."""
+
+    DONE = "done"
+    CANNOT_RUN = "cannot run"
+    WAITS = "waits for its training"
+    FAILED = "failed"
+    TO_DO = "to do"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +42,7 @@ class Outcome:
     name: str
     key: str
     """Step.key: an outcome of other settings does not count."""
-    state: State
+    state: StepState
     cause: str = ""
     """Why it did not run or failed."""
     seconds: float = 0.0
@@ -60,15 +67,16 @@ def read_outcome(output: Path, step: Step) -> Outcome:
     path = output / "steps" / f"{step.name}.json"
     if path.is_file():
         try:
-            outcome = Outcome(**unseal(json.loads(path.read_text(encoding="utf-8"))))
-        except (ValueError, TypeError) as error:
+            values = unseal(json.loads(path.read_text(encoding="utf-8")))
+            outcome = Outcome(state=StepState(values.pop("state")), **values)
+        except (ValueError, TypeError, KeyError) as error:
             raise ResultError(
                 f"{path} does not say any more how the step ended ({error}): delete that file to do the step again."
             ) from error
         is_there = step.kind == "evaluate" or (step.adapter is not None and (step.adapter / CONTRACT_FILE).is_file())
         if outcome.key == step.key and is_there:
             return outcome
-    return Outcome(name=step.name, key=step.key, state="to do")
+    return Outcome(name=step.name, key=step.key, state=StepState.TO_DO)
 
 
 def find_obstacle(step: Step) -> str | None:
@@ -93,12 +101,12 @@ def foresee(steps: Sequence[Step], output: Path) -> list[Outcome]:
     trainable: set[Path | None] = set()
     for step in steps:
         outcome = read_outcome(output, step)
-        if outcome.state != "done":
-            outcome = Outcome(name=step.name, key=step.key, state="to do")
+        if outcome.state != StepState.DONE:
+            outcome = Outcome(name=step.name, key=step.key, state=StepState.TO_DO)
             if obstacle := find_obstacle(step):
-                outcome = dataclasses.replace(outcome, state="cannot run", cause=obstacle)
+                outcome = dataclasses.replace(outcome, state=StepState.CANNOT_RUN, cause=obstacle)
             elif lacks_adapter(step) and step.adapter not in trainable:
-                outcome = dataclasses.replace(outcome, state="waits for its training")
+                outcome = dataclasses.replace(outcome, state=StepState.WAITS)
             elif step.kind == "train":
                 trainable.add(step.adapter)
         outcomes.append(outcome)
@@ -109,7 +117,7 @@ def outcome_table(outcomes: Sequence[Outcome]) -> TextTable:
     """One row a step that was done or failed; those of one state and cause that did not run share a row."""
     groups: dict[tuple[str, ...], list[Outcome]] = {}
     for each in outcomes:
-        has_own_row = each.state in ("done", "failed")
+        has_own_row = each.state in (StepState.DONE, StepState.FAILED)
         groups.setdefault((each.state, each.cause, each.name if has_own_row else ""), []).append(each)
     counts = Counter(each.state for each in outcomes)
     return TextTable(
@@ -119,10 +127,10 @@ def outcome_table(outcomes: Sequence[Outcome]) -> TextTable:
             (
                 "\n".join(each.name for each in group),
                 state if len(group) == 1 else f"{state}: {len(group)}",
-                *((f"{group[0].seconds:,.0f}", f"{group[0].waited:,.0f}") if state == "done" else ("", "")),
+                *((f"{group[0].seconds:,.0f}", f"{group[0].waited:,.0f}") if state == StepState.DONE else ("", "")),
                 cause,
             )
             for (state, cause, _), group in groups.items()
         ),
-        notes=(", ".join(f"{counts[state]} {state}" for state in _STATES if counts[state]) + ".",),
+        notes=(", ".join(f"{counts[state]} {state}" for state in StepState if counts[state]) + ".",),
     )

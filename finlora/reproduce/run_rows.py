@@ -10,7 +10,7 @@ from pathlib import Path
 from finlora.cluster import connect
 from finlora.cluster.lease import seconds_waited
 from finlora.errors import ConfigError, DatasetError, ModelError, ResourceError, StoppedError
-from finlora.reproduce.outcomes import Outcome, State, find_obstacle, lacks_adapter, read_outcome, write_outcome
+from finlora.reproduce.outcomes import Outcome, StepState, find_obstacle, lacks_adapter, read_outcome, write_outcome
 from finlora.reproduce.paper_rows import Step
 from finlora.results import Result, append_result
 from finlora.train.run.run_folder import RunFolder
@@ -37,42 +37,42 @@ def run_plan(steps: Sequence[Step], output: Path, announce: Callable[[str], None
     outcomes = []
     for number, step in enumerate(steps, start=1):
         outcome = read_outcome(output, step)
-        if outcome.state != "done":
+        if outcome.state != StepState.DONE:
             announce(f"[{number}/{len(steps)}] {step.name}")
             outcome = _run(step, announce)
             write_outcome(output, outcome)
             words = f": {outcome.cause}" if outcome.cause else ""
-            words = f" in {outcome.seconds:.0f} s" if outcome.state == "done" else words
+            words = f" in {outcome.seconds:.0f} s" if outcome.state == StepState.DONE else words
             announce(f"[{number}/{len(steps)}] {step.name}: {outcome.state}{words}")
         outcomes.append(outcome)
     return outcomes
 
 
 def _run(step: Step, announce: Callable[[str], None]) -> Outcome:
-    def end(state: State, cause: str = "", seconds: float = 0.0, waited: float = 0.0) -> Outcome:
+    def end(state: StepState, cause: str = "", seconds: float = 0.0, waited: float = 0.0) -> Outcome:
         return Outcome(name=step.name, key=step.key, state=state, cause=cause, seconds=seconds, waited=waited)
 
     if obstacle := find_obstacle(step):
-        return end("cannot run", obstacle)
+        return end(StepState.CANNOT_RUN, obstacle)
     if lacks_adapter(step):
-        return end("waits for its training")
+        return end(StepState.WAITS)
     try:
         if step.kind == "train":
             from finlora.train.worker import run_training
 
             trained = run_training(step.config, announce)
-            return end("done", "", trained.wall_seconds or 0.0, trained.waited_seconds or 0.0)
+            return end(StepState.DONE, "", trained.wall_seconds or 0.0, trained.waited_seconds or 0.0)
         started, before = time.monotonic(), seconds_waited()
         results = _evaluate(step, announce)
         # The evaluation waits here for its own place and, where it has stages, there for theirs.
         waited = seconds_waited() - before + max((result.waited_seconds or 0.0 for result in results), default=0.0)
-        return end("done", "", time.monotonic() - started - waited, waited)
+        return end(StepState.DONE, "", time.monotonic() - started - waited, waited)
     except StoppedError:
         raise
     except _CANNOT as error:
-        return end("cannot run", str(error))
+        return end(StepState.CANNOT_RUN, str(error))
     except Exception as error:  # one step that fails must not cost the others; its cause is kept
-        return end("failed", f"{type(error).__name__}: {error}")
+        return end(StepState.FAILED, f"{type(error).__name__}: {error}")
 
 
 def _evaluate(step: Step, announce: Callable[[str], None]) -> list[Result]:

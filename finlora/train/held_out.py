@@ -10,7 +10,7 @@ import torch
 
 from finlora.config import RunConfig
 from finlora.data.encode import Encoded, collate, encode_examples
-from finlora.data.sets.prepared import read_prepared
+from finlora.data.sets.prepared import SplitName, read_prepared
 from finlora.durable import append_line, read_lines
 from finlora.model.base_files import read_base_files
 from finlora.precision import is_autocast
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 HELD_OUT = "held_out_loss"
-"""Name under which it is reported."""
+"""Name of the metric that workers report."""
+HELD_OUT_SPLIT: SplitName = "test"
+"""Split of a search's own data folder that holds its held-out training examples. Evaluation reads the split of this name. The
+published test split takes no part in a search."""
 _FILE = "held_out.jsonl"
 _MAX_TOKENS = 4096
 """Tokens of a padded batch: less memory than a training step of any base takes, since no pass backward follows."""
@@ -48,7 +51,7 @@ class HeldOut:
         examples = [
             example
             for task in config.data.tasks
-            for example in read_prepared(Path(config.data.dir), task, "test").examples
+            for example in read_prepared(Path(config.data.dir), task, HELD_OUT_SPLIT).examples
         ]
         base = read_base_files(config.model)
         encoded, _ = encode_examples(

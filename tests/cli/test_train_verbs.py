@@ -6,7 +6,7 @@ import pytest
 
 from finlora.model.contract import Contract, write_contract
 from finlora.results import Result, append_result
-from finlora.train.run.run_folder import claim_run, open_run
+from finlora.train.run.run_folder import RunFolder, claim_run, open_run
 from finlora.train.search.search_folder import open_search
 from finlora.train.search.space import SearchConfig
 
@@ -109,7 +109,7 @@ def test_search_with_other_settings_or_another_driver_is_refused(call, config_fi
     code, out, err = call("tune", "-c", config_file, *TINY_SEARCH, "search.rank=[2,8]")
     assert (code, out) == (2, "")
     assert "already holds a search with other settings than these" in " ".join(err.split())
-    with claim_run(folder):
+    with claim_run(RunFolder(folder.root)):
         code, _, err = call("tune", "-c", config_file, *TINY_SEARCH)
     assert code == 5
     assert "is in use by process " in " ".join(err.split())

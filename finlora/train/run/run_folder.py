@@ -116,6 +116,10 @@ class RunFolder:
         return self.root / "stop"
 
     @property
+    def lock(self) -> Path:
+        return self.root / "lock"
+
+    @property
     def waiting(self) -> Path:
         return self.root / "waiting.txt"
 
@@ -296,7 +300,7 @@ def claim_run(folder: RunFolder) -> Iterator[None]:
     Raises:
         ResourceError: another driver is at work in the folder; says where.
     """
-    with (folder.root / "lock").open("a+", encoding="utf-8") as stream:
+    with folder.lock.open("a+", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -319,7 +323,7 @@ def require_unclaimed(folder: RunFolder) -> None:
     Raises:
         ResourceError: as `claim_run`.
     """
-    if (folder.root / "lock").is_file():
+    if folder.lock.is_file():
         with claim_run(folder):
             pass
 

@@ -81,7 +81,7 @@ def free_group(folder: RunFolder) -> None:
 
     if not folder.group.is_file():
         return
-    with (folder.root / "lock").open("a") as stream:
+    with folder.lock.open("a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

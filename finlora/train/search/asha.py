@@ -12,7 +12,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from finlora.train.held_out import HELD_OUT, read_held_out
 from finlora.train.search.run_trial import TrialTask, write_end
-from finlora.train.search.search_folder import SearchFolder, TrialRecord, read_record
+from finlora.train.search.search_folder import Mark, SearchFolder, TrialRecord, TrialState, read_record
 from finlora.train.search.space import OWN
 
 _CLOSE_S = 60.0
@@ -54,7 +54,7 @@ class ResumedAsha(ASHAScheduler):  # type: ignore[misc]
         name = trial.config["trial"]
         if decision != self.STOP or name.startswith(OWN):
             return str(self.CONTINUE)
-        (self._folder.trials / name / "pruned").write_text(str(result["step"]), encoding="utf-8")
+        (self._folder.trials / name / Mark.PRUNED).write_text(str(result["step"]), encoding="utf-8")
         return decision
 
 
@@ -80,7 +80,7 @@ class StopWhenIdle(tune.Stopper):  # type: ignore[misc]
         if not self._folder.stop.read_text(encoding="utf-8").strip():
             return False
         self._since = self._since or time.monotonic()
-        is_idle = not any(self._folder.trials.glob("*/busy"))
+        is_idle = not any(self._folder.trials.glob(f"*/{Mark.BUSY}"))
         return is_idle or time.monotonic() - self._since > _CLOSE_S
 
 
@@ -95,20 +95,20 @@ class Listener(tune.Callback):  # type: ignore[misc]
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         task = self._tasks[trial.config["trial"]]
         run = self._folder.run_of(task.trial)
-        mark = run.root / "pruned"
+        mark = run.root / Mark.PRUNED
         if mark.is_file() and read_record(self._folder, task.trial) is None:
             cause = f"stopped by ASHA at step {mark.read_text(encoding='utf-8')}"
-            write_end(self._folder, task, "pruned", cause=cause)
-            (run.root / "busy").unlink(missing_ok=True)
+            write_end(self._folder, task, TrialState.PRUNED, cause=cause)
+            (run.root / Mark.BUSY).unlink(missing_ok=True)
         self._tell(task)
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         task = self._tasks[trial.config["trial"]]
         run = self._folder.run_of(task.trial)
-        if read_record(self._folder, task.trial) is None and not (run.root / "unplaced").is_file():
+        if read_record(self._folder, task.trial) is None and not (run.root / Mark.UNPLACED).is_file():
             lines = (trial.get_error() or "its driver died").__str__().strip().splitlines()
-            write_end(self._folder, task, "failed", cause=lines[-1])
-        (run.root / "busy").unlink(missing_ok=True)
+            write_end(self._folder, task, TrialState.FAILED, cause=lines[-1])
+        (run.root / Mark.BUSY).unlink(missing_ok=True)
         self._tell(task)
 
     def _tell(self, task: TrialTask) -> None:

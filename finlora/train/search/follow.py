@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from finlora.train.run.progress import last_progress, read_step
 from finlora.train.run.run_folder import RunFolder
-from finlora.train.search.search_folder import RECORD, SearchFolder
+from finlora.train.search.search_folder import RECORD, Mark, SearchFolder
 from finlora.train.search.space import Trial
 
 
@@ -73,7 +73,7 @@ class SearchFollower:
             run = self.folder.run_of(trial)
             if (run.root / RECORD).is_file():
                 ended += 1
-            elif (run.root / "busy").is_file():
+            elif (run.root / Mark.BUSY).is_file():
                 last = last_progress(run)
                 running.append(f"{trial.name} {f'{last.step}/{last.total_steps}' if last else 'starting'}")
         if ended or running:

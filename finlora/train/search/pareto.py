@@ -15,7 +15,7 @@ from finlora.configfile import save_config
 from finlora.errors import FinloraError
 from finlora.report.tables import TextTable, format_number
 from finlora.report.write import draw_table, render_markdown
-from finlora.train.search.search_folder import SearchFolder, TrialRecord, best_config
+from finlora.train.search.search_folder import SearchFolder, TrialRecord, TrialState, best_config
 from finlora.train.search.space import LARGER_IS_BETTER, Objective, SearchConfig, Trial
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def pareto_front(records: Sequence[TrialRecord], objectives: Sequence[Objective]
 
     Trials without a number for an objective are left out. Equal ones all stay.
     """
-    points = [(record, _point(record, objectives)) for record in records if record.state == "finished"]
+    points = [(record, _point(record, objectives)) for record in records if record.state == TrialState.FINISHED]
     known = [(record, point) for record, point in points if not any(map(math.isnan, point))]
     return [
         record
@@ -61,17 +61,17 @@ def best_trial(records: Sequence[TrialRecord], objectives: Sequence[Objective]) 
     def key(record: TrialRecord) -> list[float]:
         return [-math.inf if math.isnan(value) else value for value in _point(record, objectives)]
 
-    return max((record for record in records if record.state == "finished"), key=key, default=None)
+    return max((record for record in records if record.state == TrialState.FINISHED), key=key, default=None)
 
 
 def front_table(records: Sequence[TrialRecord], objectives: Sequence[Objective], *, on_gpu: bool) -> TextTable:
     """One row a trial: first the front, then the other finished ones, then pruned and failed ones with their cause."""
     objectives = measured(records, objectives)
     front, best = pareto_front(records, objectives), best_trial(records, objectives)
-    order = {"finished": 0, "pruned": 1, "failed": 2}
+    order = list(TrialState)
 
     def rank(record: TrialRecord) -> tuple[int, bool, list[float]]:
-        return order[record.state], record not in front, [-value for value in _point(record, objectives)]
+        return order.index(record.state), record not in front, [-value for value in _point(record, objectives)]
 
     all_of = {"alpha": lambda trial: f"{trial.alpha:g}", "targets": _name_targets}
     varied = {name: value for name, value in all_of.items() if len({value(r.trial) for r in records}) > 1}
@@ -92,11 +92,11 @@ def front_table(records: Sequence[TrialRecord], objectives: Sequence[Objective],
     single = ("One trial finished: there is nothing to compare it with, so no front is drawn.",)
     seconds = sum(record.seconds for record in records)
     steps, all_steps = (sum(getattr(r, name) for r in records) for name in ("step", "total_steps"))
-    saved = f", {100 * (1 - steps / all_steps):.0f} % of all steps saved by ASHA" if counts["pruned"] else ""
-    failed = [f"{record.trial.name} failed. {record.cause}" for record in records if record.state == "failed"]
+    saved = f", {100 * (1 - steps / all_steps):.0f} % of all steps saved by ASHA" if counts[TrialState.PRUNED] else ""
+    failed = [f"{record.trial.name} failed. {record.cause}" for record in records if record.state == TrialState.FAILED]
     notes = (
         *failed,
-        *(single if counts["finished"] == 1 else ()),
+        *(single if counts[TrialState.FINISHED] == 1 else ()),
         f"{', '.join(f'{number} {state}' for state, number in counts.items())}; {seconds:,.0f} s of trials in all{saved}.",
         "Scores on training examples held out from every trial; the test split was not looked at. Front: no other finished "
         "trial is as good in every objective and better in one. Pruned: stopped by ASHA, its held-out loss being among the "
@@ -115,7 +115,7 @@ def draw_front(records: Sequence[TrialRecord], objectives: Sequence[Objective], 
     from finlora.report.plots import COLOURS, GREY, new_figures, save_figure
 
     objectives = measured(records, objectives)
-    finished = [record for record in records if record.state == "finished"]
+    finished = [record for record in records if record.state == TrialState.FINISHED]
     costs = [name for name in objectives if name not in LARGER_IS_BETTER]
     if len(finished) < _LEAST_DRAWN or not costs:
         return False
@@ -181,7 +181,7 @@ def write_summary(
     text.write_text(render_markdown(f"Search {config.name}", [table], plots), encoding="utf-8")
     best = best_trial(records, search.objectives)
     if best is None:
-        causes = Counter(record.cause for record in records if record.state == "failed")
+        causes = Counter(record.cause for record in records if record.state == TrialState.FAILED)
         worst = "; ".join(f"{number} x {cause}" for cause, number in causes.most_common(3))
         raise FinloraError(
             f"none of {len(records)} trials finished: {worst or 'all were pruned'}. {text} lists them; mend the cause and start "
@@ -220,10 +220,10 @@ def _name_targets(trial: Trial) -> str:
 
 
 def _describe_state(record: TrialRecord, front: Sequence[TrialRecord], best: TrialRecord | None) -> str:
-    if record.state != "finished":
+    if record.state != TrialState.FINISHED:
         return record.state
     marks = [*(["best"] if record is best else []), *(["front"] if record in front else [])]
-    return ", ".join(["finished", *marks])
+    return ", ".join([record.state, *marks])
 
 
 def _format(record: TrialRecord, name: str) -> str:

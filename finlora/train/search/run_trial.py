@@ -22,7 +22,7 @@ from finlora.train.run.attempts import read_attempts
 from finlora.train.run.progress import count_step_seconds
 from finlora.train.run.run_folder import RunFolder
 from finlora.train.run.wait_for_gpus import free_group
-from finlora.train.search.search_folder import SearchFolder, State, TrialRecord, read_record, write_record
+from finlora.train.search.search_folder import Mark, SearchFolder, TrialRecord, TrialState, read_record, write_record
 from finlora.train.search.space import LARGER_IS_BETTER, Trial
 from finlora.train.worker import run_training
 
@@ -45,30 +45,30 @@ def drive_trial(params: dict[str, Any], tasks: dict[str, TrialTask]) -> None:
     if folder.stop.read_text(encoding="utf-8").strip():
         return
     run.root.mkdir(parents=True, exist_ok=True)
-    (run.root / "busy").touch()
+    (run.root / Mark.BUSY).touch()
     free_group(run)  # of a driver of this trial that died
     if read_record(folder, task.trial) is not None:  # it died after its last line, and before Ray Tune had heard of it
-        (run.root / "busy").unlink()
+        (run.root / Mark.BUSY).unlink()
         return
     # ASHA hears of a resumed trial what it had reported before the stop.
     for report in read_held_out(run):
         tune.report(report)
     try:
         scores, seconds = _train_and_score(config, run)
-        write_end(folder, task, "finished", scores=scores, scored_s=seconds)
+        write_end(folder, task, TrialState.FINISHED, scores=scores, scored_s=seconds)
         # Ray Tune asks for the scheduler's number in every report.
         tune.report({**read_held_out(run)[-1], "step": task.total_steps + 1, **scores})
     except StoppedError:
         return
     except NoRoomError as error:
-        (run.root / "unplaced").write_text(str(error), encoding="utf-8")
+        (run.root / Mark.UNPLACED).write_text(str(error), encoding="utf-8")
     except Exception as error:
-        if (run.root / "pruned").is_file():
+        if (run.root / Mark.PRUNED).is_file():
             return  # ASHA has ended this trial, and its processes go one after the other
         kind = type(error).__name__.removesuffix("Error")
-        write_end(folder, task, "failed", cause=f"{kind}: {error}")
+        write_end(folder, task, TrialState.FAILED, cause=f"{kind}: {error}")
     finally:
-        (run.root / "busy").unlink(missing_ok=True)
+        (run.root / Mark.BUSY).unlink(missing_ok=True)
 
 
 def _train_and_score(config: RunConfig, run: RunFolder) -> tuple[dict[str, float], float]:
@@ -125,7 +125,7 @@ def _count_devices(config: RunConfig) -> float:
 def write_end(
     folder: SearchFolder,
     task: TrialTask,
-    state: State,
+    state: TrialState,
     *,
     scores: dict[str, float] | None = None,
     scored_s: float = 0.0,

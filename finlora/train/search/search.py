@@ -40,8 +40,10 @@ from finlora.train.search.asha import Listener, ResumedAsha, StopWhenIdle
 from finlora.train.search.run_trial import TrialTask, drive_trial
 from finlora.train.search.search_folder import (
     RECORD,
+    Mark,
     SearchFolder,
     TrialRecord,
+    TrialState,
     count_grace_steps,
     open_search,
     read_record,
@@ -89,7 +91,7 @@ def run_search(
     folder = open_search(config, search)
     records = {trial.name: read_record(folder, trial) for trial in trials}
     if search.retry_failed:
-        records = {name: record for name, record in records.items() if record and record.state != "failed"}
+        records = {name: record for name, record in records.items() if record and record.state != TrialState.FAILED}
     done = [record for record in records.values() if record is not None]
     to_do = [trial for trial in trials if records.get(trial.name) is None]
     if done:
@@ -123,14 +125,7 @@ def _run_trials(
     grace = count_grace_steps(search, total_steps)
     for trial in to_do:
         run = folder.run_of(trial)
-        for name in (
-            "busy",
-            "unplaced",
-            "pruned",
-            "stop",
-            "step",
-            RECORD,
-        ):  # of a search that was killed, or of a failure
+        for name in (*Mark, "stop", "step", RECORD):  # of a search that was killed, or of a failure
             (run.root / name).unlink(missing_ok=True)
     tasks = {
         trial.name: TrialTask(
@@ -200,7 +195,7 @@ def _fit(tuner: tune.Tuner, folder: SearchFolder, trials: Sequence[Trial]) -> No
     while not futures.wait([future], timeout=1.0).done:
         name = folder.stop.read_text(encoding="utf-8").strip()
         for run in runs:
-            if not (run.root / "busy").is_file():
+            if not (run.root / Mark.BUSY).is_file():
                 free_group(run)
             elif name and run.stop.is_file():
                 run.stop.write_text(name, encoding="utf-8")
@@ -247,7 +242,7 @@ def _raise_when_stopped(folder: SearchFolder, done: int, total: int) -> None:
 def _explain_unplaced(folder: SearchFolder, trials: Sequence[Trial]) -> str:
     for trial in trials:
         with contextlib.suppress(FileNotFoundError):
-            return (folder.run_of(trial).root / "unplaced").read_text(encoding="utf-8")
+            return (folder.run_of(trial).root / Mark.UNPLACED).read_text(encoding="utf-8")
     raise FinloraError(
         f"{folder.root}: some trials have not ended, and nothing says why: start the same command again."
     )

@@ -18,8 +18,9 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -37,9 +38,28 @@ from finlora.train.run.run_folder import RunFolder, require_unclaimed
 from finlora.train.search.space import SearchConfig, Trial, hash_search
 from finlora.yamltext import read_yaml
 
-State = Literal["finished", "pruned", "failed"]
 RECORD = "trial.json"
 _HASH = "hash"
+
+
+class TrialState(StrEnum):
+    """How a trial ended, in the words of its record."""
+
+    FINISHED = "finished"
+    PRUNED = "pruned"
+    """Stopped by ASHA."""
+    FAILED = "failed"
+
+
+class Mark(StrEnum):
+    """File in a trial's folder by which its driver and the search's own process tell each other how it stands."""
+
+    BUSY = "busy"
+    """Its driver works."""
+    UNPLACED = "unplaced"
+    """It waited too long for GPUs or cores; holds the reason."""
+    PRUNED = "pruned"
+    """ASHA stopped it; holds the step."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,7 +67,7 @@ class TrialRecord:
     """How a trial ended."""
 
     trial: Trial
-    state: State
+    state: TrialState
     step: int
     """Optimiser steps done."""
     total_steps: int
@@ -148,7 +168,7 @@ def _refuse_other_search(folder: SearchFolder, key: str) -> None:
 def part_examples(source: Path, task: str, target: Path, share: float, seed: int) -> None:
     """Hold a share of a task's training examples out, whole groups of them, and write both parts as a prepared set.
 
-    The held-out part stands as its test split, so that training and evaluation read it as they read any set.
+    The held-out part is written as HELD_OUT_SPLIT, so that training and evaluation read it as they read any set.
 
     Raises:
         DatasetError: there is no train split, or it has a single group.
@@ -167,7 +187,7 @@ def part_examples(source: Path, task: str, target: Path, share: float, seed: int
 
     parts = Splits(
         train=tuple(example for example in split.examples if example.group not in held),
-        test=tuple(example for example in split.examples if example.group in held),
+        test=tuple(example for example in split.examples if example.group in held),  # HELD_OUT_SPLIT
         notes=(f"Parted from the train split for a search: {num_held} of {len(groups)} groups held out.",),
     )
     write_prepared(
@@ -229,7 +249,7 @@ def read_record(folder: SearchFolder, trial: Trial) -> TrialRecord | None:
     try:
         values = unseal(json.loads(path.read_text(encoding="utf-8")))
         own = settings_from_tree(Trial, values.pop("trial"))
-        return TrialRecord(trial=own, **values)
+        return TrialRecord(trial=own, state=TrialState(values.pop("state")), **values)
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ResultError(
             f"{path} does not say any more how the trial ended ({error}): delete that file, and the search scores its adapter "

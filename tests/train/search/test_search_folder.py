@@ -13,7 +13,9 @@ from finlora.errors import ConfigError, DatasetError
 from finlora.train.held_out import append_held_out, read_held_out
 from finlora.train.run.run_folder import load_training_set
 from finlora.train.search.search_folder import (
+    Mark,
     TrialRecord,
+    TrialState,
     count_grace_steps,
     open_search,
     part_examples,
@@ -92,7 +94,10 @@ def test_record_comes_back_equal(make_config):
     write_record(folder, record)
     assert read_record(folder, trial) == record
     write_record(folder, dataclasses.replace(record, state="failed", cause="Model: gone"))
-    assert read_record(folder, trial).cause == "Model: gone"
+    again = read_record(folder, trial)
+    assert (again.state, again.cause) == (TrialState.FAILED, "Model: gone")
+    # The words stand in folders of earlier searches.
+    assert [*TrialState, *Mark] == ["finished", "pruned", "failed", "busy", "unplaced", "pruned"]
 
 
 def test_held_out_losses_come_back_in_step_order_without_a_broken_line(make_config):

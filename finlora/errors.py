@@ -1,15 +1,15 @@
 """Every error that FinLoRA raises on purpose.
 
     FinloraError                  exit code 1, or the code named below
-    ├── ConfigError         (2)   a setting, an override or a YAML file is wrong; lists every fault found
-    ├── DatasetError        (3)   a raw row, a prepared set or an encoded example is wrong; names file, line, column
+    ├── ConfigError         (2)   settings, options or arguments are wrong; lists all of them
+    ├── DatasetError        (3)   raw data, a prepared set or an example does not fit its task; names file, line, column
     ├── ModelError          (4)   a base model, its tokenizer or its weights cannot be used as asked
-    │   └── AdapterError          an adapter folder is missing, incomplete or made for something else
-    ├── ResourceError       (5)   GPUs, memory or disk that the run needs are not there
-    │   ├── NoRoomError           others held what the run needs for too long; later there may be room
-    │   ├── QueueFullError        too many requests wait for an answer; later there may be room
-    │   ├── QuotaError            a key has asked as much as it may in this minute
-    │   └── StageLostError        a stage of a model died; it comes back, and the same request can succeed
+    │   └── AdapterError          an adapter folder is missing, incomplete or belongs to another base
+    ├── ResourceError       (5)   GPUs, memory, disk or a port that the command needs are not there
+    │   ├── NoRoomError           others held the GPUs or cores for longer than max_wait_s; can succeed later
+    │   ├── QueueFullError        the server's queue is full; can succeed later
+    │   ├── QuotaError            a key has reached its limit for this minute
+    │   └── StageLostError        a stage of the model crashed or is starting; can succeed later
     ├── CheckpointError     (6)   a checkpoint is missing, incomplete or of another run
     ├── ResultError         (7)   a results file cannot be read
     └── StoppedError              a signal ended a run at a checkpoint: 128 + the signal's number, as shells count

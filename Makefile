@@ -87,7 +87,9 @@ $(DOCS)/.installed: requirements/docs.lock
 	@touch $@
 
 docs: $(DOCS)/.installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q --strict
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict # without -q, which hides the warnings that --strict counts
+	@! grep -rnoE '<(script|img|link|iframe)[^>]* (src|href)="?https?://[^ >]*' build/site --include=*.html || \
+	  { echo "a page of the site would load this from another host: put the file into docs/"; exit 1; }
 
 clean:
 	rm -rf $(VENV) $(DOCS) .audit .demo build *.egg-info fuzz-found

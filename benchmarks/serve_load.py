@@ -147,7 +147,7 @@ def run_bare(
         Rate and latencies of the second part for each number at once, in which prompts are as much in the prefix cache as they
         are over HTTP; the answers of the first; and by how much a label's probability has differed from it in the second.
     """
-    from finlora.data.question import make_question
+    from finlora.data.sets.catalog import make_question
     from finlora.engine.request import normalise_choices
     from finlora.inference.ask import rank_choices
     from finlora.serve.served_model import open_pipeline, read_base
@@ -207,7 +207,7 @@ def run_bare(
 def make_request(name: str, question: Question, base: Any) -> Any:
     """Encode a question as the server does."""
     from finlora.data.encode import encode_answer, encode_prompt
-    from finlora.data.question import make_question
+    from finlora.data.sets.catalog import make_question
     from finlora.engine.request import Request, Sampling
 
     if not question.is_label:

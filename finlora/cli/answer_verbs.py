@@ -111,7 +111,8 @@ def ask(
     model: Annotated[str | None, typer.Option(help="Name of the model on the server, such as base:adapter.")] = None,
 ) -> None:
     """Ask the base or an adapter one question. Shows the probability of each label, or the text while it is written."""
-    from finlora.data.question import make_question, read_content
+    from finlora.data.question import read_content
+    from finlora.data.sets.catalog import make_question, quotes
 
     if server is not None or model is not None:
         if server is None or model is None or overrides or config or adapter or base or stages:
@@ -141,7 +142,7 @@ def ask(
             console.out(piece, end="")
 
         reply = ask_engine(settings, chosen, question, sampling, num_stages, show)
-    show_reply(reply.probabilities, reply.quote, console, is_quoted=task in ("xbrl_tags", "xbrl_values"))
+    show_reply(reply.probabilities, reply.quote, console, is_quoted=quotes(task))
     if reply.template_date:
         say(f"Date in the chat template: {reply.template_date}")
 
@@ -149,6 +150,7 @@ def ask(
 def _ask_server(
     server: str, model: str, task: str | None, text: str, about: str | None, temperature: float, seed: int | None
 ) -> None:
+    from finlora.data.sets.catalog import quotes
     from finlora.serve.accounts.keys import KEY_VARIABLE
     from finlora.serve.http.client import TIMEOUT_S, ask_server
     from finlora.terminal import saying_later, show_reply
@@ -161,7 +163,7 @@ def _ask_server(
             seed=seed,
             on_text=lambda piece: console.out(piece, end=""),
         )
-    show_reply(reply.probabilities, reply.quote, console, is_quoted=task in ("xbrl_tags", "xbrl_values"))
+    show_reply(reply.probabilities, reply.quote, console, is_quoted=quotes(task))
 
 
 def _print_reading(reading: Any) -> None:

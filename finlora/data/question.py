@@ -1,25 +1,16 @@
-"""One question of a user in the prompt form of a task, as training and evaluation render it."""
+"""Question of a user to a task: the prompt as training and evaluation render it, and the allowed answers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from finlora.data.prompts import (
-    ENTITY_TYPES,
-    HEADLINE_QUESTIONS,
-    SENTIMENTS,
-    SEVEN_SENTIMENTS,
-    YES_NO,
-    entity_prompt,
-    headline_prompt,
-    sentiment_prompt,
-    seven_sentiment_prompt,
-    xbrl_prompt,
-)
 from finlora.errors import DatasetError
 
-QUESTION_TASKS = ("fpb", "fiqa", "tfns", "nwgi", "headline", "ner", "xbrl_tags", "xbrl_values")
+About = Literal["none", "entity", "question"]
+"""What a task asks about a text, and the user names beside it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +22,48 @@ class Question:
     """Empty: free text."""
     context: str
     """The text that was asked about."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """How a task asks: one record for the command line, the server and the web page."""
+
+    render: Callable[[str, str], str]
+    """Text and `about` -> prompt; `about` is empty where the task asks nothing beside the text."""
+    choices: tuple[str, ...]
+    """Allowed answers in the order in which scores are compared; empty: free text, quoted from the text."""
+    about: About = "none"
+    about_values: tuple[str, ...] = ()
+    """Allowed values of `about`; empty: any text."""
+
+    def ask(self, task: str, text: str, about: str) -> Question:
+        """Render a question.
+
+        Args:
+            task: name for messages.
+            text: the sentence, post, headline or XBRL fragment; not empty.
+            about: what is asked about it; empty: nothing.
+
+        Raises:
+            DatasetError: `about` is missing, not wanted, not allowed or, for an entity, not in the text.
+        """
+        if self.about != "none" and not about:
+            article = "an" if self.about == "entity" else "a"
+            values = f": one of {', '.join(self.about_values)}" if self.about_values else ""
+            raise DatasetError(f"task {task} asks {article} {self.about} about the text: name it with --about{values}.")
+        if self.about == "none" and about:
+            raise DatasetError(f"found --about {about!r}, which {task} does not ask: leave it out.")
+        if self.about == "entity" and about not in text:
+            raise DatasetError(f"the entity {about!r} is not in the text: name it as the text writes it.")
+        if self.about_values and about not in self.about_values:
+            raise DatasetError(
+                f"{task} question {about!r} is not known: expected one of {', '.join(self.about_values)}."
+            )
+        return Question(prompt=self.render(text, about), choices=self.choices, context=text)
+
+
+PLAIN = Form(render=lambda text, _about: text, choices=())
+"""The text as the whole prompt."""
 
 
 def read_content(text: str) -> str:
@@ -45,46 +78,3 @@ def read_content(text: str) -> str:
         return Path(text[1:]).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{text[1:]} cannot be read ({error}): expected a text file in UTF-8 behind @.") from error
-
-
-def make_question(task: str | None, text: str, about: str | None) -> Question:
-    """Render a question.
-
-    Args:
-        task: one of QUESTION_TASKS; None: the text is the whole prompt.
-        text: the sentence, post, headline or XBRL fragment.
-        about: headline: a key of HEADLINE_QUESTIONS; ner: the entity; xbrl: the question itself. Else None.
-
-    Raises:
-        DatasetError: the text is empty, the task is not known, or `about` is missing, not wanted or not in the text.
-    """
-    if not text.strip():
-        raise DatasetError("found an empty text: expected the sentence, headline or fragment to ask about.")
-    if task is not None and task not in QUESTION_TASKS:
-        raise DatasetError(f"task {task!r} cannot be asked: expected one of {', '.join(QUESTION_TASKS)}, or none.")
-    wants = {"headline": "a question", "ner": "an entity", "xbrl_tags": "a question", "xbrl_values": "a question"}
-    if task in wants and not about:
-        keys = f": one of {', '.join(HEADLINE_QUESTIONS)}" if task == "headline" else ""
-        raise DatasetError(f"task {task} asks {wants[task]} about the text: name it with --about{keys}.")
-    about = about or ""
-    if about and task not in wants:
-        raise DatasetError(f"found --about {about!r}, which {task or 'a plain prompt'} does not ask: leave it out.")
-    if task in ("xbrl_tags", "xbrl_values"):
-        return Question(prompt=xbrl_prompt(text, about), choices=(), context=text)
-    if task == "ner":
-        if about not in text:
-            raise DatasetError(f"the entity {about!r} does not stand in the text: name it as the text writes it.")
-        return Question(prompt=entity_prompt(text, about, 0), choices=ENTITY_TYPES, context=text)
-    if task == "headline":
-        if about not in HEADLINE_QUESTIONS:
-            raise DatasetError(
-                f"headline question {about!r} is not known: expected one of {', '.join(HEADLINE_QUESTIONS)}."
-            )
-        return Question(prompt=headline_prompt(text, about), choices=YES_NO, context=text)
-    if task == "nwgi":
-        return Question(prompt=seven_sentiment_prompt(text), choices=SEVEN_SENTIMENTS, context=text)
-    if task is None:
-        return Question(prompt=text, choices=(), context=text)
-    return Question(
-        prompt=sentiment_prompt(text, "tweet" if task == "tfns" else "news"), choices=SENTIMENTS, context=text
-    )

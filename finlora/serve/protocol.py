@@ -170,7 +170,9 @@ class ExtractRequest(_Body):
     """Body of `POST /v1/extract`."""
 
     model: str = Field(description="A name of `/v1/models`.")
-    task: Literal["xbrl_tags", "xbrl_values"] = Field(description="Look for a US GAAP tag, or for a reported number.")
+    task: str = Field(
+        description="A task of `/v1/tasks` without labels: look for a US GAAP tag, or for a reported number."
+    )
     context: str = Field(description="XBRL excerpt or other text that holds the answer.")
     question: str = Field(description="What to look for in it.")
     max_tokens: int | None = Field(

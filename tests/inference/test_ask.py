@@ -11,7 +11,7 @@ from rich.console import Console
 
 from finlora.config import LoraConfig
 from finlora.data.grounding import find_quote
-from finlora.data.question import make_question
+from finlora.data.sets.catalog import make_question
 from finlora.engine.request import Sampling
 from finlora.errors import AdapterError, ConfigError
 from finlora.inference.ask import ask, rank_choices

@@ -1,4 +1,4 @@
-"""Every task that can be prepared: where it comes from, what it may answer and who reads it."""
+"""Catalog of tasks: where each comes from, its allowed answers, its reader, and how a user asks it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Literal
 
 from finlora.data.example import Splits
 from finlora.data.prompts import ENTITY_TYPES, SENTIMENTS, SEVEN_SENTIMENTS, YES_NO
+from finlora.data.question import PLAIN, Form, Question
 from finlora.data.raw.rows import Request
 from finlora.data.tasks import headline, ner, sentiment, synthetic, xbrl
 from finlora.errors import DatasetError
@@ -39,6 +40,8 @@ class Task:
     variants: tuple[str, ...]
     """What `--variant` may be; the first is the default."""
     read: Callable[[Request], Splits]
+    form: Form | None = None
+    """How a user asks it. None: a generated set, of which the published task is asked."""
 
 
 def _generated(
@@ -73,6 +76,7 @@ _ROWS = (
         is_free_text=False,
         variants=_PUBLISHED,
         read=sentiment.read_fpb,
+        form=sentiment.NEWS,
     ),
     Task(
         name="fiqa",
@@ -84,6 +88,7 @@ _ROWS = (
         is_free_text=False,
         variants=_PUBLISHED,
         read=sentiment.read_fiqa,
+        form=sentiment.NEWS,
     ),
     Task(
         name="fiqa_paper",
@@ -106,6 +111,7 @@ _ROWS = (
         is_free_text=False,
         variants=_PUBLISHED,
         read=sentiment.read_tfns,
+        form=sentiment.POST,
     ),
     Task(
         name="nwgi",
@@ -117,6 +123,7 @@ _ROWS = (
         is_free_text=False,
         variants=_PUBLISHED,
         read=sentiment.read_nwgi,
+        form=sentiment.GRADES,
     ),
     Task(
         name="headline",
@@ -128,6 +135,7 @@ _ROWS = (
         is_free_text=False,
         variants=_BOTH,
         read=headline.read_headline,
+        form=headline.FORM,
     ),
     Task(
         name="ner",
@@ -139,6 +147,7 @@ _ROWS = (
         is_free_text=False,
         variants=_BOTH,
         read=ner.read_ner,
+        form=ner.FORM,
     ),
     Task(
         name="xbrl_tags",
@@ -150,6 +159,7 @@ _ROWS = (
         is_free_text=True,
         variants=_PUBLISHED,
         read=xbrl.read_xbrl_tags,
+        form=xbrl.FORM,
     ),
     Task(
         name="xbrl_values",
@@ -161,6 +171,7 @@ _ROWS = (
         is_free_text=True,
         variants=_PUBLISHED,
         read=xbrl.read_xbrl_values,
+        form=xbrl.FORM,
     ),
     _generated(
         "synthetic_sentiment", "Generated sentiment of news", synthetic.read_synthetic_sentiment, choices=SENTIMENTS
@@ -196,3 +207,31 @@ def task_named(name: str) -> Task:
         meant = f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(TASKS)}."
         raise DatasetError(f"{name!r} is not a task: {meant}")
     return TASKS[name]
+
+
+FORMS: Mapping[str, Form] = MappingProxyType({task.name: task.form for task in _ROWS if task.form is not None})
+"""Form of each task that a user can ask, in the order in which they are listed."""
+
+
+def make_question(task: str | None, text: str, about: str | None) -> Question:
+    """Render a user's question.
+
+    Args:
+        task: one of FORMS; None: the text is the whole prompt.
+        text: the sentence, post, headline or XBRL fragment.
+        about: what the task asks about the text, an entity or a question; None or empty: nothing.
+
+    Raises:
+        DatasetError: the text is empty, the task is not known, or `about` does not fit.
+    """
+    if not text.strip():
+        raise DatasetError("found an empty text: expected the sentence, headline or fragment to ask about.")
+    if task is not None and task not in FORMS:
+        raise DatasetError(f"task {task!r} cannot be asked: expected one of {', '.join(FORMS)}, or none.")
+    return (FORMS[task] if task else PLAIN).ask(task or "a plain prompt", text, about or "")
+
+
+def quotes(task: str | None) -> bool:
+    """Return whether a task's answer is quoted from the text that is asked about."""
+    form = FORMS.get(task) if task else None
+    return form is not None and not form.choices

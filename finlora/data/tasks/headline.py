@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from finlora.data.example import Example, Splits
-from finlora.data.prompts import YES_NO, completion, headline_prompt
+from finlora.data.prompts import HEADLINE_QUESTIONS, YES_NO, completion, headline_prompt
+from finlora.data.question import Form
 from finlora.data.raw.hub_rows import load_hub_rows
 from finlora.data.raw.rows import Request, Row, find_file, read_csv
 from finlora.errors import DatasetError
@@ -18,6 +19,7 @@ HUB_ID = "FinGPT/fingpt-headline-cls"
 _TRAIN_SHARE = 0.8
 _FILE_NAMES = ("gold-dataset-sinha-khandait.csv", "finalDataset_0208.csv", "headline.csv")
 _ANSWERS = {"1": "Yes", "0": "No"}
+FORM = Form(render=headline_prompt, choices=YES_NO, about="question", about_values=tuple(HEADLINE_QUESTIONS))
 _HUB_ANSWERS = {"Yes": "Yes", "No": "No"}
 
 # Column to question. Names are compared without blanks and case: copies of the file differ in both.

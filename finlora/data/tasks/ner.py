@@ -13,6 +13,7 @@ from pathlib import Path
 
 from finlora.data.example import Example, Splits
 from finlora.data.prompts import ENTITY_PARAPHRASES, ENTITY_TYPES, completion, entity_prompt
+from finlora.data.question import Form
 from finlora.data.raw.hub_rows import load_hub_rows
 from finlora.data.raw.rows import Request, Row, find_file, read_lines
 from finlora.errors import DatasetError
@@ -20,6 +21,7 @@ from finlora.errors import DatasetError
 HUB_ID = "FinGPT/fingpt-ner-cls"
 _TYPES = {"PER": "person", "ORG": "organization", "LOC": "location", "MISC": "miscellaneous"}
 _TAGS = {"O": "", **{f"{place}-{tag}": name for place in "BI" for tag, name in _TYPES.items()}}
+FORM = Form(render=lambda sentence, entity: entity_prompt(sentence, entity, 0), choices=ENTITY_TYPES, about="entity")
 _HUB_TYPES = {name: name for name in ENTITY_TYPES}
 
 

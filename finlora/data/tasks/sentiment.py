@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from finlora.data.example import Example, Splits
 from finlora.data.prompts import SENTIMENTS, SEVEN_SENTIMENTS, sentiment_prompt, seven_sentiment_prompt
+from finlora.data.question import Form
 from finlora.data.raw.arrow import read_arrow
 from finlora.data.raw.hub_rows import load_hub_rows
 from finlora.data.raw.rows import Request, Row, find_file, read_csv, read_jsonl, read_lines, shorten
@@ -29,6 +28,10 @@ NWGI_HUB_ID = "oliverwang15/news_with_gpt_instructions"
 _SPLIT_SEED = 42
 _FPB_TEST_SHARE = 0.25
 _FIQA_PAPER_TEST_SHARE = 0.226
+
+NEWS = Form(render=lambda text, _about: sentiment_prompt(text, "news"), choices=SENTIMENTS)
+POST = Form(render=lambda text, _about: sentiment_prompt(text, "tweet"), choices=SENTIMENTS)
+GRADES = Form(render=lambda text, _about: seven_sentiment_prompt(text), choices=SEVEN_SENTIMENTS)
 
 _BY_NAME = {name: name for name in SENTIMENTS}
 _FPB_LABELS = {**_BY_NAME, "0": "negative", "1": "neutral", "2": "positive"}
@@ -245,6 +248,8 @@ def _build(split: str, rows: Sequence[Row], example: Callable[[str, int, Row], E
 
 
 def _permuted_split(rows: Sequence[_Item], test_share: float) -> tuple[list[_Item], list[_Item]]:
+    import numpy as np  # slow, and a question needs no split
+
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(rows))
     num_test = math.ceil(test_share * len(rows))
     return [rows[index] for index in order[num_test:]], [rows[index] for index in order[:num_test]]

@@ -12,11 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finlora.data.example import Example, Splits
+from finlora.data.prompts import xbrl_prompt
+from finlora.data.question import Form
 from finlora.data.raw.hub_rows import load_hub_rows
 from finlora.data.raw.rows import Request, Row, find_file, read_jsonl
 from finlora.errors import DatasetError
 
 HUB_ID = "wangd12/XBRL_analysis"
+FORM = Form(render=xbrl_prompt, choices=(), about="question")
 _COLUMNS = ("context", "target", "doc_path")
 _KINDS = {"xbrl_tags": "xbrl_tags", "xbrl_values": "value"}
 _TEST_DATE, _TRAIN_DATE = "20250310", "20250313"

@@ -78,7 +78,9 @@ def ask_server(
             for piece in read_pieces(_read_blocks(reply, address), address):
                 on_text(piece)
         return ServedReply(probabilities={}, quote=None)
-    if task.startswith("xbrl"):
+    from finlora.data.sets.catalog import quotes
+
+    if quotes(task):
         body = {"model": model, "task": task, "context": text, "question": about or ""}
         with _open(address, "/v1/extract", key, body) as reply:
             answer, quote = read_extract(_read_whole(reply, address), address)

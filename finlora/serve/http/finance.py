@@ -8,8 +8,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from finlora.data.grounding import find_quote
-from finlora.data.prompts import HEADLINE_QUESTIONS
-from finlora.data.question import QUESTION_TASKS, Question, make_question
+from finlora.data.question import About, Question
+from finlora.data.sets.catalog import FORMS, make_question, quotes
 from finlora.engine.request import Answer, normalise_choices
 from finlora.serve.failures import RefusedError
 from finlora.serve.http.completions import count_usage
@@ -24,9 +24,6 @@ from finlora.serve.protocol import (
 )
 
 router = APIRouter(tags=["Financial questions"])
-
-About = Literal["none", "entity", "question"]
-_ABOUT: dict[str, About] = {"headline": "question", "ner": "entity", "xbrl_tags": "question", "xbrl_values": "question"}
 
 
 class TaskFacts(BaseModel):
@@ -44,7 +41,7 @@ class TaskList(BaseModel):
 @router.get("/v1/tasks", summary="List the tasks", responses=LOOKING_ERRORS)
 async def list_tasks() -> TaskList:
     """List the questions that can be asked. Any model takes any of them; adapters differ in how well they answer."""
-    return TaskList(data=[_describe(name) for name in QUESTION_TASKS])
+    return TaskList(data=[_describe(name) for name in FORMS])
 
 
 @router.post("/v1/classify", summary="Label texts", responses=ANSWERING_ERRORS)
@@ -76,6 +73,14 @@ async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
     """Answer a question from a text and say where in it the answer is. Check an answer yourself where `grounded` is false."""
     server = server_of(request)
     call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    quoted = [name for name in FORMS if quotes(name)]
+    if body.task not in quoted:
+        raise RefusedError(
+            400,
+            f"task {body.task!r} quotes no answer from a text: expected one of {', '.join(quoted)}.",
+            "invalid_value",
+            "task",
+        )
     if not body.question.strip():
         raise RefusedError(
             400, "question is empty: say what is looked for in the context.", "invalid_value", "question"
@@ -104,14 +109,8 @@ async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
 
 
 def _describe(name: str) -> TaskFacts:
-    about = _ABOUT.get(name, "none")
-    sample = {"none": None, "entity": "x", "question": next(iter(HEADLINE_QUESTIONS))}[about]
-    return TaskFacts(
-        name=name,
-        about=about,
-        labels=list(make_question(name, "x", sample).choices),
-        questions=list(HEADLINE_QUESTIONS) if name == "headline" else [],
-    )
+    form = FORMS[name]
+    return TaskFacts(name=name, about=form.about, labels=list(form.choices), questions=list(form.about_values))
 
 
 def _ask(task: str, text: str, about: str | None) -> Question:
@@ -121,12 +120,12 @@ def _ask(task: str, text: str, about: str | None) -> Question:
         RefusedError: there is no such task, or `about` is missing or not wanted.
         DatasetError: the text is empty, or `about` does not fit it.
     """
-    labelled = [name for name in QUESTION_TASKS if not name.startswith("xbrl")]
+    labelled = [name for name in FORMS if not quotes(name)]
     if task not in labelled:
         raise RefusedError(
             400, f"task {task!r} has no labels here: expected one of {', '.join(labelled)}.", "invalid_value", "task"
         )
-    wanted = _ABOUT.get(task, "none")
+    wanted = FORMS[task].about
     if (wanted == "none") != (about is None or not about):
         found, do = ("no about", f"name the {wanted}") if not about else (f"about={about!r}", "leave it out")
         raise RefusedError(400, f"found {found} for task {task}: {do}.", "invalid_value", "about")

@@ -6,7 +6,7 @@ import pytest
 from live_server import live_server, make_adapter, make_settings
 from wire import send
 
-from finlora.data.question import make_question
+from finlora.data.sets.catalog import make_question
 from finlora.engine.request import Sampling
 from finlora.inference.ask import ask
 

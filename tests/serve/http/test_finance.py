@@ -7,7 +7,7 @@ from wire import send
 
 from finlora.data.grounding import find_quote
 from finlora.data.prompts import HEADLINE_QUESTIONS
-from finlora.data.question import QUESTION_TASKS, make_question
+from finlora.data.sets.catalog import FORMS, make_question
 from finlora.engine.request import Sampling
 from finlora.inference.ask import ask
 
@@ -49,7 +49,7 @@ def test_each_text_has_its_own_entity(post):
 
 def test_tasks_say_what_they_ask(live):
     tasks = {task["name"]: task for task in send(live.address, "/v1/tasks", live.keys["desk"]).body["data"]}
-    assert tuple(tasks) == QUESTION_TASKS
+    assert tuple(tasks) == tuple(FORMS)
     assert (tasks["fpb"]["about"], tasks["fpb"]["labels"]) == ("none", ["negative", "neutral", "positive"])
     assert (tasks["ner"]["about"], tasks["xbrl_tags"]["labels"]) == ("entity", [])
     assert tasks["headline"]["questions"] == list(HEADLINE_QUESTIONS)
@@ -81,7 +81,7 @@ def test_extract_writes_no_more_than_a_tag_needs_unless_asked(post):
         ("classify", {"task": "fpb", "text": "  "}, "found an empty text"),
         ("classify", {"task": "xbrl_tags", "text": "a"}, "task 'xbrl_tags' has no labels here: expected one of fpb,"),
         ("classify", {"task": "ner", "text": "Rome"}, "found no about for task ner: name the entity"),
-        ("classify", {"task": "ner", "text": "Rome", "about": "Oslo"}, "'Oslo' does not stand in the text"),
+        ("classify", {"task": "ner", "text": "Rome", "about": "Oslo"}, "'Oslo' is not in the text"),
         ("classify", {"task": "headline", "text": "Gold", "about": "x"}, "headline question 'x' is not known"),
         ("classify", {"task": "fpb", "text": "a", "about": "x"}, "found about='x' for task fpb: leave it out"),
         ("classify", {"task": "ner", "texts": ["a", "b"], "about": ["a"]}, "about holds 1 entries for 2 texts"),
@@ -95,7 +95,7 @@ def test_extract_writes_no_more_than_a_tag_needs_unless_asked(post):
         (
             "extract",
             {"task": "fpb", "context": "a", "question": "b"},
-            "task: Input should be 'xbrl_tags' or 'xbrl_values'",
+            "task 'fpb' quotes no answer from a text: expected one of xbrl_tags, xbrl_values.",
         ),
         ("extract", {"task": "xbrl_tags", "context": "a", "question": " "}, "question is empty"),
         ("extract", {"task": "xbrl_tags", "context": "", "question": "b"}, "found an empty text"),

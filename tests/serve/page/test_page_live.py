@@ -93,7 +93,7 @@ def test_key_sees_its_models_alone(enter):
     ("model", "task", "about", "title", "reason"),
     [
         ("tiny:chatty", "fpb", None, "This adapter cannot be used.", "template"),
-        ("tiny", "ner", "Paris", "The server cannot use this question.", "does not stand in the text"),
+        ("tiny", "ner", "Paris", "The server cannot use this question.", "is not in the text"),
     ],
 )
 def test_refusal_comes_with_the_servers_reason(enter, model, task, about, title, reason):

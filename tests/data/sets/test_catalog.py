@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from finlora.data.prompts import entity_prompt, headline_prompt, sentiment_prompt, xbrl_prompt
-from finlora.data.question import QUESTION_TASKS, make_question, read_content
+from finlora.data.question import read_content
 from finlora.data.raw.rows import Request
+from finlora.data.sets.catalog import FORMS, TASKS, make_question
 from finlora.data.tasks.synthetic import read_synthetic_sentiment
 from finlora.errors import DatasetError
 
@@ -29,7 +30,7 @@ def test_plain_text_is_the_prompt_and_free():
     assert (question.prompt, question.choices) == (TEXT, ())
 
 
-@pytest.mark.parametrize("task", QUESTION_TASKS)
+@pytest.mark.parametrize("task", FORMS)
 def test_closed_tasks_have_choices_and_xbrl_is_free(task):
     about = {"headline": "price", "ner": "Brunholt", "xbrl_tags": "?", "xbrl_values": "?"}.get(task)
     assert bool(make_question(task, TEXT, about).choices) != task.startswith("xbrl")
@@ -41,7 +42,7 @@ def test_closed_tasks_have_choices_and_xbrl_is_free(task):
         ("fpb", " ", None, "found an empty text"),
         ("fbp", TEXT, None, "task 'fbp' cannot be asked: expected one of fpb, fiqa"),
         ("ner", TEXT, None, "asks an entity about the text: name it with --about"),
-        ("ner", TEXT, "Nokia", "the entity 'Nokia' does not stand in the text"),
+        ("ner", TEXT, "Nokia", "the entity 'Nokia' is not in the text"),
         ("headline", TEXT, "weather", "headline question 'weather' is not known: expected one of price"),
         ("headline", TEXT, None, "name it with --about: one of price, price up"),
         ("fpb", TEXT, "Brunholt", "which fpb does not ask: leave it out"),
@@ -63,3 +64,8 @@ def test_text_behind_an_at_sign_is_a_file(tmp_path):
     path.write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(DatasetError, match=r"expected a text file in UTF-8"):
         read_content(f"@{path}")
+
+
+def test_form_of_a_task_allows_what_its_examples_allow():
+    for name, form in FORMS.items():
+        assert (form.choices, not form.choices) == (TASKS[name].choices, TASKS[name].is_free_text)

@@ -59,7 +59,7 @@ from finlora.train.run.run_folder import (
     load_training_set,
     open_run,
 )
-from finlora.train.run.snapshot import mend_snapshot
+from finlora.train.run.snapshot import repair_snapshot
 from finlora.train.run.stall import StallGuard
 from finlora.train.run.stop import StopRequest, describe_stop, stop_on_signals
 from finlora.train.run.summary import export_adapter, summarise_run
@@ -104,7 +104,7 @@ def run_training(
         announce(said)
     with claim_run(folder), stop_on_signals(folder.stop, announce, lambda: read_step(folder) is not None):
         clear_step(folder)
-        for line in mend_snapshot(folder.root):
+        for line in repair_snapshot(folder.root):
             announce(line)
         clock = AttemptClock(folder)
         try:

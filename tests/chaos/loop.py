@@ -68,7 +68,7 @@ def train(config: RunConfig, spoil_at: int | None = None, jump_seed: int | None 
     )
     from finlora.train.run.progress import append_progress
     from finlora.train.run.run_folder import hash_run, load_training_set, open_run
-    from finlora.train.run.snapshot import mend_snapshot
+    from finlora.train.run.snapshot import repair_snapshot
     from finlora.train.run.summary import export_adapter
     from finlora.train.steps.loop import count_steps, run_steps
 
@@ -76,7 +76,7 @@ def train(config: RunConfig, spoil_at: int | None = None, jump_seed: int | None 
         _set_clock_at_random(jump_seed)
     torch.set_num_threads(1)
     folder, training_set = open_run(config), load_training_set(config)
-    mend_snapshot(folder.root)
+    repair_snapshot(folder.root)
     examples = training_set.encoded
     sampler = make_sampler(config, examples)
     total = count_steps(sampler, config.train.epochs, config.train.max_steps)

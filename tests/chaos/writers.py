@@ -110,9 +110,9 @@ def _list_writers(world: World) -> list[Writer]:
 
     def read_checkpoint(folder: Path) -> int | None:
         from finlora.train.run.checkpoint import read_info
-        from finlora.train.run.snapshot import mend_snapshot
+        from finlora.train.run.snapshot import repair_snapshot
 
-        mend_snapshot(folder)  # removes incomplete checkpoints, as each driver start does
+        repair_snapshot(folder)  # removes incomplete checkpoints, as each driver start does
         whole = sorted(folder.glob("checkpoint_[0-9]*"))
         return read_info(whole[-1], "0123456789abcdef", 2).step if whole else None
 

@@ -131,7 +131,7 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_goes_on(quantised, mon
     newest = newest_checkpoint(config)
     path = newest / "optimizer-1.pt"
     path.write_bytes(path.read_bytes()[:-1])
-    words = r"is damaged: optimizer-1.pt is missing or differs from .* Delete that folder to go on from the one before"
+    words = r"is damaged: optimizer-1.pt is missing or differs from .* Delete that folder to resume from the one before"
     retrying = dataclasses.replace(config, train=dataclasses.replace(config.train, max_failures=3))
     with monkeypatch.context() as patch:
         patch.setattr(worker, "_work", work)
@@ -142,5 +142,5 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_goes_on(quantised, mon
     lines = []
     again = worker.run_training(config, lines.append)
     assert [line.rpartition("/")[2] for line in lines][-1].startswith("checkpoint_")
-    assert lines[0] == f"{newest} is gone."
+    assert lines[0] == f"{newest} is missing."
     assert again.loss_curve == result.loss_curve

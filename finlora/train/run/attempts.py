@@ -1,6 +1,6 @@
-"""Seconds that a run was at work and waited for room, added up over its attempts; each start of its driver is one. No Ray here.
+"""Work and waiting time of a run, summed over its attempts; each start of its driver is one attempt. No Ray here.
 
-The driver writes `attempts.json` every five seconds, so that an attempt that is killed counts up to then.
+The driver writes `attempts.json` every five seconds, so that a killed attempt counts up to its last record.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ _SAVE_EVERY_S = 5.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Attempt:
-    """One start of the driver, or several added up."""
+    """One start of the driver, or several summed."""
 
     started: str
     """UTC. Empty: not known."""
     seconds: float
-    """At work: start of the workers, steps, checkpoints, restarts after a failure."""
+    """Work: start of the workers, steps, checkpoints, restarts after a failure."""
     waited: float
-    """Waiting for GPUs and cores that others held."""
+    """Wait for GPUs and cores that others hold."""
 
 
 class AttemptClock:
-    """Counts the attempt at hand, and keeps it on disk beside those before.
+    """Clock of the current attempt, written to disk beside the earlier ones.
 
     Args:
-        folder: the run's.
-        now: seconds of a clock that never goes back.
+        folder: of the run.
+        now: monotonic clock in seconds.
     """
 
     def __init__(self, folder: RunFolder, now: Callable[[], float] = time.monotonic) -> None:
@@ -61,20 +61,20 @@ class AttemptClock:
             self.save()
 
     def save(self) -> None:
-        """Write all attempts. A full disk does not end the run here: its checkpoints say so."""
+        """Write all attempts. A full disk is not an error here: the next checkpoint reports it."""
         record = {"attempts": [dataclasses.asdict(attempt) for attempt in self.list()]}
         with contextlib.suppress(OSError):
             write_whole(self._folder.attempts, json.dumps(seal(record), indent=1))
 
     def list(self) -> list[Attempt]:
-        """Return every attempt, that at hand last."""
+        """Return every attempt, the current one last."""
         return [*self._earlier, Attempt(started=self._started, seconds=self._seconds, waited=self._waited)]
 
 
 def read_attempts(folder: RunFolder) -> list[Attempt]:
     """Return the attempts of a run so far.
 
-    A run that was begun before FinLoRA counted them, or whose record is damaged, has one: the time of its logged steps.
+    A run without a readable record, as an old one, has one attempt: the time of its logged steps.
     """
     try:
         record = unseal(json.loads(folder.attempts.read_text(encoding="utf-8")))

@@ -1,10 +1,10 @@
-"""Checkpoints of a training run: adapter in float32, optimiser state a worker, position; verified when read.
+"""Checkpoints of a training run: adapter in float32, each worker's optimiser state, step; verified when read.
 
 Layout of a checkpoint folder, for worker ranks r:
     adapter.safetensors        trainable parameters, float32 (rank 0; equal on all workers, see CheckpointSchedule)
     optimizer-r.pt             optimiser state of worker r, read with weights_only=True
     manifest-r.json            written last by worker r and sealed: size and SHA-256 of its files, step, world size, run
-                               hash, and what the worker has sent so far
+                               hash, and the worker's traffic so far
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _ADAPTER = "adapter.safetensors"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointInfo:
-    """What a manifest says of its checkpoint."""
+    """Identity of a checkpoint, from its manifests."""
 
     step: int
     """Optimiser steps done."""
     world_size: int
     run_hash: str
-    """Hash of the settings and data that must not change over a resume."""
+    """Hash of the settings and inputs that must not change on a resume."""
 
 
 class CheckpointSchedule:
-    """Says after which steps a checkpoint is written: each so many steps, at each epoch's end and after the last step.
+    """Schedule of checkpoints: every so many steps, at the end of each epoch and after the last step.
 
-    One that falls due while the workers' weights differ, between two exchanges of 0/1 Adam, waits for the next step at
-    which they agree. An exchange is never forced for it: `train.checkpoint_every_steps` may change on a resume and
-    must not change what is computed. The last step always exchanges, so the last checkpoint never waits.
+    A checkpoint that is due between two exchanges of 0/1 Adam, while the workers' weights differ, waits for the next step at
+    which they agree. It never forces an exchange: `train.checkpoint_every_steps` may change on a resume and must not change
+    what is computed. The last step always exchanges, so the last checkpoint never waits.
     """
 
     def __init__(self, *, steps_per_epoch: int, total_steps: int, every_steps: int | None) -> None:
@@ -51,7 +51,7 @@ class CheckpointSchedule:
         self._is_owed = False
 
     def is_due(self, step: int, *, is_synchronised: bool) -> bool:
-        """Return whether to write one after `step` steps; ask once a step, in order."""
+        """Return whether to write a checkpoint after `step` steps. Call it once a step, in order."""
         every = self.every_steps
         is_due = (
             step % self.steps_per_epoch == 0 or step == self.total_steps or (every is not None and step % every == 0)
@@ -64,7 +64,7 @@ class CheckpointSchedule:
 
 
 def require_finite(parameters: dict[str, torch.nn.Parameter], step: int) -> None:
-    """Keep what has become useless out of a checkpoint: the loss is looked at only at steps that are logged.
+    """Refuse to save NaN or infinity. The loss is checked only at logged steps.
 
     Raises:
         FinloraError: an adapter tensor holds NaN or infinity; names it.
@@ -106,10 +106,10 @@ def save_checkpoint(
 
 
 def read_info(folder: Path, run_hash: str, world_size: int) -> CheckpointInfo:
-    """Check that a checkpoint is whole and of this run.
+    """Check that a checkpoint is complete and belongs to this run.
 
     Raises:
-        CheckpointError: a part is missing or damaged, or it belongs to other settings or another number of workers.
+        CheckpointError: a part is missing or damaged, or the settings or the number of workers differ.
     """
     info: CheckpointInfo | None = None
     steps = set()
@@ -122,7 +122,7 @@ def read_info(folder: Path, run_hash: str, world_size: int) -> CheckpointInfo:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"checkpoint {folder} is incomplete: {path.name} cannot be read ({type(error).__name__}: {error}). Delete that "
-                "folder to go on from the one before."
+                "folder to resume from the one before."
             ) from error
         steps.add(info.step)
         if info.world_size != world_size:
@@ -139,12 +139,12 @@ def read_info(folder: Path, run_hash: str, world_size: int) -> CheckpointInfo:
             if not file.is_file() or file.stat().st_size != expected["bytes"] or hash_file(file) != expected["sha256"]:
                 raise CheckpointError(
                     f"checkpoint {folder} is damaged: {name} is missing or differs from its manifest (expected "
-                    f"{expected['bytes']} bytes). Delete that folder to go on from the one before."
+                    f"{expected['bytes']} bytes). Delete that folder to resume from the one before."
                 )
     if len(steps) > 1:
         raise CheckpointError(
             f"checkpoint {folder} is of steps {sorted(steps)} at once: expected one step of all workers. Delete that folder to "
-            "go on from the one before."
+            "resume from the one before."
         )
     assert info is not None
     return info
@@ -153,10 +153,10 @@ def read_info(folder: Path, run_hash: str, world_size: int) -> CheckpointInfo:
 def load_checkpoint(
     folder: Path, worker: int, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> Wire:
-    """Restore adapter and optimiser state exactly, after `read_info` found the checkpoint whole.
+    """Restore adapter and optimiser state bit for bit from a checkpoint that `read_info` has checked.
 
     Returns:
-        What this worker had sent by then.
+        This worker's traffic up to the checkpoint.
     """
     saved = load_file(str(folder / _ADAPTER))
     if saved.keys() != parameters.keys():
@@ -170,7 +170,7 @@ def load_checkpoint(
 
 
 def _read_manifest(folder: Path, worker: int) -> dict[str, Any]:
-    """Return a manifest. Raises OSError or ValueError: it is missing, no manifest, or was changed."""
+    """Return a manifest. Raises OSError or ValueError where it is missing, damaged or altered."""
     manifest = json.loads((folder / f"manifest-{worker}.json").read_text(encoding="utf-8"))
     values = unseal(manifest)
     if SEAL not in manifest:

@@ -1,4 +1,4 @@
-"""What ends a run for good, and which of the errors around it is the one to show."""
+"""Errors that end a run without a restart, and the choice of the error to show."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from finlora.train.run.run_folder import RunFolder, explain_full_disk
 
 
 class GiveUp(UserCallback):  # type: ignore[misc]
-    """Ends the run at an error that FinLoRA raised on purpose: workers started again would only meet it again.
+    """Callback that ends the run at a FinloraError: restarted workers would only raise it again.
 
-    Ray Train calls it in its controller, before it decides on a restart, and does not restart after an error in here.
+    Ray Train calls it in its controller before it decides on a restart, and does not restart after an error raised here.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
@@ -24,7 +24,7 @@ class GiveUp(UserCallback):  # type: ignore[misc]
 
 
 def own_error(error: Exception, folder: RunFolder) -> Exception:
-    """Return the first FinloraError of workers and controller, or the error itself when none of ours caused it."""
+    """Return the first FinloraError of workers and controller; the error itself where there is none."""
     failures = list((getattr(error, "worker_failures", None) or {}).values())
     for failure in [*failures, getattr(error, "controller_failure", None), error.__cause__]:
         cause = getattr(failure, "cause", None) or failure

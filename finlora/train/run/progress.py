@@ -1,4 +1,4 @@
-"""The numbers of a run in its folder, a sealed line an optimiser step that was logged. No Ray here."""
+"""Progress records of a run: one sealed line for each logged optimiser step, and a note of the steps done. No Ray here."""
 
 from __future__ import annotations
 
@@ -21,32 +21,31 @@ def append_progress(folder: RunFolder, progress: Progress) -> None:
     """Append one line.
 
     Raises:
-        OSError: it did not go in whole, as on a full disk.
+        OSError: the line was not written completely, as on a full disk.
     """
     append_line(folder.progress, dataclasses.asdict(progress))
 
 
 def read_progress(folder: RunFolder) -> list[Progress]:
-    """Return the records in step order; of a step run twice (after a crash) the later one counts.
+    """Return the records in step order; of a step that ran twice, after a crash, the later one counts.
 
-    A line cut short, by a crash or because it is being written, is left out, as is one whose bits have changed: the resumed run
-    writes that step again, or the curve lacks it.
+    Truncated and altered lines are left out: a resumed run writes the step again, or the curve lacks it.
     """
     by_step = {record.step: record for line in read_lines(folder.progress) if (record := _parse(line)) is not None}
     return [by_step[step] for step in sorted(by_step)]
 
 
 def last_progress(folder: RunFolder) -> Progress | None:
-    """Return the record written last, without reading those of the hours before; None where there is none."""
+    """Return the record written last without reading the whole file; None where there is none."""
     line = read_last_line(folder.progress)
     return None if line is None else _parse(line)
 
 
 class StepMark:
-    """Keeps the file `step` of a run fresh by time: records come every train.log_every_steps, which may be minutes apart.
+    """File with the steps done, rewritten every few seconds: records come every train.log_every_steps, minutes apart.
 
     Args:
-        clock: seconds that only grow.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(self, folder: RunFolder, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -54,12 +53,12 @@ class StepMark:
         self._written = -math.inf
 
     def tick(self, step: int) -> None:
-        """Note that so many steps are done; written where the last note is _MARK_SECONDS old, or they are all."""
+        """Note the steps done. Writes at the first step, at the last, and when the last note is _MARK_SECONDS old."""
         now = self._clock()
         if now - self._written < _MARK_SECONDS and step < self._total_steps:
             return
         self._written = now
-        with contextlib.suppress(OSError):  # a full disk ends the run at its next record or checkpoint, with words
+        with contextlib.suppress(OSError):  # a full disk is reported at the next record or checkpoint
             write_whole(self._path, f"{step} {self._total_steps}")
 
 
@@ -78,7 +77,7 @@ def read_step(folder: RunFolder) -> tuple[int, int] | None:
 
 
 def count_step_seconds(folder: RunFolder) -> float:
-    """Return the time of all logged steps, whichever attempt did them, without start-ups, checkpoints and waiting."""
+    """Return the time of all logged steps over all attempts, without start-up, checkpoints and waiting."""
     records = read_progress(folder)
     if not records:
         return 0.0

@@ -1,4 +1,4 @@
-"""Where the numbers of a running training go: the run folder, TensorBoard, and whoever publishes metrics. No Ray here."""
+"""Recorder of a running training: progress records, TensorBoard events and published metrics. No Ray here."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ PUBLISHED = {
     "memory_gib": "Peak GPU memory of this worker, in GiB; on a CPU its resident memory.",
     "step": "Optimiser steps done.",
 }
-"""Names and texts of a worker's metrics."""
+"""Names and descriptions of a worker's metrics."""
 
 
 class Recorder:
     """Sends each Progress to the run folder and TensorBoard (worker 0) and to `publish` (all workers).
 
     Args:
-        num_workers: world size; memory and traffic of all workers are shared in one small exchange.
-        read_wire: returns what this worker has sent so far.
+        num_workers: world size. One small all-reduce shares memory and traffic of all workers.
+        read_wire: returns this worker's traffic so far.
         publish: takes this worker's own numbers, named as in PUBLISHED.
     """
 

@@ -1,15 +1,15 @@
-"""The folder of one training run and what must hold before any GPU is taken. No Ray here.
+"""Folder of one training run: paths, settings, lock and training set. No Ray here.
 
 Layout of OUTPUT_DIR/NAME:
-    config.yaml        the resolved config: alone it reruns the run
+    config.yaml        the resolved config, enough to repeat the run
     progress.jsonl     one Progress a line, appended by worker 0
     step               steps done and steps in all, at most 5 s old; empty until a started worker has done a step
     tensorboard/       the same numbers as TensorBoard events
     plan.txt           how the workers train, and the memory they need by forecast
     checkpoint_*/      Ray Train's checkpoints (finlora/train/run/checkpoint.py)
-    lock               held by the driver while the run goes on
-    waiting.txt        who holds what the run waits for; gone when there is room (finlora/train/run/wait_for_gpus.py)
-    attempts.json      seconds at work and waiting of each start of the driver (finlora/train/run/attempts.py)
+    lock               locked by the driver while it runs
+    waiting.txt        who holds the GPUs and cores that the run waits for (finlora/train/run/wait_for_gpus.py)
+    attempts.json      seconds of work and of waiting for each start of the driver (finlora/train/run/attempts.py)
     stop               empty; a signal's name in it asks the workers to stop (finlora/train/run/stop.py)
     adapter/           PEFT's two files and config.yaml; finlora.yaml is written last and marks the run as finished
     results.jsonl      one Result of this training
@@ -41,12 +41,12 @@ from finlora.machine.working_dir import describe_lost
 from finlora.model.base_files import read_base_files
 from finlora.precision import resolve_training
 
-# What may differ between a run and its resumption: it changes where, how often and in which memory, never what is computed.
+# Settings that may differ when a run resumes: they change paths, intervals and memory, not what is computed.
 _FREE_SETTINGS = {
     "": ("output_dir", "eval", "max_wait_s"),
     "model": ("cache",),
     "data": ("dir", "max_test_examples"),
-    # The last four lay the same work out in memory otherwise: sums are rounded in another order, dropout draws other masks.
+    # The last four change only the memory layout: sums round in another order, dropout samples other masks.
     "train": (
         *(
             "max_failures",
@@ -65,19 +65,19 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingSet:
-    """Encoded examples of all trained tasks, and what was left out."""
+    """Encoded examples of all trained tasks."""
 
     encoded: list[Encoded]
     hashes: dict[str, str]
     """Task -> hash of its prepared train split."""
     num_skipped: int
-    """Examples over model.max_seq_len, left out by data.too_long=skip."""
+    """Examples longer than model.max_seq_len, left out by data.too_long=skip."""
     template_date: str | None = None
-    """Day that the chat template writes into each prompt; None: it writes none, or always its own."""
+    """Date that the chat template writes into each prompt. None: it writes none, or always its own."""
 
     def name_inputs(self, weights_hash: str) -> dict[str, str]:
-        """Return what a run reads, by hashes: with another base, or other prompts, it is another run."""
-        # A date was not always fixed: the prompts of a run had the day of each of its attempts.
+        """Return the hashes of a run's inputs: base weights, data and prompt date."""
+        # Runs from before dates were fixed have no such entry; their prompts carried the day of each attempt.
         date = {"template date": self.template_date} if self.template_date else {}
         return {**self.hashes, "base": weights_hash, **date}
 
@@ -90,7 +90,7 @@ class RunFolder:
 
     @property
     def title(self) -> str:
-        """Return what others read who wait for the GPUs of this run."""
+        """Name of the run in messages to others who wait for its GPUs."""
         if self.root.parent.name == "trials":
             return f"trial {self.root.name} of the search {self.root.parent.parent.name}"
         return f"the training {self.root.name}"
@@ -141,7 +141,7 @@ class RunFolder:
 
 
 def resolve_paths(config: RunConfig) -> RunConfig:
-    """Make every local path absolute, as workers run in other folders.
+    """Make every local path absolute: workers run in other folders.
 
     Raises:
         ConfigError: a path is relative inside a submitted Ray job, whose working directory is deleted afterwards.
@@ -150,7 +150,7 @@ def resolve_paths(config: RunConfig) -> RunConfig:
 
     def resolve(key: str, value: str) -> str:
         path = Path(value).expanduser()
-        # What came along with the copy can be read there; what is written there is lost.
+        # A job's copy of the working directory can be read; what is written there is lost.
         if (key in ("output_dir", "model.cache") or not path.exists()) and (lost := describe_lost(f"{key}=", value)):
             faults.append(lost)
         return str(path.absolute())
@@ -173,7 +173,7 @@ def resolve_paths(config: RunConfig) -> RunConfig:
 
 
 def load_training_set(config: RunConfig) -> TrainingSet:
-    """Read the prepared train splits, take the seeded first N, and encode them.
+    """Read the prepared train splits, keep a seeded sample of data.max_train_examples, and encode it.
 
     Raises:
         DatasetError: a split is missing, damaged, or an example is too long.
@@ -203,7 +203,7 @@ def load_training_set(config: RunConfig) -> TrainingSet:
 
 
 def describe_run(config: RunConfig, training_set: TrainingSet) -> str:
-    """Return the resolved config and what training would do, for --dry-run."""
+    """Return the resolved config and a summary of the training, for --dry-run."""
     lengths = sorted(item.num_tokens for item in training_set.encoded)
     train = config.train
     steps = -(-len(lengths) // train.global_batch_size) * train.epochs
@@ -220,18 +220,18 @@ def describe_run(config: RunConfig, training_set: TrainingSet) -> str:
 
 
 def describe_date(training_set: TrainingSet) -> str:
-    """Say in a line which day the chat template writes into each prompt; empty where it writes none."""
+    """Return a line with the date that the chat template writes into each prompt; empty where it writes none."""
     date = training_set.template_date
-    return f"Date in the chat template, on whatever day: {date} (model.template_date)" if date else ""
+    return f"Date in the chat template: {date} on every day (model.template_date)" if date else ""
 
 
 def hash_run(config: RunConfig, hashes: dict[str, str]) -> str:
-    """Return 16 hex digits over everything that decides what the run computes."""
+    """Return 16 hex digits of the hash of all settings and inputs that decide what the run computes."""
     tree = config_to_tree(config)
     for section, keys in _FREE_SETTINGS.items():
         for key in keys:
             (tree[section] if section else tree).pop(key)
-    if tree["model"]["template_date"] is None:  # as in runs that were begun before there was such a setting
+    if tree["model"]["template_date"] is None:  # runs from before this setting have no such key
         del tree["model"]["template_date"]
     text = json.dumps([tree, hashes], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -242,7 +242,7 @@ def examine_run(config: RunConfig) -> RunFolder:
 
     Raises:
         ConfigError: a run of that name exists with other settings; names each that differs.
-        ResourceError: another driver is at work in the folder.
+        ResourceError: another driver works in the folder.
     """
     folder = RunFolder(Path(config.output_dir) / config.name)
     _refuse_other_run(folder, resolve_training(config, folder.config))
@@ -268,7 +268,7 @@ def _refuse_other_run(folder: RunFolder, config: RunConfig) -> None:
             there = config_to_tree(load_config(folder.config))
         except ConfigError as error:
             raise ConfigError(
-                f"{folder.config}, of the run that is there, cannot be read by this version ({error}): resume it with the "
+                f"{folder.config} belongs to a run and cannot be read by this version ({error}): resume the run with the "
                 "version that wrote it, or choose another `name`."
             ) from error
         differing = _differences(there, config_to_tree(config))
@@ -280,25 +280,25 @@ def _refuse_other_run(folder: RunFolder, config: RunConfig) -> None:
 
 
 def explain_full_disk(error: BaseException, folder: RunFolder) -> ResourceError | None:
-    """Return what to say where an error means that a file could not be written to its end; None for any other error.
+    """Return a ResourceError where the cause of an error is a full disk; None otherwise.
 
-    torch and safetensors hide the system's error in words of their own, so their words have to be looked at.
+    torch and safetensors replace the system's error by their own text, so the text is searched too.
     """
     words = ("No space left on device", "(os error ", "inline_container.cc")
     if getattr(error, "errno", None) not in _FULL and not any(text in str(error) for text in words):
         return None
     return ResourceError(
         f"a file of the run could not be written ({error}): make room below {folder.root} and in the temporary folder of "
-        "every node (TMPDIR). The checkpoints written before are whole: the same command goes on from the last one."
+        "every node (TMPDIR). Earlier checkpoints are complete: the same command resumes from the last one."
     )
 
 
 @contextlib.contextmanager
 def claim_run(folder: RunFolder) -> Iterator[None]:
-    """Keep a second driver out of the folder while inside; the system frees the lock of a driver that was killed.
+    """Hold the folder's lock against a second driver. The system releases the lock of a killed driver.
 
     Raises:
-        ResourceError: another driver is at work in the folder; says where.
+        ResourceError: another driver works in the folder; names its process and machine.
     """
     with folder.lock.open("a+", encoding="utf-8") as stream:
         try:
@@ -310,7 +310,7 @@ def claim_run(folder: RunFolder) -> Iterator[None]:
                 "`name`."
             ) from None
         except OSError:
-            pass  # A file system without locks, as some NFS mounts: nothing can be promised there.
+            pass  # Some NFS mounts have no locks: there a second driver is not noticed.
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}")
         stream.flush()
@@ -318,7 +318,7 @@ def claim_run(folder: RunFolder) -> Iterator[None]:
 
 
 def require_unclaimed(folder: RunFolder) -> None:
-    """Refuse a folder in which another driver is at work.
+    """Refuse a folder in which another driver works.
 
     Raises:
         ResourceError: as `claim_run`.

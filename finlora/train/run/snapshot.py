@@ -1,8 +1,8 @@
-"""Ray Train's list of a run's checkpoints, brought in line with the folders that are really there. No Ray here.
+"""Repair of Ray Train's list of checkpoints, so that it matches the checkpoint folders on disk. No Ray here.
 
 Ray Train (2.60) resumes from the list in `checkpoint_manager_snapshot.json`. It refuses to start where a listed folder was
-deleted, or where a crash or a full disk cut the list short; and it never looks at folders that it did not list, so those
-of a crash would stay for good. Hence the driver mends the list before each start.
+deleted, or where a crash or a full disk truncated the list. It ignores folders that are not listed, so incomplete ones of a
+crash would stay. Therefore the driver repairs the list before each start.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from finlora.train.run.checkpoint import read_info
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
-def mend_snapshot(root: Path) -> list[str]:
-    """List the checkpoints of a run folder anew where the list and the folders differ.
+def repair_snapshot(root: Path) -> list[str]:
+    """Rewrite the list of checkpoints where it differs from the folders.
 
-    Kept are listed folders that exist, and whole ones that a crash kept from being listed. Folders that are neither are
-    removed. Damage inside a listed folder is not looked for here: the workers find it and say what to do.
+    Listed folders that exist are kept, and so are complete ones that a crash kept off the list. All other checkpoint folders
+    are removed. Listed folders are not checked for damage here: the workers do that when they read them.
 
     Args:
-        root: the run's folder, with no process at work in it.
+        root: the run's folder, in which no process works.
 
     Returns:
-        Lines that tell the user what was changed; empty where the list was right.
+        Lines for the user about what was changed; empty where the list was right.
     """
     state = _read(root / SNAPSHOT)
     listed = {entry["checkpoint_dir_name"]: entry for entry in state["checkpoint_results"]} if state else {}
@@ -38,26 +38,26 @@ def mend_snapshot(root: Path) -> list[str]:
     lines = []
     for name in sorted(set(present) - set(kept)):
         shutil.rmtree(root / name)
-        lines.append(f"Removed {root / name}: it was not written to its end.")
+        lines.append(f"Removed {root / name}: it was incomplete.")
     if kept == list(listed) and (state is not None or not (root / SNAPSHOT).exists()):
         return lines
-    lines += [f"{root / name} is gone." for name in listed if name not in kept]
+    lines += [f"{root / name} is missing." for name in listed if name not in kept]
     if state is None and (root / SNAPSHOT).exists():
-        lines.append(f"{root / SNAPSHOT} was cut short: listed the checkpoints anew.")
+        lines.append(f"{root / SNAPSHOT} was truncated: listed the checkpoints again.")
     if not kept:
         (root / SNAPSHOT).unlink()
         return [*lines, "No checkpoint is left: the run starts from its first step."]
     entries = [listed.get(name, {"version": 0, "checkpoint_dir_name": name, "metrics": {}}) for name in kept]
-    mended = (state or _EMPTY | {"ray_version": importlib.metadata.version("ray")}) | {
+    repaired = (state or _EMPTY | {"ray_version": importlib.metadata.version("ray")}) | {
         "checkpoint_results": entries,
         "checkpoint_report_indices": list(range(len(entries))),
         "latest_checkpoint_result": entries[-1],
         "current_report_index": len(entries),
     }
     temporary = root / f".{SNAPSHOT}"
-    temporary.write_text(json.dumps(mended), encoding="utf-8")
+    temporary.write_text(json.dumps(repaired), encoding="utf-8")
     temporary.replace(root / SNAPSHOT)
-    return [*lines, f"The run goes on from {root / kept[-1]}."]
+    return [*lines, f"The run resumes from {root / kept[-1]}."]
 
 
 _EMPTY: dict[str, Any] = {
@@ -70,7 +70,7 @@ _EMPTY: dict[str, Any] = {
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return the list, or None where it is absent or no list any more."""
+    """Return the list; None where it is missing or damaged."""
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         [entry["checkpoint_dir_name"] for entry in state["checkpoint_results"]]
@@ -80,10 +80,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _in_order(root: Path, listed: list[str], names: list[str]) -> list[str]:
-    """Sort checkpoints by their steps: their names are times, and a clock may have been set back between two of them."""
+    """Sort checkpoints by step. Their names are times, which go wrong when a clock is set back."""
     steps: dict[str, int] = {}
     last = 0
-    for name in listed:  # Ray lists them as they come, so a damaged one is as far as the one before
+    for name in listed:  # Ray lists them in order, so a damaged one counts as the one before it
         last = steps[name] = _read_step(root / name, last)
     return sorted(names, key=lambda name: (steps.get(name) or _read_step(root / name, 0), name not in listed, name))
 
@@ -96,8 +96,8 @@ def _read_step(folder: Path, otherwise: int) -> int:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Return whether all parts are there, whatever run it is of: the workers refuse another run's, and it stays."""
-    # Ray copies a checkpoint's files in no order, so a manifest that is there proves nothing: the hashes must fit.
+    """Return whether all parts are there, of whichever run: the workers refuse another run's checkpoint, and it stays."""
+    # Ray copies a checkpoint's files in any order, so a manifest alone proves nothing: the hashes must match.
     try:
         manifest = json.loads((folder / "manifest-0.json").read_text(encoding="utf-8"))
         read_info(folder, manifest["run_hash"], manifest["world_size"])

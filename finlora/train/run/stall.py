@@ -1,7 +1,7 @@
-"""Ends a worker that stands still, so that Ray Train starts all workers again from the last checkpoint.
+"""Watchdog that kills a stalled worker, so that Ray Train restarts all workers from the last checkpoint.
 
-A worker can hang where nothing raises: a collective that another one never joins, a thread that finds no memory to start with
-(CPython waits for it without end), a driver that lost its GPU. The others then wait for it, and Ray sees all of them alive.
+A worker can hang without an error: in a collective that another worker never joins, in the start of a thread without memory
+(CPython waits for it without limit), in a GPU driver that lost its GPU. The others then wait for it, and Ray sees all alive.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class StallGuard:
-    """Watches that `tick` is called often enough, while it is entered.
+    """Context manager inside which `tick` must be called at least every `max_stall_s` seconds.
 
     Args:
-        max_stall_s: longest time between two ticks; None: any.
-        end: gets a message and does not return; the default ends the process at once, without clean-up, which could hang too.
+        max_stall_s: longest time between two ticks; None: no limit.
+        end: takes a message and does not return. The default ends the process without clean-up, which could hang too.
     """
 
     def __init__(self, max_stall_s: float | None, end: Callable[[str], object] | None = None) -> None:
         self._max_stall_s, self._end = max_stall_s, end or _end_process
         self._is_over = threading.Event()
         self._last = 0.0
-        # Started before memory can run out: it only waits and compares.
+        # Created before memory can run out; it only waits and compares.
         self._thread = threading.Thread(target=self._watch, name="StallGuard", daemon=True)
 
     def __enter__(self) -> StallGuard:
@@ -44,7 +44,7 @@ class StallGuard:
             self._thread.join()
 
     def tick(self) -> None:
-        """Say that work is done: a pass, a step, a checkpoint."""
+        """Report progress: a pass, a step, a checkpoint."""
         self._last = time.monotonic()
 
     def _watch(self) -> None:

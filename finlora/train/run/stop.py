@@ -36,11 +36,10 @@ def stop_on_signals(
 ) -> Iterator[None]:
     """Turn the first SIGINT, SIGTERM or SIGHUP inside into a request to the workers; a second one ends this process at once.
 
-    Outside the main thread, where Python allows no handlers, signals stay with whoever has them. A SIGHUP that is ignored, as
-    by `nohup`, stays ignored.
+    Outside the main thread, where Python allows no handlers, nothing changes. A SIGHUP that `nohup` ignores stays ignored.
 
     Args:
-        path: the run's `stop` file; what an earlier run left in it is removed.
+        path: the run's `stop` file; emptied at the start.
         announce: shows a line to the user.
         has_begun: whether a step was done that a checkpoint could save.
 
@@ -57,7 +56,7 @@ def stop_on_signals(
         nonlocal was_asked
         if number == signal.SIGHUP:
             leave_terminal()
-            if was_asked:  # a terminal that closes may signal twice: by its shell and by itself
+            if was_asked:  # a closing terminal may signal twice: its shell and itself
                 return
         if was_asked:
             if number == signal.SIGINT:
@@ -79,7 +78,7 @@ def stop_on_signals(
 
 
 def describe_stop(path: Path, step: int, total_steps: int) -> StoppedError:
-    """Return what ends the driver after the workers have stopped at `step`: one line and the shell's code of the signal."""
+    """Return the error that ends the driver after its workers stopped at `step`, with the shell's exit code of the signal."""
     name = path.read_text(encoding="utf-8").strip()
     number = signal.Signals[name] if name in signal.Signals.__members__ else signal.SIGTERM
     if step:
@@ -90,7 +89,7 @@ def describe_stop(path: Path, step: int, total_steps: int) -> StoppedError:
 
 
 class StopRequest:
-    """A worker's view of the request, equal on all workers.
+    """Worker's side of the stop request; equal on all workers.
 
     Args:
         path: the run's `stop` file.
@@ -102,7 +101,7 @@ class StopRequest:
         self._path = path
         self._worker = worker
         self._world_size = world_size
-        # Over gloo, so that neither the GPU nor its stream takes part.
+        # Over gloo: neither the GPU nor its stream takes part.
         self._group = dist.new_group(backend="gloo") if world_size > 1 and dist.get_backend() != "gloo" else None
         self._is_asked = False
         self._next_read = 0.0

@@ -1,4 +1,4 @@
-"""What a finished run leaves: the adapter folder and the Result of its training. No Ray here."""
+"""Outputs of a finished run: the adapter folder and the Result of its training. No Ray here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finlora.train.run.run_folder import RunFolder, TrainingSet
 def export_adapter(
     config: RunConfig, folder: RunFolder, base: BaseModel, model: Any, training_set: TrainingSet
 ) -> None:
-    """Write the adapter folder; finlora.yaml comes last and marks it complete."""
+    """Write the adapter folder. finlora.yaml comes last and marks it complete."""
     size = save_adapter(model, folder.adapter)
     save_config(config, folder.adapter / "config.yaml")
     final = read_progress(folder)[-1]
@@ -55,11 +55,11 @@ def summarise_run(
     attempts: Sequence[Attempt],
     metrics: dict[str, Any],
 ) -> Result:
-    """Collect a finished run's numbers.
+    """Collect the numbers of a finished run.
 
     Args:
-        attempts: of the run, the last one among them; their times are added up.
-        metrics: what the workers reported with the last checkpoint; what is missing counts as not measured.
+        attempts: all of the run, the last one included; their times are summed.
+        metrics: reported by the workers with the last checkpoint. A missing one counts as not measured.
     """
     seconds = sum(attempt.seconds for attempt in attempts)
     records = read_progress(folder)
@@ -95,5 +95,5 @@ def summarise_run(
 
 
 def variant_name(config: RunConfig) -> str:
-    """Name an adapter as the tables do: `4bit-r4`."""
+    """Return the name of an adapter in tables: `4bit-r4`."""
     return f"{config.model.bits}bit-r{config.lora.rank}"

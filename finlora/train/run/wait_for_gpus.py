@@ -1,8 +1,8 @@
-"""Room for the workers of a run: waited for before each start of them, with words for the user, and not for ever.
+"""Bounded wait for the GPUs and cores of a run's workers, with progress lines for the user.
 
-Ray Train asks for all its workers in one placement group, which comes whole or not at all, but it asks silently and without
-end. This callback runs in its controller, right before each such request. What it has to say goes through a file of the run
-folder, since a controller's prints reach no user.
+Ray Train asks for all its workers in one placement group, which is granted whole or not at all. It asks silently and waits
+without limit. This callback runs in its controller before each request. Its lines go through a file of the run folder, since
+what a controller prints reaches no user.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from finlora.train.run.stop import describe_stop
 
 
 class AwaitRoom(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
-    """Holds back the request for workers until the cluster has room for them.
+    """Callback that delays the request for workers until the cluster has room for them.
 
-    Ray Train passes on callbacks of its internal kinds as well as the public ones; this hook exists among them alone.
+    This hook exists only among Ray Train's internal callbacks, which it accepts beside the public ones.
 
     Args:
-        folder: the run's.
+        folder: of the run.
         bundles: resources of each worker.
-        wait_s: seconds to wait at the start, and again after a failure. None: without limit.
+        wait_s: longest wait in seconds, at the start and again after each failure. None: no limit.
     """
 
     def __init__(self, folder: RunFolder, bundles: list[Bundle], wait_s: float | None) -> None:
@@ -39,20 +39,20 @@ class AwaitRoom(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
         self._patience: Patience | None = None
 
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> None:
-        """Wait.
+        """Wait for room.
 
         Raises:
-            ResourceError: for too long; says who holds what.
+            ResourceError: the wait is over; says who holds what.
             StoppedError: the user stopped the run meanwhile.
         """
-        # Another job may be faster when room comes up; then Ray Train tries again and the wait goes on where it was.
+        # Another job may take the room first: Ray Train then asks again, and this wait continues.
         self._patience = self._patience or Patience(self._wait_s, self._say)
         clear_step(self._folder)
         wait_for_room(self._bundles, self._patience, self._look)
         self._folder.waiting.unlink(missing_ok=True)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """Begin the next wait, if there is one, afresh; write down which placement group the workers are in."""
+        """Reset the wait for the next start, and record the workers' placement group."""
         self._patience = None
         group = worker_group.get_worker_group_state().placement_group_handle.placement_group
         self._folder.group.write_text(group.id.hex(), encoding="utf-8")
@@ -63,18 +63,18 @@ class AwaitRoom(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
             stream.write(line + "\n")
 
     def _look(self) -> None:
-        """Make what room can be made, and see whether the run is still wanted."""
-        self._folder.waiting.touch()  # its being there is what the driver counts as waiting, also between two words
+        """Free groups that nobody uses, and stop where the user asked for it."""
+        self._folder.waiting.touch()  # while the file exists, the driver counts the time as waiting
         free_orphans()
         if self._folder.stop.read_bytes().strip():
             raise describe_stop(self._folder.stop, 0, 0)
 
 
 def free_group(folder: RunFolder) -> None:
-    """Remove the placement group of a run whose driver was ended from outside, as a search ends the trials that lag.
+    """Remove the placement group of a run whose driver was killed, as ASHA's pruning does.
 
-    Ray Train has a helper of its own for that, which finds no cluster where a machine runs several, and gives up. Nothing is
-    done while the driver lives: its workers would be started again.
+    Ray Train's own helper for that finds no cluster on a machine with several. While the driver lives nothing is removed: it
+    would start its workers again.
     """
     from ray import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, remove_placement_group
@@ -96,20 +96,22 @@ def free_group(folder: RunFolder) -> None:
 def free_orphans() -> list[str]:
     """Remove the placement groups of this job whose creator, a controller or a trial, is dead; returns their ids.
 
-    Ray keeps a group until the job ends that created it, a whole search here. A run's group is known to `free_group` once its
-    workers have started, and to nobody where the trial is killed before that: the next try would wait for it for ever.
+    Ray keeps a group until the job that created it ends, here a whole search. `free_group` knows a run's group only after its
+    workers have started. A trial that is killed earlier leaves a group for which the next attempt would wait without end.
     """
     import ray
     from ray.core.generated.gcs_pb2 import PlacementGroupTableData
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     job = bytes.fromhex(ray.get_runtime_context().get_job_id())
-    # Who created a group is in Ray's table alone: placement_group_table() leaves it out.
+    # Only this table names a group's creator; placement_group_table() leaves it out.
     accessor = ray._private.state.state._connect_and_get_accessor()
     freed = []
     for raw in accessor.get_placement_group_table():
         facts = PlacementGroupTableData.FromString(raw)
-        is_by_actor = not ray.ActorID(facts.creator_actor_id).is_nil()  # a driver's own counts as one of a dead actor
+        is_by_actor = not ray.ActorID(
+            facts.creator_actor_id
+        ).is_nil()  # a group of the driver itself is marked as one of a dead actor
         is_there = facts.state != PlacementGroupTableData.REMOVED and not facts.is_detached
         if is_there and is_by_actor and facts.creator_actor_dead and facts.creator_job_id == job:
             group = ray.PlacementGroupID(facts.placement_group_id)
@@ -119,7 +121,7 @@ def free_orphans() -> list[str]:
 
 
 class WaitingWords:
-    """The driver's side: shows each line that the callback has written since the last look, and tells whether it waits."""
+    """Driver's side of the wait: shows new lines of the callback, and tells whether it waits."""
 
     def __init__(self, path: Path, announce: Callable[[str], None]) -> None:
         self._path = path
@@ -132,7 +134,7 @@ class WaitingWords:
         return self._path.exists()
 
     def show_new(self) -> None:
-        """Look once."""
+        """Show the lines written since the last call."""
         try:
             text = self._path.read_text(encoding="utf-8")
         except FileNotFoundError:

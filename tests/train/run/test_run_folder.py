@@ -60,7 +60,7 @@ def test_run_of_another_version_is_told_by_its_file(make_config):
     with folder.config.open("a", encoding="utf-8") as stream:
         stream.write("of_a_newer_version: 1\n")
     with pytest.raises(
-        ConfigError, match=r"config.yaml, of the run that is there, cannot be read by this version \(of_a_newer"
+        ConfigError, match=r"config.yaml belongs to a run and cannot be read by this version \(of_a_newer"
     ):
         open_run(make_config())
 
@@ -209,7 +209,7 @@ def test_prompts_have_one_date_on_any_day_and_it_goes_into_the_contract(make_con
         base = load_base(config.model, 16, torch.device("cpu"), 0)
     assert sets[0] == sets[1]
     assert sets[0].template_date == "2024-07-26"
-    assert "chat template, on whatever day: 2024-07-26 (model.template_date)\n" in describe_run(config, sets[0])
+    assert "chat template: 2024-07-26 on every day (model.template_date)\n" in describe_run(config, sets[0])
     other = make_config(f"model.base={dated_base}", "model.template=chat", "model.template_date=2025-03-09")
     found = load_training_set(other)
     assert (found.template_date, other.model.template_date) == ("2025-03-09", "2025-03-09")

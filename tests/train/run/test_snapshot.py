@@ -12,7 +12,7 @@ from ray.train.v2._internal.exceptions import CheckpointManagerInitializationErr
 from finlora.durable import seal, unseal
 from finlora.train.optim.traffic import Wire
 from finlora.train.run.checkpoint import CheckpointInfo, save_checkpoint
-from finlora.train.run.snapshot import SNAPSHOT, mend_snapshot
+from finlora.train.run.snapshot import SNAPSHOT, repair_snapshot
 
 # Ray Train writes its list by a call that pydantic has deprecated.
 pytestmark = pytest.mark.filterwarnings(
@@ -74,13 +74,13 @@ def root(tmp_path):
 
 def test_right_list_is_left_as_it_is(root):
     before = (root / SNAPSHOT).read_bytes()
-    assert mend_snapshot(root) == []
+    assert repair_snapshot(root) == []
     assert (root / SNAPSHOT).read_bytes() == before
     assert listed(root) == (name(4), [name(2), name(4)])
 
 
 def test_fresh_folder_needs_nothing(tmp_path):
-    assert mend_snapshot(tmp_path) == []
+    assert repair_snapshot(tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,10 +88,10 @@ def test_run_goes_on_from_the_one_before_a_deleted_checkpoint(root):
     shutil.rmtree(root / name(4))
     with pytest.raises(CheckpointManagerInitializationError, match="does not exist anymore"):
         listed(root)
-    assert mend_snapshot(root) == [f"{root / name(4)} is gone.", f"The run goes on from {root / name(2)}."]
+    assert repair_snapshot(root) == [f"{root / name(4)} is missing.", f"The run resumes from {root / name(2)}."]
     assert listed(root) == (name(2), [name(2)])
     assert json.loads((root / SNAPSHOT).read_text())["checkpoint_results"][0]["metrics"]["step"] == 2
-    assert mend_snapshot(root) == []
+    assert repair_snapshot(root) == []
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"checkpoint_results": 3}'])
@@ -99,16 +99,16 @@ def test_list_that_was_cut_short_is_written_anew(root, text):
     (root / SNAPSHOT).write_text(text)
     with pytest.raises(CheckpointManagerInitializationError):
         listed(root)
-    assert mend_snapshot(root) == [
-        f"{root / SNAPSHOT} was cut short: listed the checkpoints anew.",
-        f"The run goes on from {root / name(4)}.",
+    assert repair_snapshot(root) == [
+        f"{root / SNAPSHOT} was truncated: listed the checkpoints again.",
+        f"The run resumes from {root / name(4)}.",
     ]
     assert listed(root) == (name(4), [name(2), name(4)])
 
 
 def test_whole_checkpoint_that_was_not_listed_yet_counts(root):
     write(root, 6)
-    assert mend_snapshot(root) == [f"The run goes on from {root / name(6)}."]
+    assert repair_snapshot(root) == [f"The run resumes from {root / name(6)}."]
     assert listed(root) == (name(6), [name(2), name(4), name(6)])
 
 
@@ -117,7 +117,7 @@ def test_checkpoint_that_was_not_written_to_its_end_is_removed(root, damage):
     folder = root / write(root, 6, workers=(0,) if damage == "no manifest" else (0, 1))
     if damage == "cut file":
         (folder / "optimizer-1.pt").write_bytes(b"x")
-    assert mend_snapshot(root) == [f"Removed {folder}: it was not written to its end."]
+    assert repair_snapshot(root) == [f"Removed {folder}: it was incomplete."]
     assert not folder.exists()
     assert listed(root) == (name(4), [name(2), name(4)])
 
@@ -125,7 +125,7 @@ def test_checkpoint_that_was_not_written_to_its_end_is_removed(root, damage):
 def test_run_without_any_checkpoint_left_starts_anew(root):
     for step in (2, 4):
         shutil.rmtree(root / name(step))
-    assert mend_snapshot(root)[-1] == "No checkpoint is left: the run starts from its first step."
+    assert repair_snapshot(root)[-1] == "No checkpoint is left: the run starts from its first step."
     assert listed(root) == (None, [])
 
 
@@ -134,7 +134,7 @@ def test_checkpoint_of_other_data_is_not_thrown_away_with_a_broken_list(root):
     (root / SNAPSHOT).write_text("")
     for path in root.glob("checkpoint_*/manifest-*.json"):
         path.write_text(json.dumps(seal({**unseal(json.loads(path.read_text())), "run_hash": "xyz"})))
-    mend_snapshot(root)
+    repair_snapshot(root)
     assert listed(root) == (name(4), [name(2), name(4)])
 
 
@@ -143,5 +143,5 @@ def test_clock_that_was_set_back_does_not_turn_the_order_round(root):
     late = "checkpoint_2025-12-31_23-00-00.000000"
     (root / write(root, 6)).replace(root / late)
     (root / SNAPSHOT).write_text("")
-    assert mend_snapshot(root)[-1] == f"The run goes on from {root / late}."
+    assert repair_snapshot(root)[-1] == f"The run resumes from {root / late}."
     assert listed(root) == (late, [name(2), name(4), late])

@@ -54,10 +54,11 @@ DEMOS = {
     "small": Demo(
         config="jobs/configs/demo-4bit-r4.yaml",
         first=(
-            ("Generate the synthetic financial set", f"finlora prepare synthetic --output {HERE}/data"),
+            ("Generate the synthetic news", f"finlora prepare synthetic_sentiment --output {HERE}/data"),
             (
                 "Pretrain a small Llama base on unlabelled text (once)",
-                f"finlora pretrain --tasks synthetic --output {HERE}/base --device cpu num_steps=280 batch_size=8",
+                f"finlora pretrain --tasks synthetic --output {HERE}/base --device cpu "
+                "num_steps=560 batch_size=8 context_length=128",
             ),
         ),
         run=HERE / "runs" / "demo-4bit-r4",

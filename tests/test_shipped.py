@@ -90,7 +90,7 @@ def test_rows_of_one_task_share_their_global_batch(task):
 def test_demo_runs_on_any_machine():
     config = config_of("demo-4bit-r4")
     assert (config.train.device, config.eval.device) == ("cpu", "cpu")
-    assert (config.model.bits, config.lora.rank, config.data.tasks) == (4, 4, ("synthetic",))
+    assert (config.model.bits, config.lora.rank, config.data.tasks) == (4, 4, ("synthetic_sentiment",))
     assert not Path(config.output_dir).is_absolute()
 
 

@@ -11,6 +11,7 @@ from finlora.data import prompts
 from finlora.data.pretraining.generated_texts import pretraining_texts
 from finlora.data.sets.catalog import TASKS
 from finlora.data.tasks import synthetic
+from finlora.data.tasks import synthetic_words as words
 
 NAMES = [name for name in TASKS if name.startswith("synthetic_")]
 FREE_TEXT = ("synthetic_xbrl", "synthetic_formulas")
@@ -92,6 +93,28 @@ def test_pretraining_texts_repeat_and_hold_no_labelled_prompt(made):
     )
     assert not any(words in text for text in texts for words in instructions)
     assert not any(paraphrase.split("'")[0] in text for text in texts for paraphrase in prompts.ENTITY_PARAPHRASES[1:3])
+
+
+def test_pretraining_texts_show_which_words_are_alike_and_never_the_pair():
+    """A rise of a loss is bad news: that is the task's to teach."""
+    texts = pretraining_texts(7, 3000)
+    beside = {*words.PLEASED, *words.WORRIED, *words.HIGHER, *words.LOWER}
+    worded = [sentence for text in texts for sentence in text.split(" . ") if beside & set(sentence.split())]
+    assert len(worded) > 500
+    for sentence in worded:
+        has_noun = any(f"The {noun} " in sentence for noun in words.GOOD_NOUNS + words.BAD_NOUNS)
+        has_verb = any(f" {verb} " in sentence for verb in words.UP_VERBS + words.DOWN_VERBS)
+        assert has_noun != has_verb, sentence
+
+
+def test_pretraining_asks_for_words_of_a_change_that_stand_in_the_input():
+    asked = [text for text in pretraining_texts(7, 3000) if "Repeat what changed" in text or "of a change" in text]
+    assert len(asked) > 200
+    for text in asked:
+        _, _, rest = text.partition("\nInput: ")
+        sentence, _, answer = rest.partition("\nAnswer: ")
+        assert answer in sentence
+        assert answer.lower() in (*words.GOOD_NOUNS, *words.BAD_NOUNS, *words.UP_VERBS, *words.DOWN_VERBS)
 
 
 def test_pretraining_texts_name_no_test_company(made):

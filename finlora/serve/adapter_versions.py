@@ -1,12 +1,12 @@
-"""Adapters in a folder: which there are, which version of each is served, and whether it fits the base.
+"""Adapter folder of a server: which adapters it holds, which version of each is served, and whether that fits the base.
 
 Layout of DIR:
-    NAME/finlora.yaml ...        one adapter without versions
-    NAME/v1/ NAME/v2/ ...        versions of one; the newest complete one is served
-    NAME/current                 a version's name, written by `roll back`: that one is served instead
+    NAME/finlora.yaml ...        an adapter without versions
+    NAME/v1/ NAME/v2/ ...        an adapter's versions; the newest complete one is served
+    NAME/current                 name of a version, written by a roll-back: this version is served instead
 
-The folder is the only state, and it is read for each request: an adapter that is copied in is served at once, in every copy
-of the server, and a roll-back outlives a restart. A folder without finlora.yaml is incomplete and not there yet.
+The folder is the only state and is read for each request. So every replica serves an adapter as soon as it is copied in, and
+a roll-back survives a restart. A folder without finlora.yaml is incomplete and is not served.
 """
 
 from __future__ import annotations
@@ -30,38 +30,38 @@ _MAX_CURRENT_BYTES = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedAdapter:
-    """One version of an adapter, found to fit the base."""
+    """Version of an adapter that fits the base."""
 
     name: str
     version: str | None
     """None: a folder without versions."""
     folder: Path
     hash: str
-    """16 hex digits over weights and settings."""
+    """Hash of weights and settings, 16 hex digits."""
     contract: Contract
     template_date: str | None
-    """Day that the chat template writes into its prompts: that of its training."""
+    """Date that the chat template writes into its prompts: that of its training."""
 
     @property
     def engine_name(self) -> str:
-        """Name in the engine: other weights are another name, so what is at work is never changed under it."""
+        """Name in the engine. Other weights have another name, so requests in flight keep the weights they started with."""
         return f"{self.name}@{self.version or '-'}#{self.hash}"
 
 
 class AdapterShelf:
-    """The adapters of one folder for one base.
+    """Adapters of one folder, for one base.
 
     Args:
-        folder: DIR; None: there are none.
+        folder: DIR; None: no adapters.
     """
 
     def __init__(self, folder: Path | None, base: ServedBase) -> None:
         self._folder, self._base = folder, base
-        # Stamp of the files -> what they were found to be: hashing 21 MiB for each request would be felt.
+        # Folder -> stamp of its files, and the adapter or refusal read then: hashing 21 MiB for each request is too slow.
         self._known: dict[Path, tuple[tuple[int, ...], ServedAdapter | AdapterError]] = {}
 
     def list_names(self) -> list[str]:
-        """Return all names with a complete version, whether or not it fits."""
+        """Return the names of all adapters with a complete version, whether or not it fits the base."""
         if self._folder is None or not self._folder.is_dir():
             return []
         return sorted(
@@ -71,7 +71,7 @@ class AdapterShelf:
         )
 
     def describe_unserved(self) -> list[str]:
-        """Return for each folder that holds an adapter's settings and no contract why it is not served."""
+        """Return the reason for each adapter folder that is not served because it has no finlora.yaml."""
         if self._folder is None or not self._folder.is_dir():
             return []
         found = []
@@ -91,7 +91,7 @@ class AdapterShelf:
         """Return the version that is served: the one set by a roll-back, else the newest.
 
         Raises:
-            AdapterError: there is no such adapter, or the version set is gone.
+            AdapterError: there is no such adapter, or the version set by a roll-back is missing.
         """
         home = self._find(name)
         versions = _list_versions(home)
@@ -103,7 +103,7 @@ class AdapterShelf:
             check_file(home / CURRENT_FILE, _MAX_CURRENT_BYTES)
             pinned = (home / CURRENT_FILE).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise AdapterError(f"{home / CURRENT_FILE} cannot be read ({error}): set the version anew.") from error
+            raise AdapterError(f"{home / CURRENT_FILE} cannot be read ({error}): set the version again.") from error
         if pinned not in versions:
             raise AdapterError(
                 f"adapter {name!r} is set to version {pinned!r}, which is not there: expected one of {', '.join(versions)}; "
@@ -112,10 +112,10 @@ class AdapterShelf:
         return pinned
 
     def find(self, name: str, version: str | None = None) -> ServedAdapter:
-        """Return the version asked for, or the current one.
+        """Return a version of an adapter; None: the current one.
 
         Raises:
-            AdapterError: it is not there, incomplete, or made for another base, tokenizer or template.
+            AdapterError: it is missing, incomplete, or made for another base, tokenizer or template.
         """
         home = self._find(name)
         versions = _list_versions(home)
@@ -133,13 +133,13 @@ class AdapterShelf:
         stamp = tuple(value for stat in stats for value in (stat.st_mtime_ns, stat.st_size, stat.st_ino))
         known = self._known.get(folder)
         if known is None or known[0] != stamp:
-            known = self._known[folder] = (stamp, self._look_at(name, version, folder))
+            known = self._known[folder] = (stamp, self._read(name, version, folder))
         if isinstance(known[1], AdapterError):
             raise known[1].with_traceback(None)
         return known[1]
 
-    def _look_at(self, name: str, version: str | None, folder: Path) -> ServedAdapter | AdapterError:
-        """Read an adapter through; a refusal is returned, to be kept: reading a bad folder costs as much as a good one."""
+    def _read(self, name: str, version: str | None, folder: Path) -> ServedAdapter | AdapterError:
+        """Read and check an adapter. A refusal is returned, not raised, so that it is cached like a good adapter."""
         try:
             contract = read_contract(folder)
             contract.check_hashes(folder, self._base.weights_hash, self._base.tokenizer_hash, self._base.template)
@@ -153,10 +153,10 @@ class AdapterShelf:
         )
 
     def set_current(self, name: str, version: str | None) -> ServedAdapter:
-        """Serve a version from now on, in every copy of the server; None: the newest again.
+        """Serve a version from now on, in every replica; None: the newest again.
 
         Raises:
-            AdapterError: it is not there or does not fit; nothing changes then.
+            AdapterError: it is missing or does not fit; nothing changes then.
         """
         home = self._find(name)
         versions = _list_versions(home)
@@ -174,7 +174,7 @@ class AdapterShelf:
         return adapter
 
     def _find(self, name: str) -> Path:
-        # The name comes from a request: nothing but a plain folder name may touch the file system.
+        # The name comes from a request: only a plain folder name may reach the file system.
         if self._folder is None or not _NAME.fullmatch(name) or not (self._folder / name).is_dir():
             there = ", ".join(self.list_names()) or "none"
             raise AdapterError(f"there is no adapter {name!r}: expected one of {there}.")

@@ -1,4 +1,4 @@
-"""The base that is served: its tokenizer and hashes, and stages for it as often as they are needed."""
+"""Served base model: its tokenizer and hashes, and the start of its pipeline stages."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedBase:
-    """What is known of a base without its weights."""
+    """Facts of a base model that need no weights in memory."""
 
     tokenizer: PreTrainedTokenizerFast
     template: Template
     template_date: str | None
-    """Day that the chat template writes into prompts to the base alone; an adapter's own may be another one."""
+    """Date that the chat template writes into prompts for the base alone; an adapter has its own."""
     weights_hash: str
     tokenizer_hash: str
     end_token_id: int
     max_tokens: int
-    """Longest prompt and answer together."""
+    """Most tokens of prompt and answer together."""
 
 
 def read_base(config: ServeConfig) -> ServedBase:
-    """Find a base and read its tokenizer.
+    """Find a base model and read its tokenizer and hashes.
 
     Raises:
         ModelError: the base's files are not usable.
@@ -59,13 +59,13 @@ def read_base(config: ServeConfig) -> ServedBase:
 
 
 def open_pipeline(config: ServeConfig, base: ServedBase, holder: str = "a served model") -> OpenCore:
-    """Bring up all stages of a base as Ray actors; Ray must be connected.
+    """Start all stages of a base as Ray actors; Ray must be connected.
 
     Args:
-        holder: what others read who wait for these GPUs and cores.
+        holder: name shown to others who wait for these GPUs and cores.
 
     Raises:
-        ResourceError: the cluster has too little, or others held it for too long.
+        ResourceError: the cluster has too few GPUs or cores, or others held them for longer than `stages.wait_s`.
         ModelError: the base's files are not usable.
     """
     from finlora.inference.open_base import choose_in_flight, warm_up
@@ -88,7 +88,7 @@ def open_pipeline(config: ServeConfig, base: ServedBase, holder: str = "a served
     in_flight = choose_in_flight(stages.num, stages.device, stages.gpus)
 
     def describe() -> OpenCore:
-        if stages.device == "cuda":  # kernels are compiled and passes recorded before anybody waits for them
+        if stages.device == "cuda":  # compile kernels and capture CUDA graphs before the first request
             warm_up(pipeline, stages.cache_rows, config.limits.max_batch_tokens)
         core = EngineCore(
             pipeline, make_scheduler(config, base, in_flight, follows=pipeline.can_follow), base.tokenizer
@@ -107,14 +107,14 @@ def open_pipeline(config: ServeConfig, base: ServedBase, holder: str = "a served
 
     def repair() -> OpenCore:
         dead = pipeline.repair()
-        _logger.warning("Started again alone: stage %s of %d", ", ".join(map(str, dead)), stages.num)
+        _logger.warning("Restarted only stage %s of %d", ", ".join(map(str, dead)), stages.num)
         return describe()
 
     return describe()
 
 
 def make_scheduler(config: ServeConfig, base: ServedBase, max_in_flight: int, *, follows: bool) -> Scheduler:
-    """Return a scheduler within the limits of a config."""
+    """Return a scheduler with the limits of a config."""
     limits = Limits(
         cache_rows=config.stages.cache_rows,
         max_batch_tokens=config.limits.max_batch_tokens,

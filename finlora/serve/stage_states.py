@@ -1,4 +1,4 @@
-"""What the engine's thread and the rest of a server tell each other of the stages."""
+"""Records that the engine thread and the HTTP side of a server exchange: stages, snapshots, adapters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finlora.engine.engine import EngineCore
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageFacts:
-    """What one stage holds."""
+    """Layers and memory of one stage."""
 
     first_layer: int
     last_layer: int
@@ -21,41 +21,41 @@ class StageFacts:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenCore:
-    """A core whose stages stand."""
+    """Engine core whose stages run."""
 
     core: EngineCore
     stages: tuple[StageFacts, ...]
     check: Callable[[], None]
-    """Raises when a stage is dead."""
+    """Health check; raises if a stage has crashed."""
     close: Callable[[], None]
     repair: Callable[[], OpenCore] | None = None
-    """Starts dead stages alone and returns a fresh core over all; raises where only opening anew helps. None: it cannot."""
+    """Restarts only the crashed stages and returns a new core over all; raises if all must restart. None: not supported."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """How the engine stood a moment ago."""
+    """State of the engine at one moment."""
 
     queue: int = 0
     active: int = 0
     kv_used: int = 0
     kv_total: int = 0
     busy: tuple[float, ...] = ()
-    """Share of the time since the snapshot before that each stage computed; 0 on an idle server."""
+    """Share of the time since the last snapshot in which each stage computed; 0 on an idle server."""
     bubble: float = 0.0
-    """Share of the stages' time with work since then that was idle; 0 on an idle server."""
+    """Share of that time in which stages waited although there was work; 0 on an idle server."""
     adapters: tuple[str, ...] = ()
     num_losses: int = 0
-    """How often stages were lost."""
+    """Crashes of stages since the start."""
     num_repairs: int = 0
-    """How often only the dead ones had to be started for it."""
+    """Crashes after which only the crashed stages restarted."""
     recovery_s: float | None = None
-    """Seconds from the last loss until the stages stood again."""
+    """Seconds from the last crash until all stages ran again."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """An adapter as the engine knows it; another content is another name."""
+    """Adapter in the engine. Its name contains a hash of the weights, so other weights have another name."""
 
     name: str
     folder: Path

@@ -1,4 +1,4 @@
-"""Stages of this process that die when a test says so, and requests for them."""
+"""Stages of this process that crash when a test says so, and requests for them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PROMPTS = [tuple(range(3 + n, 20 + 3 * n)) for n in range(8)]
 
 
 class Mortal(InProcess):
-    """Stages of this process that die when they are told to."""
+    """Stages of this process that crash or hang when a test sets an event."""
 
     def __init__(self, stages) -> None:
         super().__init__(stages)
@@ -37,14 +37,14 @@ class Mortal(InProcess):
 
 
 def open_mortal(config, opened, repair=None):
-    """Open a core and note it in `opened`; `repair` is called before a repair, which brings a fresh core over the same stages."""
+    """Open a core and append it to `opened`; `repair` is called before a repair, which makes a new core over the same stages."""
     found = open_in_process(config, Mortal)
 
     def describe(core):
         opened.append(core)
-        return dataclasses.replace(found, core=core, check=core.executor.check, repair=mend if repair else None)
+        return dataclasses.replace(found, core=core, check=core.executor.check, repair=restart if repair else None)
 
-    def mend():
+    def restart():
         repair()
         old, executor = opened[-1], Mortal(found.core.executor.stages)
         core = EngineCore(executor, make_scheduler(config, read_base(config), 2, follows=True), old.tokenizer)
@@ -55,7 +55,7 @@ def open_mortal(config, opened, repair=None):
 
 
 def make_engine_of(tiny_base, opened, max_adapters=2, fail=lambda _number: None, repair=None, **stages):
-    """Start an engine over mortal stages; `fail` is told how many cores there were before a new one is opened."""
+    """Start an engine over mortal stages; `fail` gets the number of cores opened so far, before each new one."""
     config = make_settings(tiny_base, stages={"num": 2, "device": "cpu", "cache_rows": 1024} | stages)
 
     def open_core():

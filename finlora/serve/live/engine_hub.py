@@ -1,4 +1,4 @@
-"""The engine of one copy for other processes of it: they ask over sockets, in a thread of its own, and get what comes of it."""
+"""Unix socket server that shares one replica's engine and quota with its HTTP processes, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from finlora.serve.live.handle import Events
 from finlora.serve.live.link import Link, listen
 
 _SHOW_EVERY_S = 0.1
-"""Seconds between two looks at how the engine stands; who asks meanwhile is refused by the hub itself."""
+"""Seconds between two engine snapshots sent to the HTTP processes. Until they see a lost stage, the hub refuses requests."""
 
 
 class Hub:
-    """Passes on what is asked of an engine, and what keys may still ask, to as many processes as connect.
+    """Server of the engine and the quota to any number of connected processes.
 
     Args:
-        path: of the socket; made here, and taken away by `close`.
+        path: socket file; `start` creates it and `close` removes it.
     """
 
     def __init__(self, engine: AsyncEngine, quota: Quota, path: Path) -> None:
@@ -33,13 +33,13 @@ class Hub:
         self._thread = threading.Thread(target=self._run, name="hub", daemon=True)
 
     def start(self) -> None:
-        """Let others connect."""
+        """Accept connections from now on."""
         self._listener = listen(self.path)
         self._thread.start()
         self._listens.wait()
 
     def close(self) -> None:
-        """Close every link: who still waits at the other end is told that the server is gone. A second time does nothing."""
+        """Close every link, which ends the requests at the other end with StageLostError. A second call does nothing."""
         if not self._thread.is_alive():
             return
         self._loop.call_soon_threadsafe(self._closing.set)
@@ -56,14 +56,14 @@ class Hub:
         self._listens.set()
         await self._closing.wait()
         shows.cancel()
-        # Who has just been accepted is no link yet, and asyncio would forget its socket if the server closed before that.
+        # A connection that was just accepted has no link yet. If the server closed now, asyncio would leak its socket.
         self._loop.remove_reader(self._listener)
         while others := asyncio.all_tasks() - {asyncio.current_task()}:
             for link in self._links:
                 link.abort()
             await asyncio.wait(others, timeout=0.05)
         server.close()
-        await asyncio.sleep(0)  # sockets close a turn later
+        await asyncio.sleep(0)  # asyncio closes sockets in the next loop iteration
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link, engine = Link(reader, writer), self._engine
@@ -83,7 +83,7 @@ class Hub:
             link.abort()
 
     def _take(self, link: Link, sink: Sink, kind: str, *rest: Any) -> None:
-        """Carry a message out; what fails is answered where it is waited for, and ends no other request."""
+        """Handle one message. An error is sent back to the request that caused it and ends no other."""
         if kind == "ask":
             request, adapter = rest
             try:

@@ -1,8 +1,8 @@
-"""The engine in a thread: it drives the core, any number of requests await their text, and lost stages come back.
+"""Engine thread: runs the engine's steps, serves any number of coroutines, and recovers crashed stages.
 
-The thread alone touches the core. Others hand it calls through a queue; what a step brings goes back to each of them in one
-piece. When the stages are lost, every request under way ends with StageLostError, later ones are refused at once, and
-the thread brings the stages back (finlora/serve/live/recovery.py).
+Only this thread touches the core. Others pass it calls through a queue; the events of one step reach each of them in one
+call. When a stage crashes, every request in flight ends with StageLostError, new ones are refused at once, and the thread
+restarts the stages (finlora/serve/live/recovery.py).
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from finlora.serve.stage_states import AdapterRef, OpenCore, StageFacts
 
 _logger = logging.getLogger(__name__)
 _SNAPSHOT_S = 0.5
-"""Least seconds between two snapshots; where a micro-batch takes longer, there is one after each."""
+"""Minimum seconds between two snapshots. When a micro-batch takes longer, each is followed by one."""
 _WAIT_S = 0.25
-"""Longest wait for a call while there is nothing to compute."""
+"""Longest wait for a call while there is nothing to compute, in seconds."""
 _STUCK_S = 300.0
-"""Seconds that no step takes: the first one of a GPU, which builds its kernels, takes a minute."""
+"""Seconds after which a step counts as hung. The first step on a GPU compiles its kernels and takes a minute."""
 
 Sink = Callable[[Events], None]
-"""Takes what came of requests, in the engine's thread; must not wait."""
+"""Callback for the events of requests. Called in the engine's thread, so it must not block."""
 
 
 class AsyncEngine(AskedEngine):
-    """Requests of coroutines and of other processes, answered by a core in a thread.
+    """Engine core in a thread, for requests from coroutines and from other processes.
 
     Args:
-        open_core: brings the stages up; called again after they were lost and could not be repaired.
+        open_core: starts all stages; called again after a crash that could not be repaired.
         max_adapters: adapters held at once.
-        check_every_s: seconds between two looks at idle stages.
+        check_every_s: seconds between two health checks of idle stages.
     """
 
     def __init__(self, open_core: Callable[[], OpenCore], max_adapters: int, check_every_s: float) -> None:
@@ -53,7 +53,7 @@ class AsyncEngine(AskedEngine):
         self._calls: queue.SimpleQueue[Callable[[EngineCore], None]] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
         self._home: tuple[asyncio.AbstractEventLoop, Sink] | None = None
-        """Event loop of this process's coroutines, and what hands it events."""
+        """Event loop of this process's coroutines, and the sink that delivers their events."""
         self._last_use: OrderedDict[str, None] = OrderedDict()
         self._closing = threading.Event()
         self._opened: OpenCore | None = None
@@ -62,15 +62,15 @@ class AsyncEngine(AskedEngine):
         self._first_try = threading.Event()
         self._next_snapshot = 0.0
         self._read = Totals()
-        """What the meter of the core at work stood at with the last snapshot."""
+        """Totals of the core's meter at the last snapshot."""
         self._step_began: float | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Bring the stages up, and return when they stand.
+        """Start the stages, and return when all of them run.
 
         Raises:
-            FinloraError: they cannot be had; nothing runs then.
+            FinloraError: they could not start; nothing runs then.
         """
         self._thread.start()
         self._first_try.wait()
@@ -78,39 +78,39 @@ class AsyncEngine(AskedEngine):
             raise self._first_error
 
     def close(self) -> None:
-        """End all requests and let the stages go."""
+        """End all requests and close the stages."""
         self._closing.set()
         self._thread.join()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread answers, or brings the stages back; not where it waits for a stage that gives no sign."""
+        """Whether the thread serves requests or restarts stages. False while it waits for a stage that hangs."""
         began = self._step_began
         return self._thread.is_alive() and (began is None or time.monotonic() - began < _STUCK_S)
 
     @property
     def stages(self) -> tuple[StageFacts, ...]:
-        """Stages that stand now; empty while they are lost."""
-        opened = self._opened  # another thread may lose it meanwhile
+        """Running stages; empty while a crashed one restarts."""
+        opened = self._opened  # read once: the engine's thread may set it to None
         return opened.stages if opened is not None else ()
 
     def require_ready(self) -> None:
-        """Raise StageLostError while the stages do not stand."""
+        """Raise StageLostError unless all stages run."""
         if self._opened is None:
             raise StageLostError(f"{self.why_down}: ask again in a few seconds.")
 
     @property
     def why_down(self) -> str:
-        """What the stages wait for while they do not stand."""
+        """Why the stages do not run, for error messages."""
         return self._recovery.why_down
 
     def submit(self, request: Request, adapter: AdapterRef | None, sink: Sink) -> None:
-        """Have a request answered: `sink` gets what comes of it, last an Answer or an error. Safe in every thread."""
+        """Queue a request. `sink` gets its events, the last one an Answer or an error. Thread-safe."""
         self._sinks[request.id] = sink
 
         def take_on(core: EngineCore) -> None:
             if request.id not in self._sinks:
-                return  # the stages were lost meanwhile, or nobody waits any more
+                return  # cancelled, or ended by a crash, while it was in the queue
             try:
                 if adapter is not None:
                     self._ensure_adapter(core, adapter)
@@ -121,12 +121,12 @@ class AsyncEngine(AskedEngine):
         self._calls.put(take_on)
 
     def cancel(self, request_id: str) -> None:
-        """End a request: its sink gets nothing from now on. Safe in every thread."""
+        """End a request; its sink gets no further events. Thread-safe."""
         if self._sinks.pop(request_id, None) is not None:
             self._calls.put(lambda core: core.cancel(request_id))
 
     def leave(self, sink: Sink) -> None:
-        """End all requests of a sink that takes nothing any more."""
+        """Cancel all requests of a sink that is gone."""
         for name, other in list(self._sinks.items()):
             if other is sink:
                 self.cancel(name)
@@ -139,7 +139,7 @@ class AsyncEngine(AskedEngine):
         if self._home is None or self._home[0] is not loop:
 
             def hand_over(events: Events) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everyone who waited
+                with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody waits
                     loop.call_soon_threadsafe(self._deliver, events)
 
             self._home = loop, hand_over
@@ -148,7 +148,7 @@ class AsyncEngine(AskedEngine):
     def _run(self) -> None:
         opened = self._open_first()
         while opened is not None and not self._closing.is_set():
-            # Of adapters, those that went through a repair are still there.
+            # A repaired core keeps its adapters, a new one has none.
             self._last_use = OrderedDict.fromkeys(name for name in self._last_use if name in opened.core.adapters)
             self._opened = opened
             self._first_try.set()
@@ -171,21 +171,21 @@ class AsyncEngine(AskedEngine):
             return None
 
     def _recover(self, lost: OpenCore, error: Exception) -> OpenCore | None:
-        """End what is under way, and bring the stages back; None where the server closes first."""
+        """End the requests in flight and restart the stages; None if the server closes first."""
         lost_at = time.monotonic()
-        _logger.error("The stages were lost: %s: %s", type(error).__name__, error)
+        _logger.error("A stage crashed: %s: %s", type(error).__name__, error)
         self._opened = self._step_began = None
         nothing = (0.0,) * len(self.snapshot.busy)
         self._note(num_losses=self.snapshot.num_losses + 1, queue=0, active=0, kv_used=0, busy=nothing, bubble=0.0)
-        self._fail_all(StageLostError("a stage of the model died before the answer was complete: ask again."))
+        self._fail_all(StageLostError("a stage of the model crashed before the answer was complete: ask again."))
         back = self._recovery.bring_back(lost)
         if back is None:
             return None
         opened, is_repaired = back
         seconds = time.monotonic() - lost_at
         self._note(recovery_s=seconds, num_repairs=self.snapshot.num_repairs + is_repaired)
-        how = "the dead one was started alone" if is_repaired else "all were started anew"
-        _logger.warning("All stages stand again, %.1f s after the loss: %s", seconds, how)
+        how = "only the crashed ones restarted" if is_repaired else "all of them restarted"
+        _logger.warning("All stages run again, %.1f s after the crash: %s", seconds, how)
         return opened
 
     def _drive(self, opened: OpenCore) -> None:
@@ -212,13 +212,13 @@ class AsyncEngine(AskedEngine):
                 self._recovery.prove()
             self._send(events)
             self._take_snapshot(core)
-            if not core.is_stalled:  # what has just computed lives
+            if not core.is_stalled:  # stages that just computed need no health check
                 next_check = time.monotonic() + self._check_every_s
 
     def _take_calls(self, core: EngineCore) -> None:
-        """Carry out all calls at hand; where there is nothing else to do, wait for the first."""
+        """Run all queued calls; while there is nothing to compute, wait for the first."""
         try:
-            # Where requests are left that cannot start, their deadlines are looked at between two waits.
+            # A stalled core has requests that cannot start: the bounded wait lets their deadlines be checked.
             has_nothing = core.is_idle or core.is_stalled
             call = (
                 self._calls.get(timeout=min(self._check_every_s, _WAIT_S)) if has_nothing else self._calls.get_nowait()
@@ -230,20 +230,20 @@ class AsyncEngine(AskedEngine):
             return
 
     def _take_more_calls(self, core: EngineCore) -> None:
-        """Carry out calls that come while the stage computes, for as long as it has enough to do without them."""
+        """Run calls that arrive while the stages compute, for as long as the stages have enough work queued."""
         until = time.monotonic() + core.spare_s
         with contextlib.suppress(queue.Empty):
             while (left := until - time.monotonic()) > 0:
                 self._calls.get(timeout=left)(core)
 
     def _ensure_adapter(self, core: EngineCore, adapter: AdapterRef) -> None:
-        """Load an adapter unless it is there; the one unused for longest gives way."""
+        """Load an adapter unless it is in memory; evict the least recently used one if there is no room."""
         if adapter.name not in core.adapters:
             while len(core.adapters) >= self._max_adapters:
                 idle = [name for name in self._last_use if not core.scheduler.uses_adapter(name)]
                 if not idle:
                     raise QueueFullError(
-                        f"all {self._max_adapters} places for adapters are at work (max_adapters): try again later"
+                        f"requests in flight use all {self._max_adapters} adapters that fit (max_adapters): try again later"
                     )
                 core.unload_adapter(idle[0])
                 del self._last_use[idle[0]]
@@ -252,14 +252,14 @@ class AsyncEngine(AskedEngine):
         self._last_use.move_to_end(adapter.name)
 
     def _fail_all(self, error: FinloraError) -> None:
-        """End every request, those that were not yet taken on as well."""
+        """End every request, queued ones included."""
         with contextlib.suppress(queue.Empty):
             while True:
                 self._calls.get_nowait()
         self._send([(name, error) for name in list(self._sinks)])
 
     def _send(self, events: Events) -> None:
-        """Hand events to those that await them, in one piece to each."""
+        """Deliver events, with one call for each sink."""
         shares: dict[Sink, Events] = {}
         for name, event in events:
             is_over = not isinstance(event, Piece)

@@ -1,4 +1,4 @@
-"""What coroutines ask of an engine, whether it runs in a thread of their process or in another process."""
+"""Engine interface for coroutines: the same for an engine thread in this process and for one in another process."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from finlora.errors import StageLostError
 from finlora.serve.stage_states import AdapterRef, Snapshot, StageFacts
 
 _GRACE_S = 5.0
-"""Seconds after its deadline that an answer of the engine is waited for: it ends requests between two steps."""
+"""Seconds to wait for an answer after its deadline: the engine ends late requests only between two steps."""
 
 Event = Piece | Answer | Exception
-"""What a request gets: pieces of text, and last its answer or why there is none."""
+"""Event of a request: a piece of text, or the last one, its answer or an error."""
 Events = list[tuple[str, Event]]
-"""Each with the id of its request."""
+"""Pairs of request id and event."""
 
 
 class AskedEngine(ABC):
-    """An engine as the paths of a server see it."""
+    """Engine as the HTTP endpoints use it."""
 
     def __init__(self) -> None:
         self._awaited: dict[str, asyncio.Queue[Event]] = {}
         self.snapshot = Snapshot()
-        """How it stood a moment ago."""
+        """State of the engine, at most half a second old while it computes."""
 
     @property
     @abstractmethod
     def stages(self) -> tuple[StageFacts, ...]:
-        """Stages that stand now; empty while they are lost."""
+        """Running stages; empty while a crashed one restarts."""
 
     @abstractmethod
     def require_ready(self) -> None:
-        """Raise StageLostError while the stages do not stand."""
+        """Raise StageLostError unless all stages run."""
 
     @abstractmethod
     def _submit(self, request: Request, adapter: AdapterRef | None) -> None:
-        """Have a request answered: `_deliver` gets what comes of it, in the caller's event loop."""
+        """Queue a request; its events reach `_deliver` in the caller's event loop."""
 
     @abstractmethod
     def cancel(self, request_id: str) -> None:
-        """End a request for which nobody waits any more."""
+        """End a request that nobody waits for."""
 
     async def ask(self, request: Request, adapter: AdapterRef | None = None) -> AsyncIterator[Piece | Answer]:
         """Yield the pieces of an answer's text as they come, and last the Answer. Leaving early cancels the request.
@@ -52,8 +52,8 @@ class AskedEngine(ABC):
         Raises:
             ConfigError: the request can never be answered.
             AdapterError: its adapter does not fit.
-            QueueFullError: too many wait, or too many adapters are at work.
-            StageLostError: the stages do not stand, or died meanwhile.
+            QueueFullError: the queue is full, or requests in flight use all adapters that fit.
+            StageLostError: a stage is down, or crashed meanwhile.
         """
         self.require_ready()
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -75,17 +75,17 @@ class AskedEngine(ABC):
                 self.cancel(request.id)
 
     async def answer(self, request: Request, adapter: AdapterRef | None = None) -> Answer:
-        """Return the answer alone."""
+        """Return the answer without its pieces of text."""
         async with contextlib.aclosing(self.ask(request, adapter)) as events:  # type: ignore[type-var]
             async for event in events:
                 if isinstance(event, Answer):
                     return event
         raise AssertionError("a stream ends with its answer or an error")
 
-    def _deliver(self, brought: Events) -> None:
-        for name, event in brought:
-            if (events := self._awaited.get(name)) is not None:
-                events.put_nowait(event)
+    def _deliver(self, events: Events) -> None:
+        for name, event in events:
+            if (awaited := self._awaited.get(name)) is not None:
+                awaited.put_nowait(event)
 
 
 async def _wait(events: asyncio.Queue[Event], request: Request) -> Event:
@@ -94,4 +94,4 @@ async def _wait(events: asyncio.Queue[Event], request: Request) -> Event:
         async with asyncio.timeout(left):
             return await events.get()
     except TimeoutError:
-        return StageLostError("the stages of the model gave no sign of life: ask again.")
+        return StageLostError("the stages of the model did not respond in time: ask again.")

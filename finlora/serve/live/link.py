@@ -1,6 +1,6 @@
-"""How processes that answer HTTP speak to the one that drives the engine: batches of messages over a Unix socket.
+"""Message link between the HTTP processes and the engine's process: batches of pickled messages over a Unix socket.
 
-Messages are pickled objects, so both ends must be the server's own: the socket lies in a folder that only its user can enter.
+Unpickling runs code, so both ends must be the server's own: only the server's user can enter the socket's folder.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _MOST_UNREAD_BYTES = 2**28
 _HEAD = struct.Struct("!Q")
 
 Message = tuple[Any, ...]
-"""Its kind, and what belongs to it."""
+"""Kind of the message, then its contents."""
 
 
 class Link:
-    """One end of a connection, for the event loop that it was made in."""
+    """One end of a connection, bound to the event loop that creates it."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._outbox: list[Message] = []
 
     def put(self, *message: Any) -> None:
-        """Send a message; those of one turn of the loop travel together."""
+        """Send a message. Messages of one event loop iteration go out in one frame."""
         if not self._outbox:
             asyncio.get_running_loop().call_soon(self._flush)
         self._outbox.append(message)
@@ -36,15 +36,15 @@ class Link:
     def _flush(self) -> None:
         messages, self._outbox = self._outbox, []
         if self._writer.is_closing():
-            return  # whoever reads learns that the other end is gone
+            return  # `receive` tells its reader that the other end is gone
         try:
             frame = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL)
         except Exception:
-            self.abort()  # else whoever waits for one of them would do so in vain
+            self.abort()  # otherwise the receivers would wait forever
             raise
         self._writer.write(_HEAD.pack(len(frame)) + frame)
         if self._writer.transport.get_write_buffer_size() > _MOST_UNREAD_BYTES:
-            self.abort()  # the other end reads nothing any more
+            self.abort()  # the other end has stopped reading
 
     async def receive(self) -> AsyncIterator[Message]:
         """Yield messages until the other end closes."""
@@ -57,7 +57,7 @@ class Link:
             return
 
     def abort(self) -> None:
-        """Close this end at once, whatever is still to be sent; a second time does nothing."""
+        """Close this end at once and drop unsent messages. A second call does nothing."""
         self._writer.transport.abort()
 
 
@@ -65,14 +65,14 @@ async def connect(path: Path) -> Link:
     """Return a link to the process that listens at a socket.
 
     Raises:
-        OSError: none does.
+        OSError: no process listens there.
     """
     return Link(*await asyncio.open_unix_connection(path))
 
 
 def listen(path: Path) -> socket.socket:
-    """Return a socket at which links can be opened, by this user alone."""
+    """Return a bound socket that only this user can connect to."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(str(path))
-    path.chmod(0o600)  # before anybody can connect: asyncio calls listen() later
+    path.chmod(0o600)  # nobody can connect yet: asyncio calls listen() later
     return listener

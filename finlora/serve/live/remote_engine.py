@@ -1,4 +1,4 @@
-"""The engine as another process of the same copy asks it, over a link to the one that drives it."""
+"""Engine client of an HTTP process, over a link to the process of the same replica that runs the engine."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from finlora.serve.live.handle import AskedEngine
 from finlora.serve.live.link import Link, connect
 from finlora.serve.stage_states import AdapterRef, StageFacts
 
-_GONE = "the process that drives the model is gone"
+_GONE = "the process that runs the model is gone"
 
 
 class RemoteEngine(AskedEngine):
-    """What `AsyncEngine` is to coroutines of its own process; it keeps the keys' quota as well.
+    """Counterpart of `AsyncEngine` in another process. It also counts the keys' quota in the hub.
 
     Args:
-        link: to the hub; `follow` must run as long as anything is asked.
+        link: to the hub; `follow` must run while requests are in flight.
     """
 
     def __init__(self, link: Link) -> None:
@@ -36,14 +36,14 @@ class RemoteEngine(AskedEngine):
         """Connect to the hub at a socket.
 
         Raises:
-            OSError: there is none.
+            OSError: no hub listens there.
         """
         return cls(await connect(path))
 
     async def follow(self) -> None:
-        """Take what the hub sends, until it is gone; whoever waits then is told."""
+        """Deliver what the hub sends until the hub is gone; then end all requests with StageLostError."""
         if self._link is None:
-            return  # closed before this began
+            return  # closed before this started
         async for kind, *rest in self._link.receive():
             if kind == "events":
                 self._deliver(*rest)
@@ -56,7 +56,7 @@ class RemoteEngine(AskedEngine):
         self.close()
 
     def close(self) -> None:
-        """Leave the hub; whoever waits is told."""
+        """Disconnect from the hub and end all requests with StageLostError."""
         if self._link is None:
             return
         self._link.abort()
@@ -84,17 +84,17 @@ class RemoteEngine(AskedEngine):
             self._link.put("cancel", request_id)
 
     async def admit(self, key: KeyRecord) -> None:
-        """Count a request of a key, in the process that counts for all.
+        """Count a request of a key in the hub, which counts for all processes.
 
         Raises:
-            QuotaError: the key has none left, or its tokens are spent.
-            StageLostError: that process is gone.
+            QuotaError: the key has used its requests or tokens of the minute.
+            StageLostError: the hub is gone.
         """
         if key.requests_per_minute is None and key.tokens_per_minute is None:
             return
         if self._link is None:
             self.require_ready()
-            raise AssertionError("no stage stands without a link")
+            raise AssertionError("no stage runs without a link")
         number = next(self._numbers)
         admission = self._admissions[number] = asyncio.get_running_loop().create_future()
         try:
@@ -104,6 +104,6 @@ class RemoteEngine(AskedEngine):
             del self._admissions[number]
 
     def take_tokens(self, key: KeyRecord, count: int) -> None:
-        """Count tokens that were computed for a key."""
+        """Count computed tokens of a key."""
         if key.tokens_per_minute is not None and self._link is not None:
             self._link.put("spend", key, count)

@@ -1,4 +1,4 @@
-"""The engine for other processes: what comes over a link is what the engine's own coroutines get."""
+"""Engine hub: an answer over a link equals the answer to a coroutine of the engine's own process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KEY = KeyRecord(id="desk", salt="s", hash="0" * 64)
 
 @pytest.fixture
 def open_hub():
-    """Opens hubs over engines, with a quota whose clock stands still, and closes them."""
+    """Factory of hubs over engines, with a quota whose clock stands still; closes them."""
     with contextlib.ExitStack() as stack:
 
         def build(engine):
@@ -52,7 +52,7 @@ def open_hub():
 
 @contextlib.asynccontextmanager
 async def connected(hub):
-    """A remote engine that knows how the stages stand."""
+    """A remote engine that has received the stages' state."""
     remote = await RemoteEngine.open(hub.path)
     following = asyncio.ensure_future(remote.follow())
     while not remote.stages:
@@ -62,7 +62,7 @@ async def connected(hub):
     await following
 
 
-def test_two_processes_get_the_answers_that_the_engine_gives_its_own_coroutines(make_engine, open_hub, adapters):
+def test_answers_over_links_equal_those_to_own_coroutines(make_engine, open_hub, adapters):
     engine = make_engine()
     hub, ref = open_hub(engine), AdapterRef("good", adapters / "good" / "v1")
     requests = [make_request(n, adapter="good" if n % 2 else None) for n in range(8)]
@@ -79,7 +79,7 @@ def test_two_processes_get_the_answers_that_the_engine_gives_its_own_coroutines(
     for number, (text, answer) in enumerate(asyncio.run(ask_all())):
         own_text, own = asyncio.run(ask(engine, number))
         assert (text, [t.id for t in answer.tokens]) == (own_text, [t.id for t in own.tokens])
-        # Batches of other sizes add in another order.
+        # Batch sizes differ, and with them the order of additions.
         assert [t.log_prob for t in answer.tokens] == pytest.approx([t.log_prob for t in own.tokens], abs=1e-5)
 
 
@@ -95,7 +95,7 @@ def test_text_comes_over_the_link_piece_by_piece(make_engine, open_hub):
     assert sum(len(piece.tokens) for piece in pieces) == len(answer.tokens) == 12
 
 
-def test_who_leaves_and_a_process_that_dies_free_what_they_held(make_engine, open_hub, opened):
+def test_cancelled_requests_and_closed_links_free_their_cache_rows(make_engine, open_hub, opened):
     hub = open_hub(make_engine())
 
     async def leave():
@@ -104,7 +104,7 @@ def test_who_leaves_and_a_process_that_dies_free_what_they_held(make_engine, ope
                 left = asyncio.ensure_future(collect(dying, make_request(1, 800)))
                 async with contextlib.aclosing(staying.ask(make_request(0, 800))) as events:
                     await anext(events)
-            with pytest.raises(StageLostError, match="the process that drives the model is gone: ask again"):
+            with pytest.raises(StageLostError, match="the process that runs the model is gone: ask again"):
                 await left
             return await collect(staying, make_request(2, 40))
 
@@ -114,7 +114,7 @@ def test_who_leaves_and_a_process_that_dies_free_what_they_held(make_engine, ope
     assert opened[0].scheduler.pool.num_held == 0
 
 
-def test_lost_stages_end_what_is_under_way_and_answer_when_they_are_back(make_engine, open_hub, opened):
+def test_crash_ends_requests_in_flight_and_restarted_stages_answer(make_engine, open_hub, opened):
     engine = make_engine()
     hub = open_hub(engine)
 
@@ -123,7 +123,7 @@ def test_lost_stages_end_what_is_under_way_and_answer_when_they_are_back(make_en
             task = asyncio.ensure_future(collect(remote, make_request(0, 900)))
             await asyncio.sleep(0.2)
             opened[0].executor.is_dead.set()
-            with pytest.raises(StageLostError, match="died before the answer was complete"):
+            with pytest.raises(StageLostError, match="crashed before the answer was complete"):
                 await task
             async with asyncio.timeout(10):
                 while remote.snapshot.num_losses == 0 or not remote.stages:
@@ -133,7 +133,7 @@ def test_lost_stages_end_what_is_under_way_and_answer_when_they_are_back(make_en
     assert asyncio.run(lose()).finish == "length"
 
 
-def test_hub_that_closes_tells_whoever_waits(make_engine, open_hub):
+def test_closing_hub_ends_requests_with_a_retriable_error(make_engine, open_hub):
     hub = open_hub(make_engine())
 
     async def close():
@@ -141,16 +141,16 @@ def test_hub_that_closes_tells_whoever_waits(make_engine, open_hub):
             task = asyncio.ensure_future(collect(remote, make_request(0, 900)))
             await asyncio.sleep(0.2)
             await asyncio.to_thread(hub.close)
-            with pytest.raises(StageLostError, match="the process that drives the model is gone: ask again"):
+            with pytest.raises(StageLostError, match="the process that runs the model is gone: ask again"):
                 await task
-            with pytest.raises(StageLostError, match="the process that drives the model is gone: ask again in a few"):
+            with pytest.raises(StageLostError, match="the process that runs the model is gone: ask again in a few"):
                 remote.require_ready()
 
     asyncio.run(close())
     assert not hub.path.exists()
 
 
-def test_hub_that_closes_when_somebody_has_just_come_leaves_no_socket_open(make_engine, open_hub):
+def test_hub_that_closes_right_after_a_connection_leaks_no_socket(make_engine, open_hub):
     engine = make_engine()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -170,7 +170,7 @@ def test_hub_that_closes_when_somebody_has_just_come_leaves_no_socket_open(make_
         ({"adapter": "absent"}, AdapterError, "adapter 'absent' is not loaded"),
     ],
 )
-def test_refusals_come_with_their_words(make_engine, open_hub, change, error, words):
+def test_refusals_keep_their_messages_over_a_link(make_engine, open_hub, change, error, words):
     hub = open_hub(make_engine())
 
     async def ask():
@@ -192,10 +192,10 @@ def test_keys_are_counted_once_for_all_processes(make_engine, open_hub):
             await asyncio.gather(one.admit(few), other.admit(few), one.admit(few))
             with pytest.raises(QuotaError, match=r"key 'desk' may use 3 requests a minute") as refusal:
                 await other.admit(few)
-            await one.admit(KEY)  # without limits nothing is asked
+            await one.admit(KEY)  # a key without limits is not counted
             await one.admit(tokens)
             one.take_tokens(tokens, 160)
-            while True:  # a message without an answer: the other link may be quicker
+            while True:  # take_tokens has no reply, so the other link may be handled first
                 try:
                     await other.admit(tokens)
                 except QuotaError as error:
@@ -205,7 +205,7 @@ def test_keys_are_counted_once_for_all_processes(make_engine, open_hub):
     assert asyncio.run(count()) == (20, 37)
 
 
-def test_socket_is_for_this_user_alone(make_engine, open_hub):
+def test_only_this_user_can_open_the_socket(make_engine, open_hub):
     hub = open_hub(make_engine())
     assert stat.S_IMODE(hub.path.stat().st_mode) == 0o600
 
@@ -218,6 +218,6 @@ def test_socket_is_for_this_user_alone(make_engine, open_hub):
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_errors_survive_the_way(error):
+def test_errors_survive_pickling(error):
     back = pickle.loads(pickle.dumps(error))
     assert (type(back), str(back), vars(back)) == (type(error), str(error), vars(error))

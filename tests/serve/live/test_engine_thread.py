@@ -1,4 +1,4 @@
-"""The engine for coroutines: each gets its own answer, who leaves frees what it held."""
+"""Engine thread: each coroutine gets its own answer, and a cancelled request frees its cache rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from finlora.serve.stage_states import AdapterRef, OpenCore
 
 
 class SlowStage:
-    """One stage in a thread, which takes the same time for each micro-batch and counts what labels each has."""
+    """One stage in a thread that takes equal time for each micro-batch and records how many labels each scores."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -51,7 +51,7 @@ class SlowStage:
         self._inbox.put(None)
 
 
-def test_many_at_once_answer_as_one_alone(make_engine):
+def test_concurrent_requests_get_the_answers_of_single_ones(make_engine):
     engine = make_engine()
 
     async def all_at_once():
@@ -64,7 +64,7 @@ def test_many_at_once_answer_as_one_alone(make_engine):
         assert (text, [t.id for t in answer.tokens]) == (alone_text, [t.id for t in alone.tokens])
 
 
-def test_who_leaves_frees_the_rows_and_the_others_go_on(make_engine, opened):
+def test_abandoned_request_frees_its_rows_and_others_continue(make_engine, opened):
     engine = make_engine()
 
     async def leave():
@@ -79,7 +79,7 @@ def test_who_leaves_frees_the_rows_and_the_others_go_on(make_engine, opened):
     assert opened[0].scheduler.pool.num_held == 0
 
 
-def test_cancelled_task_leaves_nothing_behind(make_engine, opened):
+def test_cancelled_task_leaves_the_engine_idle(make_engine, opened):
     engine = make_engine()
 
     async def cancel():
@@ -107,14 +107,14 @@ def test_deadline_ends_the_answer(make_engine):
         ({"adapter": "absent"}, AdapterError, "adapter 'absent' is not loaded"),
     ],
 )
-def test_request_that_can_never_be_answered_is_refused_and_the_others_go_on(make_engine, change, error, words):
+def test_impossible_request_is_refused_and_others_continue(make_engine, change, error, words):
     engine = make_engine()
     with pytest.raises(error, match=words):
         asyncio.run(collect(engine, dataclasses.replace(make_request(0), **change)))
     assert asyncio.run(collect(engine, make_request(0)))[1].finish == "length"
 
 
-def test_adapter_unused_for_longest_gives_way_and_one_at_work_never(make_engine, adapters, opened):
+def test_least_recently_used_adapter_is_evicted_but_never_one_in_use(make_engine, adapters, opened):
     engine = make_engine(max_adapters=2)
     refs = {
         name: AdapterRef(name, adapters / path) for name, path in (("a", "good/v1"), ("b", "good/v2"), ("c", "plain"))
@@ -130,7 +130,7 @@ def test_adapter_unused_for_longest_gives_way_and_one_at_work_never(make_engine,
 
     async def all_busy():
         gate = threading.Event()
-        engine._calls.put(lambda _core: gate.wait(10))  # all three come between the same two steps
+        engine._calls.put(lambda _core: gate.wait(10))  # all three arrive between the same two steps
         tasks = [asyncio.ensure_future(ask(number, name)) for number, name in enumerate("bca")]
         await asyncio.sleep(0.05)
         gate.set()
@@ -139,10 +139,10 @@ def test_adapter_unused_for_longest_gives_way_and_one_at_work_never(make_engine,
     *answered, refused = asyncio.run(all_busy())
     assert answered[0][0] == texts["b"]
     assert isinstance(refused, QueueFullError)
-    assert "all 2 places for adapters are at work" in str(refused)
+    assert "requests in flight use all 2 adapters that fit (max_adapters)" in str(refused)
 
 
-def test_requests_that_cannot_start_are_waited_for_without_spinning(make_engine, opened, monkeypatch):
+def test_requests_that_cannot_start_do_not_spin_the_engine(make_engine, opened, monkeypatch):
     engine = make_engine()
     core, steps = opened[0], []
     step = core.step
@@ -161,11 +161,11 @@ def test_requests_that_cannot_start_are_waited_for_without_spinning(make_engine,
         return num_steps, (await waiting)[1].finish
 
     num_steps, finish = asyncio.run(wait())
-    assert num_steps <= 1.0 / 0.05 + 4  # one a look at the stages, and one a call
+    assert num_steps <= 1.0 / 0.05 + 4  # one a health check, and one a call
     assert finish == "length"
 
 
-def test_questions_that_come_while_the_stage_computes_wait_ahead_together(monkeypatch):
+def test_requests_that_arrive_while_a_stage_computes_form_one_micro_batch(monkeypatch):
     monkeypatch.setattr("finlora.engine.engine._MOST_SPARE_S", 1.0)
     stage = SlowStage(0.6)
     scheduler = Scheduler(Limits(cache_rows=4096, max_in_flight=1, max_batch_tokens=2048), -1, lambda: 0)
@@ -179,17 +179,17 @@ def test_questions_that_come_while_the_stage_computes_wait_ahead_together(monkey
         await engine.answer(Request(id=f"q{number}", prompt_ids=prompt, choices=((1,),)))
 
     async def ask_all():
-        await ask(1000)  # tells how long a micro-batch takes
+        await ask(1000)  # lets the engine measure a micro-batch
         await asyncio.gather(ask(0), *(ask(number, 0.0025 * number) for number in range(1, 21)))
 
     asyncio.run(ask_all())
     engine.close()
-    # All that came in the first 450 of 600 ms are one micro-batch, which was there when the one before it ended.
+    # Requests of the first 450 of 600 ms form one micro-batch, which is queued before the previous one ends.
     assert stage.sizes == [1, 1, 20]
     assert stage.was_ahead == [False, False, True]
 
 
-def test_first_start_that_fails_is_raised(tiny_base):
+def test_failed_first_start_is_raised(tiny_base):
     def fail():
         raise ModelError("no such base")
 
@@ -198,7 +198,7 @@ def test_first_start_that_fails_is_raised(tiny_base):
         engine.start()
 
 
-def test_shutting_down_ends_what_is_under_way(make_engine):
+def test_shutdown_ends_requests_in_flight(make_engine):
     engine = make_engine()
 
     async def close():
@@ -213,7 +213,7 @@ def test_shutting_down_ends_what_is_under_way(make_engine):
         engine.require_ready()
 
 
-def test_snapshot_tells_of_work(make_engine):
+def test_snapshot_shows_requests_in_flight(make_engine):
     engine = make_engine()
 
     async def watch():
@@ -237,6 +237,6 @@ def test_snapshot_of_an_idle_server_shows_no_work_once_the_work_is_done(make_eng
     note = engine._note
     engine._note = lambda **changes: note(**changes) or seen.append(engine.snapshot)
     asyncio.run(collect(engine, make_request(0, 300)))
-    wait_for(lambda: any(sum(snapshot.busy) > 0 for snapshot in seen))  # the work has come to a snapshot
+    wait_for(lambda: any(sum(snapshot.busy) > 0 for snapshot in seen))  # a snapshot has seen the work
     wait_for(lambda: engine.snapshot.busy == (0.0, 0.0))
     assert (engine.snapshot.active, engine.snapshot.queue, engine.snapshot.bubble) == (0, 0, 0.0)

@@ -1,4 +1,4 @@
-"""Lost stages end nothing in silence, and come back: the dead ones alone where that helps, else all of them."""
+"""Recovery from stage crashes: requests end with an error, and the crashed stages restart, or all if that fails."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finlora.errors import ModelError, StageLostError
 from finlora.serve.stage_states import AdapterRef
 
 
-def test_lost_stages_end_each_request_with_a_retriable_error_and_come_back(make_engine, opened):
+def test_crashed_stages_end_each_request_with_a_retriable_error_and_restart(make_engine, opened):
     engine = make_engine()
     before = asyncio.run(collect(engine, make_request(0)))[0]
 
@@ -25,14 +25,14 @@ def test_lost_stages_end_each_request_with_a_retriable_error_and_come_back(make_
 
     errors = asyncio.run(lose())
     assert [type(error) for error in errors] == [StageLostError] * 4
-    assert "died before the answer was complete: ask again" in str(errors[0])
+    assert "crashed before the answer was complete: ask again" in str(errors[0])
     wait_for(lambda: engine.stages)
     assert len(opened) == 2
     assert asyncio.run(collect(engine, make_request(0)))[0] == before
     assert (engine.snapshot.num_losses, engine.snapshot.num_repairs, engine.snapshot.recovery_s > 0) == (1, 0, True)
 
 
-def test_idle_stage_that_dies_is_noticed_and_requests_are_refused_at_once(make_engine, opened):
+def test_crash_of_an_idle_stage_is_noticed_and_requests_are_refused_at_once(make_engine, opened):
     wait = threading.Event()
     engine = make_engine(fail=lambda number: wait.wait(20) if number else None)
     opened[0].executor.is_dead.set()
@@ -45,7 +45,7 @@ def test_idle_stage_that_dies_is_noticed_and_requests_are_refused_at_once(make_e
     wait_for(lambda: engine.stages)
 
 
-def test_snapshot_shows_no_work_while_the_stages_are_lost(make_engine, opened):
+def test_snapshot_shows_no_work_while_stages_restart(make_engine, opened):
     wait = threading.Event()
     engine = make_engine(fail=lambda number: wait.wait(20) if number else None)
 
@@ -65,13 +65,13 @@ def test_snapshot_shows_no_work_while_the_stages_are_lost(make_engine, opened):
     wait_for(lambda: engine.stages)
 
 
-def test_stage_that_gives_no_sign_hangs_nobody(make_engine, opened, monkeypatch):
+def test_stage_that_hangs_ends_requests_after_their_deadline(make_engine, opened, monkeypatch):
     monkeypatch.setattr("finlora.serve.live.handle._GRACE_S", 0.1)
     monkeypatch.setattr("finlora.serve.live.engine_thread._STUCK_S", 0.3)
     engine = make_engine()
     stuck = opened[0].executor.is_stuck
     stuck.set()
-    with pytest.raises(StageLostError, match="gave no sign of life: ask again"):
+    with pytest.raises(StageLostError, match="did not respond in time: ask again"):
         asyncio.run(collect(engine, make_request(0, deadline=time.monotonic() + 0.3)))
     wait_for(lambda: not engine.is_alive)
     stuck.clear()
@@ -79,7 +79,7 @@ def test_stage_that_gives_no_sign_hangs_nobody(make_engine, opened, monkeypatch)
     assert asyncio.run(collect(engine, make_request(1)))[1].finish == "length"
 
 
-def test_restart_that_fails_is_tried_again(make_engine, opened):
+def test_failed_restart_is_retried(make_engine, opened):
     attempts = []
 
     def fail(number):
@@ -97,13 +97,13 @@ def test_restart_that_fails_is_tried_again(make_engine, opened):
 
 
 def lose(engine, opened):
-    """Kill the stages while nobody asks, and wait until they stand again."""
+    """Kill the stages of an idle server, and wait until they run again."""
     num_cores = len(opened)
     opened[-1].executor.is_dead.set()
     wait_for(lambda: len(opened) > num_cores and engine.stages)
 
 
-def test_dead_stages_come_back_alone_with_their_adapters(make_engine, opened, adapters, caplog):
+def test_repair_restarts_only_crashed_stages_and_keeps_adapters(make_engine, opened, adapters, caplog):
     anew, repairs = [], []
     engine = make_engine(fail=anew.append, repair=lambda: repairs.append(1))
     ref = AdapterRef("a", adapters / "good" / "v1")
@@ -119,35 +119,35 @@ def test_dead_stages_come_back_alone_with_their_adapters(make_engine, opened, ad
     wait_for(lambda: len(opened) == 2 and engine.stages)
     assert (anew, repairs, list(opened[1].adapters)) == ([0], [1], ["a"])
     assert (engine.snapshot.num_losses, engine.snapshot.num_repairs) == (1, 1)
-    assert "after the loss: the dead one was started alone" in caplog.text
+    assert "after the crash: only the crashed ones restarted" in caplog.text
     assert asyncio.run(collect(engine, make_request(0, adapter="a"), ref))[0] == before
-    # It is still the one that gives way, unused for longest.
+    # It is still the least recently used one, so it is evicted.
     for number, name in enumerate("bc"):
         asyncio.run(collect(engine, make_request(number, adapter=name), AdapterRef(name, adapters / "plain")))
     assert set(opened[1].adapters) == {"b", "c"}
 
 
-def test_repair_that_fails_is_followed_by_a_new_start_of_all(make_engine, opened, caplog):
+def test_failed_repair_restarts_all_stages(make_engine, opened, caplog):
     def repair():
         raise ModelError("two of two are dead")
 
     engine = make_engine(repair=repair)
     before = asyncio.run(collect(engine, make_request(0)))[0]
     lose(engine, opened)
-    assert "No stage could be restarted alone (ModelError: two of two are dead): all are started anew" in caplog.text
-    assert "after the loss: all were started anew" in caplog.text
+    assert "could not be restarted alone (ModelError: two of two are dead): restarting all" in caplog.text
+    assert "after the crash: all of them restarted" in caplog.text
     assert asyncio.run(collect(engine, make_request(0)))[0] == before
     assert (engine.snapshot.num_losses, engine.snapshot.num_repairs) == (1, 0)
 
 
-def test_stages_that_die_again_and_again_without_an_answer_are_all_started_anew(make_engine, opened, caplog):
+def test_repeated_crashes_without_an_answer_restart_all_stages(make_engine, opened, caplog):
     repairs = []
     engine = make_engine(repair=lambda: repairs.append(1))
     for _ in range(3):
         lose(engine, opened)
     assert len(repairs) == 2
-    assert "Stages died 3 times without an answer in between: all are started anew" in caplog.text
-    for _ in range(3):  # with an answer in between each is proven
+    assert "Stages crashed 3 times without an answer in between: restarting all" in caplog.text
+    for _ in range(3):  # an answer in between resets the count
         asyncio.run(collect(engine, make_request(0)))
         lose(engine, opened)
     assert len(repairs) == 5

@@ -1,4 +1,4 @@
-"""DeepSpeed's engine around a worker's copy of the model, and what its workers talk over. No Ray here."""
+"""DeepSpeed engine around a worker's copy of the model, and the backend of its collectives. No Ray here."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ def choose_collectives(config: RunConfig) -> str:
 
 
 def make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Any:
-    """Return DeepSpeed's engine at ZeRO stage 0; its loss must be scaled by the caller."""
+    """Return DeepSpeed's engine at ZeRO stage 0. The caller scales the loss."""
     averages_itself = find_optimizer(config.optim.name).averages_gradients
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)  # before it speaks, and again, since its import sets it
+    logging.getLogger("DeepSpeed").setLevel(
+        logging.WARNING
+    )  # before its first line, and again, since its import sets it
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -33,7 +35,7 @@ def make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, confi
         optimizer=optimizer,
         dist_init_required=False,
         config={
-            # The loop scales the loss and says when a step is due; DeepSpeed's own counts play no part.
+            # The loop scales the loss and decides when to step; DeepSpeed's own counts are not used.
             "train_micro_batch_size_per_gpu": 1,
             "managed_gradient_accumulation": False,
             "zero_optimization": {"stage": 0},

@@ -1,4 +1,4 @@
-"""The loss on held-out examples while a run goes on, by which a search tells trials apart. No Ray here."""
+"""Loss on held-out examples during a run, by which a search compares its trials. No Ray here."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ HELD_OUT_SPLIT: SplitName = "test"
 published test split takes no part in a search."""
 _FILE = "held_out.jsonl"
 _MAX_TOKENS = 4096
-"""Tokens of a padded batch: less memory than a training step of any base takes, since no pass backward follows."""
+"""Tokens of a padded batch. Without a backward pass this takes less memory than a training step of any base."""
 
 
 class HeldOut:
-    """Measures the mean cross entropy an answer token on the test splits of the config's data folder.
+    """Mean cross entropy per answer token on the held-out examples of a search.
 
     Args:
-        config: its data folder holds a search's parted examples.
-        folder: of the run; what is measured is kept there as well, for a search that is resumed.
-        worker: this worker's rank; each takes its share of the examples.
+        config: its data folder holds the search's split of the training examples.
+        folder: of the run. The losses are also written there, for a search that resumes.
+        worker: this worker's rank; each worker measures its share of the examples.
         reduce_sum: sums a float tensor over all workers in place and returns it.
     """
 
@@ -88,18 +88,18 @@ class HeldOut:
 
 
 def append_held_out(folder: RunFolder, step: int, loss: float) -> None:
-    """Keep the loss on the held-out examples after a step."""
+    """Append the loss on the held-out examples after a step."""
     append_line(folder.root / _FILE, {"step": step, HELD_OUT: loss})
 
 
 def read_held_out(folder: RunFolder) -> list[dict[str, float]]:
-    """Return the losses in step order; of a step run twice the later one counts, a line cut short is left out."""
+    """Return the losses in step order. Of a step that ran twice the later one counts; truncated lines are left out."""
     found = {record["step"]: record for record in read_lines(folder.root / _FILE) if "step" in record}
     return [found[step] for step in sorted(found)]
 
 
 def _cut(items: list[Encoded]) -> list[list[Encoded]]:
-    """Part examples, shortest first, into batches of at most _MAX_TOKENS padded tokens."""
+    """Split examples, shortest first, into batches of at most _MAX_TOKENS padded tokens."""
     batches: list[list[Encoded]] = []
     for item in items:
         if not batches or (len(batches[-1]) + 1) * item.num_tokens > _MAX_TOKENS:

@@ -1,7 +1,6 @@
-"""How a worker trains: packed where the model allows it, within the memory given; on padded rows otherwise.
+"""Training path of a worker: packed where the model allows it and memory suffices, on padded rows otherwise.
 
-A path is planned from the config and the base's config.json alone, before any weight is loaded, by `finlora plan` and by
-each worker; then it is taken.
+`finlora plan` and each worker plan the path from the config and the base's config.json, before any weight is loaded.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainPath:
-    """A loss module and the batches that it takes."""
+    """Loss module and the batches that it takes."""
 
     module: nn.Module
     batches: Batches
 
 
 def refuse_packing(config: RunConfig) -> str | None:
-    """Return in words why a run trains on padded rows, or None where it trains packed."""
+    """Return the reason why a run trains on padded rows; None where it trains packed."""
     if not config.train.packing:
         return "train.packing=false"
     return packing_refusal(config.lora.target_modules)
@@ -53,10 +52,10 @@ def make_sampler(config: RunConfig, examples: Sequence[Encoded]) -> Sampler:
 
 
 def plan_path(config: RunConfig, examples: Sequence[Encoded], memory_gib: float) -> PackPlan:
-    """Plan packed training on encoded examples, looking at every batch of the run.
+    """Plan packed training on encoded examples from every batch of the run.
 
     Args:
-        memory_gib: what torch may allocate for a worker; GiB = 2**30 bytes.
+        memory_gib: limit of torch's allocations in a worker; GiB = 2**30 bytes.
 
     Raises:
         ModelError: the base has no readable config.json.
@@ -74,7 +73,7 @@ def plan_path(config: RunConfig, examples: Sequence[Encoded], memory_gib: float)
         for pack in packs:
             items = [examples[index] for index in pack]
             num_labels = max(num_labels, sum(len(item.answer_ids) for item in items))
-            # Sharing only makes a pack smaller, and those that follow have fewer tokens: none of them can be larger.
+            # A shared prefix only makes a pack smaller, and later packs have fewer tokens: none of them can be larger.
             if sum(item.num_tokens for item in items) * 17 // 16 + 32 < largest.num_rows:
                 continue
             size = measure_pack(items, share_prefix=train.share_prefix, is_padded=train.device == "cuda")
@@ -98,11 +97,11 @@ def take_path(
     device: torch.device,
     pad_token_id: int,
 ) -> TrainPath:
-    """Set a model up for training.
+    """Prepare a model for training.
 
     Args:
-        plan: of packed training; None: padded rows.
-        pad_token_id: fills rows.
+        plan: of packed training. None: padded rows.
+        pad_token_id: fills padded rows.
     """
     import torch
 
@@ -133,7 +132,7 @@ def take_path(
 
 
 def _shares(config: RunConfig, examples: Sequence[Encoded]) -> Iterator[list[int]]:
-    """Yield what each worker gets at each step of the run."""
+    """Yield each worker's share of each step of the run, as example indices."""
     sampler = make_sampler(config, examples)
     steps = sampler.steps_per_epoch * config.train.epochs
     steps = min(steps, config.train.max_steps or steps)

@@ -1,4 +1,4 @@
-"""Say before a run whether it fits its GPUs, and which setting would make it fit. No Ray and no GPU are needed."""
+"""Memory forecast of a run against its GPUs, with the setting that would make it fit. Needs no Ray and no GPU."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 REFERENCE_GPU_GIB = 47.4
-"""What torch reports of the reference machine's 48 GB card (RTX A6000) with ECC off; ECC takes about 3 GiB more."""
+"""Memory that torch reports on the reference machine's 48 GB card (RTX A6000) with ECC off; ECC takes about 3 GiB."""
 MARGIN = 0.05
-"""Share kept free: the accuracy the forecast is held to, and room for fragments of torch's caching allocator."""
+"""Share kept free: the forecast's required accuracy, and fragments of torch's caching allocator."""
 
 _LEN_STEP = 64
-"""Tokens between two length limits that are tried."""
+"""Tokens between two length limits to try."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """A run's forecast against its machine."""
+    """Forecast of a run against its machine."""
 
     plan: MemoryPlan
     packs: PackPlan | None
-    """How the run trains packed; None: on padded rows."""
+    """Packed training. None: padded rows."""
     padded_because: str | None
-    """Why it trains on padded rows; None where it trains packed."""
+    """Reason for padded rows; None where the run trains packed."""
     gpu_memory_gib: float
     """Memory that one worker may use: the GPU's, or its share where workers share a GPU, or train.memory_gib if less."""
     fits: bool
     words: str
-    """One sentence: that it fits, or what would make it fit."""
+    """One sentence: it fits, or the settings that would make it fit."""
     settings: tuple[str, ...]
-    """`section.key=value` texts that make it fit; empty where it fits already, or where nothing would."""
+    """`section.key=value` texts that make it fit. Empty where it fits already, or where no setting helps."""
 
     def describe(self, config: RunConfig) -> str:
-        """Say in one line how the run trains."""
+        """Return one line on how the run trains."""
         way = "packed" if self.padded_because is None else f"on padded rows ({self.padded_because})"
         weights = f"; {_describe_weights(config, self)}" if self.packs is not None and self.packs.keep_unpacked else ""
         return f"Training {way}: {_describe_batch(config, self)}{weights}; forecast {self.plan.train_peak_gib:.2f} GiB a worker"
@@ -73,11 +73,11 @@ def plan_run(
     Args:
         config: with absolute paths (`resolve_paths`).
         gpu_memory_gib: memory of one GPU, GiB = 2**30 bytes as the driver reports it.
-        num_gpus: GPUs of the cluster; not looked at when train.device is `cpu`.
-        training_set: None: it is read and encoded here.
+        num_gpus: GPUs of the cluster; ignored where train.device is `cpu`.
+        training_set: None: read and encoded here.
 
     Raises:
-        ConfigError: gpu_memory_gib or num_gpus makes no sense.
+        ConfigError: gpu_memory_gib or num_gpus is impossible.
         DatasetError: the prepared data is missing, damaged or too long.
         ModelError: the base has no readable config.json or tokenizer.
     """
@@ -109,7 +109,7 @@ def plan_run(
     if has_room(plan):
         return verdict(fits=True, words=f"It fits: {found}.", settings=())
     longest = max(item.num_tokens for item in examples)
-    for mend, changed in _mends(config, longest, is_packed=refusal is None):
+    for saving, changed in _list_savings(config, longest, is_packed=refusal is None):
         kept = [item for item in examples if item.num_tokens <= changed.model.max_seq_len]
         if not kept:
             break
@@ -117,9 +117,9 @@ def plan_run(
         if has_room(better):
             left_out = len(examples) - len(kept)
             note = f", which leaves out {left_out:,} of {len(examples):,} examples" if left_out else ""
-            words = f"It does not fit: {found}. {' '.join(mend)} makes it fit at {better.total_gib:.1f} GiB{note}."
-            return verdict(fits=False, words=words, settings=mend)
-    tried = "computing activations again" if refusal is None else "gradient checkpointing, micro-batches of one example"
+            words = f"It does not fit: {found}. {' '.join(saving)} makes it fit at {better.total_gib:.1f} GiB{note}."
+            return verdict(fits=False, words=words, settings=saving)
+    tried = "recomputing activations" if refusal is None else "gradient checkpointing, micro-batches of one example"
     words = (
         f"It does not fit: {found}, and neither {tried}, 4 bit nor shorter examples make it fit. "
         "Use larger GPUs or a smaller base."
@@ -139,35 +139,37 @@ def _forecast(
 
 
 def explain_out_of_memory(config: RunConfig, found: str, packs: PackPlan | None) -> ResourceError:
-    """Return what to say after a GPU ran out of memory in a step: the settings that save some, the least costly first.
+    """Return the error for a GPU out of memory in a step, with the settings that save memory, the cheapest first.
 
     Args:
-        found: torch's message; its first sentences say how much was asked for and free.
-        packs: how the run trained packed; None: on padded rows.
+        found: torch's message; its first sentences say how much was requested and free.
+        packs: packed training. None: padded rows.
     """
     size = config.train.micro_batch_size
     smaller = max((part for part in range(1, size) if size % part == 0), default=None)
     if packs is not None:
         less = packs.memory.total_gib * 0.9
         words = (
-            f"set train.memory_gib={less:.1f}, by which packs are made smaller or more is computed again, and start the same "
-            "command: it resumes from the last checkpoint"
+            f"set train.memory_gib={less:.1f}, which makes packs smaller or recomputes more, and start the same command: "
+            "it resumes from the last checkpoint"
         )
     else:
-        mends = [
+        savings = [
             *(["train.gradient_checkpointing=true"] if not config.train.gradient_checkpointing else []),
             *([f"train.micro_batch_size={smaller}"] if smaller else []),
             *(["model.bits=4"] if config.model.bits != 4 else []),
         ]
-        words = f"set {' or '.join(mends)}, under another `name`" if mends else "use a larger GPU or shorter examples"
+        words = (
+            f"set {' or '.join(savings)}, under another `name`" if savings else "use a larger GPU or shorter examples"
+        )
     return ResourceError(
         f"a worker's GPU ran out of memory ({'. '.join(found.split('. ')[:3])}): {words}. `finlora plan` forecasts a run; "
-        "nothing else may use the GPU meanwhile."
+        "no other process may use the GPU meanwhile."
     )
 
 
 def find_memory_gib(device: str | torch.device) -> float:
-    """Return the memory of a GPU (`cuda`: this machine's first), or the reference card's where there is none; on CPU, the RAM."""
+    """Return the memory of a GPU (`cuda`: the first here), of the reference card where there is none, or the RAM for `cpu`."""
     if str(device) == "cpu":
         import os
 
@@ -180,12 +182,12 @@ def find_memory_gib(device: str | torch.device) -> float:
 
 
 def count_gpus(config: RunConfig) -> int:
-    """Return the whole GPUs that the config asks for."""
+    """Return the number of GPUs that the config asks for, rounded up."""
     return max(1, math.ceil(config.train.num_workers * config.train.gpus_per_worker))
 
 
 def render_plan(config: RunConfig, verdict: Verdict) -> Table:
-    """Lay a verdict out as a table."""
+    """Return the forecast as a table."""
     from rich import box
     from rich.table import Table
 
@@ -203,7 +205,7 @@ def render_plan(config: RunConfig, verdict: Verdict) -> Table:
         ("optimizer", plan.optimizer_gib, f"gradients and state of {config.optim.name}"),
         ("activations", plan.activations_gib, _describe_batch(config, verdict)),
         ("peak of a step", plan.train_peak_gib, "the four above, as torch allocates them"),
-        ("peak of loading", plan.load_peak_gib, "weights and one tensor on its way"),
+        ("peak of loading", plan.load_peak_gib, "weights and one tensor in transfer"),
         (
             "total",
             plan.total_gib,
@@ -232,10 +234,10 @@ def _describe_batch(config: RunConfig, verdict: Verdict) -> str:
     return f"{batch.num_examples} x {batch.num_tokens:,} padded tokens, the longest{again_words}"
 
 
-def _mends(config: RunConfig, longest: int, *, is_packed: bool) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
-    """Yield settings that save memory, the least costly first; each keeps those before it.
+def _list_savings(config: RunConfig, longest: int, *, is_packed: bool) -> Iterator[tuple[tuple[str, ...], RunConfig]]:
+    """Yield settings that save memory, the cheapest first; each keeps those before it.
 
-    The order: computing again (a third more time), smaller micro-batches, 4 bit, and last a length limit, as that loses data.
+    Order: recomputation (a third more time), smaller micro-batches, 4 bit, and last a length limit, which loses data.
     """
     settings: tuple[str, ...] = ()
     train = config.train

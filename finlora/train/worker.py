@@ -81,16 +81,16 @@ def run_training(
     Args:
         config: with absolute paths (`resolve_paths`). Data, base files and the cluster's size are checked before any
             worker starts.
-        announce: shows the user a line, as when a signal was received.
-        callbacks: hear of each checkpoint, as a search does.
-        holds_out: measure the loss on the test splits at each checkpoint too (finlora/train/held_out.py).
+        announce: shows a line to the user.
+        callbacks: called at each checkpoint.
+        holds_out: also measure the loss on a search's held-out examples at each checkpoint (finlora/train/held_out.py).
 
     Returns:
-        What the run brought, which is also appended to results.jsonl of its folder. The adapter is in NAME/adapter.
+        The numbers of the run, which are also appended to results.jsonl in its folder. The adapter is in NAME/adapter.
 
     Raises:
-        StoppedError: SIGINT or SIGTERM came, and the workers stopped at a checkpoint.
-        FinloraError: as its kinds say; the error of a worker is raised here as it was raised there.
+        StoppedError: a signal came, and the workers stopped at a checkpoint or before their first step.
+        FinloraError: of any kind; a worker's error is raised here as it was raised there.
     """
     asked, config = config, resolve_training(config, RunFolder(Path(config.output_dir) / config.name).config)
     if said := describe_choice(asked, config):
@@ -144,7 +144,7 @@ def _make_trainer(
 
 
 def _fit(trainer: TorchTrainer, words: WaitingWords, clock: AttemptClock) -> ray.train.Result:
-    """Run the trainer in a thread of its own: in the main one it would take over Ctrl-C and kill the workers with it."""
+    """Run the trainer in its own thread: in the main thread it would handle Ctrl-C itself and kill the workers."""
     future: futures.Future[ray.train.Result] = futures.Future()
 
     def fit() -> None:
@@ -167,7 +167,7 @@ def _fit(trainer: TorchTrainer, words: WaitingWords, clock: AttemptClock) -> ray
 
 
 def _work(loop_config: dict[str, Any]) -> tuple[int, int]:
-    """Body of one Ray Train worker; returns the steps done and those of the whole run."""
+    """Body of one Ray Train worker; returns the steps done and the steps of the whole run."""
     config = config_from_tree(loop_config["config"])
     folder = RunFolder(Path(loop_config["folder"]))
     device = _choose_device(config)
@@ -342,7 +342,7 @@ def _write_plan(folder: RunFolder, mode: Literal["w", "a"], *lines: str) -> None
 
 
 def _choose_device(config: RunConfig) -> torch.device:
-    """Pick this worker's device and tell DeepSpeed, which reads LOCAL_RANK and DS_ACCELERATOR at import."""
+    """Return this worker's device, and set LOCAL_RANK or DS_ACCELERATOR, which DeepSpeed reads at import."""
     if config.train.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
         set_environment()
@@ -354,7 +354,7 @@ def _choose_device(config: RunConfig) -> torch.device:
 
 
 def _make_gauges(config: RunConfig, worker: int) -> Callable[[dict[str, float]], None]:
-    """Return what sets this worker's numbers in Ray's metrics."""
+    """Return a function that sets this worker's numbers in Ray's metrics."""
     from ray.util.metrics import Gauge
 
     gauges = {name: Gauge(f"finlora_train_{name}", text, ("run", "worker")) for name, text in PUBLISHED.items()}

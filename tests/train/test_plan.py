@@ -251,7 +251,7 @@ def test_setting_that_makes_a_packed_run_fit_is_named(make_8b, restricted, memor
 
 
 def test_packed_run_that_nothing_makes_fit_says_so(make_8b):
-    words = r"neither computing activations again, 4 bit nor shorter examples make it fit"
+    words = r"neither recomputing activations, 4 bit nor shorter examples make it fit"
     with pytest.raises(ResourceError, match=words):
         plan_run(make_8b(PACKED), 4.0, 1).require_fit()
 
@@ -260,5 +260,5 @@ def test_packed_run_out_of_memory_names_a_limit_under_which_it_resumes(make_8b):
     config = make_8b(PACKED)
     packs = plan_run(config, 47.4, 1).packs
     said = str(explain_out_of_memory(config, "CUDA out of memory. Tried. Free", packs))
-    assert f"set train.memory_gib={packs.memory.total_gib * 0.9:.1f}, by which packs are made smaller" in said
+    assert f"set train.memory_gib={packs.memory.total_gib * 0.9:.1f}, which makes packs smaller" in said
     assert "it resumes from the last checkpoint" in said

@@ -1,7 +1,7 @@
-"""What a worker sends for the optimiser: bytes, rounds and seconds, counted without making a GPU wait.
+"""Traffic of a worker for the optimiser: bytes, rounds and seconds, counted without a GPU sync.
 
-Only the optimiser's own traffic counts: DeepSpeed's all-reduce of the gradients, or the exchanges of 0/1 Adam. The
-few numbers that workers share for a progress record do not.
+Counted are DeepSpeed's all-reduce of the gradients and the exchanges of 0/1 Adam, not the few numbers that workers share
+for a progress record.
 """
 
 from __future__ import annotations
@@ -15,30 +15,30 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 GRADIENT_BYTES = 4
-"""DeepSpeed reduces the adapter's float32 gradients as they are."""
+"""Bytes of a gradient element: DeepSpeed reduces the adapter's gradients in float32."""
 
 
 def ring_bytes(num_elements: int, world_size: int) -> int:
-    """Return what each rank sends in one float32 ring all-reduce: 2 (n - 1) / n * 4 N."""
+    """Return the bytes each rank sends in one float32 ring all-reduce: 2 (n - 1) / n * 4 N."""
     return 2 * (world_size - 1) * GRADIENT_BYTES * num_elements // world_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wire:
-    """What one worker sent since the run's first step, over all resumes; steps done again after a crash count once."""
+    """Traffic of one worker since the run's first step, over all resumes. Steps repeated after a crash count once."""
 
     rounds: int = 0
     """Rounds of communication; 0 with one worker."""
     bytes_sent: int = 0
     bytes_adam: int = 0
-    """Bytes that a float32 ring all-reduce of the gradients at each step would have sent: 2 (n - 1) / n * 4 N."""
+    """Bytes that a float32 ring all-reduce of the gradients at each step would send: 2 (n - 1) / n * 4 N."""
     seconds: float = 0.0
-    """Seconds in those rounds. They hold the wait for slower workers, so the smallest over workers is the wire's own."""
+    """Seconds in those rounds, the wait for slower workers included. The smallest over workers is the network's own time."""
 
 
 @runtime_checkable
 class SelfCounting(Protocol):
-    """An optimiser that does its communication itself, as ZeroOneAdam does."""
+    """Optimiser that does its own communication and counts it, as ZeroOneAdam."""
 
     @property
     def num_syncs(self) -> int: ...
@@ -51,10 +51,10 @@ class SelfCounting(Protocol):
 
 
 class WireClock:
-    """Sums the seconds of communication calls on one device.
+    """Clock of the communication calls on one device.
 
-    On a GPU, where calls only queue work, a pair of events is recorded around each; they are read when the sum is asked
-    for, which is when a progress record waits for the device anyway. On a CPU the calls block, and a wall clock does.
+    On a GPU, where calls only queue work, a pair of CUDA events is recorded around each call. They are read with the sum, when
+    a progress record waits for the device anyway. On a CPU the calls block, and a wall clock suffices.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -64,7 +64,7 @@ class WireClock:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Count the time of what is called inside."""
+        """Add the time of the calls inside."""
         if self._is_cuda:
             make: Any = torch.cuda.Event  # untyped in torch
             start, end = make(enable_timing=True), make(enable_timing=True)
@@ -78,7 +78,7 @@ class WireClock:
             self._seconds += time.perf_counter() - started
 
     def read_seconds(self) -> float:
-        """Return the sum so far; waits for calls that are still under way on the GPU."""
+        """Return the sum so far; waits for calls in flight on the GPU."""
         for start, end in self._pairs:
             end.synchronize()
             self._seconds += start.elapsed_time(end) / 1000
@@ -87,10 +87,10 @@ class WireClock:
 
 
 class WireMeter:
-    """Counts what one worker sends.
+    """Counter of one worker's traffic.
 
     Args:
-        clock: handed to 0/1 Adam as well, which runs it around its own calls.
+        clock: shared with 0/1 Adam, which runs it around its own calls.
         num_elements: N, trainable parameters.
         world_size: n, workers.
     """
@@ -105,7 +105,7 @@ class WireMeter:
     def watch(self, engine: Any) -> None:
         """Count and time the gradient all-reduce of a DeepSpeedEngine at ZeRO stage 0, one a step.
 
-        `allreduce_gradients` also runs after each backward pass, without sending; this is the call below it that sends.
+        `allreduce_gradients` also runs after each backward pass without sending; the call watched here is the one that sends.
         """
         if self._world_size == 1:
             return
@@ -119,12 +119,12 @@ class WireMeter:
         engine.buffered_allreduce_fallback = reduce_watched
 
     def resume(self, wire: Wire) -> None:
-        """Go on counting from what the checkpoint says."""
+        """Continue from the counts of a checkpoint."""
         self._rounds = wire.rounds
         self._seconds_before = wire.seconds
 
     def read(self, optimizer: torch.optim.Optimizer) -> Wire:
-        """Return what was sent so far; on a GPU it waits for calls under way."""
+        """Return the traffic so far; on a GPU it waits for calls in flight."""
         seconds = self._seconds_before + self.clock.read_seconds()
         if isinstance(optimizer, SelfCounting):
             return Wire(

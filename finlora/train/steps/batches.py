@@ -1,6 +1,6 @@
-"""How a worker's share of a global batch becomes forward passes: padded rows, or packs without padding.
+"""Split of a worker's share of a global batch into forward passes: padded rows, or packs without padding.
 
-Either way the loss of a step is the same sum over the same answer tokens, so a cut changes memory and speed alone.
+The loss of a step is the same sum over the same answer tokens either way; only memory and speed differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from finlora.data.packing import Pack, pack_examples, split_by_tokens
 
 
 class Batches(Protocol):
-    """Cuts a share of example indices into forward passes and assembles each of them on the host."""
+    """Splits a share of example indices into forward passes and assembles each of them on the host."""
 
     def cut(self, share: Sequence[int]) -> list[list[int]]: ...
 
@@ -46,7 +46,7 @@ class PackedBatches:
     """Tokens of every example of the training set."""
     share_prefix: bool
     is_padded: bool
-    """Round sizes up, so that recorded passes can be replayed (finlora/model/layers/training_graphs.py)."""
+    """Round sizes up, so that captured CUDA graphs can be replayed (finlora/model/layers/training_graphs.py)."""
 
     def cut(self, share: Sequence[int]) -> list[list[int]]:
         return split_by_tokens(share, self.lengths, self.max_tokens)

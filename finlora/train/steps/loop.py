@@ -1,7 +1,7 @@
-"""The training loop, without Ray and without DeepSpeed: any engine with backward() and step() runs in it.
+"""Training loop over any engine with backward() and step(). No Ray and no DeepSpeed here.
 
 Loss: the sum of the cross entropy over all answer tokens of the global batch, divided by their number. Every worker
-knows that number from the sampler, so the result does not depend on workers or micro-batches beyond rounding.
+knows that number from the sampler, so workers and micro-batches change the result only by rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class TrainEngine(Protocol):
-    """What the loop needs of an engine; DeepSpeed's DeepSpeedEngine meets it."""
+    """Engine interface of the loop; DeepSpeedEngine implements it."""
 
     optimizer: torch.optim.Optimizer
 
@@ -48,7 +48,7 @@ class Progress:
     total_steps: int
     epoch: float
     loss: float
-    """Mean cross entropy an answer token, over all workers."""
+    """Mean cross entropy per answer token, over all workers."""
     learning_rate: float
     tokens_per_second: float
     """Real tokens of all workers, padding not counted."""
@@ -61,10 +61,10 @@ class Progress:
 class AnswerLoss(nn.Module):
     """Summed cross entropy over the answer tokens of a padded batch, through transformers' and PEFT's own forward pass.
 
-    The output head runs only at places that carry a label. This is the plain path: the reference of
-    finlora/model/layers/packed_model.py, and what trains a model that cannot run packed.
+    The output head runs only at positions with a label. This is the padded path: the reference of
+    finlora/model/layers/packed_model.py, and the path of models that cannot run packed.
 
-    Shapes: input_ids, attention_mask, labels (B, T); the head sees (N, hidden) for N labelled places.
+    Shapes: input_ids, attention_mask, labels (B, T); the head gets (N, hidden) for N labelled positions.
     """
 
     def __init__(self, model: PeftModel) -> None:
@@ -109,10 +109,10 @@ def run_steps(
 
     Args:
         worker: this worker's rank in the data-parallel group.
-        batches: cuts this worker's share of a global batch into forward passes and assembles each.
+        batches: splits this worker's share of a global batch into forward passes and assembles each.
         reduce_sum: sums a float tensor over all workers in place and returns it.
         on_log: called on every worker each `log_every_steps` steps and after the last one.
-        on_step_end: called on every worker with the number of steps done; writes checkpoints, returns whether to stop.
+        on_step_end: called on every worker with the steps done; writes checkpoints, returns whether to stop.
         on_pass: called after each forward and backward pass.
 
     Returns:
@@ -127,17 +127,17 @@ def run_steps(
         num_targets = sum(len(examples[index].answer_ids) for index in batch)
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, total_steps, optim)
-        # Dropout depends on seed, step and worker alone, so a resumed run draws the same masks without saved states.
+        # Dropout depends on seed, step and worker only: a resumed run samples the same masks without saved generators.
         torch.manual_seed((sampler.seed * 1_000_003 + step) * 4_099 + worker)
         for indices in batches.cut(sampler.share(batch, worker)):
             micro_batch = batches.assemble([examples[index] for index in indices])
             window.num_tokens += micro_batch.num_tokens
             window.num_examples += len(indices)
             loss = engine(micro_batch.to(device))
-            # The engine averages gradients over workers; times world_size turns the mean back into the sum we divide.
+            # The engine averages gradients over workers; the factor world_size turns the mean back into the sum.
             engine.backward(loss * (sampler.world_size / num_targets), scale_wrt_gas=False)
             window.loss_sum += loss.detach().double() / num_targets
-            # The name would hold the graph through the next pass, and LLM.int8() keeps its inputs on the nodes of the graph.
+            # `loss` would keep the graph alive through the next pass, and LLM.int8() stores its inputs in the graph.
             del loss
             on_pass()
         engine.step()
@@ -151,7 +151,7 @@ def run_steps(
 
 
 class _Window:
-    """Sums since the last record, kept on the device so that a step does not wait for the host."""
+    """Sums since the last record, kept on the device so that a step needs no host sync."""
 
     def __init__(self, device: torch.device, reduce_sum: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.device = device

@@ -1,4 +1,4 @@
-"""Which examples each worker sees when: a pure function of seed, epoch and step, so that a resumed run needs no state."""
+"""Deterministic sampler of global batches: a pure function of seed and step, so that a resumed run needs no state."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy as np
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampler:
-    """Deterministic sharded sampling without replacement.
+    """Sharded sampling without replacement.
 
     An epoch is one permutation of all examples; step s takes its s-th slice of `global_batch_size`. The slice does not
     depend on the number of workers, so neither does the sequence of optimiser updates. The last batch of an epoch may
-    be smaller; no example is dropped or seen twice in an epoch.
+    be smaller. No example is dropped or seen twice in an epoch.
 
-    A batch is dealt out so that workers, who wait for one another, have about the same number of tokens: the longest example
-    first, each to the worker with the fewest tokens so far (Graham 1969, doi:10.1137/0117039, rule LPT), and no worker gets
-    more examples than an even deal would give it.
+    The shares of a batch have about the same number of tokens, since workers wait for each other: the longest example first,
+    each to the worker with the fewest tokens so far (Graham 1969, doi:10.1137/0117039, rule LPT). No worker gets more examples
+    than an even split would give it.
     """
 
     lengths: Sequence[int]
@@ -51,16 +51,16 @@ class Sampler:
                 yield order[position * self.global_batch_size : (position + 1) * self.global_batch_size]
 
     def shares(self, batch: Sequence[int]) -> list[list[int]]:
-        """Return every worker's share of a global batch, each in the batch's order; empty where the batch ran out."""
+        """Return every worker's share of a global batch, each in the batch's order; empty where the batch is too small."""
         most = -(-len(batch) // self.world_size)
         waiting = [(0, worker) for worker in range(self.world_size)]
-        places: list[list[int]] = [[] for _ in waiting]
-        for place in sorted(range(len(batch)), key=lambda place: -self.lengths[batch[place]]):
+        chosen: list[list[int]] = [[] for _ in waiting]
+        for position in sorted(range(len(batch)), key=lambda position: -self.lengths[batch[position]]):
             num_tokens, worker = heapq.heappop(waiting)
-            places[worker].append(place)
-            if len(places[worker]) < most:
-                heapq.heappush(waiting, (num_tokens + self.lengths[batch[place]], worker))
-        return [[batch[place] for place in sorted(own)] for own in places]
+            chosen[worker].append(position)
+            if len(chosen[worker]) < most:
+                heapq.heappush(waiting, (num_tokens + self.lengths[batch[position]], worker))
+        return [[batch[position] for position in sorted(own)] for own in chosen]
 
     def share(self, batch: Sequence[int], worker: int) -> list[int]:
         """Return one worker's share of a global batch."""

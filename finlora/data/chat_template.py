@@ -1,7 +1,7 @@
-"""Chat templates, rendered with a fixed date: the same prompt comes out on any day.
+"""Rendering of chat templates with a fixed date, so that the prompt is the same on every day.
 
-Templates as Llama 3.2 and 3.3 ship them write today's date, by a function `strftime_now` that transformers gives them. Here a
-template gets a macro of that name in front, which hides the function and knows one day alone.
+The templates of Llama 3.2 and 3.3 write today's date: transformers gives them a function `strftime_now`. Here a macro of that
+name, put in front of the template, hides the function and returns one fixed day.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 DEFAULT_DATE = "2024-07-26"
-"""Written where no other day is set: the one that Llama 3.1 to 3.3's templates themselves write where there is no clock.
+"""Default day: the one that the templates of Llama 3.1 to 3.3 write where there is no clock.
 Source: chat_template of tokenizer_config.json, https://huggingface.co/meta-llama/Llama-3.2-1B-Instruct."""
 _DATE_STRING = "%d %b %Y"
 """Form of the variable `date_string`, which Llama 3's templates take in place of the clock."""
@@ -27,7 +27,7 @@ _DATE_STRING = "%d %b %Y"
 
 @dataclass(frozen=True, slots=True)
 class _Dates:
-    """How a template comes by a date."""
+    """How a template gets its date."""
 
     formats: tuple[str, ...]
     """Those in which it asks the clock; empty: it does not."""

@@ -1,4 +1,4 @@
-"""Turn an Example into token ids: one function for training, evaluation and serving.
+"""Encoding of examples and prompts as token ids, the same for training, evaluation and serving.
 
 Shapes: B examples of a batch, T the longest of them in tokens.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 IGNORED = -100
-"""Label of places that carry no loss, as torch.nn.functional.cross_entropy ignores it."""
+"""Label of positions without loss, which torch.nn.functional.cross_entropy ignores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ def encode_prompt(
     if frame.count(marker) != 1:
         raise ModelError(
             f"the tokenizer's chat template writes a user's message {frame.count(marker)} times: expected once. Set "
-            "model.template=raw, or mend the template."
+            "model.template=raw, or correct the template."
         )
     before, _, after = frame.partition(marker)
     ids = [
@@ -92,7 +92,7 @@ def encode_answer(answer: str, tokenizer: PreTrainedTokenizerFast, template: Lit
 def encode_choices(
     choices: Sequence[str], tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"]
 ) -> tuple[tuple[int, ...], ...]:
-    """Render the allowed answers of a question, each another one in tokens too.
+    """Render the allowed answers of a question; no two of them have the same tokens.
 
     Raises:
         ModelError: the tokenizer makes no token of one, or the same ones of two: their probabilities would mean nothing.
@@ -127,12 +127,12 @@ def encode_examples(
     reserve: Sequence[int] = (),
     date: str | None = None,
 ) -> tuple[list[Encoded], list[int]]:
-    """Encode examples, never truncating: an XBRL question stands last, after thousands of tokens.
+    """Encode examples without truncation: an XBRL question comes last, after thousands of tokens.
 
     Args:
         max_seq_len: longest prompt + answer in tokens.
         reserve: for each example, tokens kept free for generation; its answer then counts for at least as many.
-        date: as of `encode_prompt`.
+        date: as in `encode_prompt`.
 
     Returns:
         The encoded examples, and the indices of those kept (all of them under too_long="error").

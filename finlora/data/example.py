@@ -1,4 +1,4 @@
-"""One training or test item, before any token: what every data module makes and everything else reads."""
+"""Record of one training or test item before tokenization: made by the readers, read by everything else."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Example:
     source: str
     """`file:line` of the raw row, so that a defect can be traced."""
     group: str
-    """What must not cross the split: the sentence, headline, (sentence, entity) pair or filing the item came from."""
+    """Group that must not be in both splits: the sentence, headline, (sentence, entity) pair or filing of the item."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Splits:
-    """Both splits of one task, with what a reader found out on the way."""
+    """Both splits of one task, with the notes of its reader."""
 
     train: tuple[Example, ...]
     test: tuple[Example, ...]

@@ -1,4 +1,4 @@
-"""Where a free-text answer stands in the context it was drawn from: a tag or a number of an XBRL fragment. No torch.
+"""Grounding of a free-text answer: its position in the context, as a tag or number of an XBRL fragment. No torch.
 
 Tags and plain numbers count as equal where `evaluate.metrics.normalise_free_text` makes them equal. A number keeps its unit,
 since a value in millions is another value.
@@ -25,11 +25,11 @@ _TEXT_END = r"(?![\w-]|[./:]\w)"
 
 
 def find_quote(answer: str, context: str) -> tuple[int, int] | None:
-    """Find the place (start, end) in the context that states the answer; None where none does.
+    """Find the span (start, end) of the context that states the answer; None: none does.
 
-    A tag must stand as a whole, in any case; its "us-gaap:" is optional in both texts, and a place with it comes first. A
+    A tag must stand as a whole, in any case; its "us-gaap:" is optional in both texts; a span with it is preferred. A
     number must stand as a whole with its sign and unit; `$`, thousands commas and trailing zeros of the fraction do not
-    count, and a place that fills an element (`>1234<`) comes first. Any other text must stand as whole words, in any case.
+    count, and a span that fills an element (`>1234<`) is preferred. Any other text must stand as whole words, in any case.
     """
     words = answer.strip().removesuffix(".").split()
     number = _NUMBER.fullmatch("".join(words))
@@ -59,7 +59,7 @@ def _fills_element(place: tuple[int, int], context: str) -> bool:
 def _find_words(words: list[str], context: str) -> tuple[int, int] | None:
     text = r"\s+".join(re.escape(word) for word in words)
     for pattern in (rf"(?<![\w-])(us-gaap:{text}){_TEXT_END}", rf"{_PLAIN_START}({text}){_TEXT_END}"):
-        # Case is ignored by the search: a lower-cased copy may be longer, and its places would not be the context's.
+        # Case is ignored by the search: a lower-cased copy may be longer, and its indices would not be the context's.
         match = re.search(pattern, context, re.IGNORECASE)
         if match is not None:
             return match.span(1)

@@ -1,4 +1,4 @@
-"""Sizes of packs: known before a pack is built, and rounded up so that few recorded passes serve many packs.
+"""Sizes of packs, known before a pack is built, and rounded up so that few CUDA graphs serve many packs.
 
 Shapes as in finlora/data/packing.py.
 """
@@ -13,17 +13,17 @@ from finlora.data.encode import IGNORED, Encoded
 from finlora.data.packing import Pack, Segments, cumulate, pinned, prefix_to_share
 
 MAX_RECORDED_ROWS = 4096
-"""Rows above which a pass keeps a GPU busy for longer than its launches take: it is not recorded, so its size is its own."""
+"""Rows above which a pass keeps the GPU busy for longer than its launches take: it is not captured as a CUDA graph."""
 _PLACES_STEP = 16
 _ROWS_STEP = 64
-"""Of packs that are not recorded; products take whole blocks of rows anyway."""
+"""Row step of packs that are not captured; products compute whole blocks of rows anyway."""
 _LEAST_LIMIT = 256
 """Attention's kernels are launched for at least so many queries and keys a segment: blocks that find none end at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackSize:
-    """How large a pack is, without the pack."""
+    """Size of a pack that is not built."""
 
     num_rows: int
     """T."""
@@ -52,7 +52,7 @@ def pad_pack(pack: Pack) -> Pack:
     """Round the sizes of a pack up, so that few forms serve many packs: at most a sixteenth more rows and some, or for packs
     above MAX_RECORDED_ROWS, which share no form, less than `_ROWS_STEP` rows.
 
-    The padding is a segment of its own that nobody attends to, and its places carry IGNORED.
+    The padding is a segment of its own that nobody attends to, and its labels are IGNORED.
     """
     import torch
 
@@ -74,7 +74,7 @@ def pad_pack(pack: Pack) -> Pack:
 
 
 def _count_padding(num_rows: int, num_places: int) -> tuple[int, int]:
-    """Return the rows and places that `pad_pack` adds."""
+    """Return the rows and labelled positions that `pad_pack` adds."""
     more_places = _PLACES_STEP - num_places % _PLACES_STEP
     step = max(16, 1 << max(0, (num_rows + more_places).bit_length() - 5))
     if num_rows + more_places > MAX_RECORDED_ROWS:

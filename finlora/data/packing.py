@@ -1,12 +1,12 @@
-"""Pack ragged examples end to end without padding, with their common beginning in it once.
+"""Packing of ragged examples end to end without padding, with their shared prefix once.
 
 Shapes: n examples of a pack, P tokens of the shared prefix (0: none), T rows of the pack, S key rows that attention
-reads, N labelled places. Rows: the prefix first, then each example's own tokens, in order. The last token of an example,
-its end token, predicts nothing and is left out, so the N places that predict an answer are the last rows of their example.
+reads, N labelled positions. Rows: the prefix first, then each example's own tokens, in order. The last token of an example,
+its end token, predicts nothing and is left out, so the N positions that predict an answer are the last rows of their example.
 
-Every example attends to the prefix and to itself, never to a neighbour, and its positions go on where the prefix ends: it
+Every example attends to the prefix and to itself, never to a neighbour, and its sequence positions continue after the prefix: it
 sees what it would see alone. Without dropout the result is the padded batch's; with dropout, the examples of a pack share
-the masks of the prefix' rows instead of drawing one each, which leaves the expectation of the gradient as it is.
+the dropout masks of the prefix rows, which leaves the expectation of the gradient unchanged.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ if TYPE_CHECKING:
     import torch
 
 MIN_SHARED_PREFIX = 8
-"""Tokens of common beginning below which sharing costs more than it saves."""
+"""Tokens of shared prefix below which sharing costs more than it saves."""
 _LONG_EXAMPLE, _MIN_SHARE = 1024, 1 / 16
-"""For examples that are so long in the mean, the share of their tokens that sharing must save: attention has a faster way for
-those that share nothing (finlora/model/layers/attention.py)."""
+"""Share of tokens that sharing must save where examples are long: attention is faster when nothing is shared (finlora/model/layers/attention.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +43,9 @@ class Segments:
     key_rows: torch.Tensor | None
     """(S,) int64: the pack's row of each key; None where keys are the pack's rows as they stand."""
     prefix_slots: torch.Tensor | None
-    """(segments, P) int64: where each segment's copy of the prefix lies among the S keys; None without a prefix."""
+    """(segments, P) int64: indices of each segment's copy of the prefix among the S keys; None without a prefix."""
     own_slots: torch.Tensor | None
-    """(T - P,) int64: where the rows after the prefix lie among the S keys; None without a prefix."""
+    """(T - P,) int64: indices of the rows after the prefix among the S keys; None without a prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +63,7 @@ class Pack:
     segments: Segments
     """All rows as queries."""
     last_segments: Segments
-    """Only the N places as queries: what the last layer needs."""
+    """Only the N labelled positions as queries: what the last layer needs."""
     num_tokens: int
     """Real tokens of the examples, as a padded batch counts them."""
 
@@ -85,7 +84,7 @@ class Pack:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What must be equal for a captured forward and backward pass to serve another pack: all sizes, no contents."""
+        """All sizes that must be equal for a CUDA graph to serve another pack."""
         limits = [(part.max_queries, part.max_keys) for part in (self.segments, self.last_segments)]
         return (*limits, *(tuple(tensor.shape) for tensor in self.tensors()))
 
@@ -125,7 +124,7 @@ def split_by_tokens(indices: Sequence[int], lengths: Sequence[int], max_tokens: 
 
 
 def shared_prefix_length(items: Sequence[Encoded]) -> int:
-    """Return how many tokens all prompts begin with; at least one token of each prompt is left to itself."""
+    """Return the length of the prefix that all prompts share, at least one token shorter than the shortest prompt."""
     if len(items) < 2:
         return 0
     low, high = min(item.prompt_ids for item in items), max(item.prompt_ids for item in items)
@@ -141,7 +140,7 @@ def pack_examples(items: Sequence[Encoded], *, share_prefix: bool) -> Pack:
 
     Args:
         items: at least one.
-        share_prefix: compute the common beginning once, where it is at least MIN_SHARED_PREFIX tokens.
+        share_prefix: compute the shared prefix once, where it is at least MIN_SHARED_PREFIX tokens.
     """
     import torch
 
@@ -172,7 +171,7 @@ def pack_examples(items: Sequence[Encoded], *, share_prefix: bool) -> Pack:
 
 
 def prefix_to_share(items: Sequence[Encoded], share_prefix: bool) -> int:
-    """Return the length of the common beginning that a pack of the examples holds once; 0 where none is shared."""
+    """Return the length of the shared prefix that a pack of the examples holds once; 0: none is shared."""
     prefix = shared_prefix_length(items) if share_prefix else 0
     num_tokens = sum(item.num_tokens for item in items)
     if num_tokens >= _LONG_EXAMPLE * len(items) and prefix * (len(items) - 1) < _MIN_SHARE * num_tokens:

@@ -26,7 +26,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """How a task asks: one record for the command line, the server and the web page."""
+    """Prompt form of a task, shared by the command line, the server and the web page."""
 
     render: Callable[[str, str], str]
     """Text and `about` -> prompt; `about` is empty where the task asks nothing beside the text."""

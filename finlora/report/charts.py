@@ -1,4 +1,4 @@
-"""Results -> what their scores are made of: confusion matrices, reliability diagrams, and bars of time."""
+"""Charts of results: confusion matrices, reliability diagrams, and bars of time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MAX_CLASSES = 12
-"""Classes that a matrix can still be read with."""
+"""Most classes of a readable matrix."""
 _DARK = 0.55
 """Share of a row above which its number is written in white."""
 
@@ -27,7 +27,7 @@ def describe(each: Kept) -> str:
 
 
 def has_matrix(result: Result) -> bool:
-    """Tell whether an evaluation has counts that can be drawn."""
+    """Return whether an evaluation has counts to plot."""
     return 0 < len(result.counts) <= _MAX_CLASSES
 
 

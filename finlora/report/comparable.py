@@ -1,4 +1,4 @@
-"""Which of our measurements may stand beside a number of the paper, and why none may where none does."""
+"""Comparability with the paper: which of our measurements stands beside each of its numbers, or why none does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from finlora.report.paper import PaperValue
 from finlora.results import Result
 
 _Condition = tuple[Callable[[Result], bool], str]
-"""What a measurement must meet, and what to say where none does."""
+"""A condition on a measurement, and the reason given where none meets it."""
 
 
 def find_ours(value: PaperValue, results: Sequence[Result]) -> Result | None:
@@ -32,7 +32,7 @@ def explain_missing(value: PaperValue, results: Sequence[Result]) -> str:
 
 
 def has_random_weights(result: Result) -> bool:
-    """Tell whether the weights were filled from a seed: its speed and memory are real, its scores mean nothing."""
+    """Return whether the weights are random: speed and memory are real, scores mean nothing."""
     model = result.config.get("model")
     return isinstance(model, dict) and model.get("weights") == "random"
 

@@ -1,7 +1,7 @@
-"""Which run each result belongs to, which results count, and which are left out and why: no figure may be another run's.
+"""Pairing of results with runs: which results count, and which are left out and why.
 
 A run is known by its adapter: by the hash of its weights, or by its folder where results are older than the hashes. A base
-alone is known by the fingerprint of its weights and the template of its prompts. Names are for reading, and told apart.
+alone is known by the fingerprint of its weights and the template of its prompts. Names are only shown; equal ones get a suffix.
 """
 
 from __future__ import annotations

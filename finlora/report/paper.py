@@ -1,4 +1,4 @@
-"""The paper's numbers as data, to stand beside ours.
+"""Numbers of the paper, as data.
 
 Source: D. Wang et al., FinLoRA: Finetuning Quantized Financial Large Language Models Using Low-Rank Adaptation on GPUs,
 arXiv:2412.11378v2. Its runs used four 48 GB RTX A6000, its "GB" are GiB, and its GPU-hours are hours x 4 GPUs.
@@ -102,7 +102,7 @@ PAPER: tuple[PaperValue, ...] = (
     _speed("8B", _XBRL, 1.9),
 )
 
-# What to know before ours is held against the paper's; the task pages of docs/ tell more.
+# Caveats of a comparison with the paper; the task pages of docs/ have more.
 DIFFERENCES: tuple[tuple[str, str], ...] = (
     (
         "accuracy",

@@ -1,4 +1,4 @@
-"""Results -> plots by matplotlib, drawn without a display."""
+"""Plots of results by matplotlib, without a display."""
 
 from __future__ import annotations
 

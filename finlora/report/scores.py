@@ -15,7 +15,7 @@ _MAX_CLASSES = 12
 
 
 class Majority(NamedTuple):
-    """What always answering the most frequent label of a test split brings."""
+    """Scores of always answering the most frequent label of a test split."""
 
     label: str
     accuracy: float
@@ -111,7 +111,7 @@ def _compare(result: Result, base: Result | None) -> str:
 
 
 def _tell(column: str, each: Kept, paired: Paired, majority: Majority | None) -> list[str]:
-    """Return what a reader must not miss: an adapter that ties with its base, and a score that needs no model."""
+    """Return the warnings of a table: an adapter that ties with its base, and a score that needs no model."""
     run, result = each
     said = []
     base = None if run.is_base else paired.base_of(run, result)

@@ -1,6 +1,6 @@
-"""Results -> tables of text, drawn alike on a terminal and in Markdown.
+"""Tables of results, the same on a terminal and in Markdown.
 
-A number nobody measured says so; it is never 0.
+A number that was not measured says so; it is never 0.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ def _our_cell(value: PaperValue, ours: Result) -> str:
 
 
 def differences_table() -> TextTable:
-    """What to know before ours is held against the paper's."""
+    """Caveats of a comparison with the paper."""
     return TextTable(title="Where ours may differ from the paper's", header=("of", "what differs"), rows=DIFFERENCES)
 
 

@@ -1,4 +1,4 @@
-"""Tables and figures -> one HTML file that needs nothing else: no network, no script, no second file."""
+"""Self-contained HTML page of tables and figures: no network, no script, no second file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def embed(figure: Figure, caption: str) -> Image:
     import matplotlib
 
     stream = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "finlora"}):  # names of shapes are drawn at random otherwise
+    with matplotlib.rc_context({"svg.hashsalt": "finlora"}):  # otherwise ids of shapes are random
         figure.savefig(stream, format="svg", metadata={"Date": None})
     return Image(caption, f"data:image/svg+xml;base64,{base64.b64encode(stream.getvalue()).decode()}")
 

@@ -1,4 +1,4 @@
-"""Show results on the terminal, and write them as one HTML file and as Markdown: `finlora report RUNS --output DIR`."""
+"""Report of results on the terminal, as one HTML file and as Markdown: `finlora report RUNS --output DIR`."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _write(
             else []
         ),
     ]
-    sections[len(first) + 2 : len(first) + 2] = plots  # scores and cost, then what they look like, then the rest
+    sections[len(first) + 2 : len(first) + 2] = plots  # scores and cost, then plots, then the rest
     created = [result.created for _, result in paired.kept if result.created]
     num_runs = len({run for run, _ in paired.kept if not run.is_base})
     subtitle = f"{_count(len(paired.kept), 'measurement')}, {_count(num_runs, 'trained run')}"

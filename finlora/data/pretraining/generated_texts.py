@@ -33,7 +33,7 @@ def pretraining_texts(seed: int, num_texts: int) -> list[str]:
 
 
 def _sentence(rng: random.Random) -> str:
-    """Draw one sentence of any kind. Its label decides what is drawn and is then forgotten."""
+    """Sample one sentence of any kind. Its label decides the words and is then dropped."""
     kind = rng.randrange(3)
     if kind == 0:
         return sentiment_sentence(rng, _SIDE, rng.choice(SENTIMENTS))[0]
@@ -106,7 +106,7 @@ def _is_named(rng: random.Random) -> str:
 
 
 def _repeat_line(rng: random.Random) -> str:
-    """Teach copying out of a fragment by place, never by the meaning of a line."""
+    """Teach copying from a fragment by line number, never by the meaning of a line."""
     report = filing(rng, _SIDE)
     tag = rng.choice(list(report.values))
     number = report.values[tag]

@@ -50,7 +50,7 @@ def unlabelled_texts(inputs: Sequence[str], seed: int) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Corpus:
-    """Words to draw wrong options from. A word stands as often as it occurs, so that rarity gives no answer away."""
+    """Pool of wrong options. A word is in it as often as it occurs, so that rarity reveals no answer."""
 
     words: list[str]
     after: dict[str, list[str]]

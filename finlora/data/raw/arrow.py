@@ -1,8 +1,8 @@
-"""Raw rows from Arrow files, which may come from someone who means harm: offsets that lie would read other memory, and a few
-packed bytes can stand for terabytes.
+"""Reader of raw rows from Arrow files, which may be hostile: wrong offsets would read other memory, and a few compressed bytes
+can expand to terabytes.
 
-Messages are read one after the other, each checked before a value of it is touched. Only flat columns of texts and numbers are
-taken, unpacked, so that what is held is never much larger than the file.
+Messages are read one after the other, each checked before a value of it is touched. Only flat, uncompressed
+columns of texts and numbers are read, so that memory is bounded by the file's size.
 
 Source of the message's layout: https://github.com/apache/arrow/blob/apache-arrow-20.0.0/format/Message.fbs
 """
@@ -18,7 +18,7 @@ from finlora.data.raw.rows import MAX_RAW_BYTES, Row, refuse_empty, require_colu
 from finlora.errors import DatasetError
 
 _MAGIC = b"ARROW1\0\0"
-_RECORD_BATCH_HEADER, _COMPRESSION = 2, 3  # places of fields in the tables Message and RecordBatch
+_RECORD_BATCH_HEADER, _COMPRESSION = 2, 3  # indices of fields in the tables Message and RecordBatch
 
 
 def read_arrow(path: Path, required: Sequence[str]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Read a task's rows from the hub. Asked for only when no local source is given; HF_HUB_OFFLINE is respected."""
+"""Reader of a task's rows from the hub, used only without a local source; HF_HUB_OFFLINE is respected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Raw rows from text, CSV and JSON lines files (Arrow: arrow.py): each knows the file and line it came from.
+"""Readers of raw rows from text, CSV and JSON lines files (Arrow: arrow.py); each row knows its file and line.
 
 Every reader here stops at the first malformed row with a DatasetError that names file, line and column. Nothing is
 skipped: what a task leaves out on purpose, the task counts in its notes.
@@ -34,14 +34,14 @@ _MISDECODED = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What the user asked a task's reader for."""
+    """A user's request to a task's reader."""
 
     source: Path | None
     """Folder (or single file) of raw files. None: the task's dataset on the hub."""
     variant: str
-    """One of the task's variants: `as_published` keeps the published defects, `corrected` mends them."""
+    """One of the task's variants: `as_published` keeps the published defects, `corrected` corrects them."""
     splits: SplitChoice
-    """`test` reads the test split alone, where the training file cannot be had."""
+    """`test` reads the test split alone, where the training file is not available."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,7 +96,7 @@ class Row:
         """Return the error for a value of this row."""
         return DatasetError(
             f"{self.source}, column {column}: found {shorten(found)}, expected {expected}. "
-            "Mend the row in the raw file, or fetch the published file again."
+            "Correct the row in the raw file, or fetch the published file again."
         )
 
 
@@ -115,20 +115,20 @@ def find_file(source: Path, names: Sequence[str], task: str) -> Path:
     if source.is_file():
         return source
     if not source.is_dir():
-        raise DatasetError(f"{source} does not exist: expected the folder of {task}'s raw files. Mend --source.")
+        raise DatasetError(f"{source} does not exist: expected the folder of {task}'s raw files. Correct --source.")
     for name in names:
         if (source / name).is_file():
             return source / name
     found = ", ".join(sorted(path.name for path in source.iterdir())[:8]) or "no file"
     raise DatasetError(
-        f"{source} holds {found}: expected {' or '.join(names)} for {task}. Put that file there, or mend --source."
+        f"{source} holds {found}: expected {' or '.join(names)} for {task}. Put that file there, or correct --source."
     )
 
 
 def read_text(path: Path, encoding: Encoding) -> str:
     """Return a file's text without its byte order mark.
 
-    UTF-8 is tried first, whatever the published encoding: its sequences do not come about by chance. Latin-1 takes any byte, so
+    UTF-8 is tried first, whatever the published encoding: its sequences do not occur by chance. Latin-1 takes any byte, so
     what it would turn into nonsense is looked for.
 
     Args:

@@ -1,4 +1,4 @@
-"""Whether rows are the published set's: their numbers, their labels and the hash of each split."""
+"""Check of rows against the published set: counts, labels and the hash of each split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def compare_published(task: str, variant: str, read: Splits, *, is_of_hub: bool,
         variant: that was asked for.
         read: what the task's reader returned. An empty train split is not compared.
         is_of_hub: whether the rows are the hub's.
-        is_own: take rows of other numbers or labels too.
+        is_own: accept other counts or labels too.
 
     Raises:
         DatasetError: the numbers or labels are not those of the published set, and `is_own` does not say so.

@@ -1,7 +1,7 @@
-"""The Parquet file of a prepared split: its columns, what its metadata says, and reading it without trust in it.
+"""Parquet file of a prepared split: its columns, its metadata, and a reader that does not trust it.
 
-A text that is kept once and named by each row, or a packed page, can grow a thousandfold: what is too much to have been written
-here stops the reading.
+A dictionary-encoded text or a compressed page can expand a thousandfold: the reader stops at more than FinLoRA would have
+written.
 """
 
 from __future__ import annotations

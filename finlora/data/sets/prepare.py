@@ -1,4 +1,4 @@
-"""`finlora prepare`: read a task's raw rows once, freeze its split, and write it as a prepared set."""
+"""Preparation of a task: reads its raw rows once, fixes its split, and writes a prepared set (`finlora prepare`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def prepare_task(
         splits: `all`, or `test` to leave the training split out.
         overwrite: replace a differing set that is there already.
         dry_run: read and check everything, write nothing.
-        is_own: take rows of other numbers or labels than the published set's.
+        is_own: accept rows whose counts or labels differ from the published set's.
 
     Raises:
         DatasetError: an unknown task or variant, a malformed raw row, an unreachable hub, rows that are not the published set's,
@@ -42,7 +42,9 @@ def prepare_task(
     task = task_named(name)
     chosen = task.variants[0] if variant is None else variant
     if chosen not in task.variants:
-        raise DatasetError(f"{name} has no variant {chosen!r}: expected {' or '.join(task.variants)}. Mend --variant.")
+        raise DatasetError(
+            f"{name} has no variant {chosen!r}: expected {' or '.join(task.variants)}. Correct --variant."
+        )
     if task.hub_id is None and source is not None:
         raise DatasetError(f"{name} is generated and reads no files, but --source {source} was given. Leave it out.")
     read = task.read(Request(source=source, variant=chosen, splits=splits))

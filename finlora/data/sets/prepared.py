@@ -1,6 +1,6 @@
 """Prepared sets: OUTPUT/<task>/train.parquet and test.parquet, each with its hash and origin in the Parquet metadata.
 
-A set appears in one move of its finished folder, so a crash leaves the old set, or none, but never half of one.
+A finished folder is renamed into place, so a crash leaves the old set or none, never half of one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PreparedSplit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreparedReport:
-    """What `finlora prepare` tells about a set. Mappings are keyed by split."""
+    """What `finlora prepare` reports of a set. Mappings are keyed by split."""
 
     task: str
     variant: str
@@ -58,7 +58,7 @@ class PreparedReport:
     labels: Mapping[str, Mapping[str, int]]
     """Examples a label; empty where every answer is free text."""
     duplicates: Mapping[str, int]
-    """Examples whose prompt and answer stand in the split before them."""
+    """Examples whose prompt and answer occur earlier in the split."""
     group_leaks: int
     """Test examples whose group (sentence, headline, pair or filing) is in train."""
     prompt_leaks: int
@@ -192,11 +192,11 @@ def examples_hash(examples: Sequence[Example]) -> str:
 def _check(examples: Sequence[Example]) -> None:
     for item in examples:
         if not item.prompt.strip() or not item.answer.strip():
-            raise DatasetError(f"{item.source}: {item.id} has a blank prompt or answer. Mend the raw row.")
+            raise DatasetError(f"{item.source}: {item.id} has a blank prompt or answer. Correct the raw row.")
         if item.choices and item.answer not in item.choices:
             raise DatasetError(
                 f"{item.source}: {item.id} answers {item.answer!r}, expected one of {', '.join(item.choices)}. "
-                "Mend the raw row."
+                "Correct the raw row."
             )
 
 

@@ -1,4 +1,4 @@
-"""Counts, labels and hashes of the published datasets, to tell them from files that only look like them.
+"""Counts, labels and hashes of the published datasets, by which prepared rows are checked.
 
 Measured from the published files by the readers of finlora/data. A hash is that of a prepared split, 16 of its 64 digits. The
 counts without a hash are the paper's or the publisher's, of files that were not at hand.

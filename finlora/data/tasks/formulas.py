@@ -1,4 +1,4 @@
-"""A figure that is computed from the tags of a filing by a formula: read, evaluated exactly, rounded as stated."""
+"""Formulas over the tags of a filing, parsed, evaluated exactly and rounded as stated."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OPERATIONS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Formula:
-    """What is asked for, and how it is computed."""
+    """A figure and its formula."""
 
     name: str
     """As the question says it, with its unit: `gross profit margin in per cent`."""
@@ -40,7 +40,7 @@ class Formula:
         """Return the rounded figure.
 
         Args:
-            values: number of each tag; others than the formula's may be among them.
+            values: number of each tag; more than the formula's are allowed.
         """
         exact = _evaluate(ast.parse(self.expression, mode="eval").body, values)
         scaled = exact * 10**self.num_decimals

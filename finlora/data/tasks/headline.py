@@ -1,4 +1,4 @@
-"""Gold headlines with Yes/No questions: nine from the full file, six from the short one.
+"""Yes/No questions about gold headlines: nine from the full file, six from the short one.
 
 Split by order of headlines, the first 80 % for training, so that no headline crosses it: 9,129 and 2,283 of the full
 file's 11,412 headlines (82,161 / 20,547 pairs), 8,456 and 2,114 of the short file's 10,570 (50,736 / 12,684).
@@ -63,7 +63,7 @@ def read_headline(request: Request) -> Splits:
     else:
         raise DatasetError(
             f"{rows[0].source}: found columns {', '.join(rows[0].fields)}, expected News and the nine question columns "
-            "of the full file (Price or Not, ...) or the six of the short one (Past Information, ...). Mend --source."
+            "of the full file (Price or Not, ...) or the six of the short one (Past Information, ...). Correct --source."
         )
     num_train = int(_TRAIN_SHARE * len(rows))
     is_published = request.variant == "as_published"

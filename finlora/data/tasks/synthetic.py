@@ -1,7 +1,7 @@
 """A generated financial set for the demo and the tests: five tasks, seeded, with labels in balance.
 
 A hash of an example's group (company, city, entity or filing) decides its split, so no name of the test is in train.
-What a label hangs on is the pair of words, not one of them: "net loss fell" is good news, "profit fell" is not.
+A label depends on a pair of words, not on one of them: "net loss fell" is good news, "profit fell" is not.
 """
 
 from __future__ import annotations
@@ -59,17 +59,17 @@ def side_of(group: str) -> Side:
 
 
 def company_name(rng: random.Random, side: Side) -> str:
-    """Draw a company of one split."""
+    """Sample a company of one split."""
     return _draw(side, lambda: f"{_stem(rng)} {rng.choice(words.COMPANY_FORMS)}")
 
 
 def city_name(rng: random.Random, side: Side) -> str:
-    """Draw a city of one split; cities share their stems with companies, so the stem alone does not tell them apart."""
+    """Sample a city of one split; cities share their stems with companies, so the stem alone tells nothing."""
     return _draw(side, lambda: _stem(rng))
 
 
 def person_name(rng: random.Random, side: Side) -> str:
-    """Draw a person of one split."""
+    """Sample a person of one split."""
     return _draw(side, lambda: f"{rng.choice(words.FIRST_NAMES)} {_stem(rng)}")
 
 
@@ -227,7 +227,7 @@ def _splits(task: str, write: Callable[[random.Random, Side, int], Example]) -> 
 
 
 def _distinct(task: str, side: Side, write: Callable[[random.Random, Side, int], Example]) -> Iterator[Example]:
-    """Yield examples with distinct prompts; a repeat is drawn again in its turn, so labels stay in balance."""
+    """Yield examples with distinct prompts; a repeated prompt is sampled again, so labels stay balanced."""
     rng = random.Random(f"{SEED}-{task}-{side}")
     seen: set[str] = set()
     for turn in itertools.count():

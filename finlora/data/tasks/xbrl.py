@@ -1,4 +1,4 @@
-"""Tags and values in XBRL filings: free-text answers that stand in a context of thousands of tokens.
+"""XBRL tags and values of filings: free-text answers quoted from a context of thousands of tokens.
 
 The published rows carry their whole prompt, kept verbatim with its faults: a quote in front, tags cut to `</>`, texts
 cut at 100 characters, one shot before the question. The paper's own split cannot be rebuilt. The split here keeps
@@ -23,7 +23,7 @@ FORM = Form(render=xbrl_prompt, choices=(), about="question")
 _COLUMNS = ("context", "target", "doc_path")
 _KINDS = {"xbrl_tags": "xbrl_tags", "xbrl_values": "value"}
 _TEST_DATE, _TRAIN_DATE = "20250310", "20250313"
-# The answer of the one shot tells the two kinds apart where one table holds both.
+# The one-shot example's answer identifies the kind where one table holds both.
 _SHOTS = {"xbrl_tags": "Example answer: us-gaap:AnExampleTagName", "xbrl_values": "Example answer: 2540000000"}
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MIN_SHARED_PREFIX = 8
 """Tokens of shared prefix below which sharing costs more than it saves."""
 _LONG_EXAMPLE, _MIN_SHARE = 1024, 1 / 16
-"""Share of tokens that sharing must save where examples are long: attention is faster when nothing is shared (finlora/model/layers/attention.py)."""
+"""Share of tokens that sharing must save where examples are long: attention is faster without (model/layers/attention.py)."""
 
 
 @dataclass(frozen=True, slots=True)

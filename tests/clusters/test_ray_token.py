@@ -13,7 +13,7 @@ import pytest
 from tests.chaos.nodes import local_nodes
 from tests.chaos.nodes.local_nodes import ROOT, LocalNodes
 
-JOIN = "from finlora import cluster; cluster.connect(False); import ray; print('IN', len(ray.nodes()))"
+JOIN = "from finlora.cluster import connect; connect.connect(False); import ray; print('IN', len(ray.nodes()))"
 SECRET = "finlora-desk-" + "s" * 43
 
 

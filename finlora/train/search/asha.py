@@ -1,4 +1,4 @@
-"""How a search looks at its trials through Ray Tune: whom ASHA stops, when all of it stops, and how each ended."""
+"""Hooks of a search in Ray Tune: the ASHA scheduler, the stop of all trials, and the listener for their ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CLOSE_S = 60.0
 
 
 class ResumedAsha(ASHAScheduler):  # type: ignore[misc]
-    """ASHA that starts from what earlier trials had reported, and writes down whom it stops.
+    """ASHA scheduler that starts from the reports of earlier trials and marks the trials that it stops.
 
     Args:
         grace: steps before the first rung.
@@ -30,7 +30,7 @@ class ResumedAsha(ASHAScheduler):  # type: ignore[misc]
     def __init__(
         self, folder: SearchFolder, reduction_factor: int, total_steps: int, grace: int, done: Sequence[TrialRecord]
     ) -> None:
-        # The last rung lies before the last step: a trial stopped there would have been trained for nothing.
+        # The last rung is before the last step: a trial stopped at its last step would be trained for nothing.
         last = max(1, total_steps - 1)
         super().__init__(
             time_attr="step",
@@ -49,7 +49,7 @@ class ResumedAsha(ASHAScheduler):  # type: ignore[misc]
                 super().on_trial_result(None, past, report)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """Decide as ASHA does, but never stop the config as it stands: the others are held against it."""
+        """Decide as ASHA does, but never stop the first trial, the unchanged config: it is the baseline of the others."""
         decision: str = super().on_trial_result(tune_controller, trial, result)
         name = trial.config["trial"]
         if decision != self.STOP or name.startswith(OWN):
@@ -60,13 +60,13 @@ class ResumedAsha(ASHAScheduler):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class _Past:
-    """A trial that has ended, as far as ASHA looks at it."""
+    """Ended trial, reduced to the attribute that ASHA reads."""
 
     trial_id: str
 
 
 class StopWhenIdle(tune.Stopper):  # type: ignore[misc]
-    """Ends Ray Tune after a signal, once no trial is at work: ending it earlier would kill them between checkpoints."""
+    """Stopper that ends Ray Tune after a signal once no trial works: earlier it would kill them between checkpoints."""
 
     def __init__(self, folder: SearchFolder) -> None:
         self._folder = folder
@@ -76,7 +76,7 @@ class StopWhenIdle(tune.Stopper):  # type: ignore[misc]
         return False
 
     def stop_all(self) -> bool:
-        """Return whether a signal came and all trials have stopped, or had long enough."""
+        """Return whether a signal came and all trials have stopped, or the wait for them is over."""
         if not self._folder.stop.read_text(encoding="utf-8").strip():
             return False
         self._since = self._since or time.monotonic()
@@ -85,7 +85,7 @@ class StopWhenIdle(tune.Stopper):  # type: ignore[misc]
 
 
 class Listener(tune.Callback):  # type: ignore[misc]
-    """Sees in the search's own process how trials end, those included whose driver cannot tell."""
+    """Callback in the search's own process that records how trials end, also those whose driver was killed."""
 
     def __init__(
         self, folder: SearchFolder, tasks: dict[str, TrialTask], on_record: Callable[[TrialRecord], None]
@@ -106,7 +106,7 @@ class Listener(tune.Callback):  # type: ignore[misc]
         task = self._tasks[trial.config["trial"]]
         run = self._folder.run_of(task.trial)
         if read_record(self._folder, task.trial) is None and not (run.root / Mark.UNPLACED).is_file():
-            lines = (trial.get_error() or "its driver died").__str__().strip().splitlines()
+            lines = (trial.get_error() or "its driver crashed").__str__().strip().splitlines()
             write_end(self._folder, task, TrialState.FAILED, cause=lines[-1])
         (run.root / Mark.BUSY).unlink(missing_ok=True)
         self._tell(task)

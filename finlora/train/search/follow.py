@@ -1,4 +1,4 @@
-"""Show a running training or search to a user, from what its workers write into their folders. No Ray here."""
+"""Progress display of a running training or search, read from the files of its workers. No Ray here."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from finlora.train.search.space import Trial
 
 
 class Follower:
-    """Called again and again: shows how the run trains, once, and then its last progress record.
+    """Display of a run, called repeatedly: shows the plan once, then the last progress record.
 
     Args:
         name: of the run.
         update: shows done, total and a note under a name.
         announce: shows a line.
-        describe: writes seconds as hours and minutes.
+        describe: formats seconds as hours and minutes.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Follower:
 
 
 class SearchFollower:
-    """Called again and again: shows how many trials of a search have ended, and the steps of those that run.
+    """Display of a search, called repeatedly: shows how many trials have ended, and the steps of those that run.
 
     Args:
         name: of the search.

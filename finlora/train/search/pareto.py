@@ -1,4 +1,4 @@
-"""The trials of a search laid side by side: which of them no other beats, and by what. No Ray here."""
+"""Pareto front of a search, its table, its plot and the configs of its best trials. No Ray here."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ NAMES: dict[str, str] = {
 
 
 def pareto_front(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> list[TrialRecord]:
-    """Return the finished trials that no other finished one beats: none is at least as good in all and better in one.
+    """Return the finished trials that no other finished trial dominates: as good in all objectives and better in one.
 
-    Trials without a number for an objective are left out. Equal ones all stay.
+    Trials without a value for an objective are left out. Equal trials all stay.
     """
     points = [(record, _point(record, objectives)) for record in records if record.state == TrialState.FINISHED]
     known = [(record, point) for record, point in points if not any(map(math.isnan, point))]
@@ -47,14 +47,14 @@ def pareto_front(records: Sequence[TrialRecord], objectives: Sequence[Objective]
 
 
 def measured(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> tuple[Objective, ...]:
-    """Return the objectives that any trial has a number for: free text has no weighted F1."""
+    """Return the objectives that any trial has a value for: free text has no weighted F1."""
     return tuple(name for name in objectives if any(name in record.scores for record in records))
 
 
 def best_trial(records: Sequence[TrialRecord], objectives: Sequence[Objective]) -> TrialRecord | None:
-    """Return the finished trial that is best in the first objective measured; of equal ones, in the next, and so on.
+    """Return the finished trial that is best in the first measured objective; of equal ones, in the next, and so on.
 
-    A trial without a number for an objective that others have one for comes after them.
+    A trial without a value for an objective comes after those with one.
     """
     objectives = measured(records, objectives)
 
@@ -65,7 +65,7 @@ def best_trial(records: Sequence[TrialRecord], objectives: Sequence[Objective]) 
 
 
 def front_table(records: Sequence[TrialRecord], objectives: Sequence[Objective], *, on_gpu: bool) -> TextTable:
-    """One row a trial: first the front, then the other finished ones, then pruned and failed ones with their cause."""
+    """Return a table with a row for each trial: the front, other finished trials, pruned ones, failed ones."""
     objectives = measured(records, objectives)
     front, best = pareto_front(records, objectives), best_trial(records, objectives)
     order = list(TrialState)
@@ -98,19 +98,19 @@ def front_table(records: Sequence[TrialRecord], objectives: Sequence[Objective],
         *failed,
         *(single if counts[TrialState.FINISHED] == 1 else ()),
         f"{', '.join(f'{number} {state}' for state, number in counts.items())}; {seconds:,.0f} s of trials in all{saved}.",
-        "Scores on training examples held out from every trial; the test split was not looked at. Front: no other finished "
-        "trial is as good in every objective and better in one. Pruned: stopped by ASHA, its held-out loss being among the "
-        "higher ones after as many steps.",
+        "Scores on training examples held out from every trial; the test split was not used. Front: no other finished "
+        "trial is as good in every objective and better in one. Pruned: stopped by ASHA for a higher held-out loss than "
+        "other trials after as many steps.",
     )
     header = ("trial", "learning rate", *varied, "state", "steps", "held-out loss", *names)
     return TextTable(title="Trials", header=header, rows=rows, notes=notes)
 
 
 def draw_front(records: Sequence[TrialRecord], objectives: Sequence[Objective], path: Path, *, on_gpu: bool) -> bool:
-    """Draw the first objective over each cost, the front of the two as a line.
+    """Plot the first objective over each cost, with the front of the two as a line.
 
     Returns:
-        False where nothing was drawn: no cost was measured, or fewer than two trials finished, which a dot would not compare.
+        False where nothing was drawn: no cost was measured, or fewer than two trials finished.
     """
     from finlora.report.plots import COLOURS, GREY, new_figures, save_figure
 
@@ -160,7 +160,7 @@ def draw_front(records: Sequence[TrialRecord], objectives: Sequence[Objective], 
 def write_summary(
     config: RunConfig, search: SearchConfig, folder: SearchFolder, records: Sequence[TrialRecord], console: Console
 ) -> list[Path]:
-    """Show how the trials of a search ended, and write it down.
+    """Print the table of a search and write its report files.
 
     Returns:
         The files: front.md, front.png where two trials finished, best.yaml where one did, a config for each trial of the front.
@@ -184,8 +184,8 @@ def write_summary(
         causes = Counter(record.cause for record in records if record.state == TrialState.FAILED)
         worst = "; ".join(f"{number} x {cause}" for cause, number in causes.most_common(3))
         raise FinloraError(
-            f"none of {len(records)} trials finished: {worst or 'all were pruned'}. {text} lists them; mend the cause and start "
-            "the same command with search.retry_failed=true."
+            f"none of {len(records)} trials finished: {worst or 'all were pruned'}. {text} lists them; remove the cause and "
+            "start the same command with search.retry_failed=true."
         )
     paths = [text, *plots, folder.best]
     save_config(best_config(config, best.trial), folder.best)
@@ -193,12 +193,12 @@ def write_summary(
         paths.append(folder.root / "front" / f"{record.trial.name}.yaml")
         own = best_config(config, record.trial)
         save_config(dataclasses.replace(own, name=f"{config.name}-{record.trial.name}"), paths[-1])
-    shutil.rmtree(folder.cache, ignore_errors=True)  # as large as a base, and quickly made anew
+    shutil.rmtree(folder.cache, ignore_errors=True)  # as large as a base, and quick to make again
     return paths
 
 
 def _tell_limits(config: RunConfig) -> list[str]:
-    """Return what best.yaml does not take over from a search on a part of the examples, and what it does."""
+    """Return a note on a search over part of the examples: which limits best.yaml keeps and which it drops."""
     limit, max_steps = config.data.max_train_examples, config.train.max_steps
     if limit is None:
         return []
@@ -210,7 +210,7 @@ def _tell_limits(config: RunConfig) -> list[str]:
 
 
 def _point(record: TrialRecord, objectives: Sequence[Objective]) -> list[float]:
-    """Return a trial's numbers, larger being better."""
+    """Return a trial's values, negated where smaller is better."""
     values = ((name, record.scores.get(name, math.nan)) for name in objectives)
     return [value if name in LARGER_IS_BETTER else -value for name, value in values]
 

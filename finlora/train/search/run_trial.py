@@ -1,4 +1,4 @@
-"""One trial of a search: train on the parted examples, score on the held-out ones, write down how it ended."""
+"""One trial of a search: train on the kept examples, score on the held-out ones, write the record."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from finlora.train.worker import run_training
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialTask:
-    """What one trial needs to know; travels to its driver as plain values."""
+    """Input of a trial's driver, in plain values that Ray can send."""
 
     config: dict[str, Any]
     search: str
@@ -38,7 +38,7 @@ class TrialTask:
 
 
 def drive_trial(params: dict[str, Any], tasks: dict[str, TrialTask]) -> None:
-    """Body of one trial's driver. It raises nothing: Ray Tune starts a driver again that died, and would do so for an error."""
+    """Body of a trial's driver. It raises nothing: Ray Tune would restart it after an error as after a crash."""
     task = tasks[params["trial"]]
     folder, config = SearchFolder(Path(task.search)), config_from_tree(task.config)
     run = folder.run_of(task.trial)
@@ -46,17 +46,17 @@ def drive_trial(params: dict[str, Any], tasks: dict[str, TrialTask]) -> None:
         return
     run.root.mkdir(parents=True, exist_ok=True)
     (run.root / Mark.BUSY).touch()
-    free_group(run)  # of a driver of this trial that died
-    if read_record(folder, task.trial) is not None:  # it died after its last line, and before Ray Tune had heard of it
+    free_group(run)  # of a driver of this trial that crashed
+    if read_record(folder, task.trial) is not None:  # it crashed after its record, before Ray Tune knew
         (run.root / Mark.BUSY).unlink()
         return
-    # ASHA hears of a resumed trial what it had reported before the stop.
+    # Repeat the reports of a resumed trial to ASHA.
     for report in read_held_out(run):
         tune.report(report)
     try:
         scores, seconds = _train_and_score(config, run)
         write_end(folder, task, TrialState.FINISHED, scores=scores, scored_s=seconds)
-        # Ray Tune asks for the scheduler's number in every report.
+        # Ray Tune wants the scheduler's metric in every report.
         tune.report({**read_held_out(run)[-1], "step": task.total_steps + 1, **scores})
     except StoppedError:
         return
@@ -64,7 +64,7 @@ def drive_trial(params: dict[str, Any], tasks: dict[str, TrialTask]) -> None:
         (run.root / Mark.UNPLACED).write_text(str(error), encoding="utf-8")
     except Exception as error:
         if (run.root / Mark.PRUNED).is_file():
-            return  # ASHA has ended this trial, and its processes go one after the other
+            return  # ASHA has stopped this trial, and its processes end one by one
         kind = type(error).__name__.removesuffix("Error")
         write_end(folder, task, TrialState.FAILED, cause=f"{kind}: {error}")
     finally:
@@ -72,10 +72,10 @@ def drive_trial(params: dict[str, Any], tasks: dict[str, TrialTask]) -> None:
 
 
 def _train_and_score(config: RunConfig, run: RunFolder) -> tuple[dict[str, float], float]:
-    """Train, unless a stopped search has done that, and score the adapter on the held-out examples.
+    """Train, unless an earlier start has done so, and score the adapter on the held-out examples.
 
     Returns:
-        The scores, and the seconds that scoring took, without the wait for room.
+        The scores, and the seconds of scoring without the wait for room.
     """
     from finlora.evaluate.evaluation import run_evaluation
     from finlora.model.contract import CONTRACT_FILE
@@ -103,7 +103,7 @@ def _train_and_score(config: RunConfig, run: RunFolder) -> tuple[dict[str, float
 def _collect_scores(
     config: RunConfig, run: RunFolder, training: Result, evaluations: Sequence[Result]
 ) -> dict[str, float]:
-    """Return the objectives that were measured: means over tasks, and what the training took."""
+    """Return the objectives that were measured: scores as means over tasks, memory and hours of training."""
     scores = {}
     for name in LARGER_IS_BETTER:
         values = [result.metrics[name] for result in evaluations if name in result.metrics]
@@ -111,7 +111,7 @@ def _collect_scores(
             scores[name] = sum(values) / len(values)
     if training.peak_memory_gib is not None:
         scores["peak_memory_gib"] = training.peak_memory_gib
-    # Steps alone: start-ups would hide how trials differ.
+    # Steps only: start-ups would hide the differences between trials.
     scores["hours"] = count_step_seconds(run) / 3600 * _count_devices(config)
     return scores
 
@@ -131,7 +131,7 @@ def write_end(
     scored_s: float = 0.0,
     cause: str = "",
 ) -> None:
-    """Write a trial's record, with the last loss that its workers left."""
+    """Write a trial's record with the last held-out loss of its workers."""
     reports = read_held_out(folder.run_of(task.trial))
     record = TrialRecord(
         trial=task.trial,
@@ -141,10 +141,10 @@ def write_end(
         held_out_loss=reports[-1][HELD_OUT] if reports else None,
         scores=scores or {},
         seconds=scored_s + sum(attempt.seconds for attempt in read_attempts(folder.run_of(task.trial))),
-        cause=" ".join(cause.split()),  # one line of a table, whatever raised it
+        cause=" ".join(cause.split()),  # one line for the table
     )
     write_record(folder, record)
 
 
 def _ignore_progress(_task: str, _done: int, _total: int) -> None:
-    """A trial's evaluation is short, and nobody looks."""
+    """No progress is shown: a trial's evaluation is short."""

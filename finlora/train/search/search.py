@@ -1,12 +1,12 @@
-"""A search over rank, bits, learning rate and more, on Ray Tune: each trial is a Ray Train run with the GPUs it asks for.
+"""Search over rank, bits, learning rate and more, on Ray Tune: each trial is a Ray Train run with its own workers.
 
-A trial is a small driver (Ray Tune) that runs the training (Ray Train, finlora/train/worker.py), then scores the adapter on the
-held-out examples. At each of its checkpoints the workers measure the loss on these; ASHA stops the trials that lag (Li et al.
-2018, arXiv:1810.05934).
+A trial is a small Ray Tune driver that runs the training (Ray Train, finlora/train/worker.py), then scores the adapter on the
+held-out examples. At each checkpoint the workers measure the loss on these examples, and ASHA stops the trials with the higher
+losses (Li et al. 2018, arXiv:1810.05934).
 
-Ray Tune does not keep ASHA's rungs over a restart, and knows of a trial's end only when it next writes its state. So what
-counts here is what the trials write into their own folders: a search that is started again leaves out the trials that have
-ended, tells ASHA what they had reported, and runs the others, which go on from their last checkpoints.
+Ray Tune loses ASHA's rungs in a restart, and learns of a trial's end only when it next writes its state. Therefore the records
+in the trials' own folders decide: a restarted search skips the trials that have ended, reports their losses to ASHA, and
+resumes the others from their last checkpoints.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ from finlora.train.steps.loop import count_steps
 _logger = logging.getLogger(__name__)
 
 _CLOSE_S = 20.0
-"""Longest wait for the last trials to die that ASHA ended."""
+"""Longest wait for the processes of the last pruned trials to end."""
 _DRIVER_CPUS = 0.05
-"""Of a trial's own driver, which only waits; Ray Tune refuses 0."""
+"""CPUs of a trial's driver, which only waits; Ray Tune refuses 0."""
 
 
 def run_search(
@@ -67,7 +67,7 @@ def run_search(
     announce: Callable[[str], None] = _logger.warning,
     on_record: Callable[[TrialRecord], None] = lambda _record: None,
 ) -> list[TrialRecord]:
-    """Run the trials of a search that have not ended yet on the cluster that this process is connected to.
+    """Run the trials of a search that have not ended yet, on the cluster that this process is connected to.
 
     Args:
         config: with absolute paths (`resolve_paths`). Data, base and cluster are checked before any trial starts.
@@ -75,12 +75,12 @@ def run_search(
         on_record: called with each trial as it ends.
 
     Returns:
-        How each trial ended, in the trials' order.
+        The record of each trial, in the trials' order.
 
     Raises:
-        StoppedError: SIGINT or SIGTERM came; the running trials stopped at checkpoints.
+        StoppedError: a signal came; the running trials stopped at checkpoints or before their first steps.
         NoRoomError: others hold the GPUs or cores; says who.
-        FinloraError: as its kinds say. A failing trial raises nothing: its record says why it failed.
+        FinloraError: of any kind. A failing trial raises nothing; its record holds the cause.
     """
     asked, config = config, resolve_training(config, search_folder(config).config)
     if said := describe_choice(asked, config):
@@ -95,7 +95,7 @@ def run_search(
     done = [record for record in records.values() if record is not None]
     to_do = [trial for trial in trials if records.get(trial.name) is None]
     if done:
-        announce(f"{len(done)} of {len(trials)} trials have ended before: {len(to_do)} to go.")
+        announce(f"{len(done)} of {len(trials)} trials have ended already: {len(to_do)} to go.")
 
     def has_begun() -> bool:
         return any(read_step(folder.run_of(trial)) is not None for trial in to_do)
@@ -145,7 +145,7 @@ def _run_trials(
     logging.getLogger("ray.tune").setLevel(
         logging.ERROR
     )  # it warns of each trial that was stopped before its first report
-    # Ray Tune would write TensorBoard events and tables too, which the trials' own folders hold, and warn of some values.
+    # Ray Tune would also write TensorBoard events and tables, which the trials' folders hold already, and warn of some values.
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(drive_trial, tasks=tasks), {"cpu": _DRIVER_CPUS}),
@@ -160,7 +160,7 @@ def _run_trials(
             name="tune",
             storage_path=str(folder.root),
             stop=StopWhenIdle(folder),
-            # For a driver that died, as with its node; a trial that fails says so and returns.
+            # Restarts drivers that crash, as with their node. A trial that fails records it and returns.
             failure_config=tune.FailureConfig(max_failures=config.train.max_failures),
             callbacks=[Listener(folder, tasks, on_record), JsonLoggerCallback()],
             verbose=0,
@@ -178,9 +178,9 @@ def _choose_scheduler(
 
 
 def _fit(tuner: tune.Tuner, folder: SearchFolder, trials: Sequence[Trial]) -> None:
-    """Run the tuner in a thread of its own, since in the main one it would take over Ctrl-C.
+    """Run the tuner in its own thread: in the main thread it would handle Ctrl-C itself.
 
-    Meanwhile a stop is passed on to the trials, and the GPUs and cores of those that ASHA ended are given back.
+    Meanwhile pass a stop on to the trials, and free the GPUs and cores of pruned trials.
     """
     future: futures.Future[Any] = futures.Future()
 
@@ -199,9 +199,9 @@ def _fit(tuner: tune.Tuner, folder: SearchFolder, trials: Sequence[Trial]) -> No
                 free_group(run)
             elif name and run.stop.is_file():
                 run.stop.write_text(name, encoding="utf-8")
-    # The last ones to be ended may take a moment to die.
-    ended = time.monotonic() + _CLOSE_S
-    while any(run.group.is_file() for run in runs) and time.monotonic() < ended:
+    # The processes of the last pruned trials may take a moment to end.
+    deadline = time.monotonic() + _CLOSE_S
+    while any(run.group.is_file() for run in runs) and time.monotonic() < deadline:
         for run in runs:
             free_group(run)
         time.sleep(0.2)
@@ -220,7 +220,7 @@ def _bundles(config: RunConfig) -> list[Bundle]:
 
 
 def _count_concurrent(config: RunConfig) -> int:
-    """Return how many trials the cluster has room for, were nothing else on it."""
+    """Return how many trials an otherwise empty cluster has room for."""
     total = ray.cluster_resources()
     (bundle, *_), workers = _bundles(config), config.train.num_workers
     need = {kind: amount * workers for kind, amount in bundle.items()}
@@ -233,7 +233,7 @@ def _raise_when_stopped(folder: SearchFolder, done: int, total: int) -> None:
     if name:
         stop = describe_stop(folder.stop, 0, 0)
         raise StoppedError(
-            f"Stopped by {name} with {done} of {total} trials ended: the same command goes on with the others, from their last "
+            f"Stopped by {name} with {done} of {total} trials ended: the same command resumes the others from their last "
             "checkpoints.",
             stop.exit_code,
         )
@@ -243,6 +243,4 @@ def _explain_unplaced(folder: SearchFolder, trials: Sequence[Trial]) -> str:
     for trial in trials:
         with contextlib.suppress(FileNotFoundError):
             return (folder.run_of(trial).root / Mark.UNPLACED).read_text(encoding="utf-8")
-    raise FinloraError(
-        f"{folder.root}: some trials have not ended, and nothing says why: start the same command again."
-    )
+    raise FinloraError(f"{folder.root}: some trials have not ended and left no reason: start the same command again.")

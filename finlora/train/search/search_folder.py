@@ -1,10 +1,10 @@
-"""The folder of one search: what each trial brought, kept so that nothing is done twice. No Ray here.
+"""Folder of one search: its settings, its split of the training examples, and the record of each trial. No Ray here.
 
 Layout of OUTPUT_DIR/NAME:
-    search.yaml            the resolved config with its section `search`: alone it reruns the search
-    data/                  the training examples of each task, parted into train and held-out ones
-    trials/NAME/           a run folder a trial (run/run_folder.py), with held_out.jsonl: the loss on the held-out part
-    trials/NAME/trial.json how the trial ended; written whole, and only then is the trial done
+    search.yaml            the resolved config with its section `search`, enough to repeat the search
+    data/                  the training examples of each task, split into kept and held-out ones
+    trials/NAME/           run folder of a trial (run/run_folder.py), with held_out.jsonl: the loss on the held-out examples
+    trials/NAME/trial.json how the trial ended; the trial counts as ended once this file exists
     base-cache/            the quantised bases that the trials share (finlora/model/base_cache.py); removed at the end
     tune/                  Ray Tune's own files
     best.yaml              the best trial's config, ready to train on all training examples
@@ -64,7 +64,7 @@ class Mark(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrialRecord:
-    """How a trial ended."""
+    """Record of a trial that has ended."""
 
     trial: Trial
     state: TrialState
@@ -72,14 +72,14 @@ class TrialRecord:
     """Optimiser steps done."""
     total_steps: int
     held_out_loss: float | None
-    """Mean cross entropy an answer token on the held-out examples, at that step."""
+    """Mean cross entropy per answer token on the held-out examples, at that step."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Finished trials: the scores of LARGER_IS_BETTER that every task has, as means over tasks, peak_memory_gib of training,
-    hours of its steps (times GPUs, or workers on CPU)."""
+    """Finished trials: the scores of LARGER_IS_BETTER that every task has, as means over tasks; peak_memory_gib of training;
+    hours of its steps, times GPUs, or workers on CPU."""
     seconds: float = 0.0
-    """Wall time of the attempt that ended the trial, start-up included."""
+    """Work of all attempts of the trial and of its scoring, start-up included."""
     cause: str = ""
-    """Why it did not finish."""
+    """Reason why it did not finish."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class SearchFolder:
 
 
 def search_folder(config: RunConfig) -> SearchFolder:
-    """Return the folder of the search of that name."""
+    """Return the folder of a config's search."""
     return SearchFolder(Path(config.output_dir) / config.name)
 
 
@@ -136,17 +136,17 @@ def examine_search(config: RunConfig, search: SearchConfig) -> SearchFolder:
 
 
 def open_search(config: RunConfig, search: SearchConfig) -> SearchFolder:
-    """Create or reopen the search's folder, and part the training examples.
+    """Create or reopen the search's folder, and split the training examples.
 
     Raises:
         ConfigError: the folder holds a search with other settings, or something else.
-        DatasetError: the prepared data is missing or too small to part.
+        DatasetError: the prepared data is missing or too small to split.
     """
     folder = search_folder(config)
     key = hash_search(config, search)
     _refuse_other_search(folder, key)
     for task in config.data.tasks:
-        part_examples(Path(config.data.dir), task, folder.data, search.validation_share, config.seed)
+        split_examples(Path(config.data.dir), task, folder.data, search.validation_share, config.seed)
     folder.trials.mkdir(parents=True, exist_ok=True)
     tree = {_HASH: key, **config_to_tree(config), "search": _listed(dataclasses.asdict(search))}
     write_whole(folder.config, yaml.safe_dump(tree, sort_keys=False))
@@ -159,16 +159,16 @@ def _refuse_other_search(folder: SearchFolder, key: str) -> None:
         if found != key:
             raise ConfigError(
                 f"{folder.root} already holds a search with other settings than these, kept in {folder.config.name}: restore "
-                "them to go on with it, or choose another `name`."
+                "them to resume it, or choose another `name`."
             )
     elif folder.root.exists() and any(folder.root.iterdir()):
         raise ConfigError(f"{folder.root} holds something else than a search: choose another `name`.")
 
 
-def part_examples(source: Path, task: str, target: Path, share: float, seed: int) -> None:
-    """Hold a share of a task's training examples out, whole groups of them, and write both parts as a prepared set.
+def split_examples(source: Path, task: str, target: Path, share: float, seed: int) -> None:
+    """Hold out a share of a task's training examples, in whole groups, and write both parts as a prepared set.
 
-    The held-out part is written as HELD_OUT_SPLIT, so that training and evaluation read it as they read any set.
+    The held-out part is written as HELD_OUT_SPLIT, so that training and evaluation read it as any other set.
 
     Raises:
         DatasetError: there is no train split, or it has a single group.
@@ -203,7 +203,7 @@ def part_examples(source: Path, task: str, target: Path, share: float, seed: int
 
 
 def trial_config(config: RunConfig, search: SearchConfig, folder: SearchFolder, trial: Trial, steps: int) -> RunConfig:
-    """Return the config by which a trial trains: its settings, on the parted data, reporting at each rung of ASHA.
+    """Return the config of a trial's training: its settings, on the kept examples, with a report at each rung of ASHA.
 
     Args:
         steps: optimiser steps before the first rung.
@@ -220,7 +220,7 @@ def trial_config(config: RunConfig, search: SearchConfig, folder: SearchFolder, 
 
 
 def best_config(config: RunConfig, trial: Trial) -> RunConfig:
-    """Return the config that trains a trial's settings on all training examples, whatever part the search was limited to."""
+    """Return the config that trains a trial's settings on all training examples, even where the search was limited."""
     data = dataclasses.replace(config.data, max_train_examples=None, max_test_examples=None)
     return dataclasses.replace(trial.apply(config), name=f"{config.name}-best", data=data)
 
@@ -231,14 +231,14 @@ def count_grace_steps(search: SearchConfig, total_steps: int) -> int:
 
 
 def write_record(folder: SearchFolder, record: TrialRecord) -> None:
-    """Write how a trial ended, as a whole."""
+    """Write a trial's record atomically."""
     run = folder.run_of(record.trial)
     run.root.mkdir(parents=True, exist_ok=True)
     write_whole(run.root / RECORD, json.dumps(seal(dataclasses.asdict(record)), indent=1))
 
 
 def read_record(folder: SearchFolder, trial: Trial) -> TrialRecord | None:
-    """Return how a trial ended; None where it has not.
+    """Return a trial's record; None where the trial has not ended.
 
     Raises:
         ResultError: the record is damaged.
@@ -252,13 +252,13 @@ def read_record(folder: SearchFolder, trial: Trial) -> TrialRecord | None:
         return TrialRecord(trial=own, state=TrialState(values.pop("state")), **values)
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise ResultError(
-            f"{path} does not say any more how the trial ended ({error}): delete that file, and the search scores its adapter "
-            "again without training it again."
+            f"{path} is damaged and no longer says how the trial ended ({error}): delete that file, and the search scores its "
+            "adapter again without training it again."
         ) from error
 
 
 def _read_hash(path: Path) -> str | None:
-    """Return the hash of a search's settings; None where the file is no search's."""
+    """Return the hash of a search's settings; None where the file holds none."""
     try:
         tree = read_yaml(path)
     except (OSError, ValueError, yaml.YAMLError) as error:

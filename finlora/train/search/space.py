@@ -1,4 +1,4 @@
-"""What a search varies, and the trials that come of it. No Ray here.
+"""Search space: the settings that a search varies, and its trials. No Ray here.
 
 A search is a run's config with one section more:
 
@@ -8,10 +8,10 @@ A search is a run's config with one section more:
       bits: [4, 8]
       learning_rate: [3.0e-5, 1.0e-3]
 
-The first trial is the config as it stands, which ASHA never stops, so that no search ends below it. The others cover the space
-evenly, each choice and each part of the learning rates about as often as any other (a Halton sequence). They follow from the
-config alone: the same config always gives the same trials under the same names, and more of them begin with the same ones. A
-resumed search goes by that.
+The first trial is the unchanged config. ASHA never stops it, so that the best trial is at least as good. The others cover the
+space evenly by a Halton sequence: each choice and each part of the learning rates is sampled about as often as any other. They
+depend on the config alone: the same config always gives the same trials under the same names, and a larger num_trials starts
+with the same ones. A resumed search relies on that.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from finlora.errors import ConfigError
 Objective = Literal["accuracy", "weighted_f1", "strict_accuracy", "numeric_accuracy", "peak_memory_gib", "hours"]
 LARGER_IS_BETTER = ("accuracy", "weighted_f1", "strict_accuracy", "numeric_accuracy")
 OWN = "000-"
-"""How the name of the first trial begins, the config as it stands."""
+"""Prefix of the name of the first trial, the unchanged config."""
 _BITS = (16, 8, 4)
 
 
@@ -53,13 +53,13 @@ class SearchConfig:
     """Sets of projections to try, joined by `+`: `[q_proj+v_proj, q_proj+k_proj+v_proj]`. Empty: lora.target_modules
     only."""
     objectives: tuple[Objective, ...] = ("weighted_f1", "accuracy", "peak_memory_gib", "hours")
-    """What the Pareto front compares. The first one, a score on held-out training examples, decides which trial is best."""
+    """Objectives of the Pareto front. The first one, a score on held-out training examples, decides which trial is best."""
     validation_share: float = 0.15
-    """Share of the training examples that is held out to judge the trials. The test split is never used."""
+    """Share of the training examples that is held out to score the trials. The test split is never used."""
     grace_share: float = 0.1
     """Share of its steps that each trial runs before ASHA may stop it."""
     reduction_factor: int = 3
-    """At each rung ASHA lets one in so many trials go on. 1: all trials run to their end."""
+    """At each rung ASHA lets one in so many trials continue. 1: all trials run to their end."""
     max_concurrent: int | None = None
     """Most trials at once. None: as many as the cluster has room for."""
     retry_failed: bool = False
@@ -78,7 +78,7 @@ class SearchConfig:
             (
                 bool(self.objectives) and self.objectives[0] in LARGER_IS_BETTER,
                 f"objectives={list(self.objectives)}: expected one of {', '.join(LARGER_IS_BETTER)} to come first, since the "
-                "first one is what is searched for",
+                "search maximises the first one",
             ),
             (
                 0 < self.validation_share <= 0.5,
@@ -135,7 +135,7 @@ def sample_trials(config: RunConfig, search: SearchConfig) -> list[Trial]:
     """Return the trials of a search, always the same for the same config.
 
     Raises:
-        ConfigError: a set of projections names one that is not there.
+        ConfigError: search.target_modules names an unknown projection.
     """
     from scipy.stats import qmc  # half a second to import
 
@@ -147,13 +147,13 @@ def sample_trials(config: RunConfig, search: SearchConfig) -> list[Trial]:
         tuple(tuple(names.split("+")) for names in search.target_modules) or own[3:],
     )
     low, high = search.learning_rate or (config.optim.learning_rate,) * 2
-    # The first points of a Halton sequence stay what they are when more are drawn.
+    # A longer Halton sequence starts with the same points.
     cube = qmc.Halton(d=len(choices) + 1, rng=config.seed).random(search.num_trials - 1).tolist()
     points = [(*own, config.optim.learning_rate)]
-    for *places, place in cube:
-        chosen = (options[int(at * len(options))] for at, options in zip(places, choices, strict=True))
-        # Three digits: enough to tell apart, and a YAML that reads well.
-        points.append((*chosen, float(f"{low * (high / low) ** place:.2e}")))
+    for *shares, rate_share in cube:  # each in [0, 1)
+        chosen = (options[int(share * len(options))] for share, options in zip(shares, choices, strict=True))
+        # Three digits tell trials apart and read well in YAML.
+        points.append((*chosen, float(f"{low * (high / low) ** rate_share:.2e}")))
     trials = [_make_trial(number, *point) for number, point in enumerate(points)]
     for trial in trials:
         trial.apply(config)
@@ -161,7 +161,7 @@ def sample_trials(config: RunConfig, search: SearchConfig) -> list[Trial]:
 
 
 def hash_search(config: RunConfig, search: SearchConfig) -> str:
-    """Return 16 hex digits over what decides the trials and their scores; it may be widened by more trials."""
+    """Return 16 hex digits of the hash of what decides the trials and their scores; num_trials may grow."""
     section = dataclasses.asdict(search)
     for name in ("num_trials", "objectives", "max_concurrent", "retry_failed"):
         section.pop(name)

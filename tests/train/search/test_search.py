@@ -130,7 +130,7 @@ def test_search_that_has_ended_starts_nothing(searched):
     config, records, _, _ = searched
     lines = []
     assert run_search(config, SEARCH, lines.append) == records
-    assert lines == ["3 of 3 trials have ended before: 0 to go."]
+    assert lines == ["3 of 3 trials have ended already: 0 to go."]
 
 
 def test_killed_after_training_it_only_scores_anew(searched):
@@ -157,7 +157,7 @@ def test_failed_trials_run_again_only_when_asked(searched):
     shutil.rmtree(mark.parent)
     lines = []
     again = run_search(config, dataclasses.replace(SEARCH, retry_failed=True), lines.append)
-    assert "2 of 3 trials have ended before: 1 to go." in lines
+    assert "2 of 3 trials have ended already: 1 to go." in lines
     assert [record.state for record in again] == ["finished", "pruned", "pruned"]
     assert again[1] == records[1]
     assert again[2].cause == "stopped by ASHA at step 2"

@@ -18,8 +18,8 @@ from finlora.train.search.search_folder import (
     TrialState,
     count_grace_steps,
     open_search,
-    part_examples,
     read_record,
+    split_examples,
     trial_config,
     write_record,
 )
@@ -29,7 +29,7 @@ TASK = "synthetic_sentiment"
 
 
 def test_held_out_examples_are_whole_groups_and_nothing_is_lost(prepared_synthetic, tmp_path):
-    part_examples(prepared_synthetic, TASK, tmp_path, 0.2, 42)
+    split_examples(prepared_synthetic, TASK, tmp_path, 0.2, 42)
     whole = read_prepared(prepared_synthetic, TASK, "train").examples
     train, held = (read_prepared(tmp_path, TASK, split).examples for split in ("train", "test"))
     assert sorted(item.id for item in (*train, *held)) == sorted(item.id for item in whole)
@@ -40,12 +40,12 @@ def test_held_out_examples_are_whole_groups_and_nothing_is_lost(prepared_synthet
 
 
 def test_parting_again_changes_nothing_and_another_seed_is_refused(prepared_synthetic, tmp_path):
-    part_examples(prepared_synthetic, TASK, tmp_path, 0.2, 42)
+    split_examples(prepared_synthetic, TASK, tmp_path, 0.2, 42)
     before = (tmp_path / TASK / "train.parquet").stat().st_mtime_ns
-    part_examples(prepared_synthetic, TASK, tmp_path, 0.2, 42)
+    split_examples(prepared_synthetic, TASK, tmp_path, 0.2, 42)
     assert (tmp_path / TASK / "train.parquet").stat().st_mtime_ns == before
     with pytest.raises(DatasetError, match="holds another set"):
-        part_examples(prepared_synthetic, TASK, tmp_path, 0.2, 43)
+        split_examples(prepared_synthetic, TASK, tmp_path, 0.2, 43)
 
 
 def test_one_group_cannot_be_parted(prepared_synthetic, tmp_path):
@@ -54,7 +54,7 @@ def test_one_group_cannot_be_parted(prepared_synthetic, tmp_path):
     task = task_named(TASK)
     write_prepared(task, splits, tmp_path / "one", variant="v", source="s", version="0", overwrite=False, dry_run=False)
     with pytest.raises(DatasetError, match="expected at least two groups"):
-        part_examples(tmp_path / "one", TASK, tmp_path / "out", 0.2, 42)
+        split_examples(tmp_path / "one", TASK, tmp_path / "out", 0.2, 42)
 
 
 def test_trials_train_without_the_held_out_examples(make_config):

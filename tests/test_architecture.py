@@ -148,7 +148,8 @@ def test_ground_rooms_import_nothing_of_ours_but_errors():
         == GRAPH["finlora.model.formula.llama"]
         == set()
     )
-    assert GRAPH["finlora.config"] == {"finlora.errors", "finlora.model.formula.llama"}
+    formula = {"finlora.model.formula.llama", "finlora.model.formula.low_rank"}
+    assert GRAPH["finlora.config"] == {"finlora.errors", *formula}
     assert GRAPH["finlora.results"] == {"finlora.durable", "finlora.errors"}
     assert GRAPH["finlora.train.steps.sampler"] == GRAPH["finlora.evaluate.intervals"] == set()
 

@@ -144,6 +144,7 @@ def test_number_that_yaml_reads_in_another_base_is_refused(tmp_path, where, numb
         ("model.bits='4'", "expected one of 16, 8, 4"),
         ("model.bits=[4]", "expected one of 16, 8, 4"),
         ("lora.rank=0", "lora.rank=0: expected an integer of at least 1"),
+        ("lora.rank=4097", "lora.rank=4097: expected an integer of at least 1 and at most 4,096"),
         ("lora.rank=4.0", "lora.rank=4.0: expected an integer"),
         ("lora.rank=true", "lora.rank=True: expected an integer"),
         ("lora.rank=", "lora.rank=None: expected an integer"),

@@ -1,4 +1,4 @@
-"""LoRA adapters for the engine: many on one base, read from PEFT folders, each stage only its own layers.
+"""LoRA adapters of a stage: many on one base, read from PEFT folders for the stage's own layers.
 
 Shapes: rank r, in K, out N of a projection.
 """
@@ -29,13 +29,13 @@ Adapter = Mapping[tuple[int, Product], list[Update]]
 
 
 _MAX_GATHERED_ROWS = 64
-"""Rows up to which each fetches its own adapter's matrices; more of them multiply by all adapters' and keep their own's part."""
+"""Rows up to which each row gathers its adapter's matrices. More rows are multiplied by all adapters' and masked."""
 
 
 class Bank:
-    """All adapters of a span side by side, so that each row of a pass can use another one, by its number.
+    """Stacked matrices of all adapters of a span, from which each row of a pass selects an adapter by its number.
 
-    Number 0 is the base alone. The tensors stay where they are until a further adapter does not fit: recorded passes read them.
+    Number 0 is the base alone. The tensors keep their addresses until a further adapter does not fit: CUDA graphs read them.
     """
 
     def __init__(self) -> None:
@@ -44,16 +44,16 @@ class Bank:
         self._room = 2
 
     def add(self, name: str, adapter: Adapter, num_out: Mapping[Product, int]) -> bool:
-        """Take an adapter in; returns whether tensors had to move.
+        """Add an adapter; returns whether tensors moved.
 
         Args:
             num_out: columns of each product.
         """
         number = next(n for n in range(self._room + 1) if n not in self.numbers.values())
-        self.numbers[name] = number  # first, so that `remove` clears what a failure leaves
+        self.numbers[name] = number  # first, so that `remove` also clears up after a failure
         has_moved = number == self._room
         self._room *= 2 if has_moved else 1
-        # Also of products that this adapter leaves alone: its rows look there too.
+        # Also of products without an update of this adapter: its rows index them too.
         for key, (downs, ups) in self._pairs.items():
             if len(downs) < self._room:
                 self._pairs[key], has_moved = self._grow((downs, ups), downs[0], ups[0]), True
@@ -75,15 +75,15 @@ class Bank:
     def remove(self, name: str) -> None:
         number = self.numbers.pop(name)
         for down, up in self._pairs.values():
-            down[number : number + 1].zero_()  # none where the tensors had not grown yet
+            down[number : number + 1].zero_()  # an empty slice where the tensors had not grown yet
             up[number : number + 1].zero_()
 
     def touches(self, layer: int, product: Product) -> bool:
-        """Return whether any adapter has changed a product since the bank was made."""
+        """Return whether any adapter so far had an update of a product."""
         return (layer, product) in self._pairs
 
     def apply(self, out: Tensor, x: Tensor, numbers: Tensor, layer: int, product: Product) -> Tensor:
-        """Add each row's own update to a product. Shapes: out (T, N), x (T, K), numbers (T,) -> out."""
+        """Add each row's update to a product. Shapes: out (T, N), x (T, K), numbers (T,) -> (T, N)."""
         pair = self._pairs.get((layer, product))
         if pair is None:
             return out
@@ -93,11 +93,11 @@ class Bank:
             return out + torch.bmm(low.transpose(1, 2), ups[numbers])[:, 0]
         low = (x @ downs.flatten(0, 1).t()).view(len(x), *downs.shape[:2])
         is_own = numbers[:, None, None] == torch.arange(len(downs), device=x.device)[None, :, None]
-        # Not times 0: what another's update makes of a row need not be finite.
+        # Selected, not multiplied by 0: another adapter's result for a row may be infinite.
         return out.addmm_(torch.where(is_own, low, 0).flatten(1), ups.flatten(0, 1))
 
     def _grow(self, pair: tuple[Tensor, Tensor] | None, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """Return zeros with room for all numbers and ranks, holding what was there."""
+        """Return zero-padded copies with room for all numbers and ranks."""
         rank = max(len(down), 0 if pair is None else pair[0].shape[1])
         downs, ups = (tensor.new_zeros(self._room, rank, tensor.shape[1]) for tensor in (down, up))
         if pair is not None:
@@ -136,7 +136,7 @@ def read_adapter(folder: Path, shape: LlamaShape, span: range, dtype: torch.dtyp
     settings = read_lora_settings(folder)
     adapter: dict[tuple[int, Product], list[Update]] = {}
     with open_weights(folder, settings) as (file, shapes):
-        # Of all layers, so that all stages refuse what one refuses.
+        # Checked for all layers, so that every stage refuses the same adapters.
         for layer, projection, columns, names in find_sites(folder, settings, shapes, shape):
             if layer in span:
                 down, up = (file.get_tensor(name) for name in names)

@@ -1,7 +1,7 @@
-"""How the rows of a micro-batch attend to the KV cache of a layer.
+"""Attention of a micro-batch's rows to the KV cache of a layer.
 
-Where FlashAttention is there, it finds keys that lie side by side; rows that see keys in two places, those of a question's
-answers, see each place by itself (`attend_tails`). Elsewhere the rows of a request are one product with a mask.
+FlashAttention reads contiguous keys. Rows whose keys lie in two ranges, as those of a question's scored answers do, attend to
+each range by itself (`attend_tails`). Without FlashAttention the rows of a request are one product with a mask.
 
 Shapes: T rows of a micro-batch, R rows of the cache, h heads, g key-value heads of width d.
 """
@@ -17,38 +17,38 @@ from torch import Tensor
 
 from finlora.engine.micro_batch import MicroBatch, Segment
 from finlora.model.layers.attention import LONG, attend_alone
-from finlora.model.layers.cached_attention import Places, Tails, attend_cache, attend_tails
+from finlora.model.layers.cached_attention import KeyRanges, Tails, attend_cache, attend_tails
 from finlora.stage.upload import upload
 
 _MOST_CACHED = 0.25
-"""Cached rows, as a share of a segment's own, up to which it goes to cuDNN: that computes them again, in half the time."""
+"""Most cached rows, as a share of a segment's own, with which it goes to cuDNN, which recomputes them but takes half the time."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query (T, h, d), all cached keys of a layer (R, g, d), all values (R, g, d)) -> output (T, h, d)."""
 
 
 class Tail(NamedTuple):
-    """Rows of a segment with keys in two places."""
+    """Rows of a segment whose keys lie in two ranges."""
 
     row: int
-    """The first of them."""
+    """First row."""
     num_rows: int
     first: tuple[int, int]
-    """Key rows (start, count) that all of them see."""
+    """First range (start, count), visible to all rows."""
     start: int
-    """First key row of the second place."""
+    """First key row of the second range."""
     num_keys: int
-    """Of the second place, which the last row sees; the row before one less, and so on."""
+    """Keys of the second range that the last row sees; each row before sees one less."""
 
 
 def make_attention(
     segments: Sequence[Segment], device: torch.device, *, flashes: bool = False, goes_alone: bool = False
 ) -> Attend:
-    """Return attention of segments.
+    """Return the attention function of segments.
 
     Args:
-        flashes: FlashAttention takes the queries (`can_flash`).
-        goes_alone: a long segment that sees few keys but its own goes to cuDNN by itself (`can_attend_alone`).
+        flashes: FlashAttention supports the queries (`can_flash`).
+        goes_alone: a long segment with few cached keys goes to cuDNN by itself (`can_attend_alone`).
     """
     if not segments:
         return lambda query, _keys, _values: query
@@ -61,7 +61,7 @@ def make_attention(
         if is_alone:
             runs += [(segment.num_rows, _attend_alone(segment)) for segment in run]
         else:
-            runs.append((sum(segment.num_rows for segment in run), _attend_in_place(run, device)))
+            runs.append((sum(segment.num_rows for segment in run), _attend_ranges(run, device)))
     both = _make_tails(tails, device) if tails else None
 
     def attend_keys(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -74,10 +74,10 @@ def make_attention(
 
 
 def split_tails(segments: Sequence[Segment]) -> tuple[list[Segment], list[Tail]]:
-    """Return segments with keys in one place each, and what rows see that have keys in a second one.
+    """Return segments with one range of keys each, and the rows that have a second range.
 
-    The answers of a question follow its prompt, in the rows as in the cache, so all are one segment: to see what lies between
-    them is wrong for the tails alone, whose output is computed anew.
+    The answers of a question follow its prompt in the rows and in the cache, so all become one segment. Only the tails would see
+    keys of other answers in it, and their output is computed again.
     """
     wholes: list[Segment] = []
     tails, row, start, stop = [], 0, -1, -1
@@ -99,30 +99,30 @@ def split_tails(segments: Sequence[Segment]) -> tuple[list[Segment], list[Tail]]
 
 
 def _make_tails(tails: Sequence[Tail], device: torch.device) -> Tails:
-    """Lay tails out for `attend_tails`."""
+    """Put tails into the tensors of `attend_tails`."""
     numbers = zip(*(row for tail in tails for row in list_rows(tail)), strict=True)
     rows, starts, counts = (upload(column, device) for column in numbers)
     most = max(tail.num_keys for tail in tails)
-    return Tails(rows, _find_places(group_tails(tails), device), starts, counts, most)
+    return Tails(rows, _lay_out_ranges(group_tails(tails), device), starts, counts, most)
 
 
 def list_rows(tail: Tail) -> list[tuple[int, int, int]]:
-    """Return (row, first key row in the second place, keys there) of each row."""
-    unseen = tail.num_keys - tail.num_rows
-    return [(tail.row + place, tail.start, unseen + place + 1) for place in range(tail.num_rows)]
+    """Return (row, first key row in the second range, keys there) of each row."""
+    before = tail.num_keys - tail.num_rows
+    return [(tail.row + offset, tail.start, before + offset + 1) for offset in range(tail.num_rows)]
 
 
 def group_tails(tails: Sequence[Tail]) -> list[tuple[int, int, int]]:
-    """Return (rows, first key row, keys) of tails that follow each other with the same first keys."""
+    """Return (rows, first key row, keys) of each run of tails with the same first range."""
     groups = groupby(tails, key=lambda tail: tail.first)
     return [(sum(tail.num_rows for tail in group), *first) for first, group in groups]
 
 
 def narrow(batch: MicroBatch, rows: Sequence[int]) -> tuple[list[Segment], list[tuple[str | None, int]]]:
-    """Return the segments, and the adapters, of a micro-batch's wanted rows alone, each row a segment of its own.
+    """Return segments and adapters of some rows of a micro-batch, each row a segment of its own.
 
     Args:
-        rows: in ascending order.
+        rows: ascending.
     """
     segments, adapters, wanted = [], [], list(rows)
     start = 0
@@ -139,7 +139,7 @@ def narrow(batch: MicroBatch, rows: Sequence[int]) -> tuple[list[Segment], list[
 
 
 def _first_keys(keys: Sequence[tuple[int, int]], num_unseen: int) -> tuple[tuple[int, int], ...]:
-    """Return a segment's keys without the last ones."""
+    """Return a segment's keys without the last `num_unseen`."""
     left = sum(count for _, count in keys) - num_unseen
     seen = []
     for start, count in keys:
@@ -160,17 +160,17 @@ def _attend_alone(segment: Segment) -> Attend:
     return lambda query, keys, values: attend_alone(query, keys[own], values[own])
 
 
-def _attend_in_place(segments: Sequence[Segment], device: torch.device) -> Attend:
-    places = _find_places([(segment.num_rows, *segment.keys[0]) for segment in segments], device)
-    return lambda query, keys, values: attend_cache(query, keys, values, places)[0]
+def _attend_ranges(segments: Sequence[Segment], device: torch.device) -> Attend:
+    ranges = _lay_out_ranges([(segment.num_rows, *segment.keys[0]) for segment in segments], device)
+    return lambda query, keys, values: attend_cache(query, keys, values, ranges)[0]
 
 
 def _attend_masked(segments: Sequence[Segment], device: torch.device) -> Attend:
-    """Attend with one product for the segments of a request: their first keys are the same."""
+    """Return attention by one masked product for the segments of a request, which share their first keys."""
     parts: list[tuple[int, slice, Tensor | None]] = []
     for start, group in groupby(segments, key=lambda segment: segment.keys[0][0]):
         run = list(group)
-        if len(run) == run[0].num_rows == len(run[0].keys) == 1:  # a next token sees all
+        if len(run) == run[0].num_rows == len(run[0].keys) == 1:  # a next token sees all its keys: no mask
             parts.append((1, slice(start, start + run[0].keys[0][1]), None))
             continue
         stop = max(first + count for segment in run for first, count in segment.keys)
@@ -196,9 +196,9 @@ def _attend_masked(segments: Sequence[Segment], device: torch.device) -> Attend:
     return attend_keys
 
 
-def _find_places(parts: Sequence[tuple[int, int, int]], device: torch.device) -> Places:
-    """Lay out (queries, first key row, keys) of segments."""
+def _lay_out_ranges(parts: Sequence[tuple[int, int, int]], device: torch.device) -> KeyRanges:
+    """Put (queries, first key row, keys) of segments into tensors."""
     queries, starts, lengths = zip(*parts, strict=True)
     numbers = ([0, *accumulate(queries)], [*starts, 0], lengths)
     cumulative, firsts, counts = (upload(part, device, torch.int32) for part in numbers)
-    return Places(cumulative, firsts, counts, max(queries))
+    return KeyRanges(cumulative, firsts, counts, max(queries))

@@ -1,4 +1,4 @@
-"""Tokens from logits at the last stage. What a row draws depends on its own logits, seed and position, never on its batch.
+"""Sampling at the last stage. A row's token depends on its own logits, seed and position, never on its batch.
 
 Shapes: N rows, V vocabulary.
 """
@@ -17,18 +17,17 @@ from finlora.stage.upload import download
 
 
 def sample(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
-    """Choose a token for each row and return them with their log-probabilities before temperature and top_p.
+    """Return a token for each row, and its log-probability before temperature and top_p.
 
-    Temperature 0 takes the likeliest token. Otherwise the token is found where one uniform number, drawn from seed and position
-    alone, falls into the cumulated probabilities of the nucleus (arXiv:1904.09751, section 3.1), the likeliest token first.
-    Nothing waits for the device.
+    Temperature 0 takes the likeliest token. Otherwise one uniform number, a function of seed and position alone, selects a token
+    by the cumulative probabilities of the nucleus (arXiv:1904.09751, section 3.1), likeliest token first. The host does not wait.
 
     Shapes: (N, V) float32 -> (N,) int64, (N,) float32.
     """
     tokens = logits.argmax(-1)
     for row, draw in enumerate(draws):
         if draw.temperature > 0:
-            tokens[row] = _draw_token(logits[row], draw)
+            tokens[row] = _sample_token(logits[row], draw)
     return tokens, choice_log_probs(logits, tokens)
 
 
@@ -37,25 +36,25 @@ def choice_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def _draw_token(logits: Tensor, draw: Draw) -> Tensor:
+def _sample_token(logits: Tensor, draw: Draw) -> Tensor:
     """Shapes: (V,) -> ()."""
     probabilities, order = torch.softmax(logits.double() / draw.temperature, -1).sort(descending=True, stable=True)
     total = probabilities.cumsum(0)
-    # The token that carries the sum over top_p belongs to the nucleus.
+    # The token whose probability takes the sum over top_p belongs to the nucleus.
     last = (total - probabilities < draw.top_p).sum() - 1
     uniform = random.Random(f"{draw.seed} {draw.position}").random()
-    place = torch.searchsorted(total, uniform * total[last], right=True)
-    return order[torch.minimum(place, last)]
+    index = torch.searchsorted(total, uniform * total[last], right=True)
+    return order[torch.minimum(index, last)]
 
 
 class Unread:
-    """Tokens and log-probabilities of a micro-batch, of which the device may not be done.
+    """Async device-to-host copy of a micro-batch's sampled tokens and log-probabilities.
 
     Args:
         number: of the micro-batch.
-        tokens: (N,) int64, what its draws brought.
-        log_probs: (N,) of these tokens.
-        scored: (M,) of the tokens whose log-probability was asked for.
+        tokens: (N,) int64, sampled.
+        log_probs: (N,) of the sampled tokens.
+        scored: (M,) log-probabilities of the tokens that the micro-batch scores.
     """
 
     def __init__(self, number: int, tokens: Tensor, log_probs: Tensor, scored: Tensor) -> None:
@@ -63,25 +62,25 @@ class Unread:
         self._read = download(torch.cat([tokens.double(), log_probs.double(), scored.double()]))  # one copy for all
 
     def read(self) -> Output:
-        """Wait for the device, and return what the micro-batch asked for."""
+        """Wait for the copy and return the micro-batch's output."""
         numbers, count = self._read(), len(self.tokens)
         tokens = zip(map(int, numbers[:count]), numbers[count : 2 * count], strict=True)
         return Output(self.number, list(tokens), numbers[2 * count :])
 
 
 class Stopwatch:
-    """Takes the time that a device computes what is queued between two moments; runs from the first on."""
+    """Device time of the work queued between construction and `stop`."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_gpu = device.type == "cuda"
         self._moments = [self._now()]
 
     def stop(self) -> None:
-        """Count what is queued from now on no more."""
+        """End the measured interval."""
         self._moments.append(self._now())
 
     def read(self) -> float:
-        """Return the seconds, once the device is done."""
+        """Wait for the device and return the seconds."""
         began, ended = self._moments
         if isinstance(began, float) or isinstance(ended, float):
             return ended - began  # type: ignore[operator]

@@ -1,7 +1,6 @@
-"""A span of decoder layers with its part of the KV cache: one stage of the pipeline, or the whole model.
+"""A span of decoder layers with its part of the KV cache, for inference: one stage of the pipeline, or the whole model.
 
-Shapes: T rows of a micro-batch, R rows of the cache, S keys that its segments see, H hidden, h heads, g key-value heads of
-width d, N wanted rows, V vocabulary. For inference only: nothing is kept for a backward pass.
+Shapes: T rows of a micro-batch, R rows of the cache, H hidden, g key-value heads of width d, N wanted rows, V vocabulary.
 
 finlora/model/layers/packed_layer.py writes the same layer out for training: its kernels keep what a backward pass needs, and its
 queries meet the rows of a pack instead of a KV cache.
@@ -29,24 +28,24 @@ from finlora.model.layers.frozen_model import ModelEnds, read_layer
 from finlora.model.memory.peak import measure_peak_gib
 from finlora.stage.adapter_weights import Adapter, Bank, read_adapter
 from finlora.stage.batch_attention import Attend, make_attention, narrow
-from finlora.stage.decode_graphs import Begin, RecordedPasses, Rows
+from finlora.stage.decode_graphs import Begin, Rows, StageGraphs
 from finlora.stage.sampling import Unread, choice_log_probs, sample
-from finlora.stage.upload import fill_drawn, upload
+from finlora.stage.upload import fill_sampled, upload
 
 
 @dataclass(frozen=True, slots=True)
 class _Adapt:
-    """What adapters do to the products of a pass."""
+    """Functions that add the adapters' updates to the products of a pass."""
 
     add: Callable[[Tensor, Tensor, int, Product], Tensor]
-    """(product, its input, layer of the span, product's name) -> product with the adapters' updates."""
+    """(product, its input, index of the layer in the span, product's name) -> product with the updates."""
     touches: Callable[[int, Product], bool]
-    """(layer of the span, product's name) -> whether there are any."""
+    """(index of the layer in the span, product's name) -> whether there are updates."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Wanted:
-    """Rows whose last hidden states are wanted: behind the keys and values of the last layer, no other row is computed."""
+    """Rows whose last hidden states are wanted. In the last layer other rows only write their keys and values."""
 
     rows: Tensor
     attend_keys: Attend
@@ -54,11 +53,11 @@ class _Wanted:
 
 
 class Stage:
-    """Runs micro-batches through its layers, in the order in which they come.
+    """Runs micro-batches through its layers, in the order of the calls.
 
     Args:
-        net: transformers' model, of which only the span's parameters are there (`load_base`); it is taken over.
-        span: its decoder layers.
+        net: transformers' model with the span's parameters (`load_base`); consumed.
+        span: decoder layers of the stage.
         num_rows: R.
         dtype: type of activations and cache.
         keep_unpacked: hold a 4-bit base unpacked: four times the memory, and no unpacking at each product.
@@ -72,34 +71,33 @@ class Stage:
         self.layers = []
         for index in span:
             self.layers.append(read_layer(net.model.layers[index], self.shape, dtype, keep_unpacked, consumes=True))
-            if (
-                torch.cuda.is_initialized()
-            ):  # what weights lay in before fits no other layer's, and others share the GPU
+            # Memory of the weights before they were reordered fits no other layer's, and others share the GPU.
+            if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
         self.device = self.layers[0].first_norm.device
         self.is_first, self.is_last = span.start == 0, span.stop == self.shape.num_layers
         self.adapters: dict[str, Adapter] = {}
         self.bank = Bank()
         _, num_groups, width = self.layers[0].heads
-        # One row more, for rows that only fill up a recorded pass.
+        # One row more, for the padding rows of captured passes.
         self.cache = torch.zeros(len(span), 2, num_rows + 1, num_groups, width, dtype=dtype, device=self.device)
-        # Its type and width are those of queries.
+        # The cache has the type and head width of the queries.
         self._flashes, self._goes_alone = can_flash(self.cache), can_attend_alone(self.cache)
-        self.passes = RecordedPasses(self._run_rows, num_rows, self.device, fills=self._flashes)
+        self.passes = StageGraphs(self._run_rows, num_rows, self.device, fills=self._flashes)
 
     @property
     def cache_bytes(self) -> int:
         return self.cache.numel() * self.cache.element_size()
 
     def peak_memory_gib(self) -> float:
-        """Return the most memory that the stage's process took since the base was loaded, loading included, in GiB."""
+        """Return the peak memory of the stage's process in GiB, loading included."""
         return measure_peak_gib(self.device)
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Read an adapter's updates of this span.
+        """Read an adapter's updates for this span.
 
         Raises:
-            AdapterError: the folder holds no adapter that fits, or memory has no room for it; nothing changes then.
+            AdapterError: the folder holds no adapter of this base, or memory is too small; the stage is unchanged.
         """
         adapter = read_adapter(folder, self.shape, self.span, self.dtype, self.device)
         sizes = {product: product_width(product, self.shape) for product in PRODUCTS}
@@ -117,12 +115,12 @@ class Stage:
         self.adapters[name] = adapter
 
     def unload_adapter(self, name: str) -> None:
-        """Drop an adapter where it is there."""
+        """Drop an adapter, if the stage has it."""
         if self.adapters.pop(name, None) is not None:
             self.bank.remove(name)
 
     def clear_cache(self) -> None:
-        """Forget every row, in place: recorded passes write there."""
+        """Set every row to zero, in place: CUDA graphs write there."""
         self.cache.zero_()
 
     @torch.inference_mode()
@@ -131,10 +129,9 @@ class Stage:
 
         Args:
             hidden: (T, H) from the stage before; None at the first stage.
-            begin: called when the host has laid out the work.
 
         Returns:
-            (T, H) for the next stage; from the last one, what the micro-batch asks for.
+            Hidden states (T, H) for the next stage; from the last stage, sampled tokens and log-probabilities.
         """
         self._copy_rows(batch)
         wanted = None
@@ -160,17 +157,17 @@ class Stage:
         batch: MicroBatch,
         hidden: Tensor | None,
         wanted: Sequence[int] | None = None,
-        drawn: Tensor | None = None,
+        sampled: Tensor | None = None,
     ) -> Tensor:
-        """Return the hidden states (T, H) behind the span's last layer, and fill the cache.
+        """Return the hidden states (T, H) after the span's last layer, and fill the cache.
 
         Args:
-            wanted: rows, in ascending order, whose states are returned, (N, H); None: all.
-            drawn: tokens that the micro-batch follows.
+            wanted: rows, ascending, whose states (N, H) are returned; None: all.
+            sampled: tokens of the micro-batch that this one follows.
         """
         ids, positions, slots = (self._ids(numbers) for numbers in (batch.input_ids, batch.positions, batch.slots))
-        if drawn is not None:
-            fill_drawn(ids, drawn)
+        if sampled is not None:
+            fill_sampled(ids, sampled)
         few = None
         if wanted is not None:
             segments, adapters = narrow(batch, wanted)
@@ -187,11 +184,11 @@ class Stage:
         return (self._norm(hidden, norm, eps) @ head.t()).float()
 
     def _run_rows(self, rows: Rows, hidden: Tensor | None) -> Tensor:
-        """Compute a pass that can be recorded; returns hidden states, or where the last stage decodes, logits."""
+        """Compute a pass that can be captured; returns hidden states, or logits where the last stage decodes."""
         form = rows.form
 
         def attend_keys(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            output, _ = attend_cache(query, keys, values, rows.places)
+            output, _ = attend_cache(query, keys, values, rows.ranges)
             return attend_tails(output, query, keys, values, rows.tails) if form.num_tails else output
 
         def add(out: Tensor, x: Tensor, index: int, product: Product) -> Tensor:
@@ -211,15 +208,15 @@ class Stage:
         return normalise(x, weight, eps)
 
     def _copy_rows(self, batch: MicroBatch) -> None:
-        """Copy the cache rows of beginnings that requests share, all at once."""
+        """Copy the cache rows of shared prefixes, all at once."""
         if not batch.copies:
             return
-        origins: dict[int, int] = {}  # of rows that are overwritten: each copy reads what those before it have left
+        origins: dict[int, int] = {}  # target -> source: each copy reads what the copies before it have written
         for source, target, count in batch.copies:
             read = [origins.get(row, row) for row in range(source, source + count)]
             origins.update(zip(range(target, target + count), read, strict=True))
         targets, sources = self._ids([*origins]), self._ids([*origins.values()])
-        # Keys, or values, of one layer at a time: whole rows are copied many times faster.
+        # Keys or values of one layer at a time: copies of whole rows are many times faster.
         for rows in self.cache.flatten(0, 1):
             rows.index_copy_(0, targets, rows.index_select(0, sources))
 
@@ -259,10 +256,10 @@ class Stage:
         return x
 
     def _make_adapt(self, adapters: Sequence[tuple[str | None, int]]) -> _Adapt:
-        """Return what adds the updates of each adapter to its own rows of a product, in place.
+        """Return functions that add each adapter's updates to its own rows of a product, in place.
 
         Args:
-            adapters: (name, rows) in the order of the rows.
+            adapters: (name, number of rows) in the order of the rows.
         """
 
         def add(out: Tensor, x: Tensor, index: int, product: Product) -> Tensor:
@@ -282,12 +279,12 @@ class Stage:
         return _Adapt(add, touches)
 
     def _finish(self, batch: MicroBatch, rows: Sequence[int], logits: Tensor) -> Unread:
-        """Return what the micro-batch asks for, from the logits (N, V) of some of its rows."""
-        places = {row: place for place, row in enumerate(rows)}
-        drawn = logits[self._ids([places[draw.row] for draw in batch.draws])] if batch.draws else logits[:0]
-        scored = logits[self._ids([places[score.row] for score in batch.scores])] if batch.scores else logits[:0]
+        """Sample and score from the logits (N, V) of some rows of the micro-batch."""
+        indices = {row: index for index, row in enumerate(rows)}
+        sampled = logits[self._ids([indices[draw.row] for draw in batch.draws])] if batch.draws else logits[:0]
+        scored = logits[self._ids([indices[score.row] for score in batch.scores])] if batch.scores else logits[:0]
         targets = self._ids([score.token for score in batch.scores])
-        return Unread(batch.number, *sample(drawn, batch.draws), choice_log_probs(scored, targets))
+        return Unread(batch.number, *sample(sampled, batch.draws), choice_log_probs(scored, targets))
 
     def _ids(self, numbers: Sequence[int]) -> Tensor:
         return upload(numbers, self.device)

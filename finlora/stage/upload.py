@@ -1,4 +1,4 @@
-"""Numbers of a micro-batch on their way to the device and back, without a wait: a GPU may still be at work on what was queued."""
+"""Asynchronous copies of a micro-batch's numbers to the device and back, which do not wait for the GPU's queue."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 
 def pin(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
-    """Return numbers on the host, where a copy to the device need not be waited for."""
+    """Return numbers on the host, in pinned memory where the device is a GPU: only from there a copy is asynchronous."""
     return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
 
 
 def upload(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
-    """Return numbers on the device, as soon as what is queued there is done; the host goes on at once."""
+    """Return numbers on the device, copied in the order of its queue; the host does not wait."""
     return pin(numbers, device, dtype).to(device, non_blocking=True)
 
 
 def download(numbers: Tensor) -> Callable[[], list[Any]]:
-    """Asynchronous copy to the host of what is queued so far; what is returned waits for it and gives the numbers.
+    """Start an asynchronous copy to the host; the function returned waits for it and gives the numbers.
 
-    Copied now and not when it is read: that would wait for all that is queued until then.
+    The copy is queued now: queued at the read, it would wait for all work queued until then.
     """
     if not numbers.is_cuda:
         return numbers.clone().tolist
@@ -37,6 +37,6 @@ def download(numbers: Tensor) -> Callable[[], list[Any]]:
     return read
 
 
-def fill_drawn(ids: Tensor, drawn: Tensor) -> None:
-    """Put drawn tokens where ids stand for them: -1 - D for token D. Shapes: (T,) changed in place, (N,)."""
-    ids.copy_(torch.where(ids < 0, drawn[(-1 - ids).clamp(min=0)], ids))
+def fill_sampled(ids: Tensor, sampled: Tensor) -> None:
+    """Replace placeholders by sampled tokens, in place: id -1 - D by token D. Shapes: (T,), (N,)."""
+    ids.copy_(torch.where(ids < 0, sampled[(-1 - ids).clamp(min=0)], ids))

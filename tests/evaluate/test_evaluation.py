@@ -32,7 +32,7 @@ from finlora.model.contract import CONTRACT_FILE, make_contract, write_contract
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
 from finlora.model.source import find_source, fingerprint_weights
 from finlora.model.tokenizer import load_tokenizer
-from finlora.stage.decode_graphs import RecordedPasses
+from finlora.stage.decode_graphs import StageGraphs
 
 CPU = torch.device("cpu")
 
@@ -304,10 +304,10 @@ def test_text_of_a_whole_split_is_the_same_as_a_gpu_computes_it(make_config, ada
     """`finlora evaluate` of XBRL at the default batch size, by filled passes and FlashAttention, which is emulated."""
     config = make_config("data.tasks=[synthetic_xbrl]", "data.max_test_examples=150", "eval.max_new_tokens=6")
     (plain,) = run_evaluation(config, adapter, quiet)
-    forms, lay_out = set(), RecordedPasses._lay_out
+    forms, lay_out = set(), StageGraphs._lay_out
     emulate_flash(monkeypatch)
     monkeypatch.setattr(
-        RecordedPasses,
+        StageGraphs,
         "_lay_out",
         lambda self, batch, taken, *rest: forms.add(taken.form) or lay_out(self, batch, taken, *rest),
     )

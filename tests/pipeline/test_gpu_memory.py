@@ -197,7 +197,7 @@ def write_boards(pipe):
 @pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
 def test_drawn_tokens_come_back_by_a_board_before_the_host_has_seen_them(_gpu):
     from finlora.pipeline.sampled_tokens_gpu import FirstBoard
-    from finlora.stage.upload import fill_drawn
+    from finlora.stage.upload import fill_sampled
 
     other, here = start_sender(write_boards)
     board = FirstBoard(here.recv(), torch.device("cuda"))
@@ -205,13 +205,13 @@ def test_drawn_tokens_come_back_by_a_board_before_the_host_has_seen_them(_gpu):
     found = []
     for ticket in range(1, 31):
         ids = torch.tensor([-1, 7, -40, -5], device="cuda")
-        fill_drawn(ids, board.wait(ticket))
+        fill_sampled(ids, board.wait(ticket))
         found.append(ids)
     assert torch.stack(found).tolist() == [[0, 7, 39 * ticket, 4 * ticket] for ticket in range(1, 31)]
     here.send(None)
     other.join(30)
     assert other.exitcode == 0
-    fill_drawn(ids, board.wait(31))
+    fill_sampled(ids, board.wait(31))
     done = torch.cuda.Event()
     done.record()
     time.sleep(0.2)

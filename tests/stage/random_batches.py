@@ -38,15 +38,15 @@ def add_request(batch, kind, start, cached, size, answers):
         end = max(1, cached)
     if kind in ("chunk", "short"):
         return end
-    place = start + end
+    position = start + end
     for length in answers:
-        keys = [(start, end), (place, length)]
-        if place == start + end and kind != "answers alone":
+        keys = [(start, end), (position, length)]
+        if position == start + end and kind != "answers alone":
             keys = [(start, end + length)]  # the first answer's rows lie behind the prompt's
-        row = batch.add(ids(length), end, range(place, place + length), keys)
+        row = batch.add(ids(length), end, range(position, position + length), keys)
         batch.scores += [Score(row + number, 5 + number) for number in range(length)]
-        place += length
-    return place - start
+        position += length
+    return position - start
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""Attention of a micro-batch's rows: rows narrowed to those wanted, and long segments that go alone, against all in place."""
+"""Attention of a micro-batch: wanted rows alone and long segments alone get what all rows together get."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ from finlora.stage import batch_attention
 from finlora.stage.batch_attention import make_attention, narrow
 
 CPU = torch.device("cpu")
-PLACES = [(8, [(20, 8)]), (3, [(0, 9)]), (1, [(40, 5)]), (6, [(28, 6)]), (5, [(10, 5)]), (8, [(0, 10)]), (8, [(0, 11)])]
-"""(rows, keys) of segments: alone, behind a cached beginning, one token, alone side by side, behind a short one, a longer one."""
+SEGMENTS = [
+    (8, [(20, 8)]),
+    (3, [(0, 9)]),
+    (1, [(40, 5)]),
+    (6, [(28, 6)]),
+    (5, [(10, 5)]),
+    (8, [(0, 10)]),
+    (8, [(0, 11)]),
+]
+"""(rows, keys) of segments: alone, behind a cached prefix, one token, alone side by side, behind a short one, a longer one."""
 
 
-def make_batch(places, adapters=()):
+def make_batch(layout, adapters=()):
     batch = MicroBatch(0, adapters=list(adapters))
-    for num_rows, keys in places:
+    for num_rows, keys in layout:
         batch.add([0] * num_rows, 0, [0] * num_rows, keys)
     return batch
 
@@ -50,11 +58,11 @@ def test_wanted_rows_see_the_keys_up_to_their_own():
 @pytest.mark.parametrize("seed", range(5))
 def test_wanted_rows_attend_as_they_do_among_all(seed):
     rng = random.Random(seed)
-    places = [(8, [(20, 3), (50, 7)]), *PLACES]
-    total = sum(num_rows for num_rows, _ in places)
+    layout = [(8, [(20, 3), (50, 7)]), *SEGMENTS]
+    total = sum(num_rows for num_rows, _ in layout)
     wanted = sorted(rng.sample(range(total), rng.randint(1, total)))
     query, keys, values = random_tensors(total, seed)
-    batch = make_batch(places)
+    batch = make_batch(layout)
     segments, _ = narrow(batch, wanted)
     everything = make_attention(batch.segments, CPU)(query, keys, values)
     narrowed = make_attention(segments, CPU)(query[wanted], keys, values)
@@ -62,8 +70,8 @@ def test_wanted_rows_attend_as_they_do_among_all(seed):
 
 
 def test_long_segments_go_alone_and_the_others_together(monkeypatch):
-    query, keys, values = random_tensors(sum(num_rows for num_rows, _ in PLACES))
-    batch = make_batch(PLACES)
+    query, keys, values = random_tensors(sum(num_rows for num_rows, _ in SEGMENTS))
+    batch = make_batch(SEGMENTS)
     expected = make_attention(batch.segments, CPU)(query, keys, values)
     alone = []
 
@@ -87,21 +95,21 @@ def test_long_segments_go_alone_and_the_others_together(monkeypatch):
     assert alone == [(8, 8), (6, 6), (5, 5), (8, 10)]
 
 
-def test_rows_with_keys_in_two_places_attend_to_all_of_them(monkeypatch):
+def test_rows_with_keys_in_two_ranges_attend_to_all_of_them(monkeypatch):
     """Against softmax over the same keys laid side by side; one by one, joined, and wanted rows alone."""
-    places = [(6, [(4, 9)]), (2, [(4, 9), (13, 2)]), (1, [(4, 9), (15, 1)]), (3, [(4, 9), (16, 3)]), *PLACES]
-    total = sum(num_rows for num_rows, _ in places)
+    layout = [(6, [(4, 9)]), (2, [(4, 9), (13, 2)]), (1, [(4, 9), (15, 1)]), (3, [(4, 9), (16, 3)]), *SEGMENTS]
+    total = sum(num_rows for num_rows, _ in layout)
     query, keys, values = random_tensors(total)
     expected, row = [], 0
-    for num_rows, parts in places:
+    for num_rows, parts in layout:
         own = [index for start, count in parts for index in range(start, start + count)]
-        for place in range(num_rows):
-            seen = own[: len(own) - num_rows + place + 1]
+        for index in range(num_rows):
+            seen = own[: len(own) - num_rows + index + 1]
             wide = [tensor[seen].repeat_interleave(2, 1) for tensor in (keys, values)]
             scores = torch.einsum("hd,khd->hk", query[row], wide[0]) * 8**-0.5
             expected.append(torch.einsum("hk,khd->hd", torch.softmax(scores, -1), wide[1]))
             row += 1
-    expected, batch = torch.stack(expected), make_batch(places)
+    expected, batch = torch.stack(expected), make_batch(layout)
     wanted = [2, 6, 7, 8, 10, 11, 15]
     segments, _ = narrow(batch, wanted)
     for flashes in (False, True):
@@ -113,20 +121,20 @@ def test_rows_with_keys_in_two_places_attend_to_all_of_them(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_rows_with_keys_in_two_places_on_a_gpu():
-    places = [
+def test_rows_with_keys_in_two_ranges_on_a_gpu():
+    layout = [
         (600, [(4, 900)]),
         (2, [(4, 900), (904, 2)]),
         (1, [(4, 900), (906, 1)]),
         (3, [(4, 900), (907, 3)]),
         (1, [(950, 9)]),
     ]
-    total = sum(num_rows for num_rows, _ in places)
+    total = sum(num_rows for num_rows, _ in layout)
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (
         torch.randn(count, heads, 128, generator=generator) for count, heads in ((total, 8), (1000, 2), (1000, 2))
     )
-    segments = make_batch(places).segments
+    segments = make_batch(layout).segments
     expected = make_attention(segments, CPU)(query, keys, values)
     tensors = (tensor.to("cuda", torch.bfloat16) for tensor in (query, keys, values))
     found = make_attention(segments, torch.device("cuda"), flashes=True)(*tensors)

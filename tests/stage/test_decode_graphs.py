@@ -21,7 +21,7 @@ from finlora.engine.scheduler import Scheduler
 from finlora.inference.in_process import InProcess
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.tokenizer import load_tokenizer
-from finlora.stage.decode_graphs import DECODE_SIZES, PART_SIZES, PROMPT_SIZES, Form, RecordedPasses
+from finlora.stage.decode_graphs import DECODE_SIZES, PART_SIZES, PROMPT_SIZES, Form, StageGraphs
 from finlora.stage.stage import Stage
 
 SPARE = 1000
@@ -29,7 +29,7 @@ SPARE = 1000
 
 @pytest.fixture
 def passes():
-    return RecordedPasses(lambda _rows, _hidden: torch.zeros(0), SPARE, torch.device("cpu"), fills=True)
+    return StageGraphs(lambda _rows, _hidden: torch.zeros(0), SPARE, torch.device("cpu"), fills=True)
 
 
 def make_batch(*segments, adapters=None):
@@ -37,7 +37,7 @@ def make_batch(*segments, adapters=None):
     batch = MicroBatch(0, adapters=adapters or [(None, sum(count for count, *_ in segments))])
     for count, start, num_keys in segments:
         own = range(start + num_keys - count, start + num_keys)
-        batch.add([7 + place for place in range(count)], num_keys - count, own, [(start, num_keys)])
+        batch.add([7 + index for index in range(count)], num_keys - count, own, [(start, num_keys)])
     return batch
 
 
@@ -55,32 +55,32 @@ def test_a_prompt_is_filled_up_with_its_own_first_rows(passes):
     assert rows.positions.tolist() == [*range(20, 120), *range(20, 48)]
     assert rows.slots.tolist() == [*range(36, 136)] + [SPARE] * 28
     assert rows.adapters.tolist() == [3] * 128
-    assert rows.places.cumulative_queries.tolist() == [0, 100, 128, 128, 128]
+    assert rows.ranges.cumulative_queries.tolist() == [0, 100, 128, 128, 128]
     # The repeated 28 see the 20 keys before the segment and their own.
-    assert (rows.places.starts.tolist()[:2], rows.places.lengths.tolist()[:2]) == ([16, 16], [120, 48])
+    assert (rows.ranges.starts.tolist()[:2], rows.ranges.lengths.tolist()[:2]) == ([16, 16], [120, 48])
 
 
 def test_the_longest_segments_are_repeated_and_again_where_they_are_too_short(passes):
     form, rows = lay_out(passes, make_batch((3, 0, 3), (65, 16, 65), (1, 96, 9)))
     assert (form.num_rows, form.num_segments) == (128, 4)
-    assert rows.places.cumulative_queries.tolist() == [0, 3, 68, 69, 128]
+    assert rows.ranges.cumulative_queries.tolist() == [0, 3, 68, 69, 128]
     form, rows = lay_out(passes, make_batch((2, 0, 2), (3, 16, 3)))
     assert (form.num_rows, form.num_segments) == (16, 64)
-    assert rows.places.cumulative_queries.tolist()[:8] == [0, 2, 5, 8, 10, 13, 15, 16]
-    assert rows.places.cumulative_queries.tolist()[-1] == 16
+    assert rows.ranges.cumulative_queries.tolist()[:8] == [0, 2, 5, 8, 10, 13, 15, 16]
+    assert rows.ranges.cumulative_queries.tolist()[-1] == 16
 
 
 def test_tokens_that_follow_are_filled_up_with_rows_that_see_one_key(passes):
     form, rows = lay_out(passes, make_batch((1, 0, 30), (1, 48, 20), (1, 96, 9)))
     assert form == Form(4, 4, 0, 1, True, False)
-    assert (rows.slots.tolist(), rows.places.lengths.tolist()) == ([29, 67, 104, SPARE], [30, 20, 9, 1])
+    assert (rows.slots.tolist(), rows.ranges.lengths.tolist()) == ([29, 67, 104, SPARE], [30, 20, 9, 1])
 
 
 @pytest.mark.parametrize(
     "batch",
     [
         make_batch((PROMPT_SIZES[-1] + 1, 0, PROMPT_SIZES[-1] + 1)),
-        make_batch(*((2, 16 * place, 2) for place in range(max(most for most, _ in PART_SIZES) + 1))),
+        make_batch(*((2, 16 * index, 2) for index in range(max(most for most, _ in PART_SIZES) + 1))),
     ],
 )
 def test_a_pass_without_a_size_runs_as_it_is(passes, batch):
@@ -93,8 +93,8 @@ def test_keys_in_a_second_place_are_filled_up_with_the_first_row_that_has_some(p
     form, rows = lay_out(passes, batch)
     assert form == Form(16, 24, 16, 16, False, False)
     # Both rows see the four keys before them, and by themselves their own; what fills up are rows of the first four.
-    assert rows.places.cumulative_queries.tolist()[:4] == [0, 4, 5, 6]
-    assert (rows.places.starts.tolist()[:3], rows.places.lengths.tolist()[:4]) == ([0, 0, 0], [4, 4, 4, 4])
+    assert rows.ranges.cumulative_queries.tolist()[:4] == [0, 4, 5, 6]
+    assert (rows.ranges.starts.tolist()[:3], rows.ranges.lengths.tolist()[:4]) == ([0, 0, 0], [4, 4, 4, 4])
     assert rows.tails.rows.tolist() == [4, 5, *[4] * 14]
     assert (rows.tails.starts.tolist(), rows.tails.counts.tolist()) == ([20] * 16, [1, 2, *[1] * 14])
     assert rows.tails.first.cumulative_queries.tolist() == [0, 2, *[16] * 23]
@@ -107,8 +107,8 @@ def test_answers_that_follow_their_prompt_are_one_segment_with_it(passes):
     batch.add([6, 7], 24, [41, 42], [(16, 24), (41, 2)])
     batch.add([8], 24, [43], [(16, 24), (43, 1)])
     _, rows = lay_out(passes, batch)
-    assert rows.places.cumulative_queries.tolist()[:2] == [0, 8]
-    assert (rows.places.starts.tolist()[0], rows.places.lengths.tolist()[0]) == (16, 28)
+    assert rows.ranges.cumulative_queries.tolist()[:2] == [0, 8]
+    assert (rows.ranges.starts.tolist()[0], rows.ranges.lengths.tolist()[0]) == (16, 28)
     assert rows.tails.rows.tolist()[:3] == [5, 6, 7]
     assert (rows.tails.starts.tolist()[:3], rows.tails.counts.tolist()[:3]) == ([41, 41, 43], [1, 2, 1])
     assert (rows.tails.first.starts.tolist()[0], rows.tails.first.lengths.tolist()[0]) == (16, 24)
@@ -122,11 +122,11 @@ def test_a_prompt_that_is_long_with_its_answers_alone_gets_all_its_programs(pass
         batch.add([5], 60, [start + 60], [(start, 61)])
         batch.add([6], 60, [start + 61], [(start, 60), (start + 61, 1)])
     assert passes.take(batch).form.max_queries == 128
-    place = 30 * 256
-    batch.add([7] * 127, 0, range(place, place + 127), [(place, 127)])
-    batch.add([5], 127, [place + 127], [(place, 128)])
+    first = 30 * 256
+    batch.add([7] * 127, 0, range(first, first + 127), [(first, 127)])
+    batch.add([5], 127, [first + 127], [(first, 128)])
     assert passes.take(batch).form.max_queries == 128
-    batch.add([6], 127, [place + 128], [(place, 127), (place + 128, 1)])
+    batch.add([6], 127, [first + 128], [(first, 127), (first + 128, 1)])
     assert passes.take(batch).form.max_queries == passes.take(batch).form.num_rows  # 129 queries in one segment
 
 
@@ -139,10 +139,10 @@ def test_long_answers_run_as_they_are(passes):
 def test_only_few_segments_pay_for_programs_that_long_ones_need(passes):
     sizes = {}
     for count, length in ((3, 200), (30, 20), (30, 4), (3, 20)):
-        form = passes.take(make_batch(*((length, 256 * place, length) for place in range(count)))).form
+        form = passes.take(make_batch(*((length, 256 * index, length) for index in range(count)))).form
         sizes[count, length] = (form.num_rows, form.num_segments, form.max_queries)
     assert sizes == {(3, 200): (768, 4, 768), (30, 20): (768, 64, 128), (30, 4): (128, 64, 128), (3, 20): (64, 4, 64)}
-    mixed = [(130, 0, 130), *((9, 256 * place, 9) for place in range(1, 30))]
+    mixed = [(130, 0, 130), *((9, 256 * index, 9) for index in range(1, 30))]
     assert passes.take(make_batch(*mixed)).form == Form(512, 64, 0, 512, False, False)
 
 

@@ -22,7 +22,7 @@ from finlora.engine.scheduler import Scheduler
 from finlora.inference.in_process import InProcess
 from finlora.model.base import load_base
 from finlora.stage.batch_attention import split_tails
-from finlora.stage.decode_graphs import DECODE_SIZES, PART_SIZES, PROMPT_SIZES, RecordedPasses, find_parts
+from finlora.stage.decode_graphs import DECODE_SIZES, PART_SIZES, PROMPT_SIZES, StageGraphs, find_parts
 from finlora.stage.stage import Stage
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def run(stage, batch):
 
 def lay_out(batch):
     """Return what a graph reads, and its form; None where the micro-batch runs as it is."""
-    passes, found = RecordedPasses(lambda *_: torch.zeros(0), CACHE_ROWS, CPU, fills=True), []
+    passes, found = StageGraphs(lambda *_: torch.zeros(0), CACHE_ROWS, CPU, fills=True), []
     taken = passes.take(batch)
     if taken is None:
         return None
@@ -75,25 +75,25 @@ def test_every_lay_out_holds_together(batch):
     assert form.has_adapters == any(name is not None for name, _ in batch.adapters)
     assert rows.ids.tolist()[:count] == batch.input_ids
     assert rows.slots.tolist() == [*batch.slots, *[CACHE_ROWS] * (form.num_rows - count)]
-    queries = check_places(rows.places, form.num_segments, form.num_rows, is_causal=True)
+    queries = check_ranges(rows.ranges, form.num_segments, form.num_rows, is_causal=True)
     assert sum(queries) == form.num_rows
     tails = [segment for segment in batch.segments if len(segment.keys) > 1]
     assert (form.num_tails > 0) == bool(tails)
     assert form.is_decode or (form.num_segments, form.num_tails) in PART_SIZES
     if tails:
-        check_places(rows.tails.first, form.num_segments, form.num_tails, is_causal=False)
+        check_ranges(rows.tails.first, form.num_segments, form.num_tails, is_causal=False)
         assert len(rows.tails.rows) == form.num_tails
         assert 0 <= int(rows.tails.rows.min()) <= int(rows.tails.rows.max()) < count
         assert 1 <= int(rows.tails.counts.min()) <= int(rows.tails.counts.max()) <= rows.tails.most
 
 
-def check_places(places, num_segments, num_queries, *, is_causal):
-    ends, starts, lengths = (part.tolist() for part in places[:3])
+def check_ranges(ranges, num_segments, num_queries, *, is_causal):
+    ends, starts, lengths = (part.tolist() for part in ranges[:3])
     assert (len(ends), len(starts), len(lengths)) == (num_segments + 1, num_segments + 1, num_segments)
     queries = [stop - start for start, stop in pairwise(ends)]
     assert ends[0] == 0
     assert ends[-1] == num_queries
-    assert 0 <= min(queries) <= max(queries) <= places.max_queries
+    assert 0 <= min(queries) <= max(queries) <= ranges.max_queries
     for own, start, length in zip(queries, starts, lengths, strict=False):
         assert length >= 1
         assert start + length <= CACHE_ROWS + 1
@@ -119,8 +119,8 @@ def test_a_replay_equals_the_pass_as_it_is_with_other_numbers_each_time(stage, b
     stage.passes.fills = False
     for twin in twins:
         expected.append(run(stage, twin))
-    passes = RecordedPasses(stage._run_rows, CACHE_ROWS, CPU, fills=True)
-    passes.records = True
+    passes = StageGraphs(stage._run_rows, CACHE_ROWS, CPU, fills=True)
+    passes.captures = True
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "passes", passes)
         graphs = emulate_graphs(patch)
@@ -202,7 +202,7 @@ def test_next_tokens_of_more_requests_than_a_decode_size_are_recorded_too(count)
 
 
 def test_nothing_to_repeat_or_nothing_at_all_runs_as_it_is():
-    passes = RecordedPasses(lambda *_: torch.zeros(0), CACHE_ROWS, CPU, fills=True)
+    passes = StageGraphs(lambda *_: torch.zeros(0), CACHE_ROWS, CPU, fills=True)
     assert passes.take(MicroBatch(0)) is None
     alone = MicroBatch(0, adapters=[(None, 3)])
     alone.add([5, 6, 7], 4, [8, 9, 10], [(0, 4), (8, 3)])
@@ -280,8 +280,8 @@ def test_answers_are_the_same_with_recorded_passes(
         emulate_graphs(patch)
         emulate_flash(patch)
         for each in stages:
-            patch.setattr(each, "passes", RecordedPasses(each._run_rows, CACHE_ROWS, CPU, fills=True))
-            each.passes.records = True
+            patch.setattr(each, "passes", StageGraphs(each._run_rows, CACHE_ROWS, CPU, fills=True))
+            each.passes.captures = True
             patch.setattr(each, "_flashes", True)
         recorded = ask()
         forms = set(stages[0].passes._seen)

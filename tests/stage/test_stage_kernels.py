@@ -86,7 +86,7 @@ def test_stage_by_kernels_equals_the_plain_one(make_stage, monkeypatch, shape, b
     with emulated_kernels() as kernels:
         stage = make_stage(shape, bits, dtype)
         assert stage.passes.fills == (dtype == torch.bfloat16)  # FlashAttention takes no float32
-        stage.passes.records = True
+        stage.passes.captures = True
         for name, batch in batches.items():
             for time in ("seen", "captured", "replayed"):
                 found = run(stage, batch)
@@ -111,7 +111,7 @@ def test_warm_up_records_all_that_requests_without_adapters_bring(make_stage, mo
     monkeypatch.setattr(launch, "takes_kernels", lambda _tensor: True)
     with emulated_kernels():
         stage = make_stage("narrow heads", 16, torch.bfloat16, cache_rows)
-        stage.passes.records = True
+        stage.passes.captures = True
         warm_up(InProcess([stage]), cache_rows, batch_tokens)
     recorded = set(stage.passes._graphs)
     for count in (1, 3, 24, 64):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_RANK = 4096
+"""Larger ranks are refused, in settings and in adapter files: a file's rank decides how much memory is allocated."""
 _ADAPTER = "default"
 """PEFT's name of the only adapter of a model."""
 _PLAIN: dict[str, tuple[object, ...]] = {

@@ -1,8 +1,8 @@
 """Causal attention over packed segments, forward and backward: FlashAttention on a GPU in 16 bit, plain torch elsewhere.
 
-Long segments of packs that are not recorded go to cuDNN's attention one by one where the GPU is a Hopper or newer: forward
-and backward pass take 55 % of FlashAttention-2's time there (4,608 rows, H200). It makes a plan for each length, which takes
-about 50 ms, so lengths are rounded up: the rows after a segment come behind all its queries and change nothing.
+On Hopper and newer, long segments of packs that are not captured go to cuDNN's attention one by one: forward and backward pass
+take 55 % of FlashAttention-2's time (4,608 rows, H200). cuDNN plans each new length for about 50 ms, so lengths are rounded up:
+the causal mask hides the rows after a segment from its queries.
 
 Shapes: Q query rows, S key rows, h heads, g key-value heads (h a multiple of g), d head width. Segment i of `Segments` holds
 its own rows of both; its last query is aligned with its last key, and query j sees keys up to j + (keys - queries).
@@ -23,17 +23,17 @@ from finlora.model.kernels import launch
 
 _LENGTH_STEP = 256
 LONG = 1024
-"""Rows of a segment from which on a launch of its own does not matter."""
+"""Rows of a segment from which the cost of a launch of its own is negligible."""
 
 
 def can_flash(query: Tensor) -> bool:
-    """Return whether FlashAttention takes these tensors; otherwise each segment is a plain product of its own."""
+    """Return whether FlashAttention supports these tensors; otherwise each segment is a plain product."""
     is_half, width = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
     return launch.takes_kernels(query) and is_half and width <= 256 and width % 8 == 0
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-    """Return the output (Q, h, d), and what the backward pass needs beside it: log-sum-exp of the scores.
+    """Return the output (Q, h, d) and, for the backward pass, the log-sum-exp of the scores.
 
     Shapes: query (Q, h, d), key and value (S, g, d).
     """
@@ -64,7 +64,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tup
 def attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value, from that of the output.
+    """Return the gradients of query, key and value from the output's.
 
     With P = exp(scores - log_sum) and o the output: dV = P^T do, dS = P * (do V^T - rowsum(do * o)), dQ = dS K / sqrt(d),
     dK = dS^T Q / sqrt(d); the gradients of a key-value head are summed over its query heads.
@@ -114,15 +114,15 @@ def attend_backward(
 
 
 def can_attend_alone(query: Tensor) -> bool:
-    """Return whether `attend_alone` takes tensors of this device, type and width, and is worth it: on a Hopper or newer."""
+    """Return whether `attend_alone` supports a tensor's device, type and width and is faster there: on Hopper and newer."""
     return can_flash(query) and query.shape[-1] <= 128 and torch.cuda.get_device_capability(query.device) >= (9, 0)
 
 
 def attend_alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Return the output (Q, h, d) of one segment's queries, which see its keys up to their own: key and value (S, g, d)."""
+    """Return the causal attention (Q, h, d) of one segment, its last query aligned with its last key; key and value (S, g, d)."""
     num_queries, num_keys = query.shape[0], key.shape[0]
     first, size = num_keys - num_queries, _round_up(num_keys)
-    # The causal mask begins at the first key and the first row: rows before and behind the queries, of any content, go unread.
+    # cuDNN aligns the mask with the first key and row, so queries move to their position; outputs of other rows are dropped.
     square = query if num_queries == size else query.new_empty(size, *query.shape[1:])
     if square is not query:
         square[first:num_keys] = query
@@ -142,7 +142,7 @@ def _suits_cudnn(query: Tensor, segments: Segments) -> bool:
 
 
 def _attend_each(query: Tensor, key: Tensor, value: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-    """As `attend`; the log-sum-exp of each segment's rounded length, one after the other, (h, length) each."""
+    """As `attend`; the log-sum-exps (h, rounded length) of the segments are concatenated flat."""
     outputs, sums = [], []
     for start, length, size in _rounded(segments):
         parts = (_cut(tensor, start, size) for tensor in (query, key, value))
@@ -157,7 +157,7 @@ def _attend_each(query: Tensor, key: Tensor, value: Tensor, segments: Segments) 
 def _attend_each_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, log_sum: Tensor, segments: Segments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `attend_backward`. The rows after a segment get no gradient from their output, so they give none."""
+    """As `attend_backward`. Padding rows have zero output gradient, so they contribute nothing."""
     num_heads, pieces, before = query.shape[1], [], 0
     unused = torch.zeros((), dtype=torch.int64, device=query.device)  # seed and offset of dropout, which is off
     for start, length, size in _rounded(segments):
@@ -174,7 +174,7 @@ def _attend_each_backward(
 
 
 def _rounded(segments: Segments) -> Iterator[tuple[int, int, int]]:
-    """Yield each segment's first row, its rows, and these rounded up."""
+    """Yield each segment's first row, its length, and the length rounded up."""
     start = 0
     for length in segments.query_lengths:
         yield start, length, _round_up(length)
@@ -186,7 +186,7 @@ def _round_up(length: int) -> int:
 
 
 def _cut(tensor: Tensor, start: int, size: int) -> Tensor:
-    """Return rows from `start`, zeros where the tensor has no more. Shapes: (Q, h, d) -> (1, h, size, d)."""
+    """Return `size` rows from `start`, zero-padded past the end. Shapes: (Q, h, d) -> (1, h, size, d)."""
     rows = tensor[start : start + size]
     if missing := size - rows.shape[0]:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, missing))

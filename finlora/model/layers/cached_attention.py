@@ -1,4 +1,4 @@
-"""Attention to a KV cache, forward only: keys and values stay in the rows in which they are cached.
+"""Attention to a KV cache, forward only; keys and values are read where they are cached.
 
 Shapes: Q query rows, R rows of the cache, h heads, g key-value heads (h a multiple of g), d head width. The last query of a
 segment is aligned with its last key.
@@ -19,7 +19,7 @@ from finlora.model.layers.elementwise import rotate
 
 
 def write_cache(qkv: Tensor, cosine: Tensor, sine: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Rotate queries and keys, write keys and values to their rows of the cache, and return the queries (T, h, d).
+    """Rotate queries and keys, write keys and values to their cache rows, and return the queries (T, h, d).
 
     Shapes: qkv (T, h + 2 g, d), cosine and sine (T, d), slots (T,) int64, key and value (R, g, d).
     """
@@ -34,29 +34,29 @@ def write_cache(qkv: Tensor, cosine: Tensor, sine: Tensor, slots: Tensor, key: T
     return rotated[:, :first_key]
 
 
-class Places(NamedTuple):
-    """Where the keys of segments are cached, side by side each."""
+class KeyRanges(NamedTuple):
+    """Contiguous cache rows of each segment's keys, as FlashAttention's variable-length call takes them."""
 
     cumulative_queries: Tensor
     """(segments + 1,) int32."""
     starts: Tensor
-    """(segments + 1,) int32: the first key row of each segment; the last number is not read."""
+    """(segments + 1,) int32: first key row of each segment; the last element is unused."""
     lengths: Tensor
-    """(segments,) int32: key rows of each segment, those of its own queries included."""
+    """(segments,) int32: key rows of each segment, its own queries' included."""
     max_queries: int
-    """At least the longest segment's queries."""
+    """Upper bound of a segment's queries."""
 
 
 def attend_cache(
-    query: Tensor, key: Tensor, value: Tensor, places: Places, *, is_causal: bool = True
+    query: Tensor, key: Tensor, value: Tensor, ranges: KeyRanges, *, is_causal: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Return the output (Q, h, d) of segments whose keys stay where they are, and log-sum-exp of the scores (h, Q).
+    """Return the segments' output (Q, h, d) and the log-sum-exp of their scores (h, Q).
 
     Args:
-        key: (R, g, d), all rows of the cache; as `value`.
-        is_causal: otherwise each query sees all keys of its segment.
+        key: (R, g, d), all rows of the cache, as is `value`.
+        is_causal: False: each query sees all keys of its segment.
     """
-    cumulative_queries, starts, lengths, max_queries = places
+    cumulative_queries, starts, lengths, max_queries = ranges
     if can_flash(query) and max_queries == 1 and _suits_triton(query.shape[-1]):
         from finlora.model.kernels.decode_attention import attend_singly
 
@@ -87,31 +87,31 @@ def attend_cache(
 
 
 class Tails(NamedTuple):
-    """Queries that see keys in two places, C of them."""
+    """C queries whose keys lie in two ranges of the cache."""
 
     rows: Tensor
-    """(C,) among all queries; one that comes twice comes with the same keys."""
-    first: Places
-    """Of queries that follow each other and share their first keys: each sees all of them."""
+    """(C,) indices among all queries. A query listed twice has the same keys both times."""
+    first: KeyRanges
+    """First range, one segment for neighbouring queries that share it; each query sees all of it."""
     starts: Tensor
-    """(C,) first key row of the second place."""
+    """(C,) first key row of the second range."""
     counts: Tensor
-    """(C,) its key rows."""
+    """(C,) keys in the second range."""
     most: int
-    """At least the largest of `counts`."""
+    """Upper bound of `counts`."""
 
 
 def attend_tails(output: Tensor, query: Tensor, key: Tensor, value: Tensor, tails: Tails) -> Tensor:
-    """Return the output (Q, h, d) with that of the tails in its place.
+    """Return the output (Q, h, d) with the rows of the tails replaced.
 
-    Softmax over both places is the mean of the two outputs, weighted by the sums of their scores' exponentials. The second place
+    Softmax over both ranges is the mean of the two outputs, weighted by the sums of their scores' exponentials. The second range
     has so few keys that they are gathered.
     """
     queries = query[tails.rows]
     first, first_sum = attend_cache(queries, key, value, tails.first, is_causal=False)
-    places = torch.arange(tails.most, device=query.device)
-    is_seen = places < tails.counts[:, None]
-    slots = tails.starts[:, None] + torch.where(is_seen, places, 0)
+    offsets = torch.arange(tails.most, device=query.device)
+    is_seen = offsets < tails.counts[:, None]
+    slots = tails.starts[:, None] + torch.where(is_seen, offsets, 0)
     grouped = queries.float().unflatten(1, (key.shape[1], -1))
     scores = torch.einsum("cgrd,ckgd->cgrk", grouped, key[slots].float()) * query.shape[-1] ** -0.5
     scores = scores.masked_fill(~is_seen[:, None, None], -torch.inf)
@@ -121,5 +121,5 @@ def attend_tails(output: Tensor, query: Tensor, key: Tensor, value: Tensor, tail
 
 
 def _suits_triton(width: int) -> bool:
-    """Return whether Triton's kernels take heads of this width: a power of two, of which its products need 16."""
+    """Return whether Triton's kernels support a head width: a power of two, at least 16 as `tl.dot` requires."""
     return width >= 16 and width & (width - 1) == 0

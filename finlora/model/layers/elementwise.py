@@ -1,7 +1,7 @@
-"""The small steps of a Llama layer and their gradients, in plain torch; on a GPU each is compiled into one kernel.
+"""Elementwise steps of a Llama layer and their gradients, in plain torch; on a GPU each is compiled into one kernel.
 
 Shapes: T rows, H hidden, I intermediate, h heads of width d, k adapted projections. Reductions run in float32 and results
-are rounded to the input's type at the same places as transformers' LlamaRMSNorm, LlamaMLP and apply_rotary_pos_emb.
+are rounded to the input's type at the same points as in transformers' LlamaRMSNorm, LlamaMLP and apply_rotary_pos_emb.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 _DRAWS = 2**16
-"""Different numbers that a mask is drawn from."""
+"""Range of the 16-bit random numbers of a mask."""
 _ASSUMED_ROWS = 2048
-"""Rows that the kernels of `fused_sum` are laid out for."""
+"""Number of rows that torch.compile assumes for the kernels of `fused_sum`."""
 
 
 def fused(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Compile a function for CUDA tensors at its first call; on CPU it runs as it is written."""
+    """Compile a function for CUDA tensors at its first call; on CPU it runs uncompiled."""
     compiled: list[Any] = []
 
     @functools.wraps(function)
@@ -39,14 +39,14 @@ def fused(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def fused_sum(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Compile a step that adds up each row into one kernel, whose order of summation depends on the row's width alone.
+    """Compile a step that sums over each row into one kernel whose order of summation depends on the row's width alone.
 
-    torch.compile picks warps and blocks, and with them the order, by the number of rows of the call that it compiles for; it
-    compiles again when that number changes, and may pick by timing. A resumed process meets other packs first, so its sums would
-    be rounded otherwise: in bfloat16 that changes the loss of 16 examples by up to 0.04 (SmolLM2-135M). So the rows count as
-    variable from the first call on, with `_ASSUMED_ROWS` as their number, and nothing is timed.
+    torch.compile chooses warps and blocks, and with them the order, by the number of rows at compilation; it compiles again when
+    that number changes, and may choose by timing. A resumed process sees other packs first, so its sums would round differently:
+    in bfloat16 that changes the loss of 16 examples by up to 0.04 (SmolLM2-135M). So the number of rows is marked dynamic from
+    the first call, with the hint `_ASSUMED_ROWS`, and nothing is timed.
 
-    Tensors of two and more dimensions have their rows in the last but one.
+    Rows are the last dimension but one.
     """
     compiled: list[Any] = []
     seen: set[tuple[object, ...]] = set()
@@ -72,7 +72,7 @@ def _is_on_gpu(value: object) -> bool:
 
 
 def _describe(value: object) -> object:
-    """Return what torch.compile may compile again for, but the number of rows."""
+    """Return everything but the number of rows that torch.compile may recompile for."""
     if not isinstance(value, Tensor):
         return value
     if value.dim() < 2:
@@ -82,7 +82,7 @@ def _describe(value: object) -> object:
 
 
 def _with_variable_rows(value: object) -> object:
-    """Return a view whose rows are marked as variable; one row is always a case of its own for torch.compile."""
+    """Return a view whose number of rows is marked dynamic, except 1, which torch.compile always specialises."""
     if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[-2] < 2:
         return value
     view = value.view_as(value)  # the mark would stay on the caller's tensor
@@ -108,13 +108,13 @@ def drop_threshold(dropout: float) -> int:
 
 @fused
 def draw_keep(seed: Tensor, x: Tensor, num_copies: int, threshold: int) -> Tensor:
-    """Draw dropout masks as a pure function of seed, row, copy and column: they are drawn again instead of stored.
+    """Return dropout masks, a pure function of seed, row, copy and column: recomputed in the backward pass instead of stored.
 
-    Rows that are appended change nothing, so padding does not either, and CPU and GPU draw the same. The bits are those of
-    MurmurHash3's finaliser (Appleby, public domain) over a counter, uniform far beyond what dropout asks for; a number serves
-    two copies. All copies' masks come at once, since drawing, not memory, is what would bound the steps that use them.
+    Appended rows, such as padding, do not change the masks of other rows, and CPU and GPU give the same masks. The random bits
+    are MurmurHash3's finaliser (Appleby, public domain) over a counter, more uniform than dropout needs; one number serves two
+    copies. The masks of all copies are computed at once: random bits, not memory, would otherwise bound the steps that use them.
 
-    Shapes: x (T, H), only for its shape.
+    Shapes: x (T, H), read for its shape alone.
 
     Args:
         seed: () int32.
@@ -127,7 +127,7 @@ def draw_keep(seed: Tensor, x: Tensor, num_copies: int, threshold: int) -> Tenso
     num_rows, width = x.shape
     rows = torch.arange(num_rows, dtype=torch.int32, device=seed.device)[:, None]
     columns = torch.arange(width, dtype=torch.int32, device=seed.device)[None]
-    # Twice, with the seed between: a counter that met the seed once would give other seeds the same bits in another order.
+    # Mixed twice with the seed between: mixed once, another seed would give the same bits in another order.
     bits = _mix(_mix((rows * width + columns) ^ seed) + seed)
     keep = torch.zeros_like(bits)
     for copy in range(num_copies):
@@ -144,7 +144,7 @@ def split_keep(keep: Tensor, num_copies: int) -> Tensor:
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """Scramble int32 numbers, which wrap; the masks make the shifts logical."""
+    """MurmurHash3's finaliser on wrapping int32; the masks make the shifts logical."""
     bits = (bits ^ ((bits >> 16) & 0xFFFF)) * -2048144789  # 0x85EBCA6B
     bits = (bits ^ ((bits >> 13) & 0x7FFFF)) * -1028477387  # 0xC2B2AE35
     return bits ^ ((bits >> 16) & 0xFFFF)
@@ -154,7 +154,7 @@ def _mix(bits: Tensor) -> Tensor:
 def normalise_and_drop(
     x: Tensor, weight: Tensor, eps: float, keep: Tensor, num_copies: int, threshold: int
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm and, of its output, k copies under `draw_keep`'s masks. Shapes: (T, H), (H,) -> (T, H), (k, T, H)."""
+    """RMSNorm, and k copies of its output under `draw_keep`'s masks. Shapes: (T, H), (H,) -> (T, H), (k, T, H)."""
     wide = x.float()
     out = weight * (wide * _inverse_rms(wide, eps)).to(x.dtype)
     return out, torch.where(split_keep(keep, num_copies), out / (1 - threshold / _DRAWS), 0.0).to(x.dtype)
@@ -170,7 +170,7 @@ def _norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tenso
 
 @fused_sum
 def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> Tensor:
-    """Gradient through RMSNorm, plus that of the residual path around it. Shapes: all (T, H) but weight (H,)."""
+    """Gradient through RMSNorm plus the residual path's. Shapes: all (T, H) but weight (H,)."""
     return (residual.float() + _norm_gradient(grad.float(), x, weight, eps)).to(x.dtype)
 
 
@@ -178,7 +178,7 @@ def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, resi
 def normalise_and_drop_backward(
     grad: Tensor, dropped: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor, keep: Tensor, threshold: int
 ) -> Tensor:
-    """The same with k dropped copies whose gradients are `dropped` (k, T, H)."""
+    """As `normalise_backward`, with the gradients `dropped` (k, T, H) of the k dropped copies."""
     keeps = split_keep(keep, dropped.shape[0])
     total = grad.float() + torch.where(keeps, dropped.float() / (1 - threshold / _DRAWS), 0.0).sum(0)
     return (residual.float() + _norm_gradient(total, x, weight, eps)).to(x.dtype)

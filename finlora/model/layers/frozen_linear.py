@@ -1,18 +1,18 @@
-"""Products with the frozen weights of a layer, forward and with respect to the input; nothing is kept for the backward pass.
+"""Products with a layer's frozen weights and their gradients by the input; nothing is saved for the backward pass.
 
-Shapes: T rows, K in, N out (several projections of one input are one weight, their outputs side by side).
+Shapes: T rows, K in, N out. Projections of one input are one weight, their outputs side by side.
 
 16 bit:  y = x W^T                                  dx = dy W
 4 bit:   the same with W unpacked from NF4 for each product, one projection at a time, or unpacked once and kept; for inference
-         on a GPU the packed weights are put in another order
+         on a GPU the packed weights are reordered into tiles
 8 bit:   LLM.int8(), arXiv:2208.07339, section 3: rows of x and of W in int8, the products in int32; columns of x with an
          entry of magnitude >= 6 in 16 bit. dx = dy W with W unpacked, as bitsandbytes does.
 
-bitsandbytes counts the outlier columns on the host, which stops the GPU's queue at each product. Here the MAX_OUTLIERS
-strongest columns are taken without counting; should there be more, the weakest of them are quantised like all others.
+bitsandbytes counts the outlier columns on the host, which synchronises at each product. Here the MAX_OUTLIERS strongest columns
+are taken without counting; if there are more, the weakest are quantised like all others.
 
-On a GPU products run as kernels of our own (few_nf4.cu, int8_decode.py, int8_prefill.py) where the sizes allow it. A
-product of few rows waits for its weights alone: they are unpacked on the way, at 8 bit too, so x need not be rounded to int8.
+On a GPU, kernels of this package (few_nf4.cu, int8_decode.py, int8_prefill.py) run where the sizes allow it. A product of few
+rows is bound by reading its weights: they are unpacked on the fly, at 8 bit too, so x is not rounded to int8.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from finlora.model.layers.elementwise import fused, gate
 OUTLIER_THRESHOLD = 6.0
 MAX_OUTLIERS = 64
 MAX_FEW_ROWS = 64
-"""Rows up to which a product takes as long as reading its weights, so that these are unpacked on the way."""
+"""Rows up to which reading the weights bounds a product, so they are unpacked on the fly."""
 _MIN_INT8_ROWS = 32  # cuBLAS refuses int8 products of 16 rows and fewer
-_INT8_COLUMNS = 128  # columns that a kernel reads at a time
+_INT8_COLUMNS = 128  # columns that a kernel reads per iteration
 
 
 class FrozenWeight(Protocol):
@@ -66,10 +66,10 @@ class DenseWeight:
 
 
 class _PackedParts:
-    """Projections of one input, side by side, unpacked one after the other for each product.
+    """Projections of one input, side by side, unpacked one after the other at each product.
 
     Args:
-        parts: what `_unpack` takes.
+        parts: arguments of `_unpack`.
         sizes: outputs of each part.
     """
 
@@ -96,7 +96,7 @@ class _PackedParts:
 
 
 class Nf4Weight(_PackedParts):
-    """Projections packed at 4 bit, as bitsandbytes holds them."""
+    """4-bit projections in bitsandbytes' layout."""
 
     def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
         super().__init__(layers, [int(layer.out_features) for layer in layers])
@@ -107,10 +107,10 @@ class Nf4Weight(_PackedParts):
 
 
 class TiledNf4Weight(_PackedParts):
-    """Projections packed at 4 bit on a GPU, in the order in which kernels of few rows read them; bfloat16.
+    """4-bit projections on a GPU, in the tiles that kernels of few rows read; computes in bfloat16.
 
     Args:
-        layers: lose their weights.
+        layers: consumed: they lose their weights.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -118,7 +118,7 @@ class TiledNf4Weight(_PackedParts):
         self.tiles = take_tiles(layers)
         if all(size % STRIP == 0 for size in sizes):
             super().__init__(self.tiles.split(sizes), sizes)
-        else:  # tiles have rows of two projections
+        else:  # some tiles hold rows of two projections
             super().__init__([self.tiles], [sum(sizes)])
 
     def _unpack(self, part: Nf4Tiles) -> Tensor:
@@ -135,7 +135,7 @@ class TiledNf4Weight(_PackedParts):
 
 
 def multiply_gated(weight: FrozenWeight, x: Tensor) -> Tensor:
-    """Return silu(gate) * up of a weight that is a gate and an up projection, side by side. Shapes: (T, K) -> (T, N / 2)."""
+    """Return silu(gate) * up of a weight made of gate and up projection. Shapes: (T, K) -> (T, N / 2)."""
     if isinstance(weight, TiledNf4Weight) and x.shape[0] <= MAX_FEW_ROWS:
         from finlora.model.kernels.nf4_products import few_gated_nf4
 
@@ -144,7 +144,7 @@ def multiply_gated(weight: FrozenWeight, x: Tensor) -> Tensor:
 
 
 class Int8Weight:
-    """Projections at 8 bit, side by side as one int8 matrix."""
+    """8-bit projections, side by side as one int8 matrix."""
 
     def __init__(self, rows: Int8Rows, dtype: torch.dtype) -> None:
         self.values, self.scales = rows
@@ -170,7 +170,7 @@ class Int8Weight:
         return out if residual is None else out.add_(residual)
 
     def _forward_few(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Return the product without rounding x: no row changes what another gives, whatever the sizes."""
+        """Return the product without rounding x, so that no row influences another, whatever the sizes."""
         if x.shape[1] % _INT8_COLUMNS:
             return DenseWeight(_unpack_int8(self.values, self.scales, self.dtype)).forward(x, residual)
         from finlora.model.kernels.int8_decode import few_int8
@@ -191,12 +191,12 @@ class Int8Weight:
 
 
 def freeze(modules: Sequence[Any], dtype: torch.dtype, *, consumes: bool = False) -> FrozenWeight:
-    """Take the weights of linear layers of one input; the layers go on working, on views of the same memory.
+    """Take the weights of linear layers of one input. The layers keep working, on views of the same memory.
 
     Args:
         modules: nn.Linear or bitsandbytes layers, all of one kind.
         dtype: type of the activations.
-        consumes: the layers need not go on working: on a GPU 4-bit weights are put in the order that is read fastest.
+        consumes: the layers need not keep working: on a GPU, 4-bit weights are reordered into tiles.
     """
     if all(type(module) is nn.Linear for module in modules):
         weights = [module.weight for module in modules]
@@ -210,12 +210,11 @@ def freeze(modules: Sequence[Any], dtype: torch.dtype, *, consumes: bool = False
 
 
 def unpack(layer: Any, dtype: torch.dtype) -> nn.Linear:
-    """Turn a 4-bit layer into a dense one of the same numbers: NF4's error stays, memory grows fourfold, unpacking ends."""
+    """Turn a 4-bit layer into a dense one of the same values: memory grows fourfold, and products unpack nothing."""
     dense = nn.Linear(int(layer.in_features), int(layer.out_features), bias=False, device="meta")
     dense.weight = nn.Parameter(unpack_nf4(layer, dtype), requires_grad=False)
-    layer.weight.module = (
-        None  # it points back at the layer: without this the packed weight would stay until a collection
-    )
+    # It points back at the layer: that cycle would keep the packed weight until a garbage collection.
+    layer.weight.module = None
     return dense
 
 
@@ -231,14 +230,14 @@ def _share(modules: Sequence[Any], joined: Tensor) -> None:
 
 @fused
 def _find_outliers(x: Tensor) -> Tensor:
-    """The strongest outlier of each column, 0 without one. Shapes: (T, K) -> (K,)."""
+    """Return each column's largest outlier magnitude, 0 without an outlier. Shapes: (T, K) -> (K,)."""
     magnitude = x.to(torch.float16).abs()
     return torch.where(magnitude >= OUTLIER_THRESHOLD, magnitude, 0.0).amax(0)
 
 
 @fused
 def _quantise_rows(x: Tensor, held_back: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 rows and their largest magnitudes. Outliers in held-back columns count for neither, these columns become 0."""
+    """Return int8 rows and their largest magnitudes. Held-back columns become 0, and their outliers do not count."""
     half = x.to(torch.float16)
     half = torch.where((half.abs() >= OUTLIER_THRESHOLD) & held_back, 0.0, half)
     scales = half.abs().amax(1).float()

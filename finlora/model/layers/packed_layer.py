@@ -1,19 +1,19 @@
-"""One Llama layer on packed rows with LoRA on q, k and v, forward and backward pass written out.
+"""Forward and backward pass of one Llama layer on packed rows, with LoRA on q, k and v.
 
-Shapes: T rows of a pack, S key rows, N labelled places, H hidden, h heads, g key-value heads of width d, I intermediate,
-k adapted projections of rank r. With D a dropout mask of each projection's own:
+Shapes: T rows of a pack, S key rows, N labelled rows, H hidden, h heads, g key-value heads of width d, I intermediate,
+k adapted projections of rank r. D is a dropout mask of each projection's own:
 
     n = norm(x);  q, k, v = n W^T + (alpha / r) D(n) A^T B^T;  q, k rotated
     y = x + attention(q, k, v) Wo^T;  z = y + (silu(m Wg^T) * (m Wu^T)) Wd^T with m = norm(y)
 
-The base is frozen, so the backward pass keeps no input of its products; what else it keeps is `Recompute`:
-nothing is computed again, or gate and up projection, or the layer from its input. In the last
-layer only the labelled places are queries, and only they go through the MLP.
+The base is frozen, so the inputs of its products are not saved for the backward pass. `Recompute` says what the backward pass
+computes again: nothing, gate and up projection, or the layer from its input. In the last layer only the labelled rows are
+queries, and only they go through the MLP.
 
 finlora/stage/stage.py writes the same layer out for serving, with other kernels and without a backward pass: there queries meet
 the KV cache, and each row has an adapter of its own on any projection.
 
-Source: transformers' modeling_llama and PEFT's LoRA layers, to which tests hold loss and gradients.
+Source: transformers' modeling_llama and PEFT's LoRA layers; tests compare loss and gradients with theirs.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from finlora.model.memory.packed_memory import HEAD_CHUNK, Recompute
 
 @dataclass(slots=True)
 class Kept:
-    """What the forward pass of a layer leaves for its backward pass."""
+    """Tensors of a layer saved for its backward pass."""
 
     x: Tensor
     qkv: Tensor | None = None
-    """q and k rotated, v, as one (T, (h + 2 g) d)."""
+    """Rotated q, rotated k and v, (T, (h + 2 g) d)."""
     low: Tensor | None = None
     """D(n) A^T, (k, T, r)."""
     attended: Tensor | None = None
@@ -58,8 +58,8 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a layer runs: shared by all layers of a forward pass but the last, which has queries at `rows` only."""
+class LayerContext:
+    """Inputs that layers of a pass share. The last layer has a context of its own, with queries at `rows` only."""
 
     segments: Segments
     rows: Tensor | None
@@ -68,32 +68,32 @@ class Place:
     recompute: Recompute
 
 
-def run_layer(x: Tensor, layer: Layer, place: Place, seed: Tensor | None) -> tuple[Tensor, Kept]:
-    """Return the layer's output (T, H), or (N, H) where the place has rows, and what its backward pass needs.
+def run_layer(x: Tensor, layer: Layer, context: LayerContext, seed: Tensor | None) -> tuple[Tensor, Kept]:
+    """Return the layer's output (T, H), or (N, H) where the context has rows, and the tensors for its backward pass.
 
     Args:
-        seed: () int32 of this layer's dropout; None where there is none.
+        seed: () int32 of this layer's dropout; None: no dropout.
     """
     kept = Kept(x)
-    z = _run_mlp(_run_attention(kept, layer, place, seed), kept, layer)
-    if place.recompute == "layer":
+    z = _run_mlp(_run_attention(kept, layer, context, seed), kept, layer)
+    if context.recompute == "layer":
         return z, Kept(x)
-    if place.recompute == "mlp":
+    if context.recompute == "mlp":
         kept.gate_up = None
     return z, kept
 
 
 def layer_backward(
-    grad: Tensor, kept: Kept, layer: Layer, place: Place, seed: Tensor | None, *, needs_x: bool
+    grad: Tensor, kept: Kept, layer: Layer, context: LayerContext, seed: Tensor | None, *, needs_x: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the gradients of x (None unless needed) and, in float32, of A, B, A, B, ... Consumes `kept`."""
+    """Return the gradients of x (None unless needed) and, in float32, of A, B, A, B, ...; `kept` is consumed."""
     if kept.y is None:
-        _run_attention(kept, layer, place, seed)
-    return _attention_backward(_mlp_backward(grad, kept, layer), kept, layer, place, seed, needs_x=needs_x)
+        _run_attention(kept, layer, context, seed)
+    return _attention_backward(_mlp_backward(grad, kept, layer), kept, layer, context, seed, needs_x=needs_x)
 
 
-def _run_attention(kept: Kept, layer: Layer, place: Place, seed: Tensor | None) -> Tensor:
-    """The attention block; fills everything in `kept` but gate_up, and returns y."""
+def _run_attention(kept: Kept, layer: Layer, context: LayerContext, seed: Tensor | None) -> Tensor:
+    """Return y, the output of the attention block; fills `kept` but for gate_up."""
     x = kept.x
     num_heads, num_groups, width = layer.heads
     normed, dropped = _normalise(x, layer, _draw(x, layer, seed))
@@ -105,31 +105,31 @@ def _run_attention(kept: Kept, layer: Layer, place: Place, seed: Tensor | None) 
             qkv[:, lora.columns].addmm_(low, lora.up.to(x.dtype).t(), alpha=lora.scale)
     del normed, dropped
     rotated = qkv[:, : (num_heads + num_groups) * width].view(x.shape[0], -1, width)
-    rotated.copy_(rotate(rotated, place.cosine, place.sine))
+    rotated.copy_(rotate(rotated, context.cosine, context.sine))
     kept.qkv = qkv
-    query, key, value = _query_key_value(kept, layer, place)
-    kept.attended, kept.log_sum = attend(query, key, value, place.segments)
-    residual = x if place.rows is None else x[place.rows]
+    query, key, value = _query_key_value(kept, layer, context)
+    kept.attended, kept.log_sum = attend(query, key, value, context.segments)
+    residual = x if context.rows is None else x[context.rows]
     kept.y = layer.out.forward(kept.attended.flatten(1), residual)
     return kept.y
 
 
 def _attention_backward(
-    grad: Tensor, kept: Kept, layer: Layer, place: Place, seed: Tensor | None, *, needs_x: bool
+    grad: Tensor, kept: Kept, layer: Layer, context: LayerContext, seed: Tensor | None, *, needs_x: bool
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Return the gradients of x (where it is needed) and of A, B, A, B, ..."""
+    """Return the gradients of x (None unless needed) and of A, B, A, B, ..."""
     x = kept.x
     num_heads, _, width = layer.heads
-    query, key, value = _query_key_value(kept, layer, place)
+    query, key, value = _query_key_value(kept, layer, context)
     assert kept.attended is not None
     assert kept.log_sum is not None
     grad_attended = layer.out.backward(grad).view_as(kept.attended)
-    grads = attend_backward(grad_attended, query, key, value, kept.attended, kept.log_sum, place.segments)
+    grads = attend_backward(grad_attended, query, key, value, kept.attended, kept.log_sum, context.segments)
     grad_query = grads[0]
-    if place.rows is not None:
-        grad_query = grad_query.new_zeros(x.shape[0], num_heads, width).index_copy_(0, place.rows, grad_query)
-    grad_key, grad_value = (_gather_backward(part, place.segments) for part in grads[1:])
-    turned = rotate(torch.cat([grad_query, grad_key], 1), place.cosine, -place.sine)
+    if context.rows is not None:
+        grad_query = grad_query.new_zeros(x.shape[0], num_heads, width).index_copy_(0, context.rows, grad_query)
+    grad_key, grad_value = (_gather_backward(part, context.segments) for part in grads[1:])
+    turned = rotate(torch.cat([grad_query, grad_key], 1), context.cosine, -context.sine)
     grad_qkv = torch.cat([turned, grad_value], 1).view(x.shape[0], -1)
     del grads, grad_query, grad_key, grad_value, turned, query, key, value
     kept.qkv = kept.attended = None
@@ -146,7 +146,7 @@ def _attention_backward(
         lows.append(low)
     if not needs_x:
         return None, gradients
-    residual = grad if place.rows is None else torch.zeros_like(x).index_copy_(0, place.rows, grad)
+    residual = grad if context.rows is None else torch.zeros_like(x).index_copy_(0, context.rows, grad)
     grad_normed = layer.qkv.backward(grad_qkv)
     if not lows:
         return normalise_backward(grad_normed, x, layer.first_norm, layer.eps, residual), gradients
@@ -174,27 +174,27 @@ def _mlp_backward(grad: Tensor, kept: Kept, layer: Layer) -> Tensor:
     return normalise_backward(layer.gate_up.backward(inner), kept.y, layer.second_norm, layer.eps, grad)
 
 
-def _query_key_value(kept: Kept, layer: Layer, place: Place) -> Sequence[Tensor]:
-    """Cut q, k and v out of `qkv`, queries at the place's rows, keys and values in the segments' order."""
+def _query_key_value(kept: Kept, layer: Layer, context: LayerContext) -> Sequence[Tensor]:
+    """Split `qkv` into queries at the context's rows, and keys and values in the segments' order."""
     assert kept.qkv is not None
     num_heads, num_groups, width = layer.heads
     query, key, value = kept.qkv.view(kept.x.shape[0], -1, width).split([num_heads, num_groups, num_groups], 1)
-    if place.rows is not None:
-        query = query[place.rows]
-    if place.segments.key_rows is not None:
-        key, value = key[place.segments.key_rows], value[place.segments.key_rows]
+    if context.rows is not None:
+        query = query[context.rows]
+    if context.segments.key_rows is not None:
+        key, value = key[context.segments.key_rows], value[context.segments.key_rows]
     return query, key, value
 
 
 def _gather_backward(grad: Tensor, segments: Segments) -> Tensor:
-    """Add up what the copies of the prefix got, in float32 and in a fixed order. Shapes: (S, g, d) -> (T, g, d)."""
+    """Sum the gradients of the prefix's copies, in float32 and in a fixed order. Shapes: (S, g, d) -> (T, g, d)."""
     if segments.prefix_slots is None or segments.own_slots is None:
         return grad
     return torch.cat([grad[segments.prefix_slots].sum(0, dtype=torch.float32).to(grad.dtype), grad[segments.own_slots]])
 
 
 def _draw(x: Tensor, layer: Layer, seed: Tensor | None) -> Tensor | None:
-    """Return the masks of a layer's dropout (T, H), the same in both passes; None where there is none."""
+    """Return a layer's dropout masks (T, H), the same in both passes; None without dropout."""
     if seed is None or not layer.lora:
         return None
     return draw_keep(seed, x, len(layer.lora), drop_threshold(layer.dropout))
@@ -214,7 +214,7 @@ def _stack_down(layer: Layer, dtype: torch.dtype) -> Tensor:
 
 
 def answer_loss(x: Tensor, norm: Tensor, eps: float, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Final norm, output head and cross entropy summed over the places, a chunk of them at a time.
+    """Final norm, output head and cross entropy summed over the labelled rows, HEAD_CHUNK rows at a time.
 
     Shapes: x (N, H), norm (H,), head (V, H), targets (N,) -> loss () float32, its gradient (N, H).
     """

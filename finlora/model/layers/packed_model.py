@@ -1,6 +1,6 @@
-"""A Llama with LoRA on attention projections, run on packed examples for training; packed_layer.py does the math.
+"""Packed training of a Llama with LoRA on q, k and v: loss and gradients of a pack; packed_layer.py computes a layer.
 
-Shapes: T rows of a pack, N labelled places, H hidden, V vocabulary.
+Shapes: T rows of a pack, N labelled rows, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from finlora.data.packing import Pack
 from finlora.model.formula.llama import shape_of
 from finlora.model.formula.low_rank import foreign_settings, read_settings
 from finlora.model.layers.frozen_model import ModelEnds, read_layer
-from finlora.model.layers.packed_layer import Place, answer_loss, layer_backward, run_layer
+from finlora.model.layers.packed_layer import LayerContext, answer_loss, layer_backward, run_layer
 from finlora.model.layers.training_graphs import CapturedPasses
 from finlora.model.memory.packed_memory import Recompute, packing_refusal
 
@@ -23,15 +23,14 @@ if TYPE_CHECKING:
 
 
 class PackedLlama(nn.Module):
-    """Summed cross entropy over the answer tokens of a pack; gradients reach the adapter's parameters alone.
+    """Cross entropy summed over the answer tokens of a pack, with gradients of the adapter's parameters.
 
     Args:
-        model: a Llama with PEFT's LoRA on attention projections (see `refusal`). Its layers share memory with this module
-            afterwards and go on working.
+        model: a Llama with PEFT's LoRA on q, k and v (see `refusal`). Its layers keep working, on memory shared with this module.
         dtype: type of the activations: bfloat16, or float32 for exact tests.
-        recompute: memory against time.
+        recompute: what the backward pass computes again to save memory.
         keep_unpacked: hold a 4-bit base unpacked in `dtype`, which saves unpacking it twice a step.
-        capture: replay both passes as one CUDA graph a form of pack (training_graphs.py); packs must then be padded.
+        capture: replay both passes as one CUDA graph per form of pack (training_graphs.py); packs must then be padded.
     """
 
     def __init__(
@@ -58,10 +57,10 @@ class PackedLlama(nn.Module):
         ]
         self._captured = CapturedPasses(self.loss_and_gradients) if capture else None
         if capture:
-            torch.cuda.empty_cache()  # passes allocate in a pool of their own, to which what loading left over is of no use
+            torch.cuda.empty_cache()  # graphs allocate in a pool of their own, which cannot use what loading left cached
 
     def forward(self, pack: Pack) -> Tensor:
-        """Return the loss of a pack on the host or the device as a float32 scalar; backward() then reaches the adapter."""
+        """Return the loss () float32 of a pack on host or device; its backward() fills the adapter's gradients."""
         has_dropout = self.training and any(layer.dropout for layer in self.layers)
         # From the CPU's generator, which the loop seeds by step and worker.
         seed = int(torch.randint(2**31, ())) if has_dropout else None
@@ -70,10 +69,10 @@ class PackedLlama(nn.Module):
 
     @torch.no_grad()
     def loss_and_gradients(self, pack: Pack, seed: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        """Run a pack on the device forward and backward.
+        """Run forward and backward pass of a pack on the device.
 
         Args:
-            seed: () int32 of the pack's dropout; None for none.
+            seed: () int32 of the pack's dropout; None: no dropout.
 
         Returns:
             The summed loss and the float32 gradients of `parameters_in_order`.
@@ -81,12 +80,12 @@ class PackedLlama(nn.Module):
         x = self.ends.embed(pack.input_ids)
         cosine, sine = self.ends.rotary_tables(x, pack.positions)
         last = len(self.layers) - 1
-        places = [Place(pack.segments, None, cosine, sine, self.recompute)] * last
-        places.append(Place(pack.last_segments, pack.places, cosine, sine, self.recompute))
+        contexts = [LayerContext(pack.segments, None, cosine, sine, self.recompute)] * last
+        contexts.append(LayerContext(pack.last_segments, pack.places, cosine, sine, self.recompute))
         seeds = [None if seed is None else seed ^ _layer_salt(index) for index in range(last + 1)]
         all_kept = []
-        for layer, place, own in zip(self.layers, places, seeds, strict=True):
-            x, kept = run_layer(x, layer, place, own)
+        for layer, context, own in zip(self.layers, contexts, seeds, strict=True):
+            x, kept = run_layer(x, layer, context, own)
             all_kept.append(kept)
         loss, grad = answer_loss(x, *self.ends.output_weights(), pack.targets)
         gradients: list[Tensor] = []
@@ -94,7 +93,7 @@ class PackedLlama(nn.Module):
             needs_x = index > 0
             kept = all_kept.pop()
             following, own_gradients = layer_backward(
-                grad, kept, self.layers[index], places[index], seeds[index], needs_x=needs_x
+                grad, kept, self.layers[index], contexts[index], seeds[index], needs_x=needs_x
             )
             gradients = own_gradients + gradients
             grad = grad if following is None else following
@@ -102,7 +101,7 @@ class PackedLlama(nn.Module):
 
 
 class _Loss(torch.autograd.Function):
-    """Hands loss and gradients, which are computed together, to autograd: the engine around sees a usual module."""
+    """Autograd function whose forward computes loss and gradients together, and whose backward returns them."""
 
     @staticmethod
     def forward(ctx: Any, module: PackedLlama, pack: Pack, seed: int | None, *parameters: Tensor) -> Tensor:
@@ -122,15 +121,16 @@ class _Loss(torch.autograd.Function):
 
 
 def _layer_salt(index: int) -> int:
-    """Return a layer's own 31 bits, by which the layers of one pack draw different masks."""
+    """Return 31 bits of a layer's own, so that the layers of a pack have different dropout masks."""
     return (index * 0x9E3779B1) & 0x7FFFFFFF
 
 
 def refusal(model: PeftModel) -> str | None:
-    """Return in words why a model cannot run packed, or None where it can."""
+    """Return why a model cannot train packed; None: it can."""
     settings = model.peft_config["default"]
     if reason := packing_refusal(sorted(settings.target_modules)):
         return reason
-    if foreign_settings(settings.to_dict()) or len(model.peft_config) != 1:
+    values = settings.to_dict()
+    if foreign_settings(values) or read_settings(values) is None or len(model.peft_config) != 1:
         return "the adapter is not one plain LoRA without biases"
     return None

@@ -1,9 +1,9 @@
-"""Record a forward and backward pass once as a CUDA graph and replay it: some 3,000 launches become one.
+"""CUDA graphs of a training step's forward and backward pass: some 3,000 launches become one replay.
 
-A graph holds for one form of pack (`Pack.form`). A form runs as it is at first, which compiles its kernels, is recorded when it
-comes again and replayed from then on; large packs, whose launches take less time than their work, always run as they are. All
-of it allocates in one memory pool, since no two passes run at a time, and on one stream, since torch lends memory that was
-allocated on a stream to no other: on two, the pool would hold everything twice.
+A graph is valid for one form of pack (`Pack.form`). The first pass of a form runs eagerly, which compiles its kernels; the second
+is captured, and later ones are replayed. Large packs, whose launches take less time than their work, always run eagerly. All
+passes allocate in one memory pool, since no two run at a time, and on one stream, since torch reuses memory only on the stream
+that allocated it: with two streams the pool would hold everything twice.
 
 Source: https://docs.pytorch.org/docs/2.11/notes/cuda.html#cuda-graphs
 """
@@ -21,13 +21,13 @@ from finlora.data.packing import Pack
 from finlora.model.kernels import launch
 
 MAX_GRAPHS = 64
-"""Graphs kept; the one unused for longest goes first. Each takes some megabytes of the driver's memory."""
+"""Graphs kept; the least recently used is dropped. Each takes some megabytes of the driver's memory."""
 
 Run = Callable[[Pack, Tensor | None], tuple[Tensor, list[Tensor]]]
 
 
 class CapturedPasses:
-    """Runs padded packs through `run`, which takes a pack on the device and a seed, by graphs where a form comes again."""
+    """Runs padded packs through `run` (pack on the device, dropout seed), with a CUDA graph for a form seen before."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -38,7 +38,7 @@ class CapturedPasses:
         self._graphs: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
 
     def run(self, pack: Pack, seed: int | None, device: torch.device) -> tuple[Tensor, list[Tensor]]:
-        """Return loss and gradients of a pack on the host; they hold until the next call."""
+        """Return loss and gradients of a pack that lies on the host; they are valid until the next call."""
         if self._pool is None or self._stream is None:
             self._pool, self._stream = torch.cuda.MemPool(), torch.cuda.Stream(device)
         form = (*pack.form, seed is None)
@@ -62,10 +62,10 @@ class CapturedPasses:
 
 
 class _Graph:
-    """One recorded form with the memory its inputs are read from.
+    """A captured form and the memory of its inputs.
 
     Args:
-        outputs: loss and gradients are left there, in the same memory by all graphs: each of them would hold its own.
+        outputs: where all graphs write loss and gradients; otherwise each would hold memory of its own for them.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from emulated_triton import emulated_kernels
 
-from finlora.model.layers.cached_attention import Places, attend_cache, write_cache
+from finlora.model.layers.cached_attention import KeyRanges, attend_cache, write_cache
 from finlora.model.layers.elementwise import normalise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,34 +32,34 @@ def random_tensor(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, torch.bfloat16)
 
 
-def attend(query, key, value, places):
+def attend(query, key, value, ranges):
     """As the engine calls it on a GPU."""
     if DEVICE == "cuda":
-        return attend_cache(query, key, value, places)
-    return kernels.decode_attention.attend_singly(query, key, value, places.starts, places.lengths)
+        return attend_cache(query, key, value, ranges)
+    return kernels.decode_attention.attend_singly(query, key, value, ranges.starts, ranges.lengths)
 
 
 def write(*tensors):
     return write_cache(*tensors) if DEVICE == "cuda" else kernels.write_kv.write_rows(*tensors)
 
 
-def place(starts, lengths):
+def lay_out(starts, lengths):
     numbers = (range(len(starts) + 1), [*starts, 0], lengths)
-    return Places(*(torch.tensor([*part], dtype=torch.int32) for part in numbers), 1)
+    return KeyRanges(*(torch.tensor([*part], dtype=torch.int32) for part in numbers), 1)
 
 
 @pytest.mark.parametrize(("num_heads", "num_groups", "width"), HEADS)
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_single_queries_see_the_keys_of_their_place(num_heads, num_groups, width, lengths):
+def test_single_queries_see_the_keys_of_their_range(num_heads, num_groups, width, lengths):
     starts = [sum(lengths[:index]) + 8 * index for index in range(len(lengths))]
     query = random_tensor(len(lengths), num_heads, width)
     key, value = (random_tensor(starts[-1] + lengths[-1] + 8, num_groups, width, seed=seed) for seed in (1, 2))
-    places = place(starts, lengths)
-    wanted, wanted_sum = attend_cache(query.float().cpu(), key.float().cpu(), value.float().cpu(), places)
+    ranges = lay_out(starts, lengths)
+    wanted, wanted_sum = attend_cache(query.float().cpu(), key.float().cpu(), value.float().cpu(), ranges)
     for start, length in zip(starts, lengths, strict=True):
         key[start + length : start + length + 8] = torch.nan  # nobody's
         value[start + length : start + length + 8] = torch.nan
-    on_device = Places(*(part.to(DEVICE) for part in places[:3]), 1)
+    on_device = KeyRanges(*(part.to(DEVICE) for part in ranges[:3]), 1)
     found, found_sum = attend(query, key, value, on_device)
     torch.testing.assert_close(found.float().cpu(), wanted, rtol=2**-7, atol=2**-7)
     torch.testing.assert_close(found_sum.cpu(), wanted_sum, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from finlora.data.pack_size import PackSize, measure_pack, pad_pack
 from finlora.data.packing import pack_examples
 from finlora.model.base import load_base
 from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B, shape_of
-from finlora.model.layers.packed_layer import Place, run_layer
+from finlora.model.layers.packed_layer import LayerContext, run_layer
 from finlora.model.layers.packed_model import PackedLlama
 from finlora.model.lora import attach_lora
 from finlora.model.memory.packed_memory import (
@@ -44,8 +44,8 @@ def test_layer_keeps_what_the_table_says(tiny_base, recompute):
     x = llama.model.embed_tokens(pack.input_ids)
     cosine, sine = (table[0] for table in llama.model.rotary_emb(x, pack.positions[None]))
     with torch.no_grad():
-        place = Place(pack.segments, None, cosine, sine, recompute)
-        _, kept = run_layer(x, module.layers[0], place, torch.tensor(5, dtype=torch.int32))
+        context = LayerContext(pack.segments, None, cosine, sine, recompute)
+        _, kept = run_layer(x, module.layers[0], context, torch.tensor(5, dtype=torch.int32))
     tensors = [value for item in dataclasses.fields(kept) if (value := getattr(kept, item.name)) is not None]
     own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert own == len(x) * count_kept_bytes(shape_of(llama.config.to_dict()), config, recompute)

@@ -25,8 +25,8 @@ from typing import Any
 from finlora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from finlora.errors import ConfigError
 from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B, LlamaShape
-from finlora.model.memory.padded_memory import MemoryPlan, plan_memory
-from finlora.model.memory.shapes import CUDA_CONTEXT_GIB, MicroBatch
+from finlora.model.memory.fixed_memory import CUDA_CONTEXT_GIB
+from finlora.model.memory.padded_memory import MemoryPlan, PaddedBatch, plan_memory
 
 SHAPES = {
     "8b": LLAMA_8B,
@@ -119,7 +119,7 @@ def make_config(case: Case, folder: str, tokenizer: str, device: str) -> RunConf
 
 def forecast_case(case: Case) -> MemoryPlan:
     """Forecast a case from its shape alone."""
-    batch = MicroBatch(
+    batch = PaddedBatch(
         num_examples=case.micro_batch,
         num_tokens=case.length,
         num_labels=case.micro_batch * LABELS_A_ROW,

@@ -29,7 +29,7 @@ from finlora.config import LoraConfig, OptimConfig
 from finlora.configfile import load_config
 from finlora.errors import ConfigError
 from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B
-from finlora.model.memory.shapes import adapter_sizes
+from finlora.model.memory.fixed_memory import adapter_sizes
 from finlora.train.optim.onebit import Schedule
 
 BATCH = 16

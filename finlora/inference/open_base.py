@@ -23,7 +23,7 @@ from finlora.engine.scheduler import Scheduler
 from finlora.errors import ResourceError
 from finlora.inference.in_process import InProcess
 from finlora.model.base import load_base, quiet_bitsandbytes
-from finlora.model.memory.shapes import GIB
+from finlora.model.memory.fixed_memory import GIB
 from finlora.stage.decode_graphs import DECODE_SIZES, FEW_TAILS, PROMPT_SIZES, SHORT
 from finlora.stage.stage import Stage
 

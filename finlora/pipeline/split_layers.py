@@ -9,7 +9,7 @@ from __future__ import annotations
 from finlora.config import Bits
 from finlora.errors import ConfigError
 from finlora.model.formula.llama import LlamaShape
-from finlora.model.memory.shapes import count_weight_bytes
+from finlora.model.memory.fixed_memory import count_weight_bytes
 
 
 def split_layers(shape: LlamaShape, bits: Bits, num_stages: int) -> list[range]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from finlora.config import RunConfig
 from finlora.data.encode import Encoded
 from finlora.errors import ConfigError, ResourceError
+from finlora.model.memory.fixed_memory import context_gib
 from finlora.model.memory.packed_memory import PackPlan
-from finlora.model.memory.padded_memory import MemoryPlan, plan_memory
-from finlora.model.memory.shapes import context_gib, find_worst_micro_batch
+from finlora.model.memory.padded_memory import MemoryPlan, find_worst_micro_batch, plan_memory
 from finlora.model.source import find_source
 from finlora.train.path import plan_path, refuse_packing
 from finlora.train.run.run_folder import TrainingSet, load_training_set

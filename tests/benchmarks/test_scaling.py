@@ -17,7 +17,7 @@ from cluster_model import PCIE, Cluster, Link, Load, draw_steps, simulate
 from scaling import METHODS, Run, measure, measured_table
 
 from finlora.config import LoraConfig, ModelConfig
-from finlora.model.memory.shapes import adapter_sizes
+from finlora.model.memory.fixed_memory import adapter_sizes
 from finlora.model.source import find_source
 from finlora.train.optim.onebit import Schedule, Traffic
 

@@ -21,7 +21,7 @@ from finlora.inference.in_process import InProcess
 from finlora.model.base import load_base, measure_weights, quiet_bitsandbytes
 from finlora.model.layers.packed_model import PackedLlama
 from finlora.model.lora import attach_lora
-from finlora.model.memory.shapes import count_weight_bytes
+from finlora.model.memory.fixed_memory import count_weight_bytes
 from finlora.model.source import find_source, fingerprint_weights
 from finlora.stage.stage import Stage
 

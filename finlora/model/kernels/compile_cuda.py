@@ -1,7 +1,7 @@
-"""CUDA C++ of this package, compiled for the GPU at hand when it is first needed, and launched on torch's current stream.
+"""Run-time compilation (NVRTC) of this package's CUDA C++, at first use, and launch on torch's current stream.
 
-NVRTC comes with torch's CUDA build, and `cuda-bindings` speaks to it and to the driver; no CUDA toolkit is needed. Imported only
-where a CUDA tensor is at hand.
+NVRTC comes with torch's CUDA build; `cuda-bindings` calls it and the driver, so no CUDA toolkit is needed. Imported only for CUDA
+tensors.
 
 Source: https://nvidia.github.io/cuda-python/cuda-bindings/latest/overview.html
 """
@@ -52,9 +52,9 @@ class CudaKernel:
         """Queue the kernel on the current stream; a tensor is passed as a pointer to its data, None as a null pointer.
 
         Args:
-            overlaps: it may begin while the kernel before it ends (finlora/model/kernels/launch.py).
+            overlaps: launch it to overlap the end of the kernel before it (finlora/model/kernels/launch.py).
         """
-        check(driver.cuCtxSetCurrent(self._context))  # a thread that has not used the GPU yet has none
+        check(driver.cuCtxSetCurrent(self._context))  # a thread that has not used the GPU yet has no context
         values = tuple(each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments)
         types = tuple(ctypes.c_int if isinstance(each, int) else ctypes.c_void_p for each in arguments)
         config = driver.CUlaunchConfig()
@@ -117,7 +117,7 @@ def _compile(files: Sequence[str], options: tuple[str, ...]) -> bytes:
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """Return what a call gives beside its status, or raise."""
+    """Return the value that a call gives beside its status, or raise RuntimeError."""
     status, *values = result
     if int(status):
         raise RuntimeError(f"CUDA: {status.name}")

@@ -1,11 +1,11 @@
-"""Attention of single queries to a KV cache on a GPU: the keys of each are read in parts, by programs that run side by side.
+"""Decode attention on a GPU: single queries, whose keys in the KV cache are split among parallel programs (Flash-Decoding).
 
-FlashAttention would cut them by the longest that the whole cache could hold, so that a few long requests keep a part of the GPU
-busy, and wait for the longest of them.
+FlashAttention would split them by the longest sequence that the cache can hold: a few long requests would then occupy only a part
+of the GPU, and the pass would wait for the longest.
 
-Shapes: Q queries, R rows of the cache, h heads, g key-value heads of width d, a power of 2 from 16 on.
+Shapes: Q queries, R rows of the cache, h heads, g key-value heads of width d, a power of 2, at least 16.
 
-Imported only where a CUDA tensor is at hand: the CPU build of torch has no Triton.
+Imported only for CUDA tensors: the CPU build of torch has no Triton.
 Source: Flash-Decoding, https://pytorch.org/blog/flash-decoding/
 """
 
@@ -23,7 +23,7 @@ from finlora.model.kernels.int8_decode import MIN_DOT, num_processors
 from finlora.model.kernels.launch import can_overlap
 
 _BLOCK = 64
-"""Keys that a program takes at a time."""
+"""Keys that a program reads per iteration."""
 _PROGRAMS_A_PROCESSOR = 8
 _MOST_PARTS = 64
 
@@ -42,18 +42,18 @@ def _attend_part(
     first, last = part * size, min(part * size + size, length)
     if first >= last:
         return
-    heads, columns, places = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    heads, columns, indices = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, BLOCK)
     numbers = (row * num_groups + group) * HEADS + heads
     query = tl.load(query_ptr + numbers[:, None] * WIDTH + columns[None], mask=heads[:, None] < HEADS, other=0.0)
     start = (tl.load(starts_ptr + row).to(tl.int64) * num_groups + group) * WIDTH
-    keys = key_ptr + start + places[:, None] * num_groups * WIDTH + columns[None]
-    values = value_ptr + start + places[:, None] * num_groups * WIDTH + columns[None]
+    keys = key_ptr + start + indices[:, None] * num_groups * WIDTH + columns[None]
+    values = value_ptr + start + indices[:, None] * num_groups * WIDTH + columns[None]
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     out = tl.zeros((ROWS, WIDTH), tl.float32)
-    for place in range(first, last, BLOCK):
-        is_seen = place + places < last
-        offset = place * num_groups * WIDTH
+    for begin in range(first, last, BLOCK):
+        is_seen = begin + indices < last
+        offset = begin * num_groups * WIDTH
         key = tl.load(keys + offset, mask=is_seen[:, None], other=0.0)
         value = tl.load(values + offset, mask=is_seen[:, None], other=0.0)
         scores = tl.where(is_seen[None], tl.dot(query, tl.trans(key)) * scale, float("-inf"))
@@ -80,9 +80,9 @@ def _join_parts(
     size = tl.cdiv(tl.cdiv(length, num_parts), BLOCK) * BLOCK
     parts, columns = tl.arange(0, PARTS), tl.arange(0, WIDTH)
     is_there, number = parts * size < length, row * num_heads + head
-    places = number * num_parts + parts
-    sums = tl.load(sums_ptr + places, mask=is_there, other=float("-inf"))
-    outs = tl.load(parts_ptr + places[:, None] * WIDTH + columns[None], mask=is_there[:, None], other=0.0)
+    sources = number * num_parts + parts
+    sums = tl.load(sums_ptr + sources, mask=is_there, other=float("-inf"))
+    outs = tl.load(parts_ptr + sources[:, None] * WIDTH + columns[None], mask=is_there[:, None], other=0.0)
     top = tl.max(sums, 0)
     weights = tl.exp2(sums - top)
     total = tl.sum(weights, 0)
@@ -92,7 +92,7 @@ def _join_parts(
 
 
 def attend_singly(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the output (Q, h, d) of queries that see a run of keys each, and log-sum-exp of the scores (h, Q).
+    """Return the output (Q, h, d) of queries with one range of keys each, and the log-sum-exp of their scores (h, Q).
 
     Shapes: query (Q, h, d), key and value (R, g, d), all contiguous; starts and lengths, at least 1, (Q,) int32.
     """

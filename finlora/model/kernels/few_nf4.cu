@@ -1,32 +1,32 @@
-// x W^T for few rows of x, W unpacked from NF4 with double quantisation on the way; finlora/model/kernels/nf4_products.py launches it.
+// x W^T for few rows of x, W unpacked from NF4 with double quantisation on the fly; launched by finlora/model/kernels/nf4_products.py.
 //
-// Shapes: T rows, K in, N out. W is read once; what it costs besides should hide behind that. It lies in tiles as
-// finlora/model/kernels/nf4_tiles.cuh says. A byte holds two numbers, so a table of 256 pairs of bfloat16 gives both by one read of shared
-// memory, a copy of the table for each lane of a warp: lanes that read different entries of one table would wait for each other. A
-// group's scale is multiplied into its sums in float32.
+// Shapes: T rows, K in, N out. W is read once, in the tiles of finlora/model/kernels/nf4_tiles.cuh; the arithmetic hides behind
+// these reads. A byte holds two codes, so a table of 256 pairs of bfloat16 gives both values by one read of shared memory. Each lane
+// of a warp has its own copy of the table, since lanes that read different entries of one table would have bank conflicts. The scale
+// of a group is multiplied into its sums in float32.
 //
-// A step is a row of tiles below each other, one for each warp of a block. Blocks take equally many steps, one after the other along
-// the columns and on into the next outputs; what a block has of these goes to a place of its own, and add_parts sums the places in
-// a fixed order. The next half of a tile is on its way from memory while one is computed.
+// A step is one column of tiles, a tile for each warp of a block. All blocks take the same number of steps, along the columns and on
+// into the next outputs. A block writes its partial sums to memory of its own, and add_parts sums the parts in a fixed order. The
+// next half of a tile is loaded while one is computed.
 //
-// On a Hopper a kernel may begin while the one before it ends: what it needs of W comes meanwhile.
+// On Hopper a kernel may start while the one before it ends, and loads its first weights meanwhile.
 //
-// Defined when this is compiled: WARPS of a block, ROW_TILES of 8 rows, BLOCKS of a processor, and X_PARTS in which a step's columns
-// of x come: two of them need half the shared memory, and make all warps wait for each other twice a step.
+// Defined at compilation: WARPS of a block, ROW_TILES of 8 rows, BLOCKS of a multiprocessor, and X_PARTS, the parts in which the
+// columns of x of a step are loaded: two parts need half the shared memory and synchronise the block twice a step.
 
 constexpr int THREADS = LANES * WARPS, ROWS = ROW_TILES * 8;
 constexpr int HEIGHT = WARPS * OUTS;   // outputs of a step
-constexpr int X_COLUMNS = COLUMNS / X_PARTS, X_STRIDE = X_COLUMNS + 8;  // 16 bytes more: eight rows begin at different banks
+constexpr int X_COLUMNS = COLUMNS / X_PARTS, X_STRIDE = X_COLUMNS + 8;  // 16 bytes of padding: eight rows start at different banks
 static_assert(X_PARTS == 1 || X_PARTS == HALVES, "a half of a tile needs one part of x");
-static_assert(THREADS == PAIRS, "a thread copies one of the levels' numbers");
+static_assert(THREADS == PAIRS, "a thread copies the value of one level");
 
-// Returns where a warp's tile of a step lies; outputs that are not there are computed like the last ones.
+// Returns a warp's tile of a step; outputs past the end are computed as copies of the last ones.
 __device__ const unsigned char* find_tile(const unsigned char* tiles, int height, int column, int num_out, int num_columns) {
     const int strip = min(height * WARPS + static_cast<int>(threadIdx.x) / LANES, (num_out + OUTS - 1) / OUTS - 1);
     return tiles + (static_cast<long long>(strip) * num_columns + column) * TILE_STRIDE;
 }
 
-// Writes a tile's scales where all lanes find them.
+// Writes a tile's scales to shared memory.
 __device__ void store_scales(float4* target, unsigned levels, float factor, float mean, const float* level_code) {
     __syncwarp();
     float scales[GROUPS];
@@ -36,7 +36,7 @@ __device__ void store_scales(float4* target, unsigned levels, float factor, floa
     __syncwarp();
 }
 
-// Copies columns of x; rows that are not there become 0.
+// Copies columns of x to shared memory; rows past the end become 0.
 __device__ void load_x(bf16* target, const bf16* x, int num_rows, int num_in, int column) {
     constexpr int CHUNKS = X_COLUMNS / 8;
     const int chunk = threadIdx.x % CHUNKS;
@@ -50,20 +50,20 @@ __device__ void load_x(bf16* target, const bf16* x, int num_rows, int num_in, in
     end_copies();
 }
 
-// Waits until all of the block have what was copied last, and no longer read what was there before.
+// Waits until the whole block sees the last copy and has stopped reading the buffer before it.
 __device__ void wait_for_x() {
     wait_for_copies();
     __syncthreads();
 }
 
-// Returns the two numbers of one byte of a word. What is shifted is the byte's offset in the table; `own` the lane's in a row of it.
+// Returns the two values of one byte of a word. `shifted` is the byte's row in the table, `own` the lane's offset in that row.
 __device__ unsigned look_up(const char* pairs, unsigned word, int byte, unsigned own) {
     const unsigned shifted = byte ? word >> (8 * byte - 7) : word << 7;
     return *reinterpret_cast<const unsigned*>(pairs + (shifted & 0x7f80 | own));
 }
 
-// Adds half a tile to the sums; `x` begins at its columns. A lane's columns of a group lie side by side: products take them in this
-// order, of x as of W.
+// Adds half a tile's products to the sums; `x` starts at its columns. A lane's columns of a group are contiguous: the products take
+// them in this order, of x and of W.
 __device__ void add_half(float (&total)[OUT_TILES][ROW_TILES][4], const Half& half, const float4* scales, const bf16* x,
                          const char* pairs, int first_group) {
     const int lane = threadIdx.x % LANES, place = lane >> 2, quad = lane & 3;
@@ -105,7 +105,7 @@ __device__ void add_half(float (&total)[OUT_TILES][ROW_TILES][4], const Half& ha
     }
 }
 
-// Writes what a block has of its outputs, and begins anew.
+// Writes a block's partial sums and resets them.
 __device__ void store_part(float (&total)[OUT_TILES][ROW_TILES][4], float* part, int num_rows) {
     const int lane = threadIdx.x % LANES, quad = lane & 3, place = lane >> 2;
 #pragma unroll
@@ -139,7 +139,7 @@ few_nf4(const bf16* x, const unsigned char* tiles, const float* level_code, cons
     Half halves[HALVES];
     load_half(halves[0], tile);
     unsigned levels = load_levels(tile);
-    int out = min(height * HEIGHT + static_cast<int>(threadIdx.x), num_out - 1);  // whose scales the lane computes
+    int out = min(height * HEIGHT + static_cast<int>(threadIdx.x), num_out - 1);  // output whose scales this thread computes
     float mean = __ldg(means + out);
     float factor = __ldg(level_scales + (static_cast<unsigned>(out) * num_in + column * COLUMNS) / NESTED);
     for (int index = threadIdx.x; index < PAIRS * LANES / 4; index += THREADS) {
@@ -206,7 +206,7 @@ extern "C" __global__ void add_parts(const float* parts, const bf16* residual, b
     target[place] = to_bf16(residual ? sum + to_float(residual[place]) : sum);
 }
 
-// The same of a gate and an up projection, num_out each: writes silu(gate) * up, of both rounded as they would be alone.
+// As add_parts, for a gate and an up projection of num_out outputs each: writes silu(gate) * up, both rounded to bfloat16 first.
 extern "C" __global__ void add_gated_parts(const float* parts, bf16* target, int num_rows, int num_out, int num_columns,
                                            int steps_a_block) {
     let_next_kernel_begin();

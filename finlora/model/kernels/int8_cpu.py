@@ -1,11 +1,11 @@
-"""Exact int8 products on a CPU: oneDNN's where the processor multiplies int8 (VNNI), in float32 elsewhere.
+"""Exact int8 products on a CPU: oneDNN's where the processor has int8 instructions (VNNI), in float32 elsewhere.
 
 Shapes: T rows, K in, N out.
 
 Without VNNI oneDNN adds pairs of products in int16, which saturates at 32,767 (127 x 127 twice is 32,258, and its inputs are
-shifted to 0 to 255 first): 8 bit would answer wrong without a word. torch (from 2.6) calls it only where the processor has VNNI,
-and else multiplies number by number, which is slow; but it does not heed ONEDNN_MAX_CPU_ISA, by which a processor with VNNI is
-held to kernels without. Hence both are looked at: whether the product is exact, and which is faster.
+shifted to 0 to 255 first): 8-bit answers would be silently wrong. torch (from 2.6) calls oneDNN only where the processor has VNNI
+and otherwise multiplies element by element, which is slow. But it ignores ONEDNN_MAX_CPU_ISA, which can restrict a processor with
+VNNI to kernels without it. So two things are tried once: whether the product is exact, and which product is faster.
 
 Source: https://uxlfoundation.github.io/oneDNN/dev_guide_int8_computations.html, https://github.com/pytorch/pytorch/pull/136942
 """
@@ -34,7 +34,7 @@ def multiply_int8(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
-    """As `multiply_int8`, by sums in float32 over so few columns that none is rounded."""
+    """As `multiply_int8`, by float32 sums over so few columns that they are exact."""
     total = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
     for left, right in zip(x.split(_EXACT_COLUMNS, 1), weight.split(_EXACT_COLUMNS, 1), strict=True):
         total += (left.float() @ right.float().t()).int()
@@ -44,7 +44,7 @@ def multiply_in_float32(x: Tensor, weight: Tensor) -> Tensor:
 @functools.cache
 def has_exact_int8() -> bool:
     """Return whether torch's int8 product on this CPU is exact, and no slower than one in float32; tried once, in some ms."""
-    # The largest numbers of both signs: what saturates does so here.
+    # The largest values of both signs: any product that can saturate does so here.
     x = torch.full((_SIZE, _SIZE), 127, dtype=torch.int8)
     x[::2] = -127
     weight = torch.full((_SIZE, _SIZE), 127, dtype=torch.int8)

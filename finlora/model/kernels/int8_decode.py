@@ -1,9 +1,9 @@
-"""Products of few rows with quantised weights on a GPU: each packed weight is read once and unpacked on the way.
+"""Products of few rows with int8 weights on a GPU, bound by memory: each weight is read once and unpacked on the fly.
 
-Shapes: T rows, up to MAX_FEW_ROWS, K in, N out. A program reads BLOCK_OUT outputs and a part of the columns; parts are summed by
-a second kernel, in a fixed order. The products take about as long as reading the packed weights does.
+Shapes: T rows, up to MAX_FEW_ROWS, K in, N out. A program reads BLOCK_OUT outputs and a part of the columns; a second kernel sums
+the parts in a fixed order.
 
-Imported only where a CUDA tensor is at hand: the CPU build of torch has no Triton.
+Imported only for CUDA tensors: the CPU build of torch has no Triton.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from finlora.model.kernels.launch import can_overlap
 
-MIN_DOT = 16  # rows of the smallest product on the tensor cores
+MIN_DOT = 16  # smallest side of a tensor-core product
 _PROGRAMS_A_PROCESSOR = 4
 
 
@@ -41,8 +41,8 @@ def _few_int8(
         x = tl.load(x_ptr + rows[None] * num_in + ins[:, None], mask=is_row[None], other=0.0)
         acc = tl.dot(w.to(x_ptr.dtype.element_ty), x, acc)
     acc = acc * (tl.load(scale_ptr + outs, mask=is_out, other=0.0) / 127.0)[:, None]
-    place = (tl.program_id(1) * num_rows + rows[None]) * num_out + outs[:, None]
-    tl.store(out_ptr + place, acc, mask=is_out[:, None] & is_row[None])
+    target = (tl.program_id(1) * num_rows + rows[None]) * num_out + outs[:, None]
+    tl.store(out_ptr + target, acc, mask=is_out[:, None] & is_row[None])
 
 
 @triton.jit
@@ -53,18 +53,18 @@ def _add_parts(
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    mask = places < size
+    indices = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = indices < size
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for part in range(num_parts):
-        total += tl.load(parts_ptr + part * size + places, mask=mask, other=0.0)
+        total += tl.load(parts_ptr + part * size + indices, mask=mask, other=0.0)
     if HAS_RESIDUAL:
-        total += tl.load(residual_ptr + places, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + places, total.to(out_ptr.dtype.element_ty), mask=mask)
+        total += tl.load(residual_ptr + indices, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + indices, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def few_int8(x: Tensor, values: Tensor, scales: Tensor, residual: Tensor | None) -> Tensor:
-    """Return x W^T (+ residual) in x's type, W = values * scales / 127 unpacked on the way.
+    """Return x W^T (+ residual) in x's type, W = values * scales / 127 unpacked on the fly.
 
     Shapes: x (T, K), values (N, K) int8, scales (N,) float32, residual (T, N) -> (T, N).
     """
@@ -96,7 +96,7 @@ def _pad_rows(num_rows: int) -> int:
 
 
 def _split(num_out: int, num_in: int, block_out: int, block_in: int, device: torch.device) -> tuple[int, int]:
-    """Return in how many parts the columns are read by programs of their own, and the columns of a part."""
+    """Return the number of parts into which the columns are split among programs, and the columns of a part."""
     num_blocks = triton.cdiv(num_in, block_in)
     wanted = max(1, _PROGRAMS_A_PROCESSOR * num_processors(device) // triton.cdiv(num_out, block_out))
     part = triton.cdiv(num_blocks, min(wanted, num_blocks)) * block_in
@@ -105,5 +105,5 @@ def _split(num_out: int, num_in: int, block_out: int, block_in: int, device: tor
 
 @functools.cache
 def num_processors(device: torch.device) -> int:
-    """Return the multiprocessors of a GPU."""
+    """Return the number of multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

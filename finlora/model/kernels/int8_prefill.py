@@ -1,8 +1,8 @@
-"""LLM.int8() on a GPU: one product on the int8 tensor cores that also rescales and adds what is computed in 16 bit.
+"""LLM.int8() on a GPU: a product on the int8 tensor cores that also rescales and adds the 16-bit product and the residual.
 
 Shapes: T rows, K in, N out, R held-back columns. Source: arXiv:2208.07339, section 3.
 
-Imported only where a CUDA tensor is at hand: the CPU build of torch has no Triton.
+Imported only for CUDA tensors: the CPU build of torch has no Triton.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 _LARGE_SHARED_BYTES = 200 * 1024
-"""Shared memory of a multiprocessor from which blocks are large: Hopper's 227 KiB, not the 99 KiB of an A6000."""
+"""Shared memory of a multiprocessor that large blocks need: Hopper has 227 KiB, an A6000 99 KiB."""
 
 
 @triton.jit
@@ -25,7 +25,7 @@ def _many_int8(
     FEW: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    # Programs that run together share blocks of both operands: TOGETHER blocks of rows by all of outputs.
+    # Programs that run at a time share blocks of both operands in cache: TOGETHER blocks of rows by all blocks of outputs.
     num_row_blocks, num_out_blocks = tl.cdiv(num_rows, BLOCK_ROWS), tl.cdiv(num_out, BLOCK_OUT)
     first = tl.program_id(0) // (TOGETHER * num_out_blocks) * TOGETHER
     size = min(num_row_blocks - first, TOGETHER)
@@ -36,12 +36,12 @@ def _many_int8(
     safe_rows, safe_outs = tl.where(is_row, rows, 0), tl.where(is_out, outs, 0)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.int32)
     ins = tl.arange(0, BLOCK_IN)
-    x_place = x_ptr + safe_rows[:, None] * num_in + ins[None]
-    w_place = w_ptr + safe_outs[None] * num_in + ins[:, None]
+    x_block = x_ptr + safe_rows[:, None] * num_in + ins[None]
+    w_block = w_ptr + safe_outs[None] * num_in + ins[:, None]
     for _ in range(0, num_in, BLOCK_IN):
-        acc = tl.dot(tl.load(x_place), tl.load(w_place), acc, out_dtype=tl.int32)
-        x_place += BLOCK_IN
-        w_place += BLOCK_IN
+        acc = tl.dot(tl.load(x_block), tl.load(w_block), acc, out_dtype=tl.int32)
+        x_block += BLOCK_IN
+        w_block += BLOCK_IN
     row_scale = tl.load(row_ptr + safe_rows) * (1 / 127.0)
     column_scale = tl.load(column_ptr + safe_outs) * (1 / 127.0)
     out = acc.to(tl.float32) * row_scale[:, None] * column_scale[None]
@@ -49,20 +49,20 @@ def _many_int8(
     few_x = tl.load(few_x_ptr + safe_rows[:, None] * FEW + few[None])
     few_w = tl.load(few_w_ptr + safe_outs[None] * FEW + few[:, None])
     out = tl.dot(few_x, few_w, out)
-    place = rows[:, None] * num_out + outs[None]
+    target = rows[:, None] * num_out + outs[None]
     mask = is_row[:, None] & is_out[None]
     if HAS_RESIDUAL:
-        out += tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=mask)
+        out += tl.load(residual_ptr + target, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _choose_columns(
     strength_ptr, columns_ptr, is_chosen_ptr, is_held_ptr, num_in, FEW: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program. Magnitudes in float16 are ordered as their bits are; 15 halvings find the FEW-th largest."""
-    places = tl.arange(0, BLOCK)
-    bits = tl.load(strength_ptr + places, mask=places < num_in, other=0).to(tl.int32)
+    """One program. float16 magnitudes sort like their bits, so 15 bisections find the FEW-th largest."""
+    columns = tl.arange(0, BLOCK)
+    bits = tl.load(strength_ptr + columns, mask=columns < num_in, other=0).to(tl.int32)
     threshold = 0
     if tl.sum((bits > 0).to(tl.int32)) > FEW:
         high = 32767
@@ -74,7 +74,7 @@ def _choose_columns(
     num_equal = tl.sum(((bits == threshold) & (bits > 0)).to(tl.int32))
     room = FEW - num_over
     count = num_over + min(room, num_equal)
-    # Columns without an outlier fill what is left of the list, marked as not chosen.
+    # Columns without an outlier fill the rest of the list, marked as not chosen.
     num_chosen, num_seen_equal, num_other = 0, 0, count
     for start in range(0, num_in, CHUNK):
         own = start + tl.arange(0, CHUNK)
@@ -97,7 +97,7 @@ def _choose_columns(
 def many_int8(
     x: Tensor, rows: Tensor, values: Tensor, scales: Tensor, few_x: Tensor, few_w: Tensor, residual: Tensor | None
 ) -> Tensor:
-    """Return the int8 product rescaled, plus that of the held-back columns, plus the residual, in few_x's type.
+    """Return the rescaled int8 product, plus the product of the held-back columns, plus the residual, in few_x's type.
 
     Shapes: x (T, K) int8 with magnitudes rows (T,), values (N, K) int8 with magnitudes scales (N,), few_x (T, R), few_w (N, R),
     residual (T, N) -> (T, N). R is a power of two.
@@ -117,12 +117,12 @@ def many_int8(
 
 
 def choose_columns(strength: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the columns with the strongest outliers without asking the host.
+    """Return the columns with the strongest outliers, without a host synchronisation.
 
     Shapes: strength (K,) float16, 0 without an outlier; K >= count.
 
     Returns:
-        columns (count,) int64, whether each of them has an outlier (count,) bool, and the same of all columns (K,) bool.
+        columns (count,) int64; whether each has an outlier (count,) bool; whether each of all columns is chosen (K,) bool.
     """
     num_in = strength.shape[0]
     columns = torch.empty(count, dtype=torch.int64, device=strength.device)

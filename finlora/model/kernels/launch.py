@@ -1,12 +1,10 @@
-"""Launch of this package's kernels: which tensors take them, and which GPUs may begin one before the last has ended.
+"""Launch of this package's kernels: which tensors use them, CUDA graph capture, and programmatic dependent launch.
 
-One function, so that tests run these paths on a processor by emulations of Triton, FlashAttention and CUDA graphs.
+A pass of few rows is a thousand kernels of some microseconds, with one or two microseconds of idle GPU between two of them. A
+kernel launched with overlap starts as soon as all blocks of the kernel before have started. It loads its weights, which no kernel
+writes, and waits (`gdc_wait`) before it reads what the kernel before writes.
 
-A pass of few rows is a thousand kernels of some microseconds, and between two of them a GPU stands still for one or two more. A
-kernel that is launched so is brought to the processors as soon as all blocks of the one before have begun; it waits by itself
-before it reads what that one writes, and can load what nobody writes, its weights, meanwhile.
-
-Each of these kernels waits before it ends. So what any kernel before has written is there after the wait, too.
+Each of these kernels waits before it ends, so after the wait the results of all earlier kernels are visible too.
 
 Source: https://docs.nvidia.com/cuda/cuda-c-programming-guide/index.html#programmatic-dependent-launch-and-synchronization
 """
@@ -23,7 +21,10 @@ from torch import Tensor
 
 
 def takes_kernels(tensor: Tensor) -> bool:
-    """Return whether kernels are launched for a tensor: on a GPU."""
+    """Return whether this package's kernels run for a tensor: on a GPU.
+
+    The only such check: tests replace it to run these paths on CPU, by emulations of Triton, FlashAttention and CUDA graphs.
+    """
     return tensor.is_cuda
 
 
@@ -31,10 +32,10 @@ def takes_kernels(tensor: Tensor) -> bool:
 def capture_graph(
     graph: torch.cuda.CUDAGraph, pool: torch.cuda.MemPool, stream: torch.cuda.Stream | None = None
 ) -> Iterator[None]:
-    """Capture what is launched inside into a graph, with Python's garbage collector off.
+    """Capture the kernels launched inside into a graph, with Python's garbage collector off.
 
-    A collection there may free an earlier module's graphs and memory pool. CUDA refuses these calls in a capture, which is lost
-    then, and torch leaves its random generator in the state of a capture: all later random numbers of the process are refused.
+    A collection may free graphs and memory pools of an earlier module. CUDA refuses these calls during a capture. Then
+    the capture fails, and torch leaves its random generator in the state of a capture, in which it refuses all random numbers.
     """
     is_on = gc.isenabled()
     gc.disable()
@@ -48,5 +49,5 @@ def capture_graph(
 
 @functools.cache
 def can_overlap(device: torch.device) -> bool:
-    """Return whether a device has it."""
+    """Return whether a device supports programmatic dependent launch: Hopper and newer."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

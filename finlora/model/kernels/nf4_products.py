@@ -1,4 +1,4 @@
-"""Products with NF4 weights in tiles on a GPU: of few rows by few_nf4.cu, which reads each packed weight once.
+"""Products of few rows with NF4 weights in tiles on a GPU, by few_nf4.cu; unpacking of tiles, by unpack_nf4.cu.
 
 Shapes: T rows, up to MAX_FEW_ROWS, K in, N out.
 """
@@ -19,7 +19,7 @@ from finlora.model.kernels.nf4 import STRIP, UNIT, Nf4Tiles
 _WARPS = 8
 _THREADS = 32 * _WARPS
 _HEIGHT = STRIP * _WARPS  # outputs of a step
-_TABLE_BYTES = 256 * 32 * 4 + 256 * 4  # pairs for each lane, and the levels' numbers
+_TABLE_BYTES = 256 * 32 * 4 + 256 * 4  # pairs for each lane, and the levels' values
 _SCALE_BYTES = _HEIGHT * (UNIT // 64) * 4
 _RESERVED_BYTES = 1024  # of shared memory, for each block
 
@@ -29,14 +29,14 @@ class _Kernels(NamedTuple):
     add_parts: CudaKernel
     add_gated_parts: CudaKernel
     num_slots: int
-    """Blocks that the GPU runs at once."""
+    """Blocks that the GPU runs at a time."""
 
 
 def few_nf4(x: Tensor, weight: Nf4Tiles, residual: Tensor | None) -> Tensor:
-    """Return x W^T (+ residual) in bfloat16, W unpacked from NF4 with double quantisation on the way.
+    """Return x W^T (+ residual) in bfloat16, W unpacked from NF4 with double quantisation on the fly.
 
-    NF4's numbers are rounded to bfloat16 and the products of a group scaled in float32, where bitsandbytes rounds each scaled
-    weight to bfloat16: both are as far from the stored weight. Parts of the sum are added in a fixed order.
+    NF4's values are rounded to bfloat16 and the products of a group scaled in float32; bitsandbytes rounds each scaled weight to
+    bfloat16. Both errors are of the same size. Parts of the sum are added in a fixed order.
 
     Shapes: x (T, K) and residual (T, N) bfloat16 -> (T, N).
     """
@@ -44,7 +44,7 @@ def few_nf4(x: Tensor, weight: Nf4Tiles, residual: Tensor | None) -> Tensor:
 
 
 def few_gated_nf4(x: Tensor, weight: Nf4Tiles) -> Tensor:
-    """Return silu(x G^T) * (x U^T) of a weight that is G and U, joined; both products are rounded to bfloat16 before.
+    """Return silu(x G^T) * (x U^T) of a weight that joins G and U; both products are first rounded to bfloat16.
 
     Shapes: x (T, K) bfloat16, weight of N = 2 I outputs -> (T, I).
     """
@@ -76,7 +76,7 @@ def _multiply(x: Tensor, weight: Nf4Tiles, residual: Tensor | None, *, is_gated:
 
 
 def unpack_tiles(weight: Nf4Tiles) -> Tensor:
-    """Return the weight (N, K) in bfloat16, the same numbers as bitsandbytes unpacks."""
+    """Return the weight (N, K) in bfloat16, with the values that bitsandbytes unpacks."""
     (num_strips, num_columns, _), num_out = weight.tiles.shape, weight.means.shape[0]
     out = torch.empty(num_out, num_columns * UNIT, dtype=torch.bfloat16, device=weight.tiles.device)
     _load_unpacking(out.device).launch(
@@ -89,10 +89,10 @@ def unpack_tiles(weight: Nf4Tiles) -> Tensor:
 
 @functools.cache
 def _load(row_tiles: int, device: torch.device) -> _Kernels:
-    """Compile the kernels for so many times 8 rows."""
+    """Compile the kernels for 8 * row_tiles rows."""
     num_blocks = 2 if row_tiles <= 2 else 1  # more, with fewer registers each, do not fit
     of_block, of_processor = _find_shared_bytes(device)
-    # Whole steps of x where they fit: an A6000 has room for halves from 9 rows on, so that two blocks run on a processor.
+    # Whole steps of x where they fit. On an A6000 only halves fit from 9 rows on, with two blocks on a multiprocessor.
     needs = {x_parts: _count_shared_bytes(row_tiles, x_parts) for x_parts in (1, 2)}
     x_parts = 1 if needs[1] <= of_block and num_blocks * (needs[1] + _RESERVED_BYTES) <= of_processor else 2
     defines = {"WARPS": _WARPS, "ROW_TILES": row_tiles, "BLOCKS": num_blocks, "X_PARTS": x_parts}
@@ -104,12 +104,12 @@ def _load(row_tiles: int, device: torch.device) -> _Kernels:
 
 
 def _count_shared_bytes(row_tiles: int, x_parts: int) -> int:
-    """Return what a block needs: the tables, and columns of x twice, 16 bytes more a row."""
+    """Return the shared memory of a block: the tables, and double-buffered columns of x with 16 bytes of padding a row."""
     return _TABLE_BYTES + _SCALE_BYTES + 2 * (8 * row_tiles) * (UNIT // x_parts + 8) * 2
 
 
 def _find_shared_bytes(device: torch.device) -> tuple[int, int]:
-    """Return how much shared memory a block can have, and a processor has for all of its blocks."""
+    """Return the shared memory limits of a block and of a multiprocessor."""
     properties: Any = torch.cuda.get_device_properties(device)
     return properties.shared_memory_per_block_optin, properties.shared_memory_per_multiprocessor
 

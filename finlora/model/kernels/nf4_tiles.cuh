@@ -1,8 +1,8 @@
-// NF4 weights with double quantisation, in tiles as finlora/model/kernels/nf4.py makes them; put before the files that read them.
+// NF4 weights with double quantisation, in the tiles of finlora/model/kernels/nf4.py; compiled in front of the files that read them.
 //
-// A tile is 32 outputs by 256 columns. Its bytes lie as a warp reads them, end to end: each load brings every lane 16 bytes, which
-// are its operands of products of 16 outputs and 64 columns. A group of 64 columns of an output shares a scale,
-// level_code[level] * level_scale + mean; the levels, a byte a group, come last.
+// A tile is 32 outputs by 256 columns, its bytes in the order in which a warp reads them: each load gives every lane 16 bytes, its
+// operands for products of 16 outputs and 64 columns. A group of 64 columns of an output shares a scale,
+// level_code[level] * level_scale + mean; the levels, one byte a group, come last.
 
 constexpr int LANES = 32;
 constexpr int OUT_TILES = 2, OUTS = OUT_TILES * 16, GROUPS = 4, COLUMNS = GROUPS * 64;  // of a tile
@@ -10,7 +10,7 @@ constexpr int HALVES = 2, HALF_GROUPS = GROUPS / HALVES, HALF_BYTES = OUTS * HAL
 constexpr int LEVEL_PLACE = HALVES * HALF_BYTES, TILE_STRIDE = LEVEL_PLACE + OUTS * GROUPS;
 constexpr int PAIRS = 256, NESTED = 64 * 256;  // weights that share a level's scale
 
-// Half a tile's part of one lane: products' operands for 16 outputs and 64 columns each.
+// One lane's part of half a tile: operands for products of 16 outputs and 64 columns each.
 struct Half {
     uint4 bytes[OUT_TILES][HALF_GROUPS];
 };
@@ -21,10 +21,10 @@ __device__ void load_half(Half& half, const unsigned char* from) {
     for (int m = 0; m < OUT_TILES; m++)
 #pragma unroll
         for (int group = 0; group < HALF_GROUPS; group++) half.bytes[m][group] = __ldcs(own + (m * HALF_GROUPS + group) * LANES);
-    __syncwarp();  // holds the loads here: the compiler would move them down to where the weights are used
+    __syncwarp();  // keeps the loads here: the compiler would move them to the use of the weights
 }
 
-// Returns the levels of the lane's own output.
+// Returns the levels of the lane's output.
 __device__ unsigned load_levels(const unsigned char* tile) {
     return __ldcs(reinterpret_cast<const unsigned*>(tile + LEVEL_PLACE) + threadIdx.x % LANES);
 }

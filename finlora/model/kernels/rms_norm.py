@@ -1,6 +1,6 @@
-"""RMSNorm of few rows on a GPU, which may begin while the kernel before it ends (finlora/model/kernels/launch.py).
+"""RMSNorm of few rows on a GPU, launched to overlap the end of the kernel before it (finlora/model/kernels/launch.py).
 
-Imported only where a CUDA tensor is at hand: the CPU build of torch has no Triton.
+Imported only for CUDA tensors: the CPU build of torch has no Triton.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from finlora.model.kernels.launch import can_overlap
 def _normalise(x_ptr, weight_ptr, out_ptr, num_columns, eps, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     is_there = columns < num_columns
-    place = tl.program_id(0).to(tl.int64) * num_columns + columns
+    offsets = tl.program_id(0).to(tl.int64) * num_columns + columns
     weight = tl.load(weight_ptr + columns, mask=is_there, other=0.0)
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
-    x = tl.load(x_ptr + place, mask=is_there, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + offsets, mask=is_there, other=0.0).to(tl.float32)
     inverse = tl.rsqrt(tl.sum(x * x, 0) / num_columns + eps)
-    tl.store(out_ptr + place, weight * (x * inverse).to(weight.dtype), mask=is_there)
+    tl.store(out_ptr + offsets, weight * (x * inverse).to(weight.dtype), mask=is_there)
 
 
 def norm_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,6 +1,6 @@
-// Writes W (N, K) in bfloat16, from tiles as finlora/model/kernels/nf4_tiles.cuh says: each number times its scale, rounded once, which are
-// the numbers that bitsandbytes gives. A warp takes a tile; finlora/model/kernels/nf4_products.py launches it. Defined: WARPS of a block.
-static_assert(LANES * WARPS == PAIRS, "a thread copies one of the levels' numbers");
+// W (N, K) in bfloat16 from the tiles of finlora/model/kernels/nf4_tiles.cuh: each value times its scale, rounded once, as in
+// bitsandbytes. A warp takes a tile. Launched by finlora/model/kernels/nf4_products.py. Defined at compilation: WARPS of a block.
+static_assert(LANES * WARPS == PAIRS, "a thread copies the value of one level");
 
 extern "C" __global__ void __launch_bounds__(LANES * WARPS)
 unpack_nf4(const unsigned char* tiles, const float* level_code, const float* level_scales, const float* means, const float* code,
@@ -22,7 +22,7 @@ unpack_nf4(const unsigned char* tiles, const float* level_code, const float* lev
     const float mean = __ldg(means + own);
     float scales[GROUPS];
 #pragma unroll
-    for (int group = 0; group < GROUPS; group++)  // as bitsandbytes does, which rounds the product before it adds the mean
+    for (int group = 0; group < GROUPS; group++)  // rounded before the mean is added, as in bitsandbytes
         scales[group] = __fadd_rn(__fmul_rn(own_code[levels >> 8 * group & 0xff], factor), mean);
 #pragma unroll
     for (int m = 0; m < OUT_TILES; m++)
@@ -40,7 +40,7 @@ unpack_nf4(const unsigned char* tiles, const float* level_code, const float* lev
                     const unsigned byte = words[pair / 2] >> (8 * (pair % 2 * 2 + eight)) & 0xff;
                     found[pair] = round_two(numbers[byte >> 4] * scale, numbers[byte & 15] * scale);
                 }
-                // Neighbours swap a half of what they have, so that both then write next to each other.
+                // Neighbouring lanes swap halves, so that their writes are contiguous.
                 const bool is_odd = lane & 1;
 #pragma unroll
                 for (int pair = 0; pair < 4; pair++) {

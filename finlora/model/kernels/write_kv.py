@@ -1,6 +1,6 @@
-"""Keys and values on their way into the KV cache on a GPU: rotated and written in one pass, with the queries beside them.
+"""Write to the KV cache on a GPU: one kernel rotates queries and keys and writes keys and values to their cache rows.
 
-Imported only where a CUDA tensor is at hand: the CPU build of torch has no Triton.
+Imported only for CUDA tensors: the CPU build of torch has no Triton.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from finlora.model.kernels.launch import can_overlap
 
 _HEADS = 16
-"""That a program takes."""
+"""Heads per program."""
 
 
 @triton.jit
@@ -27,9 +27,9 @@ def _write(
         gdc_wait()
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     columns = tl.arange(0, HALF)
-    places = qkv_ptr + ((row * (num_heads + 2 * num_groups) + head) * 2 * HALF)[:, None] + columns[None]
+    sources = qkv_ptr + ((row * (num_heads + 2 * num_groups) + head) * 2 * HALF)[:, None] + columns[None]
     is_there = (head < num_heads + 2 * num_groups)[:, None]
-    first, second = tl.load(places, mask=is_there), tl.load(places + HALF, mask=is_there)
+    first, second = tl.load(sources, mask=is_there), tl.load(sources + HALF, mask=is_there)
     cosine = tl.load(cosine_ptr + row * 2 * HALF + columns).to(tl.float32)[None]
     sine = tl.load(sine_ptr + row * 2 * HALF + columns).to(tl.float32)[None]
     wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
@@ -52,7 +52,7 @@ def _write(
 
 
 def write_rows(qkv: Tensor, cosine: Tensor, sine: Tensor, slots: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """As `finlora.model.layers.cached_attention.write_cache`, whose tensors are contiguous here, d a power of 2."""
+    """As `finlora.model.layers.cached_attention.write_cache`, for contiguous tensors and d a power of 2."""
     num_rows, num_all, width = qkv.shape
     num_groups = key.shape[1]
     overlaps = can_overlap(qkv.device)

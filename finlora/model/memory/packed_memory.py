@@ -1,18 +1,18 @@
-"""Forecast the memory of a packed training step, as finlora/model/layers/packed_layer.py keeps and frees it, and plan by it.
+"""Forecast of the memory of a packed training step (finlora/model/layers/packed_layer.py), and the plan that it decides.
 
 Legend, all in bytes: e an activation's element (2 in bfloat16), T rows of a pack, H hidden, Q query width, K key-value width,
-I intermediate, h heads, k adapted projections of rank r, L layers, N labelled places, V vocabulary.
+I intermediate, h heads, k adapted projections of rank r, L layers, N labelled rows, V vocabulary.
 
-Kept for the backward pass, a layer and row; of the last layer only its input, q, k and v, as only N places go on from there:
+Saved for the backward pass, a layer and row; of the last layer only its input, q, k and v, since only N rows go on from there:
     always     e H                                      the layer's input
     not layer  e (2 Q + 2 K + H + k r) + 4 h            q, k, v; attention's output and log-sum-exp; y; D(n) A^T
     none       2 e I                                    gate and up
-Highest of these moments, beside what is kept:
-    head       8 V for each labelled place of a chunk   scores and their log-softmax in float32
-    MLP        what is computed again, the gradients of z, of silu(g) u, and of gate and up: e (H + 3 I) a row; or, while a
+Peak beside the saved tensors, the highest of these moments:
+    head       8 V for each labelled row of a chunk     logits and their log-softmax in float32
+    MLP        recomputed tensors, the gradients of z, of silu(g) u, and of gate and up: e (H + 3 I) a row; or, while a
                product's weight is unpacked, e (H + I) a row and the weight
-    LLM.int8   what is computed again, the int32 product of gate and up and two rows of H: 8 I + 2 e H a row
-Attention's own moment is lower, since gate and up are gone by then.
+    LLM.int8   recomputed tensors, the int32 product of gate and up and two rows of H: 8 I + 2 e H a row
+Attention's moment is lower, since gate and up are freed by then.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from typing import Literal, get_args
 from finlora.config import RunConfig
 from finlora.data.pack_size import PackSize, most_tokens
 from finlora.model.formula.llama import PACKED_TARGETS, LlamaShape
-from finlora.model.memory.padded_memory import MemoryPlan, element_bytes
-from finlora.model.memory.shapes import (
+from finlora.model.memory.fixed_memory import (
     GIB,
     context_gib,
     count_adapter_file_bytes,
@@ -34,32 +33,33 @@ from finlora.model.memory.shapes import (
     count_optimizer_bytes,
     count_weight_bytes,
 )
+from finlora.model.memory.padded_memory import MemoryPlan, element_bytes
 from finlora.precision import count_bytes
 
 Recompute = Literal["none", "mlp", "layer"]
 
 HEAD_CHUNK = 2048
 _PACK_OVERHEAD, _UNPACK_OVERHEAD = 100, 300
-"""Tokens whose products take as long as reading the weights once, and as unpacking them once: a rule of thumb."""
+"""Tokens whose products take as long as reading the weights once, and as unpacking them once: rules of thumb."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """What a worker's packs are cut from."""
+    """A worker's examples, from which its packs are made."""
 
     longest: int
     """Tokens of the longest example."""
     mean_share: float
-    """Tokens of a worker's share of a global batch, in the mean."""
+    """Mean tokens of a worker's share of a global batch."""
     largest_share: int
-    """The same at most."""
+    """Most tokens of a worker's share of a global batch."""
     measure: Callable[[int], PackSize]
-    """Most rows, keys and labels of any pack of the run, when packs hold at most so many tokens."""
+    """Most tokens a pack -> most rows and labels of any pack of the run."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackPlan:
-    """How a worker trains packed."""
+    """A way to train packed, with its forecast."""
 
     keep_unpacked: bool
     recompute: Recompute
@@ -69,15 +69,15 @@ class PackPlan:
     """The largest pack of the run."""
     memory: MemoryPlan
     cost: float
-    """Relative time of a step, in token passes through the layers."""
+    """Relative time of a step: tokens times passes through the layers."""
 
     def fits(self, memory_gib: float) -> bool:
-        """Return whether training and loading stay within what torch may allocate."""
+        """Return whether training and loading stay within the memory that torch may allocate."""
         return max(self.memory.train_peak_gib, self.memory.load_peak_gib) <= memory_gib
 
 
 def packing_refusal(target_modules: Sequence[str]) -> str | None:
-    """Return in words why an adapter cannot train packed, or None where it can; any base can (architecture.py)."""
+    """Return why an adapter cannot train packed; None: it can. Every base can (architecture.py)."""
     others = sorted(set(target_modules) - set(PACKED_TARGETS))
     if others:
         return f"lora.target_modules has {', '.join(others)}; packed training adapts {', '.join(PACKED_TARGETS)}"
@@ -85,7 +85,7 @@ def packing_refusal(target_modules: Sequence[str]) -> str | None:
 
 
 def count_kept_bytes(shape: LlamaShape, config: RunConfig, recompute: Recompute) -> int:
-    """Return what one layer keeps of one token for the backward pass."""
+    """Return the bytes that one layer saves of one token for the backward pass."""
     e, lora = element_bytes(config), config.lora
     kept = e * shape.hidden_size
     if recompute == "layer":
@@ -98,10 +98,10 @@ def count_kept_bytes(shape: LlamaShape, config: RunConfig, recompute: Recompute)
 def count_pack_bytes(
     shape: LlamaShape, config: RunConfig, size: PackSize, recompute: Recompute, *, keep_unpacked: bool
 ) -> int:
-    """Return the highest activation memory of a pack, by the module's table."""
+    """Return the peak activation memory of a pack, by the module's table."""
     e, hidden, inner = element_bytes(config), shape.hidden_size, shape.intermediate_size
     bits = 16 if keep_unpacked else config.model.bits
-    # gate and up lie side by side at 8 bit and are unpacked together; NF4's scales are unpacked to float32 first
+    # at 8 bit gate and up are one weight and unpacked together; NF4's scales are unpacked to float32 first
     weight = {16: 0, 4: e * hidden * inner + 4 * hidden * inner // 64, 8: 2 * e * hidden * inner}[bits]
     a_row = count_kept_bytes(shape, config, recompute)
     again = count_kept_bytes(shape, config, "none") - a_row
@@ -118,13 +118,13 @@ def count_pack_bytes(
 def forecast_packs(
     shape: LlamaShape, config: RunConfig, size: PackSize, recompute: Recompute, *, keep_unpacked: bool
 ) -> MemoryPlan:
-    """Forecast a worker's memory when its largest pack has that size."""
+    """Forecast a worker's memory for a size of its largest pack."""
     element = count_bytes(config)
     weights = count_weight_bytes(shape, 16 if keep_unpacked else config.model.bits, element)
     adapter = 4 * count_adapter_parameters(shape, config.lora)
     optimizer = count_optimizer_bytes(shape, config.lora, config.optim.name, config.train.num_workers)
     load_peak = count_load_peak_bytes(shape, config.model.bits, element)
-    if keep_unpacked:  # gate and up are there twice while they are laid side by side
+    if keep_unpacked:  # gate and up are held twice while they are joined
         load_peak = max(load_peak, weights + 2 * element * shape.hidden_size * shape.intermediate_size)
     return MemoryPlan(
         weights_gib=weights / GIB,
@@ -139,10 +139,10 @@ def forecast_packs(
 
 
 def plan_packs(shape: LlamaShape, config: RunConfig, work: Workload, memory_gib: float) -> PackPlan:
-    """Choose the fastest of all ways to train within the memory, by forecast; where none fits, the one that needs least.
+    """Choose by forecast the fastest way to train within the memory; if none fits, the one that needs least.
 
     Args:
-        memory_gib: what torch may allocate for a worker; GiB = 2**30 bytes.
+        memory_gib: memory that torch may allocate for a worker; GiB = 2**30 bytes.
     """
     plans = []
     most = max(work.longest, min(config.train.max_pack_tokens, work.largest_share))
@@ -162,7 +162,7 @@ def plan_packs(shape: LlamaShape, config: RunConfig, work: Workload, memory_gib:
     for keep_unpacked, recompute in _ways(config):
         found = plan(most, largest, recompute, keep_unpacked)
         if not found.fits(memory_gib):
-            # Linear in the rows, above what an empty pack needs.
+            # Memory is linear in the rows, above that of an empty pack.
             none = PackSize(num_rows=0, num_labels=largest.num_labels)
             fixed = forecast_packs(shape, config, none, recompute, keep_unpacked=keep_unpacked).train_peak_gib
             room = (memory_gib - fixed) / (found.memory.train_peak_gib - fixed) * largest.num_rows
@@ -184,7 +184,7 @@ def _ways(config: RunConfig) -> Iterator[tuple[bool, Recompute]]:
 
 
 def _cost(recompute: Recompute, is_dense: bool, mean_tokens: float, max_tokens: int) -> float:
-    """Return passes through the layers times tokens, with what each pack costs whatever its length."""
+    """Return passes through the layers times tokens, with a fixed cost of each pack."""
     passes = {"none": 2.0, "mlp": 2.5, "layer": 3.0}[recompute]
     num_packs = max(1.0, 1.15 * mean_tokens / max_tokens)
     overhead = _PACK_OVERHEAD + (0 if is_dense else _UNPACK_OVERHEAD)

@@ -1,31 +1,31 @@
-"""Forecast the memory of a training step: what autograd keeps, and the highest moment of the backward pass.
+"""Forecast of the memory of a padded training step: the tensors that autograd saves, and the peak of the backward pass.
 
-The stack counted: transformers' LlamaForCausalLM with sdpa, PEFT's LoRA under bf16 autocast, a frozen base, bitsandbytes
-matmuls on CUDA, and AnswerLoss. Legend, all in bytes an element e (2 in bfloat16): n = B T tokens, H hidden, Q query
-width, K key-value width, I intermediate, L layers, N labelled places, V vocabulary, r LoRA rank.
+Counted are transformers' LlamaForCausalLM with sdpa, PEFT's LoRA under bf16 autocast, a frozen base, bitsandbytes' matmuls on
+CUDA, and AnswerLoss. Legend, all in bytes: e an activation's element (2 in bfloat16), n = B T tokens, H hidden, Q query width, K
+key-value width, I intermediate, L layers, N labelled rows, V vocabulary, r LoRA rank.
 
-Kept by each decoder layer. The first one's input needs no gradient, so neither its norm nor its dropout mask is kept:
+Saved by each decoder layer. The first layer's input needs no gradient, so neither its norm nor its dropout mask is saved:
     2 norms              (4 H + 4) n each      float32 input and 1/rms; the frozen weight needs no input
     LoRA dropout         (e d + d) n a target  its output for A's gradient, and a byte mask; d is the target's input width
     LoRA A               e r n a target        its output for B's gradient, and both factors cast to bf16
     attention            (2 e Q + 2 e W) n     query, output, key, value; W = Q where rows are padded, else K
                          4 heads B T'          log-sum-exp, T' = T up to 32; and e B T T'' mask as bias, T'' = T up to 8
     MLP                  3 e I n               gate, silu(gate), up
-At 8 bit, MatMul8bitLt holds its input on the autograd node besides: norm outputs (2 e H n) and down_proj's input (e I n).
-Gradient checkpointing (non-reentrant) keeps e H n a layer, but cannot drop what is held on a node: at 8 bit these inputs
-and the attention output (e Q n) stay for all layers. There PEFT makes the embedding's output need a gradient, so the
-first layer is like the others.
+At 8 bit, MatMul8bitLt also holds its input on the autograd node: norm outputs (2 e H n) and down_proj's input (e I n).
+Gradient checkpointing (non-reentrant) saves e H n a layer but cannot drop tensors held on a node: at 8 bit these inputs and the
+attention output (e Q n) stay for all layers. With checkpointing PEFT makes the embedding's output need a gradient, so the first
+layer is like the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finlora.config import RunConfig
 from finlora.model.formula.llama import LlamaShape, find_projection
-from finlora.model.memory.shapes import (
+from finlora.model.memory.fixed_memory import (
     GIB,
-    MicroBatch,
     context_gib,
     count_adapter_file_bytes,
     count_adapter_parameters,
@@ -39,8 +39,22 @@ _FLOAT32 = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PaddedBatch:
+    """The largest padded micro-batch of a run."""
+
+    num_examples: int
+    """B: rows."""
+    num_tokens: int
+    """T: tokens of the longest row, to which all are padded."""
+    num_labels: int
+    """Answer tokens of all rows, where the output head runs."""
+    is_padded: bool
+    """Rows differ in length: attention then takes a (B, 1, T, T) mask and copies keys and values for every query head."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPlan:
-    """Forecast of one worker, GiB as torch allocates them. Training holds the first four at once."""
+    """Memory forecast of one worker, in GiB of torch's allocations. Training holds the first four at a time."""
 
     weights_gib: float
     adapter_gib: float
@@ -48,13 +62,13 @@ class MemoryPlan:
     optimizer_gib: float
     """Gradients and optimiser state."""
     activations_gib: float
-    """Highest activations of a step, temporary tensors included."""
+    """Peak activations of a step, temporary tensors included."""
     load_peak_gib: float
     context_gib: float
-    """What the process needs outside torch's allocator."""
+    """Memory of the process outside torch's allocator."""
     adapter_file_mib: float
     """adapter_model.safetensors in bfloat16, MiB = 2**20 bytes."""
-    micro_batch: MicroBatch | None
+    micro_batch: PaddedBatch | None
     """The largest padded batch; None for packs."""
 
     @property
@@ -64,12 +78,12 @@ class MemoryPlan:
 
     @property
     def total_gib(self) -> float:
-        """What a worker needs: the higher of training and loading, and the context."""
+        """Memory of a worker: the higher peak of training and loading, and the context."""
         return max(self.train_peak_gib, self.load_peak_gib) + self.context_gib
 
 
-def plan_memory(shape: LlamaShape, config: RunConfig, micro_batch: MicroBatch) -> MemoryPlan:
-    """Forecast a worker's memory for a run; reads model.bits, lora, optim.name and train of the config."""
+def plan_memory(shape: LlamaShape, config: RunConfig, micro_batch: PaddedBatch) -> MemoryPlan:
+    """Forecast a worker's memory. Read are model.bits, lora, optim.name and train of the config."""
     model, lora, train = config.model, config.lora, config.train
     element = element_bytes(config)
     weight_element = count_bytes(config)
@@ -86,13 +100,29 @@ def plan_memory(shape: LlamaShape, config: RunConfig, micro_batch: MicroBatch) -
     )
 
 
+def find_worst_micro_batch(lengths: Sequence[tuple[int, int]], micro_batch_size: int) -> PaddedBatch:
+    """Return an upper bound of a run's micro-batches from (tokens, answer tokens) of its examples.
+
+    The longest example may be in a full micro-batch: T is its length. N counts the B longest answers. A single row is never
+    padded.
+    """
+    num_examples = min(micro_batch_size, len(lengths))
+    answers = sorted((answer for _, answer in lengths), reverse=True)
+    return PaddedBatch(
+        num_examples=num_examples,
+        num_tokens=max(total for total, _ in lengths),
+        num_labels=sum(answers[:num_examples]),
+        is_padded=num_examples > 1 and len({total for total, _ in lengths}) > 1,
+    )
+
+
 def element_bytes(config: RunConfig) -> int:
-    """Return the bytes of an activation; float32 in either setting is forecast as float32 throughout, an upper bound."""
+    """Return the bytes of an activation's element; float32 in either setting counts as float32 throughout, an upper bound."""
     return count_bytes(config) if is_autocast(config) else _FLOAT32
 
 
-def count_layer_bytes(shape: LlamaShape, config: RunConfig, batch: MicroBatch, element: int, *, is_first: bool) -> int:
-    """Return what autograd keeps of one decoder layer that is not checkpointed, by the module's table."""
+def count_layer_bytes(shape: LlamaShape, config: RunConfig, batch: PaddedBatch, element: int, *, is_first: bool) -> int:
+    """Return the bytes that autograd saves of one decoder layer without checkpointing, by the module's table."""
     hidden, query, inner = shape.hidden_size, shape.query_size, shape.intermediate_size
     n, lora = batch.num_examples * batch.num_tokens, config.lora
     norm = (_FLOAT32 * hidden + _FLOAT32) * n
@@ -112,22 +142,22 @@ def count_layer_bytes(shape: LlamaShape, config: RunConfig, batch: MicroBatch, e
     return total + 3 * element * inner * n
 
 
-def count_saved_bytes(shape: LlamaShape, config: RunConfig, batch: MicroBatch, element: int) -> int:
-    """Return what lives between forward and backward pass because of all decoder layers, final norm and loss."""
+def count_saved_bytes(shape: LlamaShape, config: RunConfig, batch: PaddedBatch, element: int) -> int:
+    """Return the bytes that all decoder layers, final norm and loss save between forward and backward pass."""
     n = batch.num_examples * batch.num_tokens
     layers = _count_layers_bytes(shape, config, batch, element)
     layers += 2 * element * batch.num_tokens * shape.head_dim  # cosines and sines of the positions
     return layers + _count_norm_bytes(shape, n) + _FLOAT32 * batch.num_labels * shape.vocab_size
 
 
-def count_step_peak_bytes(shape: LlamaShape, config: RunConfig, batch: MicroBatch, element: int) -> int:
-    """Return the highest activation memory of forward and backward pass. The highest of three moments:
+def count_step_peak_bytes(shape: LlamaShape, config: RunConfig, batch: PaddedBatch, element: int) -> int:
+    """Return the peak activation memory of forward and backward pass, the highest of three moments:
 
     - loss: log-probabilities, their gradient and that of the logits, 12 N V in float32;
     - final norm: five float32 tensors of H n besides its kept input;
     - MLP of the last layer: a gradient of H n, and either three of I n (silu, gate, up) or the input's gradient of I n
-      beside the base weight that the matmul unpacks (bits < 16). With checkpointing this layer was just computed again.
-    Attention keeps less at its moment, as the MLP's tensors are gone by then and I is more than 2 Q in Llama.
+      beside the base weight that the matmul unpacks (bits < 16). With checkpointing this layer was just recomputed.
+    Attention needs less at its moment: the MLP's tensors are freed by then, and I is more than 2 Q in Llama.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     n = batch.num_examples * batch.num_tokens
@@ -147,16 +177,16 @@ def count_step_peak_bytes(shape: LlamaShape, config: RunConfig, batch: MicroBatc
     return max(loss_moment, norm_moment, mlp_moment)
 
 
-def _count_layers_bytes(shape: LlamaShape, config: RunConfig, batch: MicroBatch, element: int) -> int:
-    """Return what all decoder layers keep between forward and backward pass."""
+def _count_layers_bytes(shape: LlamaShape, config: RunConfig, batch: PaddedBatch, element: int) -> int:
+    """Return the bytes that all decoder layers save between forward and backward pass."""
     n, num_layers = batch.num_examples * batch.num_tokens, shape.num_layers
     hidden, inner = shape.hidden_size, shape.intermediate_size
     if config.train.gradient_checkpointing:
         inputs = element * num_layers * hidden * n
-        mask = n * batch.num_tokens if batch.is_padded else 0  # bool, for computing the layers again
+        mask = n * batch.num_tokens if batch.is_padded else 0  # bool, for the recomputation
         on_nodes = element * num_layers * (2 * hidden + inner + shape.query_size) * n if config.model.bits == 8 else 0
         return inputs + mask + on_nodes
-    # The first layer's q, k and v need no input gradient here, so they hold nothing.
+    # The first layer's q, k and v need no input gradient without checkpointing, so they hold nothing.
     on_nodes = element * ((2 * num_layers - 1) * hidden + num_layers * inner) * n if config.model.bits == 8 else 0
     first = count_layer_bytes(shape, config, batch, element, is_first=True)
     other = count_layer_bytes(shape, config, batch, element, is_first=False)

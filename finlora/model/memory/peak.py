@@ -1,4 +1,4 @@
-"""The most memory that was taken so far."""
+"""Peak memory of a process so far."""
 
 from __future__ import annotations
 

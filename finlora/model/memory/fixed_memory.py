@@ -1,7 +1,7 @@
-"""Forecast the memory of a base, its adapter and a training step from config.json alone; nothing is allocated.
+"""Forecast of memory that no batch changes: weights, adapter, optimiser state and load peak, from config.json alone.
 
-The forecast counts what torch allocates (torch.cuda.max_memory_allocated). The CUDA context lies outside it, about
-CUDA_CONTEXT_GIB more as the driver reports it. GiB = 2**30 bytes. finlora/model/memory/padded_memory.py forecasts the step.
+It counts torch's allocations (torch.cuda.max_memory_allocated). The CUDA context takes about CUDA_CONTEXT_GIB beside them, as the
+driver reports it. GiB = 2**30 bytes. padded_memory.py and packed_memory.py forecast the activations.
 
 Sources: QLoRA, arXiv:2305.14314, section 3 (NF4 blocks of 64, absmax double-quantised in blocks of 256); LLM.int8(),
 arXiv:2208.07339 (int8 with a float32 scale a row); finlora/model/base.py for the order of loading.
@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 from finlora.config import Bits, LoraConfig
@@ -26,16 +25,16 @@ CUDA_CONTEXT_GIB = 1.3
 
 
 def context_gib(device: str) -> float:
-    """Return what a process needs outside torch's allocator."""
+    """Return the memory of a process outside torch's allocator."""
     return CUDA_CONTEXT_GIB if device == "cuda" else 0.0
 
 
 _NF4_BLOCK, _ABSMAX_BLOCK = 64, 256
-_NF4_TABLES = 16 * 4 + 256 * 4 + 4  # NF4 code, code of the second quantisation, offset: float32, a set a layer
+_NF4_TABLES = 16 * 4 + 256 * 4 + 4  # NF4 code, code of the second quantisation, offset: float32, once a layer
 
 
 def count_weight_bytes(shape: LlamaShape, bits: Bits, element_bytes: int = 2) -> int:
-    """Return the bytes of the frozen base on the device as finlora/model/base.py loads it.
+    """Return the bytes of the frozen base on the device, as finlora/model/base.py loads it.
 
     Args:
         element_bytes: bytes of the compute type: 2 for bfloat16, 4 for float32.
@@ -45,10 +44,10 @@ def count_weight_bytes(shape: LlamaShape, bits: Bits, element_bytes: int = 2) ->
 
 
 def count_load_peak_bytes(shape: LlamaShape, bits: Bits, element_bytes: int = 2) -> int:
-    """Return the highest device memory while loading: what is there already, plus one tensor on its way.
+    """Return the peak device memory of loading: the tensors loaded so far, and one tensor in flight.
 
-    A tensor on its way to 4 bit is there unquantised, with its float32 absmax before and after centring; at 8 bit
-    unquantised and as float16. A tensor that stays unquantised lands in its final place.
+    A tensor in flight to 4 bit is held unquantised, with its float32 absmax before and after centring; to 8 bit unquantised and
+    as float16. A tensor that stays unquantised is loaded where it stays.
     """
     done = peak = 0
     for final, in_flight in _load_steps(shape, bits, element_bytes):
@@ -88,9 +87,8 @@ def count_adapter_file_bytes(shape: LlamaShape, lora: LoraConfig) -> int:
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, (rows, columns) in sorted(
-        list_adapter_tensors(shape, lora.rank, lora.target_modules)
-    ):  # the writer sorts by name within a type
+    tensors = sorted(list_adapter_tensors(shape, lora.rank, lora.target_modules))  # as the writer does, within a type
+    for name, (rows, columns) in tensors:
         end = offset + 2 * rows * columns
         header[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [offset, end]}
         offset = end
@@ -109,33 +107,3 @@ def count_optimizer_bytes(
     sizes = adapter_sizes(shape, lora)
     state = find_optimizer(optimizer).count_state_bytes(sizes, num_workers, parameter_bytes)
     return parameter_bytes * sum(sizes) + state
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MicroBatch:
-    """The largest forward pass of a run."""
-
-    num_examples: int
-    """B: rows."""
-    num_tokens: int
-    """T: tokens of the longest row, to which all are padded."""
-    num_labels: int
-    """Answer tokens of all rows, where the output head runs."""
-    is_padded: bool
-    """Rows differ in length: attention then takes a (B, 1, T, T) mask and copies keys and values for every head."""
-
-
-def find_worst_micro_batch(lengths: Sequence[tuple[int, int]], micro_batch_size: int) -> MicroBatch:
-    """Bound every micro-batch of a run from (tokens, answer tokens) of its examples.
-
-    Each example is drawn once an epoch, so the longest one meets a full micro-batch: T is its length. The labels are
-    those of the B longest answers. One row alone is never padded.
-    """
-    num_examples = min(micro_batch_size, len(lengths))
-    answers = sorted((answer for _, answer in lengths), reverse=True)
-    return MicroBatch(
-        num_examples=num_examples,
-        num_tokens=max(total for total, _ in lengths),
-        num_labels=sum(answers[:num_examples]),
-        is_padded=num_examples > 1 and len({total for total, _ in lengths}) > 1,
-    )

@@ -20,16 +20,20 @@ from finlora.data.encode import Batch
 from finlora.model.base import load_base, measure_weights, quiet_bitsandbytes
 from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B, LlamaShape, shape_of
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
-from finlora.model.memory.padded_memory import count_saved_bytes, count_step_peak_bytes, plan_memory
-from finlora.model.memory.shapes import (
+from finlora.model.memory.fixed_memory import (
     GIB,
-    MicroBatch,
     count_adapter_file_bytes,
     count_adapter_parameters,
     count_load_peak_bytes,
     count_optimizer_bytes,
     count_weight_bytes,
+)
+from finlora.model.memory.padded_memory import (
+    PaddedBatch,
+    count_saved_bytes,
+    count_step_peak_bytes,
     find_worst_micro_batch,
+    plan_memory,
 )
 from finlora.train.optim.optimizer import make_optimizer
 from finlora.train.steps.loop import AnswerLoss
@@ -209,13 +213,13 @@ def test_activations_match_every_byte_that_a_step_holds(load_random, bits, check
                 saved = held.now
                 loss.backward()
     config = RunConfig(model=ModelConfig(bits=bits), train=TrainConfig(gradient_checkpointing=checkpointing))
-    batch = MicroBatch(num_examples=B, num_tokens=T, num_labels=B * LABELS_A_ROW, is_padded=is_padded)
+    batch = PaddedBatch(num_examples=B, num_tokens=T, num_labels=B * LABELS_A_ROW, is_padded=is_padded)
     assert count_saved_bytes(SHAPE, config, batch, 2) == pytest.approx(saved, rel=0.002)
     assert count_step_peak_bytes(SHAPE, config, batch, 2) == pytest.approx(held.peak, rel=0.005)
 
 
 def test_checkpointing_saves_most_at_4_bit_and_less_at_8():
-    batch = MicroBatch(num_examples=16, num_tokens=276, num_labels=64, is_padded=True)
+    batch = PaddedBatch(num_examples=16, num_tokens=276, num_labels=64, is_padded=True)
 
     def activations(bits, checkpointing):
         config = RunConfig(model=ModelConfig(bits=bits), train=TrainConfig(gradient_checkpointing=checkpointing))
@@ -226,7 +230,7 @@ def test_checkpointing_saves_most_at_4_bit_and_less_at_8():
 
 
 def test_plan_adds_up():
-    batch = MicroBatch(num_examples=1, num_tokens=300, num_labels=4, is_padded=False)
+    batch = PaddedBatch(num_examples=1, num_tokens=300, num_labels=4, is_padded=False)
     plan = plan_memory(LLAMA_8B, RunConfig(), batch)
     parts = plan.weights_gib + plan.adapter_gib + plan.optimizer_gib + plan.activations_gib
     assert plan.train_peak_gib == pytest.approx(parts)
@@ -236,10 +240,10 @@ def test_plan_adds_up():
 
 def test_worst_micro_batch_pads_to_the_longest_example_and_bounds_the_labels():
     lengths = [(100, 3), (719, 2), (80, 9), (90, 1)]
-    assert find_worst_micro_batch(lengths, 2) == MicroBatch(
+    assert find_worst_micro_batch(lengths, 2) == PaddedBatch(
         num_examples=2, num_tokens=719, num_labels=12, is_padded=True
     )
-    assert find_worst_micro_batch(lengths, 1) == MicroBatch(
+    assert find_worst_micro_batch(lengths, 1) == PaddedBatch(
         num_examples=1, num_tokens=719, num_labels=9, is_padded=False
     )
     assert find_worst_micro_batch(lengths, 16).num_examples == 4

@@ -1,4 +1,4 @@
-"""Rows that are hard on a product, and the bound that each of its outputs is held to."""
+"""Rows that provoke rounding errors in a product, and the error bound of each output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlashAttention on the processor, under the name and with the arguments that torch gives it on a GPU, which it checks.
+"""Emulation of FlashAttention on CPU under torch's name for it; its arguments are checked as on a GPU.
 
 Source: torch's aten/src/ATen/native/native_functions.yaml, _flash_attention_forward; flash_api.cpp checks the same.
 """
@@ -70,7 +70,7 @@ def forward(
 
 
 def emulate_flash(patch, *, is_whole=True):
-    """Put it in FlashAttention's place, by a pytest.MonkeyPatch.
+    """Replace FlashAttention by the emulation, with a pytest.MonkeyPatch.
 
     Args:
         is_whole: the engine also takes its GPU's way with tensors of the processor in float32, single queries included.

@@ -1,4 +1,4 @@
-"""CUDA graphs on the processor: a capture notes each operation, a replay repeats them on the same memory.
+"""Emulation of CUDA graphs on CPU: a capture records each operation, a replay repeats them on the same memory.
 
 As on a GPU, a replay reads and writes the tensors of the capture and runs nothing of Python: a number that Python took from the
 first micro-batch stays in the graph and gives a wrong answer with the second. What CUDA refuses in a capture is refused here:
@@ -85,7 +85,7 @@ def launch(kernel):
 
 
 def emulate_graphs(patch):
-    """Put all of it in torch.cuda's place, by a pytest.MonkeyPatch; returns the list of graphs that are made."""
+    """Replace torch.cuda's graphs by the emulation, with a pytest.MonkeyPatch; returns the list of graphs captured."""
     made = []
 
     def make():

@@ -1,4 +1,4 @@
-"""Triton kernels on the processor, one program after the other on torch tensors, where Triton is not installed (some 200 MB).
+"""Emulation of Triton on CPU: programs run one after the other on torch tensors, without Triton (some 200 MB).
 
 It is stricter than a GPU: a read or write outside of a tensor that no mask forbids fails, what a mask leaves out is NaN (or a
 number that no test expects) unless `other` says what it is, blocks must have sizes that are powers of two, and products the
@@ -21,7 +21,7 @@ import torch
 
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 MODULES = ("int8_decode", "int8_prefill", "decode_attention", "rms_norm", "write_kv")
-_place = None  # (program ids, number of programs) of the program that runs
+_program = None  # (program ids, number of programs) of the program that runs
 
 
 class Pointer:
@@ -123,10 +123,10 @@ class Kernel:
             assert max(sizes[1:]) < 2**16, f"a grid of {grid}: CUDA takes 65,535 in y and z"
 
             def run():
-                global _place
+                global _program
                 pointers = [Pointer(each) if isinstance(each, torch.Tensor) else each for each in args]
                 for ids in product(*map(range, sizes)):
-                    _place = ids, sizes
+                    _program = ids, sizes
                     self.function(*pointers, **settings)
 
             emulated_graphs.launch(run)
@@ -146,7 +146,7 @@ def make_modules():
         zeros=lambda shape, dtype: full(shape, 0, dtype), sum=reduce(total), max=reduce(torch.amax),
         cumsum=lambda block, axis: block.cumsum(axis, dtype=block.dtype), trans=torch.t,
         exp2=torch.exp2, log2=torch.log2, rsqrt=torch.rsqrt, constexpr=int,
-        program_id=lambda axis: torch.tensor(_place[0][axis]), num_programs=lambda axis: torch.tensor(_place[1][axis]),
+        program_id=lambda axis: torch.tensor(_program[0][axis]), num_programs=lambda axis: torch.tensor(_program[1][axis]),
         int8=torch.int8, int32=torch.int32, int64=torch.int64, float32=torch.float32,
     )  # fmt: skip
     cuda.globaltimer = lambda: torch.tensor(time.perf_counter_ns())

@@ -1,4 +1,4 @@
-"""Adapters as the engine reads them: only the span's layers, and nothing that is no plain LoRA of this base."""
+"""Adapters of a stage: its own layers alone, and refusal of files that are not plain LoRA of this base."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_adapter_of_another_base_is_refused(read, copy):
     ],
     ids=["too few", "too many", "others", "none"],
 )
-def test_stage_merge_and_peft_refuse_alike_what_the_settings_do_not_ask_for(read, copy, four_layers, change, words):
+def test_stage_merge_and_peft_refuse_the_same_files(read, copy, four_layers, change, words):
     folder = copy("few")
     path = folder / "adapter_model.safetensors"
     prefix = "base_model.model.model.layers.0.self_attn.o_proj.lora_"
@@ -100,7 +100,7 @@ def test_stage_merge_and_peft_refuse_alike_what_the_settings_do_not_ask_for(read
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern="),
     ],
 )
-def test_what_is_not_plain_lora_is_refused(read, copy, settings, words):
+def test_other_variants_than_plain_lora_are_refused(read, copy, settings, words):
     folder = copy("few")
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))

@@ -24,7 +24,7 @@ SEGMENTS = [
     (8, [(0, 10)]),
     (8, [(0, 11)]),
 ]
-"""(rows, keys) of segments: alone, behind a cached prefix, one token, alone side by side, behind a short one, a longer one."""
+"""(rows, keys) of segments: alone, after a cached prefix, one token, two contiguous ones, after a short and a longer prefix."""
 
 
 def make_batch(layout, adapters=()):
@@ -96,7 +96,7 @@ def test_long_segments_go_alone_and_the_others_together(monkeypatch):
 
 
 def test_rows_with_keys_in_two_ranges_attend_to_all_of_them(monkeypatch):
-    """Against softmax over the same keys laid side by side; one by one, joined, and wanted rows alone."""
+    """Against softmax over the same keys, contiguous; one by one, joined, and wanted rows alone."""
     layout = [(6, [(4, 9)]), (2, [(4, 9), (13, 2)]), (1, [(4, 9), (15, 1)]), (3, [(4, 9), (16, 3)]), *SEGMENTS]
     total = sum(num_rows for num_rows, _ in layout)
     query, keys, values = random_tensors(total)
@@ -142,7 +142,7 @@ def test_rows_with_keys_in_two_ranges_on_a_gpu():
 
 
 @pytest.mark.parametrize("wanted", [[], [3], [0, 10, 11, 20]])
-def test_states_of_wanted_rows_are_those_of_all_and_the_cache_is_filled_alike(make_core, wanted):
+def test_wanted_rows_alone_give_the_same_states_and_cache_as_all_rows(make_core, wanted):
     states, caches = [], []
     for rows in (None, wanted):
         core = make_core(1, cache_rows=256)
@@ -183,7 +183,7 @@ def test_one_micro_batch_at_work_is_larger():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("num_cached", [0, 1, 61, 500])
-def test_long_segment_behind_a_beginning_equals_flash_attention(num_cached):
+def test_long_segment_after_a_cached_prefix_equals_flash_attention(num_cached):
     rows, device = 2100, torch.device("cuda")
     if not can_attend_alone(torch.empty(1, 1, 128, dtype=torch.bfloat16, device=device)):
         pytest.skip("needs a Hopper")

@@ -1,4 +1,4 @@
-"""Passes that are filled up to recorded sizes answer as the same passes do without."""
+"""Passes padded to captured sizes give the same answers as passes without padding."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def lay_out(passes, batch, adapters=None):
     return taken.form, found[0]
 
 
-def test_a_prompt_is_filled_up_with_its_own_first_rows(passes):
+def test_a_prompt_is_padded_with_its_own_first_rows(passes):
     form, rows = lay_out(passes, make_batch((100, 16, 120), adapters=[("a", 100)]), {"a": 3})
     assert form == Form(128, 4, 0, 128, False, True)
     assert rows.ids.tolist() == [*range(7, 107), *range(7, 35)]
@@ -70,7 +70,7 @@ def test_the_longest_segments_are_repeated_and_again_where_they_are_too_short(pa
     assert rows.ranges.cumulative_queries.tolist()[-1] == 16
 
 
-def test_tokens_that_follow_are_filled_up_with_rows_that_see_one_key(passes):
+def test_next_tokens_are_padded_with_rows_that_see_one_key(passes):
     form, rows = lay_out(passes, make_batch((1, 0, 30), (1, 48, 20), (1, 96, 9)))
     assert form == Form(4, 4, 0, 1, True, False)
     assert (rows.slots.tolist(), rows.ranges.lengths.tolist()) == ([29, 67, 104, SPARE], [30, 20, 9, 1])
@@ -87,7 +87,7 @@ def test_a_pass_without_a_size_runs_as_it_is(passes, batch):
     assert passes.take(batch) is None
 
 
-def test_keys_in_a_second_place_are_filled_up_with_the_first_row_that_has_some(passes):
+def test_rows_with_a_second_range_are_padded_with_the_first_of_them(passes):
     batch = make_batch((4, 0, 4), adapters=[(None, 6)])
     batch.add([5, 6], 4, [20, 21], [(0, 4), (20, 2)])
     form, rows = lay_out(passes, batch)
@@ -155,7 +155,7 @@ def test_every_number_of_rows_has_the_next_size(passes):
 
 
 def make_mixed():
-    """Adapters and the base side by side, a common beginning, choices of one token and of several, and generated text."""
+    """Adapters and the base in one batch, a shared prefix, choices of one token and of several, and generated text."""
     shared = RAGGED[3][:32]
     return [
         Request(id="a", prompt_ids=(*shared, 5), choices=((9,), (10,)), adapter="all"),
@@ -167,7 +167,7 @@ def make_mixed():
 
 
 @pytest.mark.parametrize(("num_stages", "bits"), [(1, 16), (2, 16), (1, 8), (1, 4)])
-def test_filled_passes_answer_as_the_same_do_without(make_core, num_stages, bits):
+def test_padded_passes_give_the_same_answers(make_core, num_stages, bits):
     cores = [make_core(num_stages, bits, fills=fills, max_in_flight=1) for fills in (True, False)]
     forms = []
     stage = cores[0].executor.stages[-1]
@@ -187,7 +187,7 @@ def test_filled_passes_answer_as_the_same_do_without(make_core, num_stages, bits
 
 
 def test_a_label_whose_last_chunk_is_one_token_is_scored(make_core):
-    """Such a chunk looks like a generated token's, of which no label is asked."""
+    """Such a chunk looks like a generated token, which has no label to score."""
     request = Request(id="l", prompt_ids=RAGGED[2], choices=((9,), (10,)))
     whole, cut = (run(make_core(max_batch_tokens=rows), [request])[0]["l"] for rows in (64, 32))
     assert list(cut.log_probs) == pytest.approx(list(whole.log_probs), rel=1e-5)
@@ -197,7 +197,7 @@ def test_a_label_whose_last_chunk_is_one_token_is_scored(make_core):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("batch_tokens", [2048, 12288])
 def test_text_of_many_requests_at_once_on_a_gpu(mild, batch_tokens):
-    """150 requests, so that passes have 65 to 128 segments and no second ranges; against the same passes as they are."""
+    """150 requests, so that passes have 65 to 128 segments and no second ranges; against the same passes without padding."""
     rng = random.Random(5)
     requests = [
         Request(id=str(number), prompt_ids=tuple(rng.choices(range(3, 500), k=rng.randint(1, 60))), adapter=adapter)
@@ -238,8 +238,8 @@ def mild(four_layers, adapter_folders, tmp_path_factory):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("adapters", [[(None, 133)], [(None, 1), ("all", 100), ("few", 32)]])
-def test_filled_passes_in_16_bit(mild, device, bits, adapters):
-    """Against float32 no further away than passes as they are; on a GPU first seen, then recorded, then replayed."""
+def test_padded_passes_in_16_bit(mild, device, bits, adapters):
+    """No further from float32 than eager passes without padding; on a GPU first eager, then captured, then replayed."""
     batch = make_batch((1, 0, 30), (100, 48, 120), (32, 176, 32), adapters=adapters)
     states = {}
     for dtype, fills in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):

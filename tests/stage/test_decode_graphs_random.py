@@ -1,4 +1,4 @@
-"""Any micro-batch, filled up to a recorded size, recorded and replayed, gives what it gives as it is; on the processor."""
+"""Any micro-batch, padded to a captured size, captured and replayed, gives its eager results; emulated on CPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def stage(request, four_layers, adapter_folders):
 
 
 def run(stage, batch):
-    """Run a micro-batch on a cache of random numbers; returns copies of the result and of what the cache holds then."""
+    """Run a micro-batch on a cache of random numbers; returns copies of the result and of the cache."""
     generator = torch.Generator().manual_seed(0)
     stage.cache.copy_(torch.randn(stage.cache.shape, generator=generator))
     hidden = None if stage.is_first else torch.randn(batch.num_rows, 64, generator=generator) + batch.input_ids[0] / 500
@@ -54,7 +54,7 @@ def run(stage, batch):
 
 
 def lay_out(batch):
-    """Return what a graph reads, and its form; None where the micro-batch runs as it is."""
+    """Return what a graph reads, and its form; None where the micro-batch is not captured."""
     passes, found = StageGraphs(lambda *_: torch.zeros(0), CACHE_ROWS, CPU, fills=True), []
     taken = passes.take(batch)
     if taken is None:
@@ -103,7 +103,7 @@ def check_ranges(ranges, num_segments, num_queries, *, is_causal):
 
 @settings(BOUNDED, max_examples=25)
 @given(batch=micro_batches(USED_ROWS))
-def test_filled_passes_equal_those_as_they_are(stage, batch):
+def test_padded_passes_equal_passes_without_padding(stage, batch):
     results = []
     for stage.passes.fills in (False, True):
         results.append(run(stage, batch))
@@ -193,7 +193,7 @@ def test_passes_without_answers_get_no_form_for_them():
 
 
 @pytest.mark.parametrize("count", [65, 80, 96, 97, 128])
-def test_next_tokens_of_more_requests_than_a_decode_size_are_recorded_too(count):
+def test_next_tokens_of_more_requests_than_a_decode_size_are_captured_too(count):
     batch = MicroBatch(0, adapters=[(None, count)])
     for number in range(count):
         add_request(batch, "token", 16 * number, 5, 1, [])
@@ -257,7 +257,7 @@ def engines(four_layers, adapter_folders):
         (300, "text", ADAPTERS, 2048, 1, 128),
     ],
 )
-def test_answers_are_the_same_with_recorded_passes(
+def test_answers_are_the_same_with_captured_passes(
     engines, count, method, adapters, batch_tokens, num_stages, num_segments
 ):
     """Passes as the scheduler makes them of many requests; those of 65 to 128 segments without second ranges among them."""

@@ -1,4 +1,4 @@
-"""Sampling against the definition of nucleus sampling, by hand and by frequency; each row as if it were alone."""
+"""Sampling against the definition of nucleus sampling, by hand and by frequency; each row independent of its batch."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def test_greedy_takes_the_likeliest_and_gives_its_probability():
     ],
 )
 def test_tokens_come_as_often_as_they_should(settings, expected):
-    """Four standard errors of 4,000 draws are 0.032 at most."""
+    """Four standard errors of 4,000 samples are 0.032 at most."""
     found = frequencies(logits_of(0.2, 0.5, 0.25, 0.05), **settings)
     assert found.keys() == expected.keys()
     assert found == pytest.approx(expected, abs=0.032)
 
 
-def test_row_draws_the_same_in_any_batch():
+def test_row_samples_the_same_token_in_any_batch():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 50, generator=generator)
     draws = [draw(temperature=0.7 * (n % 3), top_p=0.9, seed=n, position=2 * n) for n in range(6)]
@@ -74,7 +74,7 @@ def test_seed_and_position_decide():
     assert pairs(logits, [draw(seed=1, position=1)]) != first
 
 
-def test_probability_is_the_models_own_whatever_was_drawn_from():
+def test_log_probability_is_the_models_own_before_temperature_and_top_p():
     ((token, log_prob),) = pairs(logits_of(0.9, 0.1), [draw(temperature=0.1, top_p=0.5)])
     assert (token, log_prob) == (0, pytest.approx(math.log(0.9), abs=1e-6))
 

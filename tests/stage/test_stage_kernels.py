@@ -1,4 +1,4 @@
-"""A whole stage by all of its GPU's kernels, emulated on the processor: filled up, captured, replayed; against float32."""
+"""A whole stage with all of its GPU kernels, emulated on CPU: padded, captured, replayed; against float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The way into the KV cache, single queries to it and norms of few rows, by the kernels of a GPU against plain torch in float32.
+"""GPU kernels for writes to the KV cache, decode attention and norms of few rows, against plain torch in float32.
 
 Without a GPU the kernels run by an emulation of Triton.
 """

@@ -50,7 +50,7 @@ def test_attention_and_its_gradient_equal_torch(share_prefix, part):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("lengths", [(4200,), (2304, 2600), (3001, 1500, 1100)])
 def test_long_segments_equal_flash_attention_and_float32(lengths, monkeypatch):
-    """cuDNN's way on a Hopper, against torch's own attention in float32; and FlashAttention's is as far from it."""
+    """cuDNN's attention on Hopper and FlashAttention: both equally close to torch's own in float32."""
     items = [Encoded(tuple(range(n, n + length)), (1, 2)) for n, length in enumerate(lengths)]
     pack = pad_pack(pack_examples(items, share_prefix=True))
     segments = pack.to(torch.device("cuda")).segments
@@ -88,7 +88,7 @@ def test_long_segments_equal_flash_attention_and_float32(lengths, monkeypatch):
 @pytest.mark.parametrize("way", ["flash", "cudnn"])
 @pytest.mark.parametrize("lengths", [(40,), (17, 300, 5), (256, 257)])
 def test_attention_of_a_gpu_equals_the_plain_one(monkeypatch, way, lengths):
-    """What FlashAttention and cuDNN are given, and what is made of their answers; both are emulated."""
+    """Arguments given to FlashAttention and cuDNN, and use of their results; both are emulated."""
     items = [Encoded(tuple(range(n, n + length)), (1, 2)) for n, length in enumerate(lengths)]
     segments = pack_examples(items, share_prefix=False).segments
     generator = torch.Generator().manual_seed(0)
@@ -109,7 +109,7 @@ def test_attention_of_a_gpu_equals_the_plain_one(monkeypatch, way, lengths):
 
 
 @pytest.mark.parametrize("num_cached", [0, 1, 61, 300])
-def test_a_long_segment_goes_alone_behind_what_is_cached(monkeypatch, num_cached):
+def test_a_long_segment_goes_alone_after_its_cached_rows(monkeypatch, num_cached):
     emulate_attention(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(count, heads, 16, generator=generator).bfloat16()

@@ -1,4 +1,4 @@
-"""The fused steps: against transformers and autograd, the dropout's bits, and that torch can compile each in one piece."""
+"""The fused steps against transformers and autograd, the bits of dropout, and compilation of each into one graph."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_row_that_is_not_finite_gives_nothing_finite_and_leaves_the_others(bad):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_many_rows_with_a_scale_that_is_not_finite_give_nan_there_alone(bad):
-    """What a row of NaN or beyond float16 becomes: its int8 values mean nothing, its scale says so."""
+    """A row with NaN or values beyond float16: its int8 values are meaningless, its scale is infinite or NaN."""
     x, values = random_int8(40, 256, seed=2), random_int8(192, 256, seed=3)
     rows, scales = torch.linspace(0.5, 3.0, 40, device=DEVICE), torch.linspace(0.1, 2.0, 192, device=DEVICE)
     few_x, few_weights = random_rows(40, 64, seed=4), random_rows(192, 64, seed=5)

@@ -64,7 +64,7 @@ def make_layer(weight: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.nn.
 
 
 def held_weight(layer: torch.nn.Module, bits: int) -> torch.Tensor:
-    """What a layer's packed numbers stand for, by the formats' definitions in float64. Shapes: -> (N, K)."""
+    """A layer's weight by the formats' definitions, in float64. Shapes: -> (N, K)."""
     weight = layer.weight
     if bits == 16:
         return weight.double()
@@ -199,7 +199,7 @@ def test_weight_that_cannot_be_held_is_refused_by_words():
 
 @pytest.mark.parametrize("num_columns", [576, 192])
 def test_8_bit_products_of_few_rows_on_a_gpu_do_not_depend_on_other_rows(num_columns):
-    """SmolLM2-135M's sizes, which int8 kernels do not take: a row that fills a recorded pass up must change no other."""
+    """SmolLM2-135M's sizes, which int8 kernels do not support: a padding row of a captured pass must change no other row."""
     weight = make_layer(make("ordinary", 40, num_columns, 1), 8, torch.float32)
     frozen = freeze([weight], torch.float32)
     x = make("outlier columns", 5, num_columns, 2)

@@ -28,7 +28,7 @@ from finlora.train.steps.loop import AnswerLoss
 
 CPU = torch.device("cpu")
 SHARED = tuple(range(10, 30))
-# Prompts that begin alike, of different lengths, with answers of two to five tokens.
+# Prompts with a shared prefix, of different lengths, with answers of two to five tokens.
 EXAMPLES = [Encoded(SHARED + tuple(range(3 + n, 8 + 4 * n)), tuple(range(200, 202 + n % 4))) for n in range(7)]
 
 
@@ -182,7 +182,7 @@ def test_head_runs_in_chunks(make_model, monkeypatch):
     assert_equal(gradients_of(model, module, pack), whole)
 
 
-def test_plain_pass_goes_on_working_after_weights_are_shared(make_model):
+def test_plain_pass_keeps_working_after_weights_are_shared(make_model):
     for bits, keep_unpacked in ((16, False), (4, True), (8, False)):
         model = make_model(bits)
         before = gradients_of(model, AnswerLoss(model), collate(EXAMPLES, 2))
@@ -197,7 +197,7 @@ def test_plain_pass_goes_on_working_after_weights_are_shared(make_model):
         (("q_proj", "k_proj", "v_proj"), None),
     ],
 )
-def test_what_cannot_run_packed_is_said(make_model, targets, words):
+def test_reason_why_a_model_cannot_train_packed(make_model, targets, words):
     model = make_model(16, targets=targets)
     assert refusal(model) == words
     if words:

@@ -1,4 +1,4 @@
-"""Recorded passes against the same passes run as they are: on a GPU, else with CUDA graphs and kernels emulated."""
+"""Captured passes against the same passes run eagerly: on a GPU, else with CUDA graphs and kernels emulated."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_graphs_share_their_outputs_and_are_bounded(make_module, monkeypatch):
 
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_any_packs_of_a_form_replay_as_they_are(make_module, share_prefix):
-    """Lengths, prefixes, labels and places differ within a form: none of them may stay in a graph."""
+    """Lengths, prefixes, labels and labelled rows differ within a form: none may be baked into a graph."""
     rng = random.Random(7)
     packs = []
     for _ in range(14):

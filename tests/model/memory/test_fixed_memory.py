@@ -1,4 +1,4 @@
-"""The forecast against the paper's table, against files and weights as they are, and against every byte that torch holds."""
+"""The forecast against the paper's table, the sizes of files and weights, and every byte that torch allocates."""
 
 from __future__ import annotations
 

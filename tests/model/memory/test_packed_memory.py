@@ -1,4 +1,4 @@
-"""The packed forecast: what a layer keeps, byte for byte; the plan for a given memory."""
+"""The packed forecast: bytes that a layer saves, and the plan for a given memory."""
 
 from __future__ import annotations
 

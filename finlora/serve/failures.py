@@ -1,4 +1,4 @@
-"""Every failure as an HTTP status and OpenAI's error body; one table, so that no error is answered in two ways."""
+"""HTTP status and OpenAI error body of every exception, from one table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finlora.errors import (
 )
 from finlora.serve.protocol import ErrorBody, ErrorResponse
 
-# Error -> status, OpenAI's type, code, seconds after which to ask again (0: never the same). The first that fits counts.
+# Error -> status, OpenAI's type, code, seconds to wait before a retry (0: no retry). The first match counts.
 _TABLE: tuple[tuple[type[FinloraError], int, str, str, int], ...] = (
     (QuotaError, 429, "rate_limit_error", "rate_limit_exceeded", 1),
     (QueueFullError, 429, "rate_limit_error", "queue_full", 1),
@@ -31,17 +31,18 @@ _TABLE: tuple[tuple[type[FinloraError], int, str, str, int], ...] = (
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 HTTP_CODES = {404: "unknown_path", 405: "method_not_allowed", 408: "slow_body", 413: "too_large"}
 """Status of an error that Starlette raises itself -> code."""
-_MAX_FAULTS, _MAX_NAME = 20, 100  # a body may name a million fields, each of any length
+_MAX_FAULTS, _MAX_NAME = 20, 100  # a body may hold a million fields with names of any length
 
 
 class RefusedError(Exception):
-    """A request that is answered with an error, as the HTTP layer alone knows it.
+    """Refusal of a request by the HTTP layer itself.
 
     Args:
         status: HTTP status.
         message: what was found, what was expected, what to do.
-        code: for programs.
-        param: field of the request.
+        code: error code for programs.
+        param: field of the request that is wrong.
+        retry_after_s: seconds to wait before a retry; 0: no retry.
     """
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None, retry_after_s: int = 0) -> None:
@@ -50,7 +51,7 @@ class RefusedError(Exception):
 
 
 def as_refusal(error: Exception) -> RefusedError:
-    """Return how an error is answered; one that is not ours gives away nothing but that it happened."""
+    """Return the refusal for an error. An error that is not FinLoRA's own reveals nothing of its text."""
     if isinstance(error, RefusedError):
         return error
     for kind, status, _, code, retry_after_s in _TABLE:
@@ -58,19 +59,19 @@ def as_refusal(error: Exception) -> RefusedError:
             wait = error.retry_after_s if isinstance(error, QuotaError) else retry_after_s
             return RefusedError(status, str(error), code, retry_after_s=wait)
     return RefusedError(
-        500, "the server failed on this request: its log says why under the request id.", "internal_error"
+        500, "the server failed on this request: its log says why, under the request id.", "internal_error"
     )
 
 
 def error_body(refusal: RefusedError) -> ErrorResponse:
-    """Return OpenAI's form of an error."""
+    """Return the error body in OpenAI's form."""
     kinds = {status: kind for _, status, kind, _, _ in _TABLE} | _TYPES
     kind = kinds.get(refusal.status, "server_error" if refusal.status >= 500 else "invalid_request_error")
     return ErrorResponse(error=ErrorBody(message=str(refusal), type=kind, param=refusal.param, code=refusal.code))
 
 
 def error_reply(error: Exception) -> JSONResponse:
-    """Return the HTTP answer to an error."""
+    """Return the HTTP response for an error."""
     refusal = as_refusal(error)
     headers = {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else {}
     if refusal.status == 401:
@@ -79,21 +80,21 @@ def error_reply(error: Exception) -> JSONResponse:
 
 
 def invalid_body(error: RequestValidationError) -> RefusedError:
-    """Return all faults of a body in one message, without the values that were found: they may be confidential."""
+    """Return all faults of a body in one message, without the values found, which may be confidential."""
     found = error.errors()
     faults = []
     for fault in found[:_MAX_FAULTS]:
-        place = ".".join(str(part)[:_MAX_NAME] for part in fault["loc"] if part != "body")
-        faults.append(f"{place}: {fault['msg']}" if place else str(fault["msg"]))
+        field = ".".join(str(part)[:_MAX_NAME] for part in fault["loc"] if part != "body")
+        faults.append(f"{field}: {fault['msg']}" if field else str(fault["msg"]))
     if len(found) > _MAX_FAULTS:
-        faults.append(f"and {len(found) - _MAX_FAULTS:,} faults more")
+        faults.append(f"and {len(found) - _MAX_FAULTS:,} more faults")
     first = found[0]["loc"]
     param = str(first[1])[:_MAX_NAME] if len(first) > 1 else None
     return RefusedError(400, "; ".join(dict.fromkeys(faults)), "invalid_body", param)
 
 
 def from_http(error: HTTPException) -> RefusedError:
-    """Return Starlette's own errors, as of an unknown path, in our form."""
-    hints = {404: "there is nothing at this path: see /openapi.json.", 405: "this path takes another method."}
+    """Return Starlette's own errors, such as an unknown path, as refusals."""
+    hints = {404: "this path does not exist: see /openapi.json.", 405: "this path takes another method."}
     message = hints.get(error.status_code, str(error.detail))
     return RefusedError(error.status_code, message, HTTP_CODES.get(error.status_code, "http_error"))

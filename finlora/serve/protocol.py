@@ -1,7 +1,7 @@
-"""What goes over the wire: OpenAI's completions, chat and models, and the financial questions beside them.
+"""Request and reply bodies: OpenAI's completions, chat and models, and the financial endpoints beside them.
 
-A field that is not known, or asks for what the engine cannot do, is refused by name: nothing that a client asks for is left
-out in silence. Texts come in UTF-8; bounds that depend on the model are checked where it is known.
+An unknown field, or one that asks for what the engine cannot do, is refused by name and never ignored. Bounds that depend on
+the model are checked later, in finlora/serve/http.
 
 Source: OpenAI API reference, https://platform.openai.com/docs/api-reference (chat, completions, models, errors).
 """
@@ -20,8 +20,8 @@ _StopTexts = Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fas
 
 
 class _Wire(BaseModel):
-    """One object of a body. Lists stop at their first fault, and objects of too many fields at once: each fault takes a
-    thousand times the bytes that caused it.
+    """Object of a body. A list stops at its first fault, and an object with too many fields is refused as a whole, because
+    the report of a fault takes a thousand times the bytes that caused it.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -35,13 +35,13 @@ class _Wire(BaseModel):
 
 
 class _Body(_Wire):
-    """A whole body, of which every text must be one: JSON can hold halves of characters, which nothing here can encode."""
+    """Whole body. Every text must be Unicode: JSON can hold half a surrogate pair, which cannot be encoded."""
 
     @model_validator(mode="before")
     @classmethod
     def _check_texts_are_unicode(cls, values: Any) -> Any:
         if not isinstance(values, dict):
-            return values  # bytes of another content type; what follows refuses them
+            return values  # bytes of another content type: pydantic refuses them next
         try:
             json.dumps(values, ensure_ascii=False).encode()
         except (UnicodeEncodeError, RecursionError):
@@ -54,7 +54,7 @@ class StreamOptions(_Wire):
 
 
 class GenerationRequest(_Body):
-    """What both kinds of completion have in common."""
+    """Fields that chat and text completions share."""
 
     model: str = Field(
         description="A name of `/v1/models`: the base, `base:adapter`, or `base:adapter@v2` for one version of an adapter."

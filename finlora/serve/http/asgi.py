@@ -1,4 +1,4 @@
-"""The web application of one copy of the server: paths, errors and the guard before them. No Ray here."""
+"""ASGI application of one replica: endpoints, error handlers and the guard around them. Does not use Ray."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ is 1), log-probabilities of the chosen tokens alone."""
 
 
 def make_app(server: Server, *, has_proxy: bool) -> ASGIApp:
-    """Return the application around a server whose engine runs.
+    """Return the application of a server whose engine runs.
 
     Args:
-        has_proxy: a proxy before it puts `X-Request-Id` on requests and answers.
+        has_proxy: whether a proxy in front of it sets `X-Request-Id` on requests and responses.
     """
 
     @contextlib.asynccontextmanager
@@ -52,7 +52,7 @@ def make_app(server: Server, *, has_proxy: bool) -> ASGIApp:
         version=code_version(),
         description=_DESCRIPTION,
         lifespan=lifespan,
-        docs_url=None,  # both pages load scripts from elsewhere
+        docs_url=None,  # both documentation pages load scripts from other hosts
         redoc_url=None,
     )
     app.state.server = server

@@ -1,4 +1,4 @@
-"""Conversations as token ids. One user message comes out as training and evaluation render it."""
+"""Conversations as token ids. A single user message is rendered as in training and evaluation."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from finlora.serve.served_model import ServedBase
 
 
 def encode_messages(messages: Sequence[Message], base: ServedBase, date: str | None) -> tuple[int, ...]:
-    """Render a conversation up to where the assistant's next turn begins.
+    """Render a conversation up to the start of the assistant's next turn.
 
     Text that looks like a special token is encoded as plain characters, so that no message can end or open a turn.
 
     Args:
-        date: what the chat template writes as today: the adapter's, or the base's own.
+        date: date that the chat template writes: the adapter's, or the base's own.
 
     Raises:
-        ConfigError: the base has no turns and more than one user message came, or the turns are in no order it knows.
+        ConfigError: the base has no chat template and gets more than one user message, or its template refuses the turns.
     """
     if len(messages) == 1 and messages[0].role == "user":
         return encode_prompt(messages[0].text, base.tokenizer, base.template, date)
@@ -30,7 +30,7 @@ def encode_messages(messages: Sequence[Message], base: ServedBase, date: str | N
             f"messages hold {len(messages)} turns ({roles}) and this base is served without turns (template raw): send one "
             "user message, which is then the whole prompt, as in training."
         )
-    # Placeholders mark where the texts go: the frame is encoded with its special tokens, the texts without.
+    # The template renders placeholders: its own text is encoded with special tokens, the messages without.
     markers = [f"\ue000{index}\ue001" for index in range(len(messages))]
     roles_in_template = {"developer": "system"}
     turns = [
@@ -46,7 +46,7 @@ def encode_messages(messages: Sequence[Message], base: ServedBase, date: str | N
         before, found, rest = rest.partition(marker)
         if not found:
             raise ConfigError(
-                "the base's chat template has no place for these turns: expected system, user, assistant."
+                "the base's chat template leaves out some of these turns: expected system, user, assistant."
             )
         ids += base.tokenizer.encode(before, add_special_tokens=False)
         ids += encode_plain(message.text.strip(), base)
@@ -56,5 +56,5 @@ def encode_messages(messages: Sequence[Message], base: ServedBase, date: str | N
 
 
 def encode_plain(text: str, base: ServedBase) -> tuple[int, ...]:
-    """Return the ids of a text alone, nothing in it taken for a special token."""
+    """Return the token ids of a text, without special tokens."""
     return encode_prompt(text, base.tokenizer, "raw")[1:]

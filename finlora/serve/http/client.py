@@ -1,6 +1,6 @@
-"""Ask a served model from a terminal: what `finlora ask --server` does. The standard library alone, so it starts at once.
+"""HTTP client of `finlora ask --server`. It imports only the standard library, so it starts at once.
 
-What comes back is taken for what a stranger may have sent: of bounded size, of the expected kinds, without control characters.
+A reply is not trusted: its size is bounded, its types are checked and its control characters are replaced.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _Kind = TypeVar("_Kind")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServedReply:
-    """An answer as a user reads it."""
+    """Answer of a server."""
 
     probabilities: dict[str, float]
-    """Label -> probability, likeliest first; empty for free text."""
+    """Label -> probability, most probable first; empty for generated text."""
     quote: tuple[int, int] | None
-    """Where generated text stands in the text asked about, from and to which character; None: nowhere."""
+    """First character of the answer in the given text, and the one after its last; None: it is not in the text."""
 
 
 def ask_server(
@@ -57,13 +57,13 @@ def ask_server(
     """Ask one question over HTTP.
 
     Args:
-        address: as `http://127.0.0.1:8000`.
+        address: such as `http://127.0.0.1:8000`.
         task: None: the text is the whole prompt.
-        on_text: gets generated text, as it comes where the task is None.
+        on_text: gets generated text; piece by piece if the task is None.
 
     Raises:
         ConfigError: the server refuses the question or the key; says why.
-        ResourceError: no server answers, or it cannot just now.
+        ResourceError: no server answers, or the server cannot answer now.
     """
     if not key:
         raise ConfigError(f"{KEY_VARIABLE} is not set: set it to a key of the server at {address}.")
@@ -92,10 +92,10 @@ def ask_server(
 
 
 def read_pieces(blocks: Iterable[bytes], address: str) -> Iterator[str]:
-    """Yield the texts of a streamed answer, whichever way its bytes are cut into blocks.
+    """Yield the texts of a streamed answer, however its bytes are cut into blocks.
 
     Raises:
-        ResourceError: the server says that the answer broke off, the line was cut, or what comes is no stream of ours.
+        ResourceError: the server reports an error, the connection was cut, or the bytes are no stream of a FinLoRA server.
     """
     until = time.monotonic() + TIMEOUT_S
     rest = b""
@@ -111,16 +111,16 @@ def read_pieces(blocks: Iterable[bytes], address: str) -> Iterator[str]:
                 return
             event = _parse(data, address)
             if "error" in event:
-                raise ResourceError(f"the answer broke off: {_message_of(event) or 'the server does not say why'}")
+                raise ResourceError(f"the answer is incomplete: {_message_of(event) or 'the server does not say why'}")
             for choice in _take(event, "choices", list, address):
                 delta = _take(choice, "delta", dict, address)
                 if delta.get("content") is not None:
                     yield _plain(_take(delta, "content", str, address))
-    raise ResourceError(f"the line to {address} was cut before the answer was whole: ask again.")
+    raise ResourceError(f"the connection to {address} was cut before the answer was complete: ask again.")
 
 
 def read_extract(raw: bytes, address: str) -> tuple[str, tuple[int, int] | None]:
-    """Return an answer and its place. Raises ResourceError where it is none."""
+    """Return an answer and its position in the text. Raises ResourceError if the reply is no extraction."""
     answer = _parse(raw, address)
     quote = answer.get("quote")
     if quote is None:
@@ -130,7 +130,7 @@ def read_extract(raw: bytes, address: str) -> tuple[str, tuple[int, int] | None]
 
 
 def read_probabilities(raw: bytes, address: str) -> dict[str, float]:
-    """Return the probability of each label. Raises ResourceError where the reply is no classification of one text."""
+    """Return the probability of each label. Raises ResourceError if the reply is no classification of one text."""
     results = _take(_parse(raw, address), "results", list, address)
     if len(results) != 1:
         raise _strange(address, f"{len(results)} results for one text")
@@ -161,11 +161,11 @@ def _take(values: Any, name: str, kind: type[_Kind], address: str) -> _Kind:
 
 
 def _strange(address: str, found: str) -> ResourceError:
-    return ResourceError(f"{address} answers with {found}, which no FinLoRA server sends: mend --server.")
+    return ResourceError(f"{address} answers with {found}, which no FinLoRA server sends: correct --server.")
 
 
 def _plain(text: str) -> str:
-    """Return a text without what would move a terminal's cursor, change its colours or its title."""
+    """Return a text whose control characters are replaced: they could move a terminal's cursor or change its title."""
     return "".join(
         character if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs") else "\ufffd"
         for character in text
@@ -173,7 +173,7 @@ def _plain(text: str) -> str:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A server that sends elsewhere would have the key sent elsewhere."""
+    """Refusal of redirects, which would send the key to another server."""
 
     def redirect_request(self, *_: Any, **__: Any) -> None:
         return None
@@ -197,7 +197,7 @@ def _open(address: str, path: str, key: str, body: dict[str, Any]) -> Iterator[A
             kind = ResourceError if error.code >= 500 or error.code in _RETRIABLE else ConfigError
             if message is None:
                 raise kind(
-                    f"the server at {address} answers {error.code}, not as a FinLoRA server does: mend --server."
+                    f"the server at {address} answers {error.code}, not as a FinLoRA server does: correct --server."
                 ) from None
             raise kind(f"the server answers {error.code}: {message}") from None
     with reply:
@@ -205,10 +205,10 @@ def _open(address: str, path: str, key: str, body: dict[str, Any]) -> Iterator[A
 
 
 def choose_proxies(address: str) -> dict[str, str]:
-    """Return the proxies of a request, by scheme: none that could read the key.
+    """Return the proxies of a request by scheme, without any that could read the key.
 
-    A proxy of plain HTTP reads all that it passes on, so only https goes through one, in a tunnel. This machine and private
-    addresses are reached directly, and so is what NO_PROXY names.
+    A proxy for plain HTTP can read what it forwards, so only https goes through a proxy, in a tunnel. This machine, private
+    addresses and those in NO_PROXY are reached directly.
     """
     parts = urllib.parse.urlsplit(address)
     host = parts.hostname or ""
@@ -247,7 +247,7 @@ def _require_listener(address: str, host: str, port: int) -> None:
         is_direct = address.startswith("http://") and "http" in known and not _is_near(host)
         note = ". http_proxy is not used, since it would read the key: https goes through https_proxy" * is_direct
         raise ResourceError(
-            f"no server answers at {address} ({error.strerror}): start one with `finlora serve`, or mend --server{note}."
+            f"no server answers at {address} ({error.strerror}): start one with `finlora serve`, or correct --server{note}."
         ) from error
 
 
@@ -255,22 +255,22 @@ def _require_listener(address: str, host: str, port: int) -> None:
 def _failures_named(address: str, proxies: Mapping[str, str] = MappingProxyType({})) -> Iterator[None]:
     try:
         yield
-    except (http.client.HTTPException, OSError, ValueError) as error:  # URLError and TimeoutError are of OSError
+    except (http.client.HTTPException, OSError, ValueError) as error:  # URLError and TimeoutError are OSErrors
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
             what = f"its certificate is not trusted, {reason.verify_message}): set SSL_CERT_FILE to the authority's certificate"
         elif isinstance(reason, ssl.SSLError):
-            what = f"it does not speak TLS, {reason.reason}): take http:// where the server has no certificate"
+            what = f"it does not speak TLS, {reason.reason}): use http:// if the server has no certificate"
         elif isinstance(error, http.client.HTTPException | ConnectionResetError) and address.startswith("http://"):
-            what = f"it hangs up, {type(error).__name__}): take https:// where the server has a certificate"
+            what = f"it hangs up, {type(error).__name__}): use https:// if the server has a certificate"
         else:
-            what = f"{reason}): start one with `finlora serve`, or mend --server"
+            what = f"{reason}): start one with `finlora serve`, or correct --server"
         through = f" through the proxy {_shorten_proxy(proxies)}" if proxies else ""
         raise ResourceError(f"no server answers at {address}{through} ({what}.") from error
 
 
 def _shorten_proxy(proxies: Mapping[str, str]) -> str:
-    """Return host and port of a proxy, without the password that may stand before them."""
+    """Return host and port of a proxy without its user name and password."""
     return next(iter(proxies.values())).rpartition("@")[2].rpartition("/")[2]
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's `/v1/completions` and `/v1/chat/completions`: whole, or as server-sent events.
+"""Endpoints `/v1/completions` and `/v1/chat/completions` of OpenAI: one reply, or server-sent events.
 
 Source: OpenAI API reference, https://platform.openai.com/docs/api-reference/chat/streaming (chunks, usage event, `[DONE]`).
 """
@@ -36,7 +36,7 @@ router = APIRouter(tags=["OpenAI"], responses=ANSWERING_ERRORS)
 
 
 _Rows = Sequence[TokenRow] | None
-"""Tokens with their log-probabilities; None where they were not asked for."""
+"""Tokens with their log-probabilities; None if the request does not ask for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
 
 
 class _Chat:
-    """The form of chat completions."""
+    """Reply format of chat completions."""
 
     kind, prefix, piece_kind = "chat.completion", "chatcmpl", "chat.completion.chunk"
 
@@ -111,7 +111,7 @@ class _Chat:
 
 
 class _Completion:
-    """The form of completions."""
+    """Reply format of completions."""
 
     kind, prefix, piece_kind = "text_completion", "cmpl", "text_completion"
 
@@ -143,7 +143,7 @@ async def _reply(
     if body.stream:
         (prompt,) = prompts
         events = server.generate(call, prompt.text, prompt.ids, sampling)
-        # The first event is awaited here, so that what goes wrong before it has its own status.
+        # Await the first event here, so that an error before it still gets its own HTTP status.
         first = await anext(events)
         wants_usage = body.stream_options is not None and body.stream_options.include_usage
         stream = _stream(form, frame | {"object": form.piece_kind}, first, events, len(prompt.ids), wants_usage)
@@ -186,7 +186,7 @@ async def _stream(
                 yield event([], usage=count_usage([(num_prompt, item)]).model_dump())
             yield "data: [DONE]\n\n"
         except Exception as error:
-            # The status is out already: the error comes as an event, and no [DONE] follows it.
+            # The status is sent already: send the error as an event, without a [DONE] after it.
             yield f"data: {error_body(as_refusal(error)).model_dump_json()}\n\n"
 
 
@@ -205,7 +205,7 @@ def finish_reason(answer: Answer) -> str:
 
 
 def count_usage(answers: Sequence[tuple[int, Answer]]) -> Usage:
-    """Return the tokens of prompts and answers, given as (tokens of the prompt, answer)."""
+    """Return the token counts of pairs (number of prompt tokens, answer)."""
     num_prompt, num_new = sum(size for size, _ in answers), sum(len(answer.tokens) for _, answer in answers)
     return Usage(
         prompt_tokens=num_prompt,

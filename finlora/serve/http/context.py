@@ -1,4 +1,4 @@
-"""What each path needs of its request: the server, the key that was let in, the request's id."""
+"""Request context of an endpoint: the server, the admitted key and the request id; and its errors for OpenAPI."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ WORDS = {
 
 
 def errors_of(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the errors that an endpoint answers, for its OpenAPI description."""
+    """Return the error responses of an endpoint for its OpenAPI description."""
     found: dict[int | str, dict[str, Any]] = {
         status: {"model": ErrorResponse, "description": WORDS[status]} for status in statuses
     }
-    # Without it FastAPI describes a 422 in a form of its own, which no endpoint here answers.
+    # Without "default" FastAPI describes its own form of a 422, which no endpoint here sends.
     return {**found, "default": {"model": ErrorResponse, "description": "Any other error."}}
 
 
 LOOKING_ERRORS = errors_of(401, 500, 503)
-"""Of endpoints that show something."""
+"""Errors of endpoints that only show something."""
 ANSWERING_ERRORS = errors_of(400, 401, 404, 408, 413, 422, 429, 500, 503)
-"""Of endpoints that ask the model."""
+"""Errors of endpoints that ask the model."""
 
 
 def server_of(request: Request) -> Server:
@@ -51,7 +51,7 @@ def server_of(request: Request) -> Server:
 
 def key_of(request: Request) -> KeyRecord:
     key = request.state.key
-    assert isinstance(key, KeyRecord), "the guard lets nobody without a key come here"
+    assert isinstance(key, KeyRecord), "the guard admits no request without a key"
     return key
 
 
@@ -60,7 +60,7 @@ def request_id_of(request: Request) -> str:
 
 
 async def gather_all(works: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """Await all; the first failure cancels the others and is raised as it was."""
+    """Await all coroutines; the first exception cancels the others and is raised unchanged."""
     if len(works) == 1:
         return [await works[0]]
     tasks = [asyncio.ensure_future(work) for work in works]

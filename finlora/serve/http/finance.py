@@ -1,4 +1,4 @@
-"""The financial questions: labels with their probabilities, and answers quoted from an XBRL fragment."""
+"""Financial endpoints: labels with their probabilities, and answers quoted from a text such as an XBRL excerpt."""
 
 from __future__ import annotations
 
@@ -82,9 +82,7 @@ async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
             "task",
         )
     if not body.question.strip():
-        raise RefusedError(
-            400, "question is empty: say what is looked for in the context.", "invalid_value", "question"
-        )
+        raise RefusedError(400, "question is empty: say what to look for in the context.", "invalid_value", "question")
     question = make_question(body.task, body.context, body.question)
     ids = server.encode(call, question.prompt)
     default = server.config.limits.default_extract_tokens
@@ -95,14 +93,14 @@ async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
             break
         pieces.append(event.text)
     text = "".join(pieces).strip()
-    place = find_quote(text, body.context)
+    quote = find_quote(text, body.context)
     return ExtractResponse(
         id=call.request_id,
         model=body.model,
         task=body.task,
         answer=text,
-        quote=Quote(start=place[0], end=place[1]) if place else None,
-        grounded=place is not None,
+        quote=Quote(start=quote[0], end=quote[1]) if quote else None,
+        grounded=quote is not None,
         finish_reason="length" if isinstance(event, Answer) and event.finish == "length" else "stop",
         usage=count_usage([(len(ids), event)] if isinstance(event, Answer) else []),
     )
@@ -114,10 +112,10 @@ def _describe(name: str) -> TaskFacts:
 
 
 def _ask(task: str, text: str, about: str | None) -> Question:
-    """Render a question that has labels.
+    """Render a question of a task with labels.
 
     Raises:
-        RefusedError: there is no such task, or `about` is missing or not wanted.
+        RefusedError: the task is unknown, or `about` is missing or not allowed.
         DatasetError: the text is empty, or `about` does not fit it.
     """
     labelled = [name for name in FORMS if not quotes(name)]
@@ -135,6 +133,6 @@ def _ask(task: str, text: str, about: str | None) -> Question:
 def _label(question: Question, answer: Answer, threshold: float) -> LabelResult:
     pairs = zip(question.choices, normalise_choices(answer.log_probs), strict=True)
     ranked = dict(sorted(pairs, key=lambda pair: -pair[1]))
-    likeliest, probability = next(iter(ranked.items()))
-    has_doubt = probability < threshold
-    return LabelResult(label=None if has_doubt else likeliest, probabilities=ranked, abstained=has_doubt)
+    label, probability = next(iter(ranked.items()))
+    abstains = probability < threshold
+    return LabelResult(label=None if abstains else label, probabilities=ranked, abstained=abstains)

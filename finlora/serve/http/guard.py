@@ -1,6 +1,6 @@
-"""What stands before every path: a request id, the key, and the largest body.
+"""ASGI middleware before every endpoint: request id, API key and size limit of the body.
 
-Plain ASGI, since a streamed answer must pass through untouched. Nothing of a body, a key or an answer is logged.
+Plain ASGI, because a streamed answer must pass through unbuffered. Bodies, keys and answers are never logged.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _logger = logging.getLogger(__name__)
 OPEN_PATHS = ("/healthz", "/")
 OPEN_FOLDER = "/page/"
 _DRAINED_BODIES = 4
-"""Largest bodies' worth of bytes that are thrown away before a line is closed."""
+"""Multiple of the largest body that is read and dropped before a connection is closed."""
 _BODY_S = 60.0
-"""Seconds in which a body must be whole: requests that send a byte now and then would fill all places."""
+"""Seconds in which a body must arrive. Otherwise clients that send a byte now and then could use up all connections."""
 _DRAIN_S = 5.0
 _MAX_DIGITS = 18
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -35,13 +35,13 @@ _SECURITY_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control",
 
 
 class Guard:
-    """Lets a request through to the app when its key is known and its body is not too large.
+    """Middleware that admits requests with a known key and a body within the limit.
 
-    A request keeps the `X-Request-Id` that it brings, so that a caller's own logs and this server's name it alike.
+    A request keeps its own `X-Request-Id`, so that the logs of client and server name it alike.
 
     Args:
-        on_end: told path, as it is declared, status and seconds of each request.
-        has_proxy: a proxy before it gives each request an `X-Request-Id` and puts that on the answer, as Ray Serve's does.
+        on_end: called with the route, status and seconds of each request.
+        has_proxy: whether a proxy in front sets `X-Request-Id` on requests and responses, as Ray Serve's does.
     """
 
     def __init__(
@@ -86,18 +86,20 @@ class Guard:
 
         async def receive_bounded() -> Message:
             nonlocal received, has_more
-            if has_more:  # afterwards only the end of the line can come, however late
+            if has_more:  # after the body only a disconnect can come, at any time
                 try:
                     async with asyncio.timeout(started + _BODY_S - time.monotonic()):
                         message = await receive()
                 except TimeoutError:
-                    raise HTTPException(408, f"the body was not whole after {_BODY_S:g} s: send it at once.") from None
+                    raise HTTPException(
+                        408, f"the body was not complete after {_BODY_S:g} s: send it at once."
+                    ) from None
             else:
                 message = await receive()
             has_more = has_more and message.get("more_body", False)
             received += len(message.get("body", b"")) if message["type"] == "http.request" else 0
             if received > self._max_body_bytes:
-                raise HTTPException(413, str(self._too_large()))  # FastAPI passes on no other error of a body
+                raise HTTPException(413, str(self._too_large()))  # FastAPI hides any other error while it reads a body
             return message
 
         try:
@@ -121,14 +123,14 @@ class Guard:
                 "%s key=%s %s %r %d %.3f s",
                 *(request_id, key.id if key else "-", scope["method"], path, status, seconds),
             )
-            # Unknown paths share a name: a metric for each would be a way to fill the memory.
+            # Unknown paths share one name: with a metric for each a client could fill the memory.
             self._on_end(getattr(scope.get("route"), "path", "other"), status, seconds)
 
     def _admit(self, scope: Scope) -> KeyRecord | None:
-        """Return the record of the request's key; None where none is needed.
+        """Return the record of the request's key; None if the path needs none.
 
         Raises:
-            RefusedError: the key is missing or not known, or the body will be too large.
+            RefusedError: the key is missing or unknown, or the body is declared too large.
         """
         headers = {name.lower(): value for name, value in scope["headers"]}
         path = scope["path"]
@@ -136,11 +138,13 @@ class Guard:
         if path not in OPEN_PATHS and not path.startswith(OPEN_FOLDER):
             scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
             if scheme.lower() != "bearer" or not key:
-                raise RefusedError(401, "no API key came: send it as `Authorization: Bearer KEY`.", "missing_api_key")
+                raise RefusedError(
+                    401, "the request has no API key: send it as `Authorization: Bearer KEY`.", "missing_api_key"
+                )
             try:
                 record = self._keys.check(key.strip())
-            except ConfigError as error:  # nobody is let in, and nobody without a key is told why
-                _logger.error("no key can be checked: %s", error)
+            except ConfigError as error:  # refuse everybody, and give the reason only to the log
+                _logger.error("API keys cannot be checked: %s", error)
                 raise RefusedError(503, "keys cannot be checked now: ask again later.", "no_keys", None, 5) from error
             if record is None:
                 raise RefusedError(
@@ -152,7 +156,7 @@ class Guard:
         return record
 
     async def _drain(self, receive: Receive) -> None:
-        """Take the body of a refused request, within reason: a line closed on a client that still sends hides the answer."""
+        """Read and drop the body of a refused request, up to a bound: a client that still sends would miss the answer."""
         received, has_more = 0, True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_DRAIN_S):

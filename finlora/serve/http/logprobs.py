@@ -1,4 +1,4 @@
-"""Log-probabilities of an answer's tokens in OpenAI's two forms. They are those before temperature and top_p."""
+"""Log-probabilities of an answer's tokens, before temperature and top_p, in OpenAI's two formats."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """One token of an answer."""
+    """Token of an answer."""
 
     text: str
-    """Of the token alone; a part of a character is U+FFFD."""
+    """Text of the token alone; a part of a character is U+FFFD."""
     log_prob: float
-    place: int
-    """Character of the answer's text at which it begins."""
+    offset: int
+    """Character of the answer's text at which the token begins."""
 
 
 class TokenRows:
-    """Tells which tokens go with the text that is out, piece by piece; over a whole answer the same as in one go."""
+    """Assignment of tokens to the pieces of a streamed text. All pieces together hold the tokens of the whole answer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer, self._text = tokenizer, Detokeniser(tokenizer)
-        self._num_taken = self._place = self._num_out = 0
+        self._num_taken = self._offset = self._num_out = 0
         self._waiting: list[TokenRow] = []
 
     def take(self, piece: Piece) -> list[TokenRow]:
-        """Return the tokens whose text begins within what is out with this piece."""
+        """Return the tokens whose text begins in the text sent up to and with this piece."""
         self._add(piece.tokens)
         self._num_out += len(piece.text)
-        rows = [row for row in self._waiting if row.place < self._num_out]
+        rows = [row for row in self._waiting if row.offset < self._num_out]
         self._waiting = self._waiting[len(rows) :]
         return rows
 
     def finish(self, answer: Answer) -> list[TokenRow]:
-        """Return the rest; behind a stop string nothing, since those tokens only spell it."""
+        """Return the remaining tokens; none after a stop string, because those tokens only spell it."""
         self._add(answer.tokens[self._num_taken :])
         return [] if answer.finish == "stop" else self._waiting
 
     def _add(self, tokens: Sequence[Token]) -> None:
         for token in tokens:
-            self._waiting.append(TokenRow(str(self._tokenizer.decode([token.id])), token.log_prob, self._place))
-            self._place += len(self._text.push(token.id))
+            self._waiting.append(TokenRow(str(self._tokenizer.decode([token.id])), token.log_prob, self._offset))
+            self._offset += len(self._text.push(token.id))
         self._num_taken += len(tokens)
 
 
@@ -72,10 +72,10 @@ def completion_logprobs(rows: Sequence[TokenRow]) -> dict[str, Any]:
         "tokens": [row.text for row in rows],
         "token_logprobs": [row.log_prob for row in rows],
         "top_logprobs": None,
-        "text_offset": [row.place for row in rows],
+        "text_offset": [row.offset for row in rows],
     }
 
 
 def _bytes_of(piece: str) -> list[int] | None:
-    """Return a token's bytes; None where it holds only a part of a character."""
+    """Return a token's bytes; None if it holds only a part of a character."""
     return None if "\ufffd" in piece else list(piece.encode())

@@ -1,4 +1,4 @@
-"""One copy of the server: what every path asks of it, from a model's name and a key to an answer that is counted and logged."""
+"""Server of one replica: takes a model name, a key and a prompt, and yields an answer that is counted and logged."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _PROBE_S = 15.0
 
 
 class Server:
-    """The parts of a copy, joined.
+    """Server of one replica.
 
     Args:
-        engine: started.
-        audit: None: nothing is logged.
-        quota: what keys have asked; None: counted here.
+        engine: started engine.
+        audit: None: no audit log.
+        quota: counter of the keys' requests and tokens; None: this server counts them.
     """
 
     def __init__(
@@ -55,28 +55,29 @@ class Server:
         )
         self.shelf = AdapterShelf(config.adapters_folder, base)
         self.quota = Quota(time.monotonic) if quota is None else quota
-        # Labels are few and come with each question.
+        # Each question of a task has the same few labels.
         self._encode_choices = functools.lru_cache(256)(
             lambda choices: encode_choices(choices, base.tokenizer, base.template)
         )
         self._ledger = Ledger(self.quota, meter, base.weights_hash, audit, has_texts=config.audit_texts)
 
     def list_models(self, key: KeyRecord) -> list[str]:
-        """Return the names that a key may ask."""
+        """Return the names of the models that a key may use."""
         names: list[str | None] = [None, *self.shelf.list_names()]
         return [f"{self.config.name}:{name}" if name else self.config.name for name in names if key.may_use(name)]
 
     async def open_call(self, request_id: str, key: KeyRecord, path: str, model: str) -> Call:
-        """Let a request in: find its model, and count it.
+        """Admit a request: find its model and count it.
 
         Raises:
-            RefusedError: the model is not there, or the key may not use it.
+            RefusedError: the model does not exist, or the key may not use it.
             AdapterError: the adapter does not fit the base.
-            QuotaError: the key has asked as much as it may.
+            QuotaError: the key has reached its limit.
+            StageLostError: a stage is down.
         """
         base, colon, rest = model.partition(":")
         name, _, version = rest.partition("@")
-        # A name that a key may not use looks like one that is not there: names can be confidential too.
+        # A name that the key may not use gets the same error as an unknown one: names can be confidential.
         known = base == self.config.name and (not colon or name in self.shelf.list_names())
         if not known or not key.may_use(name or None):
             there = ", ".join(self.list_models(key)) or "none"
@@ -92,11 +93,11 @@ class Server:
         return Call(request_id=request_id, key=key, path=path, model=model, adapter=adapter)
 
     def date_of(self, call: Call) -> str | None:
-        """Return the day that a chat template writes into the prompts of a call: its adapter's, or the base's."""
+        """Return the date that the chat template writes into a call's prompts: its adapter's, or the base's."""
         return call.adapter.template_date if call.adapter else self.base.template_date
 
     def encode(self, call: Call, prompt: str) -> tuple[int, ...]:
-        """Render a prompt as its adapter was trained."""
+        """Render a prompt as in the adapter's training."""
         return encode_prompt(prompt, self.base.tokenizer, self.base.template, self.date_of(call))
 
     def make_sampling(
@@ -110,10 +111,10 @@ class Server:
         stop: tuple[str, ...] = (),
         seed: int | None = None,
     ) -> Sampling:
-        """Return how an answer to a prompt is drawn.
+        """Return the sampling parameters of an answer.
 
         Args:
-            max_tokens: None: `default_tokens`, or fewer where no more fit.
+            max_tokens: None: `default_tokens`, or fewer if no more fit.
 
         Raises:
             RefusedError: the prompt, or prompt and answer, are longer than the model takes.
@@ -145,11 +146,11 @@ class Server:
     async def generate(
         self, call: Call, prompt: str, prompt_ids: tuple[int, ...], sampling: Sampling, index: int = 0
     ) -> AsyncIterator[Piece | Answer]:
-        """Yield an answer's text as it comes, and last the Answer. Leaving early frees what the request held.
+        """Yield the pieces of an answer's text, then the Answer. Leaving early cancels the request.
 
         Args:
-            prompt: as the client gave it, for the audit log.
-            index: number of the prompt within its request.
+            prompt: text as the client sent it, for the audit log.
+            index: index of the prompt in its request.
 
         Raises:
             RefusedError: the deadline passed.
@@ -168,10 +169,10 @@ class Server:
                 yield event
 
     async def choose(self, call: Call, question: Question, index: int = 0) -> tuple[int, Answer]:
-        """Return the tokens of a question's prompt, and an answer with the log-probabilities of its choices.
+        """Return the number of tokens of a question's prompt, and an answer with the log-probabilities of its choices.
 
         Raises:
-            RefusedError: the prompt is longer than the model takes, or the deadline passed.
+            RefusedError: the prompt is too long for the model, or the deadline passed.
             FinloraError: as AskedEngine.ask.
         """
         base = self.base
@@ -196,10 +197,10 @@ class Server:
         raise AssertionError("a request ends with its answer or an error")
 
     async def probe(self) -> float:
-        """Send one token through all stages; returns the seconds it took.
+        """Send one token through all stages; return the seconds it took.
 
         Raises:
-            StageLostError: a stage is dead.
+            StageLostError: a stage is down.
             RefusedError: no answer came in time.
         """
         started = time.monotonic()
@@ -220,7 +221,7 @@ class Server:
     async def _follow(
         self, call: Call, prompt: str, request: Request, choices: Sequence[str] = ()
     ) -> AsyncIterator[Piece | Answer]:
-        """Pass the engine's events on; whatever comes of them is counted and logged."""
+        """Yield the engine's events, and record the outcome in the ledger."""
         adapter = AdapterRef(request.adapter, call.adapter.folder) if call.adapter and request.adapter else None
         course = Course(call, prompt, len(request.prompt_ids), choices)
         try:
@@ -254,7 +255,7 @@ class Server:
             raise RefusedError(403, f"key {key.id!r} may not change what is served: use an admin key.", "not_admin")
 
     def describe_adapter(self, name: str) -> dict[str, object]:
-        """Return what is known of an adapter, with the reason where it is refused."""
+        """Return the facts of an adapter, with the reason if it is refused."""
         facts: dict[str, object] = {"name": name, "versions": self.shelf.list_versions(name)}
         try:
             adapter = self.shelf.find(name)

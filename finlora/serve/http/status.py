@@ -1,4 +1,4 @@
-"""What there is and how it does: models, adapters and their versions, stages, liveness and readiness."""
+"""Model, adapter and health endpoints: models, adapters with their versions, stages, liveness and readiness."""
 
 from __future__ import annotations
 

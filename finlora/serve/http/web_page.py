@@ -1,6 +1,6 @@
-"""The web page of serving: static files of the folder `page`, without a key, under a policy that lets nothing else in.
+"""Web page of the server: the static files of the folder `page`, served without a key under a strict content policy.
 
-The page holds no data. Whatever it shows comes through the `/v1` paths with the key that the user types.
+The page holds no data. All that it shows comes from the `/v1` endpoints, with the key that the user types.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from fastapi.responses import FileResponse
 
 PAGE_FOLDER = Path(__file__).parents[1] / "page"
 
-# Types given here: what the machine's own table of types says must not decide what a browser runs.
+# Fixed here, because the machine's own table of media types must not decide what a browser runs.
 _MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 PAGE_HEADERS = {
-    # No inline script or style, nothing from elsewhere, no form that leaves the page, no frame around it.
+    # No inline script or style, nothing from other hosts, no form that submits, no frame around the page.
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    # Asked again each time, so that a page never outlives the server that it speaks with.
+    # Revalidate each time, so that the page always matches the server's version.
     "Cache-Control": "no-cache",
 }
 
 
 def page_router() -> APIRouter:
-    """Return the routes of the page, for `FastAPI.include_router`: `/` and `/page/FILE`, not in the OpenAPI description."""
+    """Return the page's routes for `FastAPI.include_router`: `/` and `/page/FILE`, left out of the OpenAPI description."""
     router = APIRouter(include_in_schema=False)
     for file in sorted(file for file in PAGE_FOLDER.iterdir() if file.suffix in _MEDIA_TYPES):
         path = "/" if file.name == "index.html" else f"/page/{file.name}"

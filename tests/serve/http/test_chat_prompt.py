@@ -1,4 +1,4 @@
-"""Conversations as tokens: as the template writes them, and no text can open or end a turn."""
+"""Conversations as token ids: equal to the chat template's own, and no text can open or end a turn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def base(tiny_base):
 
 @pytest.fixture(scope="module")
 def chatty(tiny_base):
-    """The base with turns, as an instruct model has them."""
+    """The base with a chat template, like an instruct model's."""
     base = read_base(make_settings(tiny_base))
     base.tokenizer.add_special_tokens({"additional_special_tokens": SPECIALS, "bos_token": SPECIALS[0]})
     base.tokenizer.chat_template = LLAMA3_CHAT_TEMPLATE
@@ -42,7 +42,7 @@ def test_one_message_is_encoded_as_in_training(which, request):
     assert encode_messages(turns(("user", "Profit rose")), base, None) == expected
 
 
-def test_conversation_reads_as_the_template_writes_it(chatty):
+def test_conversation_equals_the_templates_own_rendering(chatty):
     messages = turns(("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Profit?"))
     ids = encode_messages(messages, chatty, None)
     plain = [message.model_dump(include={"role", "content"}) for message in messages]
@@ -69,7 +69,7 @@ def test_base_without_turns_takes_one_user_message(base, messages):
         encode_messages(messages, base, None)
 
 
-def test_turns_that_the_template_refuses_are_said_by_its_own_words(tiny_base):
+def test_refusal_of_the_template_is_quoted(tiny_base):
     base = dataclasses.replace(read_base(make_settings(tiny_base)), template="chat")
     base.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""One server, adapters of several days: each is asked with the date it was trained with, on whatever day."""
+"""Adapters of several dates on one server: each prompt carries the date of its adapter's training, never today's."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def live(dated_base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("dated-adapters")
     settings = make_settings(dated_base, model=model, adapters_dir=str(folder))
     for name, date in DATES.items():
-        make_adapter(settings.model, folder / name, 1, "chat", date)  # of equal weights
+        make_adapter(settings.model, folder / name, 1, "chat", date)  # with equal weights
     with live_server(settings, tmp_path_factory.mktemp("keys")) as live:
         yield live
 
 
-def test_each_adapter_has_its_own_date_and_none_the_clocks(live, make_config, dated_base, pretend_day):
+def test_prompts_carry_the_adapters_date_and_not_todays(live, make_config, dated_base, pretend_day):
     config = make_config(f"model.base={dated_base}", "model.template=chat")
     listed = send(live.address, "/v1/adapters", live.keys["admin"]).body["data"]
     assert {facts["name"]: facts["template_date"] for facts in listed} == DATES
@@ -51,4 +51,4 @@ def test_each_adapter_has_its_own_date_and_none_the_clocks(live, make_config, da
     for (first, first_text), (second, second_text) in found.values():
         assert first == pytest.approx(second, rel=1e-4)
         assert first_text == second_text
-    assert found["early"][0][0] != pytest.approx(found["late"][0][0], rel=1e-3)  # the date is heard
+    assert found["early"][0][0] != pytest.approx(found["late"][0][0], rel=1e-3)  # the date changes the answer

@@ -1,4 +1,4 @@
-"""`finlora ask --server` against the whole server: the same answers in a terminal, failures by words and exit code."""
+"""`finlora ask --server` against a real server: the same answers in a terminal, errors with a message and an exit code."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TEXT = "Profit rose 12 %"
 
 @pytest.fixture
 def ask(live, capsys, monkeypatch):
-    """Run the verb; returns exit code, standard output and standard error."""
+    """Run the verb; return exit code, standard output and standard error."""
     monkeypatch.setenv("FINLORA_API_KEY", live.keys["desk"])
     for name in ("HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        monkeypatch.setenv(name, "0")  # main sets them where they are not: afterwards they are as before
+        monkeypatch.setenv(name, "0")  # main sets them if unset; monkeypatch restores them
 
     def run(*arguments, server=live.address, model="tiny"):
         options = [*(["--server", server] if server else []), *(["--model", model] if model else [])]
@@ -31,7 +31,7 @@ def ask(live, capsys, monkeypatch):
     return run
 
 
-def test_labels_are_the_servers(ask, live):
+def test_labels_equal_those_over_http(ask, live):
     code, out, _ = ask(TEXT, "--task", "fpb", model="tiny:good")
     body = {"model": "tiny:good", "task": "fpb", "text": TEXT}
     (result,) = send(live.address, "/v1/classify", live.keys["desk"], body).body["results"]
@@ -41,7 +41,7 @@ def test_labels_are_the_servers(ask, live):
         assert f"{value:.1%}" in out
 
 
-def test_text_and_extract_come_as_they_are_written(ask, live):
+def test_text_and_extract_are_printed(ask, live):
     code, out, _ = ask(TEXT)
     body = {"model": "tiny", "messages": [{"role": "user", "content": TEXT}]}
     reply = send(live.address, "/v1/chat/completions", live.keys["desk"], body).body
@@ -63,13 +63,13 @@ def test_text_and_extract_come_as_they_are_written(ask, live):
         ((TEXT, "--base"), {}, 2, "--server and --model go together"),
     ],
 )
-def test_failure_has_words_and_an_exit_code(ask, arguments, options, code, words):
+def test_failure_has_a_message_and_an_exit_code(ask, arguments, options, code, words):
     found, _, err = ask(*arguments, **options)
     assert found == code
     assert words in err
 
 
-def test_key_is_asked_for_and_a_wrong_one_refused(ask, monkeypatch):
+def test_missing_and_wrong_keys_are_refused(ask, monkeypatch):
     monkeypatch.setenv("FINLORA_API_KEY", "wrong")
     assert "the API key is not known" in ask(TEXT)[2]
     monkeypatch.delenv("FINLORA_API_KEY")
@@ -101,7 +101,7 @@ def test_no_proxy_that_could_read_the_key_is_used(monkeypatch, address, no_proxy
     assert set(choose_proxies(address)) <= {"https"}
 
 
-def test_server_of_this_machine_answers_though_a_proxy_is_set(ask, monkeypatch):
+def test_local_server_is_reached_without_the_proxy(ask, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert ask(TEXT, "--task", "fpb", model="tiny:good")[0] == 0
@@ -112,12 +112,12 @@ def test_server_of_this_machine_answers_though_a_proxy_is_set(ask, monkeypatch):
     [
         (
             "http://nosuch.invalid",
-            "name nosuch.invalid cannot be resolved): start one with `finlora serve`, or mend --server. h",
+            "name nosuch.invalid cannot be resolved): start one with `finlora serve`, or correct --server. h",
         ),
         ("https://nosuch.invalid", "no server answers at https://nosuch.invalid through the proxy 127.0.0.1:9 (["),
     ],
 )
-def test_what_becomes_of_a_proxy_is_said_without_its_password(ask, monkeypatch, address, words):
+def test_errors_name_the_proxy_without_its_password(ask, monkeypatch, address, words):
     for name in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(name, "http://someone:secret@127.0.0.1:9")
     code, _, err = ask(TEXT, server=address)
@@ -126,12 +126,12 @@ def test_what_becomes_of_a_proxy_is_said_without_its_password(ask, monkeypatch, 
     assert "secret" not in err
 
 
-def test_server_of_another_kind_is_told(ask, live):
-    """TLS where there is none, and a web server that knows nothing of us."""
+def test_server_without_tls_or_of_another_kind_is_an_error(ask, live):
+    """https to a server without a certificate, and a web server that is not FinLoRA."""
     code, _, err = ask(TEXT, server=live.address.replace("http://", "https://"))
     assert code == 5
     assert "it does not speak TLS, " in err
-    assert "take http:// where the server has no certificate" in err
+    assert "use http:// if the server has no certificate" in err
 
     class Stranger(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -147,5 +147,5 @@ def test_server_of_another_kind_is_told(ask, live):
         server.shutdown()
     assert (code, err) == (
         2,
-        f"Config error: the server at {address} answers 404, not as a FinLoRA server does: mend --server.\n",
+        f"Config error: the server at {address} answers 404, not as a FinLoRA server does: correct --server.\n",
     )

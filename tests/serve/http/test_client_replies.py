@@ -1,4 +1,4 @@
-"""What a server sends is not trusted: the key goes nowhere else, nothing moves the terminal, strange replies are errors."""
+"""Untrusted servers: the key is sent to no other host, control characters are removed, malformed replies are errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEY = "finlora-desk-" + "k" * 43
 
 @contextmanager
 def server(status, headers, body):
-    """Answers every request alike; yields its address and the Authorization headers that came."""
+    """Answer every request alike; yield the address and the Authorization headers received."""
     seen = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -35,7 +35,7 @@ def server(status, headers, body):
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as http:
-        # By default it looks twice a second whether it shall end, and each test would wait for the next look.
+        # The default poll interval of 0.5 s would delay the shutdown in each test.
         thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{http.server_address[1]}", seen
@@ -52,7 +52,7 @@ def ask(address, task=None, key=KEY):
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_key_is_not_sent_where_a_server_points(status):
+def test_key_does_not_follow_a_redirect(status):
     with (
         server(200, {}, b"{}") as (elsewhere, stolen),
         server(status, {"Location": f"{elsewhere}/v1/x"}, b"") as (address, seen),
@@ -66,7 +66,7 @@ def test_key_is_not_sent_where_a_server_points(status):
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (b"", "was cut before the answer was whole"),
+        (b"", "was cut before the answer was complete"),
         (b"data: {\n\n", "which no FinLoRA server sends"),
         (b"data: []\n\n", "which no FinLoRA server sends"),
         (b"data: \xff\n\n", "which no FinLoRA server sends"),
@@ -76,13 +76,13 @@ def test_key_is_not_sent_where_a_server_points(status):
         (b"x" * (2**24 + 2), "a stream without an end"),
     ],
 )
-def test_strange_stream_is_an_error_of_ours(body, words):
+def test_malformed_stream_is_a_finlora_error(body, words):
     with server(200, {}, body) as (address, _), pytest.raises(ResourceError, match=words):
         ask(address)
 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b'{"results": []}', b'{"results": [{"probabilities": {"a": 2}}]}'])
-def test_strange_classification_is_an_error_of_ours(raw):
+def test_malformed_classification_is_a_finlora_error(raw):
     with server(200, {}, raw) as (address, _), pytest.raises(ResourceError, match="which no FinLoRA server sends"):
         ask(address, "fpb")
     with pytest.raises(ResourceError, match="which no FinLoRA server sends"):
@@ -101,7 +101,7 @@ def test_control_characters_do_not_reach_the_terminal():
         assert "\x1b" not in str(refused.value)
 
 
-def test_line_that_is_cut_in_the_middle_is_an_error_of_ours():
+def test_cut_connection_is_a_finlora_error():
     with (
         server(200, {"Content-Length": "900"}, b'data: {"choices": []}\n\n') as (address, _),
         pytest.raises(ResourceError),
@@ -112,12 +112,12 @@ def test_line_that_is_cut_in_the_middle_is_an_error_of_ours():
 
 
 @pytest.mark.parametrize("address", ["http://", "http://[", "http://a:b", "http://127.0.0.1:1 /", "http://me:pw@a"])
-def test_address_that_is_none_is_an_error_of_ours(address):
+def test_malformed_address_is_a_finlora_error(address):
     with pytest.raises(ConfigError, match="expected an address such as"):
         ask(address)
 
 
-def test_name_that_is_none_is_an_error_of_ours():
+def test_malformed_host_name_is_a_finlora_error():
     with pytest.raises(ResourceError, match="no server answers"):
         ask("http://\udcff")
 
@@ -132,5 +132,5 @@ def test_key_that_no_header_can_hold_is_refused_before_it_is_sent():
 def test_pieces_are_equal_however_the_bytes_are_cut():
     body = 'data: {"choices": [{"delta": {"content": "Größe"}}]}\r\n\r\n: still here\n\ndata:[DONE]\n\n'.encode()
     for size in (1, 2, 3, 7, 1000):
-        blocks = [body[place : place + size] for place in range(0, len(body), size)]
+        blocks = [body[start : start + size] for start in range(0, len(body), size)]
         assert list(read_pieces(blocks, "here")) == ["Größe"]

@@ -1,4 +1,4 @@
-"""OpenAI's own client against the whole server: texts, streams, probabilities, refusals."""
+"""OpenAI's own client against a real server: texts, streams, probabilities, refusals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROMPT = "Profit rose 12 %"
 
 
 def answer_alone(live, prompt, count):
-    """What the engine itself says, as text."""
+    """Return the engine's own answer as text."""
     import asyncio
 
     base = live.server.base
@@ -26,7 +26,7 @@ def answer_alone(live, prompt, count):
     return base.tokenizer.decode([token.id for token in answer.tokens], skip_special_tokens=True)
 
 
-def test_completion_is_the_engines_own(client, live):
+def test_completion_equals_the_engines_answer(client, live):
     reply = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=8, logprobs=0)
     (choice,) = reply.choices
     assert choice.text == answer_alone(live, PROMPT, 8)
@@ -38,14 +38,14 @@ def test_completion_is_the_engines_own(client, live):
     assert [choice.text[place:][:1] for place in choice.logprobs.text_offset] == [t[:1] for t in choice.logprobs.tokens]
 
 
-def test_several_prompts_come_back_in_their_order(client, live):
+def test_several_prompts_are_answered_in_order(client, live):
     prompts = [PROMPT, "Loss", "The"]
     reply = client.completions.create(model="tiny", prompt=prompts, max_tokens=4)
     assert [choice.index for choice in reply.choices] == [0, 1, 2]
     assert [choice.text for choice in reply.choices] == [answer_alone(live, prompt, 4) for prompt in prompts]
 
 
-def test_token_ids_are_taken_as_they_are(client, live):
+def test_prompt_of_token_ids_is_used_unchanged(client, live):
     base = live.server.base
     ids = [base.tokenizer.bos_token_id, *encode_plain(PROMPT, base)]
     reply = client.completions.create(model="tiny", prompt=ids, max_tokens=8)
@@ -54,7 +54,7 @@ def test_token_ids_are_taken_as_they_are(client, live):
         client.completions.create(model="tiny", prompt=[512], max_tokens=8)
 
 
-def test_chat_of_one_message_is_the_prompt_of_training(client, live):
+def test_chat_of_one_message_equals_the_training_prompt(client, live):
     reply = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": PROMPT}], max_completion_tokens=8, logprobs=True
     )
@@ -63,7 +63,7 @@ def test_chat_of_one_message_is_the_prompt_of_training(client, live):
     assert bytes(b for token in choice.logprobs.content for b in token.bytes).decode() == choice.message.content
 
 
-def test_stream_joins_to_the_whole_and_tells_its_usage(client):
+def test_stream_joins_to_the_whole_answer_and_reports_usage(client):
     asked = {"model": "tiny", "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 12}
     whole = client.chat.completions.create(**asked)
     events = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
@@ -73,7 +73,7 @@ def test_stream_joins_to_the_whole_and_tells_its_usage(client):
     assert events[-2].choices[0].finish_reason == whole.choices[0].finish_reason == "length"
     assert (events[-1].choices, events[-1].usage.completion_tokens) == ([], 12)
     assert len({event.id for event in events}) == 1
-    assert len(events) > 5, "it came in one piece"
+    assert len(events) > 5, "the stream came in one piece"
 
 
 @pytest.mark.parametrize("stops", [False, True])
@@ -91,7 +91,7 @@ def test_streamed_log_probabilities_equal_the_whole_ones(client, live, stops):
         place += len(event.text)
         if event.text:
             assert all(offset < place for offset in event.logprobs.text_offset)
-    assert len(told) > 1, "they came in one piece"
+    assert len(told) > 1, "the stream came in one piece"
 
     asked |= {"messages": [{"role": "user", "content": "The"}], "logprobs": True}
     whole = client.chat.completions.create(**asked).choices[0]
@@ -117,16 +117,16 @@ def test_stop_text_ends_the_answer_and_is_left_out(client, live):
     assert "".join(choice.logprobs.tokens).startswith(choice.text)
 
 
-def test_equal_seeds_draw_equal_texts(client):
-    def draw(seed):
+def test_equal_seeds_sample_equal_texts(client):
+    def sample(seed):
         asked = {"model": "tiny", "prompt": PROMPT, "max_tokens": 16, "temperature": 1.5, "top_p": 0.9}
         return client.completions.create(**asked, seed=seed).choices[0].text
 
-    assert draw(3) == draw(3)
-    assert len({draw(seed) for seed in range(6)}) > 1
+    assert sample(3) == sample(3)
+    assert len({sample(seed) for seed in range(6)}) > 1
 
 
-def test_models_are_those_of_the_key(client, live):
+def test_models_are_limited_to_those_of_the_key(client, live):
     assert [model.id for model in client.models.list()] == ["tiny", "tiny:chatty", "tiny:good", "tiny:plain"]
     assert client.models.retrieve("tiny:good").id == "tiny:good"
     narrow = client.with_options(api_key=live.keys["narrow"])
@@ -135,7 +135,7 @@ def test_models_are_those_of_the_key(client, live):
         narrow.completions.create(model="tiny", prompt=PROMPT)
 
 
-def test_adapter_and_each_of_its_versions_say_something_of_their_own(client):
+def test_adapters_and_their_versions_answer_differently(client):
     models = ("tiny", "tiny:good", "tiny:good@v1", "tiny:good@v2", "tiny:plain")
     texts = {m: client.completions.create(model=m, prompt=PROMPT, max_tokens=8).choices[0].text for m in models}
     assert texts["tiny:good"] == texts["tiny:good@v2"]
@@ -165,7 +165,7 @@ def test_adapter_and_each_of_its_versions_say_something_of_their_own(client):
         ({"prompt": ["a", "b"], "stream": True}, openai.BadRequestError, r"found 2 prompts with stream=true"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_words(client, changes, kind, words):
+def test_impossible_request_is_refused_with_a_message(client, changes, kind, words):
     with pytest.raises(kind, match=words):
         client.completions.create(**{"model": "tiny", "prompt": PROMPT} | changes)
 
@@ -176,7 +176,7 @@ def test_conversation_needs_a_base_with_turns(client):
         client.chat.completions.create(model="tiny", messages=turns)
 
 
-def test_client_that_hangs_up_frees_its_rows(client, live):
+def test_closed_stream_frees_its_cache_rows(client, live):
     with client.completions.create(model="tiny", prompt=PROMPT, max_tokens=900, stream=True) as stream:
         next(iter(stream))
         live.wait_for(lambda: live.engine.snapshot.kv_used > 900)
@@ -184,7 +184,7 @@ def test_client_that_hangs_up_frees_its_rows(client, live):
     assert live.meter.answers[-1][:2] == ("base", "cancelled")
 
 
-def test_line_cut_in_the_middle_of_a_stream_frees_its_rows(live):
+def test_cut_connection_frees_its_cache_rows(live):
     host, port = live.address.removeprefix("http://").split(":")
     body = json.dumps({"model": "tiny", "prompt": PROMPT, "max_tokens": 900, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {live.keys['desk']}\r\n"
@@ -195,7 +195,7 @@ def test_line_cut_in_the_middle_of_a_stream_frees_its_rows(live):
     live.wait_until_idle()
 
 
-def test_sixty_four_at_once_each_get_their_own_answer(live):
+def test_sixty_four_concurrent_clients_get_their_own_answers(live):
     from concurrent.futures import ThreadPoolExecutor
 
     prompts = [f"Profit rose {number} %" for number in range(64)]

@@ -1,4 +1,4 @@
-"""Financial questions over HTTP: the engine's own probabilities, quotes that stand in the text, refusals by words."""
+"""Financial endpoints: probabilities equal to `finlora ask`, quotes found in the text, refusals with a message."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def post(live):
 
 
 @pytest.mark.parametrize("adapter", [None, "good"])
-def test_probabilities_are_those_of_finlora_ask(post, make_config, adapters, adapter):
+def test_probabilities_equal_those_of_finlora_ask(post, make_config, adapters, adapter):
     model = f"tiny:{adapter}" if adapter else "tiny"
     reply = post("/v1/classify", {"model": model, "task": "fpb", "texts": TEXTS}).body
     assert (reply["model"], reply["task"], len(reply["results"])) == (model, "fpb", 3)
@@ -32,7 +32,7 @@ def test_probabilities_are_those_of_finlora_ask(post, make_config, adapters, ada
         assert (result["label"], result["abstained"]) == (alone.text, False)
 
 
-def test_doubt_abstains(post):
+def test_label_below_the_threshold_abstains(post):
     reply = post("/v1/classify", {"task": "fpb", "text": TEXTS[0], "threshold": 1.0}).body
     (result,) = reply["results"]
     assert (result["label"], result["abstained"], len(result["probabilities"])) == (None, True, 3)
@@ -47,7 +47,7 @@ def test_each_text_has_its_own_entity(post):
     }
 
 
-def test_tasks_say_what_they_ask(live):
+def test_tasks_list_their_labels_and_questions(live):
     tasks = {task["name"]: task for task in send(live.address, "/v1/tasks", live.keys["desk"]).body["data"]}
     assert tuple(tasks) == tuple(FORMS)
     assert (tasks["fpb"]["about"], tasks["fpb"]["labels"]) == ("none", ["negative", "neutral", "positive"])
@@ -56,17 +56,17 @@ def test_tasks_say_what_they_ask(live):
 
 
 @pytest.mark.parametrize("task", ["xbrl_tags", "xbrl_values"])
-def test_extract_says_where_the_answer_stands(post, task):
+def test_extract_locates_the_answer_in_the_context(post, task):
     context = "<us-gaap:Revenues contextRef='FY'>1234</us-gaap:Revenues>"
     asked = {"task": task, "context": context, "question": "How much?", "max_tokens": 12}
     reply = post("/v1/extract", asked).body
-    place = find_quote(reply["answer"], context)
-    assert reply["quote"] == ({"start": place[0], "end": place[1]} if place else None)
-    assert reply["grounded"] is (place is not None)
+    quote = find_quote(reply["answer"], context)
+    assert reply["quote"] == ({"start": quote[0], "end": quote[1]} if quote else None)
+    assert reply["grounded"] is (quote is not None)
     assert reply["usage"]["completion_tokens"] == 12
 
 
-def test_extract_writes_no_more_than_a_tag_needs_unless_asked(post):
+def test_extract_has_its_own_default_length(post):
     asked = {"task": "xbrl_values", "context": "<a>1234</a>", "question": "How much?"}
     assert post("/v1/extract", asked).body["usage"]["completion_tokens"] == 48
     assert post("/v1/extract", asked | {"max_tokens": 60}).body["usage"]["completion_tokens"] == 60
@@ -101,7 +101,7 @@ def test_extract_writes_no_more_than_a_tag_needs_unless_asked(post):
         ("extract", {"task": "xbrl_tags", "context": "", "question": "b"}, "found an empty text"),
     ],
 )
-def test_question_that_cannot_be_asked_is_refused_by_words(post, live, path, body, words):
+def test_invalid_question_is_refused_with_a_message(post, live, path, body, words):
     reply = post(f"/v1/{path}", body)
     assert (reply.status, reply.error["type"]) == (400, "invalid_request_error")
     assert words in reply.error["message"]

@@ -1,4 +1,4 @@
-"""Keys, limits and request ids before every path, and no 5xx for whatever the description allows or forbids."""
+"""Guard of every path: keys, limits and request ids; and no body, allowed or forbidden, causes a 5xx."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ASK = {"model": "tiny", "task": "fpb", "text": "Profit rose"}
     "path", ["/v1/models", "/v1/stages", "/v1/tasks", "/readyz", "/openapi.json", "/v1/nowhere", "/docs"]
 )
 @pytest.mark.parametrize("key", [None, "wrong", "finlora-desk-" + "a" * 43, ""])
-def test_no_path_opens_without_a_key(live, path, key):
+def test_paths_refuse_requests_without_a_known_key(live, path, key):
     reply = send(live.address, path, key)
     assert (reply.status, reply.error["type"]) == (401, "authentication_error")
     assert reply.headers["www-authenticate"] == "Bearer"
@@ -29,7 +29,7 @@ def test_no_path_opens_without_a_key(live, path, key):
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/", "/page/app.js"])
-def test_liveness_and_the_page_need_none(live, path):
+def test_liveness_and_the_page_need_no_key(live, path):
     assert send(live.address, path, None).status == 200
 
 
@@ -45,7 +45,7 @@ def test_key_and_texts_never_reach_the_log(live, caplog):
 
 
 def ask_with_id(live, *ids):
-    """Status, ids on the answer, and its text."""
+    """Return the status, the request ids and the text of a response."""
     host, port = live.address.removeprefix("http://").split(":")
     line = http.client.HTTPConnection(host, int(port), timeout=30)
     line.putrequest("GET", "/v1/models")
@@ -58,7 +58,7 @@ def ask_with_id(live, *ids):
     return reply.status, [value for name, value in reply.getheaders() if name.lower() == "x-request-id"], text
 
 
-def test_request_keeps_the_id_that_it_brings(live, caplog):
+def test_request_keeps_its_own_id(live, caplog):
     with caplog.at_level(logging.INFO):
         assert ask_with_id(live, "desk-42.a_B")[:2] == (200, ["desk-42.a_B"])
         assert ask_with_id(live, "first", "second")[:2] == (200, ["first"])
@@ -69,7 +69,7 @@ def test_request_keeps_the_id_that_it_brings(live, caplog):
         assert "expected 1 to 64 letters, digits" in json.loads(text)["error"]["message"]
 
 
-def test_two_requests_of_one_id_each_get_their_answer(live):
+def test_requests_with_the_same_id_get_their_own_answers(live):
     from concurrent.futures import ThreadPoolExecutor
 
     def ask(number):
@@ -81,7 +81,7 @@ def test_two_requests_of_one_id_each_get_their_answer(live):
         assert [reply.body["choices"][0]["text"] for reply in pool.map(ask, range(8))] == alone
 
 
-def test_requests_beyond_the_minute_are_refused_until_there_is_room(live):
+def test_requests_beyond_the_minutes_limit_get_429(live):
     statuses = [send(live.address, "/v1/classify", live.keys["slow"], ASK).status for _ in range(3)]
     assert statuses == [200, 200, 200]
     reply = send(live.address, "/v1/classify", live.keys["slow"], ASK)
@@ -90,7 +90,7 @@ def test_requests_beyond_the_minute_are_refused_until_there_is_room(live):
     assert 1 <= int(reply.headers["retry-after"]) <= 20
 
 
-def test_body_over_the_limit_is_refused_however_it_comes(live):
+def test_body_over_the_limit_is_refused_whole_or_chunked(live):
     large = b'{"model": "' + b"a" * (2 * 2**20) + b'"}'
     reply = send(live.address, "/v1/classify", live.keys["desk"], raw=large)
     assert (reply.status, reply.error["code"]) == (413, "too_large")
@@ -116,7 +116,7 @@ def test_body_over_the_limit_is_refused_however_it_comes(live):
         (b"[" * 100_000, 400, ""),
     ],
 )
-def test_malformed_body_has_its_status_and_words(live, raw, status, words):
+def test_malformed_body_gets_a_status_and_message(live, raw, status, words):
     reply = send(live.address, "/v1/classify", live.keys["desk"], raw=raw)
     assert reply.status == status, reply.text
     assert words in reply.text
@@ -133,14 +133,14 @@ def test_body_of_another_content_type_is_refused(live):
     line.close()
 
 
-def test_wrong_path_and_method_have_openais_form(live):
+def test_wrong_path_and_method_get_openais_error_form(live):
     assert send(live.address, "/v1/nowhere", live.keys["desk"]).error["code"] == "unknown_path"
     reply = send(live.address, "/v1/classify", live.keys["desk"])
     assert (reply.status, reply.error["code"]) == (405, "method_not_allowed")
     assert reply.headers["allow"] == "POST"
 
 
-def test_each_answer_stands_in_the_audit_log_by_its_hashes(live):
+def test_audit_log_holds_the_hashes_of_each_answer(live):
     reply = send(live.address, "/v1/classify", live.keys["desk"], ASK | {"model": "tiny:good"})
     log = live.server.audit
     line = json.loads(log.path.read_text().splitlines()[-1])
@@ -154,7 +154,7 @@ def test_each_answer_stands_in_the_audit_log_by_its_hashes(live):
     assert verify_audit(log.path).head == log.head
 
 
-def test_metrics_count_each_answer_and_share_a_name_for_unknown_paths(live):
+def test_metrics_count_answers_and_group_unknown_paths(live):
     send(live.address, "/v1/classify", live.keys["desk"], ASK | {"model": "tiny:good"})
     send(live.address, "/some/path", live.keys["desk"])
     adapter, outcome, prompt, _cached, new, first_s, _ = live.meter.answers[-1]
@@ -166,7 +166,7 @@ def test_metrics_count_each_answer_and_share_a_name_for_unknown_paths(live):
     live.wait_for(lambda: live.meter.shown and live.meter.shown[-1][1])
 
 
-def test_stages_and_readiness_tell_what_is(live):
+def test_stages_and_readiness_are_reported(live):
     stages = send(live.address, "/v1/stages", live.keys["desk"]).body
     assert [stage["layers"] for stage in stages["stages"]] == [[0, 0], [1, 1]]
     assert (stages["kv_total"], stages["losses"], stages["repairs"], stages["recovery_s"]) == (1024, 0, 0, None)
@@ -174,7 +174,7 @@ def test_stages_and_readiness_tell_what_is(live):
     assert (ready.status, ready.body["status"]) == (200, "ready")
 
 
-def test_version_is_rolled_back_by_an_admin_alone(live):
+def test_only_an_admin_key_rolls_a_version_back(live):
     def label():
         asked = ASK | {"model": "tiny:good"}
         return send(live.address, "/v1/classify", live.keys["desk"], asked).body["results"][0]["probabilities"]
@@ -195,8 +195,8 @@ def test_version_is_rolled_back_by_an_admin_alone(live):
     assert "trained with chat" in listed["chatty"]["refused"]
 
 
-def test_bodies_made_from_the_description_never_end_in_a_5xx(live):
-    """Values of each kind at each field, seeded: the description's own kinds, and those that it forbids."""
+def test_generated_bodies_never_cause_a_5xx(live):
+    """Seeded values of every type in every field of the OpenAPI description, allowed and forbidden ones."""
     schemas = send(live.address, "/openapi.json", ADMIN).body["components"]["schemas"]
     values = [
         None,

@@ -1,4 +1,4 @@
-"""The examples of docs/how-to/serve.md, run as they stand against a whole server; only names and addresses are its own."""
+"""Examples of docs/how-to/serve.md, run against a real server with only names and addresses replaced."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def named(text):
 
 @pytest.fixture
 def newest_version_after(live):
-    """Undo the roll-back of the examples, since the server is shared."""
+    """Undo the examples' roll-back, because other tests share the server."""
     yield
     reply = send(live.address, "/v1/adapters/good/version", live.keys["admin"], {"version": None})
     assert reply.body["current"] == "v2"
@@ -58,7 +58,7 @@ def test_curl_example_is_answered(command, live):
     assert {"results", "answer", "current"} & set(answer)
 
 
-def test_openai_example_writes_the_same_text_twice(live):
+def test_openai_example_prints_the_same_text_twice(live):
     (program,) = PROGRAMS
     written = run([sys.executable, "-c", named(program)], live)
     middle = len(written) // 2
@@ -95,7 +95,7 @@ def test_every_kind_of_request_has_an_example():
 
 
 def test_checkout_that_is_not_installed_serves_too(monkeypatch):
-    """As `serve deploy` with a working_dir has it."""
+    """`serve deploy` with a working_dir runs from such a checkout."""
 
     def find(name):
         raise metadata.PackageNotFoundError(name)

@@ -1,4 +1,4 @@
-"""Whether an answer given with 80 % probability is right in 80 % of the cases. No torch.
+"""Calibration of label probabilities: are answers given with 80 % right in 80 % of the cases? No torch.
 
 Source: expected calibration error over bins of equal width, Guo et al. 2017, arXiv:1706.04599, section 3.
 """
@@ -12,10 +12,10 @@ NUM_BINS = 10
 
 
 def bin_confidences(confidences: Sequence[float], is_right: Sequence[bool]) -> list[dict[str, float]]:
-    """Sort answers into bins of equal width by the probability they were given with.
+    """Bin answers by their probability, in bins of equal width.
 
     Returns:
-        A record a bin that holds any answer, lowest first: low and high (bounds), count, confidence and accuracy (means).
+        A record for each bin with answers, lowest first: low and high (bounds), count, confidence and accuracy (means).
     """
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(NUM_BINS)]
     for confidence, right in zip(confidences, is_right, strict=True):
@@ -34,7 +34,7 @@ def bin_confidences(confidences: Sequence[float], is_right: Sequence[bool]) -> l
 
 
 def calibration_error(bins: Sequence[dict[str, float]]) -> float:
-    """Return the mean distance between confidence and accuracy, bins weighted by their answers; nan without answers."""
+    """Return the mean distance between confidence and accuracy, bins weighted by count; nan without answers."""
     total = sum(each["count"] for each in bins)
     distances = (each["count"] * abs(each["confidence"] - each["accuracy"]) for each in bins)
     return sum(distances) / total if total else math.nan

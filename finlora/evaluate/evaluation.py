@@ -1,4 +1,4 @@
-"""Evaluate a base or an adapter on prepared test splits, on any engine."""
+"""Evaluation of a base or an adapter on prepared test splits, in one process or over pipeline stages."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 OnProgress = Callable[[str, int, int], None]
-"""Called with the task, examples done and examples in all."""
+"""Called with the task, the examples done and their total."""
 OnReading = Callable[[Reading], None]
 
 
 def ignore_reading(_reading: Reading) -> None:
-    """Nobody wants to know."""
+    """Default for on_reading: does nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """A test split as the engine is asked it."""
+    """Test split, encoded for the engine."""
 
     task: str
     split: PreparedSplit
     examples: Sequence[Example]
-    """Those that fit the model."""
+    """Examples that fit the model."""
     encoded: Sequence[Encoded]
     choice_ids: Mapping[str, tuple[int, ...]]
     """Allowed answer -> its tokens, end token included."""
     sizes: Sequence[int]
-    """Cache rows that each example can need."""
+    """KV cache rows that each example can need."""
 
 
 def run_evaluation(
@@ -67,14 +67,14 @@ def run_evaluation(
 
     Args:
         config: with absolute paths. Test splits, adapter and lengths are checked before the model is loaded.
-        adapter: adapter folder, or None for the base alone.
-        on_reading: gets what the stages did, at the end; where one was lost, since then.
+        adapter: adapter folder; None: the base alone.
+        on_reading: gets the counters of the stages at the end; after the restart of a stage, those since then.
 
     Raises:
         DatasetError: a test split is missing, damaged, or an example is too long.
         AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
-        ResourceError: the device or the cluster has too little.
-        StageLostError: stages died again and again; one that dies once is started again, and what it had asked anew.
+        ResourceError: the device or the cluster has too little room.
+        StageLostError: stages crashed repeatedly. After one crash the stages restart and their questions are asked again.
     """
     config, waited = resolve_evaluation(config), seconds_waited()
     device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
@@ -90,7 +90,7 @@ def run_evaluation(
         for split, task in zip(splits, config.data.tasks, strict=True)
     ]
     sizes = sorted((size for work in works for size in work.sizes), reverse=True)
-    # The longest requests at once, and one more for the beginning that they share.
+    # The longest requests at once, and one more for the prefix that they share.
     wanted = count_rows(sizes, config.eval.batch_size)
     with open_engine(config, tokenizer, adapter, config.eval.num_stages, wanted, sizes[0]) as opened:
         engine = BatchEngine(opened.core, ADAPTER if adapter else None, opened.renew)
@@ -113,15 +113,15 @@ def run_evaluation(
 
 
 def name_run(adapter: Path) -> str:
-    """Return the name of the run that an adapter comes from: its config tells it wherever the folder was copied to."""
+    """Return the name of the run that trained an adapter, from the config in its folder, wherever that was copied."""
     try:
         return load_config(adapter / "config.yaml").name
-    except ConfigError:  # of another version of FinLoRA, or taken out
+    except ConfigError:  # of another version of FinLoRA, or missing
         return adapter.parent.name if adapter.name == "adapter" else adapter.name
 
 
 def check_evaluation(config: RunConfig, adapter: Path | None) -> str:
-    """Check that base, test splits and adapter are there and fit, before any GPU is taken; returns the plan in words.
+    """Check that base, test splits and adapter exist and fit, before any GPU is taken; returns the plan as one sentence.
 
     Raises:
         DatasetError: a test split is missing or damaged.
@@ -146,17 +146,17 @@ def check_evaluation(config: RunConfig, adapter: Path | None) -> str:
 
 
 class Answers(NamedTuple):
-    """What the engine said, in the order of the examples."""
+    """Answers of the engine, in the order of the examples."""
 
     texts: list[str]
     method: str
     """`labels`, `generate`, or both for a mixed set."""
     confidences: dict[int, float]
-    """Index of an example whose answer was chosen among its labels -> probability of the chosen one."""
+    """Index of an example with label scoring -> probability of the chosen label."""
 
 
 def answer_examples(engine: Engine, work: Work, config: RunConfig, on_progress: Callable[[int], None]) -> Answers:
-    """Ask the engine for the answer to each example."""
+    """Get the engine's answer to each example, by label scoring or generation."""
     examples = work.examples
     scored = [index for index, item in enumerate(examples) if _is_scored(item, config)]
     generated = sorted(set(range(len(examples))) - set(scored))
@@ -188,7 +188,7 @@ def encode_split(
     """Encode a test split.
 
     Args:
-        date: as of `encode_prompt`.
+        date: for the chat template, as in `encode_prompt`.
 
     Raises:
         DatasetError: an example is too long, unless data.too_long skips it.
@@ -252,12 +252,12 @@ def _evaluate_task(config: RunConfig, engine: BatchEngine, work: Work, on_progre
 
 
 def count_gpu_hours(config: RunConfig, seconds: float) -> float | None:
-    """Return GPUs that an evaluation holds times hours, None on CPU: stages that share a GPU hold a part of it each."""
+    """Return the GPUs that an evaluation holds times hours; None on CPU. Stages that share a GPU hold a part of it each."""
     if config.eval.device != "cuda":
         return None
     return seconds / 3600 * config.eval.num_stages * config.eval.num_gpus
 
 
 def _is_scored(item: Example, config: RunConfig) -> bool:
-    """Return whether the answer is chosen among the example's labels; free text is generated whatever the method."""
+    """Return whether the answer is chosen among the example's labels. Free text is always generated."""
     return bool(item.choices) and config.eval.method == "labels"

@@ -1,11 +1,11 @@
 """95 % intervals of accuracy and weighted F1, with and without clusters. Pure numpy.
 
-One sentence can stand behind many test items: NER asks 17 paraphrases of each (sentence, entity) pair, Headline nine
-questions of each headline. Such items are right or wrong together, so an interval that takes them for independent
+Many test items can share one sentence: NER asks 17 paraphrases of each (sentence, entity) pair, Headline nine
+questions of each headline. Such items tend to be right or wrong together, so an interval that treats them as independent
 would be up to sqrt(17) times too narrow. With `groups`, whole groups are resampled instead of items.
 
-Shapes: R resamples, G groups, C classes; a confusion table is (C, C + 1), its last column holds every prediction that
-is no class of the truth, unparsable ones included.
+Shapes: R resamples, G groups, C classes; a confusion table is (C, C + 1), whose last column counts every prediction
+outside the true classes, unparsable ones included.
 
 Source: E. B. Wilson, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22 (1927), 209-212;
 B. Efron and R. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13 (percentile interval).
@@ -29,7 +29,7 @@ _BLOCK_CELLS = 4_000_000
 def wilson_interval(successes: float, total: float) -> tuple[float, float]:
     """Return the 95 % Wilson score interval of successes / total; (nan, nan) for total 0.
 
-    Unlike the normal interval it stays inside [0, 1] and is not empty at 0 % or 100 %.
+    Unlike the normal interval it stays inside [0, 1] and has a width at 0 % and 100 %.
     """
     if total <= 0:
         return math.nan, math.nan
@@ -46,10 +46,10 @@ def accuracy_interval(
     """Return the 95 % interval of an accuracy.
 
     Args:
-        is_correct: one flag a test item.
-        groups: cluster of each item, see the module text. None, or all different: Wilson over the items.
-            Otherwise a percentile bootstrap over groups; where that says nothing (a single group, or all items right,
-            or all wrong) Wilson with the number of groups as sample size.
+        is_correct: one flag for each test item.
+        groups: cluster of each item, see the module docstring. None, or all different: Wilson over the items.
+            Otherwise a percentile bootstrap over groups. Where its interval is empty (a single group, all items right,
+            or all wrong), Wilson with the number of groups as sample size.
         seed: of the resampling; the same seed gives the same bounds.
     """
     correct = np.asarray(is_correct, dtype=np.int64)
@@ -70,8 +70,8 @@ def weighted_f1_interval(
 ) -> tuple[float, float]:
     """Return the 95 % percentile-bootstrap interval of the weighted F1; (nan, nan) without items.
 
-    Without clusters the confusion table is resampled as one multinomial draw, which is the bootstrap over items and
-    costs nothing more for a large test set.
+    Without clusters each resample is one multinomial sample of the confusion table, which equals the bootstrap over items at
+    a cost that does not grow with the test set.
     """
     if not labels:
         return math.nan, math.nan
@@ -84,12 +84,12 @@ def weighted_f1_interval(
     index, num_groups = _number_groups(groups, len(labels))
     if num_groups == len(labels):
         counts = np.bincount(cells, minlength=num_cells)
-        draws = np.random.default_rng(seed).multinomial(len(labels), counts / len(labels), size=NUM_RESAMPLES)
+        tables = np.random.default_rng(seed).multinomial(len(labels), counts / len(labels), size=NUM_RESAMPLES)
     else:
         table = np.zeros((num_groups, num_cells), dtype=np.int64)
         np.add.at(table, (index, cells), 1)
-        draws = _resample_groups(table, seed)
-    return _percentiles(weighted_f1_of_tables(draws.reshape(-1, num_classes, num_classes + 1)))
+        tables = _resample_groups(table, seed)
+    return _percentiles(weighted_f1_of_tables(tables.reshape(-1, num_classes, num_classes + 1)))
 
 
 def weighted_f1_of_tables(tables: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -108,13 +108,13 @@ def _number_groups(groups: Sequence[str] | None, num_items: int) -> tuple[NDArra
     if groups is None:
         return np.arange(num_items), num_items
     if len(groups) != num_items:
-        raise ValueError(f"{len(groups)} groups for {num_items} items: expected one group an item")
+        raise ValueError(f"{len(groups)} groups for {num_items} items: expected one group for each item")
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64), len(numbers)
 
 
 def _resample_groups(table: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Sum the rows of table (G, K) over R draws of G groups with replacement: (R, K)."""
+    """Sum the rows of table (G, K) over R resamples of G groups with replacement: (R, K)."""
     num_groups = len(table)
     generator = np.random.default_rng(seed)
     chances = np.full(num_groups, 1 / num_groups)

@@ -1,8 +1,8 @@
 """Scores of generated answers: the paper's accuracy, strict accuracy and weighted F1, with 95 % intervals. No torch.
 
-Accuracy is the paper's: the ground truth is contained in the answer. It is generous ("no" is contained in "unknown"),
-so strict accuracy stands beside it: the parsed answer equals the label. Where labels are numbers, numeric accuracy says how
-many answers come within NUMERIC_TOLERANCE of them.
+Accuracy is the paper's: the answer contains the ground truth. It is generous ("unknown" contains "no"), so strict accuracy
+is reported too: the parsed answer equals the label. Where labels are numbers, numeric accuracy is the share of answers within
+NUMERIC_TOLERANCE of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ UNPARSABLE = "(none)"
 """Column of the confusion counts for answers that state no allowed choice."""
 
 NUMERIC_TOLERANCE = Decimal("0.01")
-"""Of the truth: a number that far away still counts as right for numeric accuracy."""
+"""Relative distance to the label within which a number counts as right for numeric accuracy."""
 
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[\n;]")
 _NEGATION = re.compile(r"(?:\b(?:not|never|neither|nor|cannot)|n['’]t)(?:\s+(?:an?|the|be|really|clearly))*\s+$")
@@ -29,19 +29,19 @@ _STATED_NUMBER = re.compile(r"(?<![\w.])-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?
 
 
 class Scores(NamedTuple):
-    """What `results.Result` stores of an evaluation: its `metrics` and, as `counts`, its confusion."""
+    """Scores of an evaluation, as `results.Result` stores them: `metrics`, and the confusion as `counts`."""
 
     metrics: dict[str, float]
     confusion: dict[str, dict[str, int]]
 
 
 def parse_label(answer: str, choices: Sequence[str]) -> str | None:
-    """Find the one allowed choice that an answer states; None where it states none or more than one.
+    """Return the one allowed choice that an answer states; None where it states none or more than one.
 
-    Case is ignored and a choice must stand as whole words. Of overlapping choices the longest counts ("mildly
-    positive", not "positive"). Directly negated choices ("not negative") do not count. The first sentence that states a
-    choice decides alone: "Positive. The negative news is old." is positive, while "positive or negative" is
-    unparsable, because an answer that hedges must not be scored by the order of its words.
+    Case is ignored, and a choice must appear as whole words. Of overlapping choices the longest counts ("mildly
+    positive", not "positive"). Directly negated choices ("not negative") do not count. Only the first sentence that states a
+    choice counts: "Positive. The negative news is old." is positive. "positive or negative" is unparsable: the order of
+    words must not decide the score of an undecided answer.
     """
     text = answer.lower()
     spans: list[tuple[int, int, str]] = []
@@ -62,11 +62,11 @@ def parse_label(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def normalise_free_text(text: str) -> str:
-    """Bring a free-text answer to the form in which strict accuracy compares it.
+    """Return a free-text answer in the form that strict accuracy compares.
 
     Case, outer white space and one closing full stop are dropped. Numbers lose `$`, thousands commas and trailing
-    zeros of the fraction ("$1,234.0" is "1234"); tags lose an optional "us-gaap:" prefix. Scale words and
-    per cent signs stay: a value in millions is another value.
+    zeros of the fraction ("$1,234.0" becomes "1234"); tags lose an optional "us-gaap:" prefix. Scale words and
+    per cent signs stay: a value in millions is a different value.
     """
     plain = " ".join(text.split()).lower().removesuffix(".")
     plain = plain.removeprefix("us-gaap:").strip()
@@ -78,19 +78,19 @@ def normalise_free_text(text: str) -> str:
 
 
 def is_number(text: str) -> bool:
-    """Tell whether a label is a number and nothing else."""
+    """Return whether a label is a number and nothing else."""
     plain = normalise_free_text(text)
     return any(character.isdigit() for character in plain) and _NUMBER.fullmatch(plain) is not None
 
 
 def is_near(answer: str, label: str) -> bool:
-    """Tell whether the last number of the answer's first line lies within NUMERIC_TOLERANCE of the label's.
+    """Return whether the last number of the answer's first line lies within NUMERIC_TOLERANCE of the label.
 
-    The last one, since an answer may show its working: "(120 - 80) / 120 = 0.33". Signs of currency and per cent are passed
-    over, thousands commas read; words of scale are not, so a value in millions is another value.
+    It is the last one, since an answer may show its working: "(120 - 80) / 120 = 0.33". Currency and per cent signs are
+    ignored, thousands commas understood. Scale words are not read: a value in millions is a different value.
 
     Args:
-        label: a number, as `is_number` has it.
+        label: a number, by `is_number`.
     """
     lines = answer.replace("\N{MINUS SIGN}", "-").strip().splitlines()
     found = _STATED_NUMBER.findall(lines[0]) if lines else []
@@ -111,7 +111,7 @@ def strict_accuracy(predictions: Sequence[str | None], labels: Sequence[str]) ->
 
 
 def is_contained(answer: str, label: str) -> bool:
-    """Tell whether the label stands in the answer, both lower-cased and stripped. An empty label is in no answer."""
+    """Return whether the answer contains the label, both lower-cased and stripped. No answer contains an empty label."""
     wanted = label.strip().lower()
     return bool(wanted) and wanted in answer.strip().lower()
 
@@ -124,11 +124,11 @@ def weighted_f1(
     Args:
         predictions: parsed predictions; None counts as a wrong prediction and is never dropped.
         labels: the truth.
-        classes: the allowed labels. Given only to be checked: a label outside is refused. Weights are the
-            supports, so that a class without test items could not change the score.
+        classes: the allowed labels, used only to refuse labels outside them. The weights are the supports, so a class without
+            test items cannot change the score.
 
     Raises:
-        ValueError: a label is not among `classes`; the caller forgot to fold it.
+        ValueError: a label is not among `classes`; the caller did not fold it.
     """
     present = sorted(set(labels))
     unknown = sorted(set(present) - set(present if classes is None else classes))
@@ -145,7 +145,7 @@ def weighted_f1(
 
 
 def confusion(predictions: Sequence[str | None], labels: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Count label -> prediction -> items, keys sorted; unparsable predictions stand under "(none)"."""
+    """Return label -> prediction -> number of items, keys sorted; unparsable predictions count under "(none)"."""
     counts: dict[str, dict[str, int]] = {label: {} for label in sorted(set(labels))}
     pairs = zip((UNPARSABLE if p is None else p for p in predictions), labels, strict=True)
     for prediction, label in sorted(pairs):
@@ -159,10 +159,10 @@ def score_answers(
     """Score the answers to one task's examples.
 
     Args:
-        answers: what the model wrote, or the choice that label scoring picked; one an example, in order.
+        answers: generated text, or the choice of label scoring; one for each example, in order.
         examples: test examples of one task. `group` clusters the intervals; one without `choices` is free text.
-        fold: choice -> label where they differ (NWGI: "mildly positive" -> "positive"). None: read off the examples'
-            own (answer, label) pairs; a choice that no example answers goes to the one label it contains as words.
+        fold: choice -> label where they differ (NWGI: "mildly positive" -> "positive"). None: taken from the examples'
+            (answer, label) pairs; a choice that is no example's answer maps to the one label that it contains as words.
         seed: of the bootstrap.
 
     Returns:
@@ -172,7 +172,7 @@ def score_answers(
         examples alone; both are absent where there are none. So is numeric accuracy where no free-text label is a number.
 
     Raises:
-        ValueError: no examples, or another number of answers.
+        ValueError: no examples, or not one answer for each.
     """
     if not examples or len(answers) != len(examples):
         raise ValueError(f"{len(answers)} answers for {len(examples)} examples: expected one each, and at least one")
@@ -215,7 +215,7 @@ def _put(metrics: dict[str, float], name: str, value: float, interval: tuple[flo
 
 
 def _read_folding(examples: Sequence[Example]) -> dict[str, str]:
-    """Map every choice to the label it stands for, as `score_answers` documents."""
+    """Return choice -> label for every choice, as `score_answers` documents."""
     closed = [example for example in examples if example.choices]
     labels = sorted({example.label for example in closed})
     folding = {example.answer: example.label for example in closed} | {label: label for label in labels}

@@ -1,7 +1,7 @@
-"""How the steps of a reproduction ended, kept so that what is done is not redone. No Ray here.
+"""Outcomes of a reproduction's steps, kept on disk so that finished steps are not repeated. No Ray here.
 
 Layout of OUTPUT:
-    steps/NAME.json    one Outcome, written whole when a step has ended
+    steps/NAME.json    one Outcome, written atomically when a step has ended
     runs/              run folders with their results.jsonl
     report/            report.html, report.md and plots of all results
 """
@@ -37,29 +37,29 @@ class StepState(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How a step ended."""
+    """Outcome of a step."""
 
     name: str
     key: str
-    """Step.key: an outcome of other settings does not count."""
+    """Step.key: an outcome under other settings does not count."""
     state: StepState
     cause: str = ""
-    """Why it did not run or failed."""
+    """Reason why it did not run or failed."""
     seconds: float = 0.0
-    """At work; of a training, all its attempts together."""
+    """Work; of a training, all its attempts together."""
     waited: float = 0.0
-    """Seconds of waiting for GPUs and cores that others held."""
+    """Seconds of waiting for GPUs and cores that others hold."""
 
 
 def write_outcome(output: Path, outcome: Outcome) -> None:
-    """Write an outcome as a whole."""
+    """Write an outcome atomically."""
     folder = output / "steps"
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / f"{outcome.name}.json", json.dumps(seal(dataclasses.asdict(outcome)), indent=1))
 
 
 def read_outcome(output: Path, step: Step) -> Outcome:
-    """Return how a step ended with its present settings; `to do` where it has not.
+    """Return the outcome of a step under its present settings; `to do` where there is none.
 
     Raises:
         ResultError: the record is damaged.
@@ -71,7 +71,7 @@ def read_outcome(output: Path, step: Step) -> Outcome:
             outcome = Outcome(state=StepState(values.pop("state")), **values)
         except (ValueError, TypeError, KeyError) as error:
             raise ResultError(
-                f"{path} does not say any more how the step ended ({error}): delete that file to do the step again."
+                f"{path} is damaged and no longer says how the step ended ({error}): delete that file to repeat the step."
             ) from error
         is_there = step.kind == "evaluate" or (step.adapter is not None and (step.adapter / CONTRACT_FILE).is_file())
         if outcome.key == step.key and is_there:
@@ -80,7 +80,7 @@ def read_outcome(output: Path, step: Step) -> Outcome:
 
 
 def find_obstacle(step: Step) -> str | None:
-    """Return why a step cannot run here, as far as files tell, without taking a GPU; None where nothing stands in its way."""
+    """Return why a step cannot run here, from its files alone; None where no obstacle is found."""
     try:
         find_source(step.config.model)
         for task in step.config.data.tasks:
@@ -91,12 +91,12 @@ def find_obstacle(step: Step) -> str | None:
 
 
 def lacks_adapter(step: Step) -> bool:
-    """Return whether a step scores an adapter that is not trained."""
+    """Return whether a step scores an adapter that is not trained yet."""
     return step.kind == "evaluate" and step.adapter is not None and not (step.adapter / CONTRACT_FILE).is_file()
 
 
 def foresee(steps: Sequence[Step], output: Path) -> list[Outcome]:
-    """Return the state of each step and what would happen to it, without running any."""
+    """Return the expected outcome of each step without running any."""
     outcomes: list[Outcome] = []
     trainable: set[Path | None] = set()
     for step in steps:
@@ -114,7 +114,7 @@ def foresee(steps: Sequence[Step], output: Path) -> list[Outcome]:
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> TextTable:
-    """One row a step that was done or failed; those of one state and cause that did not run share a row."""
+    """Return a table with a row for each step that was done or failed; others share a row by state and cause."""
     groups: dict[tuple[str, ...], list[Outcome]] = {}
     for each in outcomes:
         has_own_row = each.state in (StepState.DONE, StepState.FAILED)

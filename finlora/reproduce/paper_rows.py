@@ -1,9 +1,8 @@
-"""Every row of the paper as a list of steps, made from the configs of its table rows. No Ray here.
+"""Steps of the paper's reproduction, made from one config for each row of its tables. No Ray here.
 
-A step is one training or one evaluation under a name of its own. The order is that of their cost, so that what is cheap comes
-first: bases of 8B, their adapters, then 70B. Beyond the paper stand what it names as future work: formula questions over XBRL
-(generated ones, as the published questions are not at hand) and, at 8B, adapters of several tasks: one for the four sentiment
-tasks, one for all six classification tasks.
+A step is one training or one evaluation with its own name. Cheap steps come first: 8B bases, their adapters, then 70B. Two
+additions are future work in the paper: formula questions over XBRL (generated, as the published questions are not available)
+and, at 8B, adapters of several tasks: one for the four sentiment tasks, one for all six classification tasks.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ TOGETHER = {
     "sentiment": ("fpb", "fiqa", "tfns", "nwgi"),
     "classification": ("fpb", "fiqa", "tfns", "nwgi", "ner", "headline"),
 }
-"""Name of a row of one adapter for several tasks -> these tasks."""
+"""Row of an adapter for several tasks -> its tasks."""
 _NUM_MEMORY_EXAMPLES = 8
 
 
@@ -42,17 +41,17 @@ class Step:
     kind: Literal["train", "evaluate"]
     config: RunConfig
     of_adapter: bool
-    """Evaluations: whether the adapter of the run named config.name is scored, or the base alone."""
+    """Evaluations: True scores the adapter of the run config.name, False the base alone."""
 
     @property
     def adapter(self) -> Path | None:
-        """Where the adapter is that this step makes or scores."""
+        """Folder of the adapter that this step trains or scores; None for the base alone."""
         is_base = self.kind == "evaluate" and not self.of_adapter
         return None if is_base else Path(self.config.output_dir) / self.config.name / "adapter"
 
     @property
     def key(self) -> str:
-        """16 hex digits over what decides the outcome: a step whose settings changed is another one."""
+        """16 hex digits of the hash of what decides the outcome: with other settings it is another step."""
         tree = config_to_tree(self.config)
         tree.pop("max_wait_s")
         text = json.dumps([self.kind, self.of_adapter, tree], sort_keys=True)
@@ -65,14 +64,14 @@ def make_plan(
     """Return the steps of the whole reproduction in order.
 
     Args:
-        configs: folder with one YAML a row of the paper, as jobs/configs.
+        configs: folder with one YAML for each row of the paper, as jobs/configs.
         output: folder of the reproduction; runs go below it.
         overrides: `key=value` texts for every row, as train.num_workers=1.
         only: pattern of step names, as `*8b*ner*`.
-        bases: size, `8b` or `70b`, -> model.base of its rows. Sizes without one keep their config's.
+        bases: size, `8b` or `70b`, -> model.base of its rows. Other sizes keep the base of their config.
 
     Raises:
-        ConfigError: a row has no config, a setting is wrong, or the pattern fits no step.
+        ConfigError: a row has no config, a setting is wrong, or the pattern matches no step.
     """
     missing = [row for row in _rows() if not (configs / f"{row}.yaml").is_file()]
     if missing:
@@ -91,7 +90,7 @@ def make_plan(
     chosen = [step for step in steps if fnmatch(step.name, only)]
     if not chosen:
         raise ConfigError(
-            f"--only {only!r} fits none of {len(steps)} steps: their names are {', '.join(_brief(steps))}."
+            f"--only {only!r} matches none of {len(steps)} steps: their names are {', '.join(_brief(steps))}."
         )
     return chosen
 
@@ -132,7 +131,7 @@ def _evaluate(config: RunConfig, *, of_adapter: bool) -> Step:
 
 
 def _memory_step(size: str, bits: Bits, config: RunConfig) -> Step:
-    """Inference memory at batch 1, as the paper's table of models has it."""
+    """Return the step that measures inference memory at batch 1, as in the paper's table of models."""
     few = min(config.data.max_test_examples or _NUM_MEMORY_EXAMPLES, _NUM_MEMORY_EXAMPLES)
     own = dataclasses.replace(
         config,

@@ -1,4 +1,4 @@
-"""Run the steps of a reproduction one after the other on the connected cluster; each is resumable, and none stops the others."""
+"""Runner of a reproduction's steps, one by one on the connected cluster. Each step can resume, and none stops the others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finlora.train.run.run_folder import RunFolder
 _logger = logging.getLogger(__name__)
 
 _CANNOT = (ConfigError, DatasetError, ModelError, ResourceError)
-"""Errors that say what is not there or does not fit; anything else is a failure."""
+"""Errors that name a missing or unfitting input; any other error is a failure."""
 
 
 def run_plan(steps: Sequence[Step], output: Path, announce: Callable[[str], None] = _logger.warning) -> list[Outcome]:
@@ -29,10 +29,10 @@ def run_plan(steps: Sequence[Step], output: Path, announce: Callable[[str], None
         announce: shows the user a line.
 
     Returns:
-        How each step ended.
+        The outcome of each step.
 
     Raises:
-        StoppedError: SIGINT or SIGTERM came; the training at hand stopped at a checkpoint.
+        StoppedError: a signal came; the current training stopped at a checkpoint or before its first step.
     """
     outcomes = []
     for number, step in enumerate(steps, start=1):
@@ -64,14 +64,14 @@ def _run(step: Step, announce: Callable[[str], None]) -> Outcome:
             return end(StepState.DONE, "", trained.wall_seconds or 0.0, trained.waited_seconds or 0.0)
         started, before = time.monotonic(), seconds_waited()
         results = _evaluate(step, announce)
-        # The evaluation waits here for its own place and, where it has stages, there for theirs.
+        # The evaluation waits here for its own room, and its stages wait there for theirs.
         waited = seconds_waited() - before + max((result.waited_seconds or 0.0 for result in results), default=0.0)
         return end(StepState.DONE, "", time.monotonic() - started - waited, waited)
     except StoppedError:
         raise
     except _CANNOT as error:
         return end(StepState.CANNOT_RUN, str(error))
-    except Exception as error:  # one step that fails must not cost the others; its cause is kept
+    except Exception as error:  # a failed step must not stop the others; its cause is kept
         return end(StepState.FAILED, f"{type(error).__name__}: {error}")
 
 
@@ -96,4 +96,4 @@ def _evaluate(step: Step, announce: Callable[[str], None]) -> list[Result]:
 
 
 def _ignore_progress(_task: str, _done: int, _total: int) -> None:
-    """Steps are told of as wholes."""
+    """No progress is shown within a step."""

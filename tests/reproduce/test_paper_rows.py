@@ -121,7 +121,7 @@ def test_key_changes_with_what_decides_the_outcome(tmp_path):
 
 def test_pattern_without_a_step_and_folder_without_rows_are_refused(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"--only 'x\*' fits none of 78 steps: their names are llama-8b-memory-16bit-evaluate"
+        ConfigError, match=r"--only 'x\*' matches none of 78 steps: their names are llama-8b-memory-16bit-evaluate"
     ):
         make_plan(CONFIGS, tmp_path, [], "x*")
     with pytest.raises(ConfigError, match=r"lacks 24 of 24 rows"):

@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 
 from acceptance.checks import Checks, Row, StepError
-from acceptance.cluster import SharedCluster
 from acceptance.processes import end_marked, marked_processes
-from acceptance.scale import ON_CPU, ON_GPU
 from acceptance.schedule import Step, choose_steps, run_steps
 from acceptance.steps import STEPS
 from acceptance.table import describe_row, summarise, write_table
+from acceptance.verbs.cluster import SharedCluster
+from acceptance.verbs.scale import ON_CPU, ON_GPU
 from acceptance.walk import Tools, Walk
 
 _LEFT_S = 20.0

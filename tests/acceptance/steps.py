@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from acceptance import answering, preparing, searching, serving, training
 from acceptance.schedule import Step
+from acceptance.verbs import answering, preparing, searching, serving, training
 from acceptance.walk import Tools
 
 

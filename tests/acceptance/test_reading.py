@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from acceptance.answering import answer_of, compare_merged, difference, probabilities
 from acceptance.arguments import read_arguments
-from acceptance.preparing import counts
-from acceptance.serving import read_body, read_stream
-from acceptance.training import curve, last_step, losses_told, progress_steps
+from acceptance.verbs.answering import answer_of, compare_merged, difference, probabilities
+from acceptance.verbs.preparing import counts
+from acceptance.verbs.serving import read_body, read_stream
+from acceptance.verbs.training import curve, last_step, losses_told, progress_steps
 from finlora.cli.app import ORDER
 
 ASKED = """
@@ -111,5 +111,5 @@ def test_every_verb_is_typed_by_some_step():
     """The walk checks the same at its end; here without the walk, by the words in the source of its steps."""
     from pathlib import Path
 
-    source = "".join(path.read_text() for path in Path(__file__).parent.glob("*.py") if "test_" not in path.name)
+    source = "".join(path.read_text() for path in Path(__file__).parent.rglob("*.py") if "test_" not in path.name)
     assert [verb for verb in ORDER if f'"{verb}"' not in source] == []

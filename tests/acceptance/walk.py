@@ -21,7 +21,7 @@ import yaml
 
 from acceptance.checks import Checks, StepError
 from acceptance.processes import MARK, Done, Process
-from acceptance.scale import Scale
+from acceptance.verbs.scale import Scale
 
 ROOT = Path(__file__).resolve().parents[2]
 _TAIL = 1500

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from acceptance.training import losses_told, run_name
+from acceptance.verbs.training import losses_told, run_name
 from acceptance.walk import Tools
 
 QUESTIONS = (

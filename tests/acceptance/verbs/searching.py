@@ -10,7 +10,7 @@ import sys
 
 import yaml
 
-from acceptance.answering import recorded
+from acceptance.verbs.answering import recorded
 from acceptance.walk import Tools
 
 ROW = "llama-8b-base-formulas-evaluate"

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from acceptance.answering import ANSWER, KNOWN, QUESTIONS, SAME_MODEL, ask_labels, difference, probabilities
 from acceptance.checks import Checks
+from acceptance.verbs.answering import ANSWER, KNOWN, QUESTIONS, SAME_MODEL, ask_labels, difference, probabilities
 from acceptance.walk import Tools, free_port
 
 _FRAGMENT = "<us-gaap:Revenues>48213</>\n<us-gaap:NetIncomeLoss>5120</>\n<us-gaap:Assets>90117</>"

@@ -83,6 +83,13 @@ def is_local() -> bool:
     return os.environ.get("RAY_ADDRESS", "").strip() in ("", "local")
 
 
+def find_node_address() -> str:
+    """Return the address at which other nodes of the cluster reach this one."""
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
 def _explain_start(error: Exception, address: str) -> ResourceError:
     found = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if not is_local():

@@ -36,8 +36,8 @@ class Message:
     work asked for."""
     seconds: tuple[float, ...] = ()
     """How long each stage so far worked on it, as far as that is known: stages that hand over pass it on before that."""
-    place: int = 0
-    """Number that no other message under way has: which memory carries its parcels."""
+    buffer: int = 0
+    """Index of the memory in which a stage sends its hidden states; no other message in flight has the same."""
     ticket: int = 0
     """Number greater than those of all messages before: what a stage writes behind what it has computed for others."""
     follows: int | None = None

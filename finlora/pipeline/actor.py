@@ -1,31 +1,34 @@
-"""One stage in a process of its own: it works on messages from the stage before, and gives them to the next."""
+"""Stage in a process of its own: works on messages from the stage before, and returns them for the next."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from finlora.cluster.connect import find_node_address
 from finlora.config import Bits, ModelConfig
-from finlora.engine.messages import Change, Message, Parcel
+from finlora.engine.messages import Change, Message
 from finlora.engine.micro_batch import MicroBatch, Output
 from finlora.errors import AdapterError, FinloraError
 from finlora.machine.cpu import set_environment
 from finlora.pipeline.late_read import Queued, Reader
+from finlora.pipeline.links import HiddenStateLink, StageInfo, TokenLink
 from finlora.pipeline.ray_workarounds import remove_left_semaphores
-from finlora.pipeline.sampled_tokens import FirstEnd, LastEnd, Loop
+from finlora.pipeline.transports import (
+    HiddenStateTransport,
+    TokenTransport,
+    make_hidden_state_link,
+    make_token_link,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from finlora.pipeline.hidden_states import Neighbours
-    from finlora.pipeline.hidden_states_gpu import Receiver, Sender
-    from finlora.pipeline.sampled_tokens_gpu import FirstBoard, LastBoard
-
 
 class StageActor:
-    """Loads a span of layers and works on messages; Ray runs it.
+    """Loads a span of layers and works on messages; Ray runs it. graph.py joins it to the stages beside it.
 
     Args:
         model: a ModelConfig as a dict.
@@ -50,7 +53,6 @@ class StageActor:
         import torch
 
         from finlora.model.base import load_base, quiet_bitsandbytes
-        from finlora.pipeline.hidden_states import Letters
         from finlora.pipeline.ray_workarounds import wait_with_pauses
         from finlora.stage.stage import Stage
 
@@ -61,86 +63,101 @@ class StageActor:
         self._quiet.__enter__()
         source, layers = ModelConfig(**model), range(*span)
         self.device = torch.device("cuda:0" if device == "cuda" else "cpu")
-        self.neighbours: Neighbours | None = None
         self._is_at_work = False
         self.reader = Reader()
-        self.coming: FirstEnd | FirstBoard | Loop | None = None
-        """Of the first stage: the way by which drawn tokens come back from the last (finlora/pipeline/graph.py)."""
-        self.going: LastEnd | LastBoard | Loop | None = None
-        """Of the last stage: the same way's other end."""
-        self.board: LastBoard | None = None
-        """Kept: the first stage may have its memory mapped."""
-        self.number, self.num_stages = 0, 1
-        self.sender: Sender | None = None
-        self.receiver: Receiver | None = None
-        self.hands_over = False
-        """Whether the next stage finds hidden states on the GPU."""
+        self.incoming: HiddenStateLink | None = None
+        """From the stage before; None at the first stage."""
+        self.outgoing: HiddenStateLink | None = None
+        """To the next stage; None at the last one."""
+        self.sampled_in: TokenLink | None = None
+        """Of the first stage, by which it gets sampled tokens from the last."""
+        self.sampled_out: TokenLink | None = None
+        """Of the last stage; with one stage, the same."""
+        self._hidden_state_links: dict[HiddenStateTransport, HiddenStateLink] = {}
+        """All that were made: another stage may have the memory of one mapped."""
+        self._token_links: dict[TokenTransport, TokenLink] = {}
+        self.info: StageInfo | None = None
         base = load_base(source, bits, self.device, seed, layers)
         self.stage = Stage(base.model, layers, cache_rows, base.dtype, keep_unpacked=keep_unpacked)
-        self.letters = Letters(base.dtype, self.device)
         self.weights_gib = base.weights_gib
-
-    def join(self, transport: Literal["nccl", "gloo"], stage: int, num_stages: int, address: str) -> None:
-        """Connect to the stages beside this one."""
-        from finlora.pipeline.hidden_states import Neighbours
-
-        hidden_size = self.stage.shape.hidden_size
-        self.neighbours = Neighbours(transport, stage, num_stages, address, hidden_size, self.stage.dtype, self.device)
 
     def take_number(self, number: int, num_stages: int) -> str | None:
         """Learn which stage this is; returns a name of the machine whose GPU it has, None on CPU."""
-        self.number, self.num_stages = number, num_stages
+        hidden_size = self.stage.shape.hidden_size
+        self.info = StageInfo(number, num_stages, hidden_size, self.stage.dtype, self.device, find_node_address())
         if self.device.type == "cpu":
             return None
         # The same in all containers of a machine.
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
-    def offer(self, ticket: int) -> Parcel:
-        """Hand hidden states over on the GPU from now on; returns a first parcel, for the next stage to try."""
-        from finlora.pipeline.hidden_states_gpu import Sender
+    def offer_hidden_states(self, transport: HiddenStateTransport, ticket: int) -> Any:
+        """Return what the stages of a link need to join it."""
+        return self._find_hidden_state_link(transport).offer(ticket)
 
-        hidden_size = self.stage.shape.hidden_size
-        if self.sender is None:
-            self.sender = Sender(self.number, self.num_stages, hidden_size, self.stage.dtype, self.device)
-        self.hands_over = True
-        return self.sender.send_trial(ticket)
-
-    def accept(self, parcel: Parcel, ticket: int) -> None:
-        """Try the first parcel of the stage before.
+    def join_hidden_states(self, transport: HiddenStateTransport, offer: Any, rank: int, size: int) -> bool:
+        """Join a link to the stages beside this one; returns whether messages run ahead on it.
 
         Raises:
-            RuntimeError: this process cannot have the other's memory.
+            RuntimeError: the transport does not connect them.
         """
-        from finlora.pipeline.hidden_states_gpu import Receiver
+        link = self._find_hidden_state_link(transport)
+        link.join(offer, rank, size)
+        if rank > 0:
+            self.incoming = link
+        if rank < size - 1:
+            self.outgoing = link
+        return link.runs_ahead
 
-        if self.receiver is None:
-            hidden_size = self.stage.shape.hidden_size
-            self.receiver = Receiver(self.num_stages, hidden_size, self.stage.dtype, self.device)
-        self.receiver.take_trial(parcel, ticket)
+    def offer_tokens(self, transport: TokenTransport) -> Any:
+        """Return what the other end of a token link needs to join it."""
+        return self._find_token_link(transport).offer()
 
-    def use_messages(self) -> None:
-        """Put hidden states into messages, since the next stage cannot have this one's memory."""
-        self.hands_over = False
+    def join_tokens(self, transport: TokenTransport, offer: Any) -> bool:
+        """Join a token link to the first or last stage; returns whether its GPU waits for the tokens, and no host.
+
+        Raises:
+            RuntimeError: the transport does not connect them.
+            ResourceError: the other stage cannot be reached.
+        """
+        assert self.info is not None, "take_number comes first"
+        link = self._find_token_link(transport)
+        link.join(offer)
+        if self.info.is_first:
+            self.sampled_in = link
+        if self.stage.is_last:
+            self.sampled_out = link
+        return link.runs_ahead
+
+    def _find_hidden_state_link(self, transport: HiddenStateTransport) -> HiddenStateLink:
+        if transport not in self._hidden_state_links:
+            assert self.info is not None, "take_number comes first"
+            self._hidden_state_links[transport] = make_hidden_state_link(transport, self.info)
+        return self._hidden_state_links[transport]
+
+    def _find_token_link(self, transport: TokenTransport) -> TokenLink:
+        if transport not in self._token_links:
+            assert self.info is not None, "take_number comes first"
+            self._token_links[transport] = make_token_link(transport, self.info)
+        return self._token_links[transport]
+
+    @property
+    def _links(self) -> list[HiddenStateLink | TokenLink]:
+        return [*self._hidden_state_links.values(), *self._token_links.values()]
+
+    def read_late(self) -> None:
+        """Read answers of the last stage behind the next message from now on (finlora/pipeline/late_read.py)."""
+        self.reader.is_late = True
 
     def stop_waiting(self) -> None:
-        """Wait no longer for tokens and hidden states, which may not come any more."""
-        for end in (self.coming, self.receiver):
-            if end is not None:
-                end.stop()
+        """End waits for tokens and hidden states, which may not come any more."""
+        for link in self._links:
+            link.stop()
 
-    def start_afresh(self) -> None:
-        """Leave the stages beside this one, of which some are dead, and empty the cache; weights and adapters stay."""
-        if self.neighbours is not None:
-            self.neighbours.close()
-            self.neighbours = None
-        if self.receiver is not None:
-            self.receiver.close()
-        if self.coming is not None:
-            self.coming.close()
-        if isinstance(self.going, LastEnd):
-            self.going.close()
-        self.coming = self.going = None
-        self.hands_over = False
+    def reset(self) -> None:
+        """Disconnect from the stages beside this one, of which some are dead, and clear the cache; weights and adapters stay."""
+        for link in self._links:
+            link.close()
+        self.incoming = self.outgoing = self.sampled_in = self.sampled_out = None
         self.reader.forget()
         self.stage.clear_cache()
 
@@ -150,7 +167,7 @@ class StageActor:
 
     def peak_memory_gib(self) -> float:
         """Return the most memory that the stage has taken since it was loaded."""
-        return self.stage.peak_memory_gib() + sum(getattr(each, "held_gib", 0.0) for each in (self.sender, self.board))
+        return self.stage.peak_memory_gib() + sum(link.held_gib for link in self._links)
 
     def load_adapter(self, name: str, folder: str, known: str | None) -> str:
         """Load an adapter and return the hash of its files.
@@ -185,19 +202,13 @@ class StageActor:
             return answer
         finally:
             self._is_at_work = False
-            self._give_back(message, answer.state if answer else None)
+            if self.sampled_out is not None and isinstance(message.work, MicroBatch):
+                state = answer.state if answer else None
+                self.sampled_out.send_read(message.ticket, state if isinstance(state, Output) else None)
 
     def is_at_work(self) -> bool:
         """Return whether the stage computes; otherwise it waits for a message, or for one to be taken."""
         return self._is_at_work
-
-    def _give_back(self, message: Message, state: Any) -> None:
-        """Give the first stage what was drawn, or word that nothing was, where it does not find that on their GPU."""
-        if not isinstance(self.going, LastEnd | Loop) or not isinstance(message.work, MicroBatch):
-            return
-        drawn = [token for token, _ in state.tokens] if isinstance(state, Output) else None
-        if drawn is None or drawn:
-            self.going.send(message.ticket, drawn)
 
     def _answer(self, message: Message) -> Message:
         seconds, state = message.seconds, message.state
@@ -224,63 +235,44 @@ class StageActor:
         """Return the state for the next stage, and the seconds that are known now of this stage and of those before it."""
         import torch
 
-        from finlora.stage.upload import upload
-
-        started, waited, batch, state, stamps = time.perf_counter(), 0.0, message.work, message.state, None
+        started, waited, batch = time.perf_counter(), 0.0, message.work
         assert isinstance(batch, MicroBatch)
-        receiver = self.receiver if isinstance(state, Parcel) else None
-        sender = self.sender if self.hands_over else None
-        if receiver is not None:
-            hidden, stamps = receiver.receive(state)
-        elif self.stage.is_first:
-            hidden = None
-        else:
-            hidden = self.neighbours.receive(batch.num_rows) if self.neighbours else self.letters.unpack(state)
-
-        if isinstance(self.coming, FirstEnd):
-            self.coming.drain()
+        assert self.info is not None, "take_number comes first"
+        number, incoming, outgoing = self.info.number, self.incoming, self.outgoing
+        hidden, stamps = (None, None) if incoming is None else incoming.receive(message)
+        if self.sampled_in is not None:
+            self.sampled_in.drain()
 
         def begin() -> Tensor | None:
-            nonlocal waited
-            drawn: Tensor | None = None
-            if self.coming is not None and message.follows is not None:
+            nonlocal waited, stamps
+            sampled: Tensor | None = None
+            if self.sampled_in is not None and message.follows is not None:
                 before = time.perf_counter()
-                found = self.coming.wait(message.follows)
+                sampled = self.sampled_in.receive(message.follows)
                 waited = time.perf_counter() - before
-                drawn = found if isinstance(found, torch.Tensor) else upload(found, self.device)
-            if receiver is not None:
-                receiver.wait(state, message.ticket)
-            if sender is not None:
-                sender.begin(message.place, batch.num_rows, stamps)
-            elif stamps is not None:
-                stamps.begin(self.number)
-            return drawn
+            if incoming is not None:
+                incoming.wait(message)
+            if outgoing is not None:
+                stamps = outgoing.reserve(message, stamps)
+            if stamps is not None:
+                stamps.begin(number)
+            return sampled
 
         result = self.stage.run(batch, hidden, begin)
-        if sender is not None:
-            assert isinstance(result, torch.Tensor), "the last stage hands nothing over"
-            return sender.send(message.place, message.ticket, result), ()
-        if not isinstance(result, torch.Tensor) and not isinstance(self.going, LastEnd | Loop | None):
-            self.going.write(message.ticket, result.tokens)
+        if outgoing is not None and outgoing.runs_ahead:
+            assert isinstance(result, torch.Tensor), "the last stage has no next one"
+            return outgoing.send(message, result), ()
+        if self.sampled_out is not None and not isinstance(result, torch.Tensor):
+            self.sampled_out.send_sampled(message.ticket, result.tokens)
         read_seconds = None
         if stamps is not None:
-            stamps.end(self.number)
-            read_seconds = stamps.copy(len(message.seconds), self.number)
+            stamps.end(number)
+            read_seconds = stamps.copy(len(message.seconds), number)
         if isinstance(result, torch.Tensor):
-            state = self._send(result)
+            assert outgoing is not None, "join_hidden_states comes first"
+            state = outgoing.send(message, result)
         elif read_seconds is not None:
             return Queued(result, read_seconds), ()
         else:
             state = result.read()
         return state, read_seconds() if read_seconds else (time.perf_counter() - started - waited,)
-
-    def _send(self, hidden: Tensor) -> Any:
-        """Give states (T, H) to the next stage; returns what of them travels within the message."""
-        import torch
-
-        if self.neighbours is None:
-            return self.letters.pack(hidden)
-        self.neighbours.send(hidden)
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()  # until then its seconds are not over
-        return None

@@ -5,24 +5,29 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayActorError, RayError
 
 from finlora.config import Transport
-from finlora.pipeline.actor import StageActor
-from finlora.pipeline.hidden_states import find_free_address
-from finlora.pipeline.sampled_tokens import Address, FirstEnd, LastEnd, Loop
+from finlora.pipeline.transports import (
+    HiddenStateChoice,
+    HiddenStateTransport,
+    TokenChoice,
+    TokenTransport,
+    choose_hidden_state_links,
+    choose_token_link,
+)
 
 _logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 def join_stages(actors: Sequence[Any], transport: Transport, ticket: int) -> bool:
-    """Prepare loaded stages for messages that pass through them in their order.
+    """Join loaded stages by links, before messages pass through them in their order.
 
     Args:
         ticket: greater than those of all messages before, and less than those to come.
@@ -34,62 +39,51 @@ def join_stages(actors: Sequence[Any], transport: Transport, ticket: int) -> boo
         RayError: a stage died meanwhile.
         ResourceError: the last stage cannot reach the first one.
     """
-    machines: list[str | None] = ray.get(
-        [actor.take_number.remote(index, len(actors)) for index, actor in enumerate(actors)]
-    )
-    gives_back = _join_ends(actors, machines)
-    if transport == "messages":
-        is_late = _share_memory(actors, machines, ticket) and gives_back
-        if is_late:
-            ray.get(actors[-1].__ray_call__.remote(_read_late))
-        return is_late
-    address = ray.get(actors[0].__ray_call__.remote(_offer_address))
-    ray.get([actor.join.remote(transport, index, len(actors), address) for index, actor in enumerate(actors)])
-    return False
+    numbers = range(len(actors))
+    machines: list[str | None] = ray.get([actors[index].take_number.remote(index, len(actors)) for index in numbers])
+    run_ahead = [_join_tokens(actors, choose_token_link(machines))]
+    run_ahead += [
+        _join_hidden_states(actors, choice, ticket) for choice in choose_hidden_state_links(transport, machines)
+    ]
+    is_late = all(run_ahead)
+    if is_late:
+        ray.get(actors[-1].read_late.remote())
+    return is_late
 
 
-def _join_ends(actors: Sequence[Any], machines: Sequence[str | None]) -> bool:
-    """Let drawn tokens go back from the last stage to the first; returns whether that is past the host."""
-    first, last = actors[0].__ray_call__, actors[-1].__ray_call__
-    if len(actors) == 1:
-        ray.get(first.remote(_keep_tokens))
-        return False
-    if machines[0] is not None and machines[0] == machines[-1]:
-        reason = _find_reason(first.remote(_take_board, last.remote(_offer_board)))
-        if reason is None:
-            return True
-        _warn(0, len(actors) - 1, "drawn tokens", reason)
-    address = ray.get(first.remote(_listen))
-    ray.get([first.remote(_accept), last.remote(_reach, address)])
-    return False
+def _join_tokens(actors: Sequence[Any], choice: TokenChoice) -> bool:
+    """Join the first stage and the last; returns whether the first one's GPU waits for the tokens, and no host."""
+    ends = [actors[index] for index in choice.stages]
+
+    def join(transport: TokenTransport) -> list[Any]:
+        offers = [end.offer_tokens.remote(transport) for end in ends]
+        return [end.join_tokens.remote(transport, offer) for end, offer in zip(ends, reversed(offers), strict=True)]
+
+    return _join_by_first(choice.transports, join, choice.stages, "sampled tokens")
 
 
-def _share_memory(actors: Sequence[Any], machines: Sequence[str | None], ticket: int) -> bool:
-    """Have stages of one machine leave hidden states on their GPUs, if a trial arrives; elsewhere they are within the messages.
+def _join_hidden_states(actors: Sequence[Any], choice: HiddenStateChoice, ticket: int) -> bool:
+    """Join consecutive stages; returns whether messages run ahead of what is computed."""
+    members = [actors[index] for index in choice.stages]
 
-    Returns:
-        Whether all of them do.
-    """
-    num_sharing = 0
-    for index, (actor, following) in enumerate(pairwise(actors)):
-        if machines[index] is None or machines[index] != machines[index + 1]:
-            continue
-        reason = _find_reason(following.accept.remote(actor.offer.remote(ticket), ticket))
-        if reason is None:
-            num_sharing += 1
-            continue
-        _warn(index, index + 1, "hidden states", reason)
-        ray.get(actor.use_messages.remote())
-    return num_sharing == len(actors) - 1
+    def join(transport: HiddenStateTransport) -> list[Any]:
+        offer = members[0].offer_hidden_states.remote(transport, ticket)
+        return [
+            member.join_hidden_states.remote(transport, offer, rank, len(members))
+            for rank, member in enumerate(members)
+        ]
+
+    return _join_by_first(choice.transports, join, choice.stages, "hidden states")
 
 
-def _find_reason(ref: Any) -> str | None:
-    """Return in words why one stage cannot have another's memory, None if it can."""
-    try:
-        ray.get(ref)
-    except RuntimeError as error:  # of CUDA, in either of them
-        return str(error).strip().splitlines()[-1]
-    return None
+def _join_by_first(transports: Sequence[_T], join: Callable[[_T], list[Any]], stages: Sequence[int], what: str) -> bool:
+    """Join stages by the first transport that connects them; returns whether messages run ahead on it."""
+    for transport in transports[:-1]:
+        try:
+            return bool(ray.get(join(transport))[-1])
+        except RuntimeError as error:  # of CUDA, in one of them
+            _warn(stages[0], stages[-1], what, str(error).strip().splitlines()[-1])
+    return bool(ray.get(join(transports[-1]))[-1])
 
 
 def _warn(one: int, other: int, what: str, reason: str) -> None:
@@ -99,52 +93,6 @@ def _warn(one: int, other: int, what: str, reason: str) -> None:
         *(one, other, reason, what),
     )
 
-
-# What follows runs where a stage is.
-
-
-def _offer_address(_stage: StageActor) -> str:
-    """Return an address on which the stages can meet."""
-    return find_free_address(ray.util.get_node_ip_address())
-
-
-def _read_late(stage: StageActor) -> None:
-    stage.reader.is_late = True
-
-
-def _keep_tokens(stage: StageActor) -> None:
-    stage.coming = stage.going = Loop()
-
-
-def _offer_board(stage: StageActor) -> bytes:
-    from finlora.pipeline.sampled_tokens_gpu import LastBoard
-
-    stage.board = stage.board or LastBoard(stage.device)
-    stage.going = stage.board
-    return stage.board.handle
-
-
-def _take_board(stage: StageActor, handle: bytes) -> None:
-    from finlora.pipeline.sampled_tokens_gpu import FirstBoard
-
-    stage.coming = FirstBoard(handle, stage.device)
-
-
-def _listen(stage: StageActor) -> Address:
-    stage.coming = end = FirstEnd(ray.util.get_node_ip_address())
-    return end.address
-
-
-def _accept(stage: StageActor) -> None:
-    assert isinstance(stage.coming, FirstEnd)
-    stage.coming.accept()
-
-
-def _reach(stage: StageActor, address: Address) -> None:
-    stage.going = LastEnd(address)
-
-
-_logger = logging.getLogger(__name__)
 
 _IDLE_TIMEOUT_S = 3.0
 """Seconds for a stage that computes nothing: it does not leave any more, and all wait for it."""

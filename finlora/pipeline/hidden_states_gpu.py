@@ -7,8 +7,8 @@ the GPU goes on from one to the other by itself, and what a hop takes on the hos
 When a stage began and ended is written on the GPU, beside the states, since it does not wait for its own work; the first stage
 that does reads it for all.
 
-Of two GPUs the later one reads the earlier one's memory. Not all can, and behind some bridges they seem to: a trial parcel
-(`Sender.send_trial`) shows whether states arrive.
+Of two GPUs the later one reads the earlier one's memory. Not all can, and behind some bridges they seem to: a trial
+(`GpuLink.offer`) shows whether states arrive.
 
 Imported only where a CUDA tensor is at hand: the CPU build of torch has neither Triton nor cuda-bindings.
 
@@ -17,6 +17,7 @@ Shapes: T rows, H hidden, K stages.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 
@@ -26,8 +27,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import globaltimer
 
-from finlora.engine.messages import Parcel
+from finlora.engine.messages import Message, Parcel
+from finlora.engine.micro_batch import MicroBatch
 from finlora.pipeline.gpu_memory import LEAST_BYTES, Gate, Mapped, Owned, allocate, map_memory, unmap, write_flag
+from finlora.pipeline.links import StageInfo, Stamps
 from finlora.stage.upload import download
 
 _ALIGNMENT = 256  # bytes
@@ -41,7 +44,7 @@ def _stamp(target_ptr):  # type: ignore[no-untyped-def]  # noqa: ANN001
     tl.store(target_ptr, globaltimer())
 
 
-class Stamps:
+class GpuStamps:
     """When stages began and ended, in nanoseconds of the GPU.
 
     Args:
@@ -75,111 +78,57 @@ class _Room:
 
     def __init__(self, memory: Tensor, num_stages: int) -> None:
         numbers = memory[: 16 * num_stages + 8].view(torch.int64)
-        self.stamps, self.flag = Stamps(numbers[:-1]), numbers[-1:]
+        self.stamps, self.flag = GpuStamps(numbers[:-1]), numbers[-1:]
         self._states = memory[_first_byte(num_stages) :]
 
     def find_states(self, num_rows: int, hidden_size: int, dtype: torch.dtype) -> Tensor:
         return self._states[: num_rows * hidden_size * dtype.itemsize].view(dtype).view(num_rows, hidden_size)
 
 
-class Sender:
-    """The earlier of two stages.
+class GpuLink:
+    """Hidden states in this stage's memory, which the next one has mapped, and in that of the stage before."""
 
-    Args:
-        stage: its number, from 0.
-        num_stages: K.
-        hidden_size: H.
-        dtype: of the states.
-        device: of the stage.
-    """
+    runs_ahead = True
 
-    def __init__(self, stage: int, num_stages: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._stage, self._num_stages, self._hidden_size = stage, num_stages, hidden_size
-        self._dtype, self._device = dtype, device
+    def __init__(self, stage: StageInfo) -> None:
+        self._stage = stage
         self._memories: dict[int, Owned] = {}
-        """Of each place."""
+        """Of each send buffer."""
         self._outgrown: list[Owned] = []
         """Kept: the next stage may have them mapped."""
+        self._mapped: dict[bytes, Mapped] = {}
+        self._gate: Gate | None = None
+        """Of the stages that receive."""
 
     @property
     def held_gib(self) -> float:
-        """GPU memory of parcels."""
+        """GPU memory of send buffers; the next stage may have them mapped, so they stay when the link is closed."""
         return sum(memory.data.numel() for memory in [*self._memories.values(), *self._outgrown]) / 2**30
 
-    def begin(self, place: int, num_rows: int, before: Stamps | None) -> None:
-        """Make room for the states of a place; what is queued from now on computes them.
-
-        Args:
-            before: stamps of the stages before this one, where they came with its input.
+    def offer(self, ticket: int) -> Message:
+        """Return a message with known hidden states, by which the next stage finds out whether they arrive.
 
         Raises:
             ResourceError: the GPU's memory is full.
         """
-        num_bytes = _first_byte(self._num_stages) + num_rows * self._hidden_size * self._dtype.itemsize
-        memory = self._memories.get(place)
-        if memory is None or memory.data.numel() < num_bytes:
-            if memory is not None:
-                self._outgrown.append(memory)
-            num_bytes = max(LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
-            memory = self._memories[place] = allocate(num_bytes, self._device)
-        stamps = _Room(memory.data, self._num_stages).stamps
-        if before is not None:
-            stamps.numbers.copy_(before.numbers)
-        stamps.begin(self._stage)
+        trial = Message(MicroBatch(0, [0]), ticket=ticket)
+        self.reserve(trial, None).begin(self._stage.number)
+        return dataclasses.replace(trial, state=self.send(trial, self._make_known()))
 
-    def send(self, place: int, ticket: int, hidden: Tensor) -> Parcel:
-        """Queue the copy of a place's states (T, H), and return what the next stage finds them by."""
-        memory = self._memories[place]
-        room = _Room(memory.data, self._num_stages)
-        room.find_states(len(hidden), self._hidden_size, self._dtype).copy_(hidden)
-        room.stamps.end(self._stage)
-        write_flag(room.flag, ticket)
-        return Parcel(memory.handle, memory.data.numel(), len(hidden))
-
-    def send_trial(self, ticket: int) -> Parcel:
-        """Send states that the next stage knows, for `Receiver.take_trial`."""
-        self.begin(0, 1, None)
-        return self.send(0, ticket, _make_known(self._hidden_size, self._dtype, self._device))
-
-
-class Receiver:
-    """The later one; arguments as for `Sender`."""
-
-    def __init__(self, num_stages: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._num_stages, self._hidden_size, self._dtype, self._device = num_stages, hidden_size, dtype, device
-        self._mapped: dict[bytes, Mapped] = {}
-        self._gate = Gate(device)
-
-    def receive(self, parcel: Parcel) -> tuple[Tensor, Stamps]:
-        """Return states (T, H) and stamps, which are there for what is queued behind `wait`, until their place is used anew.
-
-        Raises:
-            RuntimeError: CUDA does not let these processes share memory.
-        """
-        if parcel.memory not in self._mapped:
-            self._mapped[parcel.memory] = map_memory(parcel.memory, parcel.num_bytes, self._device)
-        room = self._find_room(parcel)
-        return room.find_states(parcel.num_rows, self._hidden_size, self._dtype), room.stamps
-
-    def wait(self, parcel: Parcel, ticket: int) -> None:
-        """Have what is queued from now on wait until a parcel that was received is complete.
-
-        Raises:
-            RuntimeError: the stages were told to stop.
-        """
-        self._gate.wait(self._find_room(parcel).flag, ticket)
-
-    def take_trial(self, parcel: Parcel, ticket: int) -> None:
-        """See whether states of the stage before arrive here.
+    def join(self, offer: Message, rank: int, size: int) -> None:
+        """At the later stage, find out whether hidden states arrive.
 
         Raises:
             RuntimeError: they do not.
         """
-        hidden, _ = self.receive(parcel)
-        known = _make_known(self._hidden_size, self._dtype, self._device)
+        if rank == 0:
+            return
+        self._gate = self._gate or Gate(self._stage.device)
+        hidden, _ = self.receive(offer)
+        known = self._make_known()
         # Once before the wait: to load a kernel may wait for all that is queued, and then nobody would look at the clock.
         _ = (known == known.clone()).all()
-        self.wait(parcel, ticket)
+        self.wait(offer)
         is_right = (known == hidden).all()
         done, until = torch.cuda.Event(), time.monotonic() + _TRIAL_S
         done.record()
@@ -191,26 +140,78 @@ class Receiver:
         if not is_right:
             raise RuntimeError("what arrived was not what had been sent")
 
+    def receive(self, message: Message) -> tuple[Tensor, GpuStamps]:
+        """Return states (T, H) and stamps, valid behind `wait` until the sender uses their buffer again.
+
+        Raises:
+            RuntimeError: CUDA does not let these processes share memory.
+        """
+        parcel: Parcel = message.state
+        if parcel.memory not in self._mapped:
+            self._mapped[parcel.memory] = map_memory(parcel.memory, parcel.num_bytes, self._stage.device)
+        room = self._find_room(parcel)
+        return room.find_states(parcel.num_rows, self._stage.hidden_size, self._stage.dtype), room.stamps
+
+    def wait(self, message: Message) -> None:
+        """Queue a wait on the GPU until the hidden states of a received message are complete.
+
+        Raises:
+            RuntimeError: the stages were told to stop.
+        """
+        assert self._gate is not None, "join comes first"
+        self._gate.wait(self._find_room(message.state).flag, message.ticket)
+
+    def reserve(self, message: Message, stamps: Stamps | None) -> GpuStamps:
+        """Reserve the message's send buffer; returns its stamps, with those of the stages before.
+
+        Raises:
+            ResourceError: the GPU's memory is full.
+        """
+        assert isinstance(message.work, MicroBatch)
+        info, index = self._stage, message.buffer
+        num_bytes = _first_byte(info.num_stages) + message.work.num_rows * info.hidden_size * info.dtype.itemsize
+        memory = self._memories.get(index)
+        if memory is None or memory.data.numel() < num_bytes:
+            if memory is not None:
+                self._outgrown.append(memory)
+            num_bytes = max(LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
+            memory = self._memories[index] = allocate(num_bytes, info.device)
+        own = _Room(memory.data, info.num_stages).stamps
+        if stamps is not None:
+            own.numbers.copy_(stamps.numbers)
+        return own
+
+    def send(self, message: Message, hidden: Tensor) -> Parcel:
+        """Queue the copy of states (T, H) into the message's send buffer and the ticket behind it."""
+        memory = self._memories[message.buffer]
+        room = _Room(memory.data, self._stage.num_stages)
+        room.find_states(len(hidden), self._stage.hidden_size, self._stage.dtype).copy_(hidden)
+        room.stamps.end(self._stage.number)
+        write_flag(room.flag, message.ticket)
+        return Parcel(memory.handle, memory.data.numel(), len(hidden))
+
     def stop(self) -> None:
         """Let nothing that is queued wait any longer; any thread may call it."""
-        self._gate.stop()
+        if self._gate is not None:
+            self._gate.stop()
 
     def close(self) -> None:
-        """Let go of what the stage before has shared, which may be dead; `receive` begins anew."""
-        self._gate.reopen()
+        """Let go of what the stage before has shared, which may be dead."""
+        if self._gate is not None:
+            self._gate.reopen()
         for memory in self._mapped.values():
             unmap(memory)
         self._mapped.clear()
 
     def _find_room(self, parcel: Parcel) -> _Room:
-        return _Room(self._mapped[parcel.memory].data, self._num_stages)
+        return _Room(self._mapped[parcel.memory].data, self._stage.num_stages)
+
+    def _make_known(self) -> Tensor:
+        """Return a trial's states (1, H)."""
+        info = self._stage
+        return (torch.arange(info.hidden_size, device=info.device) % _KNOWN).to(info.dtype)[None]
 
 
 def _first_byte(num_stages: int) -> int:
     """Return where states begin, behind the stamps and the flag."""
     return -(-(16 * num_stages + 8) // _ALIGNMENT) * _ALIGNMENT
-
-
-def _make_known(hidden_size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a trial's states (1, H)."""
-    return (torch.arange(hidden_size, device=device) % _KNOWN).to(dtype)[None]

@@ -105,7 +105,7 @@ class Pipeline:
         """Folder of each adapter that every stage has."""
         self._hashes: dict[str, str] = {}  # of their files
         self._under_way: deque[Any] = deque()  # messages
-        self._places: deque[int] = deque()  # of messages whose answer has not come
+        self._buffers: deque[int] = deque()  # send buffers of messages whose answer has not come
         self._answers_come_late = False  # each only behind the next message
         self._started: dict[int, int] = {}
         """Tickets of the micro-batches that were not collected, by number."""
@@ -173,7 +173,7 @@ class Pipeline:
             ray.kill(self.actors[index])
             self.actors[index] = self._start_actor(index)
         living = [actor for index, actor in enumerate(self.actors) if index not in dead]
-        ray.get([actor.start_afresh.remote() for actor in living], timeout=_SIGN_TIMEOUT_S)
+        ray.get([actor.reset.remote() for actor in living], timeout=_SIGN_TIMEOUT_S)
         for index, facts in zip(dead, self._await_loaded([self.actors[index] for index in dead]), strict=True):
             self.stages[index] = facts
         for name, folder in list(self.adapters.items()):
@@ -234,7 +234,7 @@ class Pipeline:
             return set()
         stuck = leave_graph(graph, self.actors, timeout_s, lives_on=lives_on)
         self._under_way.clear()  # only now: what waits in a graph that stands is still fetched by it
-        self._places.clear()
+        self._buffers.clear()
         self._outputs.clear()
         self._started.clear()
         return stuck
@@ -265,30 +265,30 @@ class Pipeline:
         return facts
 
     def _change(self, change: Change) -> Any:
-        while self._places:
+        while self._buffers:
             self._outputs.append(self._receive())
         self._send(change)
         return self._receive()
 
     def _send(self, work: MicroBatch | Change) -> None:
-        place = next(place for place in range(len(self._places) + 1) if place not in self._places)
+        buffer = next(index for index in range(len(self._buffers) + 1) if index not in self._buffers)
         ticket, follows = next(self._tickets), None
         if isinstance(work, MicroBatch):
             self._started[work.number] = ticket
             follows = None if work.follows is None else self._started[work.follows]
-        message = Message(work, place=place, ticket=ticket, follows=follows)
+        message = Message(work, buffer=buffer, ticket=ticket, follows=follows)
         with tell_lost_stages():
             self._under_way.append(self._graph.execute(message))
-        self._places.append(place)
+        self._buffers.append(buffer)
 
     def _receive(self) -> Any:
         message = Message(None)
         with tell_lost_stages():
-            if self._answers_come_late and len(self._places) == 1:  # nothing is behind it
+            if self._answers_come_late and len(self._buffers) == 1:  # nothing is behind it
                 self._under_way.append(self._graph.execute(message))
             while message.is_empty:
                 message = ray.get(self._under_way.popleft(), timeout=_TIMEOUT_S)
-        self._places.popleft()
+        self._buffers.popleft()
         if isinstance(message.state, FinloraError):
             raise message.state
         if isinstance(message.state, Output):

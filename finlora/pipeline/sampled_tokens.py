@@ -18,9 +18,15 @@ import struct
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+from finlora.engine.micro_batch import Output
 from finlora.errors import ResourceError
+from finlora.pipeline.links import StageInfo
+from finlora.stage.upload import upload
 
 _HEAD = struct.Struct("!qq")
 """Ticket of the micro-batch, and how many tokens; _FAILED where it has none."""
@@ -40,44 +46,98 @@ class Address(NamedTuple):
     """By which the first stage knows it."""
 
 
-class _Came:
-    """Tokens that have come, by the ticket of their micro-batch."""
+class _Arrived:
+    """Tokens that have arrived, by the ticket of their micro-batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.tokens: dict[int, Sequence[int] | None] = {}
+        self._device = device
 
     def add(self, ticket: int, tokens: Sequence[int] | None) -> None:
         self.tokens[ticket] = tokens
         if len(self.tokens) > _KEPT:
             del self.tokens[next(iter(self.tokens))]
 
-    def find(self, ticket: int) -> list[int]:
+    def upload(self, ticket: int) -> Tensor:
         tokens = self.tokens[ticket]
         if tokens is None:
             raise RuntimeError("a micro-batch has failed: the tokens that the next one follows will not come")
-        return list(tokens)
+        return upload(tokens, self._device)
 
 
-class FirstEnd:
-    """The first stage's end; `accept` comes before all else.
+class SocketTokenLink:
+    """A TCP connection, on which the first stage listens."""
 
-    Args:
-        host: address of this machine that the last stage reaches.
-    """
+    runs_ahead = False
+    held_gib = 0.0
 
-    def __init__(self, host: str) -> None:
-        self._listener = socket.create_server((host, 0), backlog=1)
-        self.address = Address(host, self._listener.getsockname()[1], secrets.token_bytes(_KEY_BYTES))
+    def __init__(self, stage: StageInfo) -> None:
+        self._stage = stage
+        self._listener: socket.socket | None = None
+        self._address = Address("", 0, b"")
         self._socket: socket.socket | None = None
         self._read = bytearray()
-        self._came = _Came()
+        self._arrived = _Arrived(stage.device)
 
-    def accept(self) -> None:
-        """Wait for the last stage; whoever does not know the key is sent away.
+    def offer(self) -> Address | None:
+        """Listen at the first stage, and return where; the last stage has nothing to offer."""
+        if not self._stage.is_first:
+            return None
+        self._listener = socket.create_server((self._stage.host, 0), backlog=1)
+        port = self._listener.getsockname()[1]
+        self._address = Address(self._stage.host, port, secrets.token_bytes(_KEY_BYTES))
+        return self._address
+
+    def join(self, offer: Address | None) -> None:
+        """Connect the last stage to the first.
 
         Raises:
-            ResourceError: it has not come in time.
+            ResourceError: one does not reach the other in time.
         """
+        self._socket = self._accept() if offer is None else _connect(offer)
+
+    def drain(self) -> None:
+        assert self._socket is not None, "join comes first"
+        while select.select([self._socket], [], [], 0)[0]:
+            self._receive(self._socket)
+
+    def receive(self, ticket: int) -> Tensor:
+        """Return the tokens (N,) of a micro-batch once they are sampled.
+
+        Raises:
+            RuntimeError: they will not come.
+        """
+        assert self._socket is not None, "join comes first"
+        while ticket not in self._arrived.tokens:
+            self._receive(self._socket)
+        return self._arrived.upload(ticket)
+
+    def send_sampled(self, ticket: int, tokens: Tensor) -> None:
+        """Do nothing: the host has to read the tokens first."""
+
+    def send_read(self, ticket: int, output: Output | None) -> None:
+        """Send a frame; none for a micro-batch that samples no token."""
+        assert self._socket is not None, "join comes first"
+        frame = _pack(ticket, output)
+        if frame:
+            with suppress(OSError):  # without a first stage nobody needs them, and the driver learns of it by itself
+                self._socket.sendall(frame)
+
+    def stop(self) -> None:
+        if self._socket is not None and self._stage.is_first:
+            with suppress(OSError):  # the other end is gone
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for end in (self._listener, self._socket):
+            if end is not None:
+                end.close()
+        self._read.clear()
+        self._arrived.tokens.clear()
+
+    def _accept(self) -> socket.socket:
+        """Wait for the last stage; a connection without the key is closed."""
+        assert self._listener is not None, "offer comes first"
         until = time.monotonic() + _JOIN_S
         with self._listener as listener:
             while (left_s := until - time.monotonic()) > 0:
@@ -87,41 +147,12 @@ class FirstEnd:
                 except TimeoutError:
                     break
                 if self._knows_key(found):
-                    self._socket = found
-                    return
+                    return found
                 found.close()
         raise ResourceError(
-            f"the last stage did not reach the first at {self.address.host}:{self.address.port} in {_JOIN_S:.0f} s: let the "
+            f"the last stage did not reach the first at {self._address.host}:{self._address.port} in {_JOIN_S:.0f} s: let the "
             "cluster's machines connect to each other by TCP on any port."
         )
-
-    def drain(self) -> None:
-        """Read what has come, so that the last stage never waits for it."""
-        assert self._socket is not None, "accept comes first"
-        while select.select([self._socket], [], [], 0)[0]:
-            self._receive(self._socket)
-
-    def wait(self, ticket: int) -> list[int]:
-        """Return the tokens of a micro-batch once they are drawn.
-
-        Raises:
-            RuntimeError: they will not come.
-        """
-        assert self._socket is not None, "accept comes first"
-        while ticket not in self._came.tokens:
-            self._receive(self._socket)
-        return self._came.find(ticket)
-
-    def stop(self) -> None:
-        """Let nobody wait any longer; any thread may call it."""
-        if self._socket is not None:
-            with suppress(OSError):  # the other end is gone
-                self._socket.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self._listener.close()
-        if self._socket is not None:
-            self._socket.close()
 
     def _knows_key(self, connection: socket.socket) -> bool:
         connection.settimeout(1.0)
@@ -130,7 +161,7 @@ class FirstEnd:
         except OSError:
             return False
         connection.settimeout(None)
-        return hmac.compare_digest(key, self.address.key)
+        return hmac.compare_digest(key, self._address.key)
 
     def _receive(self, connection: socket.socket) -> None:
         try:
@@ -148,54 +179,62 @@ class FirstEnd:
             if len(self._read) < size:
                 break
             tokens = struct.unpack_from(f"!{max(0, count)}q", self._read, _HEAD.size)
-            self._came.add(ticket, None if count == _FAILED else tokens)
+            self._arrived.add(ticket, None if count == _FAILED else tokens)
             del self._read[:size]
 
 
-class LastEnd:
-    """The last stage's end.
-
-    Raises:
-        ResourceError: the first stage cannot be reached.
-    """
-
-    def __init__(self, address: Address) -> None:
-        try:
-            self._socket = socket.create_connection((address.host, address.port), _JOIN_S)
-        except OSError as error:
-            raise ResourceError(
-                f"the first stage cannot be reached at {address.host}:{address.port} ({error}): let the cluster's machines "
-                "connect to each other by TCP on any port."
-            ) from error
-        self._socket.settimeout(None)
-        # Nothing comes the other way that would carry an acknowledgement; without this a frame waits 40 ms for it.
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket.sendall(address.key)
-
-    def send(self, ticket: int, tokens: Sequence[int] | None) -> None:
-        """Give the tokens of a micro-batch back; None: it has failed."""
-        count = _FAILED if tokens is None else len(tokens)
-        with suppress(OSError):  # without a first stage nobody needs them, and the driver learns of it by itself
-            self._socket.sendall(_HEAD.pack(ticket, count) + struct.pack(f"!{max(0, count)}q", *(tokens or ())))
-
-    def close(self) -> None:
-        self._socket.close()
+def _connect(address: Address) -> socket.socket:
+    try:
+        connection = socket.create_connection((address.host, address.port), _JOIN_S)
+    except OSError as error:
+        raise ResourceError(
+            f"the first stage cannot be reached at {address.host}:{address.port} ({error}): let the cluster's machines "
+            "connect to each other by TCP on any port."
+        ) from error
+    connection.settimeout(None)
+    # Nothing comes the other way that would carry an acknowledgement; without this a frame waits 40 ms for it.
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.sendall(address.key)
+    return connection
 
 
-class Loop:
-    """Both ends in one, where the first stage is the last one too."""
+def _pack(ticket: int, output: Output | None) -> bytes:
+    if output is None:
+        return _HEAD.pack(ticket, _FAILED)
+    tokens = [token for token, _ in output.tokens]
+    return _HEAD.pack(ticket, len(tokens)) + struct.pack(f"!{len(tokens)}q", *tokens) if tokens else b""
 
-    def __init__(self) -> None:
-        self._came = _Came()
 
-    def wait(self, ticket: int) -> list[int]:
-        return self._came.find(ticket)
+class LocalTokenLink:
+    """Both ends in one stage, the only one."""
 
-    def send(self, ticket: int, tokens: Sequence[int] | None) -> None:
-        self._came.add(ticket, tokens)
+    runs_ahead = False
+    held_gib = 0.0
+
+    def __init__(self, stage: StageInfo) -> None:
+        self._arrived = _Arrived(stage.device)
+
+    def offer(self) -> None:
+        """Return nothing: there is no other end."""
+
+    def join(self, offer: Any) -> None:
+        pass
+
+    def drain(self) -> None:
+        pass
+
+    def receive(self, ticket: int) -> Tensor:
+        return self._arrived.upload(ticket)
+
+    def send_sampled(self, ticket: int, tokens: Tensor) -> None:
+        pass
+
+    def send_read(self, ticket: int, output: Output | None) -> None:
+        if output is None or output.tokens:
+            self._arrived.add(ticket, None if output is None else [token for token, _ in output.tokens])
 
     def stop(self) -> None:
         pass
 
     def close(self) -> None:
-        pass
+        self._arrived.tokens.clear()

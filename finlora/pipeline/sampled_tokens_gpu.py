@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from finlora.engine.micro_batch import Output
 from finlora.errors import ResourceError
 from finlora.pipeline.gpu_memory import LEAST_BYTES, Gate, Mapped, Owned, allocate, map_memory, unmap, write_flag
+from finlora.pipeline.links import StageInfo
 
 _SLOTS = 32
 """Micro-batches whose tokens are kept: more than can be under way."""
@@ -22,60 +24,95 @@ _MARK = 0x66696E6C6F7261
 """Stands at the end of the memory: behind some bridges a GPU reads something else than another one wrote."""
 
 
-class LastBoard:
-    """The last stage's end."""
+class GpuTokenLink:
+    """The last stage's memory, which the first has mapped."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._memory: Owned = allocate(LEAST_BYTES, device)
-        self._memory.data.view(torch.int64)[-1:].fill_(_MARK)
-        torch.cuda.current_stream(device).synchronize()
-        self.handle = self._memory.handle
-        self.held_gib = LEAST_BYTES / 2**30
+    runs_ahead = True
 
-    def write(self, ticket: int, tokens: Tensor) -> None:
-        """Queue that a micro-batch's tokens (N,) int64 go back.
+    def __init__(self, stage: StageInfo) -> None:
+        self._stage = stage
+        self._owned: Owned | None = None
+        """At the last stage. Kept: the first may have it mapped."""
+        self._mapped: Mapped | None = None
+        """At the first stage."""
+        self._gate: Gate | None = None
+
+    @property
+    def held_gib(self) -> float:
+        """Of the last stage; the first may have the memory mapped, so it stays when the link is closed."""
+        return 0.0 if self._owned is None else LEAST_BYTES / 2**30
+
+    def offer(self) -> bytes | None:
+        """Return the handle of the last stage's memory; the first stage has nothing to offer.
 
         Raises:
-            ResourceError: they are too many.
+            ResourceError: the GPU's memory is full.
         """
-        if len(tokens) > _WIDTH:
-            raise ResourceError(
-                f"{len(tokens):,} requests have a next token in one micro-batch, {_WIDTH:,} is the most: lower max_batch_tokens"
-            )
-        _find_slot(self._memory.data, ticket)[: len(tokens)].copy_(tokens)
-        write_flag(_find_flag(self._memory.data), ticket)
+        if self._stage.is_first:
+            return None
+        if self._owned is None:
+            self._owned = allocate(LEAST_BYTES, self._stage.device)
+            self._owned.data.view(torch.int64)[-1:].fill_(_MARK)
+            torch.cuda.current_stream(self._stage.device).synchronize()
+        return self._owned.handle
 
+    def join(self, offer: bytes | None) -> None:
+        """Map the last stage's memory at the first.
 
-class FirstBoard:
-    """The first stage's end.
-
-    Raises:
-        RuntimeError: CUDA does not let these processes share memory, or wait for each other on the GPU.
-    """
-
-    def __init__(self, handle: bytes, device: torch.device) -> None:
-        self._gate = Gate(device)
-        self._memory: Mapped = map_memory(handle, LEAST_BYTES, device)
-        if int(self._memory.data.view(torch.int64)[-1]) != _MARK:
+        Raises:
+            RuntimeError: CUDA does not let these processes share memory, or wait for each other on the GPU.
+        """
+        if offer is None:
+            return
+        self._gate = self._gate or Gate(self._stage.device)
+        self._mapped = map_memory(offer, LEAST_BYTES, self._stage.device)
+        if int(self._mapped.data.view(torch.int64)[-1]) != _MARK:
             raise RuntimeError("what was read was not what had been written")
-        self._gate.wait(_find_flag(self._memory.data), 0)  # whether CUDA has such waits
+        self._gate.wait(_find_flag(self._mapped.data), 0)  # whether CUDA has such waits
 
-    def wait(self, ticket: int) -> Tensor:
-        """Have what is queued from now on wait for a micro-batch's tokens, and return them with whatever lies behind them.
+    def drain(self) -> None:
+        """Do nothing: the last stage overwrites the oldest tokens."""
+
+    def receive(self, ticket: int) -> Tensor:
+        """Queue a wait for a micro-batch's tokens on the GPU, and return them with whatever lies behind them.
 
         Raises:
             RuntimeError: `stop` was called.
         """
-        self._gate.wait(_find_flag(self._memory.data), ticket)
-        return _find_slot(self._memory.data, ticket)
+        assert self._gate is not None, "join comes first"
+        assert self._mapped is not None
+        self._gate.wait(_find_flag(self._mapped.data), ticket)
+        return _find_slot(self._mapped.data, ticket)
+
+    def send_sampled(self, ticket: int, tokens: Tensor) -> None:
+        """Queue that a micro-batch's tokens (N,) int64 are written for the first stage.
+
+        Raises:
+            ResourceError: they are too many.
+        """
+        assert self._owned is not None, "offer comes first"
+        if len(tokens) > _WIDTH:
+            raise ResourceError(
+                f"{len(tokens):,} requests have a next token in one micro-batch, {_WIDTH:,} is the most: lower max_batch_tokens"
+            )
+        _find_slot(self._owned.data, ticket)[: len(tokens)].copy_(tokens)
+        write_flag(_find_flag(self._owned.data), ticket)
+
+    def send_read(self, ticket: int, output: Output | None) -> None:
+        """Do nothing: the first stage has the tokens by then."""
 
     def stop(self) -> None:
         """Let nothing that is queued wait any longer; any thread may call it."""
-        self._gate.stop()
+        if self._gate is not None:
+            self._gate.stop()
 
     def close(self) -> None:
-        """Let go of the memory."""
-        unmap(self._memory)
+        """Unmap the memory of the last stage, which may be dead."""
+        if self._gate is not None:
+            self._gate.reopen()
+        if self._mapped is not None:
+            unmap(self._mapped)
+            self._mapped = None
 
 
 def _find_slot(memory: Tensor, ticket: int) -> Tensor:

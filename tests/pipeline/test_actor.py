@@ -14,11 +14,13 @@ from finlora.errors import ResourceError
 from finlora.inference.in_process import InProcess
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.pipeline.actor import StageActor
-from finlora.pipeline.sampled_tokens import Loop
+from finlora.pipeline.links import StageInfo
+from finlora.pipeline.sampled_tokens import LocalTokenLink
 from finlora.stage.stage import Stage
 
 CPU, ROWS = torch.device("cpu"), 64
 SPANS = [(0, 2), (2, 3), (3, 4)]
+INFO = StageInfo(0, 1, 0, torch.float32, CPU, "127.0.0.1")
 
 
 class PretendStamps:
@@ -39,34 +41,34 @@ class PretendStamps:
 
 
 class PretendGpu:
-    """Memory that two stages share, by place; a sender and a receiver of it, as hidden_states_gpu.py has them."""
+    """Memory that two stages share, by send buffer; stands for GpuLink in both of them."""
 
-    held_gib = 0.0
+    runs_ahead, held_gib = True, 0.0
 
     def __init__(self, stage):
         self.stage, self.rooms = stage, {}
 
-    def begin(self, place, num_rows, before):
-        stamps = PretendStamps(before.times if before else ())
-        stamps.begin(self.stage)
-        self.rooms[place] = (num_rows, stamps)
+    def reserve(self, message, stamps):
+        own = PretendStamps(stamps.times if stamps else ())
+        self.rooms[message.buffer] = (message.work.num_rows, own)
+        return own
 
-    def send(self, place, ticket, hidden):
-        num_rows, stamps = self.rooms[place]
+    def send(self, message, hidden):
+        num_rows, stamps = self.rooms[message.buffer]
         assert len(hidden) == num_rows
         stamps.end(self.stage)
-        self.rooms[place] = (hidden.clone(), stamps)
-        self.ticket = ticket
-        return Parcel(bytes([place]), 0, num_rows)
+        self.rooms[message.buffer] = (hidden.clone(), stamps)
+        self.ticket = message.ticket
+        return Parcel(bytes([message.buffer]), 0, num_rows)
 
-    def receive(self, parcel):
-        hidden, stamps = self.rooms[parcel.memory[0]]
+    def receive(self, message):
+        hidden, stamps = self.rooms[message.state.memory[0]]
         self.coming = torch.full_like(hidden, float("nan"))  # not there yet
         return self.coming, stamps
 
-    def wait(self, parcel, ticket):
-        assert ticket <= self.ticket
-        self.coming.copy_(self.rooms[parcel.memory[0]][0])
+    def wait(self, message):
+        assert message.ticket <= self.ticket
+        self.coming.copy_(self.rooms[message.state.memory[0]][0])
 
 
 def make_batch(number, ids, first_row):
@@ -95,12 +97,19 @@ def expected(four_layers):
     return tokens
 
 
+def join_by_messages(actor, number):
+    for rank, is_member in enumerate((number < len(SPANS) - 1, number > 0)):
+        if is_member:
+            assert not actor.join_hidden_states("messages", None, rank, 2)
+
+
 @pytest.fixture
 def actors(four_layers):
     def make(number, span):
         settings = {"device": "cpu", "cache_rows": ROWS, "keep_unpacked": False}
         actor = StageActor(dataclasses.asdict(four_layers), 16, span, 0, **settings)
         assert actor.take_number(number, len(SPANS)) is None
+        join_by_messages(actor, number)
         return actor
 
     found = [make(number, span) for number, span in enumerate(SPANS)]
@@ -112,18 +121,16 @@ def actors(four_layers):
 def hand_over(actors, *numbers):
     """Let stages share memory with the ones after them."""
     for number in numbers:
-        shared = PretendGpu(number)
-        actors[number].sender, actors[number].hands_over = shared, True
-        actors[number + 1].receiver = shared
+        actors[number].outgoing = actors[number + 1].incoming = PretendGpu(number)
 
 
 @pytest.mark.parametrize("sharing", [(), (0,), (1,), (0, 1)], ids=["none", "first two", "last two", "all"])
 def test_micro_batches_keep_their_states_and_their_seconds(sharing, actors, expected):
     hand_over(actors, *sharing)
     messages = [
-        Message(batch, place=place, ticket=batch.number + 5) for batch, place in zip(BATCHES, (0, 1, 0), strict=True)
+        Message(batch, buffer=buffer, ticket=batch.number + 5) for batch, buffer in zip(BATCHES, (0, 1, 0), strict=True)
     ]
-    # Two are under way at once; the third one has the first one's place, and begins when that is back.
+    # Two are in flight at once; the third one has the first one's send buffer, and starts when that is free.
     waiting = [actors[0].run(message) for message in messages[:2]]
     waiting = [actors[1].run(message) for message in waiting]
     outputs = [actors[2].run(waiting[0])]
@@ -132,7 +139,7 @@ def test_micro_batches_keep_their_states_and_their_seconds(sharing, actors, expe
     for number, message in enumerate(outputs):
         assert isinstance(message.state, Output)
         assert message.state.number == number
-        assert message.place == messages[number].place
+        assert message.buffer == messages[number].buffer
         found = [token for token, _ in message.state.tokens]
         assert found == [token for token, _ in expected[number]]
         assert len(message.seconds) == 3
@@ -142,7 +149,7 @@ def test_micro_batches_keep_their_states_and_their_seconds(sharing, actors, expe
 
 def test_last_stage_that_reads_late_brings_each_answer_with_the_next_message(actors, expected):
     hand_over(actors, 0, 1)
-    actors[2].reader.is_late = True
+    actors[2].read_late()
     broken = Message(BATCHES[2], ResourceError("the GPU is full"))
 
     def pass_through(message):
@@ -159,8 +166,7 @@ def test_last_stage_that_reads_late_brings_each_answer_with_the_next_message(act
     assert [pass_through(broken).is_empty, pass_through(Message(None))] == [True, broken]
     assert pass_through(Message(None)).is_empty
     assert pass_through(Message(BATCHES[0], ticket=7)).is_empty
-    actors[2].receiver = None
-    actors[2].start_afresh()
+    actors[2].reset()
     assert not actors[2].reader.is_late
     assert actors[2].reader.take(Message(None)).is_empty  # what was left is void
 
@@ -173,71 +179,74 @@ def test_seconds_of_stages_that_share_a_gpu_come_with_the_first_that_waits(actor
     assert actors[1].run(first).seconds == (1.0, 2.0)
 
 
-def test_stage_that_starts_afresh_puts_states_into_messages_until_it_offers_anew(actors):
+def test_stage_that_was_reset_joins_by_another_transport(actors):
     hand_over(actors, 0)
-    actors[1].receiver = None
-    actors[0].start_afresh()
+    for number in (0, 1):
+        actors[number].reset()
+        assert actors[number].incoming is actors[number].outgoing is None
+        join_by_messages(actors[number], number)
     message = actors[0].run(Message(BATCHES[0]))
     assert not isinstance(message.state, Parcel)
     assert len(message.seconds) == 1
     assert isinstance(actors[2].run(actors[1].run(message)).state, Output)
 
 
-class PretendWay(Loop):
-    """Both ends of the way back, and what was sent and waited for."""
+class LoggedLink(LocalTokenLink):
+    """Both ends of a token link, and what was sent and received."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(INFO)
         self.log = []
 
-    def wait(self, ticket):
-        self.log.append(("wait", ticket))
-        return super().wait(ticket)
+    def receive(self, ticket):
+        self.log.append(("receive", ticket))
+        return super().receive(ticket)
 
-    def send(self, ticket, tokens):
-        self.log.append(("send", ticket, tokens))
-        super().send(ticket, tokens)
+    def send_read(self, ticket, output):
+        self.log.append(("send", ticket, None if output is None else [token for token, _ in output.tokens]))
+        super().send_read(ticket, output)
 
 
-def test_first_stage_begins_with_tokens_that_the_last_has_drawn(actors, expected):
-    way = actors[0].coming = actors[2].going = PretendWay()
+def test_first_stage_starts_with_tokens_that_the_last_has_sampled(actors, expected):
+    link = actors[0].sampled_in = actors[2].sampled_out = LoggedLink()
     answers = []
     for message in (Message(BATCHES[2], ticket=7), Message(FOLLOWING, ticket=8, follows=7)):
         for actor in actors:
             message = actor.run(message)
         answers.append([token for token, _ in message.state.tokens])
     assert answers[1] == [token for token, _ in expected[3]]
-    assert way.log == [("send", 7, answers[0]), ("wait", 7), ("send", 8, answers[1])]
+    assert link.log == [("send", 7, answers[0]), ("receive", 7), ("send", 8, answers[1])]
 
 
 def test_wait_for_tokens_does_not_count_as_computing(actors):
-    class Slow(Loop):
-        def wait(self, ticket):
+    class Slow(LocalTokenLink):
+        def receive(self, ticket):
             time.sleep(0.5)
-            return super().wait(ticket)
+            return super().receive(ticket)
 
-    actors[0].coming = Slow()
-    actors[0].coming.send(7, [5])
+    actors[0].sampled_in = Slow(INFO)
+    actors[0].sampled_in.send_read(7, Output(2, [(5, 0.0)], ()))
     started = time.perf_counter()
     assert actors[0].run(Message(FOLLOWING, ticket=8, follows=7)).seconds[0] < time.perf_counter() - started - 0.5
 
 
 def test_failure_before_the_last_stage_is_told_to_the_first(actors):
-    way = actors[0].coming = actors[2].going = PretendWay()
+    link = actors[0].sampled_in = actors[2].sampled_out = LoggedLink()
     broken = Message(BATCHES[2], ResourceError("the GPU is full"), ticket=7)
     assert actors[2].run(broken) == broken
     with pytest.raises(
         RuntimeError, match="a micro-batch has failed: the tokens that the next one follows will not come"
     ):
         actors[0].run(Message(FOLLOWING, ticket=8, follows=7))
-    assert way.log == [("send", 7, None), ("wait", 7)]
+    assert link.log == [("send", 7, None), ("receive", 7)]
 
 
 def test_one_stage_alone_follows_itself(four_layers, expected):
     actor = StageActor(
         dataclasses.asdict(four_layers), 16, (0, 4), 0, device="cpu", cache_rows=ROWS, keep_unpacked=False
     )
-    actor.coming = actor.going = Loop()
+    actor.take_number(0, 1)
+    assert not actor.join_tokens("local", actor.offer_tokens("local"))
     messages = Message(BATCHES[2], ticket=7), Message(FOLLOWING, ticket=8, follows=7)
     answers = [actor.run(message).state.tokens for message in messages]
     actor._quiet.__exit__(None, None, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_hidden_states_gpu import ROWS, ask_all, expected, look, lose_at_work  # noqa: F401  (a fixture)
+from test_hidden_states_gpu import ROWS, ask_all, expected, look, lose_at_work, name_outgoing  # noqa: F401  (a fixture)
 
 NUM_STAGES = 4
 FORMS = [(1.0, "messages"), (1.0, "nccl"), (0.5, "messages")]
@@ -36,9 +36,10 @@ def pipeline(request, four_layers, ray_instance):
 def test_stages_of_several_gpus_say_what_one_says(pipeline, expected, four_layers, adapter_folders):  # noqa: F811
     gpus = look(pipeline, lambda self: str(torch.cuda.get_device_properties(self.device).uuid))
     assert len(set(gpus)) == int(NUM_STAGES * pipeline._config.gpus_per_stage)
-    hands_over = pipeline._config.transport == "messages"
-    assert look(pipeline, lambda self: self.hands_over) == [hands_over] * (NUM_STAGES - 1) + [False]
-    assert look(pipeline, lambda self: self.reader.is_late) == [False] * (NUM_STAGES - 1) + [hands_over]
+    shares_memory = pipeline._config.transport == "messages"
+    link = "GpuLink" if shares_memory else "DistributedLink"
+    assert look(pipeline, name_outgoing) == [link] * (NUM_STAGES - 1) + ["NoneType"]
+    assert look(pipeline, lambda self: self.reader.is_late) == [False] * (NUM_STAGES - 1) + [shares_memory]
     for in_flight in (2, NUM_STAGES):
         assert ask_all(pipeline, four_layers, adapter_folders, in_flight)[0] == expected
 

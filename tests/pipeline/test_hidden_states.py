@@ -1,11 +1,13 @@
-"""Hidden states in messages and out of them."""
+"""Hidden states within messages."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from finlora.pipeline.hidden_states import Letters
+from finlora.engine.messages import Message
+from finlora.pipeline.hidden_states import MessageLink
+from finlora.pipeline.links import StageInfo
 
 DEVICES = [
     "cpu",
@@ -18,14 +20,15 @@ DEVICES = [
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_states_arrive_as_they_were_sent(device, dtype):
-    letters = Letters(dtype, torch.device(device))
+    link = MessageLink(StageInfo(1, 3, 64, dtype, torch.device(device), "127.0.0.1"))
     for num_rows in (3, 500, 1):  # more than before, and fewer
         sent = torch.randn(num_rows, 64, device=device).to(dtype)
-        message = letters.pack(sent).copy()
+        message = link.send(Message(None), sent).copy()
         assert message.shape == (num_rows, 64 * dtype.itemsize)
         read = message.view()
         read.setflags(write=False)  # as Ray's are
-        arrived = letters.unpack(read)
+        arrived, stamps = link.receive(Message(None, read))
+        assert stamps is None
         message[:] = 0  # its memory serves for the next one
         assert (arrived.device.type, arrived.dtype) == (device, dtype)
         assert torch.equal(arrived, sent)

@@ -12,7 +12,6 @@ from test_pipeline_repair import kill_at_work
 
 from finlora.engine.admission import Limits
 from finlora.engine.engine import EngineCore
-from finlora.engine.messages import Parcel
 from finlora.engine.request import Request, Sampling
 from finlora.engine.scheduler import Scheduler
 from finlora.inference.in_process import InProcess
@@ -47,6 +46,10 @@ def look(pipeline, at):
     return ray.get([actor.__ray_call__.remote(at) for actor in pipeline.actors])
 
 
+def name_outgoing(stage):
+    return type(stage.outgoing).__name__
+
+
 def lose_at_work(pipeline, base, dying):
     """Kill one of four stages while micro-batches are under way; returns all their processes."""
     before = look(pipeline, lambda _stage: os.getpid())
@@ -75,10 +78,10 @@ def pipeline(four_layers, ray_instance):
 
 @pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
 def test_four_stages_of_one_gpu_say_what_one_says(_gpu, pipeline, expected, four_layers, adapter_folders):
-    assert look(pipeline, lambda self: self.hands_over) == [True, True, True, False]
-    assert look(pipeline, lambda self: type(self.coming).__name__)[0] == "FirstBoard"
-    assert look(pipeline, lambda self: type(self.going).__name__)[3] == "LastBoard"
-    found, reading = ask_all(pipeline, four_layers, adapter_folders, 4)  # so that several places are in use
+    assert look(pipeline, name_outgoing) == ["GpuLink", "GpuLink", "GpuLink", "NoneType"]
+    assert look(pipeline, lambda self: type(self.sampled_in).__name__)[0] == "GpuTokenLink"
+    assert look(pipeline, lambda self: type(self.sampled_out).__name__)[3] == "GpuTokenLink"
+    found, reading = ask_all(pipeline, four_layers, adapter_folders, 4)  # so that several send buffers are in use
     assert found == expected
     assert len(reading.busy) == 4
     assert all(0 < share < 1 for share in reading.busy)
@@ -107,22 +110,32 @@ def test_stages_that_cannot_share_memory_use_messages_and_say_why(failing, ray_i
         """A stage on one of two machines, of which one has trouble with CUDA."""
 
         def __init__(self, number):
-            self.number, self.hands_over = number, False
+            self.number, self.outgoing = number, None
 
         def take_number(self, number, num_stages):
             return "one" if number < 3 else "another"
 
-        def offer(self, ticket):
-            self.hands_over = True
-            self._fail(1)
-            return Parcel(b"m", 1, 1)
+        def offer_tokens(self, transport):
+            assert transport == "socket"
+            return self.number
 
-        def accept(self, parcel, ticket):
+        def join_tokens(self, transport, offer):
+            assert {offer, self.number} == {0, 3}
+            return False
+
+        def offer_hidden_states(self, transport, ticket):
             assert ticket == 7
-            self._fail(2)
+            if transport == "gpu":
+                self._fail(1)
+            return self.number
 
-        def use_messages(self):
-            self.hands_over = False
+        def join_hidden_states(self, transport, offer, rank, size):
+            assert (offer, size) == (self.number - rank, 2)
+            if transport == "gpu" and rank == 1:
+                self._fail(2)
+            if rank == 0:
+                self.outgoing = transport
+            return transport == "gpu"
 
         def _fail(self, number):
             if number == self.number == failing:
@@ -130,8 +143,8 @@ def test_stages_that_cannot_share_memory_use_messages_and_say_why(failing, ray_i
 
     actors = [Pretending.remote(number) for number in range(4)]
     assert not join_stages(actors, "messages", 7)  # answers come at once
-    handing = ray.get([actor.__ray_call__.remote(lambda self: self.hands_over) for actor in actors])
-    assert handing == [True, failing is None, False, False]
+    outgoing = ray.get([actor.__ray_call__.remote(lambda self: self.outgoing) for actor in actors])
+    assert outgoing == ["gpu", "gpu" if failing is None else "messages", "messages", None]
     said = "Stages 1 and 2 do not reach each other's GPU memory (RuntimeError: CUDA: cudaErrorMapBufferObjectFailed): their"
     assert (said in caplog.text) == (failing is not None)
     for actor in actors:

@@ -1,7 +1,8 @@
-"""Memory that stages share on a GPU, its rooms, slots, stamps and tickets, with CUDA's part emulated in one process."""
+"""GPU links of hidden states and sampled tokens: buffers, slots, stamps and tickets, with CUDA emulated in one process."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 import types
@@ -11,7 +12,10 @@ import pytest
 import torch
 from emulated_triton import emulated_kernels
 
+from finlora.engine.messages import Message
+from finlora.engine.micro_batch import MicroBatch
 from finlora.errors import ResourceError
+from finlora.pipeline.links import StageInfo
 
 CPU, HIDDEN, STAGES = torch.device("cpu"), 48, 3
 
@@ -36,7 +40,7 @@ class Gate:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Modules `handover` and `board`, and the memories by handle."""
+    """Modules of both links, and the memories by handle."""
     memories, numbers = {}, count()
     fake = types.ModuleType("finlora.pipeline.gpu_memory")
 
@@ -56,11 +60,13 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: types.SimpleNamespace(synchronize=lambda: None))
     for name in ("hidden_states_gpu", "sampled_tokens_gpu"):
         monkeypatch.delitem(sys.modules, f"finlora.pipeline.{name}", raising=False)
+    event = types.SimpleNamespace(record=lambda: None, query=lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     with emulated_kernels():
         modules = [
             importlib.import_module(f"finlora.pipeline.{name}") for name in ("hidden_states_gpu", "sampled_tokens_gpu")
         ]
-        yield types.SimpleNamespace(handover=modules[0], board=modules[1], memories=memories)
+        yield types.SimpleNamespace(states=modules[0], tokens=modules[1], memories=memories, event=event)
     for module in modules:
         del sys.modules[module.__name__]
 
@@ -69,16 +75,21 @@ def make_states(number, num_rows):
     return torch.randn(num_rows, HIDDEN, generator=torch.Generator().manual_seed(number)).bfloat16()
 
 
-def test_states_and_stamps_of_each_place_arrive_also_in_rooms_that_have_grown(gpu):
-    sender = gpu.handover.Sender(1, STAGES, HIDDEN, torch.bfloat16, CPU)
-    receiver = gpu.handover.Receiver(STAGES, HIDDEN, torch.bfloat16, CPU)
-    before = gpu.handover.Stamps(torch.tensor([1_000, 3_001_000, 0, 0, 0, 0]))
+def make_info(number, num_stages, hidden_size=HIDDEN, dtype=torch.bfloat16):
+    return StageInfo(number, num_stages, hidden_size, dtype, CPU, "127.0.0.1")
+
+
+def test_states_and_stamps_arrive_from_each_buffer_also_where_it_has_grown(gpu):
+    sender, receiver = gpu.states.GpuLink(make_info(1, STAGES)), gpu.states.GpuLink(make_info(2, STAGES))
+    receiver.join(sender.offer(0), 1, 2)
+    before = gpu.states.GpuStamps(torch.tensor([1_000, 3_001_000, 0, 0, 0, 0]))
     sent = [(0, 3), (1, 500), (0, 1), (0, 30_000), (2, 21_845), (1, 2), (0, 900)]
-    for ticket, (place, num_rows) in enumerate(sent, start=1):
-        sender.begin(place, num_rows, before)
-        parcel = sender.send(place, ticket, make_states(ticket, num_rows))
-        hidden, stamps = receiver.receive(parcel)
-        receiver.wait(parcel, ticket)
+    for ticket, (buffer, num_rows) in enumerate(sent, start=1):
+        message = Message(MicroBatch(0, [0] * num_rows), buffer=buffer, ticket=ticket)
+        sender.reserve(message, before).begin(1)
+        message = dataclasses.replace(message, state=sender.send(message, make_states(ticket, num_rows)))
+        hidden, stamps = receiver.receive(message)
+        receiver.wait(message)
         stamps.begin(2)
         stamps.end(2)
         first, own, last = stamps.copy(0, 2)()
@@ -86,48 +97,65 @@ def test_states_and_stamps_of_each_place_arrive_also_in_rooms_that_have_grown(gp
         assert first == pytest.approx(3e-3)
         assert own > 0
         assert last >= 0
-    # The room of place 0 was outgrown; it stays, since the next stage may have it mapped.
+    # Buffer 0 was outgrown; its memory stays, since the next stage may have it mapped.
     assert len(gpu.memories) == 4
     assert sender.held_gib == sum(map(len, gpu.memories.values())) / 2**30
+    assert receiver.held_gib == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_trial_tells_what_arrives(gpu, monkeypatch, dtype):
-    event = types.SimpleNamespace(record=lambda: None, query=lambda: True)
-    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    sender = gpu.handover.Sender(0, 2, 600, dtype, CPU)
-    receiver = gpu.handover.Receiver(2, 600, dtype, CPU)
-    parcel = sender.send_trial(5)
-    receiver.take_trial(parcel, 5)
-    gpu.memories[parcel.memory][-1000:] = 0  # behind the states
-    receiver.take_trial(parcel, 5)
-    gpu.memories[parcel.memory][256:300] = 1
+def test_trial_finds_out_what_arrives(gpu, monkeypatch, dtype):
+    sender, receiver = (gpu.states.GpuLink(make_info(number, 2, 600, dtype)) for number in (0, 1))
+    offer = sender.offer(5)
+    sender.join(offer, 0, 2)
+    receiver.join(offer, 1, 2)
+    memory = gpu.memories[offer.state.memory]
+    memory[-1000:] = 0  # behind the states
+    receiver.join(offer, 1, 2)
+    memory[256:300] = 1
     with pytest.raises(RuntimeError, match="what arrived was not what had been sent"):
-        receiver.take_trial(parcel, 5)
-    event.query = lambda: False
-    monkeypatch.setattr(gpu.handover, "_TRIAL_S", 0.01)
+        receiver.join(offer, 1, 2)
+    gpu.event.query = lambda: False
+    monkeypatch.setattr(gpu.states, "_TRIAL_S", 0.01)
     with pytest.raises(RuntimeError, match="nothing arrived within 0 s"):
-        receiver.take_trial(parcel, 5)
+        receiver.join(offer, 1, 2)
     with pytest.raises(RuntimeError, match="told to stop"):
-        receiver.wait(parcel, 5)
+        receiver.wait(offer)
     receiver.close()
-    receiver._gate.wait(torch.tensor([5]), 5)  # it waits again
+    gpu.event.query = lambda: True
+    receiver.join(sender.offer(6), 1, 2)  # it waits again
 
 
 def test_tokens_of_many_micro_batches_come_back_each_in_its_slot(gpu):
-    last = gpu.board.LastBoard(CPU)
-    first = gpu.board.FirstBoard(last.handle, CPU)
+    def join():
+        first = gpu.tokens.GpuTokenLink(make_info(0, STAGES))
+        assert first.offer() is None
+        first.join(last.offer())
+        return first
+
+    last = gpu.tokens.GpuTokenLink(make_info(2, STAGES))
+    first = join()
+    last.join(None)
     for ticket in range(70):
-        last.write(ticket, torch.arange(ticket % 5) + 100 * ticket)
+        last.send_sampled(ticket, torch.arange(ticket % 5) + 100 * ticket)
         for kept in range(max(0, ticket - 31), ticket + 1):
-            assert first.wait(kept)[: kept % 5].tolist() == [100 * kept + number for number in range(kept % 5)]
-    most = gpu.board._WIDTH
+            found = first.receive(kept)[: kept % 5].tolist()
+            assert found == [100 * kept + number for number in range(kept % 5)]
+    most = gpu.tokens._WIDTH
     for ticket in (70, 31 + 64):  # the last slot ends before the mark
-        last.write(ticket, torch.full((most,), 7))
-        assert first.wait(ticket).tolist() == [7] * most
-    assert gpu.board.FirstBoard(last.handle, CPU).wait(95)[0] == 7
+        last.send_sampled(ticket, torch.full((most,), 7))
+        assert first.receive(ticket).tolist() == [7] * most
+    assert join().receive(95)[0] == 7
+    assert (first.held_gib, last.held_gib) == (0, 2 / 1024)
     with pytest.raises(ResourceError, match="8,192 requests have a next token in one micro-batch, 8,191 is the most"):
-        last.write(96, torch.zeros(most + 1, dtype=torch.long))
-    gpu.memories[last.handle][-8:] = 0
+        last.send_sampled(96, torch.zeros(most + 1, dtype=torch.long))
+    first.stop()
+    with pytest.raises(RuntimeError, match="told to stop"):
+        first.receive(95)
+    first.close()
+    first.join(last.offer())  # the last stage keeps its memory
+    assert first.receive(95)[0] == 7
+    (memory,) = gpu.memories.values()
+    memory[-8:] = 0
     with pytest.raises(RuntimeError, match="what was read was not what had been written"):
-        gpu.board.FirstBoard(last.handle, CPU)
+        join()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from finlora.engine.kv_cache import Extent
-from finlora.engine.micro_batch import Draw, MicroBatch, Score
+from finlora.engine.micro_batch import MicroBatch, Sample, Score
 from finlora.engine.request import Request, Token
 from finlora.errors import ConfigError
 
@@ -32,7 +32,7 @@ class Limits:
     """Micro-batches under way at once: the number of stages; one more before the first follows them, or has prompts."""
     keeps_prefixes: bool = True
     follows: bool = False
-    """Whether the stages can begin with tokens that a micro-batch under way draws (Executor.can_follow)."""
+    """Whether the stages can begin with tokens that a micro-batch under way samples (Executor.can_follow)."""
 
     def __post_init__(self) -> None:
         checks = {"cache_rows": 16, "max_batch_tokens": 1, "max_waiting": 1, "max_in_flight": 1}
@@ -92,25 +92,25 @@ class Part(NamedTuple):
     work: Work
     is_complete: bool
     """It brings what the request waits for."""
-    draw: int | None
+    sample: int | None
     """Place of its token among the micro-batch's; None where it brings none."""
 
 
-def add_rows(batch: MicroBatch, work: Work, count: int, draw: int | None = None) -> Part:
+def add_rows(batch: MicroBatch, work: Work, count: int, sample: int | None = None) -> Part:
     """Add the next rows of a request to a micro-batch, and what is wanted of them.
 
     Args:
         count: prompt tokens; 0: its last generated token.
-        draw: where that token is not known yet, its place among those of the micro-batch that this one follows.
+        sample: where that token is not known yet, its place among those of the micro-batch that this one follows.
     """
     request, start = work.request, work.extent.start
-    size, num_draws = len(request.prompt_ids), len(batch.draws)
+    size, num_samples = len(request.prompt_ids), len(batch.samples)
     if count == 0:
-        place = size + len(work.tokens) - (draw is None)
-        last_id = work.tokens[-1].id if draw is None else -1 - draw
+        place = size + len(work.tokens) - (sample is None)
+        last_id = work.tokens[-1].id if sample is None else -1 - sample
         row = batch.add([last_id], place, [start + place], [(start, place + 1)])
-        _draw(batch, work, row, len(work.tokens) + (draw is not None))
-        return Part(work, True, num_draws)
+        _add_sample(batch, work, row, len(work.tokens) + (sample is not None))
+        return Part(work, True, num_samples)
     done, end = work.num_computed, work.num_computed + count
     first = batch.add(request.prompt_ids[done:end], done, range(start + done, start + end), [(start, end)])
     work.num_computed = work.extent.num_ready = end
@@ -118,8 +118,8 @@ def add_rows(batch: MicroBatch, work: Work, count: int, draw: int | None = None)
         return Part(work, False, None)
     last = first + count - 1
     if not request.choices:
-        _draw(batch, work, last, 0)
-        return Part(work, True, num_draws)
+        _add_sample(batch, work, last, 0)
+        return Part(work, True, num_samples)
     place = start + size
     for choice in request.choices:
         own = choice[:-1]
@@ -134,6 +134,6 @@ def add_rows(batch: MicroBatch, work: Work, count: int, draw: int | None = None)
     return Part(work, True, None)
 
 
-def _draw(batch: MicroBatch, work: Work, row: int, position: int) -> None:
+def _add_sample(batch: MicroBatch, work: Work, row: int, position: int) -> None:
     sampling = work.request.sampling
-    batch.draws.append(Draw(row, sampling.temperature, sampling.top_p, work.seed, position))
+    batch.samples.append(Sample(row, sampling.temperature, sampling.top_p, work.seed, position))

@@ -19,7 +19,7 @@ class Segment(NamedTuple):
     """Cache rows as (start, count), in the order of their tokens; the last `num_rows` of them are the segment's own."""
 
 
-class Draw(NamedTuple):
+class Sample(NamedTuple):
     """A token to be sampled."""
 
     row: int
@@ -44,7 +44,7 @@ class MicroBatch:
 
     number: int
     input_ids: list[int] = field(default_factory=list)
-    """One below 0, -1 - D, stands for the token of draw D of the micro-batch that this one follows."""
+    """One below 0, -1 - D, stands for the token of sample D of the micro-batch that this one follows."""
     follows: int | None = None
     """Number of a micro-batch under way whose tokens are not known yet."""
     positions: list[int] = field(default_factory=list)
@@ -55,7 +55,7 @@ class MicroBatch:
     """(adapter, rows) in the order of the rows."""
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     """(from, to, count) of cache rows, done before anything is computed."""
-    draws: list[Draw] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
 
     @property
@@ -74,11 +74,11 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What the last stage gives back, in the order of the micro-batch's draws and scores."""
+    """What the last stage gives back, in the order of the micro-batch's samples and scores."""
 
     number: int
     tokens: Sequence[tuple[int, float]]
-    """(token, log-probability) of each draw."""
+    """(token, log-probability) of each sample."""
     log_probs: Sequence[float]
     """Of each score."""
     stage_seconds: Sequence[float] = ()

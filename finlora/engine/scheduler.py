@@ -5,7 +5,7 @@ all that it can need, has its prompt computed in chunks, and then one token a mi
 micro-batches keep all of them at work: tokens of different requests, or chunks of one prompt that follow each other.
 
 One more may follow the oldest under way before its tokens are known: the first stage begins with them as soon as the last has
-drawn them, without a way through here. A request that one of them ends has a row too many in it, which counts for nothing. It
+sampled them, without a way through here. A request that one of them ends has a row too many in it, which counts for nothing. It
 would stand before new prompts, so none follows where there are any.
 """
 
@@ -29,11 +29,11 @@ class Scheduler:
 
     Args:
         end_token_id: ends a generated answer.
-        draw_seed: gives a seed to a request without one.
+        make_seed: gives a seed to a request without one.
     """
 
-    def __init__(self, limits: Limits, end_token_id: int, draw_seed: Callable[[], int]) -> None:
-        self.limits, self.end_token_id, self._draw_seed = limits, end_token_id, draw_seed
+    def __init__(self, limits: Limits, end_token_id: int, make_seed: Callable[[], int]) -> None:
+        self.limits, self.end_token_id, self._make_seed = limits, end_token_id, make_seed
         self.pool = ExtentPool(limits.cache_rows, keeps_prefixes=limits.keeps_prefixes)
         self._lines: OrderedDict[str, deque[Request]] = OrderedDict()
         self._active: OrderedDict[str, Work] = OrderedDict()
@@ -152,7 +152,7 @@ class Scheduler:
             is_over = self._active.get(request.id) is not work
             if not part.is_complete:
                 continue
-            if part.draw is None:
+            if part.sample is None:
                 sums = [sum(next(log_probs) for _ in choice) for choice in request.choices]
                 if not is_over:
                     answers.append(self._finish(work, "choice", sums))
@@ -175,7 +175,7 @@ class Scheduler:
 
     def _finish(self, work: Work, finish: Finish, log_probs: Sequence[float] = ()) -> Answer:
         del self._active[work.request.id]
-        if work.is_prefilled and work.tokens:  # the last token was drawn, not computed
+        if work.is_prefilled and work.tokens:  # the last token was sampled, not computed
             work.extent.ids = (*work.request.prompt_ids, *(token.id for token in work.tokens[:-1]))
             work.extent.num_ready = len(work.extent.ids)
         self.pool.release(work.extent)
@@ -189,15 +189,15 @@ class Scheduler:
         )
 
     def _find_followers(self) -> dict[Work, int]:
-        """Return whose next token can be begun behind the one that the oldest micro-batch draws, and the places of those."""
+        """Return whose next token can be begun behind the one that the oldest micro-batch samples, and the places of those."""
         is_open = self.limits.follows and 0 < self.num_in_flight <= self.limits.max_in_flight
         awaits = self._with_prompts or (self._has_room and self.num_waiting)
         if not is_open or awaits or self.num_prefilled < self.num_active:
             return {}
         return {
-            work: draw
-            for work, _, draw in next(iter(self._in_flight.values()))
-            if draw is not None
+            work: sample
+            for work, _, sample in next(iter(self._in_flight.values()))
+            if sample is not None
             and work.in_flight == 1
             and len(work.tokens) + 1 < work.request.sampling.max_tokens
             and self._active.get(work.request.id) is work
@@ -293,6 +293,6 @@ class Scheduler:
             self.pool.touch(source)
         extent.num_ready = length
         self._cached_share += 0.1 * (length / len(request.prompt_ids) - self._cached_share)
-        seed = request.sampling.seed if request.sampling.seed is not None else self._draw_seed()
+        seed = request.sampling.seed if request.sampling.seed is not None else self._make_seed()
         work = self._active[request.id] = Work(request, extent, seed, length, length)
         return work

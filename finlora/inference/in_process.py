@@ -25,11 +25,11 @@ class InProcess:
     def start(self, batch: MicroBatch) -> None:
         result: Any = None
         # Of a micro-batch that was collected nothing follows any more.
-        drawn = None if batch.follows is None else self._find(batch.follows).tokens
+        sampled = None if batch.follows is None else self._find(batch.follows).tokens
         watches = []
         for stage in self.stages:
             watches.append(Stopwatch(stage.device))
-            result = stage.run(batch, result, lambda: drawn)
+            result = stage.run(batch, result, lambda: sampled)
             watches[-1].stop()
         self._under_way.append((result, watches))
 

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from finlora.engine.micro_batch import Draw, Output
+from finlora.engine.micro_batch import Output, Sample
 from finlora.stage.upload import download
 
 
-def sample(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+def sample(logits: Tensor, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
     """Return a token for each row, and its log-probability before temperature and top_p.
 
     Temperature 0 takes the likeliest token. Otherwise one uniform number, a function of seed and position alone, selects a token
@@ -25,9 +25,9 @@ def sample(logits: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
     Shapes: (N, V) float32 -> (N,) int64, (N,) float32.
     """
     tokens = logits.argmax(-1)
-    for row, draw in enumerate(draws):
-        if draw.temperature > 0:
-            tokens[row] = _sample_token(logits[row], draw)
+    for row, each in enumerate(samples):
+        if each.temperature > 0:
+            tokens[row] = _sample_token(logits[row], each)
     return tokens, choice_log_probs(logits, tokens)
 
 
@@ -36,13 +36,13 @@ def choice_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
-def _sample_token(logits: Tensor, draw: Draw) -> Tensor:
+def _sample_token(logits: Tensor, sample: Sample) -> Tensor:
     """Shapes: (V,) -> ()."""
-    probabilities, order = torch.softmax(logits.double() / draw.temperature, -1).sort(descending=True, stable=True)
+    probabilities, order = torch.softmax(logits.double() / sample.temperature, -1).sort(descending=True, stable=True)
     total = probabilities.cumsum(0)
     # The token whose probability takes the sum over top_p belongs to the nucleus.
-    last = (total - probabilities < draw.top_p).sum() - 1
-    uniform = random.Random(f"{draw.seed} {draw.position}").random()
+    last = (total - probabilities < sample.top_p).sum() - 1
+    uniform = random.Random(f"{sample.seed} {sample.position}").random()
     index = torch.searchsorted(total, uniform * total[last], right=True)
     return order[torch.minimum(index, last)]
 

@@ -136,7 +136,7 @@ class Stage:
         self._copy_rows(batch)
         wanted = None
         if self.is_last:
-            wanted = sorted({draw.row for draw in batch.draws} | {score.row for score in batch.scores})
+            wanted = sorted({sample.row for sample in batch.samples} | {score.row for score in batch.scores})
         taken = self.passes.take(batch)
         if taken is None:
             result = self.forward(batch, hidden, wanted, begin())
@@ -281,10 +281,10 @@ class Stage:
     def _finish(self, batch: MicroBatch, rows: Sequence[int], logits: Tensor) -> Unread:
         """Sample and score from the logits (N, V) of some rows of the micro-batch."""
         indices = {row: index for index, row in enumerate(rows)}
-        sampled = logits[self._ids([indices[draw.row] for draw in batch.draws])] if batch.draws else logits[:0]
+        sampled = logits[self._ids([indices[sample.row] for sample in batch.samples])] if batch.samples else logits[:0]
         scored = logits[self._ids([indices[score.row] for score in batch.scores])] if batch.scores else logits[:0]
         targets = self._ids([score.token for score in batch.scores])
-        return Unread(batch.number, *sample(sampled, batch.draws), choice_log_probs(scored, targets))
+        return Unread(batch.number, *sample(sampled, batch.samples), choice_log_probs(scored, targets))
 
     def _ids(self, numbers: Sequence[int]) -> Tensor:
         return upload(numbers, self.device)

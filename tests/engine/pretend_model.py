@@ -23,13 +23,13 @@ class PretendModel:
 
     def __init__(self, num_rows: int) -> None:
         self.cache: list[int | None] = [None] * num_rows
-        self.drawn: dict[int, list[int]] = {}
+        self.sampled: dict[int, list[int]] = {}
 
     def run(self, batch: MicroBatch) -> Output:
         for source, target, count in batch.copies:
             self.cache[target : target + count] = self.cache[source : source + count]
-        drawn = self.drawn[batch.follows] if batch.follows is not None else []
-        input_ids = [token if token >= 0 else drawn[-1 - token] for token in batch.input_ids]
+        sampled = self.sampled[batch.follows] if batch.follows is not None else []
+        input_ids = [token if token >= 0 else sampled[-1 - token] for token in batch.input_ids]
         assert (batch.follows is not None) == (min(batch.input_ids) < 0)
         for slot, token in zip(batch.slots, input_ids, strict=True):
             self.cache[slot] = token
@@ -44,8 +44,10 @@ class PretendModel:
             seen += [tuple(keys[: len(keys) - segment.num_rows + place + 1]) for place in range(segment.num_rows)]
         assert [tokens[-1] for tokens in seen] == input_ids
         assert [len(tokens) - 1 for tokens in seen] == batch.positions
-        tokens = [(next_token(adapters[draw.row], seen[draw.row]), -float(draw.position)) for draw in batch.draws]
-        self.drawn = {batch.number: [token for token, _ in tokens]} | dict(list(self.drawn.items())[:4])
+        tokens = [
+            (next_token(adapters[sample.row], seen[sample.row]), -float(sample.position)) for sample in batch.samples
+        ]
+        self.sampled = {batch.number: [token for token, _ in tokens]} | dict(list(self.sampled.items())[:4])
         return Output(
             batch.number,
             tokens,

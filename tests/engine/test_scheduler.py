@@ -86,8 +86,8 @@ def test_random_traffic_is_answered_once_and_as_alone(seed, follows):
             assert batch.num_rows > 0
             if (num_ahead := len(under_way) - scheduler.limits.max_in_flight + 1) > 0:
                 assert num_ahead == 1
-                # Whoever draws goes on with its next token.
-                assert not was_decoding or (follows and batch.draws)
+                # Whoever samples goes on with its next token.
+                assert not was_decoding or (follows and batch.samples)
             under_way.append(batch)
         assert len(under_way) == scheduler.num_in_flight
         if under_way and rng.random() < 0.6:
@@ -177,14 +177,14 @@ def test_long_prompt_is_cut_and_does_not_stop_the_others():
     scheduler.submit(make_request("short", [4, 4], 40))
     scheduler.complete(model.run(scheduler.next_batch()))
     scheduler.submit(make_request("long", [n % 30 + 1 for n in range(100)], 2))
-    sizes, drawn = [], []
+    sizes, sampled = [], []
     for _ in range(4):
         batch = scheduler.next_batch()
         sizes.append(batch.num_rows)
-        drawn.append(len(batch.draws))
+        sampled.append(len(batch.samples))
         scheduler.complete(model.run(batch))
     assert sizes == [32, 32, 32, 8]
-    assert drawn == [1, 1, 1, 2]
+    assert sampled == [1, 1, 1, 2]
 
 
 def test_clients_take_turns():

@@ -57,13 +57,13 @@ def test_what_follows_is_split_over_the_stages_and_lets_prompts_go_first():
     begin(scheduler, model, *(make_request(name, prompt, 30) for name, prompt in (("a", [4, 9]), ("b", [5, 9]))))
     batches = [scheduler.next_batch() for _ in range(4)]
     assert [batch and batch.follows for batch in batches] == [None, None, 1, None]
-    assert [len(batch.draws) for batch in batches[:3]] == [1, 1, 1]
+    assert [len(batch.samples) for batch in batches[:3]] == [1, 1, 1]
     scheduler.submit(make_request("c", [6, 9], 30))
     scheduler.complete(model.run(batches[0]))
     assert scheduler.next_batch() is None  # one more would stand before the prompt where a stage becomes free
     scheduler.complete(model.run(batches[1]))
     mixed = scheduler.next_batch()
-    assert (mixed.follows, len(mixed.draws), mixed.num_rows) == (None, 2, 3)
+    assert (mixed.follows, len(mixed.samples), mixed.num_rows) == (None, 2, 3)
     scheduler.complete(model.run(batches[2]))
     assert scheduler.next_batch().follows is None
     assert scheduler.next_batch() is None

@@ -41,7 +41,7 @@ def test_prompts_are_ready_ahead_of_the_first_stage():
     submit(64, 101, choices=choices)
     assert scheduler.next_batch() is None  # its next token waits for nothing but its own pass
     scheduler.complete(model.run(first))
-    assert scheduler.next_batch().draws
+    assert scheduler.next_batch().samples
     assert scheduler.next_batch() is None
 
 

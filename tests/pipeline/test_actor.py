@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from finlora.engine.messages import Message, Parcel
-from finlora.engine.micro_batch import Draw, MicroBatch, Output
+from finlora.engine.micro_batch import MicroBatch, Output, Sample
 from finlora.errors import ResourceError
 from finlora.inference.in_process import InProcess
 from finlora.model.base import load_base, quiet_bitsandbytes
@@ -74,7 +74,7 @@ class PretendGpu:
 def make_batch(number, ids, first_row):
     batch = MicroBatch(number, adapters=[(None, len(ids))])
     batch.add(ids, 0, range(first_row, first_row + len(ids)), [(first_row, len(ids))])
-    batch.draws.append(Draw(len(ids) - 1, 0.0, 1.0, 0, 0))
+    batch.samples.append(Sample(len(ids) - 1, 0.0, 1.0, 0, 0))
     return batch
 
 
@@ -82,7 +82,7 @@ BATCHES = [make_batch(0, [5, 9, 2], 0), make_batch(1, [7, 3], 10), make_batch(2,
 FOLLOWING = MicroBatch(3, adapters=[(None, 1)], follows=2)
 """The token behind the last of those."""
 FOLLOWING.add([-1], 4, [24], [(20, 5)])
-FOLLOWING.draws.append(Draw(0, 0.0, 1.0, 0, 1))
+FOLLOWING.samples.append(Sample(0, 0.0, 1.0, 0, 1))
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import random
 
 from hypothesis import strategies as st
 
-from finlora.engine.micro_batch import Draw, MicroBatch, Score
+from finlora.engine.micro_batch import MicroBatch, Sample, Score
 
 VOCABULARY = 500
 ADAPTERS = (None, "few", "all")
@@ -27,13 +27,13 @@ def add_request(batch, kind, start, cached, size, answers):
 
     if kind == "token":
         row = batch.add(ids(1), cached, [start + cached], [(start, cached + 1)])
-        batch.draws.append(Draw(row, 0.0, 1.0, 0, 0))
+        batch.samples.append(Sample(row, 0.0, 1.0, 0, 0))
         return cached + 1
     end = cached
     if kind != "answers alone":
         end += size
         row = batch.add(ids(size), cached, range(start + cached, start + end), [(start, end)])
-        batch.draws.append(Draw(row + size - 1, 0.0, 1.0, 0, 0))
+        batch.samples.append(Sample(row + size - 1, 0.0, 1.0, 0, 0))
     else:
         end = max(1, cached)
     if kind in ("chunk", "short"):

@@ -8,17 +8,17 @@ from collections import Counter
 import pytest
 import torch
 
-from finlora.engine.micro_batch import Draw
+from finlora.engine.micro_batch import Sample
 from finlora.stage.sampling import choice_log_probs, sample
 
 
-def draw(temperature=1.0, top_p=1.0, seed=0, position=0):
-    return Draw(0, temperature, top_p, seed, position)
+def make_sample(temperature=1.0, top_p=1.0, seed=0, position=0):
+    return Sample(0, temperature, top_p, seed, position)
 
 
-def pairs(logits, draws):
+def pairs(logits, samples):
     """Each row's token and its log-probability."""
-    tokens, log_probs = sample(logits, draws)
+    tokens, log_probs = sample(logits, samples)
     return list(zip(tokens.tolist(), log_probs.tolist(), strict=True))
 
 
@@ -28,12 +28,12 @@ def logits_of(*probabilities):
 
 def frequencies(logits, count=4000, **settings):
     rows = logits.expand(count, -1).clone()
-    counts = Counter(token for token, _ in pairs(rows, [draw(position=n, **settings) for n in range(count)]))
+    counts = Counter(token for token, _ in pairs(rows, [make_sample(position=n, **settings) for n in range(count)]))
     return {token: number / count for token, number in counts.items()}
 
 
 def test_greedy_takes_the_likeliest_and_gives_its_probability():
-    (token, log_prob), *_ = pairs(logits_of(0.2, 0.5, 0.3), [draw(temperature=0.0)])
+    (token, log_prob), *_ = pairs(logits_of(0.2, 0.5, 0.3), [make_sample(temperature=0.0)])
     assert (token, log_prob) == (1, pytest.approx(math.log(0.5), abs=1e-6))
 
 
@@ -59,23 +59,23 @@ def test_tokens_come_as_often_as_they_should(settings, expected):
 def test_row_samples_the_same_token_in_any_batch():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 50, generator=generator)
-    draws = [draw(temperature=0.7 * (n % 3), top_p=0.9, seed=n, position=2 * n) for n in range(6)]
-    together = pairs(logits, draws)
-    assert [pairs(logits[n : n + 1], [draws[n]])[0] for n in range(6)] == together
-    backwards = pairs(logits.flip(0), draws[::-1])
+    samples = [make_sample(temperature=0.7 * (n % 3), top_p=0.9, seed=n, position=2 * n) for n in range(6)]
+    together = pairs(logits, samples)
+    assert [pairs(logits[n : n + 1], [samples[n]])[0] for n in range(6)] == together
+    backwards = pairs(logits.flip(0), samples[::-1])
     assert backwards[::-1] == together
 
 
 def test_seed_and_position_decide():
     logits = torch.zeros(1, 1000)
-    first = pairs(logits, [draw(seed=1)])
-    assert pairs(logits, [draw(seed=1)]) == first
-    assert pairs(logits, [draw(seed=2)]) != first
-    assert pairs(logits, [draw(seed=1, position=1)]) != first
+    first = pairs(logits, [make_sample(seed=1)])
+    assert pairs(logits, [make_sample(seed=1)]) == first
+    assert pairs(logits, [make_sample(seed=2)]) != first
+    assert pairs(logits, [make_sample(seed=1, position=1)]) != first
 
 
 def test_log_probability_is_the_models_own_before_temperature_and_top_p():
-    ((token, log_prob),) = pairs(logits_of(0.9, 0.1), [draw(temperature=0.1, top_p=0.5)])
+    ((token, log_prob),) = pairs(logits_of(0.9, 0.1), [make_sample(temperature=0.1, top_p=0.5)])
     assert (token, log_prob) == (0, pytest.approx(math.log(0.9), abs=1e-6))
 
 

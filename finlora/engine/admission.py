@@ -11,7 +11,7 @@ from finlora.engine.request import Request, Token
 from finlora.errors import ConfigError
 
 MIN_PREFIX = 16
-"""Tokens of common beginning from which a request waits one micro-batch for another that computes them."""
+"""Length of a shared prefix from which a request waits one micro-batch for another one to compute it."""
 MIN_CHUNK = 512
 """Prompt tokens below which a micro-batch is not cut further to give every stage a part, nor started ahead."""
 MIN_AHEAD_CHUNK = 4096
@@ -20,19 +20,19 @@ MIN_AHEAD_CHUNK = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """How much the engine takes on."""
+    """Most that the engine accepts and computes at once."""
 
     cache_rows: int
     """Tokens that the KV cache holds."""
     max_batch_tokens: int = 2048
     """Most rows of a micro-batch."""
     max_waiting: int = 1024
-    """Most requests in line."""
+    """Most requests in the queue."""
     max_in_flight: int = 1
-    """Micro-batches under way at once: the number of stages; one more before the first follows them, or has prompts."""
+    """Micro-batches in flight at once: the number of stages; one more waits if it follows, or has prompts."""
     keeps_prefixes: bool = True
     follows: bool = False
-    """Whether the stages can begin with tokens that a micro-batch under way samples (Executor.can_follow)."""
+    """Whether a micro-batch can start from tokens that one in flight is about to sample (Executor.can_follow)."""
 
     def __post_init__(self) -> None:
         checks = {"cache_rows": 16, "max_batch_tokens": 1, "max_waiting": 1, "max_in_flight": 1}
@@ -43,22 +43,22 @@ class Limits:
             raise ConfigError(faults)
 
 
-class Beginnings:
-    """Beginnings of prompts, found by their length in a time that does not grow with their number."""
+class Prefixes:
+    """Prefixes of prompts that a micro-batch computes; a look-up takes the same time for any number of them."""
 
     def __init__(self) -> None:
         self._prompts: list[tuple[Request, int]] = []
         self._by_length: dict[int, set[tuple[str | None, tuple[int, ...]]]] = {}
 
     def add(self, request: Request, num_computed: int) -> None:
-        """Count a prompt, of which so many first tokens will be computed."""
+        """Add a prompt, of which the first `num_computed` tokens will be computed."""
         self._prompts.append((request, num_computed))
         for length, found in self._by_length.items():
             if num_computed >= length:
                 found.add((request.adapter, request.prompt_ids[:length]))
 
     def has(self, request: Request, length: int) -> bool:
-        """Return whether so many first tokens of a prompt, and fewer than all, are among them for its adapter."""
+        """Return whether the first `length` tokens of a prompt, but not all of them, are such a prefix for its adapter."""
         if length >= len(request.prompt_ids) or not self._prompts:
             return False
         if length not in self._by_length:
@@ -79,7 +79,7 @@ class Work:
     """Prompt rows of micro-batches scheduled so far."""
     tokens: list[Token] = field(default_factory=list)
     in_flight: int = 0
-    """Micro-batches under way that compute a part of it: one, several chunks of its prompt, or a token and the next one."""
+    """Micro-batches in flight that compute a part of it: one, several chunks of its prompt, or a token and the next one."""
 
     @property
     def is_prefilled(self) -> bool:
@@ -87,28 +87,28 @@ class Work:
 
 
 class Part(NamedTuple):
-    """What a micro-batch under way computes of a request."""
+    """The part of a request that a micro-batch in flight computes."""
 
     work: Work
     is_complete: bool
-    """It brings what the request waits for."""
+    """Whether it yields a token or the scores of the choices."""
     sample: int | None
-    """Place of its token among the micro-batch's; None where it brings none."""
+    """Index of its token among the micro-batch's samples; None: it samples none."""
 
 
 def add_rows(batch: MicroBatch, work: Work, count: int, sample: int | None = None) -> Part:
-    """Add the next rows of a request to a micro-batch, and what is wanted of them.
+    """Add the next rows of a request to a micro-batch, and the samples and scores that it needs of them.
 
     Args:
         count: prompt tokens; 0: its last generated token.
-        sample: where that token is not known yet, its place among those of the micro-batch that this one follows.
+        sample: if that token is not known yet, its index among the samples of the micro-batch that this one follows.
     """
     request, start = work.request, work.extent.start
     size, num_samples = len(request.prompt_ids), len(batch.samples)
     if count == 0:
-        place = size + len(work.tokens) - (sample is None)
+        position = size + len(work.tokens) - (sample is None)
         last_id = work.tokens[-1].id if sample is None else -1 - sample
-        row = batch.add([last_id], place, [start + place], [(start, place + 1)])
+        row = batch.add([last_id], position, [start + position], [(start, position + 1)])
         _add_sample(batch, work, row, len(work.tokens) + (sample is not None))
         return Part(work, True, num_samples)
     done, end = work.num_computed, work.num_computed + count
@@ -120,17 +120,17 @@ def add_rows(batch: MicroBatch, work: Work, count: int, sample: int | None = Non
     if not request.choices:
         _add_sample(batch, work, last, 0)
         return Part(work, True, num_samples)
-    place = start + size
+    slot = start + size
     for choice in request.choices:
         own = choice[:-1]
         row = last
         batch.scores.append(Score(last, choice[0]))
         if own:
-            # The first choice's lie behind the prompt's.
-            keys = [(start, size), (place, len(own))] if place > start + size else [(start, size + len(own))]
-            row = batch.add(own, size, range(place, place + len(own)), keys)
+            # The first choice's rows follow the prompt's.
+            keys = [(start, size), (slot, len(own))] if slot > start + size else [(start, size + len(own))]
+            row = batch.add(own, size, range(slot, slot + len(own)), keys)
             batch.scores += [Score(row + index, token) for index, token in enumerate(choice[1:])]
-        place += len(own)
+        slot += len(own)
     return Part(work, True, None)
 
 

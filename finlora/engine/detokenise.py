@@ -1,4 +1,4 @@
-"""Text from tokens as they come: never half a character, and never the beginning of what may become a stop string."""
+"""Streaming detokenisation: holds back half characters, and text that may be the start of a stop string."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _UNFINISHED = "\ufffd"
-"""What a tokenizer puts in place of bytes that are no character yet."""
+"""What a tokenizer returns for bytes that are no character yet."""
 
 
 class Detokeniser:
-    """Joined pieces of one answer equal the tokenizer's decoding of all its tokens, cut before the first stop string.
+    """Text of one answer in pieces; joined, they equal the tokenizer's decoding of all tokens, cut before the first stop string.
 
     Args:
         stop: texts that end the answer.
@@ -22,13 +22,13 @@ class Detokeniser:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids: list[int] = []
-        # Text of ids before `_read` is out; decoding starts at `_start`, since a token's text depends on the one before.
+        # Text of ids before `_read` was returned; decoding starts at `_start`, since a token's text depends on the one before.
         self._start = self._read = 0
         self._held = ""
         self.is_stopped = False
 
     def push(self, token_id: int) -> str:
-        """Take a token and return the text that is certain now."""
+        """Add a token and return the text that is final now."""
         if self.is_stopped:
             return ""
         self._ids.append(token_id)
@@ -39,7 +39,7 @@ class Detokeniser:
         return self._release(text[len(known) :])
 
     def finish(self) -> str:
-        """Return what was held back; after a stop string, nothing."""
+        """Return the text that was held back; after a stop string, none."""
         if self.is_stopped:
             return ""
         known, text = self._decode(self._start, self._read), self._decode(self._start, len(self._ids))
@@ -52,9 +52,9 @@ class Detokeniser:
         return str(self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True))
 
     def _release(self, text: str) -> str:
-        """Add text to what is held, and return what no stop string can reach any more."""
+        """Add text to what is held back, and return the part that no stop string can include."""
         text = self._held + text
-        ends = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        ends = [index for stop in self._stop if (index := text.find(stop)) >= 0]
         if ends:
             self.is_stopped, self._held = True, ""
             return text[: min(ends)]
@@ -64,5 +64,5 @@ class Detokeniser:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` with which `stop` begins."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,6 +1,6 @@
-"""Drives requests through the stages: the scheduler decides, an executor computes, texts are put together.
+"""Inference engine: a scheduler fills micro-batches, an executor computes them, and answers and their texts are streamed.
 
-One thread calls it. Whatever holds the stages, in this process or in others, is an `Executor`.
+Not thread-safe. An `Executor` holds the stages, in this process or in others.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ if TYPE_CHECKING:
 
 
 _BUSY_SHARE, _MOST_SPARE_S = 0.75, 0.1
-"""Share of a micro-batch's time for which more requests are waited for, and the most seconds."""
+"""Share of a micro-batch's time for which the engine waits for more requests, and the most seconds."""
 
 
 class Executor(Protocol):
-    """Computes micro-batches in the order in which they are started."""
+    """Stages that compute micro-batches in the order in which they are started."""
 
     can_follow: bool
-    """Whether a micro-batch that follows another can be started before that one is back."""
+    """Whether a micro-batch that follows another can be started before that one is collected."""
 
     def start(self, batch: MicroBatch) -> None:
-        """Send a micro-batch into the first stage.
+        """Send a micro-batch to the first stage.
 
         Raises:
-            StageLostError: a stage in another process is lost, and with it all that is under way.
+            StageLostError: a stage in another process is lost, and with it all micro-batches in flight.
         """
         ...
 
     def collect(self) -> Output:
-        """Wait for the oldest micro-batch under way; errors as `start`."""
+        """Wait for the oldest micro-batch in flight; errors as `start`."""
         ...
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Load an adapter on every stage, or on none.
 
         Raises:
-            AdapterError: the folder does not hold one that fits.
+            AdapterError: the folder holds no adapter that fits.
         """
         ...
 
@@ -58,19 +58,19 @@ class Executor(Protocol):
         ...
 
     def peak_memory_gib(self) -> float | None:
-        """Return the most memory that all stages together took since they were loaded, in GiB; None where unknown."""
+        """Return the peak memory of all stages together since they were loaded, in GiB; None: unknown."""
         ...
 
 
 OnPiece = Callable[[str, Piece], None]
-"""Called with a request's id and what it has gained."""
+"""Called with a request's id and new text."""
 
 
 class EngineCore:
-    """Requests in, answers and their texts out.
+    """Engine over one executor.
 
     Args:
-        tokenizer: of the base.
+        tokenizer: of the base model.
     """
 
     def __init__(self, executor: Executor, scheduler: Scheduler, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -79,19 +79,19 @@ class EngineCore:
         self.meter = BubbleMeter()
         self._forecast, self._sizes = Forecast(), deque[int]()
         self._began = 0.0
-        """When the oldest micro-batch under way came to be computed."""
+        """When the oldest micro-batch in flight started to be computed."""
         self._texts: dict[str, Detokeniser] = {}
-        self._untold: dict[str, list[Token]] = {}
+        self._unstreamed: dict[str, list[Token]] = {}
         """Tokens of each request since its last piece."""
         self._ended: list[Answer] = []
         self.is_stalled = False
-        """The last `step` found nothing to compute and nothing to tell, though requests are left: another would find the same."""
+        """Requests are left, but the last `step` had nothing to compute and no answer: no further progress is possible."""
 
     def load_adapter(self, name: str, folder: Path) -> None:
-        """Make an adapter available under a name; requests at work go on.
+        """Load an adapter under a name; active requests go on.
 
         Raises:
-            AdapterError: the name is taken, or the folder does not hold an adapter that fits.
+            AdapterError: the name is in use, or the folder holds no adapter that fits.
         """
         if name in self.adapters:
             raise AdapterError(f"an adapter {name!r} is loaded already, from {self.adapters[name]}: unload it first.")
@@ -99,10 +99,10 @@ class EngineCore:
         self.adapters[name] = folder
 
     def unload_adapter(self, name: str) -> None:
-        """Drop an adapter.
+        """Unload an adapter.
 
         Raises:
-            AdapterError: there is none of that name, or requests still use it.
+            AdapterError: none of that name is loaded, or requests still use it.
         """
         self._require(name)
         if self.scheduler.uses_adapter(name):
@@ -114,7 +114,7 @@ class EngineCore:
         del self.adapters[name]
 
     def submit(self, request: Request) -> None:
-        """Take a request on.
+        """Queue a request.
 
         Raises:
             AdapterError: its adapter is not loaded.
@@ -126,10 +126,10 @@ class EngineCore:
         self.scheduler.submit(request)
         if not request.choices:
             self._texts[request.id] = Detokeniser(self.tokenizer, request.sampling.stop)
-            self._untold[request.id] = []
+            self._unstreamed[request.id] = []
 
     def cancel(self, request_id: str) -> None:
-        """End a request; its answer comes with a later `step`."""
+        """End a request; a later `step` returns its answer."""
         self._end(request_id, "cancelled")
 
     @property
@@ -140,19 +140,19 @@ class EngineCore:
 
     @property
     def spare_s(self) -> float:
-        """Seconds between `start` and `step` in which more requests may come at no cost: the one stage computes for longer.
+        """Seconds between `start` and `step` for which waiting for more requests costs nothing: the only stage is busy longer.
 
-        The next micro-batch then waits ahead with all that came. After `step` it would have them too, but the stage would stand
-        still meanwhile; before, only the first of them.
+        The next micro-batch then holds all that arrived, and is ready when the stage is. Filled earlier it would hold fewer, and
+        filled after `step` the stage would idle meanwhile.
         """
         scheduler = self.scheduler
         if scheduler.limits.max_in_flight > 1 or scheduler.num_in_flight != 1 or scheduler.is_decoding:
             return 0.0
-        busy_s = _BUSY_SHARE * self._forecast.tell(self._sizes[0])
+        busy_s = _BUSY_SHARE * self._forecast.estimate(self._sizes[0])
         return min(_MOST_SPARE_S, max(0.0, self._began + busy_s - time.monotonic()))
 
     def start(self) -> None:
-        """Start what can be started; `step` does so too, and waits for it."""
+        """Start all micro-batches that can be in flight; `step` calls it too."""
         while (batch := self.scheduler.next_batch()) is not None:
             self.meter.start(batch.num_rows)
             if not self._sizes:
@@ -161,10 +161,10 @@ class EngineCore:
             self.executor.start(batch)
 
     def step(self, on_piece: OnPiece | None = None) -> list[Answer]:
-        """Start what can be started, wait for the oldest micro-batch, and return the answers that are complete.
+        """Start micro-batches, wait for the oldest in flight, and return the answers that are complete.
 
         Args:
-            on_piece: gets new text of generated answers, the last piece before the answer is returned.
+            on_piece: called with new text of generated answers; with the last piece before the answer is returned.
         """
         self._ended += self.scheduler.expire(time.monotonic())
         self.start()
@@ -178,27 +178,27 @@ class EngineCore:
             self._ended += answers
             for request_id, token in tokens:
                 text = self._texts[request_id]
-                self._untold[request_id].append(token)
-                self._tell(request_id, text.push(token.id), on_piece)
+                self._unstreamed[request_id].append(token)
+                self._stream(request_id, text.push(token.id), on_piece)
                 if text.is_stopped:
                     self._end(request_id, "stop")
         ended, self._ended = self._ended, []
         self.is_stalled = not (has_work or ended or self.is_idle)
         return [self._close(answer, on_piece) for answer in ended]
 
-    def _tell(self, request_id: str, text: str, on_piece: OnPiece | None) -> None:
+    def _stream(self, request_id: str, text: str, on_piece: OnPiece | None) -> None:
         if text:
-            tokens, self._untold[request_id] = self._untold[request_id], []
+            tokens, self._unstreamed[request_id] = self._unstreamed[request_id], []
             if on_piece is not None:
                 on_piece(request_id, Piece(text, tokens))
 
     def _close(self, answer: Answer, on_piece: OnPiece | None) -> Answer:
-        """Hand out the rest of an answer's text."""
+        """Stream the rest of an answer's text, and return the answer."""
         text = self._texts.pop(answer.request_id, None)
         if text is None:
             return answer
-        self._tell(answer.request_id, text.finish(), on_piece)
-        del self._untold[answer.request_id]
+        self._stream(answer.request_id, text.finish(), on_piece)
+        del self._unstreamed[answer.request_id]
         # The token that completes a stop string may also be the last one allowed.
         return dataclasses.replace(answer, finish="stop") if text.is_stopped else answer
 

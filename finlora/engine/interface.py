@@ -1,4 +1,4 @@
-"""What evaluation asks of an inference engine, whichever way the model is spread."""
+"""Protocol of an inference engine as evaluation uses it, in one process or in stages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 class Engine(Protocol):
     """Answers token-id prompts with one model (and at most one adapter).
 
-    `on_done` is called with the number of prompts that are answered so far.
+    `on_done` is called with the number of prompts answered so far.
     """
 
     def score_choices(

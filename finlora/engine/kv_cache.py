@@ -1,12 +1,12 @@
 """Rows of the KV cache: contiguous extents by best fit, kept after their request as prefix cache until the room is needed.
 
-A request gets one extent for all rows that it can need, so it never has to give way once admitted. Rows that two requests
-have in common are copied, not shared: a copy of 4,400 rows of 8B takes about a millisecond, computing them a hundred.
+A request gets one extent for all rows that it can need, so it is never preempted once admitted. A prefix that
+two requests share is copied, not shared: a copy of 4,400 rows of 8B takes about a millisecond, computing them a hundred.
 
-Kept prompts, of which there are thousands, are also held in lexicographic order: what shares the longest beginning with a prompt
-lies beside its place there. Requests at work are a few dozen, and are looked through.
+Kept prompts, of which there are thousands, are also held in lexicographic order, where the longest shared prefix is found next to
+the insertion point of a prompt. Active requests are a few dozen, and are searched one by one.
 
-Stages work through micro-batches in one order, so rows can be copied, or their extent given to another request, as soon as the
+All stages compute micro-batches in one order, so rows can be copied, or their extent given to another request, as soon as the
 micro-batch that fills or reads them is scheduled.
 """
 
@@ -22,13 +22,13 @@ BLOCK = 16
 
 @dataclass(slots=True, eq=False)
 class Extent:
-    """Rows [start, start + num_rows) of the cache, filled with the beginning of `ids`."""
+    """Rows [start, start + num_rows) of the cache; the first `num_ready` hold `ids`."""
 
     start: int
     num_rows: int
     adapter: str | None
     ids: tuple[int, ...]
-    """Prompt tokens that its rows hold, or will."""
+    """Prompt tokens that its rows hold, or will hold."""
     num_ready: int = 0
     """Rows of `ids` that are computed by micro-batches scheduled so far."""
 
@@ -38,7 +38,7 @@ class ExtentPool:
 
     Args:
         num_rows: rows of each layer's cache.
-        keeps_prefixes: whether the prompts of finished requests stay until their rows are needed.
+        keeps_prefixes: keep the prompts of finished requests until their rows are needed.
     """
 
     def __init__(self, num_rows: int, *, keeps_prefixes: bool = True) -> None:
@@ -47,20 +47,20 @@ class ExtentPool:
         self._free: list[tuple[int, int]] = []
         """(rows, start), in order."""
         self._free_ends: dict[int, int] = {}
-        """Of each free run its start by its end."""
+        """End of each free run -> its start."""
         self._free_rows: dict[int, int] = {}
-        """Of each free run its rows by its start."""
+        """Start of each free run -> its rows."""
         if self.num_rows:
-            self._give(0, self.num_rows)
+            self._free_run(0, self.num_rows)
         self._held: dict[int, Extent] = {}
         # Insertion order is the order of last use.
         self._kept: dict[int, Extent] = {}
         self._in_order: dict[str | None, list[tuple[tuple[int, ...], int]]] = {}
-        """Of each adapter the kept (ids, start)."""
+        """Adapter -> (ids, start) of its kept prompts, sorted."""
 
     @property
     def num_held(self) -> int:
-        """Rows of requests at work."""
+        """Rows of active requests."""
         return sum(extent.num_rows for extent in self._held.values())
 
     @property
@@ -74,19 +74,19 @@ class ExtentPool:
         return sum(self._free_rows.values())
 
     def find(self, adapter: str | None, ids: Sequence[int]) -> tuple[Extent | None, int]:
-        """Return the extent whose ready rows share the longest beginning with a prompt, and its length.
+        """Return the extent whose ready rows share the longest prefix with a prompt, and the prefix's length.
 
-        At least the prompt's last token is left to be computed, as its logits are wanted.
+        The prefix leaves out at least the prompt's last token, whose logits are needed.
         """
         best, longest = None, 0
         if not self._keeps_prefixes:
             return best, longest
         in_order, prompt = self._in_order.get(adapter, []), tuple(ids)
-        place = bisect_left(in_order, (prompt,))
-        beside = [self._kept[start] for _, start in in_order[max(0, place - 1) : place + 1]]
+        index = bisect_left(in_order, (prompt,))
+        beside = [self._kept[start] for _, start in in_order[max(0, index - 1) : index + 1]]
         for extent in (*beside, *self._held.values()):
             limit = min(extent.num_ready, len(prompt) - 1)
-            # Of hundreds with the same instruction nearly all differ in the token by which they would be longer.
+            # Nearly all of hundreds of prompts with one instruction differ in this token.
             if limit <= longest or extent.ids[longest] != prompt[longest] or extent.adapter != adapter:
                 continue
             length = common_length(extent.ids, prompt, limit)
@@ -95,11 +95,11 @@ class ExtentPool:
         return best, longest
 
     def allocate(self, adapter: str | None, ids: Sequence[int], num_rows: int, spare: Extent | None) -> Extent | None:
-        """Take rows for a request, dropping the prefixes unused for longest where needed; None where even that is too little.
+        """Allocate rows for a request, dropping the least recently used prefixes if needed; None: that is not enough.
 
         Args:
             ids: its prompt.
-            num_rows: rows that it can need at most.
+            num_rows: most rows that it can need.
             spare: a kept prefix that it will copy from, not to be dropped.
         """
         size = -(-num_rows // BLOCK) * BLOCK
@@ -119,15 +119,15 @@ class ExtentPool:
             self._kept[extent.start] = self._kept.pop(extent.start)
 
     def release(self, extent: Extent) -> None:
-        """Take an extent back from its request; the ready rows of its prompt stay as prefix."""
+        """Free the extent of a finished request; the ready rows of its prompt stay as a prefix."""
         del self._held[extent.start]
         keep = -(-extent.num_ready // BLOCK) * BLOCK if self._keeps_prefixes else 0
         extent.ids = extent.ids[: extent.num_ready]
         if keep == 0 or self._is_elsewhere(extent):
-            self._give(extent.start, extent.num_rows)
+            self._free_run(extent.start, extent.num_rows)
             return
         if keep < extent.num_rows:
-            self._give(extent.start + keep, extent.num_rows - keep)
+            self._free_run(extent.start + keep, extent.num_rows - keep)
             extent.num_rows = keep
         self._kept[extent.start] = extent
         insort(self._in_order.setdefault(extent.adapter, []), (extent.ids, extent.start))
@@ -135,8 +135,8 @@ class ExtentPool:
     def _is_elsewhere(self, extent: Extent) -> bool:
         """Return whether another extent holds the same rows."""
         size, in_order = extent.num_ready, self._in_order.get(extent.adapter, [])
-        place = bisect_left(in_order, (extent.ids,))  # whatever begins with them comes from here on
-        if place < len(in_order) and in_order[place][0][:size] == extent.ids:
+        index = bisect_left(in_order, (extent.ids,))  # prompts with this prefix come from here on
+        if index < len(in_order) and in_order[index][0][:size] == extent.ids:
             return True
         return any(
             other.num_ready >= size
@@ -152,34 +152,34 @@ class ExtentPool:
             self._drop(extent)
 
     def _could_fit(self, size: int, spare: Extent | None) -> bool:
-        """Return whether some run of rows is long enough once every droppable prefix is dropped."""
+        """Return whether a run of rows is long enough once every droppable prefix is dropped."""
         fixed = {item.start: item.num_rows for item in (*self._held.values(), *([spare] if spare else []))}
-        place = 0
+        end = 0
         for start, num_rows in [*sorted(fixed.items()), (self.num_rows, 0)]:
-            if start - place >= size:
+            if start - end >= size:
                 return True
-            place = start + num_rows
+            end = start + num_rows
         return False
 
     def _take(self, size: int) -> int | None:
-        place = bisect_left(self._free, (size, 0))
-        if place == len(self._free):
+        index = bisect_left(self._free, (size, 0))
+        if index == len(self._free):
             return None
-        room, start = self._free[place]
+        num_rows, start = self._free[index]
         self._remove_free(start)
-        if room > size:
-            self._give(start + size, room - size)
+        if num_rows > size:
+            self._free_run(start + size, num_rows - size)
         return start
 
     def _drop(self, extent: Extent) -> None:
-        """Give up a kept prefix."""
+        """Drop a kept prefix."""
         del self._kept[extent.start]
         in_order = self._in_order[extent.adapter]
         del in_order[bisect_left(in_order, (extent.ids, extent.start))]
-        self._give(extent.start, extent.num_rows)
+        self._free_run(extent.start, extent.num_rows)
 
-    def _give(self, start: int, num_rows: int) -> None:
-        """Make rows free, joined with free neighbours."""
+    def _free_run(self, start: int, num_rows: int) -> None:
+        """Free rows, and merge them with the free runs on either side."""
         if start + num_rows in self._free_rows:
             num_rows += self._remove_free(start + num_rows)
         if start in self._free_ends:
@@ -189,7 +189,7 @@ class ExtentPool:
         self._free_rows[start], self._free_ends[start + num_rows] = num_rows, start
 
     def _remove_free(self, start: int) -> int:
-        """Take a free run out of the lists; returns its rows."""
+        """Remove a free run from the lists; returns its rows."""
         num_rows = self._free_rows.pop(start)
         del self._free_ends[start + num_rows], self._free[bisect_left(self._free, (num_rows, start))]
         return num_rows
@@ -200,7 +200,7 @@ def common_length(left: Sequence[int], right: Sequence[int], limit: int) -> int:
     if left[:limit] == right[:limit]:
         return limit
     low, high = 0, limit - 1
-    while low < high:  # the longest length at which the beginnings are equal
+    while low < high:  # the longest equal prefix
         middle = (low + high + 1) // 2
         low, high = (middle, high) if left[:middle] == right[:middle] else (low, middle - 1)
     return low

@@ -1,4 +1,4 @@
-"""What passes from stage to stage, and from the last one to the driver. Plain numbers, no torch."""
+"""Messages from the driver through all stages and back. Plain numbers, no torch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from finlora.engine.micro_batch import MicroBatch
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Load an adapter, or unload it (folder None)."""
+    """Request to load an adapter, or to unload it (folder None)."""
 
     name: str
     folder: str | None
 
 
 class Parcel(NamedTuple):
-    """Hidden states that stay on a GPU whose memory the next stage reaches (finlora/pipeline/hidden_states_gpu.py)."""
+    """Handle of hidden states in GPU memory that the next stage maps (finlora/pipeline/hidden_states_gpu.py)."""
 
     memory: bytes
-    """CUDA's handle of the memory that holds them."""
+    """CUDA's IPC handle of the memory that holds them."""
     num_bytes: int
     """Of the memory."""
     num_rows: int
@@ -28,22 +28,21 @@ class Parcel(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What passes from stage to stage."""
+    """One unit of work, with what the stages so far have computed for it."""
 
     work: MicroBatch | Change | None
     state: Any = None
-    """Hidden states as an array or a parcel, the hash of an adapter, an error of a stage before, or from the last stage what the
-    work asked for."""
+    """Hidden states as their link carries them, the hash of an adapter, the error of a stage, or the last stage's output."""
     seconds: tuple[float, ...] = ()
-    """How long each stage so far worked on it, as far as that is known: stages that hand over pass it on before that."""
+    """Computing time of each stage so far; where messages run ahead, it is not known yet (finlora/pipeline/links.py)."""
     buffer: int = 0
     """Index of the memory in which a stage sends its hidden states; no other message in flight has the same."""
     ticket: int = 0
-    """Number greater than those of all messages before: what a stage writes behind what it has computed for others."""
+    """Number greater than those of all messages before; marks hidden states and tokens as this message's."""
     follows: int | None = None
-    """Ticket of the message with the micro-batch that this one's follows."""
+    """Ticket of the micro-batch that this message's follows."""
 
     @property
     def is_empty(self) -> bool:
-        """Whether it asks for nothing, or answers nothing (finlora/pipeline/late_read.py)."""
+        """Whether it carries neither work nor a result (finlora/pipeline/late_read.py)."""
         return self.work is None and self.state is None

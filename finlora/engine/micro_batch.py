@@ -1,7 +1,7 @@
-"""One pass through all stages: which tokens, where their keys lie, and what is wanted of the last stage. Plain numbers, no torch.
+"""One pass through all stages: tokens, slots of their keys, and samples and scores to return. Plain numbers, no torch.
 
-Rows of a micro-batch are the tokens to compute, several requests' end to end, those of one adapter side by side. What there are
-many of is a named tuple: a frozen dataclass with slots takes four times as long to unpickle, and every stage does that.
+Rows of a micro-batch are the tokens to compute: several requests' one after the other, those of one adapter together. High-volume
+records are NamedTuples: every stage unpickles them, and a frozen dataclass with slots takes four times as long.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
 
 
 class Score(NamedTuple):
-    """A token whose log-probability is wanted."""
+    """A token whose log-probability is returned."""
 
     row: int
     token: int
@@ -40,21 +40,21 @@ class Score(NamedTuple):
 
 @dataclass(slots=True)
 class MicroBatch:
-    """The rows of a pass; grows while the scheduler fills it."""
+    """Rows of a pass; the scheduler appends to it."""
 
     number: int
     input_ids: list[int] = field(default_factory=list)
-    """One below 0, -1 - D, stands for the token of sample D of the micro-batch that this one follows."""
+    """-1 - D stands for the token of sample D of the micro-batch that this one follows."""
     follows: int | None = None
-    """Number of a micro-batch under way whose tokens are not known yet."""
+    """Number of a micro-batch in flight whose tokens are not known yet."""
     positions: list[int] = field(default_factory=list)
     slots: list[int] = field(default_factory=list)
-    """Cache row that each row's key and value are written to."""
+    """Cache row to which each row's key and value are written."""
     segments: list[Segment] = field(default_factory=list)
     adapters: list[tuple[str | None, int]] = field(default_factory=list)
     """(adapter, rows) in the order of the rows."""
     copies: list[tuple[int, int, int]] = field(default_factory=list)
-    """(from, to, count) of cache rows, done before anything is computed."""
+    """(from, to, count) of cache rows, copied before anything is computed."""
     samples: list[Sample] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
 
@@ -74,7 +74,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What the last stage gives back, in the order of the micro-batch's samples and scores."""
+    """Results of a micro-batch, in the order of its samples and scores."""
 
     number: int
     tokens: Sequence[tuple[int, float]]

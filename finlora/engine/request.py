@@ -1,6 +1,6 @@
-"""What the engine is asked and what it answers. No torch.
+"""Requests to the engine and their answers. No torch.
 
-A request either generates text or chooses among answers; both begin with a prompt of token ids and may name an adapter.
+A request has a prompt of token ids and may name an adapter; it either generates text or scores given choices.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Literal
 from finlora.errors import ConfigError, ModelError
 
 ADAPTER = "adapter"
-"""Name of the adapter where an engine has one at most."""
+"""Name of the adapter in an engine that has at most one."""
 
 Finish = Literal["end", "stop", "length", "choice", "cancelled", "deadline"]
-"""Why an answer ended: the end token, a stop string, max_tokens, a choice was made, or somebody gave up."""
+"""Why an answer ended: the end token, a stop string, max_tokens, scored choices, cancelled by the caller, past its deadline."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,15 +24,15 @@ class Sampling:
     """How the next token is chosen."""
 
     max_tokens: int = 48
-    """Most new tokens."""
+    """Most tokens to generate."""
     temperature: float = 0.0
-    """0: greedy. Else logits are divided by it."""
+    """0: greedy; otherwise logits are divided by it."""
     top_p: float = 1.0
-    """Only the likeliest tokens whose probabilities sum up to it can be drawn (nucleus sampling, arXiv:1904.09751)."""
+    """Nucleus sampling: only the likeliest tokens whose probabilities sum up to it are sampled (arXiv:1904.09751)."""
     stop: tuple[str, ...] = ()
-    """Texts that end the answer; they are left out of it."""
+    """Stop strings: they end the answer and are left out of it."""
     seed: int | None = None
-    """Equal seeds draw equal tokens for equal logits, whatever else is in the batch. None: drawn anew."""
+    """Equal seeds sample equal tokens from equal logits, whatever else is in the batch. None: a random seed."""
 
     def __post_init__(self) -> None:
         checks = [
@@ -47,26 +47,26 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """One question to the engine."""
+    """Prompt, and how to answer it."""
 
     id: str
-    """Unique among the requests that the engine holds."""
+    """Unique among waiting and active requests."""
     prompt_ids: tuple[int, ...]
     """At least one token, BOS included."""
     adapter: str | None = None
-    """Name under which an adapter was loaded; None: the base alone."""
+    """Name of a loaded adapter; None: the base model alone."""
     sampling: Sampling = field(default_factory=Sampling)
-    """Not looked at where there are choices."""
+    """Ignored if there are choices."""
     choices: tuple[tuple[int, ...], ...] = ()
-    """Allowed answers as token ids, end token included; empty: text is generated."""
+    """Choices to score, as token ids, end token included; empty: text is generated."""
     client: str = ""
-    """Whose request it is: clients take turns."""
+    """Who sent the request: the queue is fair among clients."""
     deadline: float | None = None
-    """time.monotonic() after which nobody waits for the answer any more."""
+    """time.monotonic() at which the request is ended."""
 
     @property
     def num_tokens(self) -> int:
-        """Cache rows that the request can need at most."""
+        """Most cache rows that the request can need."""
         if self.choices:
             return len(self.prompt_ids) + sum(len(choice) for choice in self.choices)
         return len(self.prompt_ids) + self.sampling.max_tokens
@@ -83,32 +83,32 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What a generated answer has gained."""
+    """New text of a generated answer."""
 
     text: str
-    """Text that is certain now; all pieces joined are the answer's."""
+    """Text that is final now; all pieces joined are the answer."""
     tokens: Sequence[Token]
-    """Those that came since the piece before; the text of the last ones may still be held back."""
+    """Tokens since the last piece; the text of the newest may still be held back."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Answer:
-    """What came of a request."""
+    """Result of a request."""
 
     request_id: str
     finish: Finish
     tokens: Sequence[Token] = ()
-    """Generated tokens, the end token left out."""
+    """Generated tokens, without the end token."""
     log_probs: Sequence[float] = ()
-    """Of each choice, the sum over its tokens."""
+    """Log-probability of each choice, the sum over its tokens."""
     num_cached: int = 0
-    """Prompt tokens that were found in the prefix cache."""
+    """Prompt tokens taken from the prefix cache."""
 
     def require_numbers(self) -> None:
-        """Refuse an answer that rests on NaN, of which the likeliest token is always the first: it would look like any other.
+        """Reject an answer computed from NaN, which would look like any other: argmax of NaN logits is token 0.
 
         Raises:
-            ModelError: base and adapter together gave what is no number.
+            ModelError: base model and adapter together computed NaN.
         """
         if any(math.isnan(value) for value in (*self.log_probs, *(token.log_prob for token in self.tokens))):
             raise ModelError(
@@ -118,7 +118,7 @@ class Answer:
 
 
 def normalise_choices(log_probs: Sequence[float]) -> list[float]:
-    """Return the probability of each choice, given that it is one of them."""
+    """Return the probability of each choice, normalised over all choices."""
     highest = max(log_probs)
     weights = [math.exp(value - highest) for value in log_probs]
     return [weight / sum(weights) for weight in weights]

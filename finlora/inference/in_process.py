@@ -1,4 +1,4 @@
-"""An executor whose stages are in this process."""
+"""Executor whose stages are in this process."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from finlora.stage.stage import Stage
 
 
 class InProcess:
-    """Stages of this process, one after the other. A GPU computes while the host prepares what follows."""
+    """Runs all stages one after the other. A GPU computes while the host prepares the next micro-batch."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.stages = stages
         self.can_follow = stages[-1].device.type == "cuda"
-        self._under_way: deque[tuple[Unread, list[Stopwatch]]] = deque()
+        self._in_flight: deque[tuple[Unread, list[Stopwatch]]] = deque()
 
     def start(self, batch: MicroBatch) -> None:
         result: Any = None
-        # Of a micro-batch that was collected nothing follows any more.
+        # A micro-batch follows only one that was not collected yet.
         sampled = None if batch.follows is None else self._find(batch.follows).tokens
         watches = []
         for stage in self.stages:
             watches.append(Stopwatch(stage.device))
             result = stage.run(batch, result, lambda: sampled)
             watches[-1].stop()
-        self._under_way.append((result, watches))
+        self._in_flight.append((result, watches))
 
     def collect(self) -> Output:
-        unread, watches = self._under_way.popleft()
+        unread, watches = self._in_flight.popleft()
         return dataclasses.replace(unread.read(), stage_seconds=[watch.read() for watch in watches])
 
     def _find(self, number: int) -> Unread:
-        return next(unread for unread, _ in self._under_way if unread.number == number)
+        return next(unread for unread, _ in self._in_flight if unread.number == number)
 
     def load_adapter(self, name: str, folder: Path) -> None:
         try:

@@ -104,7 +104,7 @@ class Pipeline:
         self.adapters: dict[str, Path] = {}
         """Folder of each adapter that every stage has."""
         self._hashes: dict[str, str] = {}  # of their files
-        self._under_way: deque[Any] = deque()  # messages
+        self._in_flight: deque[Any] = deque()  # messages
         self._buffers: deque[int] = deque()  # send buffers of messages whose answer has not come
         self._answers_come_late = False  # each only behind the next message
         self._started: dict[int, int] = {}
@@ -233,7 +233,7 @@ class Pipeline:
         if graph is None:
             return set()
         stuck = leave_graph(graph, self.actors, timeout_s, lives_on=lives_on)
-        self._under_way.clear()  # only now: what waits in a graph that stands is still fetched by it
+        self._in_flight.clear()  # only now: what waits in a graph that stands is still fetched by it
         self._buffers.clear()
         self._outputs.clear()
         self._started.clear()
@@ -278,16 +278,16 @@ class Pipeline:
             follows = None if work.follows is None else self._started[work.follows]
         message = Message(work, buffer=buffer, ticket=ticket, follows=follows)
         with tell_lost_stages():
-            self._under_way.append(self._graph.execute(message))
+            self._in_flight.append(self._graph.execute(message))
         self._buffers.append(buffer)
 
     def _receive(self) -> Any:
         message = Message(None)
         with tell_lost_stages():
             if self._answers_come_late and len(self._buffers) == 1:  # nothing is behind it
-                self._under_way.append(self._graph.execute(message))
+                self._in_flight.append(self._graph.execute(message))
             while message.is_empty:
-                message = ray.get(self._under_way.popleft(), timeout=_TIMEOUT_S)
+                message = ray.get(self._in_flight.popleft(), timeout=_TIMEOUT_S)
         self._buffers.popleft()
         if isinstance(message.state, FinloraError):
             raise message.state

@@ -72,7 +72,7 @@ def test_runs_between_pauses_are_counted_apart():
     assert reading.bubble == pytest.approx(3 / 5)
 
 
-def test_a_reading_begins_where_it_is_told_and_work_under_way_goes_on():
+def test_a_reading_begins_where_it_is_told_and_work_in_flight_goes_on():
     clock = Clock()
     meter = BubbleMeter(clock)
     assert meter.read().bubble == 0.0

@@ -23,15 +23,15 @@ def make_request(name, prompt=(1, 2, 3), max_tokens=4, **changes):
 
 
 def run_all(scheduler, model=None, batches=()):
-    """Work until nothing is left, from what is under way on; returns the answers by request."""
+    """Work until nothing is left, from what is in flight on; returns the answers by request."""
     model = model or PretendModel(scheduler.pool.num_rows)
-    under_way, answers = deque(batches), {}
+    in_flight, answers = deque(batches), {}
     while True:
         while (batch := scheduler.next_batch()) is not None:
-            under_way.append(batch)
-        if not under_way:
+            in_flight.append(batch)
+        if not in_flight:
             return answers
-        for answer in scheduler.complete(model.run(under_way.popleft()))[1]:
+        for answer in scheduler.complete(model.run(in_flight.popleft()))[1]:
             assert answer.request_id not in answers
             answers[answer.request_id] = answer
 
@@ -68,10 +68,10 @@ def test_random_traffic_is_answered_once_and_as_alone(seed, follows):
     # Where tokens are followed, they come in bursts and are long: nothing follows where prompts come.
     requests = [random_request(rng, number, 40 if follows else 12) for number in range(60)]
     requests = {request.id: request for request in requests}
-    to_come, under_way = deque(requests.values()), deque()
-    answers, counted, news = {}, Counter(), {name: [] for name in requests}
+    to_come, in_flight = deque(requests.values()), deque()
+    answers, counted, new = {}, Counter(), {name: [] for name in requests}
     cancelled = set()
-    while to_come or under_way or scheduler.num_active or scheduler.num_waiting:
+    while to_come or in_flight or scheduler.num_active or scheduler.num_waiting:
         for _ in range(rng.randint(0, 3) if not follows or rng.random() < 0.1 else 0):
             if to_come:
                 scheduler.submit(to_come.popleft())
@@ -84,17 +84,17 @@ def test_random_traffic_is_answered_once_and_as_alone(seed, follows):
         was_decoding = scheduler.is_decoding
         if rng.random() < 0.7 and (batch := scheduler.next_batch()) is not None:
             assert batch.num_rows > 0
-            if (num_ahead := len(under_way) - scheduler.limits.max_in_flight + 1) > 0:
+            if (num_ahead := len(in_flight) - scheduler.limits.max_in_flight + 1) > 0:
                 assert num_ahead == 1
                 # Whoever samples goes on with its next token.
                 assert not was_decoding or (follows and batch.samples)
-            under_way.append(batch)
-        assert len(under_way) == scheduler.num_in_flight
-        if under_way and rng.random() < 0.6:
-            tokens, ended = scheduler.complete(model.run(under_way.popleft()))
+            in_flight.append(batch)
+        assert len(in_flight) == scheduler.num_in_flight
+        if in_flight and rng.random() < 0.6:
+            tokens, ended = scheduler.complete(model.run(in_flight.popleft()))
             done += ended
             for name, token in tokens:
-                news[name].append(token.id)
+                new[name].append(token.id)
         for answer in done:
             answers[answer.request_id] = answer
             counted[answer.request_id] += 1
@@ -106,7 +106,7 @@ def test_random_traffic_is_answered_once_and_as_alone(seed, follows):
     for name, answer in answers.items():
         tokens, sums = answer_alone(requests[name])
         own = [token.id for token in answer.tokens]
-        assert own == news[name]
+        assert own == new[name]
         if answer.finish == "cancelled":
             assert name in cancelled
             assert own == tokens[: len(own)]
@@ -205,7 +205,7 @@ def test_deadline_ends_requests_in_line_and_at_work():
     batch = scheduler.next_batch()
     ended = [(answer.request_id, answer.finish) for answer in scheduler.expire(7.0)]
     assert ended == [("in-line", "deadline"), ("at-work", "deadline")]
-    assert scheduler.complete(model.run(batch)) == ([], [])  # what was under way of it counts for nothing
+    assert scheduler.complete(model.run(batch)) == ([], [])  # what was in flight of it counts for nothing
     assert run_all(scheduler, model).keys() == {"patient"}
 
 
@@ -224,7 +224,7 @@ def test_what_cannot_be_taken_on_is_refused_by_words():
         Limits(cache_rows=1, max_in_flight=0)
 
 
-def test_prompt_that_is_cancelled_ends_though_its_chunks_are_under_way():
+def test_prompt_that_is_cancelled_ends_though_its_chunks_are_in_flight():
     scheduler = make_scheduler(cache_rows=8192, max_in_flight=3, max_batch_tokens=1024)
     scheduler.submit(Request(id="long", prompt_ids=(5,) * 4000))
     model = PretendModel(scheduler.pool.num_rows)

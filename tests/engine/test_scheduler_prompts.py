@@ -53,7 +53,7 @@ def test_prompts_that_fit_one_pass_are_not_cut_to_have_one_ahead():
     assert scheduler.next_batch().num_rows == 16 * 179
 
 
-def test_chunks_of_one_prompt_are_under_way_together_and_cut_for_all_stages():
+def test_chunks_of_one_prompt_are_in_flight_together_and_sized_for_all_stages():
     prompt = tuple(1 + n % 30 for n in range(4400))
     scheduler = make_scheduler(cache_rows=8192, max_in_flight=4, max_batch_tokens=2048)
     scheduler.submit(Request(id="long", prompt_ids=prompt, sampling=Sampling(max_tokens=1)))
@@ -97,12 +97,12 @@ def test_prompts_whose_beginning_is_cached_are_shared_out_by_what_is_left_of_the
             own = [rng.randint(1, 38) for _ in range(40)]
             scheduler.submit(make_request(f"r{number}", [*instruction, *own], choices=((4,),)))
         sizes.append([])
-        under_way = deque()
+        in_flight = deque()
         while scheduler.num_waiting or scheduler.num_active:
             while (batch := scheduler.next_batch()) is not None:
                 sizes[-1].append(len(batch.scores))
-                under_way.append(batch)
-            scheduler.complete(model.run(under_way.popleft()))
+                in_flight.append(batch)
+            scheduler.complete(model.run(in_flight.popleft()))
     # Of the second 64 questions some 2,700 tokens are new: half of them, half of the rest, then what is left, not all in one.
     assert sizes[1][:2] == [pytest.approx(32, abs=3), pytest.approx(16, abs=3)]
     assert sum(sizes[1]) == 64

@@ -121,7 +121,7 @@ def make_losing(core, losses):
     executor, renewed = Losing(core.executor, losses), []
 
     def renew():
-        while executor.executor._under_way:
+        while executor.executor._in_flight:
             executor.executor.collect()
         renewed.append(executor.num_collected)
         limits = Limits(cache_rows=1024, max_batch_tokens=128)

@@ -1,4 +1,4 @@
-"""Reach a Ray cluster, or start a local one that asks for a token of its own, and check what it can give."""
+"""Connection to a Ray cluster, or to a local one that it starts with a token of its own; tasks with reserved resources."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _TOKEN_FILE = Path("~/.config/finlora/ray-token")
 
 
 def prepare() -> None:
-    """Look whether a local Ray can start, and set the token that Ray reads when it is imported. Called before any import of Ray.
+    """Check that a local Ray can start, and set the token that Ray reads on import. Call it before any import of Ray.
 
     Raises:
-        ConfigError: the token cannot be kept in the home folder.
-        ResourceError: the temporary folder cannot hold what Ray puts there.
+        ConfigError: the token cannot be stored in the home folder.
+        ResourceError: the temporary folder cannot hold Ray's files.
     """
     if is_local():
         check_ray_temp()
@@ -37,23 +37,22 @@ def prepare() -> None:
 
 
 def connect(log_to_driver: bool) -> None:
-    """Join the cluster of RAY_ADDRESS or the running job; start a local one otherwise.
+    """Connect to the cluster of RAY_ADDRESS or of the running job; start a local one otherwise.
 
-    Its dashboard and its own address are on the loopback interface; other ports of Ray listen on all of the machine's
-    (docs/explanation/security.md). It is guarded by a token of FinLoRA's own, never by one in Ray's default place, since that
-    file would change how other Ray programs of this user behave.
+    The dashboard and address of a local one are on the loopback interface; Ray's other ports listen on all interfaces
+    (docs/explanation/security.md). It requires a token of FinLoRA's own. Ray's default token file is not used, since it would
+    change how other Ray programs of this user behave.
 
     Args:
-        log_to_driver: show what workers print.
+        log_to_driver: show the workers' output.
 
     Raises:
-        ConfigError: RAY_ADDRESS is no address of a cluster, or the home folder cannot hold the token.
-        ResourceError: no cluster answers at RAY_ADDRESS within 15 s, it has other versions or another token, or a local one
-            cannot start here.
+        ConfigError: RAY_ADDRESS is not the address of a cluster, or the home folder cannot hold the token.
+        ResourceError: no cluster answers at RAY_ADDRESS within 15 s, its versions or token differ, or a local one cannot start.
     """
     prepare()
-    set_environment()  # a Ray that is started here inherits it
-    import ray  # only now: Ray reads its authentication mode when it is imported
+    set_environment()  # a local Ray inherits it
+    import ray  # only now: Ray reads its authentication mode on import
 
     if ray.is_initialized():
         return
@@ -74,12 +73,12 @@ def connect(log_to_driver: bool) -> None:
                 _node_ip_address="127.0.0.1",
                 logging_level="WARNING",
             )
-    except Exception as error:  # Ray has no kind of its own for most of it
+    except Exception as error:  # Ray raises many types here
         raise _explain_start(error, address) from error
 
 
 def is_local() -> bool:
-    """Return whether a Ray of this machine alone is used, which `connect` starts."""
+    """Return whether `connect` starts a Ray on this machine alone."""
     return os.environ.get("RAY_ADDRESS", "").strip() in ("", "local")
 
 
@@ -109,15 +108,15 @@ def _explain_start(error: Exception, address: str) -> ResourceError:
 
 
 def require(num_workers: int, cpus: float, gpus: float) -> None:
-    """Check that the cluster could ever hold the workers, instead of waiting for what cannot come.
+    """Check that the whole cluster is large enough for the workers, before a wait that could not end.
 
     Args:
-        num_workers: workers wanted at once.
-        cpus: CPU cores a worker.
-        gpus: GPUs a worker.
+        num_workers: workers at the same time.
+        cpus: CPU cores per worker.
+        gpus: GPUs per worker.
 
     Raises:
-        ResourceError: says what the cluster has in all, what is free, and what was asked for.
+        ResourceError: it is too small; names what it has in total, what is free, and what was requested.
     """
     import ray
 
@@ -125,14 +124,14 @@ def require(num_workers: int, cpus: float, gpus: float) -> None:
     for kind, each in (("GPU", gpus), ("CPU", cpus)):
         need = num_workers * each
         if need > total.get(kind, 0.0) + 1e-6:
-            mend = (
+            remedy = (
                 "choose fewer workers, or the CPU with train.device=cpu eval.device=cpu"
                 if kind == "GPU"
                 else "choose fewer workers or lower train.cpus_per_worker"
             )
             raise ResourceError(
                 f"the config asks for {need:g} {kind} ({num_workers} workers x {each:g}), but the cluster has "
-                f"{total.get(kind, 0.0):g} ({free.get(kind, 0.0):g} free now): {mend}."
+                f"{total.get(kind, 0.0):g} ({free.get(kind, 0.0):g} free now): {remedy}."
             )
 
 
@@ -145,19 +144,19 @@ def call(
     announce: Callable[[str], None] = _logger.warning,
     title: str | None = None,
 ) -> _T:
-    """Run a function as a Ray task with reserved CPU cores and GPUs; an error of ours comes back as it was raised.
+    """Run a function as a Ray task with reserved CPU cores and GPUs; re-raises a FinloraError as it was raised.
 
     Args:
-        function: what to run.
-        arguments: what it takes.
+        function: to run in the task.
+        arguments: of the function.
         num_cpus: CPU cores.
         num_gpus: GPUs, or a share of one.
-        wait_s: seconds to wait while others hold them. None: without limit.
-        announce: shows a line while it waits, which says who holds them.
-        title: what others read who wait for what it holds. None: the function's name.
+        wait_s: most seconds to wait while others hold them. None: no limit.
+        announce: shows a line with the holders during the wait.
+        title: shown as the holder to others who wait. None: the function's name.
 
     Raises:
-        ResourceError: the cluster could never hold it, or the wait was too long.
+        ResourceError: the cluster is too small, or the wait was too long.
     """
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -193,10 +192,10 @@ def _guard_local() -> None:
 
 def _make_token(token_file: Path) -> None:
     if token_file.is_file():
-        with token_file.open("rb"):  # it must be readable, too
+        with token_file.open("rb"):  # raises if it is not readable
             return
     token_file.parent.mkdir(parents=True, exist_ok=True)
-    # Under another name first: a process that is killed here must not leave an empty token, which Ray refuses for good.
+    # Written under another name first: a process killed here must not leave an empty token, which Ray would always refuse.
     descriptor, fresh = tempfile.mkstemp(prefix=".ray-token-", dir=token_file.parent)
     with os.fdopen(descriptor, "w") as stream:
         stream.write(secrets.token_hex(32))

@@ -1,7 +1,7 @@
-"""Who holds the GPUs and cores of a cluster, in the user's terms: services, trainings, searches and evaluations by their names.
+"""Holders of a cluster's GPUs and cores: services, trainings, searches and evaluations by name.
 
-Ray tells of placement groups, actors and tasks. What they belong to is read from Serve's actor names, from the names of our own
-groups, and for groups that Ray makes for us from a note in the cluster's key-value store.
+Ray lists placement groups, actors and tasks. Their owner is read from Serve's actor names, from the names of our own groups, and
+for groups that Ray creates for us from a note in the cluster's key-value store.
 """
 
 from __future__ import annotations
@@ -12,35 +12,37 @@ from dataclasses import dataclass
 from typing import Any
 
 MARK = " #"
-"""Between a group's title and what makes its name unique."""
+"""Separates a group's title from the suffix that makes its name unique."""
 
 _LIMIT = 10_000
-"""Most actors, tasks, groups or jobs read at once; Ray itself stops there."""
+"""Most actors, tasks, groups or jobs to list; Ray's own limit."""
 _MAX_COMMAND = 120
 _NOTES = "finlora"
 """Namespace of the titles in the key-value store."""
+_SERVICE = "the service "
+"""Start of the title of a served application."""
 _SERVE_NAMESPACE = "serve"
 _REPLICA = "SERVE_REPLICA::"
-_SEARCH_CLASS = "ImplicitFunc"  # the class that Ray Tune makes of a function
+_SEARCH_CLASS = "ImplicitFunc"  # the class in which Ray Tune wraps a function
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Holding:
-    """What one placement group, actor or task, or several of one owner, keep from others."""
+    """Amount of a resource that one owner holds, in placement groups, actors and tasks."""
 
     amount: float
     what: str
-    """`the service NAME`, `the training NAME`; else the name of the group or actor, or the classes and functions in it."""
+    """`the service NAME`, `the training NAME`; otherwise the name of the group or actor, or the classes and functions in it."""
     source: str
-    """The job's submission id or its driver's process, and its command; or how to end what no job holds."""
+    """Submission id or driver process of its job, and the command; without a job, the command that ends it."""
 
 
 def note_title(group_id: str, title: str) -> None:
-    """Write down to whom a placement group belongs that Ray made, and named, for us.
+    """Record the owner of a placement group that Ray created, and named, for us.
 
     Args:
         group_id: its id in hex.
-        title: as `the training NAME`.
+        title: such as `the training NAME`.
     """
     from ray.experimental.internal_kv import _internal_kv_put
 
@@ -48,10 +50,10 @@ def note_title(group_id: str, title: str) -> None:
 
 
 def list_holdings(kind: str) -> list[Holding]:
-    """Return who holds a resource of the connected cluster, largest share first.
+    """Return the holders of a resource of the connected cluster, largest amount first.
 
     Args:
-        kind: Ray's name of the resource, as `GPU`.
+        kind: Ray's name of the resource, such as `GPU`.
     """
     from ray.util.state import list_actors, list_jobs, list_placement_groups, list_tasks
 
@@ -74,19 +76,19 @@ def collect(
     jobs: Iterable[Any],
     titles: Mapping[str, str],
 ) -> list[Holding]:
-    """Return who holds a resource, from Ray's own records; what belongs to one owner is added up.
+    """Return the holders of a resource from Ray's records, amounts summed by owner.
 
     Args:
-        groups, actors, tasks: those that hold something now.
-        jobs: all of the cluster's.
-        titles: placement group id -> whose it is, by `note_title`.
+        groups, actors, tasks: those that hold resources now.
+        jobs: all jobs of the cluster.
+        titles: placement group id -> its title by `note_title`.
     """
     members = [*actors, *tasks]
     sources = _describe_jobs(jobs)
     amounts: dict[tuple[str, str], float] = {}
 
     def add(amount: float, what: str, job_id: str | None) -> None:
-        is_service = what.startswith("the service ")
+        is_service = what.startswith(_SERVICE)
         source = sources(job_id) or ("`serve shutdown` ends it" if is_service else f"job {job_id}")
         amounts[what, source] = amounts.get((what, source), 0.0) + amount
 
@@ -98,7 +100,7 @@ def collect(
             )
             title = titles.get(group.placement_group_id) or group.name.partition(MARK)[0]
             words = [name if name.startswith("a search") else f"{count} x {name}" for name, count in inside.items()]
-            add(amount, title or ", ".join(words) or "a group that nothing runs in", group.creator_job_id)
+            add(amount, title or ", ".join(words) or "an empty placement group", group.creator_job_id)
     for member in members:
         amount = (member.required_resources or {}).get(kind, 0.0)
         if amount and not member.placement_group_id:
@@ -108,12 +110,12 @@ def collect(
 
 
 def name_service(application: str) -> str:
-    """Return what others read of a served application that holds what they wait for."""
-    return f"the service {application}"
+    """Return the title of a served application, shown to others who wait for its resources."""
+    return f"{_SERVICE}{application}"
 
 
 def _name_member(member: Any) -> str:
-    """Return the service that an actor is of, else its own name or class, or a task's function."""
+    """Return the service of an actor, otherwise its own name or class, or a task's function."""
     name = str(member.name or "")
     if getattr(member, "ray_namespace", None) == _SERVE_NAMESPACE and name.startswith(_REPLICA):
         return name_service(name.removeprefix(_REPLICA).partition("#")[0])
@@ -124,9 +126,9 @@ def _name_member(member: Any) -> str:
 
 
 def _describe_jobs(jobs: Iterable[Any]) -> Callable[[str | None], str]:
-    """Return a function from a job's id to its submission id or driver, and its command; empty for one that Ray hides.
+    """Return a function from a job's id to its submission id or driver and its command; "" for a job that Ray does not list.
 
-    What `serve deploy` starts belongs to a job of the dashboard's own, of which Ray tells nothing.
+    What `serve deploy` starts belongs to a job of the dashboard's own, which Ray does not list.
     """
     known = {job.job_id: job for job in jobs if job.job_id}
 
@@ -141,7 +143,7 @@ def _describe_jobs(jobs: Iterable[Any]) -> Callable[[str | None], str]:
 
 
 def _shorten(command: str) -> str:
-    """Return a job's command, cut to what tells it from others: script, config and the first settings."""
+    """Return a job's command, cut behind the script, config and first settings."""
     return command if len(command) <= _MAX_COMMAND else f"{command[:_MAX_COMMAND]}..."
 
 
@@ -154,6 +156,6 @@ def _read_title(group_id: str) -> str:
 def _ask(list_states: Callable[..., list[Any]]) -> list[Any]:
     import ray
 
-    # Named, since Ray would look for a cluster by itself and give up where a machine runs several.
+    # Given explicitly: on a machine with several clusters Ray does not find one by itself.
     address = ray.get_runtime_context().gcs_address
     return list_states(address=address, detail=True, limit=_LIMIT, raise_on_missing_output=False)

@@ -1,8 +1,7 @@
-"""Share the GPUs of a cluster: who holds them, and a bounded wait for a share that comes whole or not at all.
+"""Lease of cluster resources: a Ray placement group with a bounded wait, and the names of those who hold what is missing.
 
-Ray's placement groups are the lease: all bundles of one are granted together, so two jobs that each want four GPUs never
-sit on two each and wait for the other's. What Ray does not do is said here: who holds what a job waits for, and when the
-wait has been long enough.
+All bundles of a placement group are granted together, so two jobs that each want four GPUs never hold two each and wait for the
+other's. Ray bounds no wait and names no holder: this module does.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ _EPSILON = 1e-6
 
 
 def describe_shortage(bundles: Sequence[Bundle]) -> str | None:
-    """Return what is missing for `bundles` just now and who holds it; None where there is room.
+    """Return what is missing for `bundles` now and who holds it; None: they fit.
 
-    Room is counted over all nodes: bundles that fit no single node pass here and are still refused by Ray.
+    Resources are summed over all nodes: bundles that fit no single node pass here and are refused by Ray.
     """
     import ray
 
@@ -41,7 +40,7 @@ def describe_shortage(bundles: Sequence[Bundle]) -> str | None:
             continue
         try:
             held = "; ".join(f"{each.amount:g} by {each.what} ({each.source})" for each in list_holdings(kind))
-        except Exception as error:  # the answer comes over HTTP from the dashboard, which may be away
+        except Exception as error:  # it asks the dashboard by HTTP, which may not answer
             held = f"by whom cannot be listed ({type(error).__name__}: {error})"
         lost = "" if need <= total.get(kind, 0.0) + _EPSILON else ", so nodes are missing"
         return (
@@ -55,20 +54,20 @@ def describe_shortage(bundles: Sequence[Bundle]) -> str | None:
 def take_lease(
     bundles: Sequence[Bundle], wait_s: float | None, announce: Callable[[str], None], name: str = ""
 ) -> Iterator[PlacementGroup]:
-    """Hold a placement group of `bundles` while inside; schedule tasks and actors into it.
+    """Placement group of `bundles`, held while inside, for tasks and actors to be scheduled into.
 
     Args:
         bundles: one for each worker, stage or task.
-        wait_s: seconds to wait while others hold what is needed. None: without limit.
-        announce: shows the user a line, at once and then each minute, while it waits.
-        name: what others are told who wait for this one.
+        wait_s: most seconds to wait while others hold the resources. None: no limit.
+        announce: shows the user a line at the start of the wait and each minute after.
+        name: shown as the holder to others who wait.
 
     Raises:
-        NoRoomError: the wait was too long; says who holds what.
+        NoRoomError: the wait was too long; names the holders.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    # Ray refuses a second group of one name.
+    # Ray refuses a second group with the same name.
     own = f"{name}{MARK}{secrets.token_hex(4)}" if name else ""
     group = placement_group(list(bundles), strategy="PACK", name=own)
     patience = Patience(wait_s, announce)
@@ -85,13 +84,13 @@ _waited = 0.0
 
 
 def seconds_waited() -> float:
-    """Return how long this process has waited in `take_lease` so far, all times together."""
+    """Return the seconds that this process has waited in `take_lease` so far."""
     return _waited
 
 
 @contextmanager
 def _counting() -> Iterator[None]:
-    global _waited  # what measures a piece of work does not know who waits below it
+    global _waited  # callers that time a piece of work do not see the waits inside it
     started = time.monotonic()
     try:
         yield
@@ -100,10 +99,10 @@ def _counting() -> Iterator[None]:
 
 
 class Patience:
-    """How long a wait goes on, and when the user hears of it.
+    """Time limit of a wait, and its progress lines.
 
     Args:
-        wait_s: seconds from the first check. None: without limit.
+        wait_s: most seconds to wait. None: no limit.
         announce: shows a line.
     """
 
@@ -114,7 +113,7 @@ class Patience:
         self._next_word = 0.0
 
     def check(self, shortage: str) -> None:
-        """Say what is waited for, once a minute.
+        """Announce the shortage, once a minute.
 
         Raises:
             NoRoomError: the wait was too long.
@@ -135,15 +134,15 @@ class Patience:
 
 
 def wait_for_room(bundles: Sequence[Bundle], patience: Patience, look: Callable[[], None] = lambda: None) -> None:
-    """Return when the cluster has room for `bundles`, without taking it.
+    """Wait until the cluster has free resources for `bundles`, without taking them.
 
     Args:
-        bundles: what is needed.
-        patience: bounds the wait and announces it.
-        look: called each second meanwhile; ends the wait by raising.
+        bundles: resources that are needed.
+        patience: limits and announces the wait.
+        look: called each second; raises to end the wait.
 
     Raises:
-        NoRoomError: the wait was too long; says who holds what.
+        NoRoomError: the wait was too long; names the holders.
     """
     while (shortage := describe_shortage(bundles)) is not None:
         look()

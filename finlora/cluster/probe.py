@@ -1,7 +1,7 @@
-"""Bounded look at a running Ray cluster before this process joins it: address, token, versions, node of this machine.
+"""Check of a running Ray cluster before this process joins it: address, token, versions, node on this machine.
 
-Ray's own client tries an address for ten minutes, and names a version mismatch by a traceback. Here one call of the cluster's
-control store (GCS), with a deadline, says which of the things that can be wrong it is.
+Ray's own client tries an address for ten minutes, and reports a version mismatch as a traceback. Here one call of the cluster's
+control store (GCS) with a deadline finds out what is wrong.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from finlora.errors import ConfigError, FinloraError, ResourceError
 from finlora.machine.host import require_listener
 
 RESOLVE_S, CONNECT_S, ANSWER_S = 4.0, 4.0, 6.0
-"""Most seconds for the name, the connection and the answer: 14 together."""
+"""Timeouts of name resolution, connection and answer in seconds: 14 in total."""
 _EXPECTED = "expected HOST:PORT of a `ray start --head` (port 6379 unless told otherwise)"
 _ALONE = "or unset RAY_ADDRESS to run on this machine alone"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterVersions:
-    """What a cluster was started with."""
+    """Versions of Ray and Python with which a cluster was started."""
 
     address: str
     """HOST:PORT of its control store."""
@@ -37,8 +37,8 @@ def probe_cluster(address: str) -> ClusterVersions:
         address: as in RAY_ADDRESS: HOST:PORT, or `auto` for a cluster that runs on this machine.
 
     Raises:
-        ConfigError: it is no address of a cluster, but of its dashboard or of Ray Client.
-        ResourceError: nothing answers there, or something else than a cluster, or the token is not the cluster's.
+        ConfigError: it is not the address of a cluster, but of its dashboard or of Ray Client.
+        ResourceError: nothing answers there, or not a cluster, or the cluster refuses the token.
     """
     host, port = _read_address(address)
     try:
@@ -52,7 +52,7 @@ def probe_cluster(address: str) -> ClusterVersions:
 
 
 def require_same_versions(cluster: ClusterVersions) -> None:
-    """Compare the cluster's Ray and Python with this process's, by Ray's own rule.
+    """Compare the cluster's Ray and Python versions with this process's, by Ray's own rule.
 
     Raises:
         ResourceError: they differ; names both.
@@ -73,7 +73,7 @@ def require_same_versions(cluster: ClusterVersions) -> None:
 
 
 def require_node_here(cluster: ClusterVersions) -> None:
-    """Look whether a node of Ray runs on this machine: a driver joins a cluster through one.
+    """Check that a Ray node runs on this machine: a driver joins a cluster through one.
 
     Raises:
         ResourceError: there is none.

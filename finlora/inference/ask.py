@@ -1,4 +1,4 @@
-"""One question to one model, in this process or spread over stage actors: what `finlora ask` does."""
+"""One question to one model, in this process or in stage actors (`finlora ask`)."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reply:
-    """An answer as a user reads it."""
+    """Answer in the form that `finlora ask` shows."""
 
     probabilities: dict[str, float]
-    """Allowed answer -> probability, normalised over them, likeliest first; empty for free text."""
+    """Choice -> probability, normalised over all choices, likeliest first; empty for free text."""
     text: str
-    """The likeliest allowed answer, or the generated text."""
+    """The likeliest choice, or the generated text."""
     quote: tuple[int, int] | None
-    """Where generated text stands in the question's context, from and to which character; None: nowhere."""
+    """First character of the generated text in the question's context, and the one behind it; None: not found there."""
     finish: Finish
     num_prompt_tokens: int
     template_date: str | None
-    """Day that the chat template wrote into the prompt; None: it writes none, or always its own."""
+    """Date that the chat template wrote into the prompt; None: it writes none, or a fixed one."""
 
 
 def ask(
@@ -44,19 +44,19 @@ def ask(
     num_stages: int,
     on_text: Callable[[str], None],
 ) -> Reply:
-    """Load the model, answer one question, and let the model go.
+    """Load the model, answer one question, and free the model.
 
     Args:
-        config: with absolute paths; eval.bits and eval.device say how the base is held.
-        adapter: adapter folder; None: the base alone.
-        num_stages: 1: this process holds the model; more: so many Ray actors, Ray being connected.
-        on_text: gets generated text as it comes.
+        config: with absolute paths; eval.bits and eval.device apply to the base.
+        adapter: adapter folder; None: the base model alone.
+        num_stages: 1: in this process; more: in that many Ray actors, Ray being connected.
+        on_text: called with generated text as it is streamed.
 
     Raises:
-        AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
+        AdapterError: the adapter is incomplete, or was trained for another base, tokenizer or template.
         ConfigError: the prompt is too long for the model.
-        ResourceError: the device or the cluster has too little.
-        StageLostError: a stage died before the answer was complete.
+        ResourceError: the device's memory or the cluster's resources are too small.
+        StageLostError: a stage crashed before the answer was complete.
     """
     base = read_base_files(config.model)
     tokenizer = base.tokenizer
@@ -68,7 +68,7 @@ def ask(
             f"the question takes {request.num_tokens:,} tokens with the room for its answer, and the model {longest:,}: shorten "
             "the text, or raise model.max_seq_len as far as the base goes."
         )
-    # Slow to import, and not needed where the question cannot be asked.
+    # Slow to import, and not needed if the question is refused.
     from finlora.inference.open_base import open_engine
 
     rows = request.num_tokens
@@ -105,10 +105,10 @@ def make_request(
     adapter: str | None,
     date: str | None,
 ) -> Request:
-    """Encode a question as training does.
+    """Encode a question as in training.
 
     Args:
-        date: as of `encode_prompt`.
+        date: as in `encode_prompt`.
     """
     template = config.model.template
     return Request(
@@ -121,6 +121,6 @@ def make_request(
 
 
 def rank_choices(choices: Sequence[str], log_probs: Sequence[float]) -> dict[str, float]:
-    """Return each choice's probability, normalised over all of them, the likeliest first."""
+    """Return each choice's probability, normalised over all choices, likeliest first."""
     pairs = sorted(zip(choices, normalise_choices(log_probs), strict=True), key=lambda pair: -pair[1])
     return dict(pairs)

@@ -1,6 +1,6 @@
-"""Whole test splits through the engine: many prompts in, all answers out; meets `Engine` over stages of any place.
+"""Batch inference over whole test splits: implements `Engine` over stages in this process or in others.
 
-A stage that dies in the midst of thousands of prompts is started again, and what was not answered is asked anew.
+After a stage crash, the stage is restarted and the unanswered prompts are submitted again.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from finlora.errors import StageLostError
 _logger = logging.getLogger(__name__)
 
 _MAX_WAITING = 64
-"""Requests in line: enough to fill a micro-batch, few enough to look through at each admission."""
+"""Requests in the queue: enough to fill a micro-batch, few enough to search at each admission."""
 _MAX_LOSSES = 3
-"""Losses without an answer in between, at which it is given up: a stage that dies again and again may do so for where it runs."""
+"""Stage losses without an answer in between, after which the error is raised: the cause may be the stage's machine."""
 
 
 class BatchEngine:
     """Answers lists of prompts.
 
     Args:
-        core: used by nobody else meanwhile.
-        adapter: name under which an adapter is loaded; None: the base alone.
-        renew: brings lost stages back and returns a core over all; None: they cannot be lost alone.
+        core: not used elsewhere at the same time.
+        adapter: name of a loaded adapter; None: the base model alone.
+        renew: restarts lost stages and returns a core over all; None: there is one process.
     """
 
     def __init__(self, core: EngineCore, adapter: str | None, renew: Callable[[], EngineCore] | None = None) -> None:
         self.core, self.adapter, self._renew = core, adapter, renew
         self._num_losses = 0
-        """Since the last answer."""
+        """Stage losses since the last answer."""
 
     def score_choices(
         self,
@@ -69,11 +69,11 @@ class BatchEngine:
         answers: dict[str, Answer] = {}
         texts: dict[str, str] = {}
         while left := [request for request in requests if request.id not in answers]:
-            texts |= dict.fromkeys((request.id for request in left), "")  # a part of one may have come
+            texts |= dict.fromkeys((request.id for request in left), "")  # drops partial texts of a lost attempt
             try:
                 self._answer(left, answers, texts, on_done)
             except StageLostError as error:
-                self._bring_back(error)
+                self._recover(error)
         return answers, texts
 
     def _answer(
@@ -84,15 +84,15 @@ class BatchEngine:
         on_done: Callable[[int], None],
     ) -> None:
         """Add the answers of all requests, and their texts."""
-        # Prompts that begin alike follow each other, so that their beginning is still in the cache.
-        to_come = iter(sorted(requests, key=lambda request: request.prompt_ids))
+        # Prompts with a common prefix follow each other, so that it is still in the prefix cache.
+        remaining = iter(sorted(requests, key=lambda request: request.prompt_ids))
         wanted = len(answers) + len(requests)
 
         def add(request_id: str, piece: Piece) -> None:
             texts[request_id] += piece.text
 
         while len(answers) < wanted:
-            while self.core.scheduler.num_waiting < _MAX_WAITING and (request := next(to_come, None)) is not None:
+            while self.core.scheduler.num_waiting < _MAX_WAITING and (request := next(remaining, None)) is not None:
                 self.core.submit(request)
             if ended := self.core.step(add):
                 for answer in ended:
@@ -100,11 +100,11 @@ class BatchEngine:
                     answers[answer.request_id] = answer
                 self._num_losses = 0
                 on_done(len(answers))
-            assert not self.core.is_stalled, "nobody else uses the core, so what cannot start now never will"
+            assert not self.core.is_stalled, "the core has no other user, so a request that cannot start now never will"
 
-    def _bring_back(self, error: StageLostError) -> None:
+    def _recover(self, error: StageLostError) -> None:
         self._num_losses += 1
         if self._renew is None or self._num_losses >= _MAX_LOSSES:
             raise error
-        _logger.warning("%s This evaluation does so by itself: what was not answered is asked anew.", error)
+        _logger.warning("%s This evaluation does so by itself: it submits the unanswered prompts again.", error)
         self.core = self._renew()

@@ -1,4 +1,4 @@
-"""The base of a config, held in one stage of this process or in several actors, ready to compute micro-batches."""
+"""Base model of a config as an executor: one stage in this process, or several in actors."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _ROOM_SHARE, _ROOM_BYTES = 0.05, 1.5 * GIB
-"""Of a GPU's memory, kept free for what a micro-batch computes."""
+"""Share of a GPU's memory, and bytes, kept free for the activations of a micro-batch."""
 _ODD = 37
-"""Rows above the most of a micro-batch that are warmed up for."""
+"""Rows above the largest micro-batch in the warm-up."""
 
 
 @contextmanager
 def open_executor(
     config: RunConfig, num_stages: int, wanted_rows: int, least_rows: int
 ) -> Iterator[tuple[Executor, int]]:
-    """Hold a base while inside; yields what computes, and the rows of its cache.
+    """Load a base model while inside; yields its executor, and the rows of its KV cache.
 
     Args:
-        config: eval.bits and eval.device say how the base is held.
-        num_stages: 1: this process holds it; more: so many Ray actors, Ray being connected.
+        config: eval.bits and eval.device apply to the base.
+        num_stages: 1: in this process; more: in that many Ray actors, Ray being connected.
         wanted_rows: tokens that the KV cache should hold.
-        least_rows: tokens that it must hold; where wanted_rows do not fit, it gets what does.
+        least_rows: tokens that it must hold; if wanted_rows do not fit, it gets as many as do.
 
     Raises:
         ModelError: the base's files are not usable.
-        ResourceError: the device or the cluster has too little.
+        ResourceError: the device's memory or the cluster's resources are too small.
     """
     bits = config.eval.bits or config.model.bits
     wanted_rows, least_rows = round_up(wanted_rows), round_up(least_rows)
@@ -89,12 +89,12 @@ def open_executor(
 
 
 class OpenEngine(NamedTuple):
-    """A base that is held, and requests to it."""
+    """An engine over a loaded base model."""
 
     core: EngineCore
     renew: Callable[[], EngineCore] | None
-    """Starts lost stages alone and returns a core over all, without requests; errors as of Pipeline.repair. None: there is one
-    process."""
+    """Restarts only the lost stages and returns a core over all, without requests; errors as in Pipeline.repair. None: there is
+    one process."""
 
 
 @contextmanager
@@ -106,7 +106,7 @@ def open_engine(
     wanted_rows: int,
     least_rows: int,
 ) -> Iterator[OpenEngine]:
-    """Hold a base and at most one adapter, under the name ADAPTER, while inside; arguments and errors as `open_executor`."""
+    """Load a base model and at most one adapter, named ADAPTER, while inside; arguments and errors as in `open_executor`."""
     with open_executor(config, num_stages, wanted_rows, least_rows) as (executor, rows):
         in_flight = choose_in_flight(num_stages, config.eval.device, config.eval.num_gpus)
         limits = Limits(
@@ -140,13 +140,13 @@ def open_engine(
 
 
 def choose_in_flight(num_stages: int, device: str, gpus_per_stage: float) -> int:
-    """Return how many micro-batches are under way at once: one for each processor that the stages compute on.
+    """Return the number of micro-batches in flight: one for each processor that the stages compute on.
 
-    Stages that share a GPU take turns on it. More micro-batches would only be smaller ones, each of which reads all weights.
+    Stages that share a GPU take turns on it. More micro-batches would be smaller, and each of them reads all weights.
 
     Args:
         device: `cuda` or `cpu`.
-        gpus_per_stage: share of a GPU; of no use on CPU.
+        gpus_per_stage: GPUs of a stage, or a share of one; ignored on CPU.
     """
     if device != "cuda" or gpus_per_stage >= 1:
         return num_stages
@@ -156,45 +156,45 @@ def choose_in_flight(num_stages: int, device: str, gpus_per_stage: float) -> int
 def choose_batch_rows(in_flight: int) -> int:
     """Return the most rows of a micro-batch.
 
-    One alone at work reads and unpacks the weights a sixth as often with six times as many rows; several stages are kept busy by
-    more micro-batches of fewer rows.
+    With one in flight, six times as many rows read and unpack the weights a sixth as often; several stages are kept busy by more
+    micro-batches of fewer rows.
     """
     return 12288 if in_flight == 1 else 2048
 
 
 def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:
-    """Compute nothing of use in every size that requests will bring, so that none of them waits for kernels and recorded passes.
+    """Warm up every batch shape, so that no request waits for kernels to compile or CUDA graphs to be captured.
 
     Args:
-        executor: with nothing in its cache yet.
+        executor: with an empty KV cache.
         num_rows: rows of its cache.
         batch_tokens: most rows of a micro-batch.
     """
     longest = min(batch_tokens, num_rows)
     sizes, label_counts = [size for size in PROMPT_SIZES if size < longest], (0, 1, FEW_TAILS + 1)
-    # Labels come on top of the most rows, by any number: kernels are compiled anew for rows that are no multiple of 16.
+    # Rows of labels come on top of the largest micro-batch, in any number: row counts that are no multiple of 16 compile anew.
     whole = [(longest, 0), (longest // 2, 0), (longest, 0), (min(longest + _ODD, num_rows), FEW_TAILS + 1)]
-    # Seen for the first time, then recorded: prompts alone, and with the last tokens of labels, a few and many.
+    # The first run is eager, the second is captured: prompts alone, and with the last tokens of labels, a few and many.
     recorded = [(size, num_labels) for size, num_labels in product(sizes, label_counts) if num_labels < size]
     for size, num_labels in (*whole, *recorded, *recorded):
         _pass(executor, _make_prompts(size, num_labels))
-    for size in (*DECODE_SIZES, *DECODE_SIZES):  # seen for the first time, then recorded
+    for size in (*DECODE_SIZES, *DECODE_SIZES):  # eager, then captured
         tokens = MicroBatch(0, adapters=[(None, size)])
         for _ in range(size):
-            tokens.add([0], 0, [num_rows], [(num_rows, 1)])  # the row behind the cache belongs to nobody
+            tokens.add([0], 0, [num_rows], [(num_rows, 1)])  # the spare row behind the cache
         _pass(executor, tokens)
 
 
 def _make_prompts(num_rows: int, num_labels: int) -> MicroBatch:
-    """Return a micro-batch of one prompt, or where it has many labels of short ones; each label has a token behind the first."""
+    """Return a micro-batch of one prompt, or of short ones if it has many labels; each label adds one row."""
     batch, left = MicroBatch(0, adapters=[(None, num_rows)]), num_rows - num_labels
     first = size = min(left, SHORT) if num_labels > 1 else left
     while left:
-        place, size = batch.num_rows, min(left, size)
-        batch.add([0] * size, 0, range(place, place + size), [(place, size)])
+        start, size = batch.num_rows, min(left, size)
+        batch.add([0] * size, 0, range(start, start + size), [(start, size)])
         left -= size
-    for place in range(batch.num_rows, num_rows):
-        batch.add([0], first, [place], [(0, first), (place, 1)])
+    for row in range(batch.num_rows, num_rows):
+        batch.add([0], first, [row], [(0, first), (row, 1)])
     return batch
 
 
@@ -204,7 +204,7 @@ def _pass(executor: Executor, batch: MicroBatch) -> None:
 
 
 def count_fitting_rows(device: torch.device, row_bytes: int) -> int:
-    """Return the rows of a cache that fit beside what a device holds; on CPU memory is not counted."""
+    """Return the cache rows that fit into a device's free memory; on CPU, no limit."""
     if device.type != "cuda":
         return 2**40
     free, total = torch.cuda.mem_get_info(device)
@@ -213,14 +213,14 @@ def count_fitting_rows(device: torch.device, row_bytes: int) -> int:
 
 
 def count_rows(sizes: Sequence[int], at_once: int) -> int:
-    """Return the cache rows in which so many requests find room at once whichever they are, beside a prefix that is kept.
+    """Return the cache rows that fit any `at_once` requests beside one kept prefix.
 
     Args:
-        sizes: rows that each request can need, the largest first.
+        sizes: most rows of each request, the largest first.
     """
     return sum(map(round_up, sizes[:at_once])) + round_up(sizes[0])
 
 
 def round_up(num_tokens: int) -> int:
-    """Return the cache rows of a whole number of blocks."""
+    """Return a number of cache rows rounded up to whole blocks."""
     return -(-num_tokens // BLOCK) * BLOCK

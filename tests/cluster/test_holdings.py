@@ -80,7 +80,7 @@ def test_search_evaluation_and_what_is_not_ours_are_told_apart():
     assert [(holding.amount, holding.what, holding.source) for holding in held] == [
         (1.0, "the evaluation of fpb-4bit", "job raysubmit_x: python jobs/train.py"),
         (0.5, "a search (Ray Tune)", f"job 02000000, process 77 on 10.0.0.5: {command}"),
-        (0.5, "a group that nothing runs in", "job 05000000"),
+        (0.5, "an empty placement group", "job 05000000"),
         (0.25, "Reader", f"job 02000000, process 77 on 10.0.0.5: {command}"),
         (0.125, "sleep", "job raysubmit_x: python jobs/train.py"),
     ]

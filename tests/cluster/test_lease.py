@@ -61,7 +61,7 @@ def test_group_that_ray_made_for_a_training_is_told_by_the_trainings_name(half):
     try:
         ray.get(group.ready())
         deadline = time.monotonic() + 30
-        while (found := [holding.what for holding in list_holdings("CPU")]) != ["a group that nothing runs in"]:
+        while (found := [holding.what for holding in list_holdings("CPU")]) != ["an empty placement group"]:
             assert time.monotonic() < deadline, found
             time.sleep(0.2)
         note_title(group.id.hex(), "the training llama-8b-fpb")

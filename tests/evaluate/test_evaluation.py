@@ -250,7 +250,7 @@ def test_evaluation_outlives_a_stage_that_dies(make_config, adapter, ray_instanc
     assert (spread.metrics, spread.counts) == (alone.metrics, alone.counts)
     assert len(pipelines) == 2  # joined again
     assert re.search(
-        r"a stage of the model was lost \(.*died.*\): ask again; .*what was not answered is asked anew", caplog.text
+        r"a stage of the model was lost \(.*died.*\): ask again; .*it submits the unanswered prompts again", caplog.text
     )
 
 

@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 class StageActor:
-    """Loads a span of layers and works on messages; Ray runs it. graph.py joins it to the stages beside it.
+    """Ray actor that loads a span of layers and computes messages; finlora/pipeline/graph.py joins it to the other stages.
 
     Args:
         model: a ModelConfig as a dict.
         span: first layer, and the one behind the last.
         device: `cuda` or `cpu`.
-        cache_rows: tokens that its KV cache holds.
+        cache_rows: tokens of its KV cache.
         keep_unpacked: hold 4-bit weights unpacked.
     """
 
@@ -58,7 +58,7 @@ class StageActor:
 
         remove_left_semaphores()
         wait_with_pauses(device)
-        # For as long as the process lives: to change levels of loggers for each micro-batch took a fifth of a short one's time.
+        # For the life of the process: changing log levels for each micro-batch took a fifth of a short one's time.
         self._quiet = quiet_bitsandbytes()
         self._quiet.__enter__()
         source, layers = ModelConfig(**model), range(*span)
@@ -74,7 +74,7 @@ class StageActor:
         self.sampled_out: TokenLink | None = None
         """Of the last stage; with one stage, the same."""
         self._hidden_state_links: dict[HiddenStateTransport, HiddenStateLink] = {}
-        """All that were made: another stage may have the memory of one mapped."""
+        """Kept when closed: another stage may have the memory of one mapped."""
         self._token_links: dict[TokenTransport, TokenLink] = {}
         self.info: StageInfo | None = None
         base = load_base(source, bits, self.device, seed, layers)
@@ -162,21 +162,21 @@ class StageActor:
         self.stage.clear_cache()
 
     def describe(self) -> dict[str, float]:
-        """Return what the stage holds, which also says that it is loaded."""
+        """Return the sizes of weights and KV cache; an answer also shows that the stage is loaded."""
         return {"weights_gib": self.weights_gib, "cache_gib": self.stage.cache_bytes / 2**30}
 
     def peak_memory_gib(self) -> float:
-        """Return the most memory that the stage has taken since it was loaded."""
+        """Return the stage's peak memory since it was loaded."""
         return self.stage.peak_memory_gib() + sum(link.held_gib for link in self._links)
 
     def load_adapter(self, name: str, folder: str, known: str | None) -> str:
         """Load an adapter and return the hash of its files.
 
         Args:
-            known: hash of what the other stages have under that name; None: they have not said.
+            known: hash of the adapter that other stages loaded; None: this is the first stage.
 
         Raises:
-            AdapterError: the folder holds no adapter that fits, or another one than the other stages have.
+            AdapterError: the folder holds no adapter that fits, or another one than the other stages loaded.
         """
         from finlora.stage.adapter_weights import hash_adapter
 
@@ -190,11 +190,11 @@ class StageActor:
         return found
 
     def unload_adapter(self, name: str) -> None:
-        """Drop an adapter where it is there."""
+        """Unload an adapter, if it is loaded."""
         self.stage.unload_adapter(name)
 
     def run(self, message: Message) -> Message:
-        """Work on a message from the stage before, and give it to the next."""
+        """Compute a message of the stage before; returns the one for the next."""
         self._is_at_work = True
         answer = None
         try:
@@ -207,7 +207,7 @@ class StageActor:
                 self.sampled_out.send_read(message.ticket, state if isinstance(state, Output) else None)
 
     def is_at_work(self) -> bool:
-        """Return whether the stage computes; otherwise it waits for a message, or for one to be taken."""
+        """Return whether the stage computes; otherwise it waits to receive or to send a message."""
         return self._is_at_work
 
     def _answer(self, message: Message) -> Message:
@@ -232,7 +232,7 @@ class StageActor:
         return None
 
     def _compute(self, message: Message) -> tuple[Any, tuple[float, ...]]:
-        """Return the state for the next stage, and the seconds that are known now of this stage and of those before it."""
+        """Return the state for the next stage, and those seconds of this stage and earlier ones that are known now."""
         import torch
 
         started, waited, batch = time.perf_counter(), 0.0, message.work

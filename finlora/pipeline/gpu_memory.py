@@ -1,9 +1,9 @@
-"""Memory of a GPU that several processes share, and waits for what one of them writes there.
+"""GPU memory shared between processes by CUDA IPC, and stream-ordered waits for a flag in it.
 
-A wait is queued like a kernel: the GPU goes on by itself once the number is there, and the host does not stand by. Where the
-process that writes has died it would be for ever; `Gate.stop` writes in its place.
+A wait is queued like a kernel: the GPU goes on once the number is written, and the host does not block. If the process that
+writes has crashed, the wait would never end; `Gate.stop` writes the number instead.
 
-Imported only where a CUDA tensor is at hand: the CPU build of torch has no cuda-bindings.
+Imported only with a CUDA build of torch: the CPU build has no cuda-bindings.
 
 Sources: https://docs.nvidia.com/cuda/cuda-c-programming-guide/index.html#interprocess-communication,
 https://docs.nvidia.com/cuda/cuda-driver-api/group__CUDA__MEMOP.html
@@ -21,7 +21,7 @@ from finlora.errors import ResourceError
 from finlora.model.kernels.compile_cuda import check, driver, runtime
 
 LEAST_BYTES = 2 * 2**20
-"""Of shared memory: CUDA puts smaller pieces into one block, and shares all of it."""
+"""Least size of shared memory: CUDA puts smaller allocations into one block, and shares the whole block."""
 
 
 class Owned(NamedTuple):
@@ -30,18 +30,18 @@ class Owned(NamedTuple):
     data: Tensor
     """(bytes,) uint8, zero at first."""
     handle: bytes
-    """By which others map it."""
+    """IPC handle by which other processes map it."""
 
 
 class Mapped(NamedTuple):
-    """Memory of another process."""
+    """Memory that another process has allocated."""
 
     data: Tensor
     pointer: Any
 
 
 def allocate(num_bytes: int, device: torch.device) -> Owned:
-    """Return memory past torch's allocator, whose blocks CUDA shares only as the segments that they are parts of.
+    """Allocate memory outside torch's allocator, whose blocks CUDA shares only as whole segments.
 
     Raises:
         ResourceError: the GPU's memory is full.
@@ -57,12 +57,12 @@ def allocate(num_bytes: int, device: torch.device) -> Owned:
         )
     memory = _view(result[1], num_bytes, device)
     memory.zero_()
-    torch.cuda.current_stream(device).synchronize()  # whoever maps it may look at once
+    torch.cuda.current_stream(device).synchronize()  # another process may read it at once
     return Owned(memory, bytes(check(runtime.cudaIpcGetMemHandle(result[1])).reserved))
 
 
 def map_memory(handle: bytes, num_bytes: int, device: torch.device) -> Mapped:
-    """Return memory that another process has allocated.
+    """Map memory that another process has allocated.
 
     Raises:
         RuntimeError: CUDA does not let these processes share memory.
@@ -74,27 +74,27 @@ def map_memory(handle: bytes, num_bytes: int, device: torch.device) -> Mapped:
 
 
 def unmap(memory: Mapped) -> None:
-    """Let go of it, once what is queued is done; the process that it belongs to may be dead."""
+    """Unmap it once all queued work is done; the process that owns it may be dead."""
     torch.cuda.synchronize(memory.data.device)
     runtime.cudaIpcCloseMemHandle(memory.pointer)
 
 
 def write_flag(flag: Tensor, number: int) -> None:
-    """Queue that a number is written once all that is queued before is done. Shapes: flag (1,) int64."""
+    """Queue a write of a number behind all work queued so far. Shapes: flag (1,) int64."""
     _write(torch.cuda.current_stream(flag.device), flag, number)
 
 
 class Gate:
-    """Waits of one stage; the numbers that it waits for at a flag grow."""
+    """Waits of one stage for flags whose numbers grow."""
 
     def __init__(self, device: torch.device) -> None:
-        # To create one waits for all that is queued, and one of the same priority may queue behind it.
+        # Created now, since creating a stream waits for all queued work. Its priority lets it overtake a blocked stream.
         self._device, self._stream = device, torch.cuda.Stream(device, priority=-1)
         self._lock, self._is_stopped = threading.Lock(), False
         self._waits: dict[int, tuple[Tensor, int]] = {}
 
     def wait(self, flag: Tensor, number: int) -> None:
-        """Have what is queued from now on wait until the flag has come to a number. Shapes: flag (1,) int64.
+        """Queue a wait until the flag's number is at least `number`. Shapes: flag (1,) int64.
 
         Raises:
             RuntimeError: `stop` was called.
@@ -108,7 +108,7 @@ class Gate:
             check(driver.cuStreamWaitValue64(stream, flag.data_ptr(), number, at_least))
 
     def stop(self) -> None:
-        """Let nothing that is queued wait any longer; any thread may call it. What was waited for is void."""
+        """End all queued waits, from any thread; the data they waited for is void."""
         with self._lock, torch.cuda.device(self._device):
             self._is_stopped = True
             for flag, number in self._waits.values():
@@ -116,7 +116,7 @@ class Gate:
             self._stream.synchronize()
 
     def reopen(self) -> None:
-        """Let it wait again, at other flags or for greater numbers."""
+        """Allow waits again, for other flags or greater numbers."""
         with self._lock:
             self._waits.clear()
             self._is_stopped = False
@@ -127,7 +127,7 @@ def _write(stream: torch.cuda.Stream, flag: Tensor, number: int) -> None:
 
 
 class _Memory:
-    """Bytes on a GPU as torch takes them."""
+    """Bytes on a GPU in the form that torch accepts."""
 
     def __init__(self, pointer: Any, num_bytes: int) -> None:
         self.__cuda_array_interface__ = {

@@ -1,4 +1,4 @@
-"""Links between the stages of a compiled graph: made when stages join, taken down when they leave, also where one is dead."""
+"""Links and teardown of a compiled graph of stages, also of one with dead or blocked stages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def join_stages(actors: Sequence[Any], transport: Transport, ticket: int) -> boo
         Whether an answer comes only behind the next message (finlora/pipeline/late_read.py).
 
     Raises:
-        RayError: a stage died meanwhile.
+        RayError: a stage crashed meanwhile.
         ResourceError: the last stage cannot reach the first one.
     """
     numbers = range(len(actors))
@@ -95,25 +95,25 @@ def _warn(one: int, other: int, what: str, reason: str) -> None:
 
 
 _IDLE_TIMEOUT_S = 3.0
-"""Seconds for a stage that computes nothing: it does not leave any more, and all wait for it."""
+"""Seconds until an idle stage is killed: it is blocked, and the others wait for it."""
 _TEARDOWN_TIMEOUT_S = 30.0
 _POLL_S = 1.0
 
 
-def leave_graph(graph: Any, actors: Sequence[Any], timeout_s: float, *, lives_on: bool) -> set[int]:
-    """Have stages leave a graph, whatever is under way in it.
+def leave_graph(graph: Any, actors: Sequence[Any], timeout_s: float, *, keeps_stages: bool) -> set[int]:
+    """Tear down a graph with messages in flight.
 
     Args:
-        timeout_s: for those that compute.
-        lives_on: they are wanted afterwards, so that one that is ended by force is worth a warning.
+        timeout_s: for stages that compute.
+        keeps_stages: the stages are used again, so that killing one is worth a warning.
 
     Returns:
-        Numbers of those that did not, and were killed.
+        Numbers of the stages that did not leave and were killed.
     """
     for actor in actors:
         actor.stop_waiting.remote()
     loops = [graph.worker_task_refs[actor] for actor in actors]
-    # Ray waits without end for a stage that does not leave, and has begun to by itself where one died.
+    # In a thread: Ray waits without limit for a stage that does not leave. After a crash it has started to by itself.
     leaving = threading.Thread(target=graph.teardown, name="leave-graph", daemon=True)
     leaving.start()
     began, staying = time.monotonic(), loops
@@ -126,7 +126,7 @@ def leave_graph(graph: Any, actors: Sequence[Any], timeout_s: float, *, lives_on
     stuck = {index for index, loop in enumerate(loops) if loop in staying}
     for index in stuck:
         passed = time.monotonic() - began
-        level = logging.WARNING if lives_on else logging.INFO
+        level = logging.WARNING if keeps_stages else logging.INFO
         _logger.log(level, "Stage %d did not leave the graph in %.0f s and is ended by force", index, passed)
         ray.kill(actors[index])
     leaving.join(_TEARDOWN_TIMEOUT_S)
@@ -137,14 +137,14 @@ def _is_any_at_work(actors: Sequence[Any]) -> bool:
     refs = [actor.is_at_work.remote() for actor in actors]
     ready, late = ray.wait(refs, num_returns=len(refs), timeout=_POLL_S) if refs else ([], [])
     for ref in ready:
-        with suppress(RayError):  # of one that has died
+        with suppress(RayError):  # of a dead stage
             if ray.get(ref):
                 return True
-    return bool(late)  # it may be busy
+    return bool(late)  # the stage may be busy
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Return whether Ray says more than that a dead stage could not be told to leave, for which it takes thirty lines."""
+    """Return whether a log record is more than the thirty-line traceback of a dead stage that cannot be cancelled."""
     return record.exc_info is None or not isinstance(record.exc_info[1], RayActorError)
 
 

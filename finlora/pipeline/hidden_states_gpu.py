@@ -1,16 +1,16 @@
-"""Hidden states between two stages on one GPU, or on two of a machine: the message goes on before they are computed.
+"""Hidden states in shared GPU memory, between two stages on one GPU or on two of a machine; messages run ahead of them.
 
-A stage copies its states into memory that the next one's process has mapped, and queues that the message's ticket is written
-behind them. The message goes on once all this is queued. The next stage queues a wait for the ticket, and its own work behind it:
-the GPU goes on from one to the other by itself, and what a hop takes on the host costs no time.
+A stage queues its computation, a copy of the hidden states into memory that the next stage's process has mapped, and a write of
+the message's ticket behind them. Then it sends the message. The next stage queues a wait for the ticket, and its own computation
+behind it: the GPU goes from one to the other without the host, and a hop's time on the host is hidden.
 
-When a stage began and ended is written on the GPU, beside the states, since it does not wait for its own work; the first stage
-that does reads it for all.
+A stage does not wait for its own computation, so its begin and end times are written on the GPU beside the states; the first
+later stage that does wait reads the times of all.
 
-Of two GPUs the later one reads the earlier one's memory. Not all can, and behind some bridges they seem to: a trial
-(`GpuLink.offer`) shows whether states arrive.
+With two GPUs the later one reads the earlier one's memory. Not all pairs can, and behind some PCIe bridges they only seem to: a
+trial (`GpuLink.offer`) finds out.
 
-Imported only where a CUDA tensor is at hand: the CPU build of torch has neither Triton nor cuda-bindings.
+Imported only with a CUDA build of torch: the CPU build has neither Triton nor cuda-bindings.
 
 Shapes: T rows, H hidden, K stages.
 """
@@ -36,7 +36,7 @@ from finlora.stage.upload import download
 _ALIGNMENT = 256  # bytes
 _TRIAL_S = 10.0
 _KNOWN = 251
-"""Different numbers of a trial's states: each has one of its own in 16 bit."""
+"""Distinct values of a trial's states, all exact in 16 bits."""
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def _stamp(target_ptr):  # type: ignore[no-untyped-def]  # noqa: ANN001
 
 
 class GpuStamps:
-    """When stages began and ended, in nanoseconds of the GPU.
+    """Begin and end times of stages, in nanoseconds of the GPU's clock.
 
     Args:
         numbers: (2 K,) int64 on the GPU.
@@ -55,15 +55,15 @@ class GpuStamps:
         self.numbers = numbers
 
     def begin(self, stage: int) -> None:
-        """Write the time at which what is queued next begins."""
+        """Queue a write of the time before the work queued next."""
         _stamp[(1,)](self.numbers[2 * stage :])
 
     def end(self, stage: int) -> None:
-        """Write the time at which what is queued so far ends."""
+        """Queue a write of the time after the work queued so far."""
         _stamp[(1,)](self.numbers[2 * stage + 1 :])
 
     def copy(self, first: int, last: int) -> Callable[[], tuple[float, ...]]:
-        """Queue their way to the host; what is returned waits for it and tells the seconds of stages `first` to `last`."""
+        """Queue a copy to the host; the function returned waits for it and returns the seconds of stages `first` to `last`."""
         wait = download(self.numbers)
 
         def read() -> tuple[float, ...]:
@@ -73,8 +73,8 @@ class GpuStamps:
         return read
 
 
-class _Room:
-    """Memory of a place's parcels: stamps, the flag at which the next stage waits, states."""
+class _Buffer:
+    """Layout of a send buffer: stamps, the flag for which the next stage waits, states."""
 
     def __init__(self, memory: Tensor, num_stages: int) -> None:
         numbers = memory[: 16 * num_stages + 8].view(torch.int64)
@@ -126,7 +126,7 @@ class GpuLink:
         self._gate = self._gate or Gate(self._stage.device)
         hidden, _ = self.receive(offer)
         known = self._make_known()
-        # Once before the wait: to load a kernel may wait for all that is queued, and then nobody would look at the clock.
+        # Run once before the wait: loading a kernel may wait for all queued work, and would then block past the timeout.
         _ = (known == known.clone()).all()
         self.wait(offer)
         is_right = (known == hidden).all()
@@ -149,8 +149,8 @@ class GpuLink:
         parcel: Parcel = message.state
         if parcel.memory not in self._mapped:
             self._mapped[parcel.memory] = map_memory(parcel.memory, parcel.num_bytes, self._stage.device)
-        room = self._find_room(parcel)
-        return room.find_states(parcel.num_rows, self._stage.hidden_size, self._stage.dtype), room.stamps
+        buffer = self._find_buffer(parcel)
+        return buffer.find_states(parcel.num_rows, self._stage.hidden_size, self._stage.dtype), buffer.stamps
 
     def wait(self, message: Message) -> None:
         """Queue a wait on the GPU until the hidden states of a received message are complete.
@@ -159,7 +159,7 @@ class GpuLink:
             RuntimeError: the stages were told to stop.
         """
         assert self._gate is not None, "join comes first"
-        self._gate.wait(self._find_room(message.state).flag, message.ticket)
+        self._gate.wait(self._find_buffer(message.state).flag, message.ticket)
 
     def reserve(self, message: Message, stamps: Stamps | None) -> GpuStamps:
         """Reserve the message's send buffer; returns its stamps, with those of the stages before.
@@ -176,7 +176,7 @@ class GpuLink:
                 self._outgrown.append(memory)
             num_bytes = max(LEAST_BYTES, 1 << (num_bytes - 1).bit_length())
             memory = self._memories[index] = allocate(num_bytes, info.device)
-        own = _Room(memory.data, info.num_stages).stamps
+        own = _Buffer(memory.data, info.num_stages).stamps
         if stamps is not None:
             own.numbers.copy_(stamps.numbers)
         return own
@@ -184,34 +184,34 @@ class GpuLink:
     def send(self, message: Message, hidden: Tensor) -> Parcel:
         """Queue the copy of states (T, H) into the message's send buffer and the ticket behind it."""
         memory = self._memories[message.buffer]
-        room = _Room(memory.data, self._stage.num_stages)
-        room.find_states(len(hidden), self._stage.hidden_size, self._stage.dtype).copy_(hidden)
-        room.stamps.end(self._stage.number)
-        write_flag(room.flag, message.ticket)
+        buffer = _Buffer(memory.data, self._stage.num_stages)
+        buffer.find_states(len(hidden), self._stage.hidden_size, self._stage.dtype).copy_(hidden)
+        buffer.stamps.end(self._stage.number)
+        write_flag(buffer.flag, message.ticket)
         return Parcel(memory.handle, memory.data.numel(), len(hidden))
 
     def stop(self) -> None:
-        """Let nothing that is queued wait any longer; any thread may call it."""
+        """End all waits, from any thread."""
         if self._gate is not None:
             self._gate.stop()
 
     def close(self) -> None:
-        """Let go of what the stage before has shared, which may be dead."""
+        """Unmap the memory of the stage before, which may be dead."""
         if self._gate is not None:
             self._gate.reopen()
         for memory in self._mapped.values():
             unmap(memory)
         self._mapped.clear()
 
-    def _find_room(self, parcel: Parcel) -> _Room:
-        return _Room(self._mapped[parcel.memory].data, self._stage.num_stages)
+    def _find_buffer(self, parcel: Parcel) -> _Buffer:
+        return _Buffer(self._mapped[parcel.memory].data, self._stage.num_stages)
 
     def _make_known(self) -> Tensor:
-        """Return a trial's states (1, H)."""
+        """Return the states (1, H) of a trial."""
         info = self._stage
         return (torch.arange(info.hidden_size, device=info.device) % _KNOWN).to(info.dtype)[None]
 
 
 def _first_byte(num_stages: int) -> int:
-    """Return where states begin, behind the stamps and the flag."""
+    """Return the offset of states, behind the stamps and the flag."""
     return -(-(16 * num_stages + 8) // _ALIGNMENT) * _ALIGNMENT

@@ -1,11 +1,11 @@
-"""Stages held by Ray actors, each on its GPU, a share of one, or CPU cores; micro-batches pass from actor to actor.
+"""Pipeline of stages in Ray actors, each on a GPU, a share of one, or CPU cores.
 
-The actors form one Ray compiled graph: hidden states go straight from a stage to the next through shared memory, several
-micro-batches are under way at once, and each stage works through them in the order in which they were started. Adapters are
-loaded by the same way, so they come between the same two micro-batches everywhere.
+The actors form one Ray compiled graph: messages go from a stage to the next without the driver, several micro-batches are in
+flight at once, and each stage computes them in the order in which they were started. Adapters are loaded by messages too, so
+between the same two micro-batches on all stages.
 
-A stage that dies takes the graph with it and not the others: `repair` starts it alone, in its old place, and joins it to those
-that live, whose weights and adapters stay where they are.
+A stage crash ends the graph, but not the other stages: `repair` restarts the dead stage alone, with its old resources, and joins
+it to the others, which keep weights and adapters.
 """
 
 from __future__ import annotations
@@ -42,59 +42,59 @@ from finlora.precision import resolve_model
 _logger = logging.getLogger(__name__)
 
 _BUFFER_BYTES = 64 * 2**20
-"""Largest message between two stages: 2,048 rows of 8,192 in bfloat16 take half of it."""
+"""Largest message between two stages; 2,048 rows of 8,192 in bfloat16 take half of it."""
 _TIMEOUT_S = 600.0
 _CLOSE_TIMEOUT_S = 2.0
-"""Seconds for a stage to leave the graph by itself: now and then one goes on waiting for a message that nobody sends any more."""
+"""Seconds for a stage to leave the graph; now and then one blocks on a message that will not come."""
 _REPAIR_TIMEOUT_S = 15.0
-"""The same where it is to live on: it may compute a long prompt first."""
-_SIGN_TIMEOUT_S = 30.0
-"""Seconds for a loaded stage to do what takes it a moment; one that does not is taken for dead."""
+"""The same in a repair, where the stage is kept: it may compute a long prompt first."""
+_CHECK_TIMEOUT_S = 30.0
+"""Seconds for a loaded stage to answer a short call; one that does not counts as dead."""
 _POLL_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineConfig:
-    """How a model is spread over actors."""
+    """Number of stages, their resources, and how they are linked."""
 
     num_stages: int
     cache_rows: int
-    """Tokens that the KV cache holds; each stage has the rows of its own layers."""
+    """Tokens of the KV cache; each stage has the rows of its own layers."""
     device: str = "cuda"
-    """`cuda` or `cpu`; never chosen for you."""
+    """`cuda` or `cpu`; never chosen automatically."""
     gpus_per_stage: float = 1.0
     cpus_per_stage: float = 1.0
     keep_unpacked: bool = False
     """Hold 4-bit weights unpacked."""
     transport: Transport = "messages"
-    """How hidden states travel: beside Ray's messages, or by torch.distributed (hidden_states.py). With messages they
-    stay on the GPU where the next stage reaches its memory (hidden_states_gpu.py), and are within the message elsewhere."""
+    """How hidden states are sent: with `messages`, through GPU memory where two stages share it and within Ray's messages
+    elsewhere; otherwise by torch.distributed (finlora/pipeline/transports.py)."""
     wait_s: float | None = 600.0
-    """Seconds to wait for the stages' places while others hold them. None: without limit."""
+    """Most seconds to wait for the stages' resources while others hold them. None: no limit."""
     holder: str = "a model in stages"
-    """Whom others read of who wait for these GPUs and cores."""
+    """Shown as the holder to others who wait for these GPUs and cores."""
 
 
 class Pipeline:
-    """An executor over stage actors. Ray must be connected; call `close` at the end.
+    """Executor over stage actors. Ray must be connected; call `close` at the end.
 
     Raises:
-        ResourceError: the cluster has too little for the stages, or others held it for too long, says who; or one cannot load.
-        StageLostError: one died meanwhile.
+        ResourceError: the cluster is too small for the stages, others held its resources for too long, or a stage cannot load.
+        StageLostError: a stage crashed meanwhile.
         ModelError: the base's files are not usable.
     """
 
     can_follow = True
 
     def __init__(self, model: ModelConfig, bits: Bits, config: PipelineConfig, seed: int) -> None:
-        model = resolve_model(model, config.device)  # once for all stages, which may lie on different processors
+        model = resolve_model(model, config.device)  # once for all stages, which may run on different processors
         shape = find_source(model).shape
         self.spans = split_layers(shape, bits, config.num_stages)
         self._model, self._bits, self._config, self._seed = model, bits, config, seed
         wait_with_pauses(config.device)
         self._gpus = config.gpus_per_stage if config.device == "cuda" else 0.0
         self._require(config.num_stages, config.cpus_per_stage, self._gpus)
-        # All places or none: two pipelines that each got half of theirs would wait for each other for good.
+        # All bundles or none: two pipelines that each got half of theirs would deadlock.
         bundle = {kind: share for kind, share in (("CPU", config.cpus_per_stage), ("GPU", self._gpus)) if share}
         self._lease = ExitStack()
         self._group = self._lease.enter_context(
@@ -102,13 +102,13 @@ class Pipeline:
         )
         self.actors = [self._start_actor(index) for index in range(config.num_stages)]
         self.adapters: dict[str, Path] = {}
-        """Folder of each adapter that every stage has."""
-        self._hashes: dict[str, str] = {}  # of their files
-        self._in_flight: deque[Any] = deque()  # messages
-        self._buffers: deque[int] = deque()  # send buffers of messages whose answer has not come
-        self._answers_come_late = False  # each only behind the next message
+        """Folders of the adapters that all stages have loaded."""
+        self._hashes: dict[str, str] = {}  # of the adapters' files
+        self._in_flight: deque[Any] = deque()  # Ray's references of messages
+        self._buffers: deque[int] = deque()  # send buffers of messages in flight
+        self._answers_come_late = False  # each only with the next message
         self._started: dict[int, int] = {}
-        """Tickets of the micro-batches that were not collected, by number."""
+        """Number of each micro-batch in flight -> its ticket."""
         self._outputs: deque[Output] = deque()
         self._tickets = itertools.count(1)
         self._graph: Any = None
@@ -132,7 +132,7 @@ class Pipeline:
         try:
             digest = self._change(Change(name, str(folder)))
         except FinloraError:
-            self._change(Change(name, None))  # the stages before the one that refused it
+            self._change(Change(name, None))  # from the stages before the one that refused it
             raise
         self.adapters[name], self._hashes[name] = folder, digest
 
@@ -142,38 +142,40 @@ class Pipeline:
 
     @tell_lost_stages()
     def peak_memory_gib(self) -> float | None:
-        # Asked for, and not in each message: to read torch's counters takes as long as to queue a pass.
-        peaks: list[float] = ray.get([actor.peak_memory_gib.remote() for actor in self.actors], timeout=_SIGN_TIMEOUT_S)
+        # Not part of each message: reading torch's counters takes as long as queuing a pass.
+        peaks: list[float] = ray.get(
+            [actor.peak_memory_gib.remote() for actor in self.actors], timeout=_CHECK_TIMEOUT_S
+        )
         return sum(peaks)
 
     @tell_lost_stages()
     def check(self) -> None:
-        """Raise StageLostError where a stage is dead or gives no sign."""
-        ray.get([actor.describe.remote() for actor in self.actors], timeout=_SIGN_TIMEOUT_S)
+        """Health check: raises StageLostError if a stage is dead or does not answer."""
+        ray.get([actor.describe.remote() for actor in self.actors], timeout=_CHECK_TIMEOUT_S)
 
     @tell_lost_stages()
     def repair(self) -> list[int]:
-        """Start dead stages alone, and join them to those that live. Nothing is under way and all caches are empty after it.
+        """Restart only the dead stages, and join them to the others. Then no micro-batch is in flight and all caches are empty.
 
-        Living stages keep weights and adapters, new ones load them again; an adapter whose files are no longer what the others
-        hold is dropped everywhere, and missing in `adapters`.
+        The other stages keep weights and adapters, restarted ones load them again. An adapter whose files have changed is
+        unloaded everywhere and removed from `adapters`.
 
         Returns:
-            Numbers of the stages that were started, from 0.
+            Numbers of the restarted stages, from 0.
 
         Raises:
-            StageLostError: none is dead, so it is not known which one failed; or all are, or another one died meanwhile.
-            ResourceError: the place of a dead stage did not come back in time, or a new one cannot load. After each of them only
-                `close` and a new pipeline help.
+            StageLostError: no stage is dead, so it is not known which one failed; or all are, or another one crashed meanwhile.
+            ResourceError: the resources of a dead stage did not become free in time, or a new stage cannot load. After either
+                error only `close` and a new pipeline help.
         """
-        dead = sorted(self._leave_graph(_REPAIR_TIMEOUT_S, lives_on=True) | self._find_dead())
+        dead = sorted(self._leave_graph(_REPAIR_TIMEOUT_S, keeps_stages=True) | self._find_dead())
         if not dead or len(dead) == len(self.actors):
             raise StageLostError(f"{len(dead)} of {len(self.actors)} stages are dead: only a new pipeline helps.")
         for index in dead:
             ray.kill(self.actors[index])
             self.actors[index] = self._start_actor(index)
         living = [actor for index, actor in enumerate(self.actors) if index not in dead]
-        ray.get([actor.reset.remote() for actor in living], timeout=_SIGN_TIMEOUT_S)
+        ray.get([actor.reset.remote() for actor in living], timeout=_CHECK_TIMEOUT_S)
         for index, facts in zip(dead, self._await_loaded([self.actors[index] for index in dead]), strict=True):
             self.stages[index] = facts
         for name, folder in list(self.adapters.items()):
@@ -182,27 +184,27 @@ class Pipeline:
                     [self.actors[index].load_adapter.remote(name, str(folder), self._hashes[name]) for index in dead]
                 )
             except AdapterError as error:
-                _logger.warning("Adapter %s cannot be put back and is unloaded: %s", name, error)
-                ray.get([actor.unload_adapter.remote(name) for actor in self.actors], timeout=_SIGN_TIMEOUT_S)
+                _logger.warning("Adapter %s cannot be loaded again and is dropped: %s", name, error)
+                ray.get([actor.unload_adapter.remote(name) for actor in self.actors], timeout=_CHECK_TIMEOUT_S)
                 del self.adapters[name]
         self._connect()
         return dead
 
     def close(self) -> None:
-        """End the actors and free what they hold."""
-        self._leave_graph(_CLOSE_TIMEOUT_S, lives_on=False)
+        """Kill the actors and free their resources."""
+        self._leave_graph(_CLOSE_TIMEOUT_S, keeps_stages=False)
         for actor in self.actors:
             ray.kill(actor)
         self._lease.close()
 
     def _start_actor(self, index: int) -> Any:
         config, span, actor = self._config, self.spans[index], ray.remote(StageActor)
-        place = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
-        # A replica of `serve deploy` has the environment of `ray start`, and so would its stages.
+        bundle = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        # Without it, stages of a replica of `serve deploy` would inherit the environment of `ray start`.
         missing = missing_environment() if config.device == "cpu" else {}
         own = {"runtime_env": {"env_vars": missing}} if missing else {}
         options: Any = actor.options(
-            num_cpus=config.cpus_per_stage, num_gpus=self._gpus, scheduling_strategy=place, **own
+            num_cpus=config.cpus_per_stage, num_gpus=self._gpus, scheduling_strategy=bundle, **own
         )
         return options.remote(
             dataclasses.asdict(self._model),
@@ -215,7 +217,7 @@ class Pipeline:
         )
 
     def _connect(self) -> None:
-        """Join loaded stages that have no graph."""
+        """Join loaded stages, and compile their graph."""
         self._answers_come_late = join_stages(self.actors, self._config.transport, next(self._tickets))
         with InputNode() as message:
             node = message
@@ -227,13 +229,13 @@ class Pipeline:
             _max_inflight_executions=len(self.actors) + 3,
         )
 
-    def _leave_graph(self, timeout_s: float, *, lives_on: bool) -> set[int]:
-        """Give up what is under way and have the stages leave the graph; those that do not are killed and returned."""
+    def _leave_graph(self, timeout_s: float, *, keeps_stages: bool) -> set[int]:
+        """Discard micro-batches in flight and tear down the graph; stages that do not leave it are killed and returned."""
         graph, self._graph = self._graph, None
         if graph is None:
             return set()
-        stuck = leave_graph(graph, self.actors, timeout_s, lives_on=lives_on)
-        self._in_flight.clear()  # only now: what waits in a graph that stands is still fetched by it
+        stuck = leave_graph(graph, self.actors, timeout_s, keeps_stages=keeps_stages)
+        self._in_flight.clear()  # only now: dropping references makes a live graph fetch their results
         self._buffers.clear()
         self._outputs.clear()
         self._started.clear()
@@ -241,20 +243,20 @@ class Pipeline:
 
     def _find_dead(self) -> set[int]:
         refs = [actor.describe.remote() for actor in self.actors]
-        ray.wait(refs, num_returns=len(refs), timeout=_SIGN_TIMEOUT_S)
+        ray.wait(refs, num_returns=len(refs), timeout=_CHECK_TIMEOUT_S)
         dead = set()
         for index, ref in enumerate(refs):
             try:
                 ray.get(ref, timeout=0)
-            except RayError:  # it died, or it has given no sign
+            except RayError:  # it is dead, or has not answered
                 dead.add(index)
         return dead
 
     def _await_loaded(self, actors: Sequence[Any]) -> list[dict[str, float]]:
-        """Return what new actors hold once they are loaded; only the wait for their places is bounded.
+        """Return the sizes of new actors once they are loaded; only the wait for their resources is bounded.
 
         Raises:
-            ResourceError: a place lay on a node that is gone, and no other came in time.
+            ResourceError: the node of a stage is gone, and no other had room in time.
         """
         refs = [actor.describe.remote() for actor in actors]
         patience = Patience(self._config.wait_s, _logger.warning)
@@ -284,7 +286,7 @@ class Pipeline:
     def _receive(self) -> Any:
         message = Message(None)
         with tell_lost_stages():
-            if self._answers_come_late and len(self._buffers) == 1:  # nothing is behind it
+            if self._answers_come_late and len(self._buffers) == 1:  # no later message brings its answer
                 self._in_flight.append(self._graph.execute(message))
             while message.is_empty:
                 message = ray.get(self._in_flight.popleft(), timeout=_TIMEOUT_S)

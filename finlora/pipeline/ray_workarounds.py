@@ -1,8 +1,8 @@
-"""Workarounds for Ray's compiled graphs: waits without a busy core, leaked semaphores, and errors of dead stages in our words.
+"""Workarounds for Ray's compiled graphs: channel reads that do not spin, leaked semaphores, and errors of dead stages.
 
-Ray reads a channel by asking for it again and again without a pause: an idle server with four stages kept four cores busy, and
-stages on CPU took turns with others that only waited. Here a reader asks without a pause for as long as the next message is
-near, and with growing pauses after that.
+Ray reads a channel in a loop without pauses: an idle server with four stages kept four cores busy, and stages on CPU competed
+with others that only waited. Here a reader spins only as long as the next message is likely to come soon, and pauses longer and
+longer after that.
 
 Source of what is replaced: https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/experimental/channel/shared_memory_channel.py
 """
@@ -27,25 +27,25 @@ from ray.experimental.channel.shared_memory_channel import CompositeChannel
 from finlora.errors import FinloraError, ResourceError, StageLostError
 
 EAGER_S = {"cuda": 0.25, "cpu": 0.0}
-"""Seconds of waiting without pauses: on a GPU a hop takes least so, on CPU the cores have others to compute for."""
+"""Seconds of waiting without pauses: on a GPU that makes a hop fastest, on CPU other stages need the cores."""
 _SHARE, _LEAST_S, _MOST_S = 0.1, 5e-5, {"cuda": 1e-3, "cpu": 5e-3}
-"""A pause is a tenth of what was waited so far, within bounds."""
+"""A pause is a tenth of the wait so far, within bounds."""
 
 _Read = Callable[[CompositeChannel, float | None], Any]
 
 
 def wait_with_pauses(device: str) -> None:
-    """Have this process's reads of channels pause; a later call changes how soon.
+    """Make this process's channel reads pause; a later call changes how soon.
 
     Args:
-        device: `cuda` or `cpu`, that the stages compute on.
+        device: `cuda` or `cpu`, on which the stages compute.
     """
     plain = getattr(CompositeChannel.read, "__wrapped__", CompositeChannel.read)
     CompositeChannel.read = _pausing(plain, EAGER_S[device], _MOST_S[device])
 
 
 def _pausing(plain: _Read, eager_s: float, most_s: float) -> _Read:
-    # Of waits that go on: Ray asks for slices of one.
+    # Start of each wait: Ray splits one into several reads.
     began: WeakKeyDictionary[CompositeChannel, float] = WeakKeyDictionary()
 
     @functools.wraps(plain)
@@ -72,18 +72,18 @@ def _pausing(plain: _Read, eager_s: float, most_s: float) -> _Read:
 
 _NAME = re.compile(r"sem\.(?:hdr|obj)(\d+)-\d+")
 _YOUNG_S = 60.0
-"""Age under which none is touched: where processes of several containers share the folder, their numbers say nothing here, and
-a name is needed only until both ends of its channel have opened it."""
+"""Age from which one is removed: containers may share the folder, where a process id says nothing, but a name is needed only
+until both ends of its channel have opened it."""
 
 
 def remove_left_semaphores(folder: Path = Path("/dev/shm")) -> int:
-    """Remove those whose node process is dead, and return their number; what others own stays."""
+    """Remove semaphores whose node process is dead, and return their number; those of other users stay."""
     num_removed = 0
     for path in folder.glob("sem.*"):
         match = _NAME.fullmatch(path.name)
         if match is None or Path("/proc", match[1]).exists():
             continue
-        with contextlib.suppress(OSError):  # another process was faster, or it is another user's
+        with contextlib.suppress(OSError):  # another process removed it first, or it is another user's
             status = path.stat()
             if status.st_uid == os.getuid() and time.time() - status.st_mtime > _YOUNG_S:
                 path.unlink()
@@ -93,19 +93,19 @@ def remove_left_semaphores(folder: Path = Path("/dev/shm")) -> int:
 
 @contextmanager
 def tell_lost_stages() -> Iterator[None]:
-    """Turn Ray's errors into one that says what to do.
+    """Turns Ray's errors inside the block into ours.
 
     Raises:
         ResourceError: a stage could not be loaded.
-        StageLostError: one is dead, has failed, or has given no answer for too long.
+        StageLostError: a stage is dead, has failed, or has not answered in time.
     """
     try:
         yield
     except RayError as error:
-        if isinstance(error, FinloraError):  # one of ours that a stage raised: Ray gives it both classes
+        if isinstance(error, FinloraError):  # raised by a stage: Ray gives it both classes
             raise
         said = str(error).strip().splitlines() or [type(error).__name__]
-        # Of what a stage raised, the lines before are its traceback; of a dead one, those behind are Ray's guesses.
+        # The last line of a stage's error follows its traceback; the first line of a dead stage's precedes Ray's guesses.
         if isinstance(error, RayActorError) and error.actor_init_failed:
             reason = said[-1].removeprefix(f"{ResourceError.__module__}.")
             raise ResourceError(f"a stage of the model cannot be loaded: {reason}") from error

@@ -1,11 +1,9 @@
-"""Drawn tokens on their way from the last stage back to the first, where the next micro-batch begins with them.
+"""Return of sampled tokens from the last stage to the first, where the next micro-batch starts from them, through the host.
 
-Ray's compiled graphs know no way back, and through the driver it takes milliseconds. So the two stages have a TCP connection of
-their own, from machine to machine if need be. One frame goes back for each micro-batch that draws. Where the first reaches the
-last one's GPU memory, they go through that instead (finlora/pipeline/sampled_tokens_gpu.py).
-
-The first stage reads when it begins a micro-batch, and only then: no more frames than there are micro-batches under way wait
-for it, so the last stage never does.
+Ray's compiled graphs have no edge back, and through the driver it takes milliseconds. So the two stages have a TCP connection of
+their own, on one machine or between two. Each micro-batch that samples tokens sends one frame back. The first stage reads them
+when it starts a micro-batch, and only then; no more than those of the micro-batches in flight are unread, so the last stage never
+blocks.
 """
 
 from __future__ import annotations
@@ -29,21 +27,21 @@ from finlora.pipeline.links import StageInfo
 from finlora.stage.upload import upload
 
 _HEAD = struct.Struct("!qq")
-"""Ticket of the micro-batch, and how many tokens; _FAILED where it has none."""
+"""Header of a frame: ticket of the micro-batch, and number of tokens or _FAILED."""
 _FAILED = -1
 _KEPT = 64
-"""Micro-batches whose tokens are kept: many more than can be under way."""
+"""Micro-batches whose tokens are kept: many more than can be in flight."""
 _KEY_BYTES = 32
 _JOIN_S = 30.0
 
 
 class Address(NamedTuple):
-    """Where the first stage waits for the last one."""
+    """Where the first stage listens for the last one."""
 
     host: str
     port: int
     key: bytes
-    """By which the first stage knows it."""
+    """Secret that the last stage sends first."""
 
 
 class _Arrived:
@@ -120,7 +118,7 @@ class SocketTokenLink:
         assert self._socket is not None, "join comes first"
         frame = _pack(ticket, output)
         if frame:
-            with suppress(OSError):  # without a first stage nobody needs them, and the driver learns of it by itself
+            with suppress(OSError):  # the first stage is gone, which the driver notices by itself
                 self._socket.sendall(frame)
 
     def stop(self) -> None:
@@ -192,7 +190,7 @@ def _connect(address: Address) -> socket.socket:
             "connect to each other by TCP on any port."
         ) from error
     connection.settimeout(None)
-    # Nothing comes the other way that would carry an acknowledgement; without this a frame waits 40 ms for it.
+    # No data goes the other way to carry an acknowledgement; without this a frame waits 40 ms for it.
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.sendall(address.key)
     return connection

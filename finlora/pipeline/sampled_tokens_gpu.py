@@ -1,9 +1,9 @@
-"""Drawn tokens on their way from the last stage back to the first, on one GPU or two of a machine, past the host.
+"""Return of sampled tokens to the first stage over CUDA IPC, on one GPU or two of a machine, without the host.
 
-The last stage writes a micro-batch's tokens where the first has that memory mapped, and its ticket behind them; what the first
-computes with them is queued before they are there. Elsewhere they go by finlora/pipeline/sampled_tokens.py.
+The last stage writes a micro-batch's tokens into memory that the first has mapped, and then its ticket. The first stage queues a
+wait for the ticket, and its computation behind it, before the tokens are sampled.
 
-Imported only where a CUDA tensor is at hand.
+Imported only with a CUDA build of torch.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from finlora.pipeline.gpu_memory import LEAST_BYTES, Gate, Mapped, Owned, alloca
 from finlora.pipeline.links import StageInfo
 
 _SLOTS = 32
-"""Micro-batches whose tokens are kept: more than can be under way."""
+"""Micro-batches whose tokens are kept: more than can be in flight."""
 _WIDTH = LEAST_BYTES // 8 // _SLOTS - 1
-"""Tokens of one."""
+"""Most tokens of a micro-batch."""
 _MARK = 0x66696E6C6F7261
-"""Stands at the end of the memory: behind some bridges a GPU reads something else than another one wrote."""
+"""Written at the end of the memory: behind some PCIe bridges a GPU does not read what another one wrote."""
 
 
 class GpuTokenLink:
@@ -68,13 +68,13 @@ class GpuTokenLink:
         self._mapped = map_memory(offer, LEAST_BYTES, self._stage.device)
         if int(self._mapped.data.view(torch.int64)[-1]) != _MARK:
             raise RuntimeError("what was read was not what had been written")
-        self._gate.wait(_find_flag(self._mapped.data), 0)  # whether CUDA has such waits
+        self._gate.wait(_find_flag(self._mapped.data), 0)  # raises if CUDA lacks such waits
 
     def drain(self) -> None:
         """Do nothing: the last stage overwrites the oldest tokens."""
 
     def receive(self, ticket: int) -> Tensor:
-        """Queue a wait for a micro-batch's tokens on the GPU, and return them with whatever lies behind them.
+        """Queue a wait on the GPU for a micro-batch's tokens, and return their slot; what follows them in it is undefined.
 
         Raises:
             RuntimeError: `stop` was called.
@@ -102,7 +102,7 @@ class GpuTokenLink:
         """Do nothing: the first stage has the tokens by then."""
 
     def stop(self) -> None:
-        """Let nothing that is queued wait any longer; any thread may call it."""
+        """End all waits, from any thread."""
         if self._gate is not None:
             self._gate.stop()
 
@@ -123,5 +123,5 @@ def _find_slot(memory: Tensor, ticket: int) -> Tensor:
 
 
 def _find_flag(memory: Tensor) -> Tensor:
-    """Return where the ticket is written whose tokens came last. Shapes: (bytes,) uint8 -> (1,) int64."""
+    """Return the flag that holds the newest ticket. Shapes: (bytes,) uint8 -> (1,) int64."""
     return memory.view(torch.int64)[:1]

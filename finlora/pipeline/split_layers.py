@@ -1,7 +1,7 @@
-"""Cut a model into stages whose passes take about as long.
+"""Split of decoder layers into stages of about equal time.
 
-A pass of few tokens reads every weight once, so a stage's time goes with the bytes of its weights: its layers, and the output
-head at the last one. The embedding is looked up, not multiplied, and costs no time.
+A pass of few tokens reads every weight once, so a stage's time is proportional to its weights' bytes: its layers, and the output
+head at the last stage. The embedding is looked up, not multiplied, and takes no time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from finlora.model.memory.fixed_memory import count_weight_bytes
 
 
 def split_layers(shape: LlamaShape, bits: Bits, num_stages: int) -> list[range]:
-    """Return the decoder layers of each stage, such that the slowest stage is as fast as can be.
+    """Return the decoder layers of each stage that make the slowest stage fastest.
 
     Raises:
         ConfigError: more stages than layers, or none.
@@ -25,7 +25,7 @@ def split_layers(shape: LlamaShape, bits: Bits, num_stages: int) -> list[range]:
     table = 2 * shape.vocab_size * shape.hidden_size
     tables = table if shape.is_tied else 2 * table
     layer = (count_weight_bytes(shape, bits) - tables) / shape.num_layers
-    # The last stage has the head, so it takes `fewer` layers than the others; what is left over goes to the first ones.
+    # The last stage also has the head, so it gets fewer layers; a remainder goes to the first stages.
     best: list[int] = []
     slowest = float("inf")
     for last in range(1, shape.num_layers - num_stages + 2):

@@ -115,7 +115,7 @@ def test_adapter_that_is_another_one_now_is_dropped_everywhere(pipeline, four_la
     pipeline.repair()
     core = make_core(pipeline, four_layers)
     assert set(core.adapters) == {"all"}
-    assert "Adapter changing cannot be put back and is unloaded" in caplog.text
+    assert "Adapter changing cannot be loaded again and is dropped" in caplog.text
     assert "holds another adapter than a moment ago" in caplog.text
     core.load_adapter("changing", own_adapters / "few")
     check_answers(core, plain, "all")

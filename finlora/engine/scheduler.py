@@ -74,7 +74,7 @@ class Scheduler:
             )
         waiting = chain.from_iterable(self._queues.values())
         if request.id in self._active or any(request.id == other.id for other in waiting):
-            raise ConfigError(f"request {request.id}: a request of this id is at work already, expected a new one")
+            raise ConfigError(f"request {request.id}: a request with this id is waiting or active, expected a new id")
         if request.num_tokens > self.pool.num_rows:
             raise ConfigError(
                 f"request {request.id} can need {request.num_tokens:,} tokens of cache, {self.pool.num_rows:,} are there: "

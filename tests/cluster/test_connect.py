@@ -1,4 +1,4 @@
-"""Reaching a cluster: the token of a local one, what it lacks in words, and errors that come back as raised."""
+"""Connection to a cluster: token of a local one, checks of its size, and errors that come back as raised."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finlora.errors import DatasetError, ResourceError
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty home folder and no word on authentication yet; whatever the test sets is taken back."""
+    """An empty home folder and no authentication settings; restores the environment."""
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
         monkeypatch.setenv(name, "")
@@ -38,18 +38,18 @@ def test_token_is_made_once(home, monkeypatch):
     assert (home / ".config" / "finlora" / "ray-token").read_text() == token
 
 
-def test_own_choice_of_authentication_is_left_alone(home, monkeypatch):
+def test_users_choice_of_authentication_is_kept(home, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     connect._guard_local()
     assert "RAY_AUTH_TOKEN_PATH" not in os.environ
     assert list(home.iterdir()) == []
 
 
-def test_workers_of_a_cluster_that_runs_already_get_the_environment_of_a_cpu(monkeypatch):
+def test_workers_of_a_running_cluster_get_the_cpu_environment(monkeypatch):
     """They inherit that of `ray start`, which the command cannot change."""
     asked = []
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # as the user has it
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # set by the user
     for name in ("probe_cluster", "require_same_versions", "require_node_here"):
         monkeypatch.setattr(connect, name, lambda _found: None)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
@@ -60,7 +60,7 @@ def test_workers_of_a_cluster_that_runs_already_get_the_environment_of_a_cpu(mon
 
 
 @pytest.mark.ray
-def test_workers_of_a_local_cluster_wait_asleep_on_the_cores_that_they_reserve(ray_instance):
+def test_workers_of_a_local_cluster_have_the_cpu_environment(ray_instance):
     def read():
         names = ("OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "OMP_NUM_THREADS")
         return [os.environ[name] for name in names]
@@ -69,7 +69,7 @@ def test_workers_of_a_local_cluster_wait_asleep_on_the_cores_that_they_reserve(r
 
 
 @pytest.mark.ray
-def test_demands_the_cluster_cannot_meet_are_refused_by_words(ray_instance):
+def test_requests_beyond_the_cluster_are_refused(ray_instance):
     connect.require(1, 0.5, 0.0)
     with pytest.raises(ResourceError, match=r"asks for 4 GPU \(2 workers x 2\), but the cluster has 0 \(0 free now\)"):
         connect.require(2, 0.5, 2.0)

@@ -1,4 +1,4 @@
-"""Who holds what, from Ray's own records: services, trainings, searches and evaluations by name, others by their commands."""
+"""Holders of resources from Ray's records: services, trainings, searches and evaluations by name, others by command."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from finlora.cluster.holdings import Holding, collect
 
-# As Ray 2.60 tells of them; the names of replicas are Ray Serve's.
+# In the form of Ray 2.60; the names of replicas are Ray Serve's.
 ANNA = SimpleNamespace(
     job_id="01000000", submission_id="raysubmit_x", entrypoint="python jobs/train.py", driver_info=None
 )
@@ -37,7 +37,7 @@ def actor(name="", *, class_name="", namespace="other", group_id=None, job_id="0
     )
 
 
-def told(kind, groups=(), actors=(), tasks=(), titles=None):
+def holders(kind, groups=(), actors=(), tasks=(), titles=None):
     return collect(kind, groups, actors, tasks, [ANNA, OTTO], titles or {})
 
 
@@ -45,14 +45,14 @@ def test_service_is_named_once_with_its_replica_and_its_stages_and_how_to_end_it
     replica = actor("SERVE_REPLICA::finlora#Server#ab12", namespace="serve", job_id=HIDDEN, CPU=0.5)
     stages = group("g", 2, HIDDEN, "the service finlora #3f")
     inside = [actor(class_name="StageActor", group_id="g", job_id=HIDDEN, CPU=0.5, GPU=1.0) for _ in range(2)]
-    held = told("CPU", [stages], [replica, *inside])
+    held = holders("CPU", [stages], [replica, *inside])
     assert held == [Holding(amount=1.5, what="the service finlora", source="`serve shutdown` ends it")]
-    assert [holding.amount for holding in told("GPU", [stages], [replica, *inside])] == [2.0]
+    assert [holding.amount for holding in holders("GPU", [stages], [replica, *inside])] == [2.0]
 
 
 def test_service_that_a_job_runs_ends_with_the_job():
     replica = actor("SERVE_REPLICA::finlora#Server#ab12", namespace="serve", job_id="01000000", CPU=0.5)
-    (held,) = told("CPU", actors=[replica])
+    (held,) = holders("CPU", actors=[replica])
     assert held.source == "job raysubmit_x: python jobs/train.py"
 
 
@@ -61,12 +61,12 @@ def test_service_that_a_job_runs_ends_with_the_job():
 )
 def test_training_is_named_once_its_workers_have_started(titles, what):
     workers = [actor(class_name="RayTrainWorker", group_id="g", GPU=1.0) for _ in range(2)]
-    (held,) = told("GPU", [group("g", 2, "01000000")], workers, titles=titles)
+    (held,) = holders("GPU", [group("g", 2, "01000000")], workers, titles=titles)
     assert held == Holding(amount=2.0, what=what, source="job raysubmit_x: python jobs/train.py")
 
 
-def test_search_evaluation_and_what_is_not_ours_are_told_apart():
-    held = told(
+def test_search_evaluation_and_foreign_jobs_are_named():
+    held = holders(
         "CPU",
         [
             group("s", 1, "02000000"),

@@ -1,4 +1,4 @@
-"""Sharing a cluster: who holds what, by words, a wait that ends, and groups that come whole."""
+"""Leases of cluster resources: names of holders, bounded waits, and all-or-nothing groups."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ray
 
 
 def ignore(_line):
-    """Announce to nobody."""
+    """Discard a line."""
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_shortage_names_group_actor_task_and_job(half):
         ray.kill(actor)
 
 
-def test_group_that_ray_made_for_a_training_is_told_by_the_trainings_name(half):
+def test_group_that_ray_created_for_a_training_has_the_trainings_name(half):
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -70,7 +70,7 @@ def test_group_that_ray_made_for_a_training_is_told_by_the_trainings_name(half):
         remove_placement_group(group)
 
 
-def test_wait_for_what_another_job_holds_ends_and_says_who(half):
+def test_wait_for_resources_of_another_job_ends_and_names_it(half):
     lines = []
     with (
         take_lease([{"CPU": 2 * half}], 30.0, ignore, name="serve-70b"),
@@ -84,8 +84,8 @@ def test_wait_for_what_another_job_holds_ends_and_says_who(half):
     assert " s of at most 4 s: " in lines[0]
 
 
-def test_two_that_want_all_take_turns_instead_of_half_each(half):
-    """Each wants every core in two bundles; single bundles granted one by one would lock both for good."""
+def test_jobs_that_want_all_cores_take_turns_instead_of_a_part_each(half):
+    """Each wants all cores in two bundles; bundles granted one by one would deadlock."""
     spans = []
 
     def take_turn():
@@ -104,7 +104,7 @@ def test_two_that_want_all_take_turns_instead_of_half_each(half):
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
-def test_room_is_waited_for_and_not_taken(half):
+def test_wait_for_room_takes_nothing(half):
     with take_lease([{"CPU": half}], 30.0, ignore):
         wait_for_room([{"CPU": half}], Patience(20.0, ignore))
         with pytest.raises(ResourceError, match="wait longer with a larger max_wait_s"):
@@ -112,7 +112,7 @@ def test_room_is_waited_for_and_not_taken(half):
     wait_for_room([{"CPU": 2 * half}], Patience(20.0, ignore))
 
 
-def test_bundles_beyond_the_cluster_are_said_to_miss_nodes(half):
+def test_shortage_beyond_the_cluster_says_that_nodes_are_missing(half):
     assert "8 GPU wanted, 0 of 0 free, so nodes are missing; held: nothing" in describe_shortage([{"GPU": 8.0}])
 
 

@@ -1,4 +1,4 @@
-"""What stands at RAY_ADDRESS is told in one line within 15 s: nothing, something else, another version, another token."""
+"""Probe of RAY_ADDRESS within 15 s: nothing there, not a cluster, another version, another token."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def store(monkeypatch):
     server.stop(None)
 
 
-def test_cluster_says_its_versions(store):
+def test_versions_of_a_cluster_are_read(store):
     found = probe.probe_cluster(store.address)
     assert (found.address, found.ray, found.python) == (store.address, ray.__version__, OWN_PYTHON)
     probe.require_same_versions(found)
@@ -71,7 +71,7 @@ def test_other_version_is_named_beside_ours(store, key, version):
     )
 
 
-def test_patch_release_of_python_may_differ_where_ray_is_told_so(store, monkeypatch):
+def test_patch_release_of_python_may_differ_if_ray_is_set_so(store, monkeypatch):
     monkeypatch.setenv("RAY_DEFAULT_PYTHON_VERSION_MATCH_LEVEL", "minor")
     store.value["python_version"] = "3.11.0"
     probe.require_same_versions(probe.probe_cluster(store.address))
@@ -84,7 +84,7 @@ def test_machine_without_a_node_is_told_to_submit_a_job(monkeypatch):
         probe.require_node_here(versions)
 
 
-def test_refused_token_says_what_was_sent(store, monkeypatch):
+def test_refused_token_names_what_was_sent(store, monkeypatch):
     store.refusal = grpc.StatusCode.UNAUTHENTICATED
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     with pytest.raises(
@@ -98,13 +98,13 @@ def test_refused_token_says_what_was_sent(store, monkeypatch):
         probe.probe_cluster(store.address)
 
 
-def test_cluster_that_is_still_coming_up_is_said(store):
+def test_cluster_that_is_still_starting_is_reported(store):
     store.value = {}
     with pytest.raises(ResourceError, match=r"does not say its version: wait until `ray start --head` has come up"):
         probe.probe_cluster(store.address)
 
 
-def test_listener_that_never_answers_is_given_up(monkeypatch):
+def test_listener_that_never_answers_times_out(monkeypatch):
     monkeypatch.setattr(probe, "ANSWER_S", 0.5)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
@@ -113,7 +113,7 @@ def test_listener_that_never_answers_is_given_up(monkeypatch):
             probe.probe_cluster(f"127.0.0.1:{silent.getsockname()[1]}")
 
 
-def test_other_server_is_told_from_a_cluster():
+def test_other_server_is_no_cluster():
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         with pytest.raises(ResourceError, match=r"does not speak Ray's protocol.*not the dashboard's 8265"):
@@ -136,7 +136,7 @@ def test_other_server_is_told_from_a_cluster():
         ("head:99999", ConfigError, r"RAY_ADDRESS=head:99999 is no address"),
     ],
 )
-def test_address_without_a_cluster_is_told(monkeypatch, address, kind, words):
+def test_address_of_no_cluster_is_refused(monkeypatch, address, kind, words):
     """By `connect`, so before Ray's own client begins its ten minutes."""
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
@@ -144,7 +144,7 @@ def test_address_without_a_cluster_is_told(monkeypatch, address, kind, words):
         connect.connect(log_to_driver=False)
 
 
-def test_auto_without_a_cluster_is_told(monkeypatch):
+def test_auto_without_a_cluster_is_refused(monkeypatch):
     monkeypatch.setattr("ray._private.services.find_gcs_addresses", frozenset)
     monkeypatch.setattr("ray._private.services.find_bootstrap_address", lambda _folder: None)
     with pytest.raises(ResourceError, match=r"RAY_ADDRESS=auto finds no Ray cluster on this machine"):

@@ -1,4 +1,4 @@
-"""A model whose next token is a hash of the adapter and of every token that it sees in the cache: a wrong row shows at once."""
+"""Model whose next token is a hash of the adapter and of all tokens it attends to in the cache, so that a wrong row shows."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class PretendModel:
             self.cache[slot] = token
         adapters = [adapter for adapter, rows in batch.adapters for _ in range(rows)]
         assert len(adapters) == batch.num_rows
-        assert len(set(batch.slots)) == batch.num_rows, "two rows were written to one place"
+        assert len(set(batch.slots)) == batch.num_rows, "two rows were written to one slot"
         seen: list[tuple[int, ...]] = []
         for segment in batch.segments:
             keys = [self.cache[row] for start, count in segment.keys for row in range(start, start + count)]
             assert None not in keys
             assert len(keys) >= segment.num_rows
-            seen += [tuple(keys[: len(keys) - segment.num_rows + place + 1]) for place in range(segment.num_rows)]
+            seen += [tuple(keys[: len(keys) - segment.num_rows + row + 1]) for row in range(segment.num_rows)]
         assert [tokens[-1] for tokens in seen] == input_ids
         assert [len(tokens) - 1 for tokens in seen] == batch.positions
         tokens = [
@@ -56,12 +56,12 @@ class PretendModel:
 
 
 def answer_alone(request: Request) -> tuple[list[int], list[float]]:
-    """What a request must bring, whatever else the engine does: its tokens, and the sums of its choices."""
+    """Return the right answer of a request: its tokens, and the sums of its choices."""
     if request.choices:
         sums = []
         for choice in request.choices:
-            places = [(request.prompt_ids + choice[:index], token) for index, token in enumerate(choice)]
-            sums.append(sum(log_prob(request.adapter, seen, token) for seen, token in places))
+            steps = [(request.prompt_ids + choice[:index], token) for index, token in enumerate(choice)]
+            sums.append(sum(log_prob(request.adapter, seen, token) for seen, token in steps))
         return [], sums
     tokens: list[int] = []
     while len(tokens) < request.sampling.max_tokens:

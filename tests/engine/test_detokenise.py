@@ -1,4 +1,4 @@
-"""Streamed text equals the text decoded at once, and stops where it must."""
+"""Streamed text equals the decoding of all tokens, cut at the first stop string."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_joined_pieces_equal_the_whole(tokenizer, text):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_text_comes_while_tokens_do(tokenizer):
+def test_text_is_streamed_while_tokens_come(tokenizer):
     pieces, _ = stream(tokenizer, ids_of(tokenizer, TEXTS[0]))
     assert sum(bool(piece) for piece in pieces[:-1]) > 5
 
@@ -62,7 +62,7 @@ def test_special_tokens_are_no_text(tokenizer):
 
 
 @pytest.mark.parametrize("text", TEXTS[:5])
-def test_every_stop_string_cuts_at_its_first_place(tokenizer, text):
+def test_every_stop_string_cuts_at_its_first_occurrence(tokenizer, text):
     """Stop strings of one to four characters from everywhere in the text, most of them across token borders."""
     ids = ids_of(tokenizer, text)
     whole = tokenizer.decode(ids, skip_special_tokens=True)
@@ -74,7 +74,7 @@ def test_every_stop_string_cuts_at_its_first_place(tokenizer, text):
             assert "".join(pieces) == whole[: whole.index(stop)]
 
 
-def test_beginning_of_a_stop_string_is_held_back_and_given_in_the_end(tokenizer):
+def test_possible_start_of_a_stop_string_is_held_back_until_the_end(tokenizer):
     text = Detokeniser(tokenizer, ("rose to 9",))
     pieces = [text.push(token) for token in ids_of(tokenizer, "Profit rose to 4")]
     assert "".join(pieces) + text.finish() == "Profit rose to 4"

@@ -1,4 +1,4 @@
-"""The engine against transformers' own model: tokens and probabilities, whatever the stages, the batch and the adapters."""
+"""Engine against transformers: tokens and probabilities for any stages, batches and adapters."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_choices_of_several_tokens_are_scored_in_full(make_core, plain, limits):
         assert list(answer.log_probs) == pytest.approx(expected, rel=1e-5, abs=1e-4)
 
 
-def test_adapters_share_a_batch_and_each_answers_as_alone(make_core, plain):
+def test_adapters_in_one_batch_answer_as_alone(make_core, plain):
     names = [None, "few", "all", "few", None, "all"]
     requests = [
         Request(id=f"r{n}", prompt_ids=prompt, adapter=name, sampling=Sampling(max_tokens=6))
@@ -79,7 +79,7 @@ def test_adapters_share_a_batch_and_each_answers_as_alone(make_core, plain):
 
 
 @pytest.mark.parametrize("keeps_prefixes", [True, False])
-def test_prefix_cache_changes_nothing_but_the_work(make_core, plain, keeps_prefixes):
+def test_prefix_cache_changes_no_answer(make_core, plain, keeps_prefixes):
     prompts = [(*RAGGED[5], *range(100 + n, 104 + n)) for n in range(5)]
     core = make_core(1, keeps_prefixes=keeps_prefixes)
     answers, _ = run(core, make_requests(prompts, 5))
@@ -89,7 +89,7 @@ def test_prefix_cache_changes_nothing_but_the_work(make_core, plain, keeps_prefi
     assert cached == ([0, 90, 90, 90, 90] if keeps_prefixes else [0] * 5)
 
 
-def test_cancelled_request_leaves_the_others_as_they_were(make_core, plain):
+def test_cancelled_request_changes_no_other_answer(make_core, plain):
     core = make_core(2)
     answers, _ = run(core, make_requests(count=10), lambda step: core.cancel("r2") if step == 5 else None)
     assert answers["r2"].finish == "cancelled"
@@ -125,11 +125,11 @@ def test_adapters_are_loaded_and_unloaded_by_name(make_core, adapter_folders):
     assert sorted(core.adapters) == ["all"]
     core.load_adapter("few", adapter_folders["all"])
     answers, _ = run(core, [Request(id="again", prompt_ids=(5, 6, 7), adapter="few")])
-    assert answers["again"].num_cached == 0  # the name means another adapter now
+    assert answers["again"].num_cached == 0  # another adapter has this name now
 
 
 def adapters_of(core):
-    """What each stage holds: names, and the rows of its tensors that are not zero."""
+    """Names of each stage's adapters, and the non-zero rows of its tensors."""
     return [
         (
             sorted(stage.adapters),
@@ -139,7 +139,7 @@ def adapters_of(core):
     ]
 
 
-def test_adapter_that_a_later_stage_refuses_is_left_on_none(make_core, plain, late_fault, adapter_folders):
+def test_adapter_that_a_later_stage_refuses_is_unloaded_from_all(make_core, plain, late_fault, adapter_folders):
     core = make_core(2)
     before = adapters_of(core)
     with pytest.raises(AdapterError, match=r"layers.3.self_attn.v_proj as \[24, 4\]"):
@@ -150,15 +150,15 @@ def test_adapter_that_a_later_stage_refuses_is_left_on_none(make_core, plain, la
     assert tokens_of(answers["r2"]) == generate_alone(plain(adapter="few"), RAGGED[2], 4)
 
 
-def test_adapter_that_memory_has_no_room_for_is_left_on_none(make_core, plain, adapter_folders, monkeypatch):
+def test_adapter_that_does_not_fit_into_memory_is_unloaded_from_all(make_core, plain, adapter_folders, monkeypatch):
     core = make_core(2)
-    core.load_adapter("third", adapter_folders["few"])  # there is no room for a fourth
+    core.load_adapter("third", adapter_folders["few"])  # a fourth needs larger tensors
     before = adapters_of(core)
     grow, calls = Bank._grow, []
 
     def grow_until_full(self, *tensors):
         calls.append(self)
-        if len(calls) == 11:  # of eight on each stage: the second has begun
+        if len(calls) == 11:  # of eight on each stage: three on the second
             raise torch.OutOfMemoryError("no room")
         return grow(self, *tensors)
 

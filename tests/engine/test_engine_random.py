@@ -1,4 +1,4 @@
-"""Any prompts, in any micro-batches, over any cut of the layers, give transformers' tokens and probabilities one by one."""
+"""Random prompts, micro-batches and splits into stages give transformers' tokens and log-probabilities (hypothesis)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from finlora.model.base import load_base
 from finlora.stage.stage import Stage
 
 CPU = torch.device("cpu")
-NO_END = 511  # hardly ever the likeliest; where it is, both sides stop
+NO_END = 511  # hardly ever the likeliest token; if it is, both sides stop
 TOLERANCE = 5e-4
-"""Of a log-probability in float32: 4 layers add up to 100 numbers in another order. Seen: 2e-5 alone, 1.7e-4 late in a suite."""
+"""Of a log-probability in float32: 4 layers sum up to 100 numbers in another order. Seen: 2e-5 alone, 1.7e-4 late in a suite."""
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Rows of the cache: best fit, joined again when free, prefixes found and dropped."""
+"""Extents of the KV cache: best fit, merging of free runs, prefixes found and dropped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_extents_never_overlap_and_all_rows_come_back():
     assert take(pool, (1,), 992) is not None  # one run of rows again
 
 
-def test_longest_common_beginning_is_found():
+def test_longest_shared_prefix_is_found():
     pool = ExtentPool(1024)
     for ids in ((1, 2, 3, 4), (1, 2, 9, 9, 9), (5, 5)):
         pool.release(take(pool, ids))
@@ -44,7 +44,7 @@ def test_longest_common_beginning_is_found():
     assert (extent.ids, length) == ((1, 2, 9, 9, 9), 4)
     assert pool.find(None, (7, 7)) == (None, 0)
     assert pool.find("adapter", (1, 2, 3, 4)) == (None, 0)
-    # The last token is always left to be computed.
+    # The last token is always computed.
     assert pool.find(None, (1, 2, 3, 4))[1] == 3
 
 
@@ -64,13 +64,13 @@ def test_same_prompt_is_kept_once():
     assert pool.find(None, (1, 2, 3, 4, 5))[1] == 4
 
 
-def test_kept_prefix_gives_back_what_its_answer_had_taken():
+def test_kept_prefix_frees_the_rows_of_its_answer():
     pool = ExtentPool(1024)
     pool.release(take(pool, tuple(range(20)), 500))
     assert (pool.num_kept, pool.num_free) == (32, 992)
 
 
-def test_room_is_made_from_the_prefix_unused_for_longest_but_never_from_the_one_to_copy():
+def test_least_recently_used_prefix_is_dropped_but_never_the_one_to_copy():
     pool = ExtentPool(64)
     for start in (1, 2, 3, 4):
         pool.release(take(pool, (start,) * 16))
@@ -81,7 +81,7 @@ def test_room_is_made_from_the_prefix_unused_for_longest_but_never_from_the_one_
     assert take(pool, (9,), 64, spare=source) is None
 
 
-def test_prefixes_of_an_adapter_are_forgotten():
+def test_prefixes_of_an_unloaded_adapter_are_dropped():
     pool = ExtentPool(64)
     pool.release(take(pool, (1,) * 16, adapter="a"))
     pool.release(take(pool, (1,) * 16))
@@ -91,9 +91,9 @@ def test_prefixes_of_an_adapter_are_forgotten():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_extent_shares_a_longer_beginning_than_the_one_found(seed):
+def test_no_extent_shares_a_longer_prefix_than_the_one_found(seed):
     rng = random.Random(seed)
-    pool, at_work, everything = ExtentPool(4096), [], []
+    pool, active, everything = ExtentPool(4096), [], []
     for _ in range(400):
         ids = tuple(rng.randrange(3) for _ in range(rng.randint(1, 12)))
         adapter = rng.choice([None, "a", "b"])
@@ -113,9 +113,9 @@ def test_no_extent_shares_a_longer_beginning_than_the_one_found(seed):
         extent = take(pool, ids, rng.randint(len(ids), 60), adapter, found)
         if extent is not None:
             extent.num_ready = rng.randint(1, len(ids))
-            at_work.append(extent)
-        while len(at_work) > 5 or (extent is None and at_work):
-            pool.release(at_work.pop(rng.randrange(len(at_work))))
+            active.append(extent)
+        while len(active) > 5 or (extent is None and active):
+            pool.release(active.pop(rng.randrange(len(active))))
         everything = [*pool._held.values(), *pool._kept.values()]
         kept = [(each.adapter, each.ids) for each in pool._kept.values()]
         assert len(kept) == len(set(kept))
@@ -123,7 +123,7 @@ def test_no_extent_shares_a_longer_beginning_than_the_one_found(seed):
         assert pool.num_held + pool.num_kept + pool.num_free == pool.num_rows
 
 
-def test_a_thousand_kept_prompts_are_not_looked_through(monkeypatch):
+def test_look_up_compares_few_of_a_thousand_kept_prompts(monkeypatch):
     pool = ExtentPool(BLOCK * 1100)
     for number in range(1000):
         pool.release(take(pool, (1, 2, number, 4)))

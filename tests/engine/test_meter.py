@@ -1,4 +1,4 @@
-"""The bubble meter against pipelines whose bubble is known: a schedule played on a clock of its own."""
+"""Bubble meter against pipelines with a known bubble, on a simulated clock."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_equal_stages_reach_the_formula(num_stages, num_passes):
     clock = Clock()
     meter = BubbleMeter(clock)
     play(meter, clock, num_stages, num_passes)
-    clock.now += 500  # nobody asks
+    clock.now += 500  # idle
     reading = meter.read()
     assert reading.bubble == pytest.approx((num_stages - 1) / (num_passes + num_stages - 1))
     assert reading.formula == pytest.approx(reading.bubble)
@@ -39,7 +39,7 @@ def test_equal_stages_reach_the_formula(num_stages, num_passes):
     assert len(set(reading.busy)) == 1
 
 
-def test_a_slow_stage_shows_as_bubble_over_the_formula():
+def test_a_slow_stage_enlarges_the_bubble():
     clock = Clock()
     meter = BubbleMeter(clock)
     meter.start(1)
@@ -60,7 +60,7 @@ def test_a_slow_stage_shows_as_bubble_over_the_formula():
     assert reading.formula == pytest.approx(1 / 11)
 
 
-def test_runs_between_pauses_are_counted_apart():
+def test_runs_between_idle_periods_are_counted_separately():
     clock = Clock()
     meter = BubbleMeter(clock)
     for _ in range(3):
@@ -72,7 +72,7 @@ def test_runs_between_pauses_are_counted_apart():
     assert reading.bubble == pytest.approx(3 / 5)
 
 
-def test_a_reading_begins_where_it_is_told_and_work_in_flight_goes_on():
+def test_a_reading_starts_at_given_totals_and_counts_work_in_flight():
     clock = Clock()
     meter = BubbleMeter(clock)
     assert meter.read().bubble == 0.0
@@ -89,7 +89,7 @@ def test_a_reading_begins_where_it_is_told_and_work_in_flight_goes_on():
     assert (second.in_flight, second.num_passes, second.num_runs, second.busy) == (1.5, 2, 1, (1.0,))
 
 
-def test_an_idle_pipeline_reads_as_idle_whatever_it_did_before():
+def test_an_idle_period_reads_as_idle_after_earlier_work():
     clock = Clock()
     meter = BubbleMeter(clock)
     play(meter, clock, 2, 8)
@@ -100,7 +100,7 @@ def test_an_idle_pipeline_reads_as_idle_whatever_it_did_before():
     assert (reading.load, reading.busy, reading.bubble) == ((0.0, 0.0), (0.0, 0.0), 0.0)
 
 
-def test_load_counts_time_without_work_and_busy_does_not():
+def test_load_includes_idle_time_and_busy_does_not():
     clock = Clock()
     meter = BubbleMeter(clock)
     clock.now += 7
@@ -116,7 +116,7 @@ def test_load_counts_time_without_work_and_busy_does_not():
     assert meter.read().elapsed == 11.0
 
 
-def test_readers_at_once_each_see_the_time_since_their_own_last_reading():
+def test_several_readers_each_read_since_their_own_last_reading():
     clock = Clock()
     meter = BubbleMeter(clock)
     play(meter, clock, 1, 4)

@@ -1,4 +1,4 @@
-"""No request lost, none answered twice, no cache row leaked, and every row seen is the right one: over random traffic."""
+"""Scheduler under random traffic: each request answered once, no cache row leaked, every row attends to the right keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_request(name, prompt=(1, 2, 3), max_tokens=4, **changes):
 
 
 def run_all(scheduler, model=None, batches=()):
-    """Work until nothing is left, from what is in flight on; returns the answers by request."""
+    """Compute until no request is left, starting with the batches in flight; returns the answers by request."""
     model = model or PretendModel(scheduler.pool.num_rows)
     in_flight, answers = deque(batches), {}
     while True:
@@ -37,7 +37,7 @@ def run_all(scheduler, model=None, batches=()):
 
 
 def random_request(rng, number, most_tokens):
-    """Prompts of a few families that begin alike; some choose, some generate."""
+    """Prompts of a few families with common prefixes; some with choices, some generate."""
     family = rng.choice([(1,) * 30, (2,) * 50, tuple(range(3, 33)), ()])
     prompt = (*family[: rng.randint(0, 60)], *(rng.randint(1, 39) for _ in range(rng.randint(1, 40))))
     choices = ()
@@ -53,7 +53,7 @@ def random_request(rng, number, most_tokens):
     )
 
 
-@pytest.mark.parametrize("follows", [False, True], ids=["waiting", "following"])
+@pytest.mark.parametrize("follows", [False, True], ids=["not following", "following"])
 @pytest.mark.parametrize("seed", range(40))
 def test_random_traffic_is_answered_once_and_as_alone(seed, follows):
     rng = random.Random(seed)
@@ -65,7 +65,7 @@ def test_random_traffic_is_answered_once_and_as_alone(seed, follows):
         follows=follows,
     )
     model = PretendModel(scheduler.pool.num_rows)
-    # Where tokens are followed, they come in bursts and are long: nothing follows where prompts come.
+    # To be followed, requests come in bursts and are long: nothing follows while prompts wait.
     requests = [random_request(rng, number, 40 if follows else 12) for number in range(60)]
     requests = {request.id: request for request in requests}
     to_come, in_flight = deque(requests.values()), deque()
@@ -86,7 +86,7 @@ def test_random_traffic_is_answered_once_and_as_alone(seed, follows):
             assert batch.num_rows > 0
             if (num_ahead := len(in_flight) - scheduler.limits.max_in_flight + 1) > 0:
                 assert num_ahead == 1
-                # Whoever samples goes on with its next token.
+                # A request that generates text goes on with its next token.
                 assert not was_decoding or (follows and batch.samples)
             in_flight.append(batch)
         assert len(in_flight) == scheduler.num_in_flight
@@ -115,7 +115,7 @@ def test_random_traffic_is_answered_once_and_as_alone(seed, follows):
             assert list(answer.log_probs) == sums
 
 
-def test_shared_beginning_is_computed_once():
+def test_shared_prefix_is_computed_once():
     scheduler = make_scheduler(cache_rows=2048)
     prompts = [(*range(1, 61), *(30, 20, 10 + n)) for n in range(8)]
     for number, prompt in enumerate(prompts):
@@ -124,7 +124,7 @@ def test_shared_beginning_is_computed_once():
     while (batch := scheduler.next_batch()) is not None:
         batches.append(batch)
         scheduler.complete(model.run(batch))
-    assert [batch.num_rows for batch in batches] == [63, 7]  # the others differ in their last token alone
+    assert [batch.num_rows for batch in batches] == [63, 7]  # the others differ only in their last token
     assert len(batches[1].copies) == 7
     scheduler.submit(make_request("again", prompts[3], 1))
     assert scheduler.next_batch().num_rows == 1
@@ -149,7 +149,7 @@ def test_adapters_do_not_share_prefixes():
     assert [answers[name].num_cached for name in ("one", "two", "three")] == [0, 0, 39]
 
 
-def test_prefixes_give_way_to_requests_the_oldest_first():
+def test_least_recently_used_prefixes_are_dropped_first():
     scheduler, model = make_scheduler(cache_rows=160), PretendModel(160)
     for number in range(3):
         scheduler.submit(make_request(f"r{number}", [number + 1] * 40, 8))
@@ -171,7 +171,7 @@ def test_decoding_is_split_over_the_passes_in_flight():
     assert max(batch.num_rows for batch in batches) <= 2
 
 
-def test_long_prompt_is_cut_and_does_not_stop_the_others():
+def test_long_prompt_is_chunked_and_does_not_block_decoding():
     scheduler = make_scheduler(cache_rows=2048, max_batch_tokens=32)
     model = PretendModel(2048)
     scheduler.submit(make_request("short", [4, 4], 40))
@@ -196,27 +196,27 @@ def test_clients_take_turns():
     assert order == ["many0", "lone", "many1", "many2"]
 
 
-def test_deadline_ends_requests_in_line_and_at_work():
+def test_deadline_ends_waiting_and_active_requests():
     scheduler = make_scheduler(cache_rows=64, max_batch_tokens=2)
     model = PretendModel(64)
-    scheduler.submit(make_request("at-work", [1, 2], 30, deadline=5.0))
-    scheduler.submit(make_request("in-line", [1, 2], 30, deadline=6.0))
+    scheduler.submit(make_request("active", [1, 2], 30, deadline=5.0))
+    scheduler.submit(make_request("waiting", [1, 2], 30, deadline=6.0))
     scheduler.submit(make_request("patient", [1, 2], 3))
     batch = scheduler.next_batch()
     ended = [(answer.request_id, answer.finish) for answer in scheduler.expire(7.0)]
-    assert ended == [("in-line", "deadline"), ("at-work", "deadline")]
-    assert scheduler.complete(model.run(batch)) == ([], [])  # what was in flight of it counts for nothing
+    assert ended == [("waiting", "deadline"), ("active", "deadline")]
+    assert scheduler.complete(model.run(batch)) == ([], [])  # its rows in flight are discarded
     assert run_all(scheduler, model).keys() == {"patient"}
 
 
-def test_what_cannot_be_taken_on_is_refused_by_words():
+def test_impossible_requests_and_limits_are_refused():
     scheduler = make_scheduler(cache_rows=64, max_waiting=1)
     with pytest.raises(ConfigError, match=r"r can need 101 tokens of cache, 64 are there: shorten the prompt"):
         scheduler.submit(make_request("r", [1], 100))
     with pytest.raises(ConfigError, match=r"expected at least one token in its prompt"):
         scheduler.submit(make_request("r", []))
     scheduler.submit(make_request("r"))
-    with pytest.raises(ConfigError, match=r"a request of this id is at work already"):
+    with pytest.raises(ConfigError, match=r"a request with this id is waiting or active"):
         scheduler.submit(make_request("r"))
     with pytest.raises(QueueFullError, match=r"1 requests are waiting, which is the limit: try again later"):
         scheduler.submit(make_request("s"))

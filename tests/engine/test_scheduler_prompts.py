@@ -1,4 +1,4 @@
-"""How prompts are cut, kept whole and started ahead, so that no stage waits and none is cut for nothing."""
+"""Chunked prefill: chunks for all stages, micro-batches started ahead, and no chunk without a gain."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_prompts_are_ready_ahead_of_the_first_stage():
     submit(3, 101, choices=choices)
     assert scheduler.next_batch() is None  # one ahead is enough
     scheduler.complete(model.run(first))
-    assert scheduler.next_batch() is None  # three prompts would be too little work for a pass of their own
+    assert scheduler.next_batch() is None  # three prompts are too few for a pass of their own
     submit(3, 101, choices=choices)
     third = scheduler.next_batch()
     assert len(third.scores) == 3 * 6
@@ -39,14 +39,14 @@ def test_prompts_are_ready_ahead_of_the_first_stage():
     submit(1, 101, max_tokens=9)
     first = scheduler.next_batch()
     submit(64, 101, choices=choices)
-    assert scheduler.next_batch() is None  # its next token waits for nothing but its own pass
+    assert scheduler.next_batch() is None  # it would delay the next token
     scheduler.complete(model.run(first))
     assert scheduler.next_batch().samples
     assert scheduler.next_batch() is None
 
 
-def test_prompts_that_fit_one_pass_are_not_cut_to_have_one_ahead():
-    """Each part would read and unpack all weights, which takes longer than the stage would stand still."""
+def test_prompts_that_fit_one_pass_are_not_chunked_to_start_one_ahead():
+    """Each chunk would read and unpack all weights, which takes longer than the stage would idle."""
     scheduler = make_scheduler(cache_rows=16384, max_batch_tokens=8192)
     for number in range(16):
         scheduler.submit(make_request(f"r{number}", [1 + number] + [2] * 178, max_tokens=32))
@@ -74,7 +74,7 @@ def test_chunks_of_one_prompt_are_in_flight_together_and_sized_for_all_stages():
     )[0]
 
 
-def test_one_stage_alone_leaves_a_prompt_that_does_not_fit_to_the_next_pass():
+def test_one_stage_defers_a_prompt_that_does_not_fit_the_rest_of_a_pass():
     scheduler = make_scheduler(cache_rows=16384, max_batch_tokens=1000, keeps_prefixes=False)
     model, rng = PretendModel(16384), random.Random(2)
     for number, length in enumerate((400, 450, 300, 2300, 900, 300, 900)):
@@ -83,11 +83,11 @@ def test_one_stage_alone_leaves_a_prompt_that_does_not_fit_to_the_next_pass():
     while (batch := scheduler.next_batch()) is not None:
         sizes.append([segment.num_rows for segment in batch.segments])
         scheduler.complete(model.run(batch))
-    # One that fits no pass is cut where it comes, and one that comes where a pass is less than half full is cut too.
+    # A prompt is chunked if it fits no pass, or if the pass is less than half full.
     assert sizes == [[400, 450], [300, 700], [1000], [600], [900], [300, 700], [200]]
 
 
-def test_prompts_whose_beginning_is_cached_are_shared_out_by_what_is_left_of_them():
+def test_prefix_cached_prompts_are_split_over_stages_by_their_uncached_tokens():
     scheduler = make_scheduler(cache_rows=2**16, max_in_flight=2)
     model, rng = PretendModel(2**16), random.Random(3)
     instruction = [rng.randint(1, 38) for _ in range(400)]
@@ -103,6 +103,6 @@ def test_prompts_whose_beginning_is_cached_are_shared_out_by_what_is_left_of_the
                 sizes[-1].append(len(batch.scores))
                 in_flight.append(batch)
             scheduler.complete(model.run(in_flight.popleft()))
-    # Of the second 64 questions some 2,700 tokens are new: half of them, half of the rest, then what is left, not all in one.
+    # About 2,700 tokens of the second 64 prompts are new: half of them, half of the rest, then the rest, not all in one.
     assert sizes[1][:2] == [pytest.approx(32, abs=3), pytest.approx(16, abs=3)]
     assert sum(sizes[1]) == 64

@@ -1,12 +1,12 @@
-"""A kept prefix never keeps a request out that nobody else's end could let in."""
+"""A kept prefix never blocks a request for which no other request will free rows."""
 
 from __future__ import annotations
 
 from test_scheduler import make_request, make_scheduler, run_all
 
 
-def test_prefix_in_the_way_of_its_own_reader_is_given_up():
-    """The prefix lies in the middle of 96 rows, and the request that begins with it needs 48: more than either side has."""
+def test_prefix_that_blocks_its_own_reader_is_dropped():
+    """The prefix is in the middle of 96 rows, and the request that shares it needs 48: more than either side has."""
     scheduler = make_scheduler(cache_rows=96)
     own = tuple(range(3, 31))
     requests = [

@@ -1,6 +1,6 @@
-"""The plain reference of the engine: transformers' own forward pass and generate on padded batches.
+"""Reference engine: transformers' own forward pass and generate on padded batches.
 
-Shapes: B prompts, T tokens of the longest row, N scored places, V vocabulary.
+Shapes: B prompts, T tokens of the longest row, N scored positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ class PlainEngine:
     ) -> list[list[float]]:
         """Score every token of every choice in one forward pass.
 
-        A row holds the prompt and after it all its choices. A choice sees the prompt and itself, never its
-        neighbours, and its positions start where the prompt ends, so each scores as if it stood alone.
+        A row holds the prompt followed by all its choices. A choice attends to the prompt and itself, not to other
+        choices, and its positions start where the prompt ends, so each scores as if alone.
         """
         lengths = [len(p) + sum(len(c) for c in own) for p, own in zip(prompts, choices, strict=True)]
         num_rows, longest = len(prompts), max(lengths)
         input_ids = torch.zeros((num_rows, longest), dtype=torch.long)
         positions = torch.zeros((num_rows, longest), dtype=torch.long)
         visible = torch.eye(longest, dtype=torch.bool).repeat(num_rows, 1, 1)  # padding sees itself: no empty softmax
-        rows, places, targets, owners = [], [], [], []
+        rows, columns, targets, owners = [], [], [], []
         for row, (prompt, own) in enumerate(zip(prompts, choices, strict=True)):
             size = len(prompt)
             input_ids[row, :size] = torch.tensor(prompt)
@@ -57,9 +57,9 @@ class PlainEngine:
                 positions[row, start:end] = torch.arange(size, size + len(choice))
                 visible[row, start:end, :size] = True
                 visible[row, start:end, start:end] = torch.ones(len(choice), len(choice), dtype=torch.bool).tril()
-                # The token at a place is predicted by the one before it; the first by the prompt's last token.
+                # A token is predicted at the column before it; the first one at the prompt's last token.
                 rows += [row] * len(choice)
-                places += [size - 1, *range(start, end - 1)]
+                columns += [size - 1, *range(start, end - 1)]
                 targets += list(choice)
                 owners += [(row, number)] * len(choice)
                 start = end
@@ -72,7 +72,7 @@ class PlainEngine:
             position_ids=positions.to(self.device),
             use_cache=False,
         ).last_hidden_state
-        logits = self.llama.lm_head(hidden[rows, places]).float()  # (N, V)
+        logits = self.llama.lm_head(hidden[rows, columns]).float()  # (N, V)
         wanted = torch.tensor(targets, device=self.device)[:, None]
         log_probs = torch.log_softmax(logits, dim=-1).gather(1, wanted)[:, 0].double().tolist()
         totals = [[0.0] * len(own) for own in choices]

@@ -1,4 +1,4 @@
-"""`finlora ask` from question to reply on the tiny base: the adapter is heard, its contract kept, stages change nothing."""
+"""`finlora ask` from question to reply on the tiny base: adapters, contract checks, and equal replies from stages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def adapter(make_config, tmp_path):
 
 
 def ignore(_piece):
-    """Text that nobody reads."""
+    """Discard streamed text."""
 
 
 def test_probabilities_are_ranked_and_change_with_the_adapter(make_config, adapter):
@@ -62,7 +62,7 @@ def test_free_text_streams(make_config):
     assert reply.quote == find_quote(reply.text, "Profit rose")
 
 
-def test_stage_actors_say_the_same(make_config, adapter, ray_instance):
+def test_stage_actors_give_the_same_probabilities(make_config, adapter, ray_instance):
     one, two = (ask(make_config(), adapter, QUESTION, SAMPLING, stages, ignore) for stages in (1, 2))
     assert one.probabilities == pytest.approx(two.probabilities, rel=1e-5)
 
@@ -77,7 +77,7 @@ def test_adapter_of_another_template_or_base_is_refused_before_anything_loads(
         ask(make_config(), adapter.parent / "absent", QUESTION, SAMPLING, 1, ignore)
 
 
-def test_likeliest_choice_comes_first_whatever_the_size_of_the_numbers():
+def test_likeliest_choice_comes_first_also_for_large_negative_sums():
     assert rank_choices(["a", "b"], [-1000.0, -999.0]) == pytest.approx({"b": 0.7311, "a": 0.2689}, abs=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Whole lists of prompts through the engine against transformers: each choice as if it stood alone, greedy token for token."""
+"""Batch inference against transformers: label probabilities and greedy text, also after stage losses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CHOICES = [
 
 
 def ignore(_done):
-    """Progress that nobody watches."""
+    """Discard progress."""
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_generated_text_equals_the_plain_engine_in_any_order(make_core, plain, t
     assert any(texts)
 
 
-def test_more_prompts_than_the_line_holds_are_all_answered(make_core, prompts, choices):
+def test_more_prompts_than_the_queue_holds_are_all_answered(make_core, prompts, choices):
     core = make_core(cache_rows=512, max_waiting=70)
     engine = BatchEngine(core, None)
     many = [prompts[number % 5] for number in range(200)]
@@ -91,17 +91,17 @@ def test_more_prompts_than_the_line_holds_are_all_answered(make_core, prompts, c
     assert core.is_idle
 
 
-def test_a_beginning_in_common_is_computed_once(make_core, prompts, choices):
+def test_a_common_prefix_is_computed_once(make_core, prompts, choices):
     core = make_core()
     BatchEngine(core, None).score_choices([prompts[2]] * 20, [choices[2]] * 20, ignore)
     rows = core.meter.totals().num_rows
     own = sum(len(choice) - 1 for choice in choices[2])
-    # The first is computed whole, of the others the last token and the choices.
+    # The first prompt is computed in full, of the others only the last token and the choices.
     assert rows == len(prompts[2]) + own + 19 * (1 + own)
 
 
 class Losing:
-    """Stages of this process, of which one is lost whenever the number of micro-batches asks for it."""
+    """Stages of this process, of which one is lost after given numbers of micro-batches."""
 
     def __init__(self, executor, losses):
         self.executor, self.losses, self.can_follow = executor, losses, False
@@ -117,7 +117,7 @@ class Losing:
 
 
 def make_losing(core, losses):
-    """Return an engine, and what its losses were answered with."""
+    """Return an engine, and the numbers of micro-batches at which it recovered."""
     executor, renewed = Losing(core.executor, losses), []
 
     def renew():
@@ -134,12 +134,12 @@ def make_losing(core, losses):
     return BatchEngine(first, "few", renew), renewed
 
 
-def test_what_a_lost_stage_had_not_answered_is_asked_anew(make_core, plain, tokenizer, prompts, choices):
+def test_unanswered_prompts_are_submitted_again_after_a_stage_loss(make_core, plain, tokenizer, prompts, choices):
     expected = PlainEngine(plain(adapter="few"), tokenizer, "raw", CPU)
     engine, renewed = make_losing(make_core(), {1, 9})
     seen = []
     assert engine.generate(prompts, 12, seen.append) == expected.generate(prompts, 12)
-    assert renewed == [1, 9]  # in the midst of texts
+    assert renewed == [1, 9]  # in the middle of texts
     assert seen[-1] == len(prompts)
     engine, renewed = make_losing(make_core(), {2, 4})
     many = engine.score_choices(prompts * 8, choices * 8, ignore)
@@ -149,14 +149,14 @@ def test_what_a_lost_stage_had_not_answered_is_asked_anew(make_core, plain, toke
         assert flatten(many[start : start + 5]) == pytest.approx(flatten(wanted), rel=0, abs=1e-5)
 
 
-def test_stages_that_are_lost_again_and_again_are_given_up(make_core, prompts):
+def test_repeated_stage_losses_end_the_evaluation(make_core, prompts):
     engine, renewed = make_losing(make_core(), {1, 2, 3})
     with pytest.raises(StageLostError, match=r"was lost \(at 3\): ask again"):
         engine.generate(prompts, 12, ignore)
     assert renewed == [1, 2]
 
 
-def test_stages_that_nobody_can_bring_back_end_it_at_once(make_core, prompts):
+def test_stage_loss_without_recovery_ends_the_evaluation_at_once(make_core, prompts):
     engine, _ = make_losing(make_core(), {1})
     with pytest.raises(StageLostError, match=r"was lost \(at 1\): ask again"):
         BatchEngine(engine.core, None).generate(prompts, 12, ignore)

@@ -1,4 +1,4 @@
-"""Warming up changes no answer, and a cache that cannot hold one request is refused by words."""
+"""Warm-up, which changes no answer, and the size of the KV cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_answers_after_a_warm_up_are_the_same(make_core, plain, num_stages):
         assert tokens_of(answers[f"r{number}"]) == generate_alone(plain(), prompt, 5)
 
 
-def test_cache_gets_what_fits_and_refuses_less_than_a_request(make_config, monkeypatch):
+def test_cache_gets_the_rows_that_fit_and_needs_those_of_one_request(make_config, monkeypatch):
     monkeypatch.setattr(open_base, "count_fitting_rows", lambda _device, _row_bytes: 96)
     with open_executor(make_config(), 1, 500, 90) as (executor, rows):
         assert rows == 96
@@ -33,8 +33,8 @@ def test_cache_gets_what_fits_and_refuses_less_than_a_request(make_config, monke
         pass
 
 
-def test_cache_on_a_gpu_leaves_room_for_what_micro_batches_compute(monkeypatch):
-    """A twentieth of the GPU and 1.5 GiB, whole blocks, and fewer than no rows where there is less."""
+def test_cache_on_a_gpu_leaves_room_for_activations(monkeypatch):
+    """A twentieth of the GPU and 1.5 GiB stay free; rows are whole blocks, and negative if less is free."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10 * 2**30, 40 * 2**30))
     rows = count_fitting_rows(torch.device("cuda"), 100_000)
     assert rows % 16 == 0
@@ -48,8 +48,8 @@ def test_rows_are_counted_in_blocks():
     assert count_fitting_rows(torch.device("cpu"), 10) >= 10**9
 
 
-def test_requests_find_room_at_once_whichever_they_are():
-    """Each takes whole blocks, of which the last is hardly used here."""
+def test_counted_rows_fit_any_of_the_requests_at_once():
+    """Each takes whole blocks; the last block is almost empty here."""
     requests = [
         Request(id=str(n), prompt_ids=(n,) * (16 * n + 12), sampling=Sampling(max_tokens=5)) for n in range(1, 9)
     ]

@@ -1,4 +1,4 @@
-"""What a stage's process does with messages, without the processes: parcels stand for hidden states that stay on a GPU."""
+"""Stage actors passing messages in one process; parcels stand for hidden states in shared GPU memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INFO = StageInfo(0, 1, 0, torch.float32, CPU, "127.0.0.1")
 
 
 class PretendStamps:
-    """Stage number -> [when it began, when it ended], on a clock that goes on by a second whenever it is read."""
+    """Begin and end of each stage, on a simulated clock."""
 
     def __init__(self, times=()):
         self.times = dict(times)
@@ -80,7 +80,7 @@ def make_batch(number, ids, first_row):
 
 BATCHES = [make_batch(0, [5, 9, 2], 0), make_batch(1, [7, 3], 10), make_batch(2, [11, 4, 8, 6], 20)]
 FOLLOWING = MicroBatch(3, adapters=[(None, 1)], follows=2)
-"""The token behind the last of those."""
+"""The token after the last of those."""
 FOLLOWING.add([-1], 4, [24], [(20, 5)])
 FOLLOWING.samples.append(Sample(0, 0.0, 1.0, 0, 1))
 
@@ -115,18 +115,18 @@ def actors(four_layers):
     found = [make(number, span) for number, span in enumerate(SPANS)]
     yield found
     for actor in reversed(found):
-        actor._quiet.__exit__(None, None, None)  # where a stage has a process of its own, that ends with it
+        actor._quiet.__exit__(None, None, None)  # elsewhere it ends with the stage's process
 
 
-def hand_over(actors, *numbers):
-    """Let stages share memory with the ones after them."""
+def share_memory(actors, *numbers):
+    """Join stages to the next ones by shared memory."""
     for number in numbers:
         actors[number].outgoing = actors[number + 1].incoming = PretendGpu(number)
 
 
 @pytest.mark.parametrize("sharing", [(), (0,), (1,), (0, 1)], ids=["none", "first two", "last two", "all"])
 def test_micro_batches_keep_their_states_and_their_seconds(sharing, actors, expected):
-    hand_over(actors, *sharing)
+    share_memory(actors, *sharing)
     messages = [
         Message(batch, buffer=buffer, ticket=batch.number + 5) for batch, buffer in zip(BATCHES, (0, 1, 0), strict=True)
     ]
@@ -144,11 +144,11 @@ def test_micro_batches_keep_their_states_and_their_seconds(sharing, actors, expe
         assert found == [token for token, _ in expected[number]]
         assert len(message.seconds) == 3
         if sharing == (0, 1):
-            assert message.seconds == (1.0, 2.0, 3.0)  # as stamped, each stage's own
+            assert message.seconds == (1.0, 2.0, 3.0)  # as stamped by each stage
 
 
-def test_last_stage_that_reads_late_brings_each_answer_with_the_next_message(actors, expected):
-    hand_over(actors, 0, 1)
+def test_late_read_returns_each_answer_with_the_next_message(actors, expected):
+    share_memory(actors, 0, 1)
     actors[2].read_late()
     broken = Message(BATCHES[2], ResourceError("the GPU is full"))
 
@@ -168,11 +168,11 @@ def test_last_stage_that_reads_late_brings_each_answer_with_the_next_message(act
     assert pass_through(Message(BATCHES[0], ticket=7)).is_empty
     actors[2].reset()
     assert not actors[2].reader.is_late
-    assert actors[2].reader.take(Message(None)).is_empty  # what was left is void
+    assert actors[2].reader.take(Message(None)).is_empty  # the unread answer was dropped
 
 
-def test_seconds_of_stages_that_share_a_gpu_come_with_the_first_that_waits(actors):
-    hand_over(actors, 0)
+def test_first_stage_that_waits_returns_the_seconds_of_all(actors):
+    share_memory(actors, 0)
     first = actors[0].run(Message(BATCHES[0]))
     assert isinstance(first.state, Parcel)
     assert first.seconds == ()
@@ -180,7 +180,7 @@ def test_seconds_of_stages_that_share_a_gpu_come_with_the_first_that_waits(actor
 
 
 def test_stage_that_was_reset_joins_by_another_transport(actors):
-    hand_over(actors, 0)
+    share_memory(actors, 0)
     for number in (0, 1):
         actors[number].reset()
         assert actors[number].incoming is actors[number].outgoing is None
@@ -230,7 +230,7 @@ def test_wait_for_tokens_does_not_count_as_computing(actors):
     assert actors[0].run(Message(FOLLOWING, ticket=8, follows=7)).seconds[0] < time.perf_counter() - started - 0.5
 
 
-def test_failure_before_the_last_stage_is_told_to_the_first(actors):
+def test_failure_before_the_last_stage_is_sent_to_the_first(actors):
     link = actors[0].sampled_in = actors[2].sampled_out = LoggedLink()
     broken = Message(BATCHES[2], ResourceError("the GPU is full"), ticket=7)
     assert actors[2].run(broken) == broken

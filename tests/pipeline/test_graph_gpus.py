@@ -1,10 +1,10 @@
-"""Stages on GPUs of their own, and two on each of two GPUs, say what one process says."""
+"""Stages on GPUs of their own, and two on each of two GPUs: the same answers as one process, also after a crash."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from test_hidden_states_gpu import ROWS, ask_all, expected, look, lose_at_work, name_outgoing  # noqa: F401  (a fixture)
+from test_hidden_states_gpu import ROWS, ask_all, expected, look, lose_in_flight, name_outgoing  # noqa: F401  (a fixture)
 
 NUM_STAGES = 4
 FORMS = [(1.0, "messages"), (1.0, "nccl"), (0.5, "messages")]
@@ -33,7 +33,7 @@ def pipeline(request, four_layers, ray_instance):
     pipeline.close()
 
 
-def test_stages_of_several_gpus_say_what_one_says(pipeline, expected, four_layers, adapter_folders):  # noqa: F811
+def test_stages_on_several_gpus_answer_as_one(pipeline, expected, four_layers, adapter_folders):  # noqa: F811
     gpus = look(pipeline, lambda self: str(torch.cuda.get_device_properties(self.device).uuid))
     assert len(set(gpus)) == int(NUM_STAGES * pipeline._config.gpus_per_stage)
     shares_memory = pipeline._config.transport == "messages"
@@ -45,13 +45,13 @@ def test_stages_of_several_gpus_say_what_one_says(pipeline, expected, four_layer
 
 
 @pytest.mark.parametrize("dying", [1, 3])
-def test_stage_that_dies_on_a_gpu_of_its_own_joins_the_others_again(
+def test_dead_stage_on_its_own_gpu_joins_the_others_again(
     dying,
     pipeline,
     expected,  # noqa: F811
     four_layers,
     adapter_folders,
 ):
-    lose_at_work(pipeline, four_layers, dying)
+    lose_in_flight(pipeline, four_layers, dying)
     assert dying in pipeline.repair()
     assert ask_all(pipeline, four_layers, adapter_folders, NUM_STAGES)[0] == expected

@@ -1,4 +1,4 @@
-"""A pipeline whose stages share a GPU, and leave hidden states and tokens there, says what one process says."""
+"""Pipeline whose stages share one GPU and its memory: the same answers as one process, also after a crash."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_requests import ON_GPU, RAGGED, make_requests, run, tokens_of
-from test_pipeline_repair import kill_at_work
+from test_pipeline_repair import kill_in_flight
 
 from finlora.engine.admission import Limits
 from finlora.engine.engine import EngineCore
@@ -40,7 +40,7 @@ def ask_all(executor, base, adapter_folders, in_flight):
 
 
 def look(pipeline, at):
-    """Return what a function of a stage's actor says in each."""
+    """Return the result of a function of a stage's actor from each stage."""
     import ray
 
     return ray.get([actor.__ray_call__.remote(at) for actor in pipeline.actors])
@@ -50,16 +50,16 @@ def name_outgoing(stage):
     return type(stage.outgoing).__name__
 
 
-def lose_at_work(pipeline, base, dying):
-    """Kill one of four stages while micro-batches are under way; returns all their processes."""
+def lose_in_flight(pipeline, base, dying):
+    """Kill one of four stages while micro-batches are in flight; returns the process ids of all."""
     before = look(pipeline, lambda _stage: os.getpid())
-    kill_at_work(pipeline, open_core(pipeline, base, 4), dying, num_steps=9)
+    kill_in_flight(pipeline, open_core(pipeline, base, 4), dying, num_steps=9)
     return before
 
 
 @pytest.fixture(scope="module")
 def expected(four_layers, adapter_folders):
-    """Tokens of one stage in this process, on the same device: random weights are others on CPU."""
+    """Tokens of one stage in this process, on the same device: random weights differ on CPU."""
     with quiet_bitsandbytes():
         base = load_base(four_layers, 16, torch.device(DEVICE), 0)
         alone = InProcess([Stage(base.model, range(4), ROWS, torch.float32)])
@@ -77,7 +77,7 @@ def pipeline(four_layers, ray_instance):
 
 
 @pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
-def test_four_stages_of_one_gpu_say_what_one_says(_gpu, pipeline, expected, four_layers, adapter_folders):
+def test_four_stages_on_one_gpu_answer_as_one(_gpu, pipeline, expected, four_layers, adapter_folders):
     assert look(pipeline, name_outgoing) == ["GpuLink", "GpuLink", "GpuLink", "NoneType"]
     assert look(pipeline, lambda self: type(self.sampled_in).__name__)[0] == "GpuTokenLink"
     assert look(pipeline, lambda self: type(self.sampled_out).__name__)[3] == "GpuTokenLink"
@@ -90,11 +90,9 @@ def test_four_stages_of_one_gpu_say_what_one_says(_gpu, pipeline, expected, four
 
 @pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
 @pytest.mark.parametrize("dying", [0, 1, 3])
-def test_stage_that_dies_at_work_starts_anew_and_hands_over_again(
-    _gpu, dying, pipeline, expected, four_layers, adapter_folders
-):
-    """What the others have queued waits for it on the GPU."""
-    before = lose_at_work(pipeline, four_layers, dying)
+def test_dead_stage_is_restarted_and_shares_memory_again(_gpu, dying, pipeline, expected, four_layers, adapter_folders):
+    """Work that the others have queued waits for it on the GPU."""
+    before = lose_in_flight(pipeline, four_layers, dying)
     assert pipeline.repair() == [dying]
     after = look(pipeline, lambda _stage: os.getpid())
     assert [number for number in range(4) if after[number] != before[number]] == [dying]

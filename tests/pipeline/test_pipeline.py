@@ -1,4 +1,4 @@
-"""Stages in processes of their own under Ray: the same answers, adapters in order, and nothing left behind."""
+"""Stages in Ray actors: the same answers, adapters in order, and resources that are freed."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def core(pipeline, four_layers, adapter_folders):
 
 
 @pytest.mark.ray
-def test_stages_get_the_environment_that_their_starter_lacks(pipeline):
-    """A replica of `serve deploy` has that of `ray start`."""
+def test_stages_get_environment_variables_that_the_driver_lacks(pipeline):
+    """A replica of `serve deploy` has the environment of `ray start`."""
     found = [actor.__ray_call__.remote(lambda _stage: os.environ[MISSING]) for actor in pipeline.actors]
     assert ray.get(found) == ["here", "here"]
 
@@ -60,8 +60,8 @@ def test_tokens_equal_transformers(core, plain):
         assert tokens_of(answers[f"r{number}"]) == generate_alone(plain(), prompt, 6)
 
 
-def test_answers_that_come_behind_the_next_message_are_the_same(pipeline, four_layers, adapter_folders, plain):
-    """As where stages hand over on GPUs."""
+def test_late_read_changes_no_answer(pipeline, four_layers, adapter_folders, plain):
+    """As with links that run ahead."""
 
     def read(is_late):
         def change(stage):
@@ -71,7 +71,7 @@ def test_answers_that_come_behind_the_next_message_are_the_same(pipeline, four_l
         pipeline._answers_come_late = is_late
 
     read(is_late=True)
-    # Tokens of these stages go back by the host, which reads them late too: nothing may wait for them there.
+    # These stages return tokens through the host, which reads them late too: no micro-batch may follow another.
     limits = Limits(cache_rows=ROWS, max_in_flight=2)
     core = EngineCore(pipeline, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(four_layers.base)))
     core.load_adapter("few", adapter_folders["few"])
@@ -89,8 +89,8 @@ def test_answers_that_come_behind_the_next_message_are_the_same(pipeline, four_l
     assert tokens_of(answers["new"]) == generate_alone(plain(adapter="all"), RAGGED[2], 4)
 
 
-def test_stages_that_wait_take_hardly_any_of_a_core(pipeline):
-    """Ray's own reads take all of one for each stage."""
+def test_waiting_stages_take_hardly_any_cpu_time(pipeline):
+    """Ray's own reads take a whole core for each stage."""
 
     def look():
         return ray.get([actor.__ray_call__.remote(lambda _stage: time.process_time()) for actor in pipeline.actors])
@@ -101,14 +101,14 @@ def test_stages_that_wait_take_hardly_any_of_a_core(pipeline):
     assert all(new - old < 0.3 * passed for old, new in zip(before, after, strict=True))
 
 
-def test_both_stages_are_kept_at_work(core):
+def test_both_stages_are_kept_busy(core):
     for request in make_requests(count=6):
         core.submit(request)
     seen = []
     while not core.is_idle:
         core.step()
         seen.append(core.scheduler.num_in_flight)
-    assert max(seen) == 2  # one was collected, the other is under way, and what follows the first one
+    assert max(seen) == 2  # one was collected; the other and the next one are in flight
 
 
 def test_adapter_is_loaded_between_micro_batches_of_others(core, plain, adapter_folders):
@@ -124,14 +124,14 @@ def test_adapter_is_loaded_between_micro_batches_of_others(core, plain, adapter_
     assert tokens_of(by_name["r4"]) == generate_alone(plain(), RAGGED[4], 10)
 
 
-def test_error_of_a_stage_comes_back_and_the_others_go_on(core, plain, tmp_path):
+def test_error_of_a_stage_is_raised_and_the_pipeline_goes_on(core, plain, tmp_path):
     with pytest.raises(AdapterError, match=r"adapter_model.safetensors is missing or cannot be read"):
         core.load_adapter("broken", tmp_path)
     answers, _ = run(core, make_requests(RAGGED[:2], 3))
     assert tokens_of(answers["r1"]) == generate_alone(plain(), RAGGED[1], 3)
 
 
-def test_adapter_that_a_later_stage_refuses_is_left_on_none(core, plain, late_fault, adapter_folders):
+def test_adapter_that_a_later_stage_refuses_is_unloaded_from_all(core, plain, late_fault, adapter_folders):
     import ray
 
     with pytest.raises(AdapterError, match=r"layers.3.self_attn.v_proj as \[24, 4\]"):
@@ -143,7 +143,7 @@ def test_adapter_that_a_later_stage_refuses_is_left_on_none(core, plain, late_fa
     assert tokens_of(answers["r2"]) == generate_alone(plain(adapter="all"), RAGGED[2], 4)
 
 
-def test_cluster_that_is_too_small_is_refused_by_words(four_layers, ray_instance):
+def test_cluster_that_is_too_small_is_refused(four_layers, ray_instance):
     from finlora.pipeline.pipeline import Pipeline, PipelineConfig
 
     config = PipelineConfig(num_stages=4, cache_rows=64, device="cuda")
@@ -156,7 +156,7 @@ def test_stage_that_cannot_load_says_why_in_a_line(tiny_base, tmp_path, ray_inst
 
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     tensors = load_file(folder / "model.safetensors")
-    # Seen by the stage that reads it; what is wrong with the files' headers is refused before any stage starts.
+    # Only the stage that reads it notices; faults in the files' headers are refused before any stage starts.
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
     save_file(tensors, folder / "model.safetensors")
     free = ray.available_resources()["CPU"]
@@ -166,7 +166,7 @@ def test_stage_that_cannot_load_says_why_in_a_line(tiny_base, tmp_path, ray_inst
     assert "\n" not in str(caught.value)
     deadline = time.monotonic() + 20
     while ray.available_resources()["CPU"] != free:
-        assert time.monotonic() < deadline, "the places of the stages did not come back"
+        assert time.monotonic() < deadline, "the resources of the stages were not freed"
         time.sleep(0.1)
 
 
@@ -181,7 +181,7 @@ def test_stage_that_cannot_load_says_why_in_a_line(tiny_base, tmp_path, ray_inst
         (AdapterError("no adapter"), AdapterError, "no adapter"),
     ],
 )
-def test_what_a_stage_raises_is_told_in_our_words(ray_instance, raised, expected, words):
+def test_errors_of_a_stage_become_ours(ray_instance, raised, expected, words):
     from finlora.pipeline.ray_workarounds import tell_lost_stages
 
     @ray.remote(num_cpus=0, max_retries=0)
@@ -192,7 +192,7 @@ def test_what_a_stage_raises_is_told_in_our_words(ray_instance, raised, expected
         ray.get(fail.remote())
 
 
-def test_stages_come_all_or_none_and_who_holds_their_places_is_said(four_layers, ray_instance, caplog):
+def test_stages_start_all_or_none_and_the_holder_is_named(four_layers, ray_instance, caplog):
     import ray
 
     from finlora.cluster.lease import list_holdings, take_lease
@@ -200,7 +200,7 @@ def test_stages_come_all_or_none_and_who_holds_their_places_is_said(four_layers,
 
     cores = ray.cluster_resources()["CPU"]
     free = ray.available_resources()["CPU"]
-    # Room for one more stage of the two.
+    # Room for one of the two stages.
     with take_lease([{"CPU": free - cores / 4}], 30.0, lambda _line: None, name="night-training"):
         config = PipelineConfig(num_stages=2, cache_rows=64, device="cpu", cpus_per_stage=cores / 4, wait_s=2.0)
         with pytest.raises(ResourceError, match=r"by night-training \(job .*Waited \d+ s"):

@@ -1,4 +1,4 @@
-"""A dead stage is started alone: those that live keep process, weights and adapters, and every answer is as before."""
+"""Repair of a pipeline: only dead stages restart, the others keep process, weights and adapters, and answers stay the same."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make_core(pipeline, model):
 
 
 def look_at(pipeline):
-    """Process of each stage, and where its weights lie in it."""
+    """Process id of each stage, and the address of its weights."""
     import ray
 
     def look(actor):
@@ -64,8 +64,8 @@ def look_at(pipeline):
     return ray.get([actor.__ray_call__.remote(look) for actor in pipeline.actors])
 
 
-def kill_at_work(pipeline, core, victim, num_steps=5):
-    """Kill a stage while micro-batches are under way; returns the seconds until that is known."""
+def kill_in_flight(pipeline, core, victim, num_steps=5):
+    """Kill a stage while micro-batches are in flight; returns the seconds until StageLostError."""
     for request in make_requests(count=200):
         core.submit(request)
     for _ in range(num_steps):
@@ -90,13 +90,13 @@ def check_answers(core, plain, adapter=None):
 
 
 @pytest.mark.parametrize("victim", [1, 0, 2])
-def test_dead_stage_is_started_alone(pipeline, four_layers, plain, own_adapters, victim):
+def test_dead_stage_is_restarted_alone(pipeline, four_layers, plain, own_adapters, victim):
     core = make_core(pipeline, four_layers)
     if victim == 1:
         core.load_adapter("all", own_adapters / "all")
     check_answers(core, plain, "all")
     before = look_at(pipeline)
-    assert kill_at_work(pipeline, core, victim) < 5
+    assert kill_in_flight(pipeline, core, victim) < 5
     assert pipeline.repair() == [victim]
     after = look_at(pipeline)
     assert [number for number in range(STAGES) if after[number] != before[number]] == [victim]
@@ -106,7 +106,7 @@ def test_dead_stage_is_started_alone(pipeline, four_layers, plain, own_adapters,
     assert len(core.meter.read().busy) == STAGES
 
 
-def test_adapter_that_is_another_one_now_is_dropped_everywhere(pipeline, four_layers, plain, own_adapters, caplog):
+def test_adapter_whose_files_changed_is_unloaded_everywhere(pipeline, four_layers, plain, own_adapters, caplog):
     core = make_core(pipeline, four_layers)
     core.load_adapter("changing", own_adapters / "few")
     for file in (own_adapters / "all").iterdir():
@@ -123,13 +123,13 @@ def test_adapter_that_is_another_one_now_is_dropped_everywhere(pipeline, four_la
     assert tokens_of(answers["r2"]) == generate_alone(plain(adapter="all"), RAGGED[2], 4)
 
 
-def test_dead_stage_is_started_alone_beside_torch_distributed(four_layers, ray_instance, plain, adapter_folders):
+def test_dead_stage_joins_a_new_process_group(four_layers, ray_instance, plain, adapter_folders):
     pipeline = open_pipeline(four_layers, "gloo")
     try:
         core = make_core(pipeline, four_layers)
         core.load_adapter("all", adapter_folders["all"])
         before = look_at(pipeline)
-        kill_at_work(pipeline, core, 0)  # with it goes the address at which they met
+        kill_in_flight(pipeline, core, 0)  # the stage that offered the group's address
         assert pipeline.repair() == [0]
         after = look_at(pipeline)
         assert (after[0] != before[0], after[1:]) == (True, before[1:])
@@ -141,7 +141,7 @@ def test_dead_stage_is_started_alone_beside_torch_distributed(four_layers, ray_i
 
 
 def test_stage_that_does_not_leave_the_graph_is_replaced(pipeline, four_layers, plain, monkeypatch, tmp_path):
-    """What Ray's graph does now and then, made here: a stage's loop goes on."""
+    """Ray's graph does so now and then; here a stage is made to block."""
     import ray
 
     from finlora.pipeline import pipeline as module
@@ -167,10 +167,10 @@ def test_stage_that_does_not_leave_the_graph_is_replaced(pipeline, four_layers, 
     check_answers(make_core(pipeline, four_layers), plain, "all")
 
 
-def test_stage_that_does_nothing_and_stays_in_the_graph_is_not_waited_for_as_one_that_computes(
+def test_idle_stage_that_stays_in_the_graph_is_killed_before_one_that_computes(
     pipeline, four_layers, plain, monkeypatch, caplog
 ):
-    """Its loop reads on where Ray has closed the channel: made here by a read that does not come back."""
+    """Its loop still reads a channel that Ray has closed; here a read is made to block."""
     import ray
 
     from finlora.pipeline import graph
@@ -201,7 +201,7 @@ def test_stage_that_does_nothing_and_stays_in_the_graph_is_not_waited_for_as_one
     core = make_core(pipeline, four_layers)
     for request in make_requests(count=2):
         core.submit(request)
-    core.step()  # one message is read and computed, and the next read does not come back
+    core.step()  # one message is computed, and the next read blocks
     os.kill(before[0][0], signal.SIGKILL)
     assert pipeline.repair() == [0, 1]
     said = re.search(r"Stage 1 did not leave the graph in (\d+) s and is ended by force", caplog.text)

@@ -1,4 +1,4 @@
-"""Semaphores of dead nodes go, all others stay."""
+"""Removal of semaphores that dead node processes left."""
 
 from __future__ import annotations
 

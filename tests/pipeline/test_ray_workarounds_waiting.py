@@ -1,4 +1,4 @@
-"""Reads of a compiled graph's channels: how often they ask; test_pipeline.py has what waiting stages take of a core."""
+"""Pauses between reads of a compiled graph's channels; test_pipeline.py measures the load of waiting stages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finlora.pipeline.ray_workarounds import EAGER_S, wait_with_pauses
 
 
 class Channel:
-    """Has its message from some time on; keeps how long each read was allowed to ask."""
+    """Has its message from a given time on; records the timeout of each read."""
 
     def __init__(self, ready_at):
         self.ready_at, self.asked = ready_at, []
@@ -19,7 +19,7 @@ class Channel:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes only where somebody waits."""
+    """Time that passes only in waits."""
 
     class Clock:
         def __init__(self):
@@ -50,7 +50,7 @@ def make_read(clock):
     return lambda eager_s: ray_workarounds._pausing(plain, eager_s, 1e-3)
 
 
-def test_a_message_that_is_near_is_asked_for_without_pause(make_read, clock):
+def test_a_message_that_comes_soon_is_read_without_pause(make_read, clock):
     assert make_read(0.25)(Channel(clock.now + 0.2), -1) == "message"
     assert clock.pauses == []
 
@@ -73,7 +73,7 @@ def test_a_wait_in_slices_is_one_wait(make_read, clock):
     assert read(channel, 0.1) == "message"
     assert sum(channel.asked) == pytest.approx(0.25, abs=0.01)
     channel.ready_at, channel.asked = clock.now + 0.2, []
-    assert read(channel, -1) == "message"  # the next wait begins anew
+    assert read(channel, -1) == "message"  # the next wait starts from zero
     assert channel.asked == [0.25]
 
 

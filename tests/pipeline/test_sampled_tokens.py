@@ -49,7 +49,7 @@ def send_later(last, ticket, tokens, after_s=0.1):
     return timer
 
 
-def test_tokens_come_when_they_are_drawn(ends):
+def test_tokens_arrive_when_they_are_sampled(ends):
     first, last = ends
     for ticket, tokens in enumerate(([5, 2**40, 0], list(range(5000)))):
         timer = send_later(last, ticket, tokens)
@@ -58,7 +58,7 @@ def test_tokens_come_when_they_are_drawn(ends):
         timer.join()
 
 
-def test_last_stage_never_waits_for_a_first_one_that_follows_nothing(ends):
+def test_last_stage_never_blocks_on_a_first_stage_that_only_drains(ends):
     first, last = ends
     for ticket in range(20_000):
         last.send_read(ticket, make_output([ticket] * 16))
@@ -68,7 +68,7 @@ def test_last_stage_never_waits_for_a_first_one_that_follows_nothing(ends):
     assert len(first._arrived.tokens) == sampled_tokens._KEPT
 
 
-def test_failed_micro_batch_is_not_waited_for(ends):
+def test_wait_for_a_failed_micro_batch_ends(ends):
     first, last = ends
     last.send_read(3, None)
     with pytest.raises(
@@ -77,15 +77,15 @@ def test_failed_micro_batch_is_not_waited_for(ends):
         first.receive(3)
 
 
-@pytest.mark.parametrize("why", ["the last stage dies", "the first is told to stop"])
-def test_nobody_waits_for_tokens_that_will_not_come(ends, why):
+@pytest.mark.parametrize("why", ["crash", "stop"])
+def test_waits_end_after_a_crash_and_after_stop(ends, why):
     first, last = ends
-    timer = threading.Timer(0.1, last.close if why == "the last stage dies" else first.stop)
+    timer = threading.Timer(0.1, last.close if why == "crash" else first.stop)
     timer.start()
     with pytest.raises(RuntimeError, match="the last stage is not there, or was told to stop"):
         first.receive(0)
     timer.join()
-    last.send_read(1, make_output([4]))  # nor does it mind that the first is gone
+    last.send_read(1, make_output([4]))  # no error, though the first stage is gone
 
 
 def test_connection_without_the_key_is_closed():

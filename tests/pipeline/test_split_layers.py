@@ -35,6 +35,6 @@ def test_every_layer_a_stage():
 
 
 @pytest.mark.parametrize("num_stages", [0, 33])
-def test_impossible_number_is_refused_by_words(num_stages):
+def test_impossible_number_of_stages_is_refused(num_stages):
     with pytest.raises(ConfigError, match=rf"found {num_stages} stages for 32 decoder layers: expected 1 to 32"):
         split_layers(LLAMA_8B, 16, num_stages)

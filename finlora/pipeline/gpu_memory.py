@@ -101,7 +101,7 @@ class Gate:
         """
         with self._lock:
             if self._is_stopped:
-                raise RuntimeError("the stages were told to stop: what this one waits for will not come")
+                raise RuntimeError("the stages were stopped: the data that this one waits for will not arrive")
             self._waits[flag.data_ptr()] = flag, number
             stream = driver.CUstream(torch.cuda.current_stream(self._device).cuda_stream)
             at_least = driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ

@@ -135,10 +135,10 @@ class GpuLink:
         while not done.query():
             if time.monotonic() > until:
                 self.stop()
-                raise RuntimeError(f"nothing arrived within {_TRIAL_S:.0f} s")
+                raise RuntimeError(f"no hidden states arrived within {_TRIAL_S:.0f} s")
             time.sleep(1e-3)
         if not is_right:
-            raise RuntimeError("what arrived was not what had been sent")
+            raise RuntimeError("the hidden states that arrived differ from those that were sent")
 
     def receive(self, message: Message) -> tuple[Tensor, GpuStamps]:
         """Return states (T, H) and stamps, valid behind `wait` until the sender uses their buffer again.
@@ -156,7 +156,7 @@ class GpuLink:
         """Queue a wait on the GPU until the hidden states of a received message are complete.
 
         Raises:
-            RuntimeError: the stages were told to stop.
+            RuntimeError: the stages were stopped.
         """
         assert self._gate is not None, "join comes first"
         self._gate.wait(self._find_buffer(message.state).flag, message.ticket)

@@ -35,7 +35,7 @@ from finlora.machine.cpu import missing_environment
 from finlora.model.source import find_source
 from finlora.pipeline.actor import StageActor
 from finlora.pipeline.graph import join_stages, leave_graph
-from finlora.pipeline.ray_workarounds import tell_lost_stages, wait_with_pauses
+from finlora.pipeline.ray_workarounds import translate_ray_errors, wait_with_pauses
 from finlora.pipeline.split_layers import split_layers
 from finlora.precision import resolve_model
 
@@ -113,7 +113,7 @@ class Pipeline:
         self._tickets = itertools.count(1)
         self._graph: Any = None
         try:
-            with tell_lost_stages():
+            with translate_ray_errors():
                 self.stages: list[dict[str, float]] = ray.get([actor.describe.remote() for actor in self.actors])
                 self._connect()
         except BaseException:
@@ -140,7 +140,7 @@ class Pipeline:
         self.adapters.pop(name, None)
         self._change(Change(name, None))
 
-    @tell_lost_stages()
+    @translate_ray_errors()
     def peak_memory_gib(self) -> float | None:
         # Not part of each message: reading torch's counters takes as long as queuing a pass.
         peaks: list[float] = ray.get(
@@ -148,12 +148,12 @@ class Pipeline:
         )
         return sum(peaks)
 
-    @tell_lost_stages()
+    @translate_ray_errors()
     def check(self) -> None:
         """Health check: raises StageLostError if a stage is dead or does not answer."""
         ray.get([actor.describe.remote() for actor in self.actors], timeout=_CHECK_TIMEOUT_S)
 
-    @tell_lost_stages()
+    @translate_ray_errors()
     def repair(self) -> list[int]:
         """Restart only the dead stages, and join them to the others. Then no micro-batch is in flight and all caches are empty.
 
@@ -279,13 +279,13 @@ class Pipeline:
             self._started[work.number] = ticket
             follows = None if work.follows is None else self._started[work.follows]
         message = Message(work, buffer=buffer, ticket=ticket, follows=follows)
-        with tell_lost_stages():
+        with translate_ray_errors():
             self._in_flight.append(self._graph.execute(message))
         self._buffers.append(buffer)
 
     def _receive(self) -> Any:
         message = Message(None)
-        with tell_lost_stages():
+        with translate_ray_errors():
             if self._answers_come_late and len(self._buffers) == 1:  # no later message brings its answer
                 self._in_flight.append(self._graph.execute(message))
             while message.is_empty:

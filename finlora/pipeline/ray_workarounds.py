@@ -92,7 +92,7 @@ def remove_left_semaphores(folder: Path = Path("/dev/shm")) -> int:
 
 
 @contextmanager
-def tell_lost_stages() -> Iterator[None]:
+def translate_ray_errors() -> Iterator[None]:
     """Turns Ray's errors inside the block into ours.
 
     Raises:

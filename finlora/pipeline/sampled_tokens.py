@@ -59,7 +59,7 @@ class _Arrived:
     def upload(self, ticket: int) -> Tensor:
         tokens = self.tokens[ticket]
         if tokens is None:
-            raise RuntimeError("a micro-batch has failed: the tokens that the next one follows will not come")
+            raise RuntimeError("a micro-batch has failed: the tokens that the next one follows will not arrive")
         return upload(tokens, self._device)
 
 
@@ -168,7 +168,7 @@ class SocketTokenLink:
             data = b""
         if not data:
             raise RuntimeError(
-                "the last stage is not there, or was told to stop: tokens that this stage follows will not come"
+                "the last stage has crashed, or this one was stopped: the tokens that it waits for will not arrive"
             )
         self._read += data
         while len(self._read) >= _HEAD.size:

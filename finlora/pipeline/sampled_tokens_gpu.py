@@ -67,7 +67,7 @@ class GpuTokenLink:
         self._gate = self._gate or Gate(self._stage.device)
         self._mapped = map_memory(offer, LEAST_BYTES, self._stage.device)
         if int(self._mapped.data.view(torch.int64)[-1]) != _MARK:
-            raise RuntimeError("what was read was not what had been written")
+            raise RuntimeError("the memory does not hold what the last stage wrote")
         self._gate.wait(_find_flag(self._mapped.data), 0)  # raises if CUDA lacks such waits
 
     def drain(self) -> None:

@@ -235,7 +235,7 @@ def test_failure_before_the_last_stage_is_sent_to_the_first(actors):
     broken = Message(BATCHES[2], ResourceError("the GPU is full"), ticket=7)
     assert actors[2].run(broken) == broken
     with pytest.raises(
-        RuntimeError, match="a micro-batch has failed: the tokens that the next one follows will not come"
+        RuntimeError, match="a micro-batch has failed: the tokens that the next one follows will not arrive"
     ):
         actors[0].run(Message(FOLLOWING, ticket=8, follows=7))
     assert link.log == [("send", 7, None), ("receive", 7)]

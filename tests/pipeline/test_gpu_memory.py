@@ -132,12 +132,12 @@ def test_trial_finds_out_whether_states_arrive(_gpu, monkeypatch):
     receiver.join(here.recv(), 1, 2)
     here.send(None)
     message = here.recv()
-    with pytest.raises(RuntimeError, match="what arrived was not what had been sent"):
+    with pytest.raises(RuntimeError, match="the hidden states that arrived differ from those that were sent"):
         receiver.join(message, 1, 2)
-    with pytest.raises(RuntimeError, match="nothing arrived within 1 s"):
+    with pytest.raises(RuntimeError, match="no hidden states arrived within 1 s"):
         receiver.join(dataclasses.replace(message, ticket=4), 1, 2)
     here.send(None)
-    with pytest.raises(RuntimeError, match="what was read was not what had been written"):
+    with pytest.raises(RuntimeError, match="the memory does not hold what the last stage wrote"):
         tokens.join(here.recv())
     receiver.close()
     tokens.close()
@@ -191,7 +191,7 @@ def test_stop_ends_the_wait_for_states_of_a_dead_stage(_gpu):
     assert not done.query()
     receiver.stop()
     torch.cuda.synchronize()
-    with pytest.raises(RuntimeError, match="the stages were told to stop: what this one waits for will not come"):
+    with pytest.raises(RuntimeError, match="the stages were stopped: the data that this one waits for will not arrive"):
         receiver.wait(dataclasses.replace(message, ticket=10))
     receiver.close()
     assert (torch.ones(2, device="cuda") * 2).tolist() == [2, 2]  # this process goes on

@@ -71,7 +71,7 @@ def test_stages_that_share_memory_answer_as_one_and_join_again(actors, expected,
     assert ask(actors, 2) == wanted
     for actor in actors:
         actor.stop_waiting()
-    with pytest.raises(RuntimeError, match="told to stop"):
+    with pytest.raises(RuntimeError, match="the stages were stopped"):
         actors[0].run(Message(FOLLOWING, ticket=4, follows=3))
     for actor in actors:
         actor.reset()

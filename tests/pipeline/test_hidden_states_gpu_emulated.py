@@ -28,7 +28,7 @@ class Gate:
 
     def wait(self, flag, number):
         if self.is_stopped:
-            raise RuntimeError("the stages were told to stop")
+            raise RuntimeError("the stages were stopped")
         assert int(flag) >= number, f"waits for {number} for ever: {int(flag)} was written"
 
     def stop(self):
@@ -113,13 +113,13 @@ def test_trial_finds_out_what_arrives(gpu, monkeypatch, dtype):
     memory[-1000:] = 0  # behind the states
     receiver.join(offer, 1, 2)
     memory[256:300] = 1
-    with pytest.raises(RuntimeError, match="what arrived was not what had been sent"):
+    with pytest.raises(RuntimeError, match="the hidden states that arrived differ from those that were sent"):
         receiver.join(offer, 1, 2)
     gpu.event.query = lambda: False
     monkeypatch.setattr(gpu.states, "_TRIAL_S", 0.01)
-    with pytest.raises(RuntimeError, match="nothing arrived within 0 s"):
+    with pytest.raises(RuntimeError, match="no hidden states arrived within 0 s"):
         receiver.join(offer, 1, 2)
-    with pytest.raises(RuntimeError, match="told to stop"):
+    with pytest.raises(RuntimeError, match="the stages were stopped"):
         receiver.wait(offer)
     receiver.close()
     gpu.event.query = lambda: True
@@ -150,12 +150,12 @@ def test_tokens_of_many_micro_batches_come_back_each_in_its_slot(gpu):
     with pytest.raises(ResourceError, match="8,192 requests have a next token in one micro-batch, 8,191 is the most"):
         last.send_sampled(96, torch.zeros(most + 1, dtype=torch.long))
     first.stop()
-    with pytest.raises(RuntimeError, match="told to stop"):
+    with pytest.raises(RuntimeError, match="the stages were stopped"):
         first.receive(95)
     first.close()
     first.join(last.offer())  # the last stage keeps its memory
     assert first.receive(95)[0] == 7
     (memory,) = gpu.memories.values()
     memory[-8:] = 0
-    with pytest.raises(RuntimeError, match="what was read was not what had been written"):
+    with pytest.raises(RuntimeError, match="the memory does not hold what the last stage wrote"):
         join()

@@ -182,13 +182,13 @@ def test_stage_that_cannot_load_says_why_in_a_line(tiny_base, tmp_path, ray_inst
     ],
 )
 def test_errors_of_a_stage_become_ours(ray_instance, raised, expected, words):
-    from finlora.pipeline.ray_workarounds import tell_lost_stages
+    from finlora.pipeline.ray_workarounds import translate_ray_errors
 
     @ray.remote(num_cpus=0, max_retries=0)
     def fail():
         raise raised
 
-    with pytest.raises(expected, match=words), tell_lost_stages():
+    with pytest.raises(expected, match=words), translate_ray_errors():
         ray.get(fail.remote())
 
 

@@ -72,7 +72,7 @@ def test_wait_for_a_failed_micro_batch_ends(ends):
     first, last = ends
     last.send_read(3, None)
     with pytest.raises(
-        RuntimeError, match="a micro-batch has failed: the tokens that the next one follows will not come"
+        RuntimeError, match="a micro-batch has failed: the tokens that the next one follows will not arrive"
     ):
         first.receive(3)
 
@@ -82,7 +82,7 @@ def test_waits_end_after_a_crash_and_after_stop(ends, why):
     first, last = ends
     timer = threading.Timer(0.1, last.close if why == "crash" else first.stop)
     timer.start()
-    with pytest.raises(RuntimeError, match="the last stage is not there, or was told to stop"):
+    with pytest.raises(RuntimeError, match="the last stage has crashed, or this one was stopped"):
         first.receive(0)
     timer.join()
     last.send_read(1, make_output([4]))  # no error, though the first stage is gone

@@ -38,7 +38,7 @@ def test_stages_on_several_gpus_answer_as_one(pipeline, expected, four_layers, a
     assert len(set(gpus)) == int(NUM_STAGES * pipeline._config.gpus_per_stage)
     shares_memory = pipeline._config.transport == "messages"
     link = "GpuLink" if shares_memory else "DistributedLink"
-    assert look(pipeline, name_outgoing) == [link] * (NUM_STAGES - 1) + ["NoneType"]
+    assert name_outgoing(pipeline) == [link] * (NUM_STAGES - 1) + ["NoneType"]
     assert look(pipeline, lambda self: self.reader.is_late) == [False] * (NUM_STAGES - 1) + [shares_memory]
     for in_flight in (2, NUM_STAGES):
         assert ask_all(pipeline, four_layers, adapter_folders, in_flight)[0] == expected

@@ -46,8 +46,9 @@ def look(pipeline, at):
     return ray.get([actor.__ray_call__.remote(at) for actor in pipeline.actors])
 
 
-def name_outgoing(stage):
-    return type(stage.outgoing).__name__
+def name_outgoing(pipeline):
+    """Return the class of each stage's link to the next."""
+    return look(pipeline, lambda self: type(self.outgoing).__name__)
 
 
 def lose_in_flight(pipeline, base, dying):
@@ -78,7 +79,7 @@ def pipeline(four_layers, ray_instance):
 
 @pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
 def test_four_stages_on_one_gpu_answer_as_one(_gpu, pipeline, expected, four_layers, adapter_folders):
-    assert look(pipeline, name_outgoing) == ["GpuLink", "GpuLink", "GpuLink", "NoneType"]
+    assert name_outgoing(pipeline) == ["GpuLink", "GpuLink", "GpuLink", "NoneType"]
     assert look(pipeline, lambda self: type(self.sampled_in).__name__)[0] == "GpuTokenLink"
     assert look(pipeline, lambda self: type(self.sampled_out).__name__)[3] == "GpuTokenLink"
     found, reading = ask_all(pipeline, four_layers, adapter_folders, 4)  # so that several send buffers are in use

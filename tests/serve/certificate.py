@@ -1,4 +1,4 @@
-"""A certificate of the loopback address for tests of TLS."""
+"""Self-signed certificate of the loopback address for TLS tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 
 def make_certificate(folder):
-    """Write server.key and a certificate of the loopback address that signs itself; returns the latter."""
+    """Write server.key and a self-signed certificate of the loopback address; return the path of the certificate."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "a test")])
     now = datetime.now(UTC)

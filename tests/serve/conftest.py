@@ -1,4 +1,4 @@
-"""What tests of serving share: a whole server on the tiny base, and a headless browser at the page of a pretended one."""
+"""Fixtures of serving: a real server on the tiny base, and a headless browser at the page of a fake server."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-# A browser looks for its maker's servers at each start; a closed network would be asked in vain.
+# Without these switches a browser contacts its maker's servers at each start.
 QUIET = ("--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run")
 WAIT_MS = 10_000
 
 
 @pytest.fixture
 def opened():
-    """Every core that an engine had, the newest last."""
+    """Cores that the engine opened, the newest last."""
     return []
 
 
@@ -67,7 +67,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser, address) -> Iterator[Page]:
-    """The page before a key was typed. At the end: no error in it, nothing asked of any other server."""
+    """The page before the key is typed. Checks at the end that it had no error and contacted no other server."""
     context = browser.new_context()
     page = context.new_page()
     page.set_default_timeout(WAIT_MS)
@@ -105,7 +105,7 @@ def adapters(tiny_base, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def live(tiny_base, adapters, tmp_path_factory) -> Iterator[Live]:
-    """One server for all tests that only ask."""
+    """One server for all tests that only send requests."""
     folder = tmp_path_factory.mktemp("live")
     config = make_settings(tiny_base, adapters_dir=str(adapters), audit_dir=str(folder / "audit"))
     with live_server(config, folder) as live:
@@ -114,7 +114,7 @@ def live(tiny_base, adapters, tmp_path_factory) -> Iterator[Live]:
 
 @pytest.fixture
 def client(live) -> Iterator[OpenAI]:
-    """OpenAI's own client, which would hide a failure behind a second try."""
+    """OpenAI's own client without retries, which would hide a failure."""
     from openai import OpenAI
 
     with OpenAI(base_url=f"{live.address}/v1", api_key=live.keys["desk"], max_retries=0, timeout=60) as client:

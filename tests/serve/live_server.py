@@ -1,4 +1,4 @@
-"""A whole server on the tiny base for tests: the real engine in this process, the real application on the loopback."""
+"""Real server on the tiny base for tests: the engine in this process, the application on the loopback."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ADMIN = "an-admin-key-of-the-tests"
 
 
 class CountingMeter:
-    """Keeps what a server tells of itself."""
+    """Recorder of a server's metrics."""
 
     def __init__(self) -> None:
         self.requests, self.answers, self.shown = [], [], []
@@ -49,7 +49,7 @@ class CountingMeter:
 
 
 def make_adapter(model: ModelConfig, folder: Path, seed: int, template: str = "raw", date: str | None = None) -> Path:
-    """Write an adapter that changes what the base says, complete with its contract."""
+    """Write an adapter with random weights and its contract."""
     base = load_base(model, 16, CPU, 0)
     net = attach_lora(base.model, LoraConfig(), model.base, 1)
     torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def make_settings(base: Path, **changes) -> ServeConfig:
 
 
 def open_in_process(config: ServeConfig, executor=InProcess) -> OpenCore:
-    """Hold the base's two layers as two stages of this process."""
+    """Open the base's two layers as two stages in this process."""
     base, stages = read_base(config), []
     for index in range(2):
         net = load_base(config.model, 16, CPU, 0, range(index, index + 1)).model
@@ -80,7 +80,7 @@ def open_in_process(config: ServeConfig, executor=InProcess) -> OpenCore:
 
 @dataclass(frozen=True)
 class Live:
-    """A server that answers at an address."""
+    """Running server."""
 
     address: str
     server: Server
@@ -92,7 +92,7 @@ class Live:
         return self.server.engine
 
     def wait_until_idle(self) -> None:
-        """Return when no request holds a row of the cache."""
+        """Return when no request holds a cache row."""
         self.wait_for(lambda: (s := self.engine.snapshot).active + s.queue + s.kv_used == 0)
 
     def wait_for(self, is_so, seconds: float = 10.0) -> None:

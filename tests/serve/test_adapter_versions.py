@@ -1,4 +1,4 @@
-"""The adapter folder: what is complete is there at once, versions go forth and back, what does not fit is refused."""
+"""Adapter folder: complete adapters are served at once, versions are rolled back and forth, unfit ones are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_complete_adapters_are_listed(shelf):
     assert (shelf.find("good").version, shelf.find("plain").version) == ("v2", None)
 
 
-def test_folder_of_an_adapter_that_is_not_served_is_told_with_what_it_is(shelf, folder):
+def test_unserved_folders_are_reported_with_the_reason(shelf, folder):
     (folder / "foreign").mkdir()
     (folder / "foreign" / "adapter_config.json").touch()
     told = shelf.describe_unserved()
@@ -54,7 +54,7 @@ def test_newest_version_is_by_number(shelf, folder):
     assert shelf.find("good").version == "v10"
 
 
-def test_roll_back_outlives_the_shelf_and_a_newer_version(shelf, folder, base):
+def test_roll_back_survives_a_restart_and_a_newer_version(shelf, folder, base):
     assert shelf.set_current("good", "v1").version == "v1"
     shutil.copytree(folder / "good" / "v2", folder / "good" / "v3")
     assert AdapterShelf(folder, base).find("good").version == "v1"
@@ -63,7 +63,7 @@ def test_roll_back_outlives_the_shelf_and_a_newer_version(shelf, folder, base):
     assert shelf.find("good").version == "v3"
 
 
-def test_other_weights_at_the_same_place_are_another_adapter(shelf, folder):
+def test_new_weights_in_the_same_folder_are_another_adapter(shelf, folder):
     before = shelf.find("plain")
     assert shelf.find("plain") is before
     shutil.rmtree(folder / "plain")
@@ -87,12 +87,12 @@ def test_other_weights_at_the_same_place_are_another_adapter(shelf, folder):
         (lambda shelf: shelf.set_current("good", "v9"), r"no version 'v9'"),
     ],
 )
-def test_what_is_not_there_or_does_not_fit_is_refused_by_words(shelf, ask, words):
+def test_missing_or_unfit_adapter_is_refused_with_a_message(shelf, ask, words):
     with pytest.raises(AdapterError, match=words):
         ask(shelf)
 
 
-def test_weights_that_are_still_being_copied_are_refused_until_they_are_whole(shelf, folder):
+def test_partly_copied_weights_are_refused(shelf, folder):
     path = folder / "plain" / "adapter_model.safetensors"
     whole = path.read_bytes()
     for part in (b"", whole[:100], whole[:-1]):
@@ -103,15 +103,15 @@ def test_weights_that_are_still_being_copied_are_refused_until_they_are_whole(sh
     assert shelf.find("plain").name == "plain"
 
 
-def test_version_that_was_set_and_is_gone_is_named(shelf, folder):
+def test_missing_pinned_version_is_named(shelf, folder):
     shelf.set_current("good", "v1")
     shutil.rmtree(folder / "good" / "v1")
     with pytest.raises(AdapterError, match=r"set to version 'v1', which is not there: expected one of v2"):
         shelf.find("good")
 
 
-def test_adapter_whose_numbers_overflow_is_an_error_and_spoils_nobody_else(tiny_base, tmp_path):
-    """Each number is finite, their products are not. Requests without it run in the same passes and the same cache."""
+def test_overflowing_adapter_fails_and_leaves_other_requests_intact(tiny_base, tmp_path):
+    """Each weight is finite, their products are not. Requests without the adapter share its micro-batches and cache."""
     from live_server import live_server, make_adapter
     from safetensors.torch import load_file, save_file
     from wire import send
@@ -120,7 +120,7 @@ def test_adapter_whose_numbers_overflow_is_an_error_and_spoils_nobody_else(tiny_
     folder = make_adapter(config.model, tmp_path / "adapters" / "huge", 1)
     path = folder / "adapter_model.safetensors"
     save_file({name: tensor.sign() * 1e30 for name, tensor in load_file(path).items()}, path)
-    write_contract(folder, read_contract(folder))  # the file's hash, as of an adapter that was trained so
+    write_contract(folder, read_contract(folder))  # with the hash of the changed file
     ask = {"task": "fpb", "text": "Profit rose 12 %"}
     chat = {"messages": [{"role": "user", "content": "Profit"}], "max_tokens": 4}
     with live_server(config, tmp_path) as live:

@@ -1,4 +1,4 @@
-"""Settings of a served model: every fault together, and each YAML that ships."""
+"""Settings of a served model: all faults are reported together."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ def test_all_faults_are_reported_together():
         ({"limits": {"max_new_tokens": 8}}, "default_new_tokens=256: expected at most limits.max_new_tokens=8"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(tmp_path, changes, words):
+def test_conflicting_settings_are_refused(tmp_path, changes, words):
     with pytest.raises(ConfigError, match=words):
         make_settings(tmp_path, **changes)

@@ -1,4 +1,4 @@
-"""Plain HTTP for tests: what came back, whatever its status."""
+"""Plain HTTP requests for tests; errors are returned like any reply."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def send(
     tls: ssl.SSLContext | None = None,
     headers: dict[str, str] | None = None,
 ) -> Reply:
-    """Ask a server; a body goes as JSON, or as the bytes given."""
+    """Send a request; the body is JSON, or the given bytes."""
     data = raw if raw is not None else json.dumps(body).encode() if body is not None else None
     request = urllib.request.Request(address + path, data=data, headers=headers or {})
     if data is not None:

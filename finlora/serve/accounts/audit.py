@@ -1,11 +1,11 @@
-"""The audit log: who asked which model what, and what came of it, as JSON lines that only grow.
+"""Audit log: who asked which model, and the outcome, as append-only JSON lines in a hash chain.
 
-Each line carries the hash of the line before it, so a line that is changed, taken out or put in between breaks the chain from
-there on. Lines cut off at the end, or a whole chain written anew, leave a whole chain: so the head, which is the hash of the last
-line, is told to the server's log each minute, and `verify_audit` looks for those heads. Texts are left out unless asked
-for; their SHA-256 lets someone who holds a text show that it was the one.
+Each line carries the hash of the previous line, so a changed, removed or inserted line breaks the chain from there on. If lines
+are cut off at the end, or the whole file is rewritten, the chain still holds. Therefore the server's own log gets the head,
+the hash of the last line, once a minute, and `verify_audit` looks for these heads. Texts are left out unless configured; their
+SHA-256 lets someone who has a text prove that it is the one.
 
-Each copy of the server writes a file of its own, named by its start, since two writers cannot share a chain.
+Each process writes its own file, named by its start time, because two writers cannot share a chain.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _MAX_LINE_BYTES = 2**26
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuditEntry:
-    """One question to the model."""
+    """Line of the audit log: one request to the model."""
 
     request_id: str
     key_id: str
     path: str
     model: str
-    """As it was asked for."""
+    """Model name of the request."""
     base_hash: str
     """Fingerprint of the base's weights."""
     adapter_hash: str | None
@@ -47,9 +47,9 @@ class AuditEntry:
     prompt_hash: str
     """SHA-256 of the prompt, in hex."""
     output_hash: str | None
-    """SHA-256 of the answer's text; None: there was none."""
+    """SHA-256 of the answer's text; None: no answer."""
     outcome: str
-    """Why the answer ended, or the code of the error."""
+    """Finish reason of the answer, or the code of the error."""
     prompt_tokens: int
     completion_tokens: int
     seconds: float
@@ -63,46 +63,46 @@ def hash_text(text: str) -> str:
 
 
 class AuditLog:
-    """Appends entries to a file of its own.
+    """Writer of one audit file.
 
-    A crash of the process loses no entry that `append` returned from; a crash of the machine at most those since the last head
-    was told.
+    Once `append` returns, a crash of the process cannot lose the entry. A crash of the machine can lose the entries since
+    the last head was logged.
 
     Args:
-        folder: made where it is missing.
-        tell_every_s: seconds between two heads in the server's log.
+        folder: created if missing.
+        head_every_s: seconds between two heads in the server's log.
 
     Raises:
         OSError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, tell_every_s: float = 60.0) -> None:
+    def __init__(self, folder: Path, head_every_s: float = 60.0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         name = f"audit-{datetime.now(UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}.jsonl"
         self.path = folder / name
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         self.head, self.count = _GENESIS, 0
         self._size, self._is_torn = 0, False
-        self._tell_every_s, self._told_at, self._told = tell_every_s, time.monotonic(), _GENESIS
+        self._head_every_s, self._logged_at, self._logged = head_every_s, time.monotonic(), _GENESIS
 
     def append(self, entry: AuditEntry) -> None:
-        """Write an entry through to the operating system, whole or not at all.
+        """Pass an entry to the operating system, completely or not at all.
 
         Raises:
-            OSError: the disk is full or gone; the chain stays whole and goes on when it is back.
+            OSError: the disk is full or gone. The chain stays intact and continues when the disk is back.
         """
         values: dict[str, Any] = {"time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         values |= {name: value for name, value in asdict(entry).items() if name not in ("prompt", "output") or value}
         line, head = _seal(values, self.head)
         self._write(f"{line}\n".encode())
         self.head, self.count = head, self.count + 1
-        if time.monotonic() >= self._told_at + self._tell_every_s:
-            self._tell()
+        if time.monotonic() >= self._logged_at + self._head_every_s:
+            self._log_head()
 
     def close(self) -> None:
-        """Tell the last head and close the file; a second time does nothing."""
+        """Log the last head and close the file. A second call does nothing."""
         if self._descriptor >= 0:
-            self._tell()
+            self._log_head()
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -122,33 +122,33 @@ class AuditLog:
             raise
         self._size += len(raw)
 
-    def _tell(self) -> None:
-        self._told_at = time.monotonic()
-        if self.head == self._told:
+    def _log_head(self) -> None:
+        self._logged_at = time.monotonic()
+        if self.head == self._logged:
             return
         os.fsync(self._descriptor)
         _logger.warning("The audit log %s has %d entries and ends with %s", self.path, self.count, self.head)
-        self._told = self.head
+        self._logged = self.head
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuditReport:
-    """What a log holds whose chain is whole."""
+    """Contents of an audit file whose chain is intact."""
 
     count: int
     head: str
     """Hash of the last entry."""
     has_torn_line: bool
-    """Behind the last entry stands the beginning of one: the writer was ended while it wrote, or somebody cut there."""
+    """Whether the last line is incomplete: the writer was killed while it wrote, or the file was cut there."""
     found: frozenset[str]
-    """Those of the heads looked for that are in the chain."""
+    """Wanted heads that are in the chain."""
 
 
 def list_logs(path: Path) -> list[Path]:
-    """Return a log, or all logs of a folder, oldest first.
+    """Return the audit files at a path, a file or a folder, oldest first.
 
     Raises:
-        ResultError: there is none.
+        ResultError: there is no audit file.
     """
     logs = sorted(path.glob("audit-*.jsonl")) if path.is_dir() else [path] if path.is_file() else []
     if not logs:
@@ -159,11 +159,11 @@ def list_logs(path: Path) -> list[Path]:
 
 
 def verify_audit(path: Path, heads: Collection[str] = ()) -> AuditReport:
-    """Follow a log's chain.
+    """Check the hash chain of an audit file.
 
     Args:
-        path: the log.
-        heads: hashes to look for, as the server's log told them: one that is missing was cut off or written anew.
+        path: the audit file.
+        heads: hashes from the server's log to look for. If one is missing, lines were cut off or the file was rewritten.
 
     Raises:
         ResultError: a line is changed, missing or damaged; says which.
@@ -184,11 +184,14 @@ def verify_audit(path: Path, heads: Collection[str] = ()) -> AuditReport:
     return AuditReport(count=count, head=head, has_torn_line=is_torn, found=frozenset(found))
 
 
-def _follow(raw: bytes, head: str, place: str) -> str:
-    """Return the hash of a line that follows the one with `head`.
+def _follow(raw: bytes, head: str, where: str) -> str:
+    """Return the hash of the line that follows the line with hash `head`.
+
+    Args:
+        where: file and line, for errors.
 
     Raises:
-        ResultError: it does not.
+        ResultError: the line does not follow.
     """
     try:
         line = raw.decode("ascii").removesuffix("\n")
@@ -196,21 +199,21 @@ def _follow(raw: bytes, head: str, place: str) -> str:
         previous, _ = values.pop("previous"), values.pop("hash")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ResultError(
-            f"{place} is no entry of an audit log ({type(error).__name__}): expected a line of JSON as the server wrote it. "
+            f"{where} is no entry of an audit log ({type(error).__name__}): expected a line of JSON as the server wrote it. "
             "Compare with a copy of the log; what follows that line is not checked."
         ) from error
     expected, digest = _seal(values, head)
-    if line != expected:  # the whole line, so that a field that stands twice does not pass either
+    if line != expected:  # compare the whole line, so that a duplicate field is found too
         what = "was changed" if previous == head else "does not follow the one before it"
         raise ResultError(
-            f"{place} {what}: the log was altered there or before. Compare with a copy of the log; what follows that line is "
+            f"{where} {what}: the log was altered there or before. Compare with a copy of the log; what follows that line is "
             "not checked."
         )
     return digest
 
 
 def _seal(values: dict[str, Any], previous: str) -> tuple[str, str]:
-    """Return the line of an entry, and its hash over content and the hash before it."""
+    """Return the line of an entry, and the hash over its content and the previous hash."""
     body = {**values, "previous": previous}
     digest = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     return json.dumps({**body, "hash": digest}), digest

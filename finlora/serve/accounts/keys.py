@@ -1,7 +1,7 @@
-"""Who may ask: API keys, kept as hashes in a file that `finlora key` writes, or one key in the environment.
+"""API keys, stored as hashes in a file that `finlora key` writes, or one key in the environment.
 
-A key is `finlora-ID-SECRET` with 256 random bits of secret, so a salted SHA-256 is enough: there is nothing to guess that a
-slow hash would have to guard. The file holds no key, the log holds its ID alone.
+A key is `finlora-ID-SECRET` with 256 random bits of secret. So a salted SHA-256 is enough: a slow hash protects only secrets
+that can be guessed. The file contains no key, and logs contain only its ID.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ _MIN_LENGTH = 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeyRecord:
-    """One line of the key file: what a key may do."""
+    """Entry of the key file: what a key may do."""
 
     id: str = ""
-    """Its public part, which logs and metrics name. Never empty, as salt and hash."""
+    """Public part of the key, named in logs. Never empty, nor are salt and hash."""
     salt: str = ""
     hash: str = ""
     """SHA-256 of salt and key, in hex."""
     adapters: tuple[str, ...] | None = None
-    """Adapters that it may use, and `base` for the base alone. None: all."""
+    """Adapters that the key may use; `base` means the base alone. None: all."""
     requests_per_minute: int | None = None
     """None: no limit."""
     tokens_per_minute: int | None = None
     """Prompt and answer tokens together. None: no limit."""
     is_admin: bool = False
-    """May roll adapters back."""
+    """Whether the key may roll adapters back."""
 
     def __post_init__(self) -> None:
         checks = [
@@ -73,14 +73,14 @@ class KeyRecord:
 
 
 class KeyRing:
-    """All keys of a server; the file is read again when it changes, so a key is taken away without a restart.
+    """Keys of a server. The file is read again when it changes, so a key can be revoked without a restart.
 
     Args:
-        file: key file; None: the environment's key alone.
-        environment: where FINLORA_API_KEY may stand.
+        file: key file; None: only the environment's key.
+        environment: variables, with FINLORA_API_KEY or without.
 
     Raises:
-        ConfigError: there is no key at all, or the file is damaged.
+        ConfigError: there is no key, or the file is damaged.
     """
 
     def __init__(self, file: Path | None, environment: Mapping[str, str]) -> None:
@@ -103,7 +103,7 @@ class KeyRing:
             )
 
     def check(self, key: str) -> KeyRecord | None:
-        """Return what a key may do; None for one that is not known. Takes as long for a wrong key as for a right one."""
+        """Return the record of a key; None if it is unknown. The comparison takes equal time for wrong and right keys."""
         self._refresh()
         match = _FORM.fullmatch(key)
         record = self._from_file.get(match[1]) if match else None
@@ -131,7 +131,7 @@ def read_keys(file: Path) -> list[KeyRecord]:
     """Read a key file.
 
     Raises:
-        ConfigError: it is damaged, holds one id twice, or others may read it.
+        ConfigError: it is damaged, holds an id twice, or is readable by others.
     """
     try:
         mode = file.stat().st_mode & 0o077
@@ -161,13 +161,13 @@ def add_key(
     is_admin: bool,
     show: Callable[[str], None] = lambda key: None,
 ) -> str:
-    """Make a key, append it to the file as a hash, and return it: it is shown once and stands nowhere else.
+    """Create a key, append its hash to the file, and return the key, which is stored nowhere.
 
     Args:
-        show: called with the key before the file changes: where it fails, as on a full disk, no key is left that nobody saw.
+        show: called with the key before the file changes. If it fails, for example on a full disk, the key is not added.
 
     Raises:
-        ConfigError: the name is taken or no plain word, or the file is damaged.
+        ConfigError: the name is taken or malformed, or the file is damaged.
     """
     if not _ID.fullmatch(name) or name == ENVIRONMENT_ID:
         raise ConfigError(f"found the name {name!r}: expected 1 to 32 small letters and digits.")

@@ -1,4 +1,4 @@
-"""What came of each question: counted for its key, in the metrics, and in the audit log."""
+"""Ledger of answers: counts each one against its key's quota, in the metrics and in the audit log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finlora.serve.stage_states import Snapshot
 
 
 class Meter(Protocol):
-    """Where numbers go."""
+    """Receiver of a server's metrics."""
 
     def count_request(self, path: str, status: int, seconds: float) -> None: ...
 
@@ -37,24 +37,24 @@ class Meter(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
-    """A request of a client that was let in."""
+    """Admitted request of a client."""
 
     request_id: str
     key: KeyRecord
     path: str
     model: str
-    """As it was asked for."""
+    """Model name of the request."""
     adapter: ServedAdapter | None
     """None: the base alone."""
     engine_id: str = field(default_factory=lambda: secrets.token_hex(12))
-    """Its name in the engine: two clients may give their requests one id."""
+    """Id in the engine. It is unique, while two clients may send the same request id."""
 
 
 @dataclass(slots=True)
-class Course:
-    """How one answer comes along.
+class AnswerRecord:
+    """Progress and outcome of one answer.
 
-    `prompt` is as the client gave it; `choices` are the allowed answers, none for free text.
+    `prompt` is the client's text; `choices` are the allowed answers, empty for generated text.
     """
 
     call: Call
@@ -70,7 +70,7 @@ class Course:
 
     @property
     def each_s(self) -> float | None:
-        """Seconds between two tokens; None where there were fewer."""
+        """Mean seconds between two tokens; None for fewer than two tokens."""
         count = len(self.answer.tokens) if self.answer else 0
         if self.first_s is None or count < 2:
             return None
@@ -78,12 +78,12 @@ class Course:
 
 
 class Ledger:
-    """Where answers are written down.
+    """Record of all answers.
 
     Args:
         base_hash: fingerprint of the base's weights.
-        audit: None: there is no audit log.
-        has_texts: whether the audit log holds prompts and answers themselves.
+        audit: None: no audit log.
+        has_texts: whether the audit log contains prompts and answers besides their hashes.
     """
 
     def __init__(
@@ -92,30 +92,30 @@ class Ledger:
         self.quota, self.meter, self.audit = quota, meter, audit
         self._base_hash, self._has_texts = base_hash, has_texts
 
-    def close(self, course: Course) -> None:
-        """Write down what came of a question, whether or not an answer did.
+    def close(self, record: AnswerRecord) -> None:
+        """Record the outcome of a request, with or without an answer.
 
         Raises:
             OSError: the audit log cannot be written.
         """
-        call, answer = course.call, course.answer
+        call, answer = record.call, record.answer
         num_new = len(answer.tokens) if answer else 0
-        self.quota.take_tokens(call.key, course.num_prompt + num_new)
+        self.quota.take_tokens(call.key, record.num_prompt + num_new)
         self.meter.count_answer(
             call.adapter.name if call.adapter else "base",
-            course.outcome,
-            course.num_prompt,
+            record.outcome,
+            record.num_prompt,
             answer.num_cached if answer else 0,
             num_new,
-            course.first_s if answer else None,
-            course.each_s,
+            record.first_s if answer else None,
+            record.each_s,
         )
         if self.audit is None:
             return
-        output = "".join(course.pieces)
-        if course.choices and answer and answer.log_probs:
-            output = max(zip(answer.log_probs, course.choices, strict=True))[1]
-        texts = {"prompt": course.prompt, "output": output} if self._has_texts else {}
+        output = "".join(record.pieces)
+        if record.choices and answer and answer.log_probs:
+            output = max(zip(answer.log_probs, record.choices, strict=True))[1]
+        texts = {"prompt": record.prompt, "output": output} if self._has_texts else {}
         self.audit.append(
             AuditEntry(
                 request_id=call.request_id,
@@ -124,12 +124,12 @@ class Ledger:
                 model=call.model,
                 base_hash=self._base_hash,
                 adapter_hash=call.adapter.hash if call.adapter else None,
-                prompt_hash=hash_text(course.prompt),
+                prompt_hash=hash_text(record.prompt),
                 output_hash=hash_text(output) if answer else None,
-                outcome=course.outcome,
-                prompt_tokens=course.num_prompt,
+                outcome=record.outcome,
+                prompt_tokens=record.num_prompt,
                 completion_tokens=num_new,
-                seconds=round(time.monotonic() - course.started, 4),
+                seconds=round(time.monotonic() - record.started, 4),
                 **texts,
             )
         )

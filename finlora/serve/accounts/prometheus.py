@@ -1,4 +1,4 @@
-"""Metrics of serving, in Ray's Prometheus endpoint beside Ray Serve's own; named as Prometheus' naming practices ask."""
+"""Prometheus metrics of a server, in Ray's metrics endpoint beside Ray Serve's own; named by Prometheus' conventions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TOKEN_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 
 
 class Measures:
-    """All metrics of one copy of the server. `adapter` is `base` for the base alone."""
+    """Metrics of one replica. The tag `adapter` is `base` for the base alone."""
 
     def __init__(self) -> None:
         self._requests = Counter(
@@ -79,7 +79,7 @@ class Measures:
         first_s: float | None,
         each_s: float | None,
     ) -> None:
-        """Count what the model answered. A counter of Ray takes no 0."""
+        """Count an answer of the model. Ray's counters refuse an increment of 0."""
         tags = {"adapter": adapter}
         self._answers.inc(tags={**tags, "outcome": outcome})
         for counter, count in (

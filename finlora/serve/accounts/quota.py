@@ -1,4 +1,4 @@
-"""How much a key may ask: requests and tokens a minute, as buckets that fill evenly. Pure, with a clock from outside."""
+"""Quotas of keys: token buckets for requests and tokens a minute. No I/O; the clock is an argument."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from finlora.serve.accounts.keys import KeyRecord
 
 
 class KeptQuota(Protocol):
-    """Where a server counts what keys ask, in this process or in the one that counts for several."""
+    """Counter of the keys' requests and tokens, in this process or in the one that counts for several."""
 
     async def admit(self, key: KeyRecord) -> None:
         """Count a request, or raise QuotaError."""
 
     def take_tokens(self, key: KeyRecord, count: int) -> None:
-        """Count tokens that were computed."""
+        """Count computed tokens."""
 
 
 @dataclass(slots=True)
@@ -29,10 +29,10 @@ class _Bucket:
 
 
 class Quota:
-    """Buckets of all keys: a minute's worth at most, refilled over a minute. Safe in every thread.
+    """Buckets of all keys. Each holds at most one minute's limit and refills evenly over a minute. Thread-safe.
 
     Args:
-        clock: seconds that only grow.
+        clock: returns monotonic seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -41,21 +41,21 @@ class Quota:
         self._lock = threading.Lock()
 
     async def admit(self, key: KeyRecord) -> None:
-        """Do what `take_request` does."""
+        """Same as `take_request`."""
         self.take_request(key)
 
     def take_request(self, key: KeyRecord) -> None:
         """Count a request.
 
         Raises:
-            QuotaError: the key has none left, or its tokens are spent.
+            QuotaError: the key has used its requests or tokens of the minute.
         """
         with self._lock:
             self._require(key, "tokens", key.tokens_per_minute, 0)
             self._require(key, "requests", key.requests_per_minute, 1)
 
     def take_tokens(self, key: KeyRecord, count: int) -> None:
-        """Count tokens that were computed; what goes beyond the minute's worth is missing from the next one's."""
+        """Count computed tokens. An excess over the minute's limit is taken from the next minute."""
         with self._lock:
             bucket = self._fill(key, "tokens", key.tokens_per_minute)
             if bucket is not None:

@@ -1,6 +1,6 @@
-"""A port at which several processes of one user listen; the kernel shares connections out among them.
+"""Shared port of a server's HTTP processes: the kernel balances connections between them (SO_REUSEPORT).
 
-Source: socket(7), SO_REUSEPORT.
+Source: socket(7).
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ _HERE = "127.0.0.1"
 
 
 def listen_shared(direct: DirectConfig) -> socket.socket:
-    """Return a socket at the port; who accepts connections calls listen().
+    """Return a socket bound to the port; the caller calls listen().
 
     Raises:
-        ResourceError: another user listens there, or one that does not share, or the address is not this machine's.
+        ResourceError: another user or a program without SO_REUSEPORT listens there, or the address is not this machine's.
     """
     return _bind(direct, is_shared=True)
 
 
 def require_free(direct: DirectConfig) -> None:
-    """Look whether nobody listens at the port: another server of this user would get a part of the requests.
+    """Check that nobody listens at the port: another server of this user would take some of the requests.
 
     Raises:
-        ResourceError: somebody does, or the address is not this machine's.
+        ResourceError: the port is taken, or the address is not this machine's.
     """
     _bind(direct, is_shared=False).close()
 
 
 def check_certificate(direct: DirectConfig) -> None:
-    """Look whether the port's certificate and key can be used, where it has them.
+    """Check that the port's certificate and key can be loaded, if it has them.
 
     Raises:
-        ConfigError: they cannot.
+        ConfigError: they cannot be loaded.
     """
     certificate, key = certificate_of(direct)
     if certificate is None or key is None:
         return
-    try:  # an empty password: OpenSSL would ask the terminal for one
+    try:  # an empty password, because OpenSSL would ask the terminal for one
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except OSError as error:
         raise ConfigError(
@@ -52,7 +52,7 @@ def check_certificate(direct: DirectConfig) -> None:
 
 
 def certificate_of(direct: DirectConfig) -> tuple[str | None, str | None]:
-    """Return the files of certificate and key; None: plain HTTP."""
+    """Return the paths of certificate and key; None: plain HTTP."""
     pair = direct.ssl_certfile, direct.ssl_keyfile
     certificate, key = (str(Path(file).expanduser()) if file is not None else None for file in pair)
     return certificate, key
@@ -62,16 +62,16 @@ def _bind(direct: DirectConfig, *, is_shared: bool) -> socket.socket:
     host = direct.host or _HERE
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, direct.port, type=socket.SOCK_STREAM)[0]
-        door = socket.socket(family, kind)
+        listener = socket.socket(family, kind)
         try:
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(is_shared))
-            door.bind(address)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(is_shared))
+            listener.bind(address)
         except OSError:
-            door.close()
+            listener.close()
             raise
     except OSError as error:
         raise ResourceError(
             f"direct.port={direct.port} at {host} cannot be listened at ({error.strerror}): take a free port of this machine."
         ) from error
-    return door
+    return listener

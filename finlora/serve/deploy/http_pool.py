@@ -1,4 +1,4 @@
-"""The processes at a server's own port as Ray actors of its replica, on the replica's node; Ray starts one again that dies."""
+"""HTTP processes at a replica's direct port, as Ray actors on the replica's node. Ray restarts one that crashes."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from finlora.serve.settings import ServeConfig, read_settings, to_args
 
 _logger = logging.getLogger(__name__)
 _MAX_FAILURES = 10
-"""Looks in a row, one each few seconds, at which a process had ended; then the whole copy is started anew."""
+"""Health checks in a row that find a process ended. After them Ray Serve restarts the whole replica."""
 _FORM = "%(levelname)s %(asctime)s %(name)s -- %(message)s"
 
 
 class FrontActor:
-    """One process."""
+    """One HTTP process."""
 
     def __init__(self, args: dict[str, Any], hub: str) -> None:
-        # Ray keeps what a process writes to stderr in a log of its own.
+        # Ray writes each actor's stderr to its own log file.
         logging.basicConfig(stream=sys.stderr, format=_FORM)
         logging.getLogger("finlora").setLevel(logging.INFO)
         self._config, self._hub = read_settings(args), Path(hub)
         self._opened, self._closing = asyncio.Event(), asyncio.Event()
 
     async def run(self) -> None:
-        """Answer until `close`."""
+        """Answer requests until `close`."""
         await answer_http(self._config, self._hub, Measures(), self._opened, self._closing)
 
     async def wait_until_open(self) -> None:
@@ -41,24 +41,24 @@ class FrontActor:
         await self._opened.wait()
 
     async def close(self) -> None:
-        """Take no more connections, and have `run` end when the answers under way have."""
+        """Refuse new connections, and let `run` end after the answers in flight."""
         self._closing.set()
 
 
 class Fronts:
-    """All processes at the port of one replica, in which this is called.
+    """Pool of a replica's HTTP processes; lives in the replica's process.
 
     Args:
-        hub: socket at which the engine is asked.
+        hub: socket of the engine's hub.
 
     Raises:
         ConfigError: the certificate cannot be used.
-        ResourceError: the port is taken by others.
+        ResourceError: the port is taken.
     """
 
     def __init__(self, config: ServeConfig, hub: Path) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        # As Ray Serve's own proxy they reserve no core: what a machine has left for HTTP is theirs.
+        # They reserve no core, like Ray Serve's own proxy.
         actor = ray.remote(FrontActor).options(
             num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
         )
@@ -70,7 +70,7 @@ class Fronts:
             while waits:
                 (done, *_), _ = ray.wait([*self._runs, *waits])
                 if done in self._runs:
-                    ray.get(done)  # raises what ended it
+                    ray.get(done)  # raises the error of a process that failed
                     raise ResourceError(
                         f"nothing answers at direct.port={config.direct.port}: see the log of FrontActor."
                     )
@@ -80,10 +80,10 @@ class Fronts:
             raise
 
     def check(self) -> None:
-        """Have processes that ended with an error begin again; Ray does so with those that died.
+        """Restart processes that ended with an error. Ray itself restarts those that crashed.
 
         Raises:
-            RuntimeError: one ended at this and the last looks.
+            RuntimeError: one had ended at each of the last `_MAX_FAILURES` health checks.
         """
         for index, run in enumerate(self._runs):
             if not ray.wait([run], timeout=0)[0]:
@@ -94,11 +94,11 @@ class Fronts:
                 raise RuntimeError(
                     f"a process of the direct port ended {_MAX_FAILURES} times: see the log of FrontActor"
                 )
-            _logger.error("A process of the direct port ended and begins again: %s", _why(run))
+            _logger.error("A process of the direct port ended and restarts: %s", _why(run))
             self._runs[index] = self._actors[index].run.remote()
 
     def close(self, drain_s: float = DRAIN_S) -> None:
-        """Let answers under way end, for so many seconds, and then the processes."""
+        """Let answers in flight end for `drain_s` seconds, then kill the processes."""
         for each in self._actors:
             each.close.remote()
         ray.wait(self._runs, num_returns=len(self._runs), timeout=drain_s)

@@ -1,4 +1,4 @@
-"""One of the processes that answer at a server's own port, past Ray Serve's proxy; the engine is in the replica's process."""
+"""HTTP process at a server's direct port, which bypasses Ray Serve's proxy. The engine runs in the replica's process."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from finlora.serve.served_model import read_base
 from finlora.serve.settings import ServeConfig
 
 DRAIN_S = 50.0
-"""Seconds that the processes have to end. Ray Serve gives a replica 60 for all, and lets the proxy's requests end first."""
+"""Seconds in which the processes must end. Ray Serve gives a replica 60 in all, and waits for the proxy's requests first."""
 _ANSWER_S, _CUT_S = 40, 2.0
-"""Seconds of these for the answers under way, and for those that are cut to be written down."""
-_LOOK_EVERY_S = 5.0
+"""Seconds of these for the answers in flight, and then for the audit entries of answers that are cut off."""
+_SILENCE_CHECK_S = 5.0
 _POLL_S = 0.02
 
 
 async def answer_http(
     config: ServeConfig, hub: Path, meter: Meter, opened: asyncio.Event, closing: asyncio.Event
 ) -> None:
-    """Answer until `closing` is set or the hub is gone; answers under way come to their end.
+    """Answer requests until `closing` is set or the hub is gone, then finish the answers in flight.
 
     Args:
-        hub: socket of the process that drives the engine.
-        opened: set when the port answers.
+        hub: socket of the engine's hub.
+        opened: set once the port accepts connections.
 
     Raises:
         ConfigError: the certificate cannot be used.
-        ResourceError: the port is taken by others.
+        ResourceError: the port is taken.
     """
     keys = KeyRing(config.keys_path, os.environ)
     base = read_base(config)
@@ -61,34 +61,34 @@ async def answer_http(
         serving = asyncio.ensure_future(web.serve(sockets=[listener]))
         while not web.started:
             if serving.done():
-                await serving  # raises what kept it from listening
+                await serving  # raises the error that kept it from listening
                 raise ResourceError(f"nothing listens at direct.port={config.direct.port}: see the log of FrontActor.")
             await asyncio.sleep(_POLL_S)
         opened.set()
         ends = [serving, following, asyncio.ensure_future(closing.wait())]
         silent_since: dict[object, float] = {}
         while not any(end.done() for end in ends):
-            await asyncio.wait(ends, timeout=_LOOK_EVERY_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, timeout=_SILENCE_CHECK_S, return_when=asyncio.FIRST_COMPLETED)
             _close_silent(web, silent_since, config.direct.keep_alive_timeout_s)
         ends[-1].cancel()
         web.should_exit = True
         await serving
-        if cut := list(web.server_state.tasks):  # what took too long is cancelled, and still to be written down
+        if cut := list(web.server_state.tasks):  # uvicorn has cancelled them: wait for their audit entries
             await asyncio.wait(cut, timeout=_CUT_S)
 
 
 def _close_silent(web: uvicorn.Server, since: dict[object, float], most_s: float) -> None:
-    """Close lines on which nothing was ever asked; uvicorn looks at those alone that have had an answer.
+    """Close connections without any request. uvicorn's own timeout covers only those that have had an answer.
 
     Args:
-        since: when each of them was seen first.
+        since: connection -> time when it was first seen without a request.
     """
     now = time.monotonic()
-    silent = [line for line in web.server_state.connections if getattr(line, "cycle", None) is None]
-    for line in [line for line in since if line not in silent]:
-        del since[line]
-    for line in silent:
-        if now - since.setdefault(line, now) >= most_s and (transport := getattr(line, "transport", None)) is not None:
+    silent = [each for each in web.server_state.connections if getattr(each, "cycle", None) is None]
+    for each in [each for each in since if each not in silent]:
+        del since[each]
+    for each in silent:
+        if now - since.setdefault(each, now) >= most_s and (transport := getattr(each, "transport", None)) is not None:
             transport.close()
 
 
@@ -98,10 +98,10 @@ def _make_web(server: Server) -> uvicorn.Server:
     certificate, key = certificate_of(direct)
     settings = uvicorn.Config(
         make_app(server, has_proxy=False),
-        lifespan="off",  # which would show the gauges of the one engine once more
+        lifespan="off",  # the replica sets the engine's gauges, this process must not set them again
         ws="none",
         log_config=None,
-        access_log=False,  # the server writes its own line a request
+        access_log=False,  # the guard logs each request
         server_header=False,
         proxy_headers=False,
         ssl_certfile=certificate,

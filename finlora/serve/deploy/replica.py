@@ -1,8 +1,7 @@
-"""The Ray Serve application: `serve deploy serve_configs/NAME.yaml`, or `finlora serve` on one machine.
+"""Ray Serve application: `serve deploy serve_configs/NAME.yaml`, or `finlora serve` on one machine.
 
-Each replica is a copy of the server and holds a pipeline of stage actors of its own, so a stage that dies takes no HTTP server
-with it: requests are refused at once until the replica has its stages again. Where there is a direct port, processes of the
-replica's own answer there and ask the engine through a hub.
+Each replica owns a pipeline of stage actors. A stage crash therefore ends no HTTP server: the replica refuses requests at once
+until its stages run again. With a direct port, HTTP processes of the replica answer there and reach the engine through a hub.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ _DRAIN_S = 60.0
 @serve.deployment(
     name=DEPLOYMENT,
     max_ongoing_requests=1000,
-    # A redeploy waits for answers under way.
+    # A redeployment waits for answers in flight.
     graceful_shutdown_timeout_s=_DRAIN_S,
     health_check_period_s=5.0,
     ray_actor_options={"num_cpus": 0.5},
 )
 @serve.ingress()
 class ServerDeployment:
-    """A replica.
+    """Replica of the server.
 
     Raises:
         ConfigError: the settings are wrong, or there is no key.
         ModelError: the base's files are not usable.
-        ResourceError: the cluster has too little for the stages, or the direct port is taken.
+        ResourceError: the cluster has too few GPUs or cores for the stages, or the direct port is taken.
     """
 
     def __init__(self, args: dict[str, Any]) -> None:
@@ -66,7 +65,7 @@ class ServerDeployment:
         self._engine = AsyncEngine(
             lambda: open_pipeline(config, base, service), config.max_adapters, config.ready_every_s
         )
-        if config.direct.port is not None:  # before minutes are spent on the model
+        if config.direct.port is not None:  # check before the model takes minutes to load
             check_certificate(config.direct)
             listen_shared(config.direct).close()
         quota = Quota(time.monotonic)
@@ -75,7 +74,7 @@ class ServerDeployment:
         self._closers.callback(self._engine.close)
         self._fronts: Fronts | None = None
         if config.direct.port is not None:
-            # A folder of this user's alone: in Ray's others could put a socket of theirs in the place of ours.
+            # A private folder: in Ray's own, another user could replace the socket.
             folder = self._closers.enter_context(tempfile.TemporaryDirectory(prefix="finlora-"))
             hub = Hub(self._engine, quota, Path(folder) / "hub")
             hub.start()
@@ -89,7 +88,7 @@ class ServerDeployment:
         return make_app(self._server, has_proxy=True)
 
     def check_health(self) -> None:
-        """Have Ray Serve replace the replica where its engine has ended; a lost stage is the engine's own to bring back."""
+        """Raise if the engine has ended, so that Ray Serve restarts the replica. The engine itself recovers stage crashes."""
         if not self._engine.is_alive:
             raise RuntimeError("the engine's thread has ended")
         if self._fronts is not None:
@@ -101,7 +100,7 @@ class ServerDeployment:
 
 
 def build(args: dict[str, Any]) -> serve.Application:
-    """Return the application for the `args` of a Serve YAML; they are checked here, before any actor starts.
+    """Return the application for the `args` of a Serve YAML. They are checked here, before any actor starts.
 
     Raises:
         ConfigError: every wrong setting, in one error.
@@ -113,7 +112,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 def _log_as_serve_does() -> None:
-    """Write our lines where Ray Serve writes a replica's: in its log file, with the replica's name."""
+    """Send FinLoRA's log lines to the replica's Ray Serve log file, with the replica's name."""
     ours, theirs = logging.getLogger("finlora"), logging.getLogger("ray.serve")
     ours.handlers, ours.propagate = theirs.handlers, False
     ours.setLevel(logging.INFO)

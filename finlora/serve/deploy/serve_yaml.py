@@ -1,4 +1,4 @@
-"""Serve YAMLs of serve_configs/: read and checked as Ray Serve reads them, and run on one machine by `finlora serve`."""
+"""Serve YAMLs of serve_configs/: read and checked with Ray Serve's own schema, and run on one machine by `finlora serve`."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from finlora.yamltext import read_yaml
 _logger = logging.getLogger(__name__)
 IMPORT_PATH = "finlora.serve.deploy.replica:build"
 _END_S = 30.0
-"""Seconds that Ray Serve has to end, as serve.shutdown gives it."""
+"""Seconds in which Ray Serve must end; serve.shutdown has the same limit."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Deployment:
-    """What a Serve YAML says of FinLoRA's application."""
+    """FinLoRA's application in a Serve YAML."""
 
     name: str
     route_prefix: str
     settings: ServeConfig
     options: dict[str, Any]
-    """Of Ray Serve's deployment: num_replicas and the like."""
+    """Options of Ray Serve's deployment, such as num_replicas."""
     http: dict[str, Any]
     logging: dict[str, Any]
-    """Of Ray Serve's own lines."""
+    """Logging options of Ray Serve itself."""
     proxy_location: str
 
 
@@ -54,7 +54,7 @@ def read_deployment(path: Path, overrides: Sequence[str] = ()) -> Deployment:
     """Read a Serve YAML; `overrides` such as `stages.num=4` change its `args`.
 
     Raises:
-        ConfigError: it is no Serve YAML, its settings are wrong, or it does not hold FinLoRA's application alone.
+        ConfigError: it is no Serve YAML, its settings are wrong, or it holds other applications than FinLoRA's.
     """
     from pydantic import ValidationError
     from ray.serve.schema import ServeDeploySchema
@@ -96,18 +96,18 @@ def read_deployment(path: Path, overrides: Sequence[str] = ()) -> Deployment:
 
 
 def check_server(deployment: Deployment, host: str | None, port: int | None, *, is_here: bool) -> Deployment:
-    """Look at everything that can be wrong without a GPU or a cluster: ports, certificate, keys, base, tokenizer.
+    """Check all that needs no GPU and no cluster: ports, certificate, keys, base, tokenizer.
 
     Args:
-        host: where the proxy listens. None: as the YAML says, or 127.0.0.1.
-        port: of the proxy. None: as the YAML says, or 8000.
-        is_here: the proxy will run on this machine, so its port must be free here.
+        host: address of the proxy. None: the YAML's, or 127.0.0.1.
+        port: port of the proxy. None: the YAML's, or 8000.
+        is_here: whether the proxy will run on this machine, so that its port must be free here.
 
     Returns:
-        The deployment with absolute paths and the address that it listens at.
+        The deployment with absolute paths and the proxy's address.
 
     Raises:
-        ConfigError: there is no key, or the direct port cannot be as it is wanted.
+        ConfigError: there is no key, or the direct port's settings conflict with the proxy's.
         ModelError: the base's files are not usable.
         ResourceError: a port is taken.
     """
@@ -129,13 +129,13 @@ def check_server(deployment: Deployment, host: str | None, port: int | None, *, 
 
 
 def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
-    """Serve on the connected Ray until a signal comes, then let answers under way end.
+    """Serve on the connected Ray until a signal comes, then finish the answers in flight.
 
     Args:
-        deployment: as `check_server` returned it.
+        deployment: returned by `check_server`.
 
     Raises:
-        ResourceError: another service runs on the cluster, a port is taken, or the server did not come up; says why.
+        ResourceError: another service runs on the cluster, a port is taken, or the server did not start; says why.
     """
     import ray
     from ray import serve
@@ -149,8 +149,8 @@ def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
     require_no_service()
     require_capacity(deployment, ray.cluster_resources())
     if _is_head():
-        _require_free_proxy(http)  # Ray's own processes may have taken it meanwhile
-    # It says of each step of its own that it was done, and once that our options are not applied, which they are.
+        _require_free_proxy(http)  # Ray's own processes may have taken the port meanwhile
+    # At INFO, Ray Serve reports each of its steps and claims, wrongly, that the deployment's options are not applied.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     stop = threading.Event()
 
@@ -165,27 +165,27 @@ def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
         try:
             serve.start(http_options=http, proxy_location=deployment.proxy_location)
             application = remote.options(**deployment.options).bind(to_args(settings))
-            place = {"name": deployment.name, "route_prefix": deployment.route_prefix}
-            serve.run(application, **place, logging_config=deployment.logging or None)
+            route = {"name": deployment.name, "route_prefix": deployment.route_prefix}
+            serve.run(application, **route, logging_config=deployment.logging or None)
         except (RuntimeError, RayError) as error:
             raise ResourceError(
-                f"the server did not come up: {shorten(error)}. `ray status` and the logs in the dashboard say more."
+                f"the server did not start: {shorten(error)}. `ray status` and the logs in the dashboard say more."
             ) from error
         where = _name(http.get("ssl_certfile"), http["host"], http["port"])
         beside = (
-            f", and by itself at {_name(direct.ssl_certfile, direct.host, direct.port)}"
+            f", and directly at {_name(direct.ssl_certfile, direct.host, direct.port)}"
             if direct.port is not None
             else ""
         )
         if settings.adapters_folder is not None and not settings.adapters_folder.is_dir():
-            announce(f"adapters_dir={settings.adapters_folder} does not exist: the base alone is served until it does.")
+            announce(f"adapters_dir={settings.adapters_folder} does not exist: only the base is served until it does.")
         announce(f"Serving {settings.name} at {where} (page, /v1/...){beside}, in {kind}. Ctrl-C ends it.")
         stop.wait()
-        announce("Letting the answers under way end.")
+        announce("Finishing the answers in flight.")
         try:
-            serve.delete(deployment.name)  # shutting down alone would cut them after half a minute
+            serve.delete(deployment.name)  # serve.shutdown alone would cut them off after half a minute
         except TimeoutError:
-            announce("Answers that were not complete after a minute are cut.")
+            announce("Answers that are not complete after a minute are cut off.")
     finally:
         _end_controller()
         serve.shutdown()
@@ -194,7 +194,7 @@ def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
 
 
 def count_stages(deployment: Deployment) -> int:
-    """Return how many stages all copies of the model have together; of copies that scale, those that it starts with."""
+    """Return the number of stages in all replicas; with autoscaling, in the replicas at the start."""
     scaling = deployment.options.get("autoscaling_config") or {}
     copies = deployment.options.get("num_replicas") or 1
     if not isinstance(copies, int):  # `auto`
@@ -203,21 +203,21 @@ def count_stages(deployment: Deployment) -> int:
 
 
 def require_capacity(deployment: Deployment, total: Mapping[str, float]) -> None:
-    """Compare what all stages need with what the cluster has at all, instead of waiting for what cannot come.
+    """Check that the whole cluster has enough GPUs and cores for all stages, instead of waiting forever.
 
     Args:
-        total: the cluster's resources by Ray's names.
+        total: resources of the cluster by Ray's names.
 
     Raises:
-        ResourceError: it is too small.
+        ResourceError: the cluster is too small.
     """
     stages, count = deployment.settings.stages, count_stages(deployment)
     for kind, each in (("GPU", stages.gpus if stages.device == "cuda" else 0.0), ("CPU", stages.cpus)):
         if count * each > total.get(kind, 0.0) + 1e-6:
-            mend = "or stages.device=cpu" if kind == "GPU" else "or a lower stages.cpus"
+            advice = "or stages.device=cpu" if kind == "GPU" else "or a lower stages.cpus"
             raise ResourceError(
                 f"the server asks for {count * each:g} {kind} ({count} stages of all copies x {each:g}), and the cluster has "
-                f"{total.get(kind, 0.0):g}: choose fewer stages.num or num_replicas, {mend}."
+                f"{total.get(kind, 0.0):g}: choose fewer stages.num or num_replicas, {advice}."
             )
 
 
@@ -233,7 +233,7 @@ def _is_head() -> bool:
 
 
 def require_no_service() -> None:
-    """Refuse a cluster on which Ray Serve runs: at its end `finlora serve` would end that service too."""
+    """Refuse a cluster on which Ray Serve runs: `finlora serve` would shut that service down when it ends."""
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
@@ -246,10 +246,10 @@ def require_no_service() -> None:
 
 
 def _end_controller() -> None:
-    """Have Ray Serve's controller end Serve, and wait for it, as serve.shutdown does, which then finds nothing left to do.
+    """Shut Ray Serve down through its controller, as serve.shutdown does, but without its error on the terminal.
 
-    Its answer to this call is its own death. To serve.shutdown, which lets all calls be tried again, that is a failure that
-    Ray announces on the terminal; a call that is not tried again only comes back.
+    The controller ends itself instead of answering the call. serve.shutdown makes this call with retries, and for a call with
+    retries Ray prints the lost actor as an error. Without retries the call only raises RayActorError here.
     """
     import ray
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
@@ -257,29 +257,29 @@ def _end_controller() -> None:
     try:
         controller = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
     except ValueError:
-        return  # it did not come up
-    # What went wrong otherwise, serve.shutdown tries again and says.
+        return  # Ray Serve did not start
+    # After any other failure the caller's serve.shutdown tries again and reports it.
     with contextlib.suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=_END_S)
 
 
 def _follow_proxy(settings: ServeConfig, http: dict[str, Any]) -> ServeConfig:
-    """Return the settings with the proxy's address and certificate at the direct port, where it has none of its own.
+    """Return the settings whose direct port uses the proxy's address and certificate, unless it has its own.
 
     Raises:
-        ConfigError: both ports are one, or what guards the proxy cannot guard the direct port.
+        ConfigError: both ports are equal, or the direct port cannot use the proxy's TLS settings.
     """
     direct = settings.direct
     if direct.port is None:
         return settings
     if direct.port == http["port"]:
-        raise ConfigError(f"direct.port={direct.port} is the port of Ray Serve's proxy as well: expected another one.")
+        raise ConfigError(f"direct.port={direct.port} is the port of Ray Serve's proxy too: expected another one.")
     certificate = direct.ssl_certfile, direct.ssl_keyfile
     if direct.ssl_certfile is None:
         if unknown := [name for name in ("ssl_keyfile_password", "ssl_ca_certs") if http.get(name)]:
             raise ConfigError(
-                f"http_options.{unknown[0]} guards the proxy, and direct.port={direct.port} takes a certificate and a key "
-                "without a password alone: leave the direct port out, or give it its own direct.ssl_certfile and ssl_keyfile."
+                f"http_options.{unknown[0]} guards the proxy, and direct.port={direct.port} takes only a certificate and a key "
+                "without a password: leave the direct port out, or give it its own direct.ssl_certfile and ssl_keyfile."
             )
         certificate = http.get("ssl_certfile"), http.get("ssl_keyfile")
     direct = dataclasses.replace(

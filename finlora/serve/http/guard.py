@@ -148,7 +148,7 @@ class Guard:
                 raise RefusedError(503, "keys cannot be checked now: ask again later.", "no_keys", None, 5) from error
             if record is None:
                 raise RefusedError(
-                    401, "the API key is not known: ask whoever runs the server for one.", "invalid_api_key"
+                    401, "the API key is not known: ask the server's administrator for one.", "invalid_api_key"
                 )
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or len(length) > _MAX_DIGITS or int(length) > self._max_body_bytes:

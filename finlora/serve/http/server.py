@@ -14,7 +14,7 @@ from finlora.engine.request import Answer, Piece, Request, Sampling
 from finlora.errors import AdapterError
 from finlora.serve.accounts.audit import AuditLog
 from finlora.serve.accounts.keys import KeyRecord, KeyRing
-from finlora.serve.accounts.ledger import Call, Course, Ledger, Meter
+from finlora.serve.accounts.ledger import AnswerRecord, Call, Ledger, Meter
 from finlora.serve.accounts.quota import KeptQuota, Quota
 from finlora.serve.adapter_versions import AdapterShelf
 from finlora.serve.failures import RefusedError, as_refusal
@@ -223,31 +223,31 @@ class Server:
     ) -> AsyncIterator[Piece | Answer]:
         """Yield the engine's events, and record the outcome in the ledger."""
         adapter = AdapterRef(request.adapter, call.adapter.folder) if call.adapter and request.adapter else None
-        course = Course(call, prompt, len(request.prompt_ids), choices)
+        record = AnswerRecord(call, prompt, len(request.prompt_ids), choices)
         try:
             async with contextlib.aclosing(self.engine.ask(request, adapter)) as events:  # type: ignore[type-var]
                 async for event in events:
-                    if course.first_s is None:
-                        course.first_s = time.monotonic() - course.started
+                    if record.first_s is None:
+                        record.first_s = time.monotonic() - record.started
                     if isinstance(event, Piece):
-                        course.pieces.append(event.text)
+                        record.pieces.append(event.text)
                         yield event
                         continue
                     event.require_numbers()
-                    course.answer, course.outcome = event, event.finish
+                    record.answer, record.outcome = event, event.finish
                     if event.finish == "deadline":
                         seconds = self.config.limits.deadline_s
                         raise RefusedError(
                             408, f"no answer was complete in {seconds:g} s: ask for less, or later.", "deadline"
                         )
-                    self._ledger.close(course)
+                    self._ledger.close(record)
                     yield event
         except Exception as error:
-            course.outcome = as_refusal(error).code
+            record.outcome = as_refusal(error).code
             raise
         finally:
-            if course.answer is None or course.outcome == "deadline":
-                self._ledger.close(course)
+            if record.answer is None or record.outcome == "deadline":
+                self._ledger.close(record)
 
     def require_admin(self, key: KeyRecord) -> None:
         """Raise RefusedError unless the key may change what is served."""

@@ -121,7 +121,7 @@ def serve(tools: Tools) -> None:
     )
     server.send(signal.SIGINT)
     ended = tools.end(server)
-    checks.contains("Ctrl-C", "Letting the answers under way end", ended.text)
+    checks.contains("Ctrl-C", "Finishing the answers in flight", ended.text)
     audit = tools.finlora("audit", folder / "audit")
     checks.contains("the audit log", "whole", audit.text)
     # The replica and each process of the direct port have one of their own.

@@ -1,4 +1,4 @@
-"""The audit log: a chain that holds, and breaks where a line is touched."""
+"""Audit log: its hash chain holds, and breaks at a changed line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def log(tmp_path):
     return log
 
 
-def test_chain_holds_and_ends_at_the_head(log):
+def test_chain_is_intact_and_ends_at_the_head(log):
     assert verify_audit(log.path) == AuditReport(count=5, head=log.head, has_torn_line=False, found=frozenset())
     assert stat.S_IMODE(log.path.stat().st_mode) == 0o600
     line = json.loads(log.path.read_text().splitlines()[2])
@@ -47,7 +47,7 @@ def test_chain_holds_and_ends_at_the_head(log):
     assert not {"prompt", "output"} & line.keys()
 
 
-def test_texts_are_kept_where_they_are_wanted(tmp_path):
+def test_texts_are_written_if_configured(tmp_path):
     log = AuditLog(tmp_path)
     log.append(AuditEntry(**FIELDS, prompt="Größe", output="yes"))
     log.close()
@@ -60,7 +60,7 @@ def change(lines):
 
 
 def reseal(lines):
-    """What someone who knows the form would do: change a line and compute its hash anew."""
+    """Change a line and recompute its hash, like an attacker who knows the format."""
     from finlora.serve.accounts.audit import _seal
 
     values = json.loads(lines[1]) | {"key_id": "boss"}
@@ -92,30 +92,30 @@ def test_altered_line_is_named(log, alter, words):
         verify_audit(log.path)
 
 
-def told_heads(caplog):
+def logged_heads(caplog):
     return [record.args[2] for record in caplog.records if "The audit log" in record.msg]
 
 
-def test_heads_in_the_servers_log_show_what_was_cut_off_or_written_anew(tmp_path, caplog):
-    """The chain alone cannot: whoever may write the file can compute it. The heads lie elsewhere."""
-    log = AuditLog(tmp_path, tell_every_s=0.0)
+def test_heads_in_the_servers_log_reveal_truncation_and_rewriting(tmp_path, caplog):
+    """The chain alone cannot: whoever may write the file can recompute it. The heads are in another log."""
+    log = AuditLog(tmp_path, head_every_s=0.0)
     for _ in range(3):
         log.append(AuditEntry(**FIELDS))
     log.close()
-    heads = told_heads(caplog)
+    heads = logged_heads(caplog)
     assert len(heads) == 3
     assert verify_audit(log.path, heads).found == set(heads)
     log.path.write_text("".join(line + "\n" for line in log.path.read_text().splitlines()[:2]))
     report = verify_audit(log.path, heads)
     assert (report.count, report.found) == (2, set(heads[:2]))
-    anew = AuditLog(tmp_path)
+    rewritten = AuditLog(tmp_path)
     for _ in range(3):
-        anew.append(AuditEntry(**FIELDS | {"key_id": "boss"}))
-    anew.close()
-    assert verify_audit(anew.path, heads).found == frozenset()
+        rewritten.append(AuditEntry(**FIELDS | {"key_id": "boss"}))
+    rewritten.close()
+    assert verify_audit(rewritten.path, heads).found == frozenset()
 
 
-def test_empty_and_foreign_logs_are_not_called_whole(tmp_path, capsys):
+def test_empty_and_foreign_files_are_reported(tmp_path, capsys):
     (tmp_path / "audit-a.jsonl").touch()
     with pytest.raises(SystemExit) as ended:
         main(["audit", str(tmp_path)])
@@ -128,9 +128,9 @@ def test_empty_and_foreign_logs_are_not_called_whole(tmp_path, capsys):
         verify_audit(tmp_path / "audit-a.jsonl")
 
 
-def test_verb_finds_the_heads_or_ends_with_an_error(log, capsys, monkeypatch):
+def test_audit_verb_finds_heads_or_fails(log, capsys, monkeypatch):
     for name in ("HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
-        monkeypatch.setenv(name, "0")  # main sets them where they are not: afterwards they are as before
+        monkeypatch.setenv(name, "0")  # main sets them if unset; monkeypatch restores them
 
     def run(*arguments):
         with pytest.raises(SystemExit) as stop:
@@ -147,16 +147,16 @@ def test_verb_finds_the_heads_or_ends_with_an_error(log, capsys, monkeypatch):
     assert run("--head", log.head)[0] == 7
 
 
-def test_crash_at_any_byte_leaves_the_entries_before_it(log):
+def test_crash_at_any_byte_keeps_the_entries_before_it(log):
     whole = log.path.read_bytes()
-    ends = [place + 1 for place, byte in enumerate(whole) if byte == ord("\n")]
+    ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
     for size in [*range(0, len(whole), 37), *ends, *(end - 1 for end in ends), *(end + 1 for end in ends[:-1])]:
         log.path.write_bytes(whole[:size])
         report = verify_audit(log.path)
         assert (report.count, report.has_torn_line) == (sum(end <= size for end in ends), size not in [0, *ends])
 
 
-def test_full_disk_refuses_the_entry_and_the_chain_goes_on(tmp_path, monkeypatch):
+def test_full_disk_refuses_the_entry_and_the_chain_continues(tmp_path, monkeypatch):
     log = AuditLog(tmp_path)
     log.append(AuditEntry(**FIELDS))
     write, left = os.write, [100]
@@ -193,14 +193,14 @@ while True:
 """
 
 
-def test_two_servers_write_one_folder_and_a_killed_one_loses_nothing(tmp_path):
+def test_killed_servers_lose_no_confirmed_entry(tmp_path):
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told, counts = [], []
+    confirmed, counts = [], []
     try:
         for writer in writers:
-            told.append([int(writer.stdout.readline()) for _ in range(50)])
-        for writer, first in zip(writers, told, strict=True):
+            confirmed.append([int(writer.stdout.readline()) for _ in range(50)])
+        for writer, first in zip(writers, confirmed, strict=True):
             writer.kill()
             counts.append([*first, *(int(line) for line in writer.stdout if line.endswith("\n"))][-1])
     finally:
@@ -211,5 +211,5 @@ def test_two_servers_write_one_folder_and_a_killed_one_loses_nothing(tmp_path):
     logs = list_logs(tmp_path)
     assert len(logs) == 2
     found = sorted(verify_audit(log).count for log in logs)
-    # What was told to be written is there; at most one entry more was written and not told.
-    assert all(0 <= have - told <= 1 for have, told in zip(found, sorted(counts), strict=True))
+    # Every confirmed entry is in the file, and at most one that was written but not yet confirmed.
+    assert all(0 <= written - count <= 1 for written, count in zip(found, sorted(counts), strict=True))

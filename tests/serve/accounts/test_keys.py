@@ -1,4 +1,4 @@
-"""Keys: kept as hashes, known again, taken away while the server runs, and refused where the file is damaged."""
+"""API keys: stored as hashes, recognised, revoked while the server runs, and a damaged file refused."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def file(tmp_path):
     return tmp_path / "keys.yaml"
 
 
-def test_key_is_known_by_its_hash_alone(file):
+def test_file_holds_only_the_hash_of_a_key(file):
     key = add_key(file, "desk", adapters=("good",), requests_per_minute=5, tokens_per_minute=9, is_admin=False)
     other = add_key(file, "night", **NO_LIMITS)
     assert key not in file.read_text()
-    secret = key.removeprefix("finlora-desk-")  # it may hold "-" itself, at its beginning too
+    secret = key.removeprefix("finlora-desk-")  # the secret itself may contain and start with "-"
     assert len(secret) == 43
     assert secret not in file.read_text()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
@@ -33,7 +33,7 @@ def test_key_is_known_by_its_hash_alone(file):
     assert ring.check(other).may_use(None)
 
 
-def test_key_goes_into_the_file_that_a_link_leads_to(file):
+def test_key_is_added_to_the_target_of_a_link(file):
     target = file.with_name("shared.yaml")
     file.symlink_to(target)
     add_key(file, "desk", **NO_LIMITS)
@@ -46,7 +46,7 @@ def test_key_goes_into_the_file_that_a_link_leads_to(file):
         add_key(loop, "desk", **NO_LIMITS)
 
 
-def test_key_that_could_not_be_shown_is_not_kept(file):
+def test_key_that_could_not_be_shown_is_not_added(file):
     def fail(key):
         assert not file.exists()
         raise OSError(28, "No space left on device")
@@ -61,12 +61,12 @@ def test_key_that_could_not_be_shown_is_not_kept(file):
 @pytest.mark.parametrize(
     "change", [lambda k: k[:-1], lambda k: k + "a", lambda k: k.swapcase(), lambda k: "", lambda k: "é" + k]
 )
-def test_key_that_differs_is_unknown(file, change):
+def test_changed_key_is_unknown(file, change):
     key = add_key(file, "desk", **NO_LIMITS)
     assert KeyRing(file, {}).check(change(key)) is None
 
 
-def test_two_keys_of_equal_rights_have_different_hashes(file):
+def test_keys_with_equal_rights_have_different_hashes(file):
     for name in ("one", "two"):
         add_key(file, name, **NO_LIMITS)
     first, second = read_keys(file)
@@ -74,7 +74,7 @@ def test_two_keys_of_equal_rights_have_different_hashes(file):
     assert first.hash != second.hash
 
 
-def test_key_is_taken_away_without_a_restart(file):
+def test_key_is_revoked_without_a_restart(file):
     key, kept = (add_key(file, name, **NO_LIMITS) for name in ("gone", "kept"))
     ring = KeyRing(file, {})
     assert ring.check(key)
@@ -84,7 +84,7 @@ def test_key_is_taken_away_without_a_restart(file):
     assert ring.check(kept)
 
 
-def test_environment_gives_one_key_that_is_admin():
+def test_key_of_the_environment_is_an_admin_key():
     ring = KeyRing(None, {"FINLORA_API_KEY": "s" * 32})
     assert ring.check("s" * 32).is_admin
     assert ring.check("s" * 31) is None
@@ -113,14 +113,14 @@ def test_server_without_any_key_does_not_start():
         (f"- {{id: a, salt: ß, hash: {'a' * 64}}}", "a.salt is not ASCII"),
     ],
 )
-def test_damaged_file_is_refused_by_words(file, text, words):
+def test_damaged_file_is_refused_with_a_message(file, text, words):
     file.write_text(text)
     file.chmod(0o600)
     with pytest.raises(ConfigError, match=words):
         KeyRing(file, {})
 
 
-def test_file_that_others_may_read_is_refused(file):
+def test_file_readable_by_others_is_refused(file):
     add_key(file, "desk", **NO_LIMITS)
     file.chmod(0o644)
     with pytest.raises(ConfigError, match=r"others than its owner may read .*chmod 600"):
@@ -128,7 +128,7 @@ def test_file_that_others_may_read_is_refused(file):
 
 
 @pytest.mark.parametrize(("name", "words"), [("desk", "holds a key 'desk' already"), ("A b", "found the name 'A b'")])
-def test_name_that_is_taken_or_odd_is_refused_and_nothing_is_lost(file, name, words):
+def test_taken_or_malformed_name_is_refused_and_the_file_unchanged(file, name, words):
     add_key(file, "desk", **NO_LIMITS)
     before = file.read_text()
     with pytest.raises(ConfigError, match=words):

@@ -1,4 +1,4 @@
-"""The dashboard asks for what the server tells, and for all of it."""
+"""Grafana dashboard: it shows exactly the metrics that the server exports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[3]
 NAMES = set(re.findall(r'"(finlora_\w+)"', Path(prometheus.__file__).read_text()))
 
 
-def test_dashboard_and_metrics_name_the_same():
+def test_dashboard_shows_every_metric():
     board = json.loads((ROOT / "serve_configs" / "grafana-dashboard.json").read_text())
     text = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
     asked = {name.removesuffix("_bucket") for name in re.findall(r"ray_(finlora_\w+)", text)}
@@ -20,7 +20,7 @@ def test_dashboard_and_metrics_name_the_same():
     assert asked == NAMES
 
 
-def test_panels_do_not_overlap_and_ask_the_chosen_source():
+def test_panels_do_not_overlap_and_use_the_chosen_data_source():
     board = json.loads((ROOT / "serve_configs" / "grafana-dashboard.json").read_text())
     cells = [
         (x, y)

@@ -1,4 +1,4 @@
-"""A minute's worth of requests and tokens, with a clock by hand."""
+"""Quotas of requests and tokens a minute, with a manual clock."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def quota(clock):
     return Quota(lambda: clock[0])
 
 
-def test_requests_come_back_evenly_over_the_minute(quota, clock):
+def test_requests_refill_evenly_over_the_minute(quota, clock):
     key = make_key(requests_per_minute=4)
     for _ in range(4):
         quota.take_request(key)
@@ -45,7 +45,7 @@ def test_requests_come_back_evenly_over_the_minute(quota, clock):
         quota.take_request(key)
 
 
-def test_tokens_beyond_the_minute_are_missing_from_the_next(quota, clock):
+def test_excess_tokens_are_taken_from_the_next_minute(quota, clock):
     key = make_key(tokens_per_minute=60)
     quota.take_request(key)
     quota.take_tokens(key, 100)
@@ -55,7 +55,7 @@ def test_tokens_beyond_the_minute_are_missing_from_the_next(quota, clock):
     quota.take_request(key)
 
 
-def test_keys_do_not_share_and_no_limit_is_none(quota):
+def test_keys_have_separate_buckets_and_none_means_no_limit(quota):
     quota.take_request(make_key("a", requests_per_minute=1))
     quota.take_request(make_key("b", requests_per_minute=1))
     for _ in range(1000):
@@ -68,8 +68,8 @@ def test_keys_do_not_share_and_no_limit_is_none(quota):
     limit=st.integers(1, 50),
     steps=st.lists(st.tuples(st.floats(0, 40), st.integers(0, 200)), min_size=1, max_size=80),
 )
-def test_no_minute_holds_more_than_its_worth_and_what_was_saved_up(limit, steps):
-    """Whatever the course: within any time t at most limit (1 + t / 60) requests, and that many tokens and one answer more."""
+def test_any_interval_admits_at_most_its_refill_and_one_full_bucket(limit, steps):
+    """In any time t: at most limit (1 + t / 60) requests, and as many tokens plus those of one answer."""
     now = [0.0]
     quota, key = Quota(lambda: now[0]), make_key(requests_per_minute=limit, tokens_per_minute=100 * limit)
     taken: list[tuple[float, int]] = []
@@ -89,7 +89,7 @@ def test_no_minute_holds_more_than_its_worth_and_what_was_saved_up(limit, steps)
             assert sum(count for _, count in taken[first:last]) <= 100 * allowed + 1e-6
 
 
-def test_ten_thousand_keys_have_each_their_own_minute():
+def test_ten_thousand_keys_have_their_own_buckets():
     now = [0.0]
     quota = Quota(lambda: now[0])
     keys = [make_key(f"k{number}", requests_per_minute=2) for number in range(10_000)]

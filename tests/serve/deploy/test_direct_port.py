@@ -1,4 +1,4 @@
-"""A port that several processes share, and what is said where it cannot be had."""
+"""Shared direct port: several processes listen, and a port that cannot be used is refused with a message."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def find_free_port():
         return free.getsockname()[1]
 
 
-def test_several_listen_at_one_port_and_a_stranger_is_noticed():
+def test_processes_share_a_port_and_another_server_is_noticed():
     direct = DirectConfig(port=find_free_port())
     require_free(direct)
     with listen_shared(direct) as one, listen_shared(direct) as other:
@@ -30,7 +30,7 @@ def test_several_listen_at_one_port_and_a_stranger_is_noticed():
     require_free(direct)
 
 
-def test_one_that_does_not_share_and_a_foreign_address_are_said():
+def test_taken_port_and_foreign_address_are_refused():
     with socket.socket() as stranger:
         stranger.bind(("127.0.0.1", 0))
         stranger.listen()
@@ -41,7 +41,7 @@ def test_one_that_does_not_share_and_a_foreign_address_are_said():
         listen_shared(DirectConfig(port=port, host="203.0.113.9"))
 
 
-def test_certificate_is_looked_at(tmp_path):
+def test_certificate_is_checked(tmp_path):
     certificate = make_certificate(tmp_path)
     check_certificate(DirectConfig(port=1))
     check_certificate(DirectConfig(port=1, ssl_certfile=str(certificate), ssl_keyfile=str(tmp_path / "server.key")))

@@ -1,4 +1,4 @@
-"""The server at a port of its own, past Ray Serve's proxy: the same guard, the same answers, from two processes."""
+"""Direct port past Ray Serve's proxy: the same guard and the same answers, from two HTTP processes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def served(tiny_base, tmp_path_factory):
     tree = yaml.safe_load((ROOT / "serve_configs" / "cpu-demo.yaml").read_text())
     tree["http_options"] |= {"ssl_certfile": str(certificate), "ssl_keyfile": str(home / "server.key")}
     (home / "tls.yaml").write_text(yaml.safe_dump(tree))
-    with tempfile.TemporaryDirectory(prefix="fl-") as ray_folder:  # a short name: Ray's sockets lie in it
+    with tempfile.TemporaryDirectory(prefix="fl-") as ray_folder:  # a short path, because it holds Ray's sockets
         env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         env |= {"FINLORA_API_KEY": key, "HOME": str(home), "RAY_TMPDIR": ray_folder, "RAY_USAGE_STATS_ENABLED": "0"}
         command = [sys.executable, "-m", "finlora.cli.main", "serve"]
@@ -81,18 +81,18 @@ def served(tiny_base, tmp_path_factory):
                 break
         said = " ".join(" ".join(lines).split())
         assert re.search(
-            rf"at https://127.0.0.1:{port} \(page, /v1/...\), and by itself at https://127.0.0.1:{direct_port}", said
+            rf"at https://127.0.0.1:{port} \(page, /v1/...\), and directly at https://127.0.0.1:{direct_port}", said
         ), said + (home / "log").read_text()
         tls = ssl.create_default_context(cafile=str(certificate))
         yield f"https://127.0.0.1:{port}", f"https://127.0.0.1:{direct_port}", key, tls, home
-        # What is under way when the server is asked to end comes to its end.
+        # An answer in flight at Ctrl-C is completed.
         with open_stream(f"https://127.0.0.1:{direct_port}", key, tls, 1800) as reply:
             begun = reply.readline()
             server.send_signal(signal.SIGINT)
             lines = [line for line in reply.read().decode().splitlines() if line]
         assert begun.startswith(b"data: {")
         assert lines[-1] == "data: [DONE]", lines[-3:]
-        _, _, after = server.stdout.read().partition("Letting the answers under way end.")
+        _, _, after = server.stdout.read().partition("Finishing the answers in flight.")
         assert "failed" not in after, after
         assert server.wait(timeout=90) == 0, (home / "log").read_text()[-2000:]
         server.stdout.close()
@@ -101,7 +101,7 @@ def served(tiny_base, tmp_path_factory):
 
 
 @pytest.mark.ray
-def test_server_answers_past_the_proxy_as_behind_it(served):
+def test_answers_past_the_proxy_equal_those_behind_it(served):
     *addresses, key, tls, _ = served
     answers = []
     for address in addresses:
@@ -115,7 +115,7 @@ def test_server_answers_past_the_proxy_as_behind_it(served):
 
 
 @pytest.mark.ray
-def test_streams_come_piece_by_piece_past_the_proxy(served):
+def test_streams_come_in_pieces_past_the_proxy(served):
     _, address, key, tls, _ = served
     with open_stream(address, key, tls, 6) as reply:
         lines = [line for line in reply.read().decode().splitlines() if line]
@@ -124,7 +124,7 @@ def test_streams_come_piece_by_piece_past_the_proxy(served):
 
 
 @pytest.mark.ray
-def test_process_that_dies_takes_no_other_with_it_and_is_started_again(served):
+def test_crashed_process_restarts_while_the_other_answers(served):
     _, address, key, tls, home = served
     first, second = find_processes(home)
     first.kill()
@@ -139,8 +139,8 @@ def test_process_that_dies_takes_no_other_with_it_and_is_started_again(served):
     assert {send(address, "/v1/classify", key, ASK, tls=tls).status for _ in range(8)} == {200}
 
 
-def test_process_that_ends_with_an_error_begins_again_and_one_that_always_does_is_said(monkeypatch, caplog):
-    """Ray is pretended: a run that ended is one that `wait` returns."""
+def test_failed_process_restarts_and_repeated_failures_raise(monkeypatch, caplog):
+    """Ray is faked: `wait` returns the runs that have ended."""
 
     class Actor:
         num_runs = 0
@@ -163,8 +163,8 @@ def test_process_that_ends_with_an_error_begins_again_and_one_that_always_does_i
     group._actors, group._runs, group._num_failures = [Actor(), Actor()], ["first", "second"], [0, 0]
     group.check()
     assert group._runs == ["run 1", "second"]
-    assert "ended and begins again: ResourceError: first: the disk is full" in caplog.text
-    group.check()  # it runs: what was is forgotten
+    assert "ended and restarts: ResourceError: first: the disk is full" in caplog.text
+    group.check()  # it runs, which resets the count
     ended |= {f"run {number}" for number in range(100)}
     for _ in range(9):
         group.check()
@@ -177,15 +177,15 @@ def test_process_that_ends_with_an_error_begins_again_and_one_that_always_does_i
 @pytest.mark.parametrize(
     ("http", "words"),
     [
-        ({"port": 9000}, r"direct.port=9000 is the port of Ray Serve's proxy as well: expected another one"),
+        ({"port": 9000}, r"direct.port=9000 is the port of Ray Serve's proxy too: expected another one"),
         (
             {"ssl_ca_certs": "x"},
-            r"http_options.ssl_ca_certs guards the proxy, and direct.port=9000 takes a certificate",
+            r"http_options.ssl_ca_certs guards the proxy, and direct.port=9000 takes only a certificate",
         ),
         ({"ssl_certfile": "/absent", "ssl_keyfile": "/absent"}, r"direct.ssl_certfile=/absent .* cannot be used"),
     ],
 )
-def test_what_a_direct_port_cannot_be_is_said_before_anything_starts(tmp_path, tiny_base, monkeypatch, http, words):
+def test_invalid_direct_port_is_refused_before_anything_starts(tmp_path, tiny_base, monkeypatch, http, words):
     monkeypatch.setenv("FINLORA_API_KEY", secrets.token_urlsafe(32))
     tree = yaml.safe_load((ROOT / "serve_configs" / "cpu-demo.yaml").read_text())
     tree["http_options"] |= http

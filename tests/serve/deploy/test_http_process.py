@@ -1,4 +1,4 @@
-"""A process at the direct port, here a thread: it answers, closes lines on which nothing is asked, writes down what it cuts."""
+"""HTTP process at the direct port, here a thread: answers, closes silent connections, logs answers that it cuts off."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def hub(make_engine):
 
 @pytest.fixture
 def open_front(hub, tiny_base, tmp_path, monkeypatch):
-    """Opens a front with a direct port; returns its address and what ends it."""
+    """Factory of HTTP processes at a direct port; each call returns the address and a function that ends it."""
     monkeypatch.setenv("FINLORA_API_KEY", ADMIN)
     with contextlib.ExitStack() as stack:
 
@@ -72,7 +72,7 @@ def vars_of(settings):
     return {name: getattr(settings, name) for name in settings.__slots__}
 
 
-def test_front_answers_until_it_is_closed(open_front):
+def test_process_answers_until_it_is_closed(open_front):
     address, close = open_front()
     reply = send(address, "/v1/classify", ADMIN, {"model": "tiny", "task": "fpb", "text": "Profit rose 12 %"})
     assert reply.status == 200
@@ -83,8 +83,8 @@ def test_front_answers_until_it_is_closed(open_front):
         send(address, "/healthz", None)
 
 
-def test_lines_on_which_nothing_is_asked_are_closed_and_others_stay(open_front, monkeypatch):
-    monkeypatch.setattr(http_process, "_LOOK_EVERY_S", 0.1)
+def test_silent_connections_are_closed(open_front, monkeypatch):
+    monkeypatch.setattr(http_process, "_SILENCE_CHECK_S", 0.1)
     address, _ = open_front(keep_alive_timeout_s=1)
     port = int(address.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as silent, socket.create_connection(("127.0.0.1", port)) as half:
@@ -97,7 +97,7 @@ def test_lines_on_which_nothing_is_asked_are_closed_and_others_stay(open_front, 
     assert send(address, "/healthz", None).status == 200
 
 
-def test_what_takes_too_long_at_the_end_is_cut_and_written_down(open_front, opened, monkeypatch, tmp_path):
+def test_shutdown_cuts_a_slow_answer_off_and_logs_it(open_front, opened, monkeypatch, tmp_path):
     monkeypatch.setattr(http_process, "_ANSWER_S", 1)
     address, close = open_front()
     body = {"model": "tiny", "prompt": "Profit", "max_tokens": 900, "stream": True}
@@ -117,7 +117,7 @@ def test_what_takes_too_long_at_the_end_is_cut_and_written_down(open_front, open
     assert (entry["path"], entry["outcome"]) == ("/v1/completions", "cancelled")
 
 
-def test_port_that_another_one_has_is_said(hub, tiny_base, monkeypatch):
+def test_taken_port_is_refused(hub, tiny_base, monkeypatch):
     monkeypatch.setenv("FINLORA_API_KEY", ADMIN)
     with socket.socket() as stranger:
         stranger.bind(("127.0.0.1", 0))

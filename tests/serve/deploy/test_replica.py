@@ -1,4 +1,4 @@
-"""The CPU demo's own YAML, deployed on Ray Serve with two stage actors: asked, hung up on, killed, and up again."""
+"""CPU demo's Serve YAML on Ray Serve with two stage actors: answers, cancellation, a stage crash and its recovery."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def deployed(home, ray_instance):
     http = deployment.http | {"port": port, "ssl_certfile": str(certificate), "ssl_keyfile": str(home / "server.key")}
     serve.start(http_options=http, proxy_location=deployment.proxy_location)
     application = ServerDeployment.options(**deployment.options).bind(to_args(settings))
-    place = {"name": deployment.name, "route_prefix": deployment.route_prefix}
-    serve.run(application, **place, logging_config=deployment.logging)
+    route = {"name": deployment.name, "route_prefix": deployment.route_prefix}
+    serve.run(application, **route, logging_config=deployment.logging)
     yield f"https://127.0.0.1:{port}", key, ssl.create_default_context(cafile=str(certificate))
     serve.shutdown()
 
@@ -81,7 +81,7 @@ def stage_pids():
     return [actor.pid for actor in actors if actor.class_name == "StageActor"]
 
 
-def test_openai_client_and_financial_paths_answer_through_serve(deployed, ask):
+def test_openai_client_and_financial_endpoints_work_behind_ray_serve(deployed, ask):
     from openai import AuthenticationError, DefaultHttpxClient, OpenAI
 
     address, key, tls = deployed
@@ -100,7 +100,7 @@ def test_openai_client_and_financial_paths_answer_through_serve(deployed, ask):
     assert len(ask("/v1/stages").body["stages"]) == 2
 
 
-def test_request_id_is_one_value_on_the_answer_and_in_the_audit_log(home, deployed):
+def test_request_id_is_equal_in_response_and_audit_log(home, deployed):
     import ray
 
     address, key, tls = deployed
@@ -123,13 +123,13 @@ def test_request_id_is_one_value_on_the_answer_and_in_the_audit_log(home, deploy
     assert body["id"] == "trade-77"
     logs = Path(ray.worker.global_worker.node.get_logs_dir_path(), "serve").glob("replica_finlora_Server_*.log")
     lines = [line for path in logs for line in path.read_text().splitlines() if "trade-77" in line]
-    assert len(lines) == 1, "the YAML turns Ray Serve's own line for each request off"
+    assert len(lines) == 1, "the YAML turns off Ray Serve's own line for each request"
     assert "trade-77 key=desk POST '/v1/classify' 200" in lines[0]
     status, ids, body = ask({"X-Request-Id": "no good"})
     assert (status, len(ids), body["error"]["code"]) == (400, 1, "invalid_request_id")
 
 
-def test_without_tls_nothing_comes_through(deployed):
+def test_requests_without_tls_or_trust_fail(deployed):
     address, key, _ = deployed
     with pytest.raises(urllib.error.URLError, match="CERTIFICATE_VERIFY_FAILED"):
         send(address, "/healthz", None, tls=ssl.create_default_context())
@@ -137,8 +137,8 @@ def test_without_tls_nothing_comes_through(deployed):
         send(address.replace("https", "http"), "/v1/models", key)
 
 
-def test_cluster_takes_a_deployment_only_with_its_token(deployed):
-    """What `serve deploy` asks is behind the token of the cluster; a key of the server opens nothing there."""
+def test_cluster_accepts_a_deployment_only_with_its_token(deployed):
+    """The API of `serve deploy` needs the cluster's token; a key of the server does not open it."""
     import ray
 
     path = f"http://{ray.worker.global_worker.node.address_info['webui_url']}/api/serve/applications/"
@@ -154,7 +154,7 @@ def test_cluster_takes_a_deployment_only_with_its_token(deployed):
         assert '"finlora"' in reply.read().decode()
 
 
-def test_hung_up_stream_frees_its_rows_behind_the_proxy(deployed, ask):
+def test_closed_stream_frees_its_cache_rows_behind_the_proxy(deployed, ask):
     from openai import DefaultHttpxClient, OpenAI
 
     def wait_for(is_so):
@@ -173,11 +173,11 @@ def test_hung_up_stream_frees_its_rows_behind_the_proxy(deployed, ask):
         for stream in streams:
             stream.close()
         wait_for(lambda stages: stages["kv_used"] == stages["active"] == 0)
-        assert time.monotonic() - started < 3, "they went on to their end"
+        assert time.monotonic() - started < 3, "the requests ran to their end"
 
 
-def test_dead_stage_gives_503_at_once_and_serves_again(ask):
-    """Requests under way end in order or with a retriable error, none hangs; afterwards answers are as before."""
+def test_stage_crash_gives_503_at_once_and_recovers(ask):
+    """Requests in flight complete or end with a retriable error, none hangs; after recovery the answers are the same."""
     before = ask("/v1/classify", ASK | {"model": "demo:good"}).body["results"]
     pids = stage_pids()
     long = {"model": "demo", "prompt": "Profit rose", "max_tokens": 480}
@@ -207,10 +207,10 @@ def test_dead_stage_gives_503_at_once_and_serves_again(ask):
     assert 0 < stages["recovery_s"] < 90
     living = stage_pids()
     assert len(living) == 2
-    assert set(living) & set(pids) == {pids[0]}, "the stage that lived was restarted too"
+    assert set(living) & set(pids) == {pids[0]}, "the other stage was restarted too"
 
 
-def test_metrics_stand_in_rays_endpoint(ask):
+def test_metrics_are_in_rays_endpoint(ask):
     import ray
 
     ask("/v1/classify", ASK)
@@ -233,15 +233,15 @@ def test_metrics_stand_in_rays_endpoint(ask):
         time.sleep(0.5)
 
 
-def test_audit_log_is_whole(home, ask):
+def test_audit_chain_is_intact(home, ask):
     ask("/v1/classify", ASK)
     (log,) = list_logs(home / ".demo" / "audit")
     assert verify_audit(log).count >= 3
     assert "Profit" not in log.read_text()
 
 
-def test_answer_under_way_ends_before_the_server_goes(deployed, ask):
-    """The last test of the deployment: it ends it."""
+def test_answer_in_flight_completes_before_shutdown(deployed, ask):
+    """Must run last, because it deletes the deployment."""
     from openai import DefaultHttpxClient, OpenAI
     from ray import serve
 

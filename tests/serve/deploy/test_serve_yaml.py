@@ -1,4 +1,4 @@
-"""Each Serve YAML that ships is whole, says what its name says, and needs no more memory than it claims."""
+"""Shipped Serve YAMLs: valid, as their names say, and within the memory that they claim."""
 
 from __future__ import annotations
 
@@ -36,25 +36,23 @@ SHIPPED = {
 }
 
 
-def test_all_that_should_ship_do():
+def test_every_listed_yaml_ships():
     assert {file.stem for file in FILES} == set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_yaml_says_what_its_name_says(name):
+def test_settings_match_the_name_of_the_yaml(name):
     path = ROOT / "serve_configs" / f"{name}.yaml"
     deployment = read_deployment(path)
     settings = deployment.settings
     found = (settings.stages.num, settings.bits, deployment.options["num_replicas"])
     assert found == SHIPPED[name]
-    assert deployment.http["host"] == "127.0.0.1", "other machines must be let in on purpose"
-    assert deployment.logging == {"enable_access_log": False}, (
-        "the server writes its own line a request, with the key's id"
-    )
+    assert deployment.http["host"] == "127.0.0.1", "access from other machines must be opted in"
+    assert deployment.logging == {"enable_access_log": False}, "the server logs each request itself, with the key's id"
     assert settings.keys_file
     assert settings.audit_dir
     assert deployment.http["request_timeout_s"] > settings.limits.deadline_s, (
-        "the deadline must come first, with its words"
+        "the deadline must come first, with its own message"
     )
     assert path.read_text().startswith("# ")
     assert f"serve_configs/{name}.yaml" in path.read_text()
@@ -75,7 +73,7 @@ def test_gpu_has_the_memory(name):
     assert float(claimed) == pytest.approx(cache, rel=0.02)
 
 
-def test_overrides_change_the_settings_and_faults_are_reported_together():
+def test_overrides_change_settings_and_all_faults_are_reported():
     path = ROOT / "serve_configs" / "cpu-demo.yaml"
     settings = read_deployment(path, ["stages.num=4", "model.bits=16"]).settings
     assert (settings.stages.num, settings.bits) == (4, 16)
@@ -83,7 +81,7 @@ def test_overrides_change_the_settings_and_faults_are_reported_together():
         read_deployment(path, ["stages.nmu=4", "model.bits=3"])
 
 
-def test_settings_survive_the_way_to_a_replica(tmp_path, monkeypatch):
+def test_settings_reach_a_replica_unchanged(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     settings = read_settings({"model": {"base": "base"}, "adapters_dir": "a", "keys_file": "~/k"})
@@ -109,7 +107,7 @@ def test_settings_survive_the_way_to_a_replica(tmp_path, monkeypatch):
         (lambda tree: tree["applications"][0]["args"].update(name="a:b"), r"without colon"),
     ],
 )
-def test_yaml_that_is_wrong_is_refused_by_words(tmp_path, change, words):
+def test_invalid_yaml_is_refused_with_a_message(tmp_path, change, words):
     tree = yaml.safe_load((ROOT / "serve_configs" / "cpu-demo.yaml").read_text())
     change(tree)
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(tree))
@@ -117,7 +115,7 @@ def test_yaml_that_is_wrong_is_refused_by_words(tmp_path, change, words):
         read_deployment(tmp_path / "x.yaml")
 
 
-def test_file_that_is_missing_or_no_yaml_is_named(tmp_path):
+def test_missing_or_malformed_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"absent.yaml does not exist: see serve_configs/"):
         read_deployment(tmp_path / "absent.yaml")
     (tmp_path / "x.yaml").write_text("[")
@@ -125,7 +123,7 @@ def test_file_that_is_missing_or_no_yaml_is_named(tmp_path):
         read_deployment(tmp_path / "x.yaml")
 
 
-def test_dry_run_tells_the_plan_and_a_key_is_made_and_shown_once(tmp_path):
+def test_dry_run_prints_the_plan_and_key_is_shown_once(tmp_path):
     run = CliRunner().invoke
     plan = run(app, ["serve", "--config", str(ROOT / "serve_configs" / "llama-70b-4bit-pipeline.yaml"), "--dry-run"])
     assert "at 4 bit in 4 stages on cuda, 1 copies, 262,144 tokens of cache" in plan.output
@@ -135,7 +133,7 @@ def test_dry_run_tells_the_plan_and_a_key_is_made_and_shown_once(tmp_path):
     assert (entry["adapters"], entry["requests_per_minute"], entry["is_admin"]) == (["a", "b"], 5, False)
 
 
-def test_yaml_of_a_run_and_of_a_server_are_told_apart():
+def test_yamls_of_runs_and_servers_are_distinguished():
     with pytest.raises(ConfigError, match=r"demo-4bit-r4.yaml describes no served model: expected a Serve YAML"):
         read_deployment(ROOT / "jobs" / "configs" / "demo-4bit-r4.yaml")
     with pytest.raises(
@@ -147,7 +145,7 @@ def test_yaml_of_a_run_and_of_a_server_are_told_apart():
 @pytest.mark.parametrize(
     "text", ["applications: []\n", '"applications": []\n', "{applications: []}\n", "name: x\napplications:\n"]
 )
-def test_every_reader_takes_a_servers_yaml_for_one_however_it_is_written(tmp_path, text):
+def test_every_reader_recognises_a_servers_yaml(tmp_path, text):
     path = tmp_path / "s.yaml"
     path.write_text(text)
     assert is_server_file(path)
@@ -158,7 +156,7 @@ def test_every_reader_takes_a_servers_yaml_for_one_however_it_is_written(tmp_pat
     assert "describes a served model" not in str(result.exception)
 
 
-def test_cluster_too_small_for_all_stages_is_refused_before_they_start():
+def test_too_small_cluster_is_refused_before_stages_start():
     deployment = read_deployment(ROOT / "serve_configs" / "llama-8b-replicated.yaml")
     assert count_stages(deployment) == 4
     require_capacity(deployment, {"GPU": 4.0, "CPU": 64.0})
@@ -170,7 +168,7 @@ def test_cluster_too_small_for_all_stages_is_refused_before_they_start():
         require_capacity(deployment, {"GPU": 4.0, "CPU": 2.0})
 
 
-def test_folder_of_adapters_that_is_a_file_is_refused(tiny_base, tmp_path, monkeypatch):
+def test_adapters_dir_that_is_a_file_is_refused(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setenv("FINLORA_API_KEY", "k" * 43)
     (tmp_path / "adapters").write_text("")
     changes = [f"model.base={tiny_base}", f"adapters_dir={tmp_path / 'adapters'}", "keys_file=null", "audit_dir=null"]
@@ -194,8 +192,8 @@ def test_taken_port_is_refused_before_ray_starts(tiny_base, monkeypatch):
         assert check_server(deployment, None, port, is_here=False).http["port"] == port
 
 
-def test_cluster_on_which_a_service_runs_is_refused(monkeypatch):
-    """At its end `finlora serve` would end that service too."""
+def test_cluster_with_a_running_service_is_refused(monkeypatch):
+    """`finlora serve` would shut that service down when it ends."""
 
     def find(name, namespace):
         raise ValueError("no such actor")

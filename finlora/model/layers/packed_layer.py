@@ -96,7 +96,7 @@ def _run_attention(kept: Kept, layer: Layer, context: LayerContext, seed: Tensor
     """Return y, the output of the attention block; fills `kept` but for gate_up."""
     x = kept.x
     num_heads, num_groups, width = layer.heads
-    normed, dropped = _normalise(x, layer, _draw(x, layer, seed))
+    normed, dropped = _normalise(x, layer, _make_masks(x, layer, seed))
     qkv = layer.qkv.forward(normed)
     if layer.lora:
         down = _stack_down(layer, x.dtype)
@@ -135,7 +135,7 @@ def _attention_backward(
     kept.qkv = kept.attended = None
     gradients: list[Tensor] = []
     lows = []
-    keep = _draw(x, layer, seed)
+    keep = _make_masks(x, layer, seed)
     _, dropped = _normalise(x, layer, keep)
     for index, lora in enumerate(layer.lora):
         part = grad_qkv[:, lora.columns]
@@ -193,7 +193,7 @@ def _gather_backward(grad: Tensor, segments: Segments) -> Tensor:
     return torch.cat([grad[segments.prefix_slots].sum(0, dtype=torch.float32).to(grad.dtype), grad[segments.own_slots]])
 
 
-def _draw(x: Tensor, layer: Layer, seed: Tensor | None) -> Tensor | None:
+def _make_masks(x: Tensor, layer: Layer, seed: Tensor | None) -> Tensor | None:
     """Return a layer's dropout masks (T, H), the same in both passes; None without dropout."""
     if seed is None or not layer.lora:
         return None

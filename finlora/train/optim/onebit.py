@@ -1,15 +1,15 @@
-"""What 0/1 Adam sends: when, from which flat vector, and its average over ranks, exact or at one bit an element.
+"""Communication of 0/1 Adam: schedule, flat layout of the parameters, and averages over ranks, exact or 1-bit.
 
-Shapes: N elements in the padded flat vector, n ranks, B elements a block; N is a multiple of n * B and B of 8.
-A rank is worker for the whole vector and server for one chunk of N / n elements. One compressed average takes two steps:
+Shapes: N elements in the padded flat vector, n ranks, B elements in a block; N is a multiple of n * B and B of 8.
+A rank is the worker of the whole vector and the server of one chunk of N / n elements. A compressed average has two steps:
 
     worker  c_i = x_i + e_i            e_i <- c_i - C(c_i)        chunk s of C(c_i) goes to rank s     (all-to-all)
     server  a_s = mean_i C(c_i)[s] + d_s    d_s <- a_s - C(a_s)   C(a_s) goes to every rank            (all-gather)
 
-    C(c)_k = sign(c_k) * mean |c| over the block of k, with sign(0) = +1; padding is left out of the mean and stays 0.
+    C(c)_k = sign(c_k) * mean |c| over the block of k, with sign(0) = +1; padding is excluded from the mean and stays 0.
 
 Nothing is lost, only delayed: mean_i(x_i + e_i) + d = result + mean_i(e_i') + d', where ' marks the new errors.
-Signs are packed eight to a byte by torch alone, on any device; sign bytes and float32 scales travel in one message.
+torch packs eight signs to a byte on any device; sign bytes and float32 scales travel in one message.
 
 Source: 1-bit Adam, arXiv:2102.02888 (two-stage compressed_allreduce); 0/1 Adam, arXiv:2202.06009 (1bit-AllReduce).
 """
@@ -31,18 +31,18 @@ from finlora.train.optim.traffic import WireClock, ring_bytes
 _BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
 SCALE_BYTES = 4
 VARIANCE_GAP_DOUBLES_EVERY = 16  # kappa, for all tasks of the authors (var_update_scaler of DeepSpeed's tutorial)
-GAPS_A_SPAN = 4  # measured: benchmarks/zero_one_adam.py, 60 steps on 4 ranks, ends 0.03 above AdamW, and 0.09 without
-MIN_VARIANCE_STEPS = 10  # 1 / (1 - 0.9), the memory of the momentum: in fewer steps v has seen next to nothing
+GAPS_A_SPAN = 4  # benchmarks/zero_one_adam.py, 60 steps on 4 ranks: ends 0.03 above AdamW, 0.09 without it
+MIN_VARIANCE_STEPS = 10  # 1 / (1 - 0.9), the momentum's memory: after fewer steps v is almost unknown
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """T_v and T_u of the paper as functions of the step, counted from 1; a resumed run needs no more than the step.
+    """T_v and T_u of the paper as functions of the step, counted from 1; a resumed run needs only the step.
 
-    T_v: gaps 2^floor(j / 16), as in the authors' code, until freeze_ratio * total_steps, at least 10 steps; they end it with
-    the learning rate's warm-up. T_u: every step until then; the rest falls into equal spans with gaps 1, 2, 4, ...
-    max_local_steps, none longer than a quarter of its span, and the last step synchronises. They double the gap as the
-    learning rate decays, which would need the scheduler's future; their code after a fixed count of steps.
+    T_v: gaps 2^floor(j / 16), as in the authors' code, until freeze_ratio * total_steps, at least 10 steps; the authors end it
+    with the learning rate's warm-up. T_u: every step until then. The rest is split into equal spans with gaps 1, 2, 4, ...
+    max_local_steps, none longer than a quarter of its span, and the last step synchronises. The paper doubles the gap as the
+    learning rate decays, which needs the scheduler's future values; the authors' code doubles it after a fixed count of steps.
     """
 
     total_steps: int
@@ -51,7 +51,7 @@ class Schedule:
 
     @classmethod
     def from_ratio(cls, total_steps: int, freeze_ratio: float, max_local_steps: int) -> Schedule:
-        """Scale the freeze to the run's length; refuse values that make no schedule."""
+        """Return the schedule of a run. Raises ConfigError for impossible values."""
         checks = [
             (total_steps >= 1, f"total_steps={total_steps}: expected at least 1"),
             (0 < freeze_ratio <= 1, f"freeze_ratio={freeze_ratio}: expected 0 < freeze_ratio <= 1"),
@@ -63,7 +63,7 @@ class Schedule:
         return cls(total_steps, freeze_steps, max_local_steps)
 
     def is_variance_step(self, step: int) -> bool:
-        """Whether step is in T_v: k_0 = 1, k_{j+1} = k_j + 2^floor(j / 16), while k_j <= freeze_steps."""
+        """Return whether step is in T_v: k_0 = 1, k_{j+1} = k_j + 2^floor(j / 16), while k_j <= freeze_steps."""
         if step > self.freeze_steps:
             return False
         start, gap = 1, 1
@@ -72,9 +72,9 @@ class Schedule:
         return (step - start) % gap == 0
 
     def sync_interval(self, step: int) -> int:
-        """Gap between two members of T_u around step; 1 from the last step on, so that a run ends with equal ranks.
+        """Return the gap between two members of T_u around step; 1 from the last step on, so that a run ends with equal ranks.
 
-        Each gap comes GAPS_A_SPAN times at least before the next longer one, or it is not reached in a short run.
+        Each gap occurs at least GAPS_A_SPAN times before the next longer one; a short run does not reach the longest.
         """
         if step <= self.freeze_steps or step >= self.total_steps:
             return 1
@@ -85,7 +85,7 @@ class Schedule:
         return int(min(2**span, self.max_local_steps, longest))
 
     def exchanges(self) -> Iterator[Literal["exact", "one_bit"] | None]:
-        """What travels at each step of the run, in order, where no learning rate is 0; None: the ranks step by themselves."""
+        """Yield the exchange of each step of a run in order, where no learning rate is 0. None: no communication."""
         since = 0
         for step in range(1, self.total_steps + 1):
             if self.is_variance_step(step):
@@ -100,9 +100,9 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What each of n ranks sends in one average of N elements: 2 (n - 1) messages of N / n elements.
+    """Bytes that each of n ranks sends in one average of N elements: 2 (n - 1) messages of N / n elements.
 
-    Exact, it is a float32 ring all-reduce. Compressed, half of the messages are an all-to-all, the other half an all-gather.
+    The exact average is a float32 ring all-reduce. The compressed one is an all-to-all and an all-gather, half each.
     """
 
     num_elements: int
@@ -130,13 +130,13 @@ class Traffic:
 
 
 def padded_size(sizes: Iterable[int], block_size: int, world_size: int) -> int:
-    """Return N: parameters of these sizes, each filled up to whole blocks, and the end until n ranks get whole blocks."""
+    """Return N: each parameter padded to whole blocks, and the end padded until n ranks get whole blocks."""
     num_blocks = sum(-(-size // block_size) for size in sizes)
     return -(-num_blocks // world_size) * world_size * block_size
 
 
 def pack_signs(values: Tensor) -> Tensor:
-    """Eight signs a byte, the first element in the lowest bit; a set bit means >= 0.
+    """Pack eight signs to a byte, the first element in the lowest bit; a set bit means >= 0.
 
     Shapes: (..., N) of any float type -> (..., N / 8) uint8, N a multiple of 8.
     """
@@ -146,7 +146,7 @@ def pack_signs(values: Tensor) -> Tensor:
 
 
 def unpack_signs(packed: Tensor) -> Tensor:
-    """The inverse of `pack_signs`: +1.0 or -1.0 for every bit.
+    """Inverse of `pack_signs`: +1.0 or -1.0 for every bit.
 
     Shapes: (..., M) uint8 -> (..., 8 * M) float32.
     """
@@ -155,18 +155,18 @@ def unpack_signs(packed: Tensor) -> Tensor:
 
 
 def floor_by_block(values: Tensor, share: float, is_real: Tensor, block_size: int) -> Tensor:
-    """Raise what is below `share` of the mean of its block to that, and what is 0 to the mean itself.
+    """Raise each value to at least `share` times the mean of its block, and a value of 0 to the mean itself.
 
-    Shapes: values and is_real (N,) -> (N,), where padding, which is not real, counts for no mean.
+    Shapes: values and is_real (N,) -> (N,). Padding, where is_real is False, is excluded from the means.
     """
     mean = values.view(-1, block_size).sum(1) / is_real.view(-1, block_size).sum(1).clamp_(min=1)
-    # A block that is all 0 has no scale of its own: the whole vector's stands in.
+    # A block of zeros has no scale of its own: it takes the mean of the whole vector.
     mean = torch.where(mean > 0, mean, values.sum() / is_real.sum()).repeat_interleave(block_size)
     return torch.where(values > 0, values.maximum(share * mean), mean)
 
 
 class FlatLayout:
-    """Where each parameter lies in the flat vector: it starts on a block of its own, so that no scale is shared by two.
+    """Layout of the parameters in the flat vector: each starts on its own block, so that no two share a scale.
 
     Args:
         parameters: all on one device.
@@ -183,33 +183,33 @@ class FlatLayout:
             start += -(-parameter.numel() // block_size) * block_size
         self.size = padded_size((parameter.numel() for parameter in parameters), block_size, world_size)
         self.is_real = torch.zeros(self.size, dtype=torch.bool, device=parameters[0].device)
-        for place in self._slices:
-            self.is_real[place] = True
+        for part in self._slices:
+            self.is_real[part] = True
 
     def gather(self, tensors: Iterable[Tensor | None]) -> Tensor:
-        """A new flat float32 vector of tensors shaped as the parameters; None and padding become 0."""
+        """Return a new flat float32 vector of tensors shaped as the parameters; None and padding become 0."""
         flat = torch.zeros(self.size, device=self.is_real.device)
-        for place, tensor in zip(self._slices, tensors, strict=True):
+        for part, tensor in zip(self._slices, tensors, strict=True):
             if tensor is not None:
-                flat[place].copy_(tensor.reshape(-1))
+                flat[part].copy_(tensor.reshape(-1))
         return flat
 
     def scatter(self, flat: Tensor) -> None:
         """Write the flat vector into the parameters, rounded to their types."""
-        for place, parameter in zip(self._slices, self._parameters, strict=True):
-            parameter.copy_(flat[place].view_as(parameter))
+        for part, parameter in zip(self._slices, self._parameters, strict=True):
+            parameter.copy_(flat[part].view_as(parameter))
 
 
 class OneBitExchange:
-    """The averages of one process group, with this rank's compression errors and a count of the bytes that it sent.
+    """Exact and 1-bit averages over a process group, with this rank's compression errors and counts of its traffic.
 
-    With one rank both averages return their argument: nothing has to travel, so nothing is compressed.
+    With one rank both averages return their argument: nothing is sent, so nothing is compressed.
 
     Args:
         is_real: (N,) bool, False on padding.
         block_size: B, elements that share a scale.
-        process_group: None means the default group, or one rank when torch.distributed is not initialised.
-        clock: runs while this rank talks to the others; None: nobody counts the seconds.
+        process_group: None: the default group, or one rank where torch.distributed is not initialised.
+        clock: times the communication. None: it is not timed.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class OneBitExchange:
         self.chunk_size = self.traffic.chunk_size
         self._is_real = is_real
         self._real_per_block = is_real.view(-1, block_size).sum(1).clamp_(min=1)
-        # With one rank there is no compression, hence no error to remember.
+        # With one rank there is no compression and no error.
         compressed = is_real.numel() if self.world_size > 1 else 0
         self.worker_error = torch.zeros(compressed, device=is_real.device)
         self.server_error = torch.zeros(compressed // self.world_size, device=is_real.device)
@@ -232,7 +232,7 @@ class OneBitExchange:
         self.num_exact = 0
 
     def average_exact(self, values: Tensor) -> Tensor:
-        """Mean over ranks in float32, the same bits on every rank. Shapes: (N,) -> (N,)."""
+        """Return the mean over ranks in float32, the same bits on every rank. Shapes: (N,) -> (N,)."""
         if self.world_size == 1:
             return values
         total = values.clone()
@@ -243,7 +243,7 @@ class OneBitExchange:
         return total.div_(self.world_size)
 
     def average(self, values: Tensor) -> Tensor:
-        """1-bit mean over ranks, the same bits on every rank; what it misses is kept for the next call.
+        """Return the 1-bit mean over ranks, the same bits on every rank; its error is added to the next call.
 
         Shapes: (N,) -> (N,), both 0 on padding.
         """
@@ -257,7 +257,7 @@ class OneBitExchange:
         from_workers = torch.empty_like(to_servers)
         with self._communication():
             dist.all_to_all_single(from_workers, to_servers, group=self.process_group)
-        # A loop in rank order, not a reduction kernel: the sum's order is then the same on every device and version.
+        # A loop in rank order, not a reduction kernel, fixes the order of the sum on every device and version.
         mean = torch.zeros_like(self.server_error)
         for worker_chunk in self._decode(from_workers):
             mean += worker_chunk
@@ -284,13 +284,13 @@ class OneBitExchange:
         """Shapes: (k, message bytes) uint8 -> (k, N / n) float32, padding not yet cleared."""
         num_sign_bytes = self.chunk_size // 8
         signs = unpack_signs(messages[:, :num_sign_bytes])
-        # Bytes can be read as float32 only at an aligned address: a clone has one, contiguous() returns one row as it is.
+        # float32 views need an aligned address: a clone has one; contiguous() would return a single row without a copy.
         scales = messages[:, num_sign_bytes:].clone(memory_format=torch.contiguous_format).view(torch.float32)
         return (signs.view(len(messages), -1, self.block_size) * scales.unsqueeze(-1)).flatten(-2)
 
 
 def rank_and_world_size(process_group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """This process's rank and the number of ranks; (0, 1) when torch.distributed is not initialised."""
+    """Return this process's rank and the number of ranks; (0, 1) where torch.distributed is not initialised."""
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(process_group), dist.get_world_size(process_group)

@@ -1,4 +1,4 @@
-"""0/1 Adam: Adam that exchanges one bit an element at few steps, for data-parallel training over slow links.
+"""0/1 Adam: Adam that exchanges one bit per element, and only at some steps, for data-parallel training on slow networks.
 
 Source: Lu, Li, Zhang, De Sa, He 2022, arXiv:2202.06009, Algorithm 1. Worker i, step t from 1, g_i the local gradient:
 
@@ -7,29 +7,29 @@ Source: Lu, Li, Zhang, De Sa, He 2022, arXiv:2202.06009, Algorithm 1. Worker i, 
     t in T_v:  G = AllReduce(g_i);  v <- b2 v + (1 - b2) G^2
 
 Checked against the restatement in github.com/junaidaliop/zij, canon/math/01adam.md (commit 00728ec), and the authors' code
-and tutorial (DeepSpeed 0.19.6, runtime/fp16/onebit/zoadam.py). Deviations, each with its reason:
- 1. x and u take the momentum that already holds g_i, as the authors' code does; with the older one, as stated, no gradient
-    would ever reach x while every step synchronises. The sum of r covers u's steps, not step t' once more, as in that code.
- 2. r_t = lr / (1 - b1^t), and v is divided by 1 - b2^(number of its updates): Adam's bias corrections. The paper and that
-    code have none: steps grow to 6.6 times Adam's (at step 12) and stay 1 / sqrt(1 - b2^n) times where v freezes after n
-    updates. D = sqrt(v) + eps, as in Adam.
- 3. v is updated before x moves, as in Adam and that code. T_v ends before local steps begin, so D is constant in them.
- 4. At t in T_v the exact mean gradient G is on every rank, so m and x take it and the 1-bit exchange is left out, as in
-    that code. Ranks are then equal by construction, and the first steps are plain Adam.
- 5. The 1-bit exchange runs on u / D, the update, not on u. One scale then serves coordinates whose gradients differ by
-    orders of magnitude (LoRA's A and B); a sign times mean |u| over a small D would throw the small ones far away. That
-    code sends g until T_v ends, then u, and clears the errors between; here they are kept.
- 6. The scale is a mean over 512 elements of one parameter: 1.06 bits an element; there, a parameter's root mean square.
- 7. Off T_v, v is at least (1 - b2) times its mean over the block, which is what one gradient of typical size leaves
-    there; where v is 0 it is the mean itself. A frozen v cannot grow: without, such a coordinate's next gradient explodes.
- 8. Off T_v, |m| / D is held within max(1, (1 - b1) / sqrt(1 - b2)), Adam's own bound of a step in units of the learning
-    rate (Kingma and Ba, arXiv:1412.6980, section 2.1), also after m was recovered from U. A frozen v breaks it: on TFNS
-    m / D grew to 640 in a few coordinates, and their compression errors drowned the 511 that share a scale with each.
+and tutorial (DeepSpeed 0.19.6, runtime/fp16/onebit/zoadam.py), called the code below. Deviations, each with its reason:
+ 1. x and u use the momentum that includes g_i, as in the code. With the previous one, as stated, no gradient would ever
+    reach x while every step synchronises. The sum of r covers u's steps, without step t' again, as in the code.
+ 2. r_t = lr / (1 - b1^t), and v is divided by 1 - b2^(number of its updates): Adam's bias corrections. Without them, as in
+    the paper and the code, steps grow to 6.6 times Adam's (at step 12) and stay 1 / sqrt(1 - b2^n) times Adam's where v
+    freezes after n updates. D = sqrt(v) + eps, as in Adam.
+ 3. v is updated before x moves, as in Adam and the code. T_v ends before local steps begin, so D is constant in them.
+ 4. At t in T_v every rank has the exact mean gradient G, so m and x use it and the 1-bit exchange is skipped, as in the
+    code. Ranks are then equal by construction, and the first steps are plain Adam.
+ 5. The 1-bit exchange sends u / D, the update, not u. One scale then fits coordinates whose gradients differ by orders of
+    magnitude (LoRA's A and B); a sign times mean |u| over a small D would move the small ones much too far. The code sends
+    g until T_v ends, then u, and clears the errors between; here they are kept.
+ 6. The scale is a mean over 512 elements of one parameter, 1.06 bits per element; in the code, a parameter's root mean square.
+ 7. Outside T_v, v is at least (1 - b2) times its mean over the block, which is what one gradient of typical size adds;
+    where v is 0 it is the mean itself. A frozen v cannot grow: otherwise the next gradient of such a coordinate explodes.
+ 8. Outside T_v, |m| / D is clamped to max(1, (1 - b1) / sqrt(1 - b2)), Adam's own bound of a step in units of the learning
+    rate (Kingma and Ba, arXiv:1412.6980, section 2.1), also after m is recovered from U. A frozen v breaks the bound: on
+    TFNS m / D grew to 640 in a few coordinates, whose compression errors exceeded the other 511 values of their block.
  9. T_v and T_u are scaled to the run's length: `Schedule`.
-10. Decoupled weight decay, on x between and on x_t' at synchronisations. A step with lr = 0 off T_v changes nothing.
-11. Gradients are clipped here, where the method needs no round for it: the exact mean in T_v, as AdamW's is, and each rank's
-    own elsewhere.
-12. One rank: nothing is sent, so nothing is compressed; all else is the same, and every gradient counts.
+10. Decoupled weight decay, on x between synchronisations and on x_t' at them. A step with lr = 0 outside T_v changes nothing.
+11. Gradients are clipped here, without a round of communication: their exact mean in T_v, as for AdamW, and each rank's own
+    gradient elsewhere.
+12. With one rank nothing is sent or compressed; all else is the same.
 """
 
 from __future__ import annotations
@@ -52,23 +52,23 @@ _EXCHANGE_COUNTS = ("bytes_sent", "num_compressed", "num_exact")
 class ZeroOneAdam(torch.optim.Optimizer):
     """0/1 Adam over one flat float32 vector of all parameters. See the module for the equations.
 
-    It does all communication itself: gradients must arrive local, not averaged; every rank must call `step` and
+    It does all communication itself: gradients must be local, not averaged, and every rank must call `step` and
     `synchronise` in the same order. bfloat16 parameters get a float32 master copy, float32 ones do not. The first `step`
-    takes rank 0's weights for all.
+    broadcasts rank 0's weights.
 
     Args:
         params: parameters, or exactly one group of them, all on one device.
-        lr: step size; read anew from param_groups[0]["lr"] at each step, so that any scheduler works.
+        lr: step size; read from param_groups[0]["lr"] at each step, so that any scheduler works.
         total_steps: optimiser steps of the whole run, to which the schedules are scaled.
-        freeze_ratio: share of total_steps after which the variance is frozen for good.
+        freeze_ratio: share of total_steps after which the variance is frozen.
         max_local_steps: longest gap between two synchronisations, in steps.
         max_grad_norm: gradients are scaled down to this norm; 0: never.
-        process_group: None means the default group, or one rank when torch.distributed is not initialised.
+        process_group: None: the default group, or one rank where torch.distributed is not initialised.
         block_size: elements that share a scale, a multiple of 8.
-        clock: sums the seconds of communication; None: nobody counts them.
+        clock: times the communication. None: it is not timed.
 
     Raises:
-        ConfigError: a schedule that makes no sense, a second parameter group, or parameters on several devices.
+        ConfigError: an impossible schedule, a second parameter group, or parameters on several devices.
     """
 
     def __init__(
@@ -99,15 +99,15 @@ class ZeroOneAdam(torch.optim.Optimizer):
         self._max_grad_norm = max_grad_norm
         self._step = self._num_variance_updates = self._steps_since_sync = 0
         self._rate_sum, self._decay = 0.0, 1.0
-        # Made at the first step: DeepSpeed may move and broadcast the weights after it was given the optimiser.
+        # Allocated at the first step: DeepSpeed may move and broadcast the weights after it gets the optimiser.
         self._buffers: dict[str, Tensor] = {}
         self._exchange: OneBitExchange | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take the one group of parameters.
+        """Add the one group of parameters.
 
         Raises:
-            ConfigError: a second group; one flat vector has one learning rate and one weight decay.
+            ConfigError: a second group. One flat vector has one learning rate and one weight decay.
         """
         if self.param_groups:
             raise ConfigError("ZeroOneAdam: found a second parameter group, expected one: pass all parameters together")
@@ -115,7 +115,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
 
     @property
     def is_synchronised(self) -> bool:
-        """Whether all ranks hold the same weights now; the only moment to write a checkpoint of the model."""
+        """Whether all ranks hold the same weights now. A checkpoint of the model may be written only then."""
         return self._steps_since_sync == 0
 
     @property
@@ -130,13 +130,13 @@ class ZeroOneAdam(torch.optim.Optimizer):
 
     @property
     def bytes_adam(self) -> int:
-        """Bytes that a ring all-reduce of the gradients, in the parameters' types, would have sent over the same steps."""
+        """Bytes that a ring all-reduce of the gradients, in the parameters' types, would send over the same steps."""
         n, parameters = rank_and_world_size(self._process_group)[1], self._parameters()
         return self._step * 2 * (n - 1) * sum(p.numel() * p.element_size() for p in parameters) // n
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take one step with the local gradients; a missing gradient counts as 0. Returns what closure returns."""
+        """Take one step with the local gradients; a missing gradient counts as 0. Returns the closure's result."""
         with torch.enable_grad():
             loss = closure() if closure is not None else None
         if self._exchange is None:
@@ -170,7 +170,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         self._steps_since_sync, self._rate_sum, self._decay = 0, 0.0, 1.0
 
     def _step_exact(self, gradient: Tensor) -> None:
-        """A step of T_v: Adam with the exact mean gradient, the same on every rank."""
+        """Take a step of T_v: Adam with the exact mean gradient, the same on every rank."""
         assert self._exchange is not None and self.is_synchronised, "T_v ends before local steps begin"  # noqa: PT018
         (beta1, beta2), buffers = self._group()["betas"], self._buffers
         mean = self._clip(self._exchange.average_exact(gradient))
@@ -183,10 +183,10 @@ class ZeroOneAdam(torch.optim.Optimizer):
         self._write_weights(weights)
 
     def _step_local(self, gradient: Tensor) -> None:
-        """A step off T_v: only this rank's weights, momentum and u move."""
+        """Take a step outside T_v: only this rank's weights, momentum and u change."""
         rate, decay = self._rate_and_decay()
         if rate == 0:
-            return  # The momentum recovered from u would be 0 / 0, and unequal momenta would meet a step of T_v.
+            return  # Otherwise the momentum recovered from u is 0 / 0, and a step of T_v starts with unequal momenta.
         beta1, buffers = self._group()["betas"][0], self._buffers
         denominator = self._denominator(is_floored=True)
         buffers["m"].mul_(beta1).add_(self._clip(gradient), alpha=1 - beta1)
@@ -200,13 +200,13 @@ class ZeroOneAdam(torch.optim.Optimizer):
         self._steps_since_sync += 1
 
     def _bound_momentum(self, denominator: Tensor) -> None:
-        """Deviation 8."""
+        """Clamp the momentum: deviation 8."""
         beta1, beta2 = self._group()["betas"]
         limit = denominator * max(1.0, (1 - beta1) / (1 - beta2) ** 0.5)
         torch.clamp(self._buffers["m"], -limit, limit, out=self._buffers["m"])
 
     def _clip(self, gradient: Tensor) -> Tensor:
-        """Deviation 11."""
+        """Clip a gradient: deviation 11."""
         if self._max_grad_norm == 0:
             return gradient
         return gradient.mul((self._max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0))
@@ -216,7 +216,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         return group["lr"] / (1 - group["betas"][0] ** self._step), 1 - group["lr"] * group["weight_decay"]
 
     def _denominator(self, *, is_floored: bool) -> Tensor:
-        """D = sqrt(v / (1 - b2^updates)) + eps, with the floor of deviation 7 where v does not see the gradient."""
+        """Return D = sqrt(v / (1 - b2^updates)) + eps, with the floor of deviation 7 outside T_v."""
         beta2 = self._group()["betas"][1]
         v = self._buffers["v"] / (1 - beta2**self._num_variance_updates)
         if is_floored:
@@ -249,7 +249,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
             self._buffers["master"] = weights.clone()
 
     def _fingerprint(self) -> dict[str, int]:
-        """What must be equal for a saved state to be continued."""
+        """Return the values that a saved state must share with this optimiser."""
         rank, world_size = rank_and_world_size(self._process_group)
         return {
             "world_size": world_size,
@@ -263,7 +263,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
-        """This rank's whole state, weights included. Every rank saves and loads its own; tensors are references."""
+        """Return this rank's whole state, weights included. Every rank saves and loads its own; tensors are references."""
         state: dict[str, Any] = {"fingerprint": self._fingerprint(), "step": self._step}
         if self._exchange is not None:
             errors = {"worker_error": self._exchange.worker_error, "server_error": self._exchange.server_error}
@@ -275,7 +275,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue bit for bit where this rank's `state_dict` was taken, the parameters' values included.
+        """Restore this rank's `state_dict` bit for bit, the parameters' values included.
 
         Raises:
             CheckpointError: the state is another optimiser's or rank's, or of another world size, model or schedule.
@@ -306,7 +306,7 @@ def take_own_state(state_dict: Mapping[str, Any], expected: Mapping[str, int]) -
     """Return the entry of 0/1 Adam.
 
     Args:
-        expected: the fingerprint of the optimiser that goes on.
+        expected: the fingerprint of the optimiser that resumes.
 
     Raises:
         CheckpointError: the state is another optimiser's or rank's, or of another world size, model or schedule.

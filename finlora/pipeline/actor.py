@@ -63,7 +63,7 @@ class StageActor:
         self._quiet.__enter__()
         source, layers = ModelConfig(**model), range(*span)
         self.device = torch.device("cuda:0" if device == "cuda" else "cpu")
-        self._is_at_work = False
+        self._is_computing = False
         self.reader = Reader()
         self.incoming: HiddenStateLink | None = None
         """From the stage before; None at the first stage."""
@@ -195,20 +195,20 @@ class StageActor:
 
     def run(self, message: Message) -> Message:
         """Compute a message of the stage before; returns the one for the next."""
-        self._is_at_work = True
+        self._is_computing = True
         answer = None
         try:
             answer = self.reader.take(self._answer(message))
             return answer
         finally:
-            self._is_at_work = False
+            self._is_computing = False
             if self.sampled_out is not None and isinstance(message.work, MicroBatch):
                 state = answer.state if answer else None
                 self.sampled_out.send_read(message.ticket, state if isinstance(state, Output) else None)
 
-    def is_at_work(self) -> bool:
+    def is_computing(self) -> bool:
         """Return whether the stage computes; otherwise it waits to receive or to send a message."""
-        return self._is_at_work
+        return self._is_computing
 
     def _answer(self, message: Message) -> Message:
         seconds, state = message.seconds, message.state

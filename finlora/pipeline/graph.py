@@ -121,7 +121,7 @@ def leave_graph(graph: Any, actors: Sequence[Any], timeout_s: float, *, keeps_st
     while staying and time.monotonic() < min(began + timeout_s, last_work + _IDLE_TIMEOUT_S):
         left_s = max(0.0, began + timeout_s - time.monotonic())
         _, staying = ray.wait(staying, num_returns=len(staying), timeout=min(_POLL_S, left_s), fetch_local=False)
-        if _is_any_at_work([actors[index] for index, loop in enumerate(loops) if loop in staying]):
+        if _is_any_computing([actors[index] for index, loop in enumerate(loops) if loop in staying]):
             last_work = time.monotonic()
     stuck = {index for index, loop in enumerate(loops) if loop in staying}
     for index in stuck:
@@ -133,8 +133,8 @@ def leave_graph(graph: Any, actors: Sequence[Any], timeout_s: float, *, keeps_st
     return stuck
 
 
-def _is_any_at_work(actors: Sequence[Any]) -> bool:
-    refs = [actor.is_at_work.remote() for actor in actors]
+def _is_any_computing(actors: Sequence[Any]) -> bool:
+    refs = [actor.is_computing.remote() for actor in actors]
     ready, late = ray.wait(refs, num_returns=len(refs), timeout=_POLL_S) if refs else ([], [])
     for ref in ready:
         with suppress(RayError):  # of a dead stage

@@ -1,4 +1,4 @@
-"""A server for the page's own tests: the real page, behind it answers that a test writes down. It listens on the loopback."""
+"""Fake server for tests of the web page: the real page files, with answers that the test scripts. Loopback only."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ STAGES = {
 
 @dataclass
 class Script:
-    """What the server answers, by path, and what it was asked."""
+    """Scripted answers by path, and the requests received."""
 
     models: list[str] = field(default_factory=lambda: ["llama-8b", "llama-8b:sentiment-r4", "llama-8b:xbrl-r4"])
     tasks: list[dict] = field(default_factory=lambda: list(TASKS))
     answers: dict[str, dict] = field(default_factory=dict)
     failures: dict[str, tuple[int, str, dict[str, str]]] = field(default_factory=dict)
-    """Path -> status, message and headers of the error that it answers instead."""
+    """Path -> status, message and headers of an error to answer instead."""
     pieces: list[str | None] = field(default_factory=list)
-    """Of a streamed answer; None: wait until `go` is set."""
+    """Pieces of a streamed answer; None: wait until `go` is set."""
     last_event: str = "data: [DONE]\n\n"
     go: threading.Event = field(default_factory=threading.Event)
     asked: list[tuple[str, dict]] = field(default_factory=list)
@@ -107,9 +107,9 @@ def make_app(script: Script) -> FastAPI:
     async def answer(request: Request) -> dict:
         path = request.url.path
         body = await request.json()
-        FORMS[path].model_validate(body)  # what the real server would refuse fails here
+        FORMS[path].model_validate(body)  # a body that the real server refuses fails here
         script.asked.append((path, body))
-        while path not in script.answers:  # a test that wants to see the waiting gives the answer later
+        while path not in script.answers:  # a test of the waiting state sets the answer later
             await asyncio.sleep(0.02)
         return script.answers[path]
 
@@ -138,7 +138,7 @@ def make_app(script: Script) -> FastAPI:
 
 @contextmanager
 def serving(script: Script) -> Iterator[str]:
-    """Serve the page and the script while inside; gives the address."""
+    """Serve the page and the script inside the `with` block; yield the address."""
     config = uvicorn.Config(
         make_app(script), host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=1
     )
@@ -158,10 +158,10 @@ def serving(script: Script) -> Iterator[str]:
 
 
 def labels(probabilities: dict[str, float], *, abstained: bool = False) -> dict:
-    """Return what `/v1/classify` answers to one text."""
-    likeliest = max(probabilities, key=probabilities.get)
+    """Return the reply of `/v1/classify` to one text."""
+    best = max(probabilities, key=probabilities.get)
     return {
         "results": [
-            {"label": None if abstained else likeliest, "probabilities": probabilities, "abstained": abstained},
+            {"label": None if abstained else best, "probabilities": probabilities, "abstained": abstained},
         ]
     }

@@ -1,4 +1,4 @@
-"""What a user does at the page."""
+"""Actions of a user on the web page."""
 
 from __future__ import annotations
 

@@ -1,32 +1,32 @@
-// The answer panel: empty, waiting, labels with their probabilities, a text with its quote, a stream, or what went wrong.
+// Answer panel: empty, waiting, labels with probabilities, a text with its quote, a streamed text, or an error.
 
 import { $, count, make, makeBar, makeTerms, percent } from "./element.js";
 
 let ticker = 0;
 
-/** Put something new into the panel; what counted seconds for the old stops. */
+/** Replace the contents of the panel and stop its timer. */
 function show(...children) {
   clearInterval(ticker);
   $("answer").replaceChildren(...children);
 }
 
 export function showEmpty() {
-  show(make("p", "empty", "Nothing asked yet. The answer stands here, with the probability of each label, or with the place in the document that it was taken from."));
+  show(make("p", "empty", "No question yet. The answer appears here, with the probability of each label or its position in the document."));
 }
 
 export function showStopped() {
   const text = $("answer").querySelector(".stream");
   const words = make("p", "hint", "Stopped.");
-  if (!text?.textContent) return show(make("p", "empty", "Stopped before an answer came."));
+  if (!text?.textContent) return show(make("p", "empty", "Stopped before the answer."));
   clearInterval(ticker);
   text.classList.remove("is-open");
   return $("answer").append(words);
 }
 
-/** Show that the model is at work, with as many grey lines as the answer will have. */
+/** Show that the model computes, with as many grey lines as the answer will have. */
 export function showWaiting(call, lines) {
   const seconds = make("span", "seconds", "0.0 s");
-  const words = make("p", "waiting", "The model is at work… ", seconds);
+  const words = make("p", "waiting", "The model is answering… ", seconds);
   seconds.setAttribute("aria-hidden", "true");
   const bones = Array.from({ length: lines }, () => make("li", "bone"));
   const skeleton = make("ul", "bones", ...bones);
@@ -51,12 +51,12 @@ function makeFooter(call) {
   ]);
 }
 
-/** Show a label of a closed task: the likeliest first, a bar and a number each. `threshold`: 0 to 1, 0 for none. */
+/** Show the labels of a task, the most probable first, each with a bar and a number. `threshold`: 0 to 1, 0 for none. */
 export function showLabels(result, threshold, call) {
   const ranked = Object.entries(result.probabilities).sort((one, other) => other[1] - one[1]);
-  const [likeliest, highest] = ranked[0];
+  const [best, highest] = ranked[0];
   const head = result.abstained
-    ? [make("p", "verdict is-abstained", "No answer"), makeAbstention(likeliest, highest, threshold)]
+    ? [make("p", "verdict is-abstained", "No answer"), makeAbstention(best, highest, threshold)]
     : [make("p", "verdict", result.label, " ", make("span", "share", percent(highest)))];
   const bars = ranked.map(([label, share], index) => {
     const isChosen = index === 0 && !result.abstained;
@@ -65,36 +65,36 @@ export function showLabels(result, threshold, call) {
   show(...head, make("ol", "bars", ...bars), makeFooter(call));
 }
 
-function makeAbstention(likeliest, highest, threshold) {
-  const limit = threshold ? `reaches ${percent(threshold, 0)}` : "is likely enough";
-  return make("p", "note is-warning", `The model abstains: no label ${limit}. The likeliest is ${likeliest} with ${percent(highest)}.`);
+function makeAbstention(best, highest, threshold) {
+  const limit = threshold ? `reaches ${percent(threshold, 0)}` : "is probable enough";
+  return make("p", "note is-warning", `The model abstains: no label ${limit}. The most probable is ${best} with ${percent(highest)}.`);
 }
 
-/** Show a text taken from a document, and the document with the place marked. */
+/** Show an answer from a document, and the document with the quote marked. */
 export function showExtract(answer, context, call) {
   const verdict = make("p", "verdict is-text", answer.answer || "(empty answer)");
   const page = make("pre", "document");
   page.tabIndex = 0;
   page.setAttribute("role", "region");
-  page.setAttribute("aria-label", "The document, with the quoted place marked");
-  let note = make("p", "note is-danger", "This answer does not stand in the document: check it before you use it.");
+  page.setAttribute("aria-label", "The document, with the quote marked");
+  let note = make("p", "note is-danger", "This answer is not in the document: check it before you use it.");
   if (answer.quote) {
-    // The server counts characters, a string here counts UTF-16 units: outside the basic plane they differ.
+    // The server counts Unicode characters, JavaScript counts UTF-16 units: outside the basic plane they differ.
     const characters = Array.from(context);
     const { start, end } = answer.quote;
     const part = (from, to) => characters.slice(from, to).join("");
     page.append(part(0, start), make("mark", "", part(start, end)), part(end));
-    note = make("p", "note is-good", `It stands in the document at characters ${count(start)} to ${count(end)}.`);
+    note = make("p", "note is-good", `The answer is in the document, at characters ${count(start)} to ${count(end)}.`);
   } else {
     page.append(context);
   }
-  const cut = answer.finish_reason === "length" ? [make("p", "note is-warning", "The answer was cut at the longest length allowed.")] : [];
+  const cut = answer.finish_reason === "length" ? [make("p", "note is-warning", "The answer was cut off at the length limit.")] : [];
   show(verdict, note, ...cut, page, makeFooter(call));
   const mark = page.querySelector("mark");
   if (mark) page.scrollTop = mark.offsetTop - page.clientHeight / 2;
 }
 
-/** Open a text that grows; returns what adds to it and what ends it. */
+/** Open a streamed text; return the functions that append to it and end it. */
 export function openStream() {
   const text = make("p", "stream is-open");
   show(text);
@@ -102,16 +102,16 @@ export function openStream() {
     push(piece) { text.append(piece); },
     end(finish, call) {
       text.classList.remove("is-open");
-      if (!text.textContent) text.append(make("span", "hint", "(The model ended without a word.)"));
+      if (!text.textContent) text.append(make("span", "hint", "(The model returned an empty answer.)"));
       if (finish === "length") {
-        $("answer").append(make("p", "note is-warning", "The answer was cut at the longest length allowed. Raise it, then ask again."));
+        $("answer").append(make("p", "note is-warning", "The answer was cut off at the length limit. Raise the limit, then ask again."));
       }
       $("answer").append(makeFooter(call));
     },
   };
 }
 
-/** Say what went wrong and what to do; text that came before stays. `retry` asks the same again. */
+/** Show an error and what to do; streamed text stays. `retry` asks the same question again. */
 export function showFailure(failure, retry) {
   const notice = make("div", "failure", make("h3", "", failure.title), make("p", "", failure.advice));
   if (failure.message) notice.append(make("p", "said", "The server says: ", make("q", "", failure.message)));
@@ -126,13 +126,13 @@ export function showFailure(failure, retry) {
   if (failure.canRetry) notice.append(makeRetry(failure.waitSeconds, retry));
 }
 
-/** Make the button that asks again; it counts down the seconds that the server wants it to wait. */
+/** Make the button that asks again, disabled until the server's Retry-After has passed. */
 function makeRetry(waitSeconds, retry) {
   const button = make("button", "", "Try again");
   button.type = "button";
   button.addEventListener("click", retry);
   const row = make("p", "retry", button);
-  row.setAttribute("aria-live", "off"); // a screen reader shall not be told each second
+  row.setAttribute("aria-live", "off"); // a screen reader must not read out each second
   const ends = performance.now() + 1000 * waitSeconds;
   const tick = () => {
     const left = Math.ceil((ends - performance.now()) / 1000);

@@ -1,4 +1,4 @@
-// The page of a FinLoRA server: type a key, choose a model and a task, ask.
+// Page of a FinLoRA server: enter a key, choose a model and a task, ask a question.
 
 import { openStream, showEmpty, showExtract, showFailure, showLabels, showStopped, showWaiting } from "./answer.js";
 import { $, count, make } from "./element.js";
@@ -7,7 +7,7 @@ import { say, unwatch, watch } from "./stages.js";
 
 const FREE_TEXT = { name: "", about: "none", labels: [], questions: [] };
 
-// Invented texts, by what a task asks for.
+// Invented example texts, by the input of a task.
 const EXAMPLES = {
   none: ["Nordhaven Shipping lifted its full-year outlook after third-quarter profit rose 12 % on higher freight rates."],
   entity: ["Nordhaven Shipping opened an office in Rotterdam, led by Ines Falk.", "Rotterdam"],
@@ -24,13 +24,13 @@ const EXAMPLES = {
 const TEXT_LABELS = { chat: "Prompt", classify: "Headline, sentence or post", extract: "Document or XBRL fragment" };
 
 let tasks = new Map();
-let current = null; // the question under way
+let current = null; // the request in flight
 
 /* Key */
 
-/** Show the server the key in hand; what it may use opens the desk. */
+/** Check the key with the server, and show the question form with its models. */
 async function enter() {
-  say("Asking the server…");
+  say("Connecting…");
   $("enter").disabled = true;
   try {
     const [models, known] = await Promise.all([get("/v1/models"), get("/v1/tasks")]);
@@ -48,7 +48,7 @@ async function enter() {
   watch(askForKey);
 }
 
-/** Close the desk and ask for a key; `failure` says why, where something went wrong. */
+/** Hide the question form and ask for a key; `failure` is the reason, if there is one. */
 function askForKey(failure = null) {
   stop();
   unwatch();
@@ -74,7 +74,7 @@ function setDesk(isOpen) {
 
 /* Question */
 
-/** Say how a task is asked: a free prompt, labels to choose from, or a text to find in a document. */
+/** Return the form of a task: a free prompt, a choice of labels, or an answer from a document. */
 function formOf(task) {
   if (!task.name) return "chat";
   return task.labels.length ? "classify" : "extract";
@@ -84,7 +84,7 @@ const chosenTask = () => tasks.get($("task").value) ?? FREE_TEXT;
 
 function fillDesk(models, known) {
   if (!models.length) {
-    throw new Failure(403, { words: ["This key may use no model.", "Ask whoever runs the server to widen it."] });
+    throw new Failure(403, { words: ["This key has access to no model.", "Ask the server's administrator for access."] });
   }
   $("model").replaceChildren(...models.map(({ id }) => new Option(id, id)));
   tasks = new Map(known.map((task) => [task.name, task]));
@@ -97,9 +97,9 @@ function showTask() {
   const task = chosenTask();
   const form = formOf(task);
   const hints = {
-    chat: "Your text is the whole prompt; the answer is written as it comes.",
+    chat: "Your text is the whole prompt. The answer appears word by word.",
     classify: `Answers with one of: ${task.labels.join(", ")}.`,
-    extract: "Answers with a tag or a number, and shows where it stands in the document.",
+    extract: "Answers with a tag or a number, and shows its position in the document.",
   };
   $("task-hint").textContent = hints[form];
   $("text-label").textContent = TEXT_LABELS[form];
@@ -110,7 +110,7 @@ function showTask() {
   $("tokens-field").hidden = form !== "chat";
 }
 
-/** Make the field for what is asked about the text: a choice where the task knows only some questions. */
+/** Make the field for the entity or question: a choice if the task has a fixed list. */
 function makeAbout(task) {
   const field = make(task.questions.length ? "select" : "input");
   if (task.questions.length) field.append(...task.questions.map((question) => new Option(question, question)));
@@ -159,7 +159,7 @@ async function openFile() {
 
 const ASK = { chat: askText, classify: askLabel, extract: askQuote };
 
-/** Ask what the form holds, and show what comes of it. */
+/** Send the question in the form, and show the answer or the error. */
 async function ask() {
   if (current) return;
   const task = chosenTask();
@@ -167,7 +167,7 @@ async function ask() {
   current = call;
   setBusy(true);
   showWaiting(call, task.labels.length || 2);
-  $("answer").parentElement.scrollIntoView({ block: "nearest" }); // on a phone it begins below what one sees
+  $("answer").parentElement.scrollIntoView({ block: "nearest" }); // on a phone the panel is below the fold
   try {
     await ASK[formOf(task)](task, call);
   } catch (error) {
@@ -185,7 +185,7 @@ function stop() {
 }
 
 function setBusy(isBusy) {
-  $("send").setAttribute("aria-disabled", String(isBusy)); // `disabled` would lose the keyboard's place
+  $("send").setAttribute("aria-disabled", String(isBusy)); // `disabled` would lose the keyboard focus
   if (!isBusy && document.activeElement === $("stop")) $("send").focus();
   $("stop").hidden = !isBusy;
   $("answer").setAttribute("aria-busy", String(isBusy));
@@ -227,21 +227,21 @@ async function askText(_task, call) {
     for await (const data of readEvents(reply.body)) {
       if (data === "[DONE]") return (stream ?? openStream()).end(finish, call);
       const event = JSON.parse(data);
-      if (event.error) throw brokenOff(event.error.message, call);
-      const [choice] = event.choices; // none in an event that tells only the usage
+      if (event.error) throw incomplete(event.error.message, call);
+      const [choice] = event.choices; // empty in the event that holds only the usage
       finish = choice?.finish_reason ?? finish;
       if (choice?.delta?.content) (stream ??= openStream()).push(choice.delta.content);
     }
   } catch (error) {
-    // What fetch throws while it reads says nothing to a person: the line was cut.
-    if (error instanceof TypeError) throw brokenOff("", call);
+    // fetch throws TypeError if the connection is cut; its message does not help the user.
+    if (error instanceof TypeError) throw incomplete("", call);
     throw error;
   }
-  throw brokenOff("", call);
+  throw incomplete("", call);
 }
 
-function brokenOff(message, call) {
-  const words = ["The answer broke off.", "What came so far is not the whole. Ask again."];
+function incomplete(message, call) {
+  const words = ["The answer is incomplete.", "The connection or the model failed before its end. Ask again."];
   return new Failure(503, { message, words, requestId: call.requestId });
 }
 
@@ -251,7 +251,7 @@ $("sign-in").addEventListener("submit", (event) => {
   event.preventDefault();
   const key = $("key").value.trim();
   if (!/^[\x21-\x7e]+$/.test(key)) {
-    $("key-fault").textContent = "A key holds plain letters, digits and signs, without spaces. Copy it again.";
+    $("key-fault").textContent = "A key has only ASCII letters, digits and signs, without spaces. Copy it again.";
     return;
   }
   session.key = key;

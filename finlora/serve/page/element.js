@@ -1,8 +1,8 @@
-// Elements and numbers of the page. Whatever comes from the server or the user enters the document here, as text.
+// Elements and number formats of the page. All input of server and user enters the document here, as text only.
 
 export const $ = (id) => document.getElementById(id);
 
-/** Make an element; children that are no elements become text. */
+/** Make an element; children that are not nodes become text. */
 export function make(tag, className = "", ...children) {
   const element = document.createElement(tag);
   if (className) element.className = className;
@@ -10,7 +10,7 @@ export function make(tag, className = "", ...children) {
   return element;
 }
 
-/** Make a bar that fills `share` (0 to 1) of its track, with a line at `mark`; its number must stand beside it as text. */
+/** Make a bar that fills `share` (0 to 1) of its track, with a line at `mark`. Hidden from screen readers: add the number as text. */
 export function makeBar(share, mark = 0) {
   const fill = make("span", share > 0 ? "fill" : "");
   fill.style.width = `${100 * Math.min(Math.max(share, 0), 1)}%`;
@@ -24,13 +24,13 @@ export function makeBar(share, mark = 0) {
   return track;
 }
 
-/** Make a list of terms and what they are; pairs without a value are left out. */
+/** Make a list of terms and values; pairs with an empty value are left out. */
 export function makeTerms(className, pairs) {
   const shown = pairs.filter(([, value]) => value !== "");
   return make("dl", className, ...shown.map(([term, value]) => make("div", "", make("dt", "", term), make("dd", "", value))));
 }
 
-/** Write a share as a percentage; nothing that is merely small or large is rounded to 0 or to all. */
+/** Format a share as a percentage; only an exact 0 or 1 is shown as 0 or 100 %. */
 export function percent(share, digits = 1) {
   const least = 10 ** -digits;
   if (share > 0 && 100 * share < least / 2) return `< ${least} %`;
@@ -38,7 +38,7 @@ export function percent(share, digits = 1) {
   return `${(100 * share).toFixed(digits)} %`;
 }
 
-/** Write an amount of memory given in GiB, a small one in MiB. */
+/** Format an amount of memory in GiB; below 0.1 GiB in MiB. */
 export function memory(gib) {
   return gib >= 0.1 || gib === 0 ? `${gib.toFixed(2)} GiB` : `${(1024 * gib).toFixed(2)} MiB`;
 }

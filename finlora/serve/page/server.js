@@ -1,6 +1,6 @@
-// What the page asks of the server, and what can go wrong with it, in words for a person.
+// Requests to the server, and its errors as messages for the user.
 //
-// The key lives in sessionStorage, so it goes with the tab, and leaves the page only in the Authorization header.
+// The key is in sessionStorage, so it is deleted with the tab. It leaves the page only in the Authorization header.
 
 const KEY = "finlora-key";
 
@@ -10,23 +10,23 @@ export const session = {
   forget() { sessionStorage.removeItem(KEY); this.key = null; },
 };
 
-// HTTP status -> what happened, what to do. 0: no answer at all.
+// HTTP status -> what happened, what to do. 0: no answer.
 const WORDS = {
-  0: ["The server does not answer.", "See whether it runs and this machine reaches it, then try again."],
-  400: ["The server cannot use this question.", "Change what it names here, then ask again."],
-  401: ["The key was not accepted.", "Type a key of this server. Whoever runs it hands them out."],
-  403: ["This key may not do that.", "Choose another model, or ask whoever runs the server to widen the key."],
-  404: ["The server does not have that model or task.", "Load the page again to see what it has now."],
+  0: ["The server does not answer.", "Check that it runs and that this machine can reach it, then try again."],
+  400: ["The question is not valid.", "Correct what the server names below, then ask again."],
+  401: ["The key was not accepted.", "Enter a key of this server. Its administrator issues keys."],
+  403: ["This key may not do that.", "Choose another model, or ask the server's administrator for access."],
+  404: ["The server does not have that model or task.", "Reload the page to see the current ones."],
   408: ["The answer took too long.", "Try again, with a shorter text if it happens again."],
-  413: ["The text is too long for this server.", "Cut it down to the part that the question is about."],
-  422: ["This adapter cannot be used.", "Choose another model, and show the words below to whoever runs the server."],
-  429: ["Too many questions at this moment.", "Nothing is lost: the same question can be asked again shortly."],
-  500: ["The server failed on this question.", "Try again. If it fails again, give the request id to whoever runs it."],
-  503: ["The model cannot answer now.", "A stage is down or starting; the server brings it back. Try again shortly."],
+  413: ["The text is too long for this server.", "Shorten it to the part that the question is about."],
+  422: ["This adapter cannot be used.", "Choose another model, and send the message below to the server's administrator."],
+  429: ["Too many requests.", "Wait a moment, then ask the same question again."],
+  500: ["The server failed on this question.", "Try again. If it fails again, give the request id to the administrator."],
+  503: ["The model cannot answer now.", "A stage is down or starting; the server restarts it. Try again shortly."],
 };
 const ALIASES = { 502: 503, 504: 408 };
 
-/** Something that went wrong: `title` says what, `advice` what to do, `message` is the server's own word. */
+/** Error for the user: `title` says what happened, `advice` what to do, `message` is the server's own text. */
 export class Failure extends Error {
   constructor(status, { message = "", requestId = "", waitSeconds = 0, words = null } = {}) {
     super(message);
@@ -34,20 +34,20 @@ export class Failure extends Error {
     Object.assign(this, { status, requestId, waitSeconds });
   }
 
-  /** Whether asking the very same again can help. */
+  /** Whether the same question may succeed later. */
   get canRetry() {
     return this.status === 0 || this.status === 408 || this.status === 429 || this.status >= 500;
   }
 }
 
-/** Return an error as a Failure: one of another kind comes from an answer that is not as the page knows it. */
+/** Return an error as a Failure. Any other error means a reply that this version of the page cannot read. */
 export function asFailure(error) {
   if (error instanceof Failure) return error;
-  const words = ["The answer could not be read.", "Load the page again: it may be older than the server."];
+  const words = ["The answer could not be read.", "Reload the page: it may be older than the server."];
   return new Failure(-1, { message: error.message, words });
 }
 
-/** Ask the server; a body goes as JSON. Throws Failure, or AbortError when the signal says so. */
+/** Send a request; a body is sent as JSON. Throws Failure, or AbortError if the signal aborts. */
 export async function send(path, body = null, signal = null) {
   const headers = { Authorization: `Bearer ${session.key}` };
   if (body) headers["Content-Type"] = "application/json";
@@ -76,12 +76,12 @@ async function readFailure(reply) {
   return new Failure(reply.status, { message, waitSeconds, requestId: requestIdOf(reply) });
 }
 
-/** Return what the server answers to a GET. */
+/** Return the JSON reply to a GET. */
 export async function get(path) {
   return (await send(path)).json();
 }
 
-/** Return the id that the server's log names; Ray Serve's proxy may add one of its own behind it. */
+/** Return the request id in the server's log; Ray Serve's proxy may append its own. */
 export function requestIdOf(reply) {
   return (reply.headers.get("X-Request-Id") ?? "").split(",")[0];
 }

@@ -1,19 +1,19 @@
-// The stages of the model, how busy each is, what waits and how full the cache is: asked each second while one can see it.
+// Stages panel: load of each stage, queue and KV cache, polled once a second while the page is visible.
 
 import { $, count, make, makeBar, makeTerms, memory, percent } from "./element.js";
 import { asFailure, get } from "./server.js";
 
 const POLL_MS = 1000;
 const FAILED_POLL_MS = 5000;
-const NUM_SHARES = 60; // shares kept of each stage, a minute of them
+const NUM_SHARES = 60; // points of each stage's curve: one minute
 const SVG = "http://www.w3.org/2000/svg";
 
 const history = [];
 let timer = 0;
-let seen = null; // when the server last told of its stages
+let seen = null; // time of the last reply with stages
 let onRefused = null;
 
-/** Begin to watch; `refused` is called when the key is not accepted any more. */
+/** Start polling; `refused` is called if the key is no longer accepted. */
 export function watch(refused) {
   onRefused = refused;
   clearTimeout(timer);
@@ -48,7 +48,7 @@ async function poll() {
   if (document.visibilityState === "visible") timer = setTimeout(poll, wait);
 }
 
-/** Tell how the link to the model stands; a screen reader hears only of a change. */
+/** Show the state of the connection; a screen reader reads out only changes. */
 export function say(words, className = "") {
   if ($("link").textContent === words) return;
   $("link").textContent = words;
@@ -56,11 +56,11 @@ export function say(words, className = "") {
 }
 
 function show(status) {
-  if (!status.stages.length) return showOld("A stage is being started again.");
+  if (!status.stages.length) return showOld("A stage is restarting.");
   const cards = status.stages.map((stage, index) => {
     const shares = (history[index] ??= []);
     shares.push(stage.busy);
-    shares.splice(0, shares.lastIndexOf(null) + 1); // a share that was not measured is no share of 0
+    shares.splice(0, shares.lastIndexOf(null) + 1); // null: not measured, so the curve starts after it
     if (shares.length > NUM_SHARES) shares.shift();
     return makeCard(stage, index, shares);
   });
@@ -70,19 +70,19 @@ function show(status) {
   seen = new Date();
   const cacheShare = status.kv_total ? status.kv_used / status.kv_total : 0;
   const cache = make("span", "", `${count(status.kv_used)} of ${count(status.kv_total)} rows`, makeBar(cacheShare));
-  const recovery = status.recovery_s === null ? "" : `${count(status.losses)}, the last back in ${status.recovery_s.toFixed(1)} s`;
+  const recovery = status.recovery_s === null ? "" : `${count(status.losses)}, last recovery in ${status.recovery_s.toFixed(1)} s`;
   const load = makeTerms("", [
-    ["At work", count(status.active)],
-    ["Waiting", count(status.queue)],
+    ["In flight", count(status.active)],
+    ["In queue", count(status.queue)],
     ["KV cache", cache],
-    ["Idle with work at hand", percent(status.bubble, 0)],
-    ["Stages lost", recovery],
+    ["Pipeline bubble", percent(status.bubble, 0)],
+    ["Stage crashes", recovery],
   ]);
   $("load").replaceWith(Object.assign(load, { id: "load" }));
   say("Connected", "is-good");
 }
 
-/** Keep what was seen last, grey and with its time, and say why there is nothing newer. */
+/** Keep the last state, greyed out and with its time, and show the reason. */
 function showOld(reason) {
   say(reason, "is-bad");
   if (seen) $("seen").textContent = `as of ${seen.toLocaleTimeString()}`;
@@ -101,7 +101,7 @@ function makeCard(stage, index, shares) {
   );
 }
 
-/** Draw the last shares, the newest at the right. */
+/** Draw a stage's load over the last minute, the newest point at the right. */
 function makeCurve(shares) {
   const known = shares.map((share) => Math.min(Math.max(share, 0), 1));
   const points = known.map((share, index) => `${NUM_SHARES - known.length + index},${(1 - share).toFixed(3)}`);

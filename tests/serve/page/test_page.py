@@ -1,4 +1,4 @@
-"""The page in a real browser, served as it is: its files, its key, its look, its stages."""
+"""Web page in a real browser: its files, the key, the layout and the stages panel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HOSTILE = '<img src=x onerror="window.isHit=true"><script>window.isHit=true</scr
 
 
 class Markup(HTMLParser):
-    """Collects what a strict policy forbids."""
+    """Parser that collects what the content policy forbids."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,15 +37,15 @@ class Markup(HTMLParser):
             self.inline.append(data)
 
 
-def test_markup_holds_no_code_and_names_no_other_server():
+def test_markup_has_no_inline_code_and_no_other_host():
     markup = Markup()
     markup.feed((PAGE_FOLDER / "index.html").read_text())
     assert markup.inline == []
     assert all(link.startswith("/") and not link.startswith("//") for link in markup.links)
-    assert markup.names == [], "a named field would be sent by a form whose script did not run"
+    assert markup.names == [], "a form submits named fields if the script does not run"
 
 
-def test_scripts_write_text_alone_and_stay_short():
+def test_scripts_insert_only_text_and_stay_short():
     sinks = re.compile(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|https?://(?!www\.w3)"
     )
@@ -55,7 +55,7 @@ def test_scripts_write_text_alone_and_stay_short():
     assert [file.name for file in PAGE_FOLDER.iterdir() if len(file.read_text().splitlines()) > 300] == []
 
 
-def test_files_come_without_a_key_under_a_strict_policy(address):
+def test_files_need_no_key_and_have_a_strict_policy(address):
     for path, kind in (("/", "text/html"), ("/page/app.js", "text/javascript"), ("/page/style.css", "text/css")):
         with urllib.request.urlopen(address + path, timeout=10) as reply:
             assert reply.status == 200
@@ -66,8 +66,8 @@ def test_files_come_without_a_key_under_a_strict_policy(address):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_can_be_read(scheme):
-    """Text has 4.5:1 against what it stands on (WCAG 2.2, 1.4.3), edges of fields 3:1 (1.4.11)."""
+def test_colours_have_enough_contrast(scheme):
+    """Text has 4.5:1 against its background (WCAG 2.2, 1.4.3), edges of fields 3:1 (1.4.11)."""
     blocks = re.findall(r":root \{(.*?)\}", (PAGE_FOLDER / "style.css").read_text(), re.DOTALL)
     colours = dict(re.findall(r"--([\w-]+): (#\w+);", blocks[0] + (blocks[1] if scheme == "dark" else "")))
 
@@ -89,10 +89,10 @@ def test_colours_can_be_read(scheme):
     assert contrast("edge", "panel") >= 3
 
 
-def test_key_is_asked_once_and_kept_in_the_tab_alone(page, browser, address):
+def test_key_is_asked_once_and_kept_only_in_the_tab(page, browser, address):
     page.get_by_label("Key", exact=True).fill("wrong")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("alert")).to_contain_text("The key was not accepted. Type a key of this server.")
+    expect(page.get_by_role("alert")).to_contain_text("The key was not accepted. Enter a key of this server.")
     page.get_by_label("Key", exact=True).fill("two words")
     page.keyboard.press("Enter")
     expect(page.get_by_role("alert")).to_contain_text("without spaces")
@@ -112,7 +112,7 @@ def test_key_is_asked_once_and_kept_in_the_tab_alone(page, browser, address):
     assert KEY not in page.content()
 
 
-def test_key_that_is_withdrawn_is_asked_for_again(desk, script):
+def test_revoked_key_is_asked_for_again(desk, script):
     script.failures["/v1/classify"] = (401, "unknown key", {})
     ask(desk, task="fpb")
     expect(desk.get_by_role("alert")).to_contain_text("The key was not accepted.")
@@ -121,7 +121,7 @@ def test_key_that_is_withdrawn_is_asked_for_again(desk, script):
     assert desk.evaluate("sessionStorage.length") == 0
 
 
-def test_nothing_from_the_server_becomes_markup(page, script):
+def test_server_texts_never_become_markup(page, script):
     script.models = [HOSTILE]
     script.tasks = [{"name": HOSTILE, "about": "none", "labels": [HOSTILE, "b"], "questions": []}]
     script.answers["/v1/classify"] = labels({HOSTILE: 0.9, "b": 0.1})
@@ -140,19 +140,19 @@ def test_nothing_from_the_server_becomes_markup(page, script):
     assert page.locator("main img, main script").count() == 0
 
 
-def test_stages_are_asked_each_second_while_one_can_see_them(desk, script):
+def test_stages_are_polled_each_second_while_visible(desk, script):
     expect(desk.locator("#stages li")).to_have_count(2)
     expect(desk.locator("#stages li").first).to_contain_text("Stage 1")
     first = desk.locator("#stages li").first.inner_text().replace("\n", " ")
     assert all(words in first for words in ("layers 0–15", "62 % busy", "4.25 GiB weights, 0.50 GiB cache"))
     expect(desk.locator("#load")).to_contain_text("1,536 of 8,192 rows")
-    expect(desk.locator("#load")).not_to_contain_text("Stages lost")
+    expect(desk.locator("#load")).not_to_contain_text("Stage crashes")
     script.answers["/v1/stages"] = {**STAGES, "stages": []}
-    expect(desk.locator("#link")).to_have_text("A stage is being started again.")
+    expect(desk.locator("#link")).to_have_text("A stage is restarting.")
     expect(desk.locator("#seen")).to_contain_text("as of")
     small = [{**stage, "weights_gib": 0.0625} for stage in STAGES["stages"]]
     script.answers["/v1/stages"] = {**STAGES, "stages": small, "losses": 1, "recovery_s": 4.2}
-    expect(desk.locator("#load")).to_contain_text("1, the last back in 4.2 s")
+    expect(desk.locator("#load")).to_contain_text("1, last recovery in 4.2 s")
     expect(desk.locator("#link")).to_have_text("Connected")
     expect(desk.locator("#stages li").first).to_contain_text("64.00 MiB weights")
     desk.evaluate(
@@ -176,7 +176,7 @@ def test_keyboard_reaches_every_control_in_order(desk, script):
     for _ in range(8):
         reached.append(desk.evaluate("document.activeElement.id"))
         width = desk.evaluate("getComputedStyle(document.activeElement).outlineWidth")
-        assert width == "2px", f"{reached[-1]} does not show that it has the keyboard"
+        assert width == "2px", f"{reached[-1]} does not show the keyboard focus"
         desk.keyboard.press("Tab")
     assert reached == ["model", "task", "text", "example", "open", "about", "threshold", "send"]
     nameless = (
@@ -212,7 +212,7 @@ def test_narrow_page_does_not_scroll_sideways(desk, script, scheme):
     expect(desk.locator(".waiting")).to_be_in_viewport()
 
 
-def test_file_is_read_as_text_and_another_is_refused(desk):
+def test_text_file_is_read_and_binary_file_refused(desk):
     desk.locator("#file").set_input_files({"name": "a.xml", "mimeType": "text/xml", "buffer": "<a>€</a>".encode()})
     expect(desk.locator("#text")).to_have_value("<a>€</a>")
     desk.locator("#file").set_input_files({"name": "b.pdf", "mimeType": "text/plain", "buffer": b"\xff\xfe\x00"})

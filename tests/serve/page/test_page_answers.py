@@ -1,4 +1,4 @@
-"""What the page shows of answers, and of what goes wrong, in a real browser."""
+"""Answers and errors on the web page, in a real browser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pretend_server import SEVEN, labels
 from pretend_user import ask
 
 
-def test_labels_stand_as_bars_with_numbers(desk, script):
+def test_labels_are_shown_as_bars_with_numbers(desk, script):
     script.answers["/v1/classify"] = labels({"negative": 0.04, "neutral": 0.11, "positive": 0.85})
     desk.get_by_label("Model").select_option("llama-8b:sentiment-r4")
     ask(desk, task="fpb")
@@ -24,19 +24,19 @@ def test_labels_stand_as_bars_with_numbers(desk, script):
     expect(desk.locator(".about-answer dd").last).to_have_text("req-0123456789")
 
 
-def test_abstention_is_said_and_no_label_stands_out(desk, script):
+def test_abstention_is_shown_and_no_label_highlighted(desk, script):
     shares = (0.01, 0.05, 0.1, 0.23, 0.41, 0.18, 0.02)
     script.answers["/v1/classify"] = labels(dict(zip(SEVEN, shares, strict=True)), abstained=True)
     desk.get_by_label("Abstain below").fill("60")
     ask(desk, task="nwgi")
     expect(desk.locator("#answer")).to_contain_text(
-        "no label reaches 60 %. The likeliest is mildly positive with 41.0 %"
+        "no label reaches 60 %. The most probable is mildly positive with 41.0 %"
     )
     assert desk.locator(".is-chosen").count() == 0
     assert script.asked[0][1]["threshold"] == 0.6
 
 
-def test_entity_goes_with_the_question_and_must_be_named(desk, script):
+def test_entity_is_required_and_sent(desk, script):
     script.answers["/v1/classify"] = labels({"location": 0.9, "organization": 0.06, "person": 0.04})
     ask(desk, "An office in Rotterdam", task="ner")
     assert desk.locator("#about").evaluate("field => field.validity.valueMissing")
@@ -46,7 +46,7 @@ def test_entity_goes_with_the_question_and_must_be_named(desk, script):
     assert script.asked[0][1]["about"] == "Rotterdam"
 
 
-def test_question_of_a_task_that_knows_only_some_is_chosen(desk, script):
+def test_question_of_a_fixed_list_is_chosen(desk, script):
     script.answers["/v1/classify"] = labels({"Yes": 0.9, "No": 0.1})
     desk.get_by_label("Task").select_option("headline")
     desk.get_by_label("Question", exact=True).select_option("price down")
@@ -55,7 +55,7 @@ def test_question_of_a_task_that_knows_only_some_is_chosen(desk, script):
     assert script.asked[0][1]["about"] == "price down"
 
 
-def test_quote_is_marked_where_the_server_counts_characters(desk, script):
+def test_quote_is_marked_by_unicode_characters(desk, script):
     context = "📈 𝒫rofit\n<b>6120000</b> and 6120000"
     start = context.index("6120000")
     script.answers["/v1/extract"] = {
@@ -80,11 +80,11 @@ def test_quote_far_down_is_scrolled_into_sight_and_a_missing_one_is_a_warning(de
     assert box["y"] < mark["y"] < box["y"] + box["height"]
     script.answers["/v1/extract"] = {"answer": "99", "grounded": False, "quote": None}
     ask(desk, context)
-    expect(desk.locator(".note")).to_contain_text("does not stand in the document: check it before you use it")
+    expect(desk.locator(".note")).to_contain_text("is not in the document: check it before you use it")
     expect(desk.locator("mark")).to_have_count(0)
 
 
-def test_text_is_written_as_it_comes(desk, script):
+def test_text_is_shown_as_it_streams(desk, script):
     script.pieces = ["A basis point ", None, "is 0.01 %.\n\nNo more."]
     ask(desk, "Explain.", task="")
     expect(desk.locator(".stream")).to_have_text("A basis point ")
@@ -100,22 +100,22 @@ def test_text_is_written_as_it_comes(desk, script):
     assert script.asked == [("/v1/chat/completions", body)]
 
 
-def test_escape_hangs_up_and_keeps_what_came(desk, script):
+def test_escape_cancels_the_request_and_keeps_the_text(desk, script):
     script.pieces = ["Half an ans", None]
     ask(desk, "Explain.", task="")
     expect(desk.locator(".stream")).to_have_text("Half an ans")
     desk.keyboard.press("Escape")
     expect(desk.locator("#answer")).to_contain_text("Stopped.")
     expect(desk.locator(".stream")).to_have_text("Half an ans")
-    assert script.is_hung_up.wait(10), "the server was not told that nobody listens any more"
+    assert script.is_hung_up.wait(10), "the connection to the server was not closed"
     expect(desk.get_by_role("button", name="Stop")).to_be_hidden()
 
 
 @pytest.mark.parametrize("last", ["", 'data: {"error": {"message": "stage 2 died"}}\n\n'])
-def test_text_that_breaks_off_is_no_answer(desk, script, last):
+def test_incomplete_stream_is_an_error(desk, script, last):
     script.pieces, script.last_event = ["Half an ans"], last
     ask(desk, "Explain.", task="")
-    expect(desk.locator(".failure")).to_contain_text("The answer broke off.")
+    expect(desk.locator(".failure")).to_contain_text("The answer is incomplete.")
     expect(desk.locator(".failure")).to_contain_text("stage 2 died" if last else "Ask again")
     expect(desk.locator(".stream")).to_have_text("Half an ans")
 
@@ -124,14 +124,14 @@ def test_text_that_breaks_off_is_no_answer(desk, script, last):
     ("status", "title", "advice"),
     [
         (403, "This key may not do that.", "Choose another model"),
-        (413, "The text is too long for this server.", "Cut it down"),
-        (400, "The server cannot use this question.", "Change what it names here"),
+        (413, "The text is too long for this server.", "Shorten it"),
+        (400, "The question is not valid.", "Correct what the server names below"),
         (422, "This adapter cannot be used.", "Choose another model"),
-        (500, "The server failed on this question.", "give the request id to whoever runs it"),
+        (500, "The server failed on this question.", "give the request id to the administrator"),
         (503, "The model cannot answer now.", "Try again shortly"),
     ],
 )
-def test_failure_says_what_happened_and_what_to_do(desk, script, status, title, advice):
+def test_error_says_what_happened_and_what_to_do(desk, script, status, title, advice):
     script.failures["/v1/classify"] = (status, "words of the server", {})
     ask(desk, task="fpb")
     expect(desk.get_by_role("heading", name=title)).to_be_visible()
@@ -140,7 +140,7 @@ def test_failure_says_what_happened_and_what_to_do(desk, script, status, title, 
     assert desk.get_by_role("button", name="Try again").count() == (1 if status >= 500 else 0)
 
 
-def test_limit_counts_down_then_the_same_question_can_be_asked_again(desk, script):
+def test_retry_button_counts_down_after_a_429(desk, script):
     script.failures["/v1/classify"] = (429, "60 requests a minute", {"Retry-After": "2"})
     ask(desk, task="fpb")
     expect(desk.get_by_role("button", name=re.compile("Try again in [12] s"))).to_be_disabled()
@@ -152,7 +152,7 @@ def test_limit_counts_down_then_the_same_question_can_be_asked_again(desk, scrip
     expect(desk.locator(".verdict")).to_have_text("positive 70.0 %")
 
 
-def test_server_that_is_gone_and_answers_that_cannot_be_read(desk, script):
+def test_unreachable_server_and_unreadable_answer_are_errors(desk, script):
     script.answers["/v1/classify"] = {"surprise": 1}
     ask(desk, task="fpb")
     expect(desk.locator(".failure")).to_contain_text("The answer could not be read.")

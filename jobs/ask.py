@@ -1,4 +1,4 @@
-"""Ask base or adapter one question as a Ray job, with --stages spread over actors of the cluster.
+"""Ask a base or adapter one question as a Ray job; --stages spreads the model over actors of the cluster.
 
 ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/ask.py 'Profit rose' --task fpb -c jobs/configs/NAME.yaml
 """

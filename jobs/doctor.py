@@ -1,4 +1,4 @@
-"""Look for what is missing on every node of the cluster, and in a config, as a Ray job.
+"""Check every node of the cluster, and a config, as a Ray job.
 
 ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/doctor.py --config jobs/configs/NAME.yaml
 """

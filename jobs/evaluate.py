@@ -1,4 +1,4 @@
-"""Score base or adapter as a Ray job: the evaluation is a Ray task that reserves eval.num_gpus.
+"""Score a base or adapter as a Ray job: the evaluation is a Ray task that reserves eval.num_gpus.
 
 ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/evaluate.py --config jobs/configs/NAME.yaml
 """

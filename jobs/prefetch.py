@@ -1,8 +1,8 @@
-"""Mirror base models and datasets as a Ray job, onto the cluster's storage, from the one node that reaches the hub.
+"""Mirror base models and data sets onto the cluster's storage as a Ray job, on the one node that reaches the hub.
 
 ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/prefetch.py --models OWNER/NAME --tasks fpb --output DIR
 
-Clusters of cluster/ ask no hub: before --working-dir, add --runtime-env-json '{"env_vars": {"HF_HUB_OFFLINE": "0"}}'.
+Clusters set up with cluster/ are offline: add --runtime-env-json '{"env_vars": {"HF_HUB_OFFLINE": "0"}}' before --working-dir.
 """
 
 import sys

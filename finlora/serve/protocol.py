@@ -45,7 +45,7 @@ class _Body(_Wire):
         try:
             json.dumps(values, ensure_ascii=False).encode()
         except (UnicodeEncodeError, RecursionError):
-            raise ValueError("a text in it is not Unicode: half of a surrogate pair stands alone") from None
+            raise ValueError("a text in it is not Unicode: it holds half of a surrogate pair") from None
         return values
 
 

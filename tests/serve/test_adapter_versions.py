@@ -38,8 +38,8 @@ def test_complete_adapters_are_listed(shelf):
 def test_unserved_folders_are_reported_with_the_reason(shelf, folder):
     (folder / "foreign").mkdir()
     (folder / "foreign" / "adapter_config.json").touch()
-    told = shelf.describe_unserved()
-    assert [line.split(" is a PEFT adapter that FinLoRA did not train: ")[0] for line in told] == [
+    reasons = shelf.describe_unserved()
+    assert [line.split(" is a PEFT adapter that FinLoRA did not train: ")[0] for line in reasons] == [
         f"adapter {folder / name}" for name in ("foreign", "half")
     ]
     assert shelf.list_names() == ["chatty", "good", "plain"]

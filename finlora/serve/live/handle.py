@@ -27,7 +27,7 @@ class AskedEngine(ABC):
     def __init__(self) -> None:
         self._awaited: dict[str, asyncio.Queue[Event]] = {}
         self.snapshot = Snapshot()
-        """State of the engine, at most half a second old while it computes."""
+        """Recent state of the engine, updated about twice a second while it computes."""
 
     @property
     @abstractmethod

@@ -35,7 +35,9 @@ def test_completion_equals_the_engines_answer(client, live):
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + 8
     assert "".join(choice.logprobs.tokens) == choice.text
     assert all(value <= 0 for value in choice.logprobs.token_logprobs)
-    assert [choice.text[place:][:1] for place in choice.logprobs.text_offset] == [t[:1] for t in choice.logprobs.tokens]
+    assert [choice.text[offset:][:1] for offset in choice.logprobs.text_offset] == [
+        t[:1] for t in choice.logprobs.tokens
+    ]
 
 
 def test_several_prompts_are_answered_in_order(client, live):
@@ -82,16 +84,16 @@ def test_streamed_log_probabilities_equal_the_whole_ones(client, live, stops):
     asked = {"model": "tiny", "max_tokens": 12, "stop": [text[5:9]] if stops else None}
     whole = client.completions.create(**asked, prompt="The", logprobs=0).choices[0]
     events = [e.choices[0] for e in client.completions.create(**asked, prompt="The", logprobs=0, stream=True)]
-    told = [event.logprobs for event in events if event.logprobs is not None]
+    parts = [event.logprobs for event in events if event.logprobs is not None]
     assert whole.finish_reason == ("stop" if stops else "length")
     for field in ("tokens", "token_logprobs", "text_offset"):
-        assert [value for part in told for value in getattr(part, field)] == getattr(whole.logprobs, field)
-    place = 0
+        assert [value for part in parts for value in getattr(part, field)] == getattr(whole.logprobs, field)
+    sent = 0
     for event in events:
-        place += len(event.text)
+        sent += len(event.text)
         if event.text:
-            assert all(offset < place for offset in event.logprobs.text_offset)
-    assert len(told) > 1, "the stream came in one piece"
+            assert all(offset < sent for offset in event.logprobs.text_offset)
+    assert len(parts) > 1, "the stream came in one piece"
 
     asked |= {"messages": [{"role": "user", "content": "The"}], "logprobs": True}
     whole = client.chat.completions.create(**asked).choices[0]

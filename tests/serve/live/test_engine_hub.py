@@ -37,7 +37,7 @@ KEY = KeyRecord(id="desk", salt="s", hash="0" * 64)
 
 @pytest.fixture
 def open_hub():
-    """Factory of hubs over engines, with a quota whose clock stands still; closes them."""
+    """Factory of hubs over engines, with a quota whose clock is stopped; closes them."""
     with contextlib.ExitStack() as stack:
 
         def build(engine):

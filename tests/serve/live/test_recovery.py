@@ -104,8 +104,8 @@ def lose(engine, opened):
 
 
 def test_repair_restarts_only_crashed_stages_and_keeps_adapters(make_engine, opened, adapters, caplog):
-    anew, repairs = [], []
-    engine = make_engine(fail=anew.append, repair=lambda: repairs.append(1))
+    opens, repairs = [], []
+    engine = make_engine(fail=opens.append, repair=lambda: repairs.append(1))
     ref = AdapterRef("a", adapters / "good" / "v1")
     before = asyncio.run(collect(engine, make_request(0, adapter="a"), ref))[0]
 
@@ -117,7 +117,7 @@ def test_repair_restarts_only_crashed_stages_and_keeps_adapters(make_engine, ope
 
     assert [type(error) for error in asyncio.run(ask_and_lose())] == [StageLostError] * 4
     wait_for(lambda: len(opened) == 2 and engine.stages)
-    assert (anew, repairs, list(opened[1].adapters)) == ([0], [1], ["a"])
+    assert (opens, repairs, list(opened[1].adapters)) == ([0], [1], ["a"])
     assert (engine.snapshot.num_losses, engine.snapshot.num_repairs) == (1, 1)
     assert "after the crash: only the crashed ones restarted" in caplog.text
     assert asyncio.run(collect(engine, make_request(0, adapter="a"), ref))[0] == before

@@ -13,6 +13,7 @@ from finlora.evaluate.evaluation import check_evaluation
 from finlora.inference.open_base import open_executor
 from finlora.machine.cpu import Choice
 from finlora.model.base import load_base
+from finlora.model.base_files import read_base_files
 from finlora.model.memory.padded_memory import element_bytes
 from finlora.precision import describe_choice, resolve_evaluation, resolve_model, resolve_precision, resolve_training
 from finlora.reproduce.paper_rows import Step
@@ -81,9 +82,11 @@ def test_base_is_loaded_and_computes_in_the_chosen_type(chosen, make_config):
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, compute_dtype="auto"))
     base = load_base(config.model, 16, torch.device("cpu"), 0)
     assert base.dtype == base.model.lm_head.weight.dtype == getattr(torch, chosen)
-    with open_executor(config, 1, 64, 64) as (executor, _):
+    with open_executor(config, read_base_files(config.model), 1, 64, 64) as (executor, _):
         assert executor.stages[0].dtype == getattr(torch, chosen)
-    assert f" bit (cpu, {chosen}: it is pretended): test" in check_evaluation(config, None)
+    assert f" bit (cpu, {chosen}: it is pretended): test" in check_evaluation(
+        config, read_base_files(config.model), None
+    )
 
 
 def test_outcomes_of_a_reproduction_on_gpus_still_count():

@@ -47,13 +47,15 @@ def evaluate(
     settings = load_settings(config, overrides)
     chosen, folder = choose_adapter(settings, adapter, base), RunFolder(Path(settings.output_dir) / settings.name)
     from finlora.evaluate.evaluation import check_evaluation, run_evaluation
+    from finlora.model.base_files import read_base_files
 
-    say(check_evaluation(settings, chosen))
+    resolved = read_base_files(settings.model)
+    say(check_evaluation(settings, resolved, chosen))
     if dry_run:
         return
-    from finlora.doctor.examine import require_inputs
+    from finlora.doctor.examine import require_output_folder
 
-    require_inputs(settings, splits=("test",))
+    require_output_folder(settings)
     is_spread = settings.eval.num_stages > 1
     if ray or is_spread:
         from finlora.cluster import connect
@@ -73,7 +75,7 @@ def evaluate(
         )
     else:
         with open_bars(console, _LOADING) as bars:
-            results = run_evaluation(settings, chosen, bars.update, _print_reading)
+            results = run_evaluation(settings, chosen, bars.update, _print_reading, resolved)
     for result in results:
         append_result(folder.results, result)
     from finlora.report.write import show_results
@@ -121,6 +123,8 @@ def ask(
         return
     from finlora.engine.request import Sampling
     from finlora.inference.ask import ask as ask_engine
+    from finlora.model.base_files import read_base_files
+    from finlora.model.contract import read_contract
     from finlora.terminal import show_reply
 
     settings = load_settings(config, overrides)
@@ -128,11 +132,12 @@ def ask(
     question = make_question(task, read_content(text), about)
     sampling = Sampling(max_tokens=settings.eval.max_new_tokens, temperature=temperature, seed=seed)
     num_stages = settings.eval.num_stages if stages is None else stages
+    resolved = read_base_files(settings.model)
     if num_stages > 1:
         from finlora.cluster import connect
-        from finlora.model.base_files import check_base
 
-        check_base(settings.model, chosen)
+        if chosen is not None:
+            resolved.check_adapter(chosen, read_contract(chosen))
         connect.connect(log_to_driver=False)
     # To standard error, since the answer may be piped on.
     with open_bars(Console(stderr=True), _LOADING) as bars:
@@ -141,7 +146,7 @@ def ask(
             bars.do(None)
             console.out(piece, end="")
 
-        reply = ask_engine(settings, chosen, question, sampling, num_stages, show)
+        reply = ask_engine(settings, chosen, question, sampling, num_stages, show, resolved)
     show_reply(reply.probabilities, reply.quote, console, is_quoted=quotes(task))
     if reply.template_date:
         say(f"Date in the chat template: {reply.template_date}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,8 +33,7 @@ def doctor(
     from finlora.doctor.checks import exit_code
     from finlora.doctor.examine import examine
 
-    settings, model, gpus, more = _read(config, overrides or [])
-    findings = [*examine(settings, model, gpus), *more]
+    findings = examine(*_read(config, overrides or []))
     code = exit_code(findings)
     if as_json:
         values = {"exit_code": code, "findings": [dataclasses.asdict(finding) for finding in findings]}
@@ -44,17 +43,17 @@ def doctor(
     raise typer.Exit(code)
 
 
-def _read(config: Path | None, overrides: Sequence[str]) -> tuple[Any, Any, float, list[Any]]:
-    """Return the settings of a run, its base and GPUs; of a Serve YAML base and GPUs, and what the server would find wrong."""
+def _read(config: Path | None, overrides: Sequence[str]) -> tuple[Any, Any, float, Callable[[Any], list[Any]]]:
+    """Return the settings of a run, its base and GPUs; of a Serve YAML base and GPUs, and what looks for faults of the server."""
     if config is None and not overrides:
-        return None, None, 0.0, []
+        return None, None, 0.0, lambda _base: []
     from finlora.configfile import is_server_file
 
     if config is None or not is_server_file(config):
         from finlora.doctor.examine import count_wanted
 
         settings = load_settings(config, overrides)
-        return settings, settings.model, count_wanted(settings), []
+        return settings, settings.model, count_wanted(settings), lambda _base: []
     from finlora.cluster import connect
 
     connect.prepare()
@@ -64,14 +63,17 @@ def _read(config: Path | None, overrides: Sequence[str]) -> tuple[Any, Any, floa
     from finlora.serve.settings import make_absolute
 
     deployment = read_deployment(config, overrides)
-    try:
-        check_server(deployment, None, None, is_here=connect.is_local())
-        finding = ok("server", "ports, certificate, keys, base and tokenizer can be used")
-    except FinloraError as error:
-        finding = from_error("server", error)
+
+    def look_further(base: Any) -> list[Any]:
+        try:
+            check_server(deployment, None, None, is_here=connect.is_local(), files=base)
+        except FinloraError as error:
+            return [from_error("server", error)]
+        return [ok("server", "ports, certificate, keys, base and tokenizer can be used")]
+
     stages = deployment.settings.stages
     gpus = count_stages(deployment) * stages.gpus if stages.device == "cuda" else 0.0
-    return None, make_absolute(deployment.settings).model, gpus, [finding]
+    return None, make_absolute(deployment.settings).model, gpus, look_further
 
 
 def _show(findings: Sequence[Any]) -> None:

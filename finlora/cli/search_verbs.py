@@ -39,7 +39,7 @@ def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun
 
     folder = examine_search(settings, search)
     connect.prepare()
-    require_inputs(settings, splits=("train",))
+    base = require_inputs(settings, splits=("train",))
     connect.connect(log_to_driver=False)
     from finlora.train.search.follow import SearchFollower
     from finlora.train.search.pareto import write_summary
@@ -53,7 +53,7 @@ def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun
         open_bars(console, "starting the search") as bars,
         polling(SearchFollower(folder, trials, settings.name, bars.update)),
     ):
-        records = run_search(settings, search, say, tell)
+        records = run_search(settings, search, say, tell, base)
     for path in write_summary(settings, search, folder, records, console):
         say(f"Written: {path}")
 

@@ -79,7 +79,7 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
     from finlora.doctor.examine import require_inputs
 
     connect.prepare()
-    require_inputs(settings, splits=("train",))
+    base = require_inputs(settings, splits=("train",))
     connect.connect(log_to_driver=False)
     from finlora.train.worker import run_training  # imports Ray, which must come after the connection's settings
 
@@ -87,7 +87,7 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
         open_bars(console, "starting workers") as bars,
         polling(Follower(folder, settings.name, bars.update, say, describe_duration)),
     ):
-        result = run_training(settings, say)
+        result = run_training(settings, say, base=base)
     say(_describe_trained(result))
 
 

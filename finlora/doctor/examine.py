@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,15 +16,22 @@ from finlora.errors import ConfigError, FinloraError, ResourceError
 
 if TYPE_CHECKING:
     from finlora.data.sets.prepared import SplitName
+    from finlora.model.base_files import BaseFiles
 
 
-def examine(config: RunConfig | None, model: ModelConfig | None, gpus_wanted: float) -> list[Finding]:
+def examine(
+    config: RunConfig | None,
+    model: ModelConfig | None,
+    gpus_wanted: float,
+    look_further: Callable[[BaseFiles | None], list[Finding]] = lambda _base: [],
+) -> list[Finding]:
     """Look at this machine, at the cluster of RAY_ADDRESS where it is set, and at what a config names.
 
     Args:
         config: of a run, with absolute paths; None: none was given.
         model: the base that is wanted; None: none was given.
         gpus_wanted: of all workers or stages together.
+        look_further: adds findings about what uses the base; gets it as resolved here, None where it is at fault.
     """
     folders = _list_folders(config, model)
     inputs = list(_list_inputs(config, model))
@@ -43,15 +50,18 @@ def examine(config: RunConfig | None, model: ModelConfig | None, gpus_wanted: fl
         findings += more
     if config is not None:
         findings += check_data(config, base)
-    return findings
+    return findings + look_further(base)
 
 
-def require_inputs(config: RunConfig, *, splits: tuple[SplitName, ...]) -> None:
+def require_inputs(config: RunConfig, *, splits: tuple[SplitName, ...]) -> BaseFiles:
     """Look, before Ray or a GPU, at what a run reads and where it writes.
 
     Args:
         config: with absolute paths.
         splits: of each task, as `train`.
+
+    Returns:
+        The base, resolved, for what follows in this process.
 
     Raises:
         ConfigError: the output folder cannot be written.
@@ -60,16 +70,26 @@ def require_inputs(config: RunConfig, *, splits: tuple[SplitName, ...]) -> None:
         ResourceError: the disk is full.
     """
     from finlora.data.sets.prepared import require_split
-    from finlora.model.base_files import check_base as check_base_files
+    from finlora.model.base_files import read_base_files
 
+    require_output_folder(config)
+    for task in config.data.tasks:
+        for split in splits:
+            require_split(Path(config.data.dir), task, split)
+    return read_base_files(config.model)
+
+
+def require_output_folder(config: RunConfig) -> None:
+    """Look whether a run's folder can be written and its disk has room.
+
+    Raises:
+        ConfigError: the output folder cannot be written.
+        ResourceError: the disk is full.
+    """
     found = check_disk("this machine", look_at(Path(config.output_dir)))
     if found.level == "fault":
         kind = ConfigError if found.code == ConfigError.exit_code else ResourceError
         raise kind(f"output_dir={config.output_dir}: {found.found}: {found.advice}.")
-    for task in config.data.tasks:
-        for split in splits:
-            require_split(Path(config.data.dir), task, split)
-    check_base_files(config.model)
 
 
 def count_wanted(config: RunConfig) -> float:

@@ -28,7 +28,7 @@ from finlora.inference.batch import BatchEngine
 from finlora.inference.open_base import count_rows, open_engine
 from finlora.model.adapter_files import ADAPTER_WEIGHTS
 from finlora.model.base import check_device
-from finlora.model.base_files import read_base_files
+from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.model.contract import read_contract
 from finlora.precision import describe_type, resolve_evaluation
 from finlora.results import Result, describe_environment
@@ -61,7 +61,11 @@ class Work:
 
 
 def run_evaluation(
-    config: RunConfig, adapter: Path | None, on_progress: OnProgress, on_reading: OnReading = ignore_reading
+    config: RunConfig,
+    adapter: Path | None,
+    on_progress: OnProgress,
+    on_reading: OnReading = ignore_reading,
+    base: BaseFiles | None = None,
 ) -> list[Result]:
     """Evaluate every task of the config, in this process or over eval.num_stages Ray actors.
 
@@ -69,6 +73,7 @@ def run_evaluation(
         config: with absolute paths. Test splits, adapter and lengths are checked before the model is loaded.
         adapter: adapter folder; None: the base alone.
         on_reading: gets the counters of the stages at the end; after the restart of a stage, those since then.
+        base: of the config, as this process has resolved it. None: it is resolved here.
 
     Raises:
         DatasetError: a test split is missing, damaged, or an example is too long.
@@ -80,7 +85,7 @@ def run_evaluation(
     device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
     if config.eval.num_stages == 1:
         check_device(device)
-    base = read_base_files(config.model)
+    base = base or read_base_files(config.model)
     tokenizer = base.tokenizer
     contract = read_contract(adapter) if adapter else None
     date = base.check_adapter(adapter, contract) if adapter and contract else base.template_date
@@ -92,13 +97,13 @@ def run_evaluation(
     sizes = sorted((size for work in works for size in work.sizes), reverse=True)
     # The longest requests at once, and one more for the prefix that they share.
     wanted = count_rows(sizes, config.eval.batch_size)
-    with open_engine(config, tokenizer, adapter, config.eval.num_stages, wanted, sizes[0]) as opened:
+    with open_engine(config, base, adapter, config.eval.num_stages, wanted, sizes[0]) as opened:
         engine = BatchEngine(opened.core, ADAPTER if adapter else None, opened.renew)
         results = [
             dataclasses.replace(
                 _evaluate_task(config, engine, work, on_progress),
                 variant=contract.variant if contract else "base",
-                base_hash=base.hash_weights(),
+                base_hash=base.weights_hash,
                 run=name_run(adapter) if adapter else None,
                 adapter=str(adapter) if adapter else None,
                 adapter_hash=hash_file(adapter / ADAPTER_WEIGHTS) if adapter else None,
@@ -120,15 +125,13 @@ def name_run(adapter: Path) -> str:
         return adapter.parent.name if adapter.name == "adapter" else adapter.name
 
 
-def check_evaluation(config: RunConfig, adapter: Path | None) -> str:
-    """Check that base, test splits and adapter exist and fit, before any GPU is taken; returns the plan as one sentence.
+def check_evaluation(config: RunConfig, base: BaseFiles, adapter: Path | None) -> str:
+    """Check that test splits and adapter exist and fit the base, before any GPU is taken; returns the plan as one sentence.
 
     Raises:
         DatasetError: a test split is missing or damaged.
         AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
-        ModelError: the base's files are not usable.
     """
-    base = read_base_files(config.model)
     counts = [
         f"{task} {len(read_prepared(Path(config.data.dir), task, 'test').examples):,}" for task in config.data.tasks
     ]

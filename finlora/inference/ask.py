@@ -13,7 +13,7 @@ from finlora.data.grounding import find_quote
 from finlora.data.question import Question
 from finlora.engine.request import ADAPTER, Finish, Piece, Request, Sampling, normalise_choices
 from finlora.errors import ConfigError
-from finlora.model.base_files import read_base_files
+from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.model.contract import read_contract
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def ask(
     sampling: Sampling,
     num_stages: int,
     on_text: Callable[[str], None],
+    base: BaseFiles | None = None,
 ) -> Reply:
     """Load the model, answer one question, and free the model.
 
@@ -51,6 +52,7 @@ def ask(
         adapter: adapter folder; None: the base model alone.
         num_stages: 1: in this process; more: in that many Ray actors, Ray being connected.
         on_text: called with generated text as it is streamed.
+        base: of the config, as this process has resolved it. None: it is resolved here.
 
     Raises:
         AdapterError: the adapter is incomplete, or was trained for another base, tokenizer or template.
@@ -58,11 +60,11 @@ def ask(
         ResourceError: the device's memory or the cluster's resources are too small.
         StageLostError: a stage crashed before the answer was complete.
     """
-    base = read_base_files(config.model)
+    base = base or read_base_files(config.model)
     tokenizer = base.tokenizer
     date = base.check_adapter(adapter, read_contract(adapter)) if adapter else base.template_date
     request = make_request(question, tokenizer, config, sampling, ADAPTER if adapter else None, date)
-    longest = min(config.model.max_seq_len, int(base.source.config.max_position_embeddings))
+    longest = min(config.model.max_seq_len, base.context_length)
     if request.num_tokens > longest:
         raise ConfigError(
             f"the question takes {request.num_tokens:,} tokens with the room for its answer, and the model {longest:,}: shorten "
@@ -72,7 +74,7 @@ def ask(
     from finlora.inference.open_base import open_engine
 
     rows = request.num_tokens
-    with open_engine(config, tokenizer, adapter, num_stages, rows, rows) as (core, _):
+    with open_engine(config, base, adapter, num_stages, rows, rows) as (core, _):
         core.submit(request)
         pieces: list[str] = []
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -23,12 +23,10 @@ from finlora.engine.scheduler import Scheduler
 from finlora.errors import ResourceError
 from finlora.inference.in_process import InProcess
 from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.base_files import BaseFiles
 from finlora.model.memory.fixed_memory import GIB
 from finlora.stage.decode_graphs import DECODE_SIZES, FEW_TAILS, PROMPT_SIZES, SHORT
 from finlora.stage.stage import Stage
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 _ROOM_SHARE, _ROOM_BYTES = 0.05, 1.5 * GIB
 """Share of a GPU's memory, and bytes, kept free for the activations of a micro-batch."""
@@ -38,12 +36,13 @@ _ODD = 37
 
 @contextmanager
 def open_executor(
-    config: RunConfig, num_stages: int, wanted_rows: int, least_rows: int
+    config: RunConfig, files: BaseFiles, num_stages: int, wanted_rows: int, least_rows: int
 ) -> Iterator[tuple[Executor, int]]:
     """Load a base model while inside; yields its executor, and the rows of its KV cache.
 
     Args:
         config: eval.bits and eval.device apply to the base.
+        files: of the base.
         num_stages: 1: in this process; more: in that many Ray actors, Ray being connected.
         wanted_rows: tokens that the KV cache should hold.
         least_rows: tokens that it must hold; if wanted_rows do not fit, it gets as many as do.
@@ -67,7 +66,7 @@ def open_executor(
             wait_s=config.max_wait_s,
             holder=f"the model of {config.name} in stages",
         )
-        pipeline = Pipeline(config.model, bits, settings, config.seed)
+        pipeline = Pipeline(config.model, files.shape, bits, settings, config.seed)
         try:
             yield pipeline, wanted_rows
         finally:
@@ -75,7 +74,7 @@ def open_executor(
         return
     device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
     with quiet_bitsandbytes():
-        base = load_base(config.model, bits, device, config.seed)
+        base = load_base(config.model, bits, device, config.seed, files=files)
         net, dtype = base.model, base.dtype
         span = range(net.config.num_hidden_layers)
         width = 2 * net.config.num_key_value_heads * net.config.head_dim * dtype.itemsize
@@ -100,14 +99,14 @@ class OpenEngine(NamedTuple):
 @contextmanager
 def open_engine(
     config: RunConfig,
-    tokenizer: PreTrainedTokenizerFast,
+    files: BaseFiles,
     adapter: Path | None,
     num_stages: int,
     wanted_rows: int,
     least_rows: int,
 ) -> Iterator[OpenEngine]:
     """Load a base model and at most one adapter, named ADAPTER, while inside; arguments and errors as in `open_executor`."""
-    with open_executor(config, num_stages, wanted_rows, least_rows) as (executor, rows):
+    with open_executor(config, files, num_stages, wanted_rows, least_rows) as (executor, rows):
         in_flight = choose_in_flight(num_stages, config.eval.device, config.eval.num_gpus)
         limits = Limits(
             cache_rows=rows,
@@ -115,10 +114,10 @@ def open_engine(
             max_batch_tokens=choose_batch_rows(in_flight),
             follows=executor.can_follow,
         )
-        end = end_token_id(tokenizer, config.model.template)
+        end = end_token_id(files.tokenizer, config.model.template)
 
         def make_core() -> EngineCore:
-            return EngineCore(executor, Scheduler(limits, end, lambda: random.getrandbits(31)), tokenizer)
+            return EngineCore(executor, Scheduler(limits, end, lambda: random.getrandbits(31)), files.tokenizer)
 
         core = make_core()
         if adapter is not None:

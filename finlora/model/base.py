@@ -5,6 +5,7 @@ Embedding, norms and the output head stay in the compute type, as in the papers 
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
 import warnings
@@ -20,9 +21,9 @@ from torch import nn
 from finlora.config import Bits, ModelConfig
 from finlora.errors import ModelError, ResourceError
 from finlora.model.base_cache import StoredBase, await_cache, find_cache, write_cache
+from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.model.quantised import quantise, require_range
-from finlora.model.source import ModelSource, find_source, fingerprint_weights
-from finlora.model.tokenizer import hash_tokenizer, load_tokenizer, require_rows
+from finlora.model.source import ModelSource
 from finlora.precision import resolve_model
 
 if TYPE_CHECKING:
@@ -65,8 +66,15 @@ class BaseModel:
         return f"Base: {self.weights_gib:.2f} GiB at {self.bits} bit, {source} in {self.load_seconds:.1f} s{waited}."
 
 
-def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, span: range | None = None) -> BaseModel:
-    """Load tokenizer and weights; every parameter is frozen and the model is in eval mode.
+def load_base(
+    model: ModelConfig,
+    bits: Bits,
+    device: torch.device,
+    seed: int,
+    span: range | None = None,
+    files: BaseFiles | None = None,
+) -> BaseModel:
+    """Load the weights; every parameter is frozen and the model is in eval mode.
 
     Args:
         model: what to load; `model.bits` is not read, since evaluation may run at other bits than training.
@@ -75,6 +83,7 @@ def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, s
         seed: seed of random weights (`model.weights=random`), not used otherwise.
         span: decoder layers to load, with the embedding where it begins at 0 and norm and head where it ends at the last; all
             else stays on the meta device. None: the whole model.
+        files: what this process has read of the base already; it is not changed. None: it is read here.
 
     Raises:
         ModelError: the files are not a complete Llama model, or tensors are missing or of another shape.
@@ -83,26 +92,24 @@ def load_base(model: ModelConfig, bits: Bits, device: torch.device, seed: int, s
     started = time.monotonic()
     check_device(device)
     model = resolve_model(model, device.type)
-    source = find_source(model)
-    tokenizer = load_tokenizer(source.tokenizer_path)
-    require_rows(tokenizer, source.shape.vocab_size)
+    files = files or read_base_files(model)
     if device.type == "cuda":
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        net, is_cached, waited = _build_or_read(source, model, bits, device, seed, span)
+        net, is_cached, waited = _build_or_read(files, model, bits, device, seed, span)
     except torch.cuda.OutOfMemoryError as error:
         raise ResourceError(
             f"out of GPU memory while loading {model.base} at {bits} bit ({error}): use fewer bits or a larger GPU."
         ) from error
     return BaseModel(
         model=net,
-        tokenizer=tokenizer,
+        tokenizer=files.tokenizer,
         bits=bits,
         dtype=_DTYPES[model.compute_dtype],
-        weights_hash=fingerprint_weights(source),
-        tokenizer_hash=hash_tokenizer(tokenizer),
-        revision=source.revision,
+        weights_hash=files.weights_hash,
+        tokenizer_hash=files.tokenizer_hash,
+        revision=files.source.revision,
         weights_gib=measure_weights(net) / 2**30,
         load_peak_gib=torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
         load_seconds=time.monotonic() - started - waited,
@@ -182,10 +189,11 @@ def _is_in_span(name: str, span: range, num_layers: int, is_tied: bool) -> bool:
 
 
 def _build_or_read(
-    source: ModelSource, model: ModelConfig, bits: Bits, device: torch.device, seed: int, span: range | None
+    files: BaseFiles, model: ModelConfig, bits: Bits, device: torch.device, seed: int, span: range | None
 ) -> tuple[LlamaForCausalLM, bool, float]:
     """Return the model, whether it was read as another load had quantised it, and the seconds of waiting for that."""
-    cache = find_cache(model, source, bits, _DTYPES[model.compute_dtype], device, seed)
+    source = files.source
+    cache = find_cache(model, files, bits, _DTYPES[model.compute_dtype], device, seed)
     if cache is None or (span is not None and not cache.is_complete):  # a part of a base is not worth keeping
         return _build(source, model, bits, device, seed, span, None), False, 0.0
     started = time.monotonic()
@@ -212,11 +220,12 @@ def _build(
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     dtype = _DTYPES[model.compute_dtype]
-    num_layers, is_tied = source.config.num_hidden_layers, source.config.tie_word_embeddings
-    source.config._attn_implementation = model.attention
-    source.config.dtype = dtype
+    config = copy.deepcopy(source.config)  # the record of the base is shared
+    num_layers, is_tied = config.num_hidden_layers, config.tie_word_embeddings
+    config._attn_implementation = model.attention
+    config.dtype = dtype
     with torch.device("meta"):
-        net = LlamaForCausalLM(source.config)
+        net = LlamaForCausalLM(config)
     with _open_reader(source, device, dtype, seed) as read:
         for name, parameter in list(net.named_parameters()):
             owner_name, _, leaf = name.rpartition(".")
@@ -239,7 +248,7 @@ def _build(
             del weight
     if is_tied:
         net.lm_head.weight = net.model.embed_tokens.weight
-    net.model.rotary_emb = LlamaRotaryEmbedding(source.config).to(device)
+    net.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
     net.name_or_path = net.config.name_or_path = model.base
     net.is_loaded_in_8bit, net.is_loaded_in_4bit = bits == 8, bits == 4  # PEFT chooses its layers by these
     net.requires_grad_(False)

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from finlora.config import Bits, ModelConfig
 from finlora.durable import follow_umask, hash_file, scratch_folder, seal, unseal, write_whole
 from finlora.errors import ModelError, ResourceError
+from finlora.model.base_files import BaseFiles
 from finlora.model.quantised import layer_from_tensors, layer_to_tensors
-from finlora.model.source import ModelSource, fingerprint_weights
 
 _MARK = "cache.json"
 _HASHERS = 4
@@ -131,14 +131,14 @@ class StoredBase:
 
 
 def find_cache(
-    model: ModelConfig, source: ModelSource, bits: Bits, dtype: torch.dtype, device: torch.device, seed: int
+    model: ModelConfig, files: BaseFiles, bits: Bits, dtype: torch.dtype, device: torch.device, seed: int
 ) -> BaseCache | None:
     """Return where the base's cache is or would be; None where none is asked for, or nothing is quantised."""
     if model.cache is None or bits == 16:
         return None
-    fingerprint = fingerprint_weights(source)
+    fingerprint = files.weights_hash
     if fingerprint == "random":
-        shape = hashlib.sha256((source.folder / "config.json").read_bytes()).hexdigest()[:16]
+        shape = hashlib.sha256((files.source.folder / "config.json").read_bytes()).hexdigest()[:16]
         fingerprint = f"random {shape} seed {seed} on {device.type}"
     facts = {
         "base": model.base,

@@ -1,14 +1,16 @@
-"""A base as far as it is known without its weights: what every verb looks at first, before it takes a GPU or starts Ray."""
+"""One record of a base without its weights, resolved once a process: files, config, shapes, tokenizer and template date."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finlora.config import ModelConfig
 from finlora.data.chat_template import choose_date
-from finlora.model.contract import Contract, read_contract
+from finlora.model.contract import Contract
+from finlora.model.formula.llama import LlamaShape
 from finlora.model.source import ModelSource, find_source, fingerprint_weights
 from finlora.model.tokenizer import hash_tokenizer, load_tokenizer, require_rows
 
@@ -16,20 +18,33 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class BaseFiles:
-    """The checked files of a base, its tokenizer, and the date of its prompts."""
+    """The checked files of a base, its tokenizer, and the date of its prompts. A verb passes it to all that need the base."""
 
     model: ModelConfig
+    """The settings that it was resolved from; a loader may compute in another type or hold other bits."""
     source: ModelSource
     tokenizer: PreTrainedTokenizerFast
     template_date: str | None
     """Day that the chat template writes into prompts to the base alone; None: it writes none, or always its own."""
 
-    def hash_weights(self) -> str:
+    @property
+    def shape(self) -> LlamaShape:
+        return self.source.shape
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the base was made for."""
+        return int(self.source.config.max_position_embeddings)
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """`fingerprint_weights`; reads 4 MiB a shard at the first call."""
         return fingerprint_weights(self.source)
 
-    def hash_tokenizer(self) -> str:
+    @cached_property
+    def tokenizer_hash(self) -> str:
         return hash_tokenizer(self.tokenizer)
 
     def check_adapter(self, folder: Path, contract: Contract) -> str | None:
@@ -38,12 +53,12 @@ class BaseFiles:
         Raises:
             AdapterError: names everything that differs and how to override.
         """
-        contract.check_hashes(folder, self.hash_weights(), self.hash_tokenizer(), self.model.template)
+        contract.check(folder, self, self.model.template)
         return contract.choose_date(folder, self.template_date, self.model.template_date)
 
 
 def read_base_files(model: ModelConfig) -> BaseFiles:
-    """Find a base and read what stands beside its weights.
+    """Find a base and read the files beside its weights.
 
     Raises:
         ModelError: the files are not a Llama that every path computes (architecture.py), the tokenizer does not belong to it, or
@@ -54,15 +69,3 @@ def read_base_files(model: ModelConfig) -> BaseFiles:
     require_rows(tokenizer, source.shape.vocab_size)
     date = choose_date(tokenizer, model.template, model.template_date)
     return BaseFiles(model=model, source=source, tokenizer=tokenizer, template_date=date)
-
-
-def check_base(model: ModelConfig, adapter: Path | None = None) -> None:
-    """Look at a base, and an adapter for it, as far as files tell: before Ray is started and GPUs are waited for.
-
-    Raises:
-        ModelError: the base's files are not usable.
-        AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
-    """
-    files = read_base_files(model)
-    if adapter is not None:
-        files.check_adapter(adapter, read_contract(adapter))

@@ -13,19 +13,16 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import yaml
 
-from finlora.config import LoraConfig, is_date
+from finlora.config import Bits, LoraConfig, is_date
 from finlora.configfile import show
 from finlora.durable import SEAL, hash_file, seal, unseal, write_whole
 from finlora.errors import AdapterError
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_file
 from finlora.yamltext import read_yaml
-
-if TYPE_CHECKING:
-    from finlora.model.base import BaseModel
 
 CONTRACT_FILE = "finlora.yaml"
 _FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "config.yaml")
@@ -38,6 +35,24 @@ _MAX_BYTES = 2**16
 _MAX_TEXT = 1000
 _logger = logging.getLogger(__name__)
 QUANTISATION = {16: "none", 8: "LLM.int8", 4: "NF4, double quantisation"}
+
+
+class HashedBase(Protocol):
+    """A base, loaded or not, that an adapter is compared with."""
+
+    @property
+    def weights_hash(self) -> str: ...
+    @property
+    def tokenizer_hash(self) -> str: ...
+
+
+class LoadedBase(HashedBase, Protocol):
+    """A base that an adapter was trained on."""
+
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def bits(self) -> Bits: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +90,8 @@ class Contract:
         """Name of the adapter in tables: `4bit-r4`."""
         return f"{self.bits}bit-r{self.rank}"
 
-    def check(self, folder: Path, base: BaseModel, template: str, bits: int | None = None) -> None:
-        """Refuse a base, tokenizer or template other than the adapter was trained with.
+    def check(self, folder: Path, base: HashedBase, template: str, bits: int | None = None) -> None:
+        """Refuse a base, tokenizer or template other than the adapter was trained with; compares the adapter's own files first.
 
         Args:
             folder: the adapter's folder, for the message.
@@ -86,14 +101,8 @@ class Contract:
         Raises:
             AdapterError: names everything that differs and how to override.
         """
-        self.check_hashes(folder, base.weights_hash, base.tokenizer_hash, template, bits)
-
-    def check_hashes(
-        self, folder: Path, weights_hash: str, tokenizer_hash: str, template: str, bits: int | None = None
-    ) -> None:
-        """The same where the base is not loaded, from its files' hashes; the adapter's own files are compared first."""
         self.check_files(folder)
-        found = {"weights hash": weights_hash, "tokenizer hash": tokenizer_hash, "template": template}
+        found = {"weights hash": base.weights_hash, "tokenizer hash": base.tokenizer_hash, "template": template}
         expected = {"weights hash": self.weights_hash, "tokenizer hash": self.tokenizer_hash, "template": self.template}
         if bits is not None:
             found["bits"], expected["bits"] = str(bits), str(self.bits)
@@ -253,7 +262,7 @@ def _is_kind(value: object, hint: Any) -> bool:
 
 
 def make_contract(
-    base: BaseModel,
+    base: LoadedBase,
     name: str,
     lora: LoraConfig,
     template: str,

@@ -100,9 +100,9 @@ def export_merged(
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"{output} exists and is not empty: name another folder for the merged model, or remove it.")
-    date = read_base_files(model).check_adapter(adapter, contract)  # before anything large is read
-    base = load_base(dataclasses.replace(model, compute_dtype="bfloat16"), 16, device, seed=0)
-    contract.check(adapter, base, model.template)
+    files = read_base_files(model)
+    date = files.check_adapter(adapter, contract)  # before anything large is read
+    base = load_base(dataclasses.replace(model, compute_dtype="bfloat16"), 16, device, seed=0, files=files)
     num_tensors = merge_lora(base, adapter)
     fix_date(base.tokenizer, date)  # whoever reads the folder writes the prompts that the adapter was trained with
     _write(base, contract, adapter, output)

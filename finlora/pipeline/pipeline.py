@@ -32,7 +32,7 @@ from finlora.engine.messages import Change, Message
 from finlora.engine.micro_batch import MicroBatch, Output
 from finlora.errors import AdapterError, FinloraError, ResourceError, StageLostError
 from finlora.machine.cpu import missing_environment
-from finlora.model.source import find_source
+from finlora.model.formula.llama import LlamaShape
 from finlora.pipeline.actor import StageActor
 from finlora.pipeline.graph import join_stages, leave_graph
 from finlora.pipeline.ray_workarounds import translate_ray_errors, wait_with_pauses
@@ -86,9 +86,8 @@ class Pipeline:
 
     can_follow = True
 
-    def __init__(self, model: ModelConfig, bits: Bits, config: PipelineConfig, seed: int) -> None:
+    def __init__(self, model: ModelConfig, shape: LlamaShape, bits: Bits, config: PipelineConfig, seed: int) -> None:
         model = resolve_model(model, config.device)  # once for all stages, which may run on different processors
-        shape = find_source(model).shape
         self.spans = split_layers(shape, bits, config.num_stages)
         self._model, self._bits, self._config, self._seed = model, bits, config, seed
         wait_with_pauses(config.device)

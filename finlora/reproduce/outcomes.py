@@ -79,10 +79,18 @@ def read_outcome(output: Path, step: Step) -> Outcome:
     return Outcome(name=step.name, key=step.key, state=StepState.TO_DO)
 
 
-def find_obstacle(step: Step) -> str | None:
-    """Return why a step cannot run here, from its files alone; None where no obstacle is found."""
+def find_obstacle(step: Step, found: set[tuple[str, str | None, str]] | None = None) -> str | None:
+    """Return why a step cannot run here, from its files alone; None where no obstacle is found.
+
+    Args:
+        found: bases whose files were usable before, and are not checked again; this step's is added.
+    """
+    model, found = step.config.model, set() if found is None else found
+    base = (model.base, model.revision, model.weights)
     try:
-        find_source(step.config.model)
+        if base not in found:
+            find_source(model)
+            found.add(base)
         for task in step.config.data.tasks:
             read_prepared(Path(step.config.data.dir), task, "train" if step.kind == "train" else "test")
     except FinloraError as error:
@@ -99,11 +107,12 @@ def foresee(steps: Sequence[Step], output: Path) -> list[Outcome]:
     """Return the expected outcome of each step without running any."""
     outcomes: list[Outcome] = []
     trainable: set[Path | None] = set()
+    bases: set[tuple[str, str | None, str]] = set()
     for step in steps:
         outcome = read_outcome(output, step)
         if outcome.state != StepState.DONE:
             outcome = Outcome(name=step.name, key=step.key, state=StepState.TO_DO)
-            if obstacle := find_obstacle(step):
+            if obstacle := find_obstacle(step, bases):
                 outcome = dataclasses.replace(outcome, state=StepState.CANNOT_RUN, cause=obstacle)
             elif lacks_adapter(step) and step.adapter not in trainable:
                 outcome = dataclasses.replace(outcome, state=StepState.WAITS)

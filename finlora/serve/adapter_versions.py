@@ -142,7 +142,7 @@ class AdapterShelf:
         """Read and check an adapter. A refusal is returned, not raised, so that it is cached like a good adapter."""
         try:
             contract = read_contract(folder)
-            contract.check_hashes(folder, self._base.weights_hash, self._base.tokenizer_hash, self._base.template)
+            contract.check(folder, self._base, self._base.template)
             check_adapter(folder)
             digest = hash_adapter(folder)
             date = contract.choose_date(folder, self._base.template_date)

@@ -12,7 +12,8 @@ from finlora.data.encode import end_token_id
 from finlora.engine.admission import Limits
 from finlora.engine.engine import EngineCore
 from finlora.engine.scheduler import Scheduler
-from finlora.model.base_files import read_base_files
+from finlora.model.base_files import BaseFiles, read_base_files
+from finlora.model.formula.llama import LlamaShape
 from finlora.precision import describe_type
 from finlora.serve.settings import ServeConfig
 from finlora.serve.stage_states import OpenCore, StageFacts
@@ -27,6 +28,7 @@ _logger = logging.getLogger(__name__)
 class ServedBase:
     """Facts of a base model that need no weights in memory."""
 
+    shape: LlamaShape
     tokenizer: PreTrainedTokenizerFast
     template: Template
     template_date: str | None
@@ -38,21 +40,24 @@ class ServedBase:
     """Most tokens of prompt and answer together."""
 
 
-def read_base(config: ServeConfig) -> ServedBase:
+def read_base(config: ServeConfig, files: BaseFiles | None = None) -> ServedBase:
     """Find a base model and read its tokenizer and hashes.
+
+    Args:
+        files: of the base, as this process has resolved it. None: it is resolved here.
 
     Raises:
         ModelError: the base's files are not usable.
     """
-    files = read_base_files(config.model)
-    context = int(files.source.config.max_position_embeddings)
-    longest = min(config.model.max_seq_len, context, config.stages.cache_rows)
+    files = files or read_base_files(config.model)
+    longest = min(config.model.max_seq_len, files.context_length, config.stages.cache_rows)
     return ServedBase(
+        shape=files.shape,
         tokenizer=files.tokenizer,
         template=config.model.template,
         template_date=files.template_date,
-        weights_hash=files.hash_weights(),
-        tokenizer_hash=files.hash_tokenizer(),
+        weights_hash=files.weights_hash,
+        tokenizer_hash=files.tokenizer_hash,
         end_token_id=end_token_id(files.tokenizer, config.model.template),
         max_tokens=longest,
     )
@@ -84,7 +89,7 @@ def open_pipeline(config: ServeConfig, base: ServedBase, holder: str = "a served
         wait_s=stages.wait_s,
         holder=holder,
     )
-    pipeline = Pipeline(config.model, config.bits, settings, config.seed)
+    pipeline = Pipeline(config.model, base.shape, config.bits, settings, config.seed)
     in_flight = choose_in_flight(stages.num, stages.device, stages.gpus)
 
     def describe() -> OpenCore:

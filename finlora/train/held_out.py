@@ -12,7 +12,7 @@ from finlora.config import RunConfig
 from finlora.data.encode import Encoded, collate, encode_examples
 from finlora.data.sets.prepared import SplitName, read_prepared
 from finlora.durable import append_line, read_lines
-from finlora.model.base_files import read_base_files
+from finlora.model.base_files import BaseFiles
 from finlora.precision import is_autocast
 from finlora.train.run.run_folder import RunFolder
 from finlora.train.steps.loop import AnswerLoss
@@ -43,6 +43,7 @@ class HeldOut:
     def __init__(
         self,
         config: RunConfig,
+        base: BaseFiles,
         folder: RunFolder,
         worker: int,
         world_size: int,
@@ -53,7 +54,6 @@ class HeldOut:
             for task in config.data.tasks
             for example in read_prepared(Path(config.data.dir), task, HELD_OUT_SPLIT).examples
         ]
-        base = read_base_files(config.model)
         encoded, _ = encode_examples(
             examples,
             base.tokenizer,

@@ -14,8 +14,8 @@ from finlora.config import RunConfig
 from finlora.data.encode import Encoded
 from finlora.data.pack_size import PackSize, measure_pack
 from finlora.data.packing import split_by_tokens
+from finlora.model.formula.llama import LlamaShape
 from finlora.model.memory.packed_memory import PackPlan, Workload, packing_refusal, plan_packs
-from finlora.model.source import find_source
 from finlora.precision import is_autocast
 from finlora.train.steps.batches import Batches, PackedBatches, PaddedBatches
 from finlora.train.steps.sampler import Sampler
@@ -51,14 +51,12 @@ def make_sampler(config: RunConfig, examples: Sequence[Encoded]) -> Sampler:
     )
 
 
-def plan_path(config: RunConfig, examples: Sequence[Encoded], memory_gib: float) -> PackPlan:
+def plan_path(config: RunConfig, shape: LlamaShape, examples: Sequence[Encoded], memory_gib: float) -> PackPlan:
     """Plan packed training on encoded examples from every batch of the run.
 
     Args:
+        shape: of the base.
         memory_gib: limit of torch's allocations in a worker; GiB = 2**30 bytes.
-
-    Raises:
-        ModelError: the base has no readable config.json.
     """
     lengths = [item.num_tokens for item in examples]
     shares = list(_shares(config, examples))
@@ -86,7 +84,7 @@ def plan_path(config: RunConfig, examples: Sequence[Encoded], memory_gib: float)
         largest_share=max(totals),
         measure=measure,
     )
-    return plan_packs(find_source(config.model).shape, config, work, memory_gib)
+    return plan_packs(shape, config, work, memory_gib)
 
 
 def take_path(

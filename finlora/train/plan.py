@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 from finlora.config import RunConfig
 from finlora.data.encode import Encoded
 from finlora.errors import ConfigError, ResourceError
+from finlora.model.formula.llama import LlamaShape
 from finlora.model.memory.fixed_memory import context_gib
 from finlora.model.memory.packed_memory import PackPlan
 from finlora.model.memory.padded_memory import MemoryPlan, find_worst_micro_batch, plan_memory
-from finlora.model.source import find_source
 from finlora.train.path import plan_path, refuse_packing
 from finlora.train.run.run_folder import TrainingSet, load_training_set
 
@@ -86,7 +86,8 @@ def plan_run(
         raise ConfigError(
             f"found {gpu_memory_gib:g} GiB on {num_gpus} GPUs: expected more than {context} GiB on at least one."
         )
-    examples = (training_set or load_training_set(config)).encoded
+    training_set = training_set or load_training_set(config)
+    examples, shape = training_set.encoded, training_set.base.shape
     train = config.train
     workers_per_gpu = max(1, int(1 / train.gpus_per_worker)) if train.device == "cuda" else train.num_workers
     budget = min(gpu_memory_gib / min(workers_per_gpu, train.num_workers), train.memory_gib or math.inf)
@@ -95,7 +96,7 @@ def plan_run(
     def has_room(plan: MemoryPlan) -> bool:
         return plan.total_gib * (1 + MARGIN) <= budget
 
-    plan, packs = _forecast(config, examples, budget, is_packed=refusal is None)
+    plan, packs = _forecast(config, shape, examples, budget, is_packed=refusal is None)
     verdict = functools.partial(Verdict, plan=plan, packs=packs, padded_because=refusal, gpu_memory_gib=budget)
     found = f"{plan.total_gib:.1f} GiB a worker, {MARGIN:.0%} kept free of {budget:.1f} GiB"
     if train.device == "cuda" and train.num_workers * train.gpus_per_worker > num_gpus:
@@ -113,7 +114,7 @@ def plan_run(
         kept = [item for item in examples if item.num_tokens <= changed.model.max_seq_len]
         if not kept:
             break
-        better, _ = _forecast(changed, kept, budget, is_packed=refusal is None)
+        better, _ = _forecast(changed, shape, kept, budget, is_packed=refusal is None)
         if has_room(better):
             left_out = len(examples) - len(kept)
             note = f", which leaves out {left_out:,} of {len(examples):,} examples" if left_out else ""
@@ -128,14 +129,14 @@ def plan_run(
 
 
 def _forecast(
-    config: RunConfig, examples: Sequence[Encoded], budget_gib: float, *, is_packed: bool
+    config: RunConfig, shape: LlamaShape, examples: Sequence[Encoded], budget_gib: float, *, is_packed: bool
 ) -> tuple[MemoryPlan, PackPlan | None]:
     if is_packed:
-        packs = plan_path(config, examples, budget_gib / (1 + MARGIN) - context_gib(config.train.device))
+        packs = plan_path(config, shape, examples, budget_gib / (1 + MARGIN) - context_gib(config.train.device))
         return packs.memory, packs
     lengths = [(item.num_tokens, len(item.answer_ids)) for item in examples]
     batch = find_worst_micro_batch(lengths, config.train.micro_batch_size)
-    return plan_memory(find_source(config.model).shape, config, batch), None
+    return plan_memory(shape, config, batch), None
 
 
 def explain_out_of_memory(config: RunConfig, found: str, packs: PackPlan | None) -> ResourceError:

@@ -28,6 +28,7 @@ from finlora.configfile import config_from_tree, config_to_tree
 from finlora.durable import scratch_folder
 from finlora.machine.cpu import set_environment
 from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.base_files import BaseFiles
 from finlora.model.lora import attach_lora, trainable_parameters
 from finlora.precision import describe_choice, resolve_training
 from finlora.results import Result, append_result
@@ -73,6 +74,7 @@ def run_training(
     config: RunConfig,
     announce: Callable[[str], None] = _logger.warning,
     *,
+    base: BaseFiles | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
     holds_out: bool = False,
 ) -> Result:
@@ -82,6 +84,7 @@ def run_training(
         config: with absolute paths (`resolve_paths`). Data, base files and the cluster's size are checked before any
             worker starts.
         announce: shows a line to the user.
+        base: of the config, as this process has resolved it. None: it is resolved here. Workers resolve their own.
         callbacks: called at each checkpoint.
         holds_out: also measure the loss on a search's held-out examples at each checkpoint (finlora/train/held_out.py).
 
@@ -98,7 +101,7 @@ def run_training(
     train = config.train
     gpus = train.gpus_per_worker if train.device == "cuda" else 0.0
     connect.require(train.num_workers, train.cpus_per_worker, gpus)
-    training_set = load_training_set(config)
+    training_set = load_training_set(config, base)
     folder = open_run(config)
     if said := describe_date(training_set):
         announce(said)
@@ -201,7 +204,7 @@ def _train(
     if worker == 0:  # before the base is loaded, which is where memory can run out
         _write_plan(folder, "w", verdict.describe(config), describe_date(training_set))
     with quiet_bitsandbytes():
-        base = load_base(config.model, config.model.bits, device, config.seed)
+        base = load_base(config.model, config.model.bits, device, config.seed, files=training_set.base)
         if worker == 0:
             _write_plan(folder, "a", base.describe_loading())
         model = attach_lora(base.model, config.lora, config.model.base, config.seed)
@@ -215,7 +218,9 @@ def _train(
         state = _TrainedState(worker, world_size, run_hash, parameters, optimizer, meter)
         start_step = state.resume()
         record = Recorder(folder, worker, world_size, lambda: meter.read(optimizer), _make_gauges(config, worker))
-        held_out = HeldOut(config, folder, worker, world_size, reduce_sum) if holds_out else None
+        held_out = None
+        if holds_out:
+            held_out = HeldOut(config, training_set.base, folder, worker, world_size, reduce_sum)
         stop = StopRequest(folder.stop, worker, world_size)
         if stop.is_asked():
             return start_step, total_steps

@@ -103,16 +103,14 @@ def write_adapter(world: World, value: int) -> None:
 
 def load_adapter_as_served(world: World) -> Any:
     """Check an adapter against its base and read it, as the server does."""
+    from finlora.model.base_files import read_base_files
     from finlora.model.contract import read_contract
-    from finlora.model.source import find_source, fingerprint_weights
-    from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
     from finlora.stage.adapter_weights import read_adapter
 
-    source = find_source(world.config.model)
+    base = read_base_files(world.config.model)
     contract = read_contract(world.adapter)
-    tokenizer = hash_tokenizer(load_tokenizer(source.tokenizer_path))
-    contract.check_hashes(world.adapter, fingerprint_weights(source), tokenizer, "raw")
-    found = read_adapter(world.adapter, source.shape, range(2), torch.float32, CPU)
+    base.check_adapter(world.adapter, contract)
+    found = read_adapter(world.adapter, base.shape, range(2), torch.float32, CPU)
     values = sorted(
         (key, update.scale, update.down.sum().item(), update.up.sum().item())
         for key, updates in found.items()

@@ -80,11 +80,10 @@ def train(config: RunConfig, spoil_at: int | None = None, jump_seed: int | None 
     examples = training_set.encoded
     sampler = make_sampler(config, examples)
     total = count_steps(sampler, config.train.epochs, config.train.max_steps)
-    base = load_base(config.model, 16, CPU, config.seed)
+    base = load_base(config.model, 16, CPU, config.seed, files=training_set.base)
     model = attach_lora(base.model, config.lora, config.model.base, config.seed)
-    taken = take_path(
-        model.train(), config, examples, plan_path(config, examples, 4.0), CPU, base.tokenizer.pad_token_id
-    )
+    plan = plan_path(config, training_set.base.shape, examples, 4.0)
+    taken = take_path(model.train(), config, examples, plan, CPU, base.tokenizer.pad_token_id)
     parameters = trainable_parameters(model)
     optimizer = make_optimizer(list(parameters.values()), config.optim, total, WireClock(CPU))
     info = CheckpointInfo(step=0, world_size=1, run_hash=hash_run(config, training_set.hashes))

@@ -28,6 +28,7 @@ from finlora.evaluate.evaluation import (
 )
 from finlora.inference.batch import BatchEngine
 from finlora.model.base import load_base
+from finlora.model.base_files import read_base_files
 from finlora.model.contract import CONTRACT_FILE, make_contract, write_contract
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
 from finlora.model.source import find_source, fingerprint_weights
@@ -260,24 +261,28 @@ def test_bits_of_the_evaluation_decide_over_those_of_training(make_config, adapt
     assert result.bits == bits
 
 
+def check(config, adapter):
+    return check_evaluation(config, read_base_files(config.model), adapter)
+
+
 def test_plan_names_subject_bits_and_examples(make_config, adapter, prepared_synthetic):
     count = len(read_prepared(prepared_synthetic, "synthetic_sentiment", "test").examples)
-    text = check_evaluation(make_config("data.max_test_examples=7", "eval.bits=8"), None)
+    text = check(make_config("data.max_test_examples=7", "eval.bits=8"), None)
     assert text.startswith("Evaluating the base model on ")
     assert f"at 8 bit (cpu, float32): test examples synthetic_sentiment {count}, the first 7 of each" in text
-    assert "Evaluating adapter 4bit-r4 of" in check_evaluation(make_config(), adapter)
+    assert "Evaluating adapter 4bit-r4 of" in check(make_config(), adapter)
 
 
 def test_missing_split_is_refused_by_words_before_the_model_loads(make_config, monkeypatch):
     monkeypatch.setattr("finlora.evaluate.evaluation.open_engine", None)
-    for run in (check_evaluation, lambda config, chosen: run_evaluation(config, chosen, quiet)):
+    for run in (check, lambda config, chosen: run_evaluation(config, chosen, quiet)):
         with pytest.raises(DatasetError, match=r"fpb/test.parquet: not found. Run `finlora prepare fpb"):
             run(make_config("data.tasks=[fpb]"), None)
 
 
 def test_missing_or_unfinished_adapter_is_refused_by_words(make_config, adapter, tmp_path):
     with pytest.raises(AdapterError, match=r"absent does not exist: run `finlora train`"):
-        check_evaluation(make_config(), tmp_path / "absent")
+        check(make_config(), tmp_path / "absent")
     (adapter / CONTRACT_FILE).unlink()
     (adapter.parent / "config.yaml").touch()  # of the run that was to fill it
     with pytest.raises(AdapterError, match=r"so its training did not finish"):
@@ -291,7 +296,7 @@ def test_adapter_of_another_template_is_refused_by_words(make_config, dated_base
 
 def test_missing_base_is_refused_by_words(make_config, tmp_path):
     with pytest.raises(ModelError, match=r"is neither a folder here nor a hub id"):
-        check_evaluation(make_config(f"model.base={tmp_path / 'absent'}"), None)
+        check(make_config(f"model.base={tmp_path / 'absent'}"), None)
 
 
 def test_absent_gpu_is_refused_by_words(make_config, monkeypatch):

@@ -12,6 +12,7 @@ from finlora.engine.scheduler import Scheduler
 from finlora.errors import ResourceError
 from finlora.inference import open_base
 from finlora.inference.open_base import count_fitting_rows, count_rows, open_executor, round_up, warm_up
+from finlora.model.base_files import read_base_files
 
 
 @pytest.mark.parametrize("num_stages", [1, 2])
@@ -25,11 +26,13 @@ def test_answers_after_a_warm_up_are_the_same(make_core, plain, num_stages):
 
 def test_cache_gets_the_rows_that_fit_and_needs_those_of_one_request(make_config, monkeypatch):
     monkeypatch.setattr(open_base, "count_fitting_rows", lambda _device, _row_bytes: 96)
-    with open_executor(make_config(), 1, 500, 90) as (executor, rows):
+    config = make_config()
+    base = read_base_files(config.model)
+    with open_executor(config, base, 1, 500, 90) as (executor, rows):
         assert rows == 96
         assert executor.stages[0].cache.shape[2] == 97
     words = r"the KV cache has room for 96 tokens beside the base at 16 bit and one request needs 112: take fewer bits"
-    with pytest.raises(ResourceError, match=words), open_executor(make_config(), 1, 500, 100):
+    with pytest.raises(ResourceError, match=words), open_executor(config, base, 1, 500, 100):
         pass
 
 

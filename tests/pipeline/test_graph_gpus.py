@@ -22,13 +22,14 @@ def needs(num_gpus):
     ],
 )
 def pipeline(request, four_layers, ray_instance):
+    from finlora.model.source import find_source
     from finlora.pipeline.pipeline import Pipeline, PipelineConfig
 
     gpus, transport = request.param
     config = PipelineConfig(
         num_stages=NUM_STAGES, cache_rows=ROWS, gpus_per_stage=gpus, cpus_per_stage=0.25, transport=transport
     )
-    pipeline = Pipeline(four_layers, 16, config, seed=0)
+    pipeline = Pipeline(four_layers, find_source(four_layers).shape, 16, config, seed=0)
     yield pipeline
     pipeline.close()
 

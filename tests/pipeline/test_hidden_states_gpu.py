@@ -16,6 +16,7 @@ from finlora.engine.request import Request, Sampling
 from finlora.engine.scheduler import Scheduler
 from finlora.inference.in_process import InProcess
 from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.source import find_source
 from finlora.model.tokenizer import load_tokenizer
 from finlora.pipeline.graph import join_stages
 from finlora.stage.stage import Stage
@@ -72,7 +73,7 @@ def pipeline(four_layers, ray_instance):
     from finlora.pipeline.pipeline import Pipeline, PipelineConfig
 
     config = PipelineConfig(num_stages=4, cache_rows=ROWS, device=DEVICE, gpus_per_stage=0.25, cpus_per_stage=0.25)
-    pipeline = Pipeline(four_layers, 16, config, seed=0)
+    pipeline = Pipeline(four_layers, find_source(four_layers).shape, 16, config, seed=0)
     yield pipeline
     pipeline.close()
 

@@ -19,6 +19,7 @@ from finlora.engine.engine import EngineCore
 from finlora.engine.request import Request, Sampling
 from finlora.engine.scheduler import Scheduler
 from finlora.errors import AdapterError, ResourceError, StageLostError
+from finlora.model.source import find_source
 from finlora.model.tokenizer import load_tokenizer
 
 END, ROWS = 1, 1024
@@ -32,7 +33,7 @@ def pipeline(four_layers, ray_instance):
     config = PipelineConfig(num_stages=2, cache_rows=ROWS, device="cpu", cpus_per_stage=0.5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("finlora.pipeline.pipeline.missing_environment", lambda: {MISSING: "here"})
-        pipeline = Pipeline(four_layers, 16, config, seed=0)
+        pipeline = Pipeline(four_layers, find_source(four_layers).shape, 16, config, seed=0)
     yield pipeline
     pipeline.close()
 
@@ -148,7 +149,7 @@ def test_cluster_that_is_too_small_is_refused(four_layers, ray_instance):
 
     config = PipelineConfig(num_stages=4, cache_rows=64, device="cuda")
     with pytest.raises(ResourceError, match=r"4 stages need 4 GPUs and the cluster has 0: take fewer stages"):
-        Pipeline(four_layers, 4, config, seed=0)
+        Pipeline(four_layers, find_source(four_layers).shape, 4, config, seed=0)
 
 
 def test_stage_that_cannot_load_says_why_in_a_line(tiny_base, tmp_path, ray_instance):
@@ -161,8 +162,9 @@ def test_stage_that_cannot_load_says_why_in_a_line(tiny_base, tmp_path, ray_inst
     save_file(tensors, folder / "model.safetensors")
     free = ray.available_resources()["CPU"]
     config = PipelineConfig(num_stages=2, cache_rows=64, device="cpu", cpus_per_stage=0.25)
+    model = ModelConfig(base=str(folder), compute_dtype="float32")
     with pytest.raises(ResourceError, match=r"^a stage of the model cannot be loaded: ModelError: .*up_proj") as caught:
-        Pipeline(ModelConfig(base=str(folder), compute_dtype="float32"), 8, config, seed=0)
+        Pipeline(model, find_source(model).shape, 8, config, seed=0)
     assert "\n" not in str(caught.value)
     deadline = time.monotonic() + 20
     while ray.available_resources()["CPU"] != free:
@@ -204,7 +206,7 @@ def test_stages_start_all_or_none_and_the_holder_is_named(four_layers, ray_insta
     with take_lease([{"CPU": free - cores / 4}], 30.0, lambda _line: None, name="night-training"):
         config = PipelineConfig(num_stages=2, cache_rows=64, device="cpu", cpus_per_stage=cores / 4, wait_s=2.0)
         with pytest.raises(ResourceError, match=r"by night-training \(job .*Waited \d+ s"):
-            Pipeline(four_layers, 16, config, seed=0)
+            Pipeline(four_layers, find_source(four_layers).shape, 16, config, seed=0)
         assert [each.what for each in list_holdings("CPU") if "StageActor" in each.what] == []
     assert "by night-training" in caplog.text
 
@@ -213,7 +215,7 @@ def test_hidden_states_by_torch_distributed_change_no_token(four_layers, ray_ins
     from finlora.pipeline.pipeline import Pipeline, PipelineConfig
 
     config = PipelineConfig(num_stages=3, cache_rows=ROWS, device="cpu", cpus_per_stage=0.25, transport="gloo")
-    pipeline = Pipeline(four_layers, 16, config, seed=0)
+    pipeline = Pipeline(four_layers, find_source(four_layers).shape, 16, config, seed=0)
     try:
         limits = Limits(cache_rows=ROWS, max_in_flight=3, follows=pipeline.can_follow)
         core = EngineCore(pipeline, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(four_layers.base)))

@@ -17,6 +17,7 @@ from finlora.engine.engine import EngineCore
 from finlora.engine.request import Request, Sampling
 from finlora.engine.scheduler import Scheduler
 from finlora.errors import StageLostError
+from finlora.model.source import find_source
 from finlora.model.tokenizer import load_tokenizer
 
 END, ROWS, STAGES = 1, 1024, 3
@@ -28,7 +29,7 @@ def open_pipeline(model, transport="messages"):
     config = PipelineConfig(
         num_stages=STAGES, cache_rows=ROWS, device="cpu", cpus_per_stage=0.25, transport=transport, wait_s=20.0
     )
-    return Pipeline(model, 16, config, seed=0)
+    return Pipeline(model, find_source(model).shape, 16, config, seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import torch
 from finlora.data.encode import collate, encode_examples
 from finlora.data.sets.prepared import read_prepared
 from finlora.model.base import load_base
+from finlora.model.base_files import read_base_files
 from finlora.model.lora import attach_lora
 from finlora.model.tokenizer import load_tokenizer
 from finlora.train import held_out as module
@@ -49,7 +50,7 @@ def test_loss_equals_one_example_at_a_time_and_is_kept(make_config, model, tmp_p
     monkeypatch.setattr(module, "_MAX_TOKENS", 300)
     model.train()
     state = torch.get_rng_state()
-    measured = HeldOut(config, run, 0, 1, lambda sums: sums).measure(12, model, CPU)
+    measured = HeldOut(config, read_base_files(config.model), run, 0, 1, lambda sums: sums).measure(12, model, CPU)
     assert measured == pytest.approx(loss / count, rel=1e-5)
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
@@ -65,9 +66,9 @@ def test_workers_share_the_examples_and_only_the_first_writes(make_config, model
         parts.append(sums.clone())
         return sums
 
-    HeldOut(config, run, 1, 2, keep).measure(3, model, CPU)
+    HeldOut(config, read_base_files(config.model), run, 1, 2, keep).measure(3, model, CPU)
     assert read_held_out(run) == []
-    HeldOut(config, run, 0, 2, keep).measure(3, model, CPU)
+    HeldOut(config, read_base_files(config.model), run, 0, 2, keep).measure(3, model, CPU)
     total = parts[0] + parts[1]
     assert total.tolist() == pytest.approx([loss, count], rel=1e-5)
     assert 0.3 < float(parts[0][1] / total[1]) < 0.7

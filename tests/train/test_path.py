@@ -8,6 +8,7 @@ import torch
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.layers.packed_model import PackedLlama
 from finlora.model.lora import attach_lora
+from finlora.model.source import find_source
 from finlora.train.path import make_sampler, plan_path, refuse_packing, take_path
 from finlora.train.run.run_folder import load_training_set
 from finlora.train.steps.batches import PackedBatches, PaddedBatches
@@ -25,6 +26,10 @@ def make_run(make_config):
         return config, load_training_set(config).encoded
 
     return build
+
+
+def plan_alone(config, examples, memory_gib):
+    return plan_path(config, find_source(config.model).shape, examples, memory_gib)
 
 
 def build_packs(config, examples, plan):
@@ -47,7 +52,7 @@ def build_packs(config, examples, plan):
 @pytest.mark.parametrize("max_pack_tokens", [1, 150, 16384])
 def test_largest_pack_is_the_largest_that_is_ever_built(make_run, overrides, max_pack_tokens):
     config, examples = make_run("data.max_train_examples=70", f"train.max_pack_tokens={max_pack_tokens}", *overrides)
-    plan = plan_path(config, examples, 1000.0)
+    plan = plan_alone(config, examples, 1000.0)
     packs = list(build_packs(config, examples, plan))
     assert plan.size.num_rows == max(len(pack.input_ids) for pack in packs)
     assert plan.size.num_labels >= max((pack.targets >= 0).sum() for pack in packs)
@@ -56,13 +61,13 @@ def test_largest_pack_is_the_largest_that_is_ever_built(make_run, overrides, max
 
 def test_small_memory_makes_small_packs_that_fit(make_run):
     config, examples = make_run("train.global_batch_size=64")
-    ample = plan_path(config, examples, 1000.0)
+    ample = plan_alone(config, examples, 1000.0)
     memory = ample.memory.train_peak_gib * 0.7
-    small = plan_path(config, examples, memory)
+    small = plan_alone(config, examples, memory)
     assert small.memory.train_peak_gib <= memory
     assert small.size.num_rows <= ample.size.num_rows
     assert small.cost >= ample.cost
-    least = plan_path(config, examples, 1e-9)
+    least = plan_alone(config, examples, 1e-9)
     assert least.max_tokens == max(item.num_tokens for item in examples)
     assert least.memory.train_peak_gib > 1e-9
 
@@ -79,7 +84,7 @@ def test_planned_path_is_taken(make_run):
     with quiet_bitsandbytes():
         base = load_base(config.model, 16, CPU, 0)
     model = attach_lora(base.model, config.lora, config.model.base, 1)
-    plan = plan_path(config, examples, 1000.0)
+    plan = plan_alone(config, examples, 1000.0)
     packed = take_path(model, config, examples, plan, CPU, 2)
     assert isinstance(packed.module, PackedLlama)
     assert isinstance(packed.batches, PackedBatches)

@@ -161,7 +161,7 @@ def test_plan_needs_no_ray():
 def test_training_set_at_hand_is_not_read_again(make_8b, monkeypatch):
     config = make_8b()
     training_set, expected = load_training_set(config), plan_run(config, 47.4, 1)
-    monkeypatch.setattr(module, "load_training_set", lambda config: pytest.fail("it was read again"))
+    monkeypatch.setattr(module, "load_training_set", lambda *_: pytest.fail("it was read again"))
     assert plan_run(config, 47.4, 1, training_set) == expected
 
 

@@ -21,6 +21,7 @@ from finlora.errors import ConfigError, ResourceError
 from finlora.machine.foreign_errors import shorten
 from finlora.machine.host import require_free_port
 from finlora.machine.signals import heeded_signals, leave_terminal
+from finlora.model.base_files import BaseFiles
 from finlora.precision import describe_type, resolve_model
 from finlora.serve.accounts.keys import KeyRing
 from finlora.serve.adapter_versions import AdapterShelf
@@ -95,13 +96,16 @@ def read_deployment(path: Path, overrides: Sequence[str] = ()) -> Deployment:
     )
 
 
-def check_server(deployment: Deployment, host: str | None, port: int | None, *, is_here: bool) -> Deployment:
+def check_server(
+    deployment: Deployment, host: str | None, port: int | None, *, is_here: bool, files: BaseFiles | None = None
+) -> Deployment:
     """Check all that needs no GPU and no cluster: ports, certificate, keys, base, tokenizer.
 
     Args:
         host: address of the proxy. None: the YAML's, or 127.0.0.1.
         port: port of the proxy. None: the YAML's, or 8000.
         is_here: whether the proxy will run on this machine, so that its port must be free here.
+        files: of the base, as this process has resolved it. None: it is resolved here.
 
     Returns:
         The deployment with absolute paths and the proxy's address.
@@ -122,7 +126,7 @@ def check_server(deployment: Deployment, host: str | None, port: int | None, *, 
     KeyRing(settings.keys_path, os.environ)
     if settings.adapters_folder is not None and settings.adapters_folder.is_file():
         raise ConfigError(f"adapters_dir={settings.adapters_folder} is a file: expected the folder of adapters.")
-    base = read_base(settings)
+    base = read_base(settings, files)
     for reason in AdapterShelf(settings.adapters_folder, base).describe_unserved():
         _logger.warning("Not served: %s", reason)
     return dataclasses.replace(deployment, settings=settings, http=http)

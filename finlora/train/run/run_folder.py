@@ -38,7 +38,7 @@ from finlora.data.encode import Encoded, encode_examples
 from finlora.data.sets.prepared import read_prepared
 from finlora.errors import ConfigError, ResourceError
 from finlora.machine.working_dir import describe_lost
-from finlora.model.base_files import read_base_files
+from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.precision import resolve_training
 
 # Settings that may differ when a run resumes: they change paths, intervals and memory, not what is computed.
@@ -72,8 +72,13 @@ class TrainingSet:
     """Task -> hash of its prepared train split."""
     num_skipped: int
     """Examples longer than model.max_seq_len, left out by data.too_long=skip."""
-    template_date: str | None = None
-    """Date that the chat template writes into each prompt. None: it writes none, or always its own."""
+    base: BaseFiles
+    """The base that they were encoded for."""
+
+    @property
+    def template_date(self) -> str | None:
+        """Date that the chat template writes into each prompt. None: it writes none, or always its own."""
+        return self.base.template_date
 
     def name_inputs(self, weights_hash: str) -> dict[str, str]:
         """Return the hashes of a run's inputs: base weights, data and prompt date."""
@@ -172,8 +177,11 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     return resolved
 
 
-def load_training_set(config: RunConfig) -> TrainingSet:
+def load_training_set(config: RunConfig, base: BaseFiles | None = None) -> TrainingSet:
     """Read the prepared train splits, keep a seeded sample of data.max_train_examples, and encode it.
+
+    Args:
+        base: as this process has resolved it. None: it is resolved here.
 
     Raises:
         DatasetError: a split is missing, damaged, or an example is too long.
@@ -187,7 +195,7 @@ def load_training_set(config: RunConfig) -> TrainingSet:
     if limit is not None and limit < len(examples):
         order = np.random.default_rng(config.seed).permutation(len(examples))[:limit]
         examples = [examples[index] for index in sorted(order)]
-    base = read_base_files(config.model)
+    base = base or read_base_files(config.model)
     encoded, kept = encode_examples(
         examples,
         base.tokenizer,
@@ -197,9 +205,7 @@ def load_training_set(config: RunConfig) -> TrainingSet:
         date=base.template_date,
     )
     hashes = {task: split.hash for task, split in zip(config.data.tasks, splits, strict=True)}
-    return TrainingSet(
-        encoded=encoded, hashes=hashes, num_skipped=len(examples) - len(kept), template_date=base.template_date
-    )
+    return TrainingSet(encoded=encoded, hashes=hashes, num_skipped=len(examples) - len(kept), base=base)
 
 
 def describe_run(config: RunConfig, training_set: TrainingSet) -> str:

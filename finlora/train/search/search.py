@@ -30,6 +30,7 @@ from finlora.cluster.lease import Bundle, Patience, wait_for_room
 from finlora.config import RunConfig
 from finlora.configfile import config_to_tree
 from finlora.errors import FinloraError, NoRoomError, StoppedError
+from finlora.model.base_files import BaseFiles
 from finlora.precision import describe_choice, resolve_training
 from finlora.train.path import make_sampler
 from finlora.train.run.progress import read_step
@@ -66,6 +67,7 @@ def run_search(
     search: SearchConfig,
     announce: Callable[[str], None] = _logger.warning,
     on_record: Callable[[TrialRecord], None] = lambda _record: None,
+    base: BaseFiles | None = None,
 ) -> list[TrialRecord]:
     """Run the trials of a search that have not ended yet, on the cluster that this process is connected to.
 
@@ -73,6 +75,7 @@ def run_search(
         config: with absolute paths (`resolve_paths`). Data, base and cluster are checked before any trial starts.
         announce: shows the user a line.
         on_record: called with each trial as it ends.
+        base: of the config, as this process has resolved it. None: it is resolved here. Trials resolve their own.
 
     Returns:
         The record of each trial, in the trials' order.
@@ -103,7 +106,7 @@ def run_search(
     with claim_run(RunFolder(folder.root)), stop_on_signals(folder.stop, announce, has_begun):
         if to_do:
             wait_for_room(bundles, Patience(config.max_wait_s, announce), lambda: _raise_when_stopped(folder, 0, 0))
-            _run_trials(config, search, folder, to_do, done, announce, on_record)
+            _run_trials(config, search, folder, to_do, done, announce, on_record, base)
         found = [record for trial in trials if (record := read_record(folder, trial)) is not None]
         if len(found) < len(trials):
             _raise_when_stopped(folder, len(found), len(trials))
@@ -119,9 +122,10 @@ def _run_trials(
     done: Sequence[TrialRecord],
     announce: Callable[[str], None],
     on_record: Callable[[TrialRecord], None],
+    base: BaseFiles | None,
 ) -> None:
     own = trial_config(config, search, folder, to_do[0], 1)
-    total_steps = _count_steps(own)
+    total_steps = _count_steps(own, base)
     grace = count_grace_steps(search, total_steps)
     for trial in to_do:
         run = folder.run_of(trial)
@@ -208,8 +212,8 @@ def _fit(tuner: tune.Tuner, folder: SearchFolder, trials: Sequence[Trial]) -> No
     future.result()
 
 
-def _count_steps(config: RunConfig) -> int:
-    examples = load_training_set(config).encoded
+def _count_steps(config: RunConfig, base: BaseFiles | None) -> int:
+    examples = load_training_set(config, base).encoded
     return count_steps(make_sampler(config, examples), config.train.epochs, config.train.max_steps)
 
 

@@ -1,4 +1,8 @@
-"""Read a RunConfig from YAML and `key=value` overrides, and write one back; all faults are reported together."""
+"""Settings from YAML and `key=value` overrides, built and checked by their classes' type hints; all faults together.
+
+The checks are by hand since pydantic's TypeAdapter (2.14) runs no class's own checks beside a wrong type in it, stops at the
+first ConfigError, and would double the 0.07 s that this module takes to import.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +46,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: every unknown key (with near names), wrong type and value out of range, all in one error.
     """
-    faults: list[str] = []
-    tree = _read_yaml(path) if path is not None else {}
-    for override in overrides:
-        _apply_override(tree, override, RunConfig, {}, faults)
-    config = _build(RunConfig, tree, "", faults)
-    if faults:
-        raise ConfigError(faults)
-    return cast(RunConfig, config)
+    return settings_from_tree(RunConfig, _read_yaml(path) if path is not None else {}, overrides)
 
 
 def load_with_section(
@@ -64,30 +61,9 @@ def load_with_section(
     Raises:
         ConfigError: as `load_config`, the faults of both together.
     """
-    faults: list[str] = []
     tree = _read_yaml(path) if path is not None else {}
-    for override in overrides:
-        _apply_override(tree, override, RunConfig, {name: cls}, faults)
-    own = tree.pop(name, None) or {}
-    if not isinstance(own, Mapping):
-        faults.append(f"{name}={show(own)}: expected a section with keys")
-        own = {}
-    config, section = _build(RunConfig, tree, "", faults), _build(cls, own, f"{name}.", faults)
-    if faults:
-        raise ConfigError(faults)
+    config, section = _build_checked(RunConfig, tree, overrides, {name: cls})
     return cast(RunConfig, config), cast(_Settings, section)
-
-
-def build_settings(cls: type[_Settings], overrides: Sequence[str]) -> _Settings:
-    """Build any flat settings class from `key=value` texts over its defaults, with the same checks and errors."""
-    faults: list[str] = []
-    tree: dict[str, Any] = {}
-    for override in overrides:
-        _apply_override(tree, override, cls, {}, faults)
-    built = _build(cls, tree, "", faults)
-    if faults:
-        raise ConfigError(faults)
-    return cast(_Settings, built)
 
 
 def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:
@@ -97,14 +73,30 @@ def config_from_tree(tree: Mapping[str, Any]) -> RunConfig:
 
 def settings_from_tree(cls: type[_Settings], tree: Mapping[str, Any], overrides: Sequence[str] = ()) -> _Settings:
     """Build any settings class, sections included, from plain dicts and `key=value` over them, with the same checks."""
+    (built,) = _build_checked(cls, tree, overrides, {})
+    return cast(_Settings, built)
+
+
+def _build_checked(
+    cls: type, tree: Mapping[str, Any], overrides: Sequence[str], more: Mapping[str, type]
+) -> tuple[Any, ...]:
+    """Build a settings class and the sections `more` that stand beside its own, or raise all faults together."""
     faults: list[str] = []
     values = copy.deepcopy(dict(tree))
     for override in overrides:
-        _apply_override(values, override, cls, {}, faults)
-    built = _build(cls, values, "", faults)
+        _apply_override(values, override, cls, more, faults)
+    sections = {name: values.pop(name, None) or {} for name in more}
+    for name, section in sections.items():
+        if not isinstance(section, Mapping):
+            faults.append(f"{name}={show(section)}: expected a section with keys")
+            sections[name] = {}
+    built = (
+        _build(cls, values, "", faults),
+        *(_build(more[name], section, f"{name}.", faults) for name, section in sections.items()),
+    )
     if faults:
         raise ConfigError(faults)
-    return cast(_Settings, built)
+    return built
 
 
 def config_to_tree(config: RunConfig) -> dict[str, Any]:
@@ -252,6 +244,10 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -
             values[key] = _convert(hints[key], raw, prefix + key, faults)
     # A wrong section is replaced by its default here, so that relations between the good ones are still checked.
     good = {key: value for key, value in values.items() if value is not _WRONG}
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    faults.extend(f"{prefix}{name} is missing" for name in required if name not in tree)
+    if not good.keys() >= set(required):
+        return _WRONG
     try:
         built = cls(**good)
     except ConfigError as error:
@@ -278,7 +274,16 @@ def _convert(hint: Any, raw: Any, name: str, faults: list[str]) -> Any:
             return raw
         faults.append(f"{name}={show(raw)}: expected one of {', '.join(str(arg) for arg in args)}")
         return _WRONG
-    if origin is tuple:
+    if origin is dict:
+        if not isinstance(raw, Mapping):
+            faults.append(f"{name}={show(raw)}: expected keys with values")
+            return _WRONG
+        pairs = [
+            (_convert(args[0], key, f"{name} key", faults), _convert(args[1], value, f"{name}[{show(key)}]", faults))
+            for key, value in raw.items()
+        ]
+        return _WRONG if any(_WRONG in pair for pair in pairs) else dict(pairs)
+    if origin in (tuple, list):
         if not isinstance(raw, list | tuple):
             words = "q_proj, k_proj" if "target" in name else "fpb, tfns"
             faults.append(
@@ -286,7 +291,7 @@ def _convert(hint: Any, raw: Any, name: str, faults: list[str]) -> Any:
             )
             return _WRONG
         items = [_convert(args[0], item, f"{name}[{index}]", faults) for index, item in enumerate(raw)]
-        return _WRONG if any(item is _WRONG for item in items) else tuple(items)
+        return _WRONG if any(item is _WRONG for item in items) else origin(items)
     if hint is str and type(raw) is datetime.date:
         raw = raw.isoformat()  # YAML reads 2024-07-26 as a day
     if hint is float and isinstance(raw, str):

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from finlora.config import LoraConfig, RunConfig
-from finlora.configfile import build_settings, config_from_tree, config_to_tree, load_config, save_config
+from finlora.configfile import config_from_tree, config_to_tree, load_config, save_config, settings_from_tree
 from finlora.errors import ConfigError
 
 
@@ -108,9 +108,9 @@ def test_every_users_texts_are_read_by_their_settings(tmp_path):
     assert (served.keys_file, served.stages.num) == (None, 2)
     config, search = load_search(None, ["name=x #2", "search.rank=[2,4]", "search.target_modules=[q_proj+v_proj]"])
     assert (config.name, search.rank, search.target_modules) == ("x #2", (2, 4), ("q_proj+v_proj",))
-    assert build_settings(PretrainConfig, ["num_steps=7"]).num_steps == 7
+    assert settings_from_tree(PretrainConfig, {}, ["num_steps=7"]).num_steps == 7
     with pytest.raises(ConfigError, match=r"num_steps=7 #1.*found `#`"):
-        build_settings(PretrainConfig, ["num_steps=7 #1"])
+        settings_from_tree(PretrainConfig, {}, ["num_steps=7 #1"])
 
 
 @pytest.mark.parametrize("where", ["file", "override"])

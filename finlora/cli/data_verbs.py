@@ -108,11 +108,11 @@ def pretrain(
     ] = None,
 ) -> None:
     """Pretrain a small Llama base with a tokenizer of its own on training texts without labels. Needs no hub."""
-    from finlora.configfile import build_settings
+    from finlora.configfile import settings_from_tree
     from finlora.model.pretrain import PretrainConfig, run_pretraining
     from finlora.precision import AUTO, describe_cpu
 
-    settings, folder = build_settings(PretrainConfig, overrides or []), resolve_output("--output ", output)
+    settings, folder = settings_from_tree(PretrainConfig, {}, overrides or []), resolve_output("--output ", output)
     if settings.precision == AUTO and device == "cpu":
         say(describe_cpu())
     with open_bars(console, "making texts and tokenizer") as bars:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import types
-import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,9 +17,9 @@ from typing import Any, Protocol
 import yaml
 
 from finlora.config import Bits, LoraConfig, is_date
-from finlora.configfile import show
+from finlora.configfile import settings_from_tree, show
 from finlora.durable import SEAL, hash_file, seal, unseal, write_whole
-from finlora.errors import AdapterError
+from finlora.errors import AdapterError, ConfigError
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_file
 from finlora.yamltext import read_yaml
 
@@ -180,10 +179,9 @@ def read_contract(folder: Path) -> Contract:
         raise AdapterError(f"adapter {folder} {_describe_missing(folder)}")
     try:
         check_file(path, _MAX_BYTES)
-        contract = Contract(**_check_kinds(read_yaml(path, _MAX_BYTES), path))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+        return _build_contract(read_yaml(path, _MAX_BYTES), path)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise AdapterError(f"{path} is not an adapter contract ({error}): train again or restore the file.") from error
-    return contract
 
 
 def _describe_missing(folder: Path) -> str:
@@ -208,57 +206,44 @@ def _describe_missing(folder: Path) -> str:
     return f"holds no {CONTRACT_FILE} and no {ADAPTER_CONFIG}: give the `adapter` folder of a finished run."
 
 
-def _check_kinds(values: Any, path: Path) -> dict[str, Any]:
-    """Return the fields of a contract, each of its own kind; texts that could change what a terminal shows are refused.
+def _build_contract(values: Any, path: Path) -> Contract:
+    """Check seal, format, texts and types of a contract.
 
     Raises:
-        AdapterError: names the field.
+        AdapterError: another version wrote it.
+        ValueError: what is wrong, in words.
     """
-    hints = typing.get_type_hints(Contract)
     if not isinstance(values, dict):
-        raise AdapterError(
-            f"{path} is not an adapter contract (it holds {show(values)}): train again or restore the file."
-        )
+        raise ValueError(f"it holds {show(values)}")
     try:
         record = unseal(values)
     except ValueError as error:
-        raise AdapterError(
-            f"{path} is not an adapter contract ({error}): train again or restore the file. If you changed it on purpose, take "
-            f"its line `{SEAL}` out."
-        ) from error
-    if "finlora" not in record:
-        raise AdapterError(
-            f"{path} is not an adapter contract (it does not name its format): train again or restore the file."
-        )
-    if (version := record.get("finlora")) not in (_WITHOUT_HASHES, _WITHOUT_DATE, _VERSION) and isinstance(
-        version, int
-    ):
+        raise ValueError(f"{error}; if you changed it on purpose, take its line `{SEAL}` out") from error
+    version = record.get("finlora")
+    if version is None:
+        raise ValueError("it does not name its format")
+    if isinstance(version, int) and version not in (_WITHOUT_HASHES, _WITHOUT_DATE, _VERSION):
         raise AdapterError(f"{path} has format {version}, this FinLoRA reads {_VERSION}: update FinLoRA.")
     for name, value in record.items():
-        if name not in hints or not _is_kind(value, hints[name]):
-            raise AdapterError(
-                f"{path} is not an adapter contract ({show(name)} is {show(value)}): train again or restore the file."
-            )
-    if (date := record.get("template_date")) is not None and not is_date(date):
-        raise AdapterError(
-            f"{path} is not an adapter contract ('template_date' is {show(date)}): train again or restore the file."
-        )
-    return record
+        if not all(len(text) <= _MAX_TEXT and text.isprintable() for text in _list_texts([name, value])):
+            raise ValueError(f"{show(name)} is {show(value)}")  # it could change what a terminal shows
+    try:
+        contract = settings_from_tree(Contract, record)
+    except ConfigError as error:
+        raise ValueError("; ".join(error.faults)) from error
+    if contract.template_date is not None and not is_date(contract.template_date):
+        raise ValueError(f"template_date={show(contract.template_date)}: expected a day as 2024-07-26")
+    return contract
 
 
-def _is_kind(value: object, hint: Any) -> bool:
-    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        return any(_is_kind(value, kind) for kind in kinds)
-    if origin is list:
-        return isinstance(value, list) and all(_is_kind(item, kinds[0]) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            _is_kind(key, kinds[0]) and _is_kind(item, kinds[1]) for key, item in value.items()
-        )
+def _list_texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
-        return hint is str and len(value) <= _MAX_TEXT and value.isprintable()
-    return isinstance(value, int | float if hint is float else hint) and not isinstance(value, bool)
+        yield value
+    elif isinstance(value, list | dict):
+        for item in value:
+            yield from _list_texts(item)
+        if isinstance(value, dict):
+            yield from _list_texts(list(value.values()))
 
 
 def make_contract(

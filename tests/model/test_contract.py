@@ -108,6 +108,26 @@ def test_broken_contract_is_refused_by_words(tmp_path, content):
         read_contract(tmp_path)
 
 
+def test_all_wrong_fields_are_named_together_with_what_was_expected(contract, tmp_path):
+    wrong = {"rank": "four", "metrics": {"loss_last": "low"}, "data_hashes": ["x"], "target_module": ["q_proj"]}
+    (tmp_path / CONTRACT_FILE).write_text(yaml.safe_dump(dataclasses.asdict(contract) | wrong))
+    with pytest.raises(AdapterError, match=r"is not an adapter contract \(.*\): train again") as refused:
+        read_contract(tmp_path)
+    for words in (
+        "rank='four': expected an integer",
+        "metrics['loss_last']='low': expected a number",
+        "data_hashes=['x']: expected keys with values",
+        "target_module is not a setting: did you mean target_modules",
+    ):
+        assert words in str(refused.value)
+
+
+def test_text_that_could_change_what_a_terminal_shows_is_refused(contract, tmp_path):
+    (tmp_path / CONTRACT_FILE).write_text(yaml.safe_dump(dataclasses.asdict(contract) | {"base": "a\x1b[2J"}))
+    with pytest.raises(AdapterError, match=r"\('base' is 'a\\x1b\[2J'\)"):
+        read_contract(tmp_path)
+
+
 def test_newer_format_is_refused_by_words(contract, tmp_path):
     (tmp_path / CONTRACT_FILE).write_text(yaml.safe_dump(dataclasses.asdict(contract) | {"finlora": 4}))
     with pytest.raises(AdapterError, match=r"has format 4, this FinLoRA reads 3: update FinLoRA"):
@@ -182,7 +202,7 @@ def test_date_of_the_training_is_the_date_of_the_prompts(contract, tmp_path):
         AdapterError, match=r"was trained with the date 2025-03-01 in its prompts, and model.template_date=2026"
     ):
         read.choose_date(tmp_path, "2026-01-01", "2026-01-01")
-    with pytest.raises(AdapterError, match=r"is not an adapter contract \('template_date' is '1 March'\)"):
+    with pytest.raises(AdapterError, match=r"contract \(template_date='1 March': expected a day as 2024-07-26\)"):
         rewrite(tmp_path, template_date="1 March")
 
 

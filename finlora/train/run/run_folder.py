@@ -26,7 +26,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +72,8 @@ class TrainingSet:
     """Task -> hash of its prepared train split."""
     num_skipped: int
     """Examples longer than model.max_seq_len, left out by data.too_long=skip."""
-    base: BaseFiles
-    """The base that they were encoded for."""
+    base: BaseFiles = field(compare=False)
+    """The base that they were encoded for; two sets are compared by what they hold."""
 
     @property
     def template_date(self) -> str | None:

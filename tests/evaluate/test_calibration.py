@@ -1,4 +1,4 @@
-"""Bins and expected calibration error by hand."""
+"""Bins and expected calibration error against hand-computed cases."""
 
 from __future__ import annotations
 

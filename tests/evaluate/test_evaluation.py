@@ -1,4 +1,4 @@
-"""Evaluation from files to Result on the tiny base, by labels and by generation, and what is refused before."""
+"""Evaluation from files to Result on the tiny base, by labels and by generation, and the refusals before it."""
 
 from __future__ import annotations
 
@@ -280,7 +280,7 @@ def test_missing_split_is_refused_by_words_before_the_model_loads(make_config, m
             run(make_config("data.tasks=[fpb]"), None)
 
 
-def test_missing_or_unfinished_adapter_is_refused_by_words(make_config, adapter, tmp_path):
+def test_missing_or_unfinished_adapter_is_refused_with_a_message(make_config, adapter, tmp_path):
     with pytest.raises(AdapterError, match=r"absent does not exist: run `finlora train`"):
         check(make_config(), tmp_path / "absent")
     (adapter / CONTRACT_FILE).unlink()
@@ -289,17 +289,17 @@ def test_missing_or_unfinished_adapter_is_refused_by_words(make_config, adapter,
         run_evaluation(make_config(), adapter, quiet)
 
 
-def test_adapter_of_another_template_is_refused_by_words(make_config, dated_base, adapter):
+def test_adapter_of_another_template_is_refused_with_a_message(make_config, dated_base, adapter):
     with pytest.raises(AdapterError, match=r"template is chat, trained with raw"):
         run_evaluation(make_config(f"model.base={dated_base}", "model.template=chat"), adapter, quiet)
 
 
-def test_missing_base_is_refused_by_words(make_config, tmp_path):
+def test_missing_base_is_refused_with_a_message(make_config, tmp_path):
     with pytest.raises(ModelError, match=r"is neither a folder here nor a hub id"):
         check(make_config(f"model.base={tmp_path / 'absent'}"), None)
 
 
-def test_absent_gpu_is_refused_by_words(make_config, monkeypatch):
+def test_absent_gpu_is_refused_with_a_message(make_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ResourceError, match=r"torch sees none here"):
         run_evaluation(make_config("eval.device=cuda"), None, quiet)

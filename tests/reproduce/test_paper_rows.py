@@ -1,4 +1,4 @@
-"""The plan holds every row of the paper's tables, in an order in which each step finds what it needs."""
+"""The plan has every row of the paper's tables, each step after those that it needs."""
 
 from __future__ import annotations
 

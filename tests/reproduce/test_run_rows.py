@@ -1,4 +1,4 @@
-"""A part of the plan on the tiny base, really trained and scored: what is done is not redone, what cannot run says why."""
+"""Part of the plan on the tiny base, really trained and scored: finished steps are not repeated, others say why they cannot run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real runs under Ray Train and DeepSpeed that several modules look at: two CPU workers on the tiny base.
+"""Real runs under Ray Train and DeepSpeed that several test modules share: two CPU workers on the tiny base.
 
 Each fit takes about 15 s, nearly all of it the start of two worker processes; so runs are made once a session.
 """

@@ -1,4 +1,4 @@
-"""Settings of real runs in tests, and what lies in their folders."""
+"""Settings of real runs in tests, and readers of their folders."""
 
 from __future__ import annotations
 

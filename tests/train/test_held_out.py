@@ -1,4 +1,4 @@
-"""The held-out loss is the plain mean over answer tokens, however it is cut and shared, and leaves the run alone."""
+"""The held-out loss equals the plain mean over answer tokens for any batches and workers, and does not change the run."""
 
 from __future__ import annotations
 

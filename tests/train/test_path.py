@@ -1,4 +1,4 @@
-"""Packed or padded, and how: planned from every batch of the run, then taken."""
+"""Training paths: packed or padded, planned from every batch of the run."""
 
 from __future__ import annotations
 

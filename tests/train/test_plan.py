@@ -1,4 +1,4 @@
-"""Each verdict's words: it fits, one setting mends it, several do, none does."""
+"""Verdicts of a forecast: it fits, one setting makes it fit, several do, none does."""
 
 from __future__ import annotations
 

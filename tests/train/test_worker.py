@@ -1,4 +1,4 @@
-"""Real runs under Ray Train and DeepSpeed: two CPU workers on the tiny base, in as few fits as tell everything.
+"""Real runs under Ray Train and DeepSpeed: two CPU workers on the tiny base, in as few runs as possible.
 
 Each fit takes about 15 s, nearly all of it the start of two worker processes; so runs are made once a module.
 """
@@ -144,7 +144,7 @@ def test_two_workers_equal_a_plain_adamw_loop(uninterrupted):
         torch.testing.assert_close(tensor.float(), parameter.detach(), rtol=2**-7, atol=2e-4)
 
 
-def test_gpu_that_the_cluster_lacks_is_refused_by_words(configure, ray_instance):
+def test_gpu_that_the_cluster_lacks_is_refused_with_a_message(configure, ray_instance):
     from finlora.train.worker import run_training
 
     config = configure("name=on-gpu", "train.device=cuda", "train.gpus_per_worker=1")

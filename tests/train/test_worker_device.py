@@ -1,4 +1,4 @@
-"""Which GPU a worker takes; none is needed to choose it."""
+"""Choice of a worker's GPU, tested without one."""
 
 from __future__ import annotations
 

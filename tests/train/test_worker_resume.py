@@ -1,4 +1,4 @@
-"""Runs that are killed, interrupted or damaged, and go on with the numbers of a run that was not."""
+"""Runs that are killed, interrupted or damaged resume with the numbers of an undisturbed run."""
 
 from __future__ import annotations
 

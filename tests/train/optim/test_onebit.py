@@ -1,4 +1,4 @@
-"""When 0/1 Adam sends, and signs packed eight to a byte."""
+"""Schedule of 0/1 Adam's exchanges, and signs packed eight to a byte."""
 
 from __future__ import annotations
 

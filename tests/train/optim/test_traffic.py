@@ -1,4 +1,4 @@
-"""What is counted on the wire: rounds, bytes and seconds, from any engine that sends as DeepSpeed does."""
+"""Counted traffic: rounds, bytes and seconds, for any engine that sends as DeepSpeed does."""
 
 from __future__ import annotations
 

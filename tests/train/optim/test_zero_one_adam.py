@@ -1,4 +1,4 @@
-"""0/1 Adam against its plain reference, over real processes: each world starts once and reports what the tests compare."""
+"""0/1 Adam against its plain reference over real processes: each world starts once and writes a report for the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""0/1 Adam on one rank, where nothing is sent: Adam's own steps first, then bounded ones, clipped as told."""
+"""0/1 Adam on one rank, where nothing is sent: Adam's steps first, then bounded ones, with clipping."""
 
 from __future__ import annotations
 

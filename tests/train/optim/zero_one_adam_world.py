@@ -1,4 +1,4 @@
-"""What each process of a test world does with 0/1 Adam: it trains a small regression and writes a report for the tests."""
+"""Process of a test world of 0/1 Adam: trains a small regression and writes a report for the tests."""
 
 from __future__ import annotations
 

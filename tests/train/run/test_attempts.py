@@ -1,4 +1,4 @@
-"""Times of a run over its attempts, with a pretended clock: work and waiting apart, also where the driver was killed."""
+"""Work and waiting times of a run over its attempts, with a fake clock, also where the driver was killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: an exact round trip, and a whole one of this very run or none."""
+"""Checkpoints: an exact round trip, and the refusal of incomplete ones and of other runs' ones."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_folder_holds_adapter_once_and_a_state_a_worker(saved):
 
 
 @pytest.mark.parametrize("name", ["manifest-0.json", "manifest-1.json"])
-def test_missing_manifest_is_refused_by_words(saved, name):
+def test_missing_manifest_is_refused_with_a_message(saved, name):
     (saved / name).unlink()
     with pytest.raises(
         CheckpointError, match=rf"is incomplete: {name} cannot be read \(FileNotFoundError: .*\). Delete that"
@@ -86,7 +86,7 @@ def test_missing_manifest_is_refused_by_words(saved, name):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"step": 1, "world_size": 2, "run_hash": "abc", "files": 3}'])
-def test_broken_manifest_is_refused_by_words(saved, content):
+def test_broken_manifest_is_refused_with_a_message(saved, content):
     (saved / "manifest-1.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"is incomplete: manifest-1.json cannot be read"):
         read_info(saved, "abc", 2)
@@ -142,19 +142,19 @@ def test_damaged_part_is_refused_by_its_name(saved, name, damage):
         read_info(saved, "abc", 2)
 
 
-def test_other_number_of_workers_is_refused_by_words(saved):
+def test_other_number_of_workers_is_refused_with_a_message(saved):
     with pytest.raises(CheckpointError, match=r"was written by 2 workers, this run has 1: set train.num_workers=2"):
         read_info(saved, "abc", 1)
 
 
-def test_other_run_is_refused_by_words(saved):
+def test_other_run_is_refused_with_a_message(saved):
     with pytest.raises(
         CheckpointError, match=r"is of a run with other settings or data: restore them, or choose another"
     ):
         read_info(saved, "abd", 2)
 
 
-def test_other_tensors_are_refused_by_words(saved):
+def test_other_tensors_are_refused_with_a_message(saved):
     parameters, optimizer = make(seed=1)
     parameters["b.lora_A"] = parameters.pop("a.lora_B")
     with pytest.raises(CheckpointError, match=r"holds other adapter tensors than lora.target_modules asks for"):

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, what may change on a resume, and what is read back."""
+"""Folder of a run: its owner, the settings that may change on a resume, and its files read back."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_local_paths_become_absolute_and_a_hub_id_stays(tmp_path, monkeypatch):
     assert (hub.model.base, hub.model.tokenizer) == ("owner/name", None)
 
 
-def test_relative_paths_in_a_jobs_copy_are_refused_by_words(tmp_path, monkeypatch):
+def test_relative_paths_in_a_jobs_copy_are_refused_with_a_message(tmp_path, monkeypatch):
     copy = tmp_path / "runtime_resources" / "working_dir_files" / "pkg"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
@@ -194,7 +194,7 @@ def test_skipped_examples_are_counted(make_config):
     assert len(training_set.encoded) == len(lengths) - training_set.num_skipped
 
 
-def test_task_that_is_not_prepared_is_refused_by_words(make_config):
+def test_task_that_is_not_prepared_is_refused_with_a_message(make_config):
     with pytest.raises(DatasetError, match=r"fpb/train.parquet: not found. Run `finlora prepare fpb --output"):
         load_training_set(make_config("data.tasks=[fpb]"))
 

@@ -1,4 +1,4 @@
-"""The list of checkpoints: what Ray Train itself reads back must be what lies in the folder."""
+"""Repaired list of checkpoints: Ray Train itself must read back the checkpoints in the folder."""
 
 from __future__ import annotations
 

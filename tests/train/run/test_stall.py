@@ -1,4 +1,4 @@
-"""A worker that stands still ends by itself; one that goes on is left alone."""
+"""Watchdog: a stalled worker ends, a working one is left alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stopping a run: the first signal is a request to the workers, the second ends the driver."""
+"""Stop of a run: the first signal is a request to the workers, the second ends the driver."""
 
 from __future__ import annotations
 

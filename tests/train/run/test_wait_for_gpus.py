@@ -1,4 +1,4 @@
-"""A run that finds its cores taken: who holds them, by words, an end of the wait, a stop during it, and its own turn."""
+"""A run that finds its cores taken: the holder's name, the end of the wait, a stop during it, and its own turn."""
 
 from __future__ import annotations
 

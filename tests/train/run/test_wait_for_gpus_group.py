@@ -1,4 +1,4 @@
-"""The placement group of a run whose driver was ended is given back, and only then."""
+"""Placement groups of killed drivers are removed, and no others."""
 
 from __future__ import annotations
 

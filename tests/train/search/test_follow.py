@@ -1,4 +1,4 @@
-"""What a user sees of a running training: how it trains, once, then its last record."""
+"""Display of a running training: its plan once, then its last record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Pareto front by hand, and what a search leaves behind."""
+"""Pareto front against hand-made cases, and the files that a search writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search does about a trial whose driver died, as with its node: tests/chaos/nodes/search_failure.py kills a real one."""
+"""Trials whose driver crashed, as with its node; tests/chaos/nodes/search_failure.py kills a real one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real search on Ray Tune: trials are Ray Train runs, one of them fails, one is stopped by ASHA, and nothing is done twice.
+"""A real search on Ray Tune: trials are Ray Train runs, one fails, ASHA stops one, and nothing is repeated.
 
 Each trial takes about 15 s, nearly all of it the start of processes; so one search is made, then resumed and widened.
 """

@@ -1,4 +1,4 @@
-"""A search's folder: held-out examples share no group with the others, records are whole, other settings are refused."""
+"""Folder of a search: held-out examples share no group with the others, records are complete, other settings are refused."""
 
 from __future__ import annotations
 

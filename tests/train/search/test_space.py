@@ -1,4 +1,4 @@
-"""The trials of a search follow from its config alone, cover the space evenly and are checked before anything starts."""
+"""Trials of a search: they depend on its config alone, cover the space evenly and are checked before anything starts."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_every_fault_of_both_is_reported_at_once():
         ("search=3", "search=3: expected a section with keys"),
     ],
 )
-def test_senseless_settings_are_refused_by_words(override, words):
+def test_senseless_settings_are_refused_with_a_message(override, words):
     with pytest.raises(ConfigError, match="search") as caught:
         load_search(None, [override])
     assert words in str(caught.value)

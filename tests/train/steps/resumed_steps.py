@@ -1,4 +1,4 @@
-"""A training in a process of its own, from its start or from a checkpoint: what a resumed worker runs, without Ray.
+"""Training in its own process, from the start or from a checkpoint, as in a resumed worker but without Ray.
 
 Usage: resumed_steps.py FOLDER START STOP DROPOUT. Reads FOLDER/START.pt unless START is 0; writes FOLDER/STOP.pt and, to standard
 output, the loss of each step.

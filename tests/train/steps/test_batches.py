@@ -1,4 +1,4 @@
-"""How a share becomes forward passes: nothing lost, nothing twice, whatever the cut."""
+"""Forward passes of a share: each example exactly once, for any split."""
 
 from __future__ import annotations
 

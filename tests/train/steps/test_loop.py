@@ -1,4 +1,4 @@
-"""The loop against plain transformers and PEFT: the same loss and the same gradients, however the batch is cut."""
+"""The loop against plain transformers and PEFT: the same loss and the same gradients, for any split of the batch."""
 
 from __future__ import annotations
 

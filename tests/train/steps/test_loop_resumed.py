@@ -1,4 +1,4 @@
-"""A run that is resumed in a new process, bit for bit the run that was not, on a GPU too; and what that rests on there."""
+"""A run that resumes in a new process equals an undisturbed run bit for bit, on a GPU too; and the conditions there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sampling: every example once an epoch, batches that do not depend on the number of workers."""
+"""Sampler: every example once in an epoch, batches that do not depend on the number of workers."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import Literal
 
 from finlora.errors import ConfigError
 from finlora.model.formula.llama import PROJECTION_NAMES
-from finlora.model.formula.low_rank import MAX_RANK
+from finlora.model.formula.low_rank import MAX_ALPHA, MAX_RANK
 
 Bits = Literal[16, 8, 4]
 Transport = Literal["messages", "nccl", "gloo"]
@@ -105,7 +105,7 @@ class LoraConfig:
                     1 <= self.rank <= MAX_RANK,
                     f"rank={self.rank}: expected an integer of at least 1 and at most {MAX_RANK:,} (the paper uses 4 and 8)",
                 ),
-                (self.alpha > 0, f"alpha={self.alpha}: expected more than 0"),
+                (0 < self.alpha < MAX_ALPHA, f"alpha={self.alpha}: expected more than 0 and less than {MAX_ALPHA:g}"),
                 (0 <= self.dropout < 1, f"dropout={self.dropout}: expected 0 <= dropout < 1"),
                 (bool(self.target_modules), "target_modules is empty: name at least one projection"),
                 (not unknown, f"target_modules has {unknown}: expected some of {', '.join(PROJECTION_NAMES)}"),

@@ -148,6 +148,7 @@ def test_number_that_yaml_reads_in_another_base_is_refused(tmp_path, where, numb
         ("lora.rank=4.0", "lora.rank=4.0: expected an integer"),
         ("lora.rank=true", "lora.rank=True: expected an integer"),
         ("lora.rank=", "lora.rank=None: expected an integer"),
+        ("lora.alpha=1e9", r"lora.alpha=1000000000.0: expected more than 0 and less than 1e\+09"),
         ("lora.alpha=yes", "lora.alpha=True: expected a number"),
         ("lora.dropout=1", "expected 0 <= dropout < 1"),
         ("lora.target_modules=q_proj", "expected a list such as .q_proj, k_proj."),

@@ -1,4 +1,4 @@
-"""Part of the plan on the tiny base, really trained and scored: finished steps are not repeated, others say why they cannot run."""
+"""Part of the plan on the tiny base, really trained and scored: finished steps are not repeated, others say why not."""
 
 from __future__ import annotations
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 MAX_RANK = 4096
 """Larger ranks are refused, in settings and in adapter files: a file's rank decides how much memory is allocated."""
+MAX_ALPHA = 1e9
+"""From here on alpha is refused, in settings and in adapter files: such an update leaves nothing of the base."""
 _ADAPTER = "default"
 """PEFT's name of the only adapter of a model."""
 _PLAIN: dict[str, tuple[object, ...]] = {
@@ -110,7 +112,7 @@ def read_settings(values: Mapping[str, Any]) -> LoraSettings | None:
     rank, alpha, targets = values.get("r"), values.get("lora_alpha"), values.get("target_modules")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
         return None
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < 1e9:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < MAX_ALPHA:
         return None
     if not isinstance(targets, list | set) or not all(isinstance(name, str) for name in targets):
         return None

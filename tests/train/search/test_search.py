@@ -27,7 +27,7 @@ pytestmark = pytest.mark.ray
 # One after the other: the config as it stands; one at 4 bit whose alpha is so large that its gradients are clipped to nothing,
 # which ASHA stops; one at 8 bit, which fails since its base in the cache is damaged.
 SEARCH = SearchConfig(
-    num_trials=3, rank=(2,), bits=(4, 8), alpha=(1e30,), grace_share=0.5, reduction_factor=2, max_concurrent=1
+    num_trials=3, rank=(2,), bits=(4, 8), alpha=(1e8,), grace_share=0.5, reduction_factor=2, max_concurrent=1
 )
 
 

@@ -273,7 +273,7 @@ def test_plan_names_subject_bits_and_examples(make_config, adapter, prepared_syn
     assert "Evaluating adapter 4bit-r4 of" in check(make_config(), adapter)
 
 
-def test_missing_split_is_refused_by_words_before_the_model_loads(make_config, monkeypatch):
+def test_missing_split_is_refused_before_the_model_loads(make_config, monkeypatch):
     monkeypatch.setattr("finlora.evaluate.evaluation.open_engine", None)
     for run in (check, lambda config, chosen: run_evaluation(config, chosen, quiet)):
         with pytest.raises(DatasetError, match=r"fpb/test.parquet: not found. Run `finlora prepare fpb"):

@@ -200,7 +200,7 @@ def test_bootstrap_in_blocks_equals_one_block(monkeypatch):
         ("$", "$"),
     ],
 )
-def test_normalise_free_text_mends_numbers_and_tags(text, normal):
+def test_normalise_free_text_normalises_numbers_and_tags(text, normal):
     assert normalise_free_text(text) == normal
 
 

@@ -94,7 +94,7 @@ def test_planned_path_is_taken(make_run):
     assert isinstance(padded.batches, PaddedBatches)
 
 
-def test_batches_of_a_run_equal_those_drawn_one_by_one(make_run):
+def test_batches_of_a_run_equal_those_sampled_one_by_one(make_run):
     config, examples = make_run()
     sampler = make_sampler(config, examples[:37])
     assert sampler.num_examples == 37

@@ -52,7 +52,7 @@ def test_adapter_folder_explains_itself_and_opens_in_peft(quantised):
         assert not torch.equal(PeftModel.from_pretrained(net, str(folder)).eval()(ids).logits, before)
 
 
-def test_result_row_tells_what_the_run_brought(quantised):
+def test_result_row_has_the_numbers_of_the_run(quantised):
     config, result = quantised
     (row,) = read_results(folder_of(config).results)
     assert dataclasses.replace(row, created="") == dataclasses.replace(result, created="")

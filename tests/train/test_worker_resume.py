@@ -112,7 +112,7 @@ def test_zero_one_adam_stops_and_resumes_where_workers_agree(configure, ray_inst
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
 
 
-def test_damaged_checkpoint_is_refused_and_the_one_before_goes_on(quantised, monkeypatch, tmp_path):
+def test_damaged_checkpoint_is_refused_and_the_run_resumes_from_the_one_before(quantised, monkeypatch, tmp_path):
     """An error of a worker comes back as it was raised there, without a second start; then its advice is followed."""
     from finlora.train import worker
 

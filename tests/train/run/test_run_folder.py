@@ -55,7 +55,7 @@ def test_run_folder_keeps_the_config_that_reruns_it(make_config):
     assert open_run(config) == folder
 
 
-def test_run_of_another_version_is_told_by_its_file(make_config):
+def test_run_of_another_version_is_refused_with_its_file(make_config):
     folder = open_run(make_config())
     with folder.config.open("a", encoding="utf-8") as stream:
         stream.write("of_a_newer_version: 1\n")
@@ -170,7 +170,7 @@ def test_training_set_is_encoded_with_its_hash(make_config, prepared_synthetic):
     assert training_set.num_skipped == 0
 
 
-def test_limited_training_set_is_drawn_by_the_seed(make_config):
+def test_limited_training_set_is_sampled_by_the_seed(make_config):
     whole = load_training_set(make_config()).encoded
     some = load_training_set(make_config("data.max_train_examples=20")).encoded
     assert len(some) == 20

@@ -95,7 +95,7 @@ def test_run_goes_on_from_the_one_before_a_deleted_checkpoint(root):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"checkpoint_results": 3}'])
-def test_list_that_was_cut_short_is_written_anew(root, text):
+def test_truncated_list_is_written_again(root, text):
     (root / SNAPSHOT).write_text(text)
     with pytest.raises(CheckpointManagerInitializationError):
         listed(root)
@@ -122,7 +122,7 @@ def test_checkpoint_that_was_not_written_to_its_end_is_removed(root, damage):
     assert listed(root) == (name(4), [name(2), name(4)])
 
 
-def test_run_without_any_checkpoint_left_starts_anew(root):
+def test_run_without_any_checkpoint_left_starts_from_its_first_step(root):
     for step in (2, 4):
         shutil.rmtree(root / name(step))
     assert repair_snapshot(root)[-1] == "No checkpoint is left: the run starts from its first step."

@@ -37,7 +37,7 @@ class Ended:
         self.config, self.get_error = {"trial": task.trial.name}, lambda: error
 
 
-def test_driver_started_again_frees_the_dead_ones_workers_then_tells_asha_what_it_knew(task, monkeypatch):
+def test_restarted_driver_frees_the_old_workers_then_repeats_its_reports_to_asha(task, monkeypatch):
     folder, run, own = task
     seen = []
 
@@ -62,7 +62,7 @@ def test_driver_started_again_frees_the_dead_ones_workers_then_tells_asha_what_i
     assert not (run.root / "busy").exists()
 
 
-def test_driver_that_died_too_often_is_recorded_with_its_cause(task):
+def test_driver_that_crashed_too_often_is_recorded_with_its_cause(task):
     folder, run, own = task
     (run.root / "busy").touch()
     told = []
@@ -77,7 +77,7 @@ def test_driver_that_died_too_often_is_recorded_with_its_cause(task):
     assert not (run.root / "busy").exists()
 
 
-def test_trial_that_had_ended_before_its_driver_died_keeps_its_record(task, monkeypatch):
+def test_trial_that_ended_before_its_driver_crashed_keeps_its_record(task, monkeypatch):
     """The node may go between the record and Ray Tune's hearing of it: started again or given up, nothing is done anew."""
     folder, run, own = task
     record = TrialRecord(trial=own.trial, state="finished", step=8, total_steps=8, held_out_loss=0.25, seconds=3.0)

@@ -98,7 +98,7 @@ def test_pruned_and_failed_trials_are_recorded_with_their_cause_while_the_search
     assert "3 trials of 4 steps, at most 1 at once; ASHA looks after steps 2." in lines
 
 
-def test_search_gives_back_all_it_held(searched):
+def test_search_frees_all_it_held(searched):
     """Ray Train's own clean-up after a trial that ASHA ended fails where a machine runs several clusters, as this one may."""
     import ray
 
@@ -133,7 +133,7 @@ def test_search_that_has_ended_starts_nothing(searched):
     assert lines == ["3 of 3 trials have ended already: 0 to go."]
 
 
-def test_killed_after_training_it_only_scores_anew(searched):
+def test_trial_killed_after_training_is_only_scored_again(searched):
     """As if the driver had died between training and the trial's record; the first trial's training stands."""
     from finlora.train.search.search import run_search
 

@@ -39,7 +39,7 @@ def test_held_out_examples_are_whole_groups_and_nothing_is_lost(prepared_synthet
     assert [item for item in whole if item in set(train)] == list(train)
 
 
-def test_parting_again_changes_nothing_and_another_seed_is_refused(prepared_synthetic, tmp_path):
+def test_splitting_again_changes_nothing_and_another_seed_is_refused(prepared_synthetic, tmp_path):
     split_examples(prepared_synthetic, TASK, tmp_path, 0.2, 42)
     before = (tmp_path / TASK / "train.parquet").stat().st_mtime_ns
     split_examples(prepared_synthetic, TASK, tmp_path, 0.2, 42)
@@ -48,7 +48,7 @@ def test_parting_again_changes_nothing_and_another_seed_is_refused(prepared_synt
         split_examples(prepared_synthetic, TASK, tmp_path, 0.2, 43)
 
 
-def test_one_group_cannot_be_parted(prepared_synthetic, tmp_path):
+def test_one_group_cannot_be_split(prepared_synthetic, tmp_path):
     item = read_prepared(prepared_synthetic, TASK, "train").examples[0]
     splits = Splits(train=(item,), test=(item,))
     task = task_named(TASK)

@@ -250,7 +250,7 @@ def test_sums_of_all_workers_are_asked_for_once_a_record(model):
     assert record.loss == pytest.approx(2 * float(asked[0][0]))
 
 
-def test_loss_that_is_not_finite_stops_the_run_by_words(model):
+def test_loss_that_is_not_finite_stops_the_run_with_a_message(model):
     parameters = list(trainable_parameters(model).values())
     parameters[0].data[:] = float("nan")
     engine = PlainEngine(AnswerLoss(model), torch.optim.SGD(parameters))

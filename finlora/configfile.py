@@ -28,8 +28,8 @@ from finlora.yamltext import parse_yaml, read_yaml
 
 _Settings = TypeVar("_Settings")
 _NULLS = ("", "null", "Null", "NULL")
-"""What unsets a setting whose text is otherwise taken as it stands: YAML's words, but `~`, which names a folder."""
-_MAX_KEYS = 1000  # near names are looked for for each
+"""Texts that unset a text setting: YAML's nulls except `~`, which names a folder."""
+_MAX_KEYS = 1000  # near names are searched for each
 _SHOW = reprlib.Repr()
 _SHOW.maxstring = _SHOW.maxother = 80
 _KIND_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
@@ -52,7 +52,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 def load_with_section(
     path: Path | None, overrides: Sequence[str], name: str, cls: type[_Settings]
 ) -> tuple[RunConfig, _Settings]:
-    """Build a config, and the settings of one section more that stands beside its own.
+    """Build a config, and the settings of one more section beside its own.
 
     Args:
         name: of the section, also in overrides: `name.key=value`.
@@ -80,7 +80,7 @@ def settings_from_tree(cls: type[_Settings], tree: Mapping[str, Any], overrides:
 def _build_checked(
     cls: type, tree: Mapping[str, Any], overrides: Sequence[str], more: Mapping[str, type]
 ) -> tuple[Any, ...]:
-    """Build a settings class and the sections `more` that stand beside its own, or raise all faults together."""
+    """Build a settings class and the sections `more` beside its own, or raise all faults together."""
     faults: list[str] = []
     values = copy.deepcopy(dict(tree))
     for override in overrides:
@@ -116,7 +116,7 @@ def describes_server(tree: Any) -> bool:
 
 
 def is_server_file(path: Path) -> bool:
-    """Return whether a YAML file is Ray Serve's; False for one that cannot be read, which is told when it is read as a config."""
+    """Return whether a YAML file is Ray Serve's; False for one that cannot be read: reading it as a config then says why."""
     try:
         return describes_server(read_yaml(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -202,9 +202,9 @@ def _read_value(hint: Any, text: str, key: str, faults: list[str]) -> Any:
     if hint is str:
         if text and text == text.strip():
             return text
-        found = "nothing" if not text else "white space at its begin or end"
+        found = "nothing" if not text else "white space at its start or end"
         faults.append(
-            f"{key}={show(text)}: found {found}, expected a text. A YAML file may hold such a one, in quotes."
+            f"{key}={show(text)}: found {found}, expected a text. Write such a text into a YAML file, in quotes."
         )
         return _WRONG
     if typing.get_origin(hint) is Literal and all(isinstance(arg, str) for arg in args):
@@ -315,7 +315,7 @@ def _convert(hint: Any, raw: Any, name: str, faults: list[str]) -> Any:
 
 
 def _is_text(value: str) -> bool:
-    """Return whether a text can stand in a file and name one."""
+    """Return whether a text can be written to a file and name one."""
     return "\0" not in value and is_unicode(value)
 
 

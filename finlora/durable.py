@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and records that notice a changed bit, for crashes, full disks and bad memory.
+"""Atomic writes and sealed records: files survive crashes and full disks whole, and a changed bit is detected.
 
 A sealed record carries, under `sha256`, the hash of all its other values. JSON and YAML keep numbers exactly, so a record that is
 read back and hashed again gives the same.
@@ -22,7 +22,7 @@ from typing import Any
 
 SEAL = "sha256"
 _YOUNG_S = 60.0
-"""Age from which a scratch folder that nobody holds is a dead process's: its lock is taken a moment after it is made."""
+"""Age after which an unlocked scratch folder belongs to an ended process: its lock is taken a moment after it is made."""
 
 
 def seal(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def unseal(record: Any) -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that whoever looks, also after a crash or a power cut, finds the old one or the new one.
+    """Write a file atomically: readers, also after a crash or a power cut, find the old one or the new one.
 
     Raises:
         OSError: as on a full disk; the old file is left.
@@ -67,7 +67,7 @@ def write_whole(path: Path, text: str) -> None:
 def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """Yield a new folder of that prefix, and remove it at the end, as those that killed processes left behind.
 
-    Whoever works in one holds a lock on it, which the system frees when its process dies.
+    Its process holds a lock on it, which the system frees when the process ends.
     """
     for left in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):

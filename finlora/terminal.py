@@ -1,4 +1,4 @@
-"""How long work looks on a terminal (Rich bars) and in a job log (plain lines)."""
+"""Progress, errors and tables, on a terminal (Rich bars) and in a job log (plain lines)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def show_error(error: FinloraError) -> None:
 def exit_with(run: Callable[[], object]) -> NoReturn:
     """Run a command and leave the process: with 0, or after an error of ours with its message and exit code.
 
-    An error of another library that none of our modules has named is told in one line as well; its traceback goes to a file.
+    An unexpected error of another library also becomes one line; its traceback goes to a file.
     """
     code = 0
     try:
@@ -84,12 +84,12 @@ def _show_stop(stop: StoppedError) -> int:
 
 
 class Bars:
-    """Progress by name: on a terminal a live bar each; in a log a line each _LOG_SECONDS, however slow or fast the work is.
+    """Progress by name: on a terminal a live bar each; in a log one line every _LOG_SECONDS, at any speed of the work.
 
-    Until the first progress comes, as while a model loads, the lines say what goes on.
+    Until the first progress, as while a model loads, the lines name the current work.
 
     Args:
-        doing: what goes on before the first progress, as `loading the base`.
+        doing: the work before the first progress, as `loading the base`.
         clock: seconds that only grow.
     """
 
@@ -100,11 +100,11 @@ class Bars:
         self._doing: str | None = doing
         self._tasks: dict[str, TaskID] = {}
         self._last: dict[str, _Shown] = {}
-        """Of work that goes on or has just ended."""
-        self._lock = threading.Lock()  # a thread of our own says what has not changed
+        """Of work in progress or just ended."""
+        self._lock = threading.Lock()  # the polling thread repeats what has not changed
 
     def update(self, name: str, done: int, total: int, note: str = "") -> None:
-        """Show progress: the first, the last, and between them what is newest every _LOG_SECONDS."""
+        """Show progress: the first, the last, and between them the newest every _LOG_SECONDS."""
         with self._lock:
             self._doing = None
             if self.live is not None:
@@ -117,7 +117,7 @@ class Bars:
                 self._say(name, now)
 
     def do(self, doing: str | None) -> None:
-        """Say what goes on now, where nothing can be counted; None: nothing does, as when a server has started."""
+        """Name the current work where nothing can be counted; None: none, as when a server has started."""
         with self._lock:
             self._doing = doing
             self._last.clear()
@@ -126,7 +126,7 @@ class Bars:
                 self._show_doing(self.live)
 
     def tick(self) -> None:
-        """Say in a log how far all work is that goes on, where nothing was said for _LOG_SECONDS. Called each second."""
+        """Repeat in a log the progress of all current work after _LOG_SECONDS of silence. Called each second."""
         with self._lock:
             if self.live is not None or not self._is_time():
                 return
@@ -237,8 +237,8 @@ def show_reply(
     """Show each allowed answer with its probability as a bar; where there are none, end the line of a streamed text.
 
     Args:
-        quote: where the text stands in what was asked about.
-        is_quoted: whether it must stand there.
+        quote: span of the text, in characters, within the text asked about.
+        is_quoted: whether it must occur there.
     """
     if not probabilities:
         console.out("")
@@ -257,7 +257,7 @@ def show_reply(
 
 @contextmanager
 def saying_later(words: str, seconds: float = 10.0) -> Iterator[None]:
-    """Print a line to standard error where what is inside takes longer than `seconds`."""
+    """Print a line to standard error if the body takes longer than `seconds`."""
     later = threading.Timer(seconds, lambda: Console(stderr=True).print(words, highlight=False, soft_wrap=True))
     later.daemon = True
     later.start()
@@ -273,7 +273,7 @@ def polling(poll: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
     stop = threading.Event()
 
     def run() -> None:
-        # What fails here fails once more at the end, where it is told.
+        # A failure here repeats at the end, where it is raised.
         with contextlib.suppress(Exception):
             while not stop.wait(seconds):
                 poll()
@@ -289,7 +289,7 @@ def polling(poll: Callable[[], None], seconds: float = 0.5) -> Iterator[None]:
 
 
 def describe_times(seconds: float, waited: float, attempts: int) -> str:
-    """Return how long a run was at work over all attempts, and how long it waited besides: `2:03 in 2 attempts, ...`."""
+    """Return a run's working time over all attempts, and its waiting time: `2:03 in 2 attempts, ...`."""
     tries = f" in {attempts} attempts" if attempts > 1 else ""
     waits = f", and waited {describe_duration(waited)} for room" if waited >= 1 else ""
     return f"{describe_duration(seconds)}{tries}{waits}"

@@ -126,8 +126,8 @@ def test_number_that_yaml_reads_in_another_base_is_refused(tmp_path, where, numb
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("name= x", "name=' x': found white space at its begin or end"),
-        ("output_dir=x ", "output_dir='x ': found white space at its begin or end"),
+        ("name= x", "name=' x': found white space at its start or end"),
+        ("output_dir=x ", "output_dir='x ': found white space at its start or end"),
         ("output_dir=", "output_dir='': found nothing, expected a text"),
         ("train.epochs=2 #3", "train.epochs=2 #3.: found `#`, expected a value without a comment"),
         ("data.tasks=[fpb] # one", "found `#`"),

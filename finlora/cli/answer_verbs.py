@@ -118,7 +118,9 @@ def ask(
 
     if server is not None or model is not None:
         if server is None or model is None or overrides or config or adapter or base or stages:
-            raise ConfigError("--server and --model go together, and without settings of a model of one's own.")
+            raise ConfigError(
+                "--server and --model go together, without settings and other options of the model: the server has its own."
+            )
         _ask_server(server, model, task, read_content(text), about, temperature, seed)
         return
     from finlora.engine.request import Sampling

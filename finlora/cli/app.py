@@ -42,7 +42,7 @@ class _OrderOfWork(TyperGroup):
         return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        """Run a verb; what Typer would end without a word of ours is told by terminal.exit_with instead.
+        """Run a verb; terminal.exit_with reports what Typer would end silently.
 
         It ends Ctrl-C with 130 and nothing, an EOFError with `Aborted!` and a reader that has gone with 1.
         """

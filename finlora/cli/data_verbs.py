@@ -52,7 +52,9 @@ def prefetch(
     if prepared:
         say(f"data.dir={folder / 'data'}: {', '.join(prepared)}, hashes agree")
     if check and not (checked or prepared):
-        raise ModelError(f"{folder} holds no mirrored model and no prepared task: mend --output.")
+        raise ModelError(
+            f"{folder} holds no mirrored model and no prepared task: give the folder of a mirror with --output."
+        )
     say("Where no hub is reachable, set HF_HUB_OFFLINE=1 and these settings.")
 
 

@@ -137,5 +137,5 @@ def audit(
     if missing:
         raise ResultError(
             f"no log of {path} holds the head {min(missing)}: entries that the server wrote were cut off, or a log was taken "
-            "away or written anew. Compare with a copy of the log."
+            "away or rewritten. Compare with a copy of the log."
         )

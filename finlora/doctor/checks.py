@@ -1,4 +1,4 @@
-"""Findings from facts of machines: pure functions, so that GPUs of a test are made ones."""
+"""Findings computed from facts of machines: pure functions, so that tests can pass facts of any GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Level = Literal["ok", "warning", "fault"]
 
 _MIN_FREE_GIB, _LOW_FREE_GIB = 0.0625, 5.0
 _FULL_SHARE = 0.95
-"""Ray writes no more objects to a disk that is fuller; source: RAY_local_fs_capacity_threshold."""
+"""Ray writes no objects to a fuller disk; source: RAY_local_fs_capacity_threshold."""
 _MIN_SHM_GIB = 1.0
 """Docker's default of 64 MiB ends workers with `Bus error`."""
 _MIN_OPEN_FILES = 8192
@@ -24,7 +24,7 @@ _BUSY_GIB = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     check: str
     level: Level
@@ -48,7 +48,7 @@ def fault(check: str, found: str, advice: str, kind: type[FinloraError] = Resour
 
 
 def from_error(check: str, error: FinloraError) -> Finding:
-    """Return the fault that an error of ours tells; its message holds the advice."""
+    """Return one of our errors as a fault; its message holds the advice."""
     return Finding(check=check, level="fault", found=str(error), code=error.exit_code)
 
 

@@ -120,7 +120,7 @@ def _ask_cluster(folders: list[str], inputs: list[str]) -> tuple[list[NodeFacts]
     nodes, faults = gather_nodes(folders, inputs)
     if not nodes and not faults:
         faults.append(
-            fault("nodes", f"the cluster at {address} has no living node", "start one: `ray start --address`")
+            fault("nodes", f"the cluster at {address} has no running node", "start one: `ray start --address`")
         )
     return nodes, [ok("Ray", f"the cluster at {address} answers, {len(nodes)} nodes"), *faults]
 

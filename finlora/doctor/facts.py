@@ -73,7 +73,7 @@ class NodeFacts:
     visible: str | None = None
     """CUDA_VISIBLE_DEVICES; None: not set."""
     ray_gpus: float | None = None
-    """GPUs that the node has told Ray; None: no cluster was asked."""
+    """GPUs that the node registered with Ray; None: no cluster was asked."""
     bnb_binaries: tuple[str, ...] = ()
     """CUDA versions that bitsandbytes has a binary for, as `128`."""
     shm_gib: float | None = None

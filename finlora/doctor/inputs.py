@@ -23,7 +23,7 @@ MAX_ROWS = 2000
 
 
 def check_hub(model: ModelConfig | None) -> Iterator[Finding]:
-    """Look at whether the hub is meant to be reached, and answers; a base in a folder needs none."""
+    """Check whether the hub is to be used and answers; a base in a folder needs none."""
     if model is not None and Path(model.base).expanduser().is_dir():
         yield ok("hub", f"not needed: model.base={model.base} is a folder")
         return
@@ -77,14 +77,14 @@ def check_data(config: RunConfig, base: BaseFiles | None) -> Iterator[Finding]:
 
 
 def check_rows(name: str, rows: Sequence[Example]) -> Iterator[Finding]:
-    """Look for rows that teach nothing: without an answer, so without a label token, or with one that is not allowed."""
+    """Look for rows without an answer, and so without a label token, or with one that is not allowed."""
     empty = [row for row in rows if not row.answer.strip()]
     other = [row for row in rows if row.choices and row.answer.strip() and row.answer not in row.choices]
     if empty:
         yield fault(
             name,
             f"{len(empty):,} of {len(rows):,} rows have no label token, first {empty[0].id} ({empty[0].source})",
-            "mend the raw file and prepare it anew",
+            "correct the raw file and prepare it again",
             DatasetError,
         )
     if other:
@@ -92,7 +92,7 @@ def check_rows(name: str, rows: Sequence[Example]) -> Iterator[Finding]:
             name,
             f"{len(other):,} of {len(rows):,} rows have an answer that is none of their choices, first {other[0].id} "
             f"({other[0].source})",
-            "mend the raw file and prepare it anew",
+            "correct the raw file and prepare it again",
             DatasetError,
         )
     if not empty and not other:
@@ -112,7 +112,7 @@ def check_lengths(
         len(encode_prompt(row.prompt, tokenizer, template, date)) + len(encode_answer(row.answer, tokenizer, template))
         for row in looked
     ]
-    part = f"{len(looked):,} of {len(rows):,} rows looked at" if step > 1 else f"all {len(rows):,} rows"
+    part = f"{len(looked):,} of {len(rows):,} rows checked" if step > 1 else f"all {len(rows):,} rows"
     over = sum(length > limit for length in lengths)
     if not over:
         return ok(name, f"longest {max(lengths):,} of {limit:,} tokens ({part})")

@@ -12,17 +12,17 @@ from finlora.doctor.facts import NodeFacts, gather, rebuild
 from finlora.machine.foreign_errors import shorten
 
 ANSWER_S = 60.0
-"""Most seconds for all nodes; a worker process that starts anew takes a few."""
+"""Most seconds for all nodes; a worker process takes a few to start."""
 
 
 def gather_nodes(folders: Sequence[str], inputs: Sequence[str]) -> tuple[list[NodeFacts], list[Finding]]:
-    """Return the facts of every living node of the connected cluster, and a fault for each that does not answer."""
+    """Return the facts of every running node of the connected cluster, and a fault for each that does not answer."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     faults = [
-        fault("nodes", f"{node['NodeManagerHostname']} has died", "look at its service, or start it again: `ray start`")
+        fault("nodes", f"{node['NodeManagerHostname']} is down", "check its service, or start it again: `ray start`")
         for node in ray.nodes()
         if not node["Alive"] and node["NodeManagerHostname"] not in {n["NodeManagerHostname"] for n in nodes.values()}
     ]

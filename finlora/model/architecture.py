@@ -43,7 +43,7 @@ _MATHS = re.compile(
     re.IGNORECASE,
 )
 """In the names of keys by which relatives of Llama compute something else. transformers' Llama reads none of them, so a model
-that needs one would answer wrongly without a word."""
+that needs one would give wrong answers silently."""
 
 _ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles depend on the position alone. `dynamic` and `longrope` depend on the longest sequence of a
@@ -109,8 +109,8 @@ def check_config(folder: Path, values: Mapping[str, Any]) -> None:
     else:
         advice = "choose another base, or where it does not need them, take them out of a copy of its config.json"
     raise ModelError(
-        f"{folder}/config.json asks for what FinLoRA's Llama does not compute: {named}. The base would be trained and answer "
-        f"otherwise than it was made, so no verb takes it: {advice}."
+        f"{folder}/config.json asks for what FinLoRA's Llama does not compute: {named}. Training and answers "
+        f"would differ from the original model's, so no verb takes it: {advice}."
     )
 
 

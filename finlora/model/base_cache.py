@@ -79,7 +79,7 @@ class StoredBase:
             if not path.is_file() or path.stat().st_size != file["bytes"]:
                 raise ModelError(
                     f"{path} is missing or not of {file['bytes']} bytes as when it was written: delete {cache.folder}, the next "
-                    "run writes it anew."
+                    "run writes it again."
                 )
         # One core hashes slower than a GPU takes the numbers in, so the files that come next are hashed ahead, by threads. The
         # pages are those that are read next: it costs no second look at the disk.
@@ -112,7 +112,7 @@ class StoredBase:
         if wanted not in self._files or self._hash(wanted) != self._files[wanted]["sha256"]:
             raise ModelError(
                 f"{self._cache.folder / wanted} is not as it was written: delete {self._cache.folder}, the next run writes it "
-                "anew; if it happens again, test the disk and the memory of this machine."
+                "again; if it recurs, test the disk and the memory of this machine."
             )
         self._name = wanted
         self._file = safe_open(str(self._cache.folder / wanted), framework="pt", device="cpu")
@@ -123,8 +123,8 @@ class StoredBase:
 
     def _hash(self, wanted: str) -> str:
         """Return a file's hash, once it is there, and begin with those of the next ones."""
-        place = self._order.index(wanted)
-        for name in self._order[place : place + 1 + _HASHERS]:
+        index = self._order.index(wanted)
+        for name in self._order[index : index + 1 + _HASHERS]:
             if name not in self._hashes:
                 self._hashes[name] = self._pool.submit(hash_file, self._cache.folder / name)
         return self._hashes[wanted].result()

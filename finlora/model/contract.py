@@ -1,8 +1,8 @@
-"""finlora.yaml: what an adapter folder says of itself, so that it is never put on a base it was not trained on.
+"""finlora.yaml: the record of an adapter's base and training, so that it is never loaded on another base.
 
-It is the last file written into an adapter folder; a folder without it is incomplete or was not made by FinLoRA. It names the
-SHA-256 of the files beside it, which is compared before an adapter is put on a base, and is sealed itself: a flipped bit anywhere
-in the folder is refused.
+It is the last file written into an adapter folder; a folder without it is incomplete or was not made by FinLoRA. It holds the
+SHA-256 of the files beside it, which are compared before an adapter is loaded, and one of itself: a flipped bit anywhere in the
+folder is refused.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def read_contract(folder: Path) -> Contract:
 
 
 def _describe_missing(folder: Path) -> str:
-    """Return in words what stands where a complete adapter was expected, and what to do."""
+    """Return what was found instead of a complete adapter, and what to do."""
     is_run = folder.name == "adapter" and (folder.parent / "config.yaml").is_file()
     if is_run or (folder / "config.yaml").is_file():
         if (folder / "adapter" / CONTRACT_FILE).is_file():
@@ -257,7 +257,7 @@ def make_contract(
     metrics: dict[str, float],
     template_date: str | None = None,
 ) -> Contract:
-    """Collect what a freshly trained adapter must say of itself."""
+    """Return the contract of a newly trained adapter."""
     return Contract(
         base=name,
         revision=base.revision,

@@ -1,4 +1,4 @@
-"""git-lfs pointers: the notes of three lines that a clone without git-lfs leaves in the place of large files."""
+"""git-lfs pointers: text files of three lines that a clone without git-lfs holds instead of large files."""
 
 from __future__ import annotations
 

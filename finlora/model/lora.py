@@ -29,7 +29,7 @@ def attach_lora(net: LlamaForCausalLM, lora: LoraConfig, base: str, seed: int) -
     """
     import peft
 
-    torch.manual_seed(seed)  # A is drawn here: every worker must start from the same
+    torch.manual_seed(seed)  # A is sampled here: every worker must start from the same
     settings = peft.LoraConfig(
         **peft_settings(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules),
         base_model_name_or_path=base,

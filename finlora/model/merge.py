@@ -78,7 +78,7 @@ def export_merged(
 ) -> Merged:
     """Load the base at 16 bit, merge the adapter and write the folder in bfloat16.
 
-    An adapter trained at 8 or 4 bit learnt to mend the rounding of its quantised base as well (QLoRA, arXiv:2305.14314).
+    An adapter trained at 8 or 4 bit also compensates the rounding of its quantised base (QLoRA, arXiv:2305.14314).
     On the 16-bit base its logits then differ a little from those it was trained and scored with, so the merged model must be
     evaluated again; hence `allow_other_bits` is a choice that the caller makes.
 
@@ -104,7 +104,7 @@ def export_merged(
     date = files.check_adapter(adapter, contract)  # before anything large is read
     base = load_base(dataclasses.replace(model, compute_dtype="bfloat16"), 16, device, seed=0, files=files)
     num_tensors = merge_lora(base, adapter)
-    fix_date(base.tokenizer, date)  # whoever reads the folder writes the prompts that the adapter was trained with
+    fix_date(base.tokenizer, date)  # so that prompts made with the merged folder carry the date of training
     _write(base, contract, adapter, output)
     size = sum(path.stat().st_size for path in output.iterdir())
     return Merged(folder=output, num_tensors=num_tensors, gib=size / 2**30, trained_bits=contract.bits)

@@ -209,10 +209,12 @@ def _ask_hub(repository: str, ask: Callable[[], Any]) -> Any:
         raise ModelError(
             f"{repository} is gated: accept its terms on its hub page, then `hf auth login` here or set HF_TOKEN."
         ) from error
-    except Exception as error:  # the hub's client raises errors of several libraries, all of which mean "not had"
+    except (
+        Exception
+    ) as error:  # the hub's client raises errors of several libraries, all of which mean "not downloaded"
         said = next(iter(str(error).splitlines()), "no message")
         raise ModelError(
-            f"{repository} could not be had from the hub ({type(error).__name__}: {said}): prefetch on "
+            f"{repository} could not be downloaded from the hub ({type(error).__name__}: {said}): prefetch on "
             "a machine that reaches it, with HF_HUB_OFFLINE unset, and carry the mirror folder over."
         ) from error
 

@@ -150,7 +150,7 @@ def run_pretraining(
     if (output / "config.json").is_file():
         if not _is_same(_read_stamp(stamp_file), stamp, any_precision=settings.precision == AUTO):
             raise ModelError(
-                f"{output} holds another model already: choose another --output, or delete that folder to train anew."
+                f"{output} holds another model already: choose another --output, or delete that folder to train again."
             )
         return f"{output} is complete already, kept."
     require_output("--output ", output, is_new=True)

@@ -54,7 +54,7 @@ def find_source(model: ModelConfig) -> ModelSource:
     """Resolve a local folder or hub id and check that it is a complete Llama in safetensors that every path computes.
 
     Raises:
-        ModelError: nothing stands there, another architecture, pickled weights, a missing or truncated shard, or a config key or
+        ModelError: there is no model, another architecture, pickled weights, a missing or truncated shard, or a config key or
             tensor that some path would leave out.
     """
     folder, revision = _resolve_folder(model)

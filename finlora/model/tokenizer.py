@@ -29,7 +29,7 @@ _NAMED_SPECIALS = {
     10: "<|python_tag|>",
 }
 
-# The header form of a Llama 3 conversation, without a default system turn: what stands in the prompt is all there is.
+# The header form of a Llama 3 conversation, without a default system turn: the prompt holds the given messages alone.
 LLAMA3_CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n{{ message['content'] | trim }}<|eot_id|>"
@@ -41,7 +41,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """Load a tokenizer from a folder, or from a Llama 3 `tokenizer.model` file. It has BOS, EOS and a padding token.
 
     Raises:
-        ModelError: nothing loadable stands at `path`, or it lacks a BOS or EOS token.
+        ModelError: there is no loadable tokenizer at `path`, or it lacks a BOS or EOS token.
     """
     from transformers import AutoTokenizer
 
@@ -67,7 +67,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer at {path} has no BOS or no EOS token: expected a Llama tokenizer with both.")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padded places are masked, so any existing id serves
+        tokenizer.pad_token = tokenizer.eos_token  # padded positions are masked, so any existing id serves
     return tokenizer
 
 
@@ -112,7 +112,7 @@ def _from_tiktoken(path: Path) -> PreTrainedTokenizerFast:
         ) from error
     num_ranks = backend.get_vocab_size() - _NUM_RESERVED
     if num_ranks != _NUM_RANKS:
-        # The special tokens follow the last rank: with one rank missing, each of them would stand for another id.
+        # The special tokens follow the last rank: with one rank missing, each of them would get another id.
         raise ModelError(
             f"{path} holds {num_ranks:,} tokens, expected {_NUM_RANKS:,} as Llama 3 ships it: it is cut short or another "
             "model's, copy it again."

@@ -52,7 +52,7 @@ def test_a_part_of_many_rows_is_looked_at_and_said(make_config, monkeypatch):
     monkeypatch.setattr(inputs, "MAX_ROWS", 4)
     config = make_config()
     tokenizer = load_tokenizer(find_source(config.model).tokenizer_path)
-    assert "(4 of 10 rows looked at)" in inputs.check_lengths("x", [ROW] * 10, tokenizer, config, None).found
+    assert "(4 of 10 rows checked)" in inputs.check_lengths("x", [ROW] * 10, tokenizer, config, None).found
 
 
 def test_good_base_and_data_are_well(make_config):

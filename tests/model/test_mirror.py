@@ -156,7 +156,9 @@ def test_unreachable_hub_and_unknown_model_are_said(published, tmp_path):
     with hub_of(published) as endpoint:
         done = prefetch(endpoint, "--models", "bank/other", "--output", tmp_path)
     assert done.returncode == 4
-    assert "bank/other could not be had from the hub (HfHubHTTPError: Client error '404 Not Found'" in done.stderr
+    assert (
+        "bank/other could not be downloaded from the hub (HfHubHTTPError: Client error '404 Not Found'" in done.stderr
+    )
     assert "carry the mirror folder over" in done.stderr
     done = prefetch("http://127.0.0.1:9", "--models", NAME, "--output", tmp_path)
     assert done.returncode == 4

@@ -161,8 +161,7 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
     from finlora.engine.scheduler import Scheduler
     from finlora.inference.open_base import choose_batch_rows, choose_in_flight, count_rows, open_executor
     from finlora.model.base import quiet_bitsandbytes
-    from finlora.model.source import find_source
-    from finlora.model.tokenizer import load_tokenizer
+    from finlora.model.base_files import read_base_files
 
     device = torch.device(options.device)
     sampling = Sampling(max_tokens=work.num_new or 1)
@@ -181,8 +180,9 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
             import ray  # reads its settings when it is imported
 
             stack.callback(ray.shutdown)
-        executor, rows = stack.enter_context(open_executor(config, work.num_stages, rows, sizes[0]))
-        tokenizer = load_tokenizer(find_source(config.model).tokenizer_path)
+        base = read_base_files(config.model)
+        tokenizer = base.tokenizer
+        executor, rows = stack.enter_context(open_executor(config, base, work.num_stages, rows, sizes[0]))
         in_flight = options.in_flight or choose_in_flight(work.num_stages, config.eval.device, config.eval.num_gpus)
         batch_rows = options.batch_tokens or choose_batch_rows(in_flight)
 

@@ -202,9 +202,9 @@ def test_stages_start_all_or_none_and_the_holder_is_named(four_layers, ray_insta
 
     cores = ray.cluster_resources()["CPU"]
     free = ray.available_resources()["CPU"]
-    # Room for one of the two stages.
+    # Room for one of the two stages. The first look at the cluster may take seconds on a busy machine, and announces the wait.
     with take_lease([{"CPU": free - cores / 4}], 30.0, lambda _line: None, name="night-training"):
-        config = PipelineConfig(num_stages=2, cache_rows=64, device="cpu", cpus_per_stage=cores / 4, wait_s=2.0)
+        config = PipelineConfig(num_stages=2, cache_rows=64, device="cpu", cpus_per_stage=cores / 4, wait_s=6.0)
         with pytest.raises(ResourceError, match=r"by night-training \(job .*Waited \d+ s"):
             Pipeline(four_layers, find_source(four_layers).shape, 16, config, seed=0)
         assert [each.what for each in list_holdings("CPU") if "StageActor" in each.what] == []

@@ -3,7 +3,7 @@
 A rank's step takes `step_seconds` in proportion to the tokens of its examples. Their lengths are drawn from a log-normal
 distribution and dealt out by the product's own sampler (finlora/train/steps/sampler.py); what machines add is a log-normal
 factor of mean 1 for each rank and step. Ranks then wait for the slowest, but only at steps at which something travels. What
-travels, and when, is asked of the optimisers' own code (finlora/train/optim/onebit.py, wire.py).
+travels, and when, is asked of the optimisers' own code (finlora/optim/onebit.py, wire.py).
 
 Times of an average of n ranks with 2 (n - 1) messages a rank, which nothing overlaps, as in training here:
 
@@ -23,8 +23,8 @@ from typing import Literal
 
 import numpy as np
 
-from finlora.train.optim.onebit import Schedule, Traffic, padded_size
-from finlora.train.optim.traffic import GRADIENT_BYTES, ring_bytes
+from finlora.optim.onebit import Schedule, Traffic, padded_size
+from finlora.optim.traffic import GRADIENT_BYTES, ring_bytes
 from finlora.train.steps.sampler import Sampler
 
 _MEAN_TOKENS, _NUM_DEALS = 100, 30

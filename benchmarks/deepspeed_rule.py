@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finlora.train.optim.onebit import SCALE_BYTES, Schedule, rank_and_world_size
+from finlora.optim.onebit import SCALE_BYTES, Schedule, rank_and_world_size
 
 VAR_FREEZE_STEP, VAR_UPDATE_SCALER, LOCAL_STEP_SCALER, LOCAL_STEP_CLIPPER = 100_000, 16, 32_678, 16  # its defaults
 BLOCK_SIZE = 512

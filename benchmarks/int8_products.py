@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B, PRODUCTS, LlamaShape, Product
+from finlora.formula.llama import LLAMA_8B, LLAMA_70B, PRODUCTS, LlamaShape, Product
 from finlora.model.layers import frozen_linear
 
 SHAPES = {

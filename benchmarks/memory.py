@@ -24,7 +24,7 @@ from typing import Any
 
 from finlora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from finlora.errors import ConfigError
-from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B, LlamaShape
+from finlora.formula.llama import LLAMA_8B, LLAMA_70B, LlamaShape
 from finlora.model.memory.fixed_memory import CUDA_CONTEXT_GIB
 from finlora.model.memory.padded_memory import MemoryPlan, PaddedBatch, plan_memory
 
@@ -186,7 +186,7 @@ def _train(net: Any, case: Case, config: RunConfig, device: Any, folder: Path) -
 
     from finlora.data.encode import IGNORED, Batch
     from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
-    from finlora.train.optim.optimizer import make_optimizer
+    from finlora.optim.optimizer import make_optimizer
     from finlora.train.steps.loop import AnswerLoss
 
     model = attach_lora(net, config.lora, net.name_or_path, 0)

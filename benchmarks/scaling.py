@@ -28,9 +28,9 @@ from cluster_model import ETHERNET_10, ETHERNET_100, Cluster, Link, Load, Method
 from finlora.config import LoraConfig, OptimConfig
 from finlora.configfile import load_config
 from finlora.errors import ConfigError
-from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B
+from finlora.formula.llama import LLAMA_8B, LLAMA_70B
 from finlora.model.memory.fixed_memory import adapter_sizes
-from finlora.train.optim.onebit import Schedule
+from finlora.optim.onebit import Schedule
 
 BATCH = 16
 """Examples a rank and step."""

@@ -122,8 +122,8 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
     from finlora.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
     from finlora.model.base import load_base, quiet_bitsandbytes
     from finlora.model.lora import attach_lora, trainable_parameters
+    from finlora.optim.optimizer import make_optimizer
     from finlora.precision import is_autocast
-    from finlora.train.optim.optimizer import make_optimizer
     from finlora.train.path import make_sampler, take_path
     from finlora.train.plan import find_memory_gib, plan_run
     from finlora.train.run.run_folder import load_training_set

@@ -12,7 +12,7 @@ World sizes are gloo processes of one start, split into groups.
 Loss: mean over the last 10 steps and all ranks. Spread: standard deviation over seeds. Gaps are taken seed by seed. A fault
 `alone` is finlora's rule with this one fault of DeepSpeed's; `mended` is DeepSpeed's rule without it (deepspeed_rule.py).
 `deepspeed lr/8` has an eighth of the learning rate, `deepspeed resumed` was saved and loaded at half time; finlora's own
-resumes bit for bit (tests/train/optim/test_zero_one_adam.py).
+resumes bit for bit (tests/optim/test_zero_one_adam.py).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from deepspeed_rule import DeepSpeedRule, Faults
 from toy_language import ENTROPY, loss_of, make_sentences, make_task
 
 from finlora.config import OptimConfig
-from finlora.train.optim.onebit import Schedule
-from finlora.train.optim.optimizer import learning_rate_at
-from finlora.train.optim.zero_one_adam import ZeroOneAdam
+from finlora.optim.onebit import Schedule
+from finlora.optim.optimizer import learning_rate_at
+from finlora.optim.zero_one_adam import ZeroOneAdam
 
 ROWS, LAST_STEPS, MAX_GRAD_NORM = 4, 10, 1.0
 FAULTS = [field.name for field in dataclasses.fields(Faults) if field.name != "resume"]

@@ -14,8 +14,8 @@ from pathlib import PurePath
 from typing import Literal
 
 from finlora.errors import ConfigError
-from finlora.model.formula.llama import PROJECTION_NAMES
-from finlora.model.formula.low_rank import MAX_ALPHA, MAX_RANK
+from finlora.formula.llama import PROJECTION_NAMES
+from finlora.formula.low_rank import MAX_ALPHA, MAX_RANK
 
 Bits = Literal[16, 8, 4]
 Transport = Literal["messages", "nccl", "gloo"]

@@ -18,8 +18,8 @@ from typing import Any
 
 from finlora.configfile import show
 from finlora.errors import AdapterError
-from finlora.model.formula.llama import PROJECTION_NAMES, LlamaShape
-from finlora.model.formula.low_rank import (
+from finlora.formula.llama import PROJECTION_NAMES, LlamaShape
+from finlora.formula.low_rank import (
     MAX_RANK,
     LoraSettings,
     UpdateSite,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finlora.configfile import show
 from finlora.errors import ModelError
-from finlora.model.formula.llama import ACTIVATIONS, HEAD, LlamaShape, list_tensors
+from finlora.formula.llama import ACTIVATIONS, HEAD, LlamaShape, list_tensors
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig

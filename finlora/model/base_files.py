@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from finlora.config import ModelConfig
 from finlora.data.chat_template import choose_date
+from finlora.formula.llama import LlamaShape
 from finlora.model.contract import Contract
-from finlora.model.formula.llama import LlamaShape
 from finlora.model.source import ModelSource, find_source, fingerprint_weights
 from finlora.model.tokenizer import hash_tokenizer, load_tokenizer, require_rows
 

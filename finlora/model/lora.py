@@ -11,9 +11,9 @@ import torch
 from finlora.config import LoraConfig
 from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import AdapterError
+from finlora.formula.llama import shape_of
+from finlora.formula.low_rank import peft_settings
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, find_sites, open_weights
-from finlora.model.formula.llama import shape_of
-from finlora.model.formula.low_rank import peft_settings
 
 if TYPE_CHECKING:
     from peft import PeftModel

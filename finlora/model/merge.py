@@ -17,12 +17,12 @@ from finlora.config import ModelConfig
 from finlora.data.chat_template import fix_date
 from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import AdapterError, ModelError
+from finlora.formula.llama import LlamaShape, shape_of
+from finlora.formula.low_rank import LoraSettings
 from finlora.model.adapter_files import check_adapter, find_sites, open_weights, require_finite
 from finlora.model.base import BaseModel, load_base
 from finlora.model.base_files import read_base_files
 from finlora.model.contract import Contract, read_contract
-from finlora.model.formula.llama import LlamaShape, shape_of
-from finlora.model.formula.low_rank import LoraSettings
 
 MERGED_FILE = "merged.yaml"
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from finlora.config import ModelConfig
 from finlora.configfile import show
 from finlora.errors import ModelError
+from finlora.formula.llama import EMBEDDING, HEAD, LlamaShape, shape_of
 from finlora.machine.model_hub import explain_hub, find_hub_problem
 from finlora.model.architecture import (
     StoredTensor,
@@ -19,7 +20,6 @@ from finlora.model.architecture import (
     check_rotary,
     check_tensors,
 )
-from finlora.model.formula.llama import EMBEDDING, HEAD, LlamaShape, shape_of
 from finlora.model.git_lfs import refuse_pointer
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ from finlora.config import Bits, ModelConfig, Transport
 from finlora.engine.messages import Change, Message
 from finlora.engine.micro_batch import MicroBatch, Output
 from finlora.errors import AdapterError, FinloraError, ResourceError, StageLostError
+from finlora.formula.llama import LlamaShape
 from finlora.machine.cpu import missing_environment
-from finlora.model.formula.llama import LlamaShape
 from finlora.pipeline.actor import StageActor
 from finlora.pipeline.graph import join_stages, leave_graph
 from finlora.pipeline.ray_workarounds import translate_ray_errors, wait_with_pauses

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from finlora.config import Bits
 from finlora.errors import ConfigError
-from finlora.model.formula.llama import LlamaShape
+from finlora.formula.llama import LlamaShape
 from finlora.model.memory.fixed_memory import count_weight_bytes
 
 

@@ -12,8 +12,8 @@ from finlora.data.encode import end_token_id
 from finlora.engine.admission import Limits
 from finlora.engine.engine import EngineCore
 from finlora.engine.scheduler import Scheduler
+from finlora.formula.llama import LlamaShape
 from finlora.model.base_files import BaseFiles, read_base_files
-from finlora.model.formula.llama import LlamaShape
 from finlora.precision import describe_type
 from finlora.serve.settings import ServeConfig
 from finlora.serve.stage_states import OpenCore, StageFacts

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from finlora.errors import AdapterError
+from finlora.formula.llama import LlamaShape, Product
+from finlora.formula.low_rank import Update
 from finlora.model.adapter_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -21,8 +23,6 @@ from finlora.model.adapter_files import (
     read_lora_settings,
     require_finite,
 )
-from finlora.model.formula.llama import LlamaShape, Product
-from finlora.model.formula.low_rank import Update
 
 Adapter = Mapping[tuple[int, Product], list[Update]]
 """(layer, product) -> its updates."""

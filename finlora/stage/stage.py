@@ -18,7 +18,7 @@ from torch import Tensor
 
 from finlora.engine.micro_batch import MicroBatch
 from finlora.errors import AdapterError
-from finlora.model.formula.llama import PRODUCTS, Product, product_width, shape_of
+from finlora.formula.llama import PRODUCTS, Product, product_width, shape_of
 from finlora.model.kernels import launch
 from finlora.model.layers.attention import can_attend_alone, can_flash
 from finlora.model.layers.cached_attention import attend_cache, attend_tails, write_cache

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from finlora.config import RunConfig
+from finlora.optim.optimizer import find_optimizer
 from finlora.precision import is_autocast
-from finlora.train.optim.optimizer import find_optimizer
 
 
 def choose_collectives(config: RunConfig) -> str:

@@ -14,7 +14,7 @@ from finlora.config import RunConfig
 from finlora.data.encode import Encoded
 from finlora.data.pack_size import PackSize, measure_pack
 from finlora.data.packing import split_by_tokens
-from finlora.model.formula.llama import LlamaShape
+from finlora.formula.llama import LlamaShape
 from finlora.model.memory.packed_memory import PackPlan, Workload, packing_refusal, plan_packs
 from finlora.precision import is_autocast
 from finlora.train.steps.batches import Batches, PackedBatches, PaddedBatches

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from finlora.config import RunConfig
 from finlora.data.encode import Encoded
 from finlora.errors import ConfigError, ResourceError
-from finlora.model.formula.llama import LlamaShape
+from finlora.formula.llama import LlamaShape
 from finlora.model.memory.fixed_memory import context_gib
 from finlora.model.memory.packed_memory import PackPlan
 from finlora.model.memory.padded_memory import MemoryPlan, find_worst_micro_batch, plan_memory

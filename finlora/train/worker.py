@@ -30,12 +30,12 @@ from finlora.machine.cpu import set_environment
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.base_files import BaseFiles
 from finlora.model.lora import attach_lora, trainable_parameters
+from finlora.optim.optimizer import is_synchronised, make_optimizer
+from finlora.optim.traffic import WireClock, WireMeter
 from finlora.precision import describe_choice, resolve_training
 from finlora.results import Result, append_result
 from finlora.train.data_parallel import choose_collectives, make_engine
 from finlora.train.held_out import HELD_OUT, HeldOut
-from finlora.train.optim.optimizer import is_synchronised, make_optimizer
-from finlora.train.optim.traffic import WireClock, WireMeter
 from finlora.train.path import make_sampler, take_path
 from finlora.train.plan import Verdict, count_gpus, explain_out_of_memory, find_memory_gib, plan_run
 from finlora.train.run.attempts import AttemptClock

@@ -15,8 +15,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from deepspeed_rule import DeepSpeedRule, Faults
 
-from finlora.train.optim.onebit import Schedule
-from finlora.train.optim.zero_one_adam import ZeroOneAdam
+from finlora.optim.onebit import Schedule
+from finlora.optim.zero_one_adam import ZeroOneAdam
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,6 +1,6 @@
 """The simulation of large clusters: its bytes are those of real runs, its times those worked out by hand, its table the docs'.
 
-That of 0/1 Adam's bytes is compared with ranks over gloo where these are started: tests/train/optim/test_zero_one_adam.py.
+That of 0/1 Adam's bytes is compared with ranks over gloo where these are started: tests/optim/test_zero_one_adam.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from scaling import METHODS, Run, measure, measured_table
 from finlora.config import LoraConfig, ModelConfig
 from finlora.model.memory.fixed_memory import adapter_sizes
 from finlora.model.source import find_source
-from finlora.train.optim.onebit import Schedule, Traffic
+from finlora.optim.onebit import Schedule, Traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "scaling.py"

@@ -141,7 +141,7 @@ def load_cached(world: World) -> Any:
 
 def write_checkpoint(folder: Path, step: int) -> None:
     """Write a checkpoint of two workers, with the step as weight value."""
-    from finlora.train.optim.traffic import Wire
+    from finlora.optim.traffic import Wire
     from finlora.train.run.checkpoint import CheckpointInfo, save_checkpoint
 
     parameters = {name: torch.nn.Parameter(torch.full((64, 64), float(step))) for name in ("a.lora_A", "a.lora_B")}

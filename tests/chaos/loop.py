@@ -55,8 +55,8 @@ def train(config: RunConfig, spoil_at: int | None = None, jump_seed: int | None 
     """
     from finlora.model.base import load_base
     from finlora.model.lora import attach_lora, trainable_parameters
-    from finlora.train.optim.optimizer import make_optimizer
-    from finlora.train.optim.traffic import Wire, WireClock
+    from finlora.optim.optimizer import make_optimizer
+    from finlora.optim.traffic import Wire, WireClock
     from finlora.train.path import make_sampler, plan_path, take_path
     from finlora.train.run.checkpoint import (
         CheckpointInfo,

@@ -123,9 +123,9 @@ def _adapter_with(name: str) -> Callable[[bytes, Path], object]:
     def run(data: bytes, folder: Path) -> None:
         import torch
 
+        from finlora.formula.llama import shape_of
         from finlora.model.adapter_files import check_adapter
         from finlora.model.contract import read_contract
-        from finlora.model.formula.llama import shape_of
         from finlora.stage.adapter_weights import read_adapter
 
         for file, content in adapter_files().items():

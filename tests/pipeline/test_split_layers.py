@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from finlora.errors import ConfigError
-from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B
+from finlora.formula.llama import LLAMA_8B, LLAMA_70B
 from finlora.pipeline.split_layers import split_layers
 
 HEAD_8B = 2 * 128256 * 4096

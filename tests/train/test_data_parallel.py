@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from finlora.optim.optimizer import OPTIMIZERS
 from finlora.train.data_parallel import choose_collectives, make_engine
-from finlora.train.optim.optimizer import OPTIMIZERS
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from finlora.errors import ConfigError, ResourceError
-from finlora.model.formula.llama import LLAMA_8B
+from finlora.formula.llama import LLAMA_8B
 from finlora.train import plan as module
 from finlora.train.plan import (
     REFERENCE_GPU_GIB,

@@ -113,7 +113,7 @@ def test_two_workers_equal_a_plain_adamw_loop(uninterrupted):
     """
     from finlora.model.base import load_base
     from finlora.model.lora import attach_lora, trainable_parameters
-    from finlora.train.optim.optimizer import learning_rate_at
+    from finlora.optim.optimizer import learning_rate_at
     from finlora.train.steps.sampler import Sampler
 
     config, _ = uninterrupted

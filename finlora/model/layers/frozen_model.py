@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finlora.model.formula.llama import ATTENTION_NORM, MLP_NORM, PRODUCTS, LlamaShape, Product, product_columns
-from finlora.model.formula.low_rank import LoraSettings, Update, read_dropout, read_module
+from finlora.formula.llama import ATTENTION_NORM, MLP_NORM, PRODUCTS, LlamaShape, Product, product_columns
+from finlora.formula.low_rank import LoraSettings, Update, read_dropout, read_module
 from finlora.model.layers.frozen_linear import FrozenWeight, freeze, is_nf4, unpack
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from finlora.data.packing import Pack
-from finlora.model.formula.llama import shape_of
-from finlora.model.formula.low_rank import foreign_settings, read_settings
+from finlora.formula.llama import shape_of
+from finlora.formula.low_rank import foreign_settings, read_settings
 from finlora.model.layers.frozen_model import ModelEnds, read_layer
 from finlora.model.layers.packed_layer import LayerContext, answer_loss, layer_backward, run_layer
 from finlora.model.layers.training_graphs import CapturedPasses

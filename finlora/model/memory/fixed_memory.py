@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from finlora.config import Bits, LoraConfig
-from finlora.model.formula.llama import LlamaShape, list_tensors
-from finlora.model.formula.low_rank import list_adapter_tensors
-from finlora.train.optim.optimizer import find_optimizer
+from finlora.formula.llama import LlamaShape, list_tensors
+from finlora.formula.low_rank import list_adapter_tensors
+from finlora.optim.optimizer import find_optimizer
 
 GIB = 2**30
 CUDA_CONTEXT_GIB = 1.3

@@ -23,7 +23,7 @@ from typing import Literal, get_args
 
 from finlora.config import RunConfig
 from finlora.data.pack_size import PackSize, most_tokens
-from finlora.model.formula.llama import PACKED_TARGETS, LlamaShape
+from finlora.formula.llama import PACKED_TARGETS, LlamaShape
 from finlora.model.memory.fixed_memory import (
     GIB,
     context_gib,

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finlora.config import RunConfig
-from finlora.model.formula.llama import LlamaShape, find_projection
+from finlora.formula.llama import LlamaShape, find_projection
 from finlora.model.memory.fixed_memory import (
     GIB,
     context_gib,

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from finlora.durable import SEAL, hash_file, seal, unseal, write_whole
 from finlora.errors import CheckpointError, FinloraError
-from finlora.train.optim.traffic import Wire
+from finlora.optim.traffic import Wire
 
 _ADAPTER = "adapter.safetensors"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finlora.train.optim.traffic import Wire
+from finlora.optim.traffic import Wire
 from finlora.train.run.progress import append_progress
 from finlora.train.run.run_folder import RunFolder
 from finlora.train.steps.loop import Progress

@@ -19,7 +19,7 @@ from finlora.data.encode import IGNORED, Batch, Encoded
 from finlora.data.packing import Pack
 from finlora.errors import FinloraError
 from finlora.model.memory.peak import measure_peak_gib
-from finlora.train.optim.optimizer import learning_rate_at
+from finlora.optim.optimizer import learning_rate_at
 from finlora.train.steps.batches import Batches
 from finlora.train.steps.sampler import Sampler
 

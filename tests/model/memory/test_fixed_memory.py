@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from finlora.config import LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from finlora.data.encode import Batch
+from finlora.formula.llama import LLAMA_8B, LLAMA_70B, LlamaShape, shape_of
 from finlora.model.base import load_base, measure_weights, quiet_bitsandbytes
-from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B, LlamaShape, shape_of
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
 from finlora.model.memory.fixed_memory import (
     GIB,
@@ -35,7 +35,7 @@ from finlora.model.memory.padded_memory import (
     find_worst_micro_batch,
     plan_memory,
 )
-from finlora.train.optim.optimizer import make_optimizer
+from finlora.optim.optimizer import make_optimizer
 from finlora.train.steps.loop import AnswerLoss
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from finlora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from finlora.data.encode import Encoded
 from finlora.data.pack_size import PackSize, measure_pack, pad_pack
 from finlora.data.packing import pack_examples
+from finlora.formula.llama import LLAMA_8B, LLAMA_70B, shape_of
 from finlora.model.base import load_base
-from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B, shape_of
 from finlora.model.layers.packed_layer import LayerContext, run_layer
 from finlora.model.layers.packed_model import PackedLlama
 from finlora.model.lora import attach_lora

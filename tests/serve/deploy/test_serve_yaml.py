@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from finlora.cli.main import app
 from finlora.configfile import is_server_file, load_config
 from finlora.errors import ConfigError, ResourceError
-from finlora.model.formula.llama import LLAMA_8B, LLAMA_70B
+from finlora.formula.llama import LLAMA_8B, LLAMA_70B
 from finlora.model.memory.fixed_memory import GIB, count_weight_bytes
 from finlora.serve.deploy.serve_yaml import (
     check_server,

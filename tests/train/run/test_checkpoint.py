@@ -10,7 +10,7 @@ import torch
 
 from finlora.durable import seal, unseal
 from finlora.errors import CheckpointError, FinloraError
-from finlora.train.optim.traffic import Wire
+from finlora.optim.traffic import Wire
 from finlora.train.run.checkpoint import (
     CheckpointInfo,
     CheckpointSchedule,
@@ -192,8 +192,8 @@ def test_checkpoint_waits_for_the_next_step_at_which_workers_agree():
 
 def test_schedule_of_zero_one_adam_agrees_at_the_last_step():
     """With 0/1 Adam's own schedule: local steps of up to 16, the last step exchanges."""
-    from finlora.train.optim.optimizer import is_synchronised
-    from finlora.train.optim.zero_one_adam import ZeroOneAdam
+    from finlora.optim.optimizer import is_synchronised
+    from finlora.optim.zero_one_adam import ZeroOneAdam
 
     parameter = torch.nn.Parameter(torch.ones(8))
     optimizer = ZeroOneAdam(

@@ -17,7 +17,7 @@ from finlora.errors import ConfigError, DatasetError, ResourceError
 from finlora.model.base import load_base
 from finlora.model.contract import read_contract
 from finlora.model.lora import attach_lora
-from finlora.train.optim.traffic import Wire
+from finlora.optim.traffic import Wire
 from finlora.train.run.checkpoint import CheckpointInfo, save_checkpoint
 from finlora.train.run.progress import append_progress, read_progress
 from finlora.train.run.run_folder import (

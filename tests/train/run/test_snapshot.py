@@ -10,7 +10,7 @@ import torch
 from ray.train.v2._internal.exceptions import CheckpointManagerInitializationError
 
 from finlora.durable import seal, unseal
-from finlora.train.optim.traffic import Wire
+from finlora.optim.traffic import Wire
 from finlora.train.run.checkpoint import CheckpointInfo, save_checkpoint
 from finlora.train.run.snapshot import SNAPSHOT, repair_snapshot
 

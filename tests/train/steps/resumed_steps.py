@@ -17,7 +17,7 @@ from finlora.config import LoraConfig, OptimConfig
 from finlora.data.encode import Encoded
 from finlora.model.layers.packed_model import PackedLlama
 from finlora.model.lora import attach_lora, trainable_parameters
-from finlora.train.optim.optimizer import make_optimizer
+from finlora.optim.optimizer import make_optimizer
 from finlora.train.steps.batches import PackedBatches
 from finlora.train.steps.loop import run_steps
 from finlora.train.steps.sampler import Sampler

@@ -14,7 +14,7 @@ from finlora.errors import FinloraError
 from finlora.model.base import load_base
 from finlora.model.lora import attach_lora, trainable_parameters
 from finlora.model.memory.peak import measure_peak_gib
-from finlora.train.optim.optimizer import learning_rate_at, make_optimizer
+from finlora.optim.optimizer import learning_rate_at, make_optimizer
 from finlora.train.steps.batches import PaddedBatches
 from finlora.train.steps.loop import AnswerLoss, count_steps, run_steps
 from finlora.train.steps.sampler import Sampler

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finlora.train.optim.onebit import OneBitExchange
-from finlora.train.optim.zero_one_adam import ZeroOneAdam
+from finlora.optim.onebit import OneBitExchange
+from finlora.optim.zero_one_adam import ZeroOneAdam
 
 STEPS, FREEZE_RATIO, MAX_LOCAL_STEPS, WEIGHT_DECAY, BLOCK = 60, 0.5, 4, 0.01, 8
 INPUTS, OUTPUTS, RANK = 10, 5, 3

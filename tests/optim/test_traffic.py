@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from finlora.train.optim.traffic import Wire, WireClock, WireMeter
+from finlora.optim.traffic import Wire, WireClock, WireMeter
 
 CPU = torch.device("cpu")
 

@@ -42,8 +42,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finlora.errors import CheckpointError, ConfigError
-from finlora.train.optim.onebit import FlatLayout, OneBitExchange, Schedule, floor_by_block, rank_and_world_size
-from finlora.train.optim.traffic import WireClock
+from finlora.optim.onebit import FlatLayout, OneBitExchange, Schedule, floor_by_block, rank_and_world_size
+from finlora.optim.traffic import WireClock
 
 _COUNTS = ("_num_variance_updates", "_steps_since_sync", "_rate_sum", "_decay")
 _EXCHANGE_COUNTS = ("bytes_sent", "num_compressed", "num_exact")

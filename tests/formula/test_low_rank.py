@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from finlora.config import LoraConfig
-from finlora.model.formula.llama import PROJECTION_NAMES, shape_of
-from finlora.model.formula.low_rank import (
+from finlora.formula.llama import PROJECTION_NAMES, shape_of
+from finlora.formula.low_rank import (
     foreign_settings,
     list_adapter_tensors,
     list_sites,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from zero_one_adam_reference import variance_steps
 
-from finlora.train.optim.onebit import Schedule, pack_signs, unpack_signs
+from finlora.optim.onebit import Schedule, pack_signs, unpack_signs
 
 
 def test_signs_survive_packing() -> None:

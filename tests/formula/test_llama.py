@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import finlora
-from finlora.model.formula.llama import (
+from finlora.formula.llama import (
     ACTIVATIONS,
     PRODUCTS,
     PROJECTION_NAMES,

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finlora.errors import ConfigError
-from finlora.train.optim.traffic import WireClock, ring_bytes
+from finlora.optim.traffic import WireClock, ring_bytes
 
 _BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
 SCALE_BYTES = 4

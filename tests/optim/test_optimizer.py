@@ -11,8 +11,8 @@ import torch
 
 from finlora.config import OptimConfig
 from finlora.errors import ConfigError
-from finlora.train.optim.optimizer import OPTIMIZERS, find_optimizer, learning_rate_at, make_optimizer
-from finlora.train.optim.traffic import SelfCounting
+from finlora.optim.optimizer import OPTIMIZERS, find_optimizer, learning_rate_at, make_optimizer
+from finlora.optim.traffic import SelfCounting
 
 EVERY_KIND = pytest.mark.parametrize("kind", OPTIMIZERS.values(), ids=OPTIMIZERS)
 OF_ALL = {"name", "schedule", "warmup_ratio", "max_grad_norm"}  # read by training itself, whatever the optimiser
@@ -63,7 +63,7 @@ def test_adamw_is_torchs_with_the_configs_numbers():
 
 def test_zero_one_adam_is_our_own():
     optimizer = make_optimizer([torch.nn.Parameter(torch.ones(3))], OptimConfig(name="zero_one_adam"), 10)
-    assert type(optimizer).__module__ == "finlora.train.optim.zero_one_adam"
+    assert type(optimizer).__module__ == "finlora.optim.zero_one_adam"
 
 
 def test_config_allows_the_optimisers_of_the_registry():

@@ -17,7 +17,7 @@ from finlora.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-    from finlora.train.optim.traffic import WireClock
+    from finlora.optim.traffic import WireClock
 
 BLOCK_SIZE = 512
 """Elements that share a scale in 0/1 Adam."""
@@ -108,7 +108,7 @@ def _count_adamw_bytes(sizes: Sequence[int], _num_workers: int, _parameter_bytes
 def _build_zero_one_adam(
     parameters: Sequence[torch.nn.Parameter], optim: OptimConfig, total_steps: int, clock: WireClock | None
 ) -> torch.optim.Optimizer:
-    from finlora.train.optim.zero_one_adam import ZeroOneAdam
+    from finlora.optim.zero_one_adam import ZeroOneAdam
 
     return ZeroOneAdam(
         parameters,

@@ -18,7 +18,7 @@ from zero_one_adam_world import (
     parameters_of,
 )
 
-from finlora.train.optim.onebit import Schedule
+from finlora.optim.onebit import Schedule
 
 STEPS, PEAK = 10_000, 0.01
 

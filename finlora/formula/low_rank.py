@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finlora.model.formula.llama import (
+from finlora.formula.llama import (
     PRODUCTS,
     PROJECTION_NAMES,
     LlamaShape,

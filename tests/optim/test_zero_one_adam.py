@@ -31,7 +31,7 @@ from zero_one_adam_world import (
 )
 
 from finlora.errors import CheckpointError
-from finlora.train.optim.onebit import Schedule
+from finlora.optim.onebit import Schedule
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])

@@ -1,6 +1,6 @@
 """Plain reference of 0/1 Adam: all workers in one process, loops over the blocks of coordinates, no communication.
 
-Follows Algorithm 1 of arXiv:2202.06009 statement by statement with the deviations that finlora/train/optim/zero_one_adam.py
+Follows Algorithm 1 of arXiv:2202.06009 statement by statement with the deviations that finlora/optim/zero_one_adam.py
 lists (their numbers stand in brackets). It shares no code with the product. `paper_compressor=True` undoes deviation 5, to
 measure it.
 """

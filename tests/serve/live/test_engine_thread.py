@@ -180,7 +180,8 @@ def test_requests_that_arrive_while_a_stage_computes_form_one_micro_batch(monkey
 
     async def ask_all():
         await ask(1000)  # lets the engine measure a micro-batch
-        await asyncio.gather(ask(0), *(ask(number, 0.0025 * number) for number in range(1, 21)))
+        # The engine's thread has 0.1 s to take the first request alone; the others arrive in the 0.2 s after.
+        await asyncio.gather(ask(0), *(ask(number, 0.1 + 0.01 * number) for number in range(1, 21)))
 
     asyncio.run(ask_all())
     engine.close()

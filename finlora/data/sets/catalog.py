@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from finlora.data.example import Splits
-from finlora.data.prompts import ENTITY_TYPES, SENTIMENTS, SEVEN_SENTIMENTS, YES_NO
+from finlora.data.prompts import ENTITY_TYPES, SENTIMENTS, YES_NO
 from finlora.data.question import PLAIN, Form, Question
 from finlora.data.raw.rows import Request
 from finlora.data.tasks import headline, ner, sentiment, synthetic, xbrl
@@ -65,113 +65,116 @@ def _generated(
     )
 
 
+def _published(
+    name: str,
+    title: str,
+    family: Family,
+    hub_id: str,
+    *,
+    licence: str,
+    form: Form,
+    read: Callable[[Request], Splits],
+    variants: tuple[str, ...] = _PUBLISHED,
+    is_asked: bool = True,
+) -> Task:
+    return Task(
+        name=name,
+        title=title,
+        family=family,
+        hub_id=hub_id,
+        licence=licence,
+        choices=form.choices,
+        is_free_text=not form.choices,
+        variants=variants,
+        read=read,
+        form=form if is_asked else None,
+    )
+
+
 _ROWS = (
-    Task(
-        name="fpb",
-        title="Financial PhraseBank",
-        family="sentiment",
-        hub_id=sentiment.FPB_HUB_ID,
+    _published(
+        "fpb",
+        "Financial PhraseBank",
+        "sentiment",
+        sentiment.FPB_HUB_ID,
         licence="CC BY-NC-SA 3.0",
-        choices=SENTIMENTS,
-        is_free_text=False,
-        variants=_PUBLISHED,
+        form=sentiment.NEWS,
         read=sentiment.read_fpb,
-        form=sentiment.NEWS,
     ),
-    Task(
-        name="fiqa",
-        title="FiQA SA, the clean split",
-        family="sentiment",
-        hub_id=sentiment.FIQA_HUB_ID,
+    _published(
+        "fiqa",
+        "FiQA SA, the clean split",
+        "sentiment",
+        sentiment.FIQA_HUB_ID,
         licence="MIT (by FinLoRA's README)",
-        choices=SENTIMENTS,
-        is_free_text=False,
-        variants=_PUBLISHED,
+        form=sentiment.NEWS,
         read=sentiment.read_fiqa,
+    ),
+    _published(
+        "fiqa_paper",
+        "FiQA SA, the split of the paper's scores",
+        "sentiment",
+        sentiment.FIQA_HUB_ID,
+        licence="MIT (by FinLoRA's README)",
         form=sentiment.NEWS,
-    ),
-    Task(
-        name="fiqa_paper",
-        title="FiQA SA, the split of the paper's scores",
-        family="sentiment",
-        hub_id=sentiment.FIQA_HUB_ID,
-        licence="MIT (by FinLoRA's README)",
-        choices=SENTIMENTS,
-        is_free_text=False,
-        variants=_PUBLISHED,
         read=sentiment.read_fiqa_paper,
+        is_asked=False,  # `fiqa` asks the same question
     ),
-    Task(
-        name="tfns",
-        title="Twitter Financial News Sentiment",
-        family="sentiment",
-        hub_id=sentiment.TFNS_HUB_ID,
+    _published(
+        "tfns",
+        "Twitter Financial News Sentiment",
+        "sentiment",
+        sentiment.TFNS_HUB_ID,
         licence="MIT (by FinLoRA's README)",
-        choices=SENTIMENTS,
-        is_free_text=False,
-        variants=_PUBLISHED,
-        read=sentiment.read_tfns,
         form=sentiment.POST,
+        read=sentiment.read_tfns,
     ),
-    Task(
-        name="nwgi",
-        title="News With GPT Instructions",
-        family="sentiment",
-        hub_id=sentiment.NWGI_HUB_ID,
+    _published(
+        "nwgi",
+        "News With GPT Instructions",
+        "sentiment",
+        sentiment.NWGI_HUB_ID,
         licence="MIT (by FinLoRA's README)",
-        choices=SEVEN_SENTIMENTS,
-        is_free_text=False,
-        variants=_PUBLISHED,
-        read=sentiment.read_nwgi,
         form=sentiment.GRADES,
+        read=sentiment.read_nwgi,
     ),
-    Task(
-        name="headline",
-        title="Gold headlines, Yes/No questions",
-        family="headline",
-        hub_id=headline.HUB_ID,
+    _published(
+        "headline",
+        "Gold headlines, Yes/No questions",
+        "headline",
+        headline.HUB_ID,
         licence="CC BY-SA 3.0 (by FinLoRA's README)",
-        choices=YES_NO,
-        is_free_text=False,
-        variants=_BOTH,
-        read=headline.read_headline,
         form=headline.FORM,
-    ),
-    Task(
-        name="ner",
-        title="Entity types in SEC filings",
-        family="ner",
-        hub_id=ner.HUB_ID,
-        licence="CC BY 3.0",
-        choices=ENTITY_TYPES,
-        is_free_text=False,
+        read=headline.read_headline,
         variants=_BOTH,
-        read=ner.read_ner,
+    ),
+    _published(
+        "ner",
+        "Entity types in SEC filings",
+        "ner",
+        ner.HUB_ID,
+        licence="CC BY 3.0",
         form=ner.FORM,
+        read=ner.read_ner,
+        variants=_BOTH,
     ),
-    Task(
-        name="xbrl_tags",
-        title="XBRL tag of a line item",
-        family="xbrl",
-        hub_id=xbrl.HUB_ID,
+    _published(
+        "xbrl_tags",
+        "XBRL tag of a line item",
+        "xbrl",
+        xbrl.HUB_ID,
         licence="MIT (by FinLoRA's README)",
-        choices=(),
-        is_free_text=True,
-        variants=_PUBLISHED,
+        form=xbrl.FORM,
         read=xbrl.read_xbrl_tags,
-        form=xbrl.FORM,
     ),
-    Task(
-        name="xbrl_values",
-        title="XBRL reported number",
-        family="xbrl",
-        hub_id=xbrl.HUB_ID,
+    _published(
+        "xbrl_values",
+        "XBRL reported number",
+        "xbrl",
+        xbrl.HUB_ID,
         licence="MIT (by FinLoRA's README)",
-        choices=(),
-        is_free_text=True,
-        variants=_PUBLISHED,
-        read=xbrl.read_xbrl_values,
         form=xbrl.FORM,
+        read=xbrl.read_xbrl_values,
     ),
     _generated(
         "synthetic_sentiment", "Generated sentiment of news", synthetic.read_synthetic_sentiment, choices=SENTIMENTS

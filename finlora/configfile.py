@@ -222,8 +222,8 @@ def _read_value(hint: Any, text: str, key: str, faults: list[str]) -> Any:
 
 
 def _build(cls: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -> Any:
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]
+    hints = {key_of(name): hint for name, hint in typing.get_type_hints(cls).items()}
+    names = [key_of(f.name) for f in dataclasses.fields(cls)]
     values: dict[str, Any] = {}
     if len(tree) > _MAX_KEYS:
         faults.append(f"{prefix.removesuffix('.') or 'the file'} holds {len(tree):,} keys: expected some of {names}")
@@ -244,16 +244,22 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -
             values[key] = _convert(hints[key], raw, prefix + key, faults)
     # A wrong section is replaced by its default here, so that relations between the good ones are still checked.
     good = {key: value for key, value in values.items() if value is not _WRONG}
-    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    fields = [f for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    required = [key_of(f.name) for f in fields]
     faults.extend(f"{prefix}{name} is missing" for name in required if name not in tree)
     if not good.keys() >= set(required):
         return _WRONG
     try:
-        built = cls(**good)
+        built = cls(**{f.name: good[key_of(f.name)] for f in dataclasses.fields(cls) if key_of(f.name) in good})
     except ConfigError as error:
         faults.extend(error.faults)
         return _WRONG
     return built
+
+
+def key_of(field: str) -> str:
+    """Return the YAML key of a field: `from_` is `from`, which Python keeps for itself."""
+    return field.removesuffix("_")
 
 
 class _Wrong:
@@ -265,6 +271,11 @@ _WRONG = _Wrong()
 
 def _convert(hint: Any, raw: Any, name: str, faults: list[str]) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(raw, Mapping):
+            return _build(cast(type, hint), raw, f"{name}.", faults)
+        faults.append(f"{name}={show(raw)}: expected a section with keys")
+        return _WRONG
     if origin in (typing.Union, types.UnionType):
         if raw is None and type(None) in args:
             return None
@@ -286,6 +297,8 @@ def _convert(hint: Any, raw: Any, name: str, faults: list[str]) -> Any:
     if origin in (tuple, list):
         if not isinstance(raw, list | tuple):
             words = "q_proj, k_proj" if "target" in name else "fpb, tfns"
+            if dataclasses.is_dataclass(args[0]):
+                words = ", ".join(f"{key_of(f.name)}: ..." for f in dataclasses.fields(args[0])).join("{}")
             faults.append(
                 f"{name}={show(raw)}: expected a list such as [{'4, 8' if args[0] in (int, float) else words}]"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from finlora.data.sets.published import is_papers_test
+from finlora.data.sets.catalog import is_papers_test
 from finlora.report.paper import PaperValue
 from finlora.results import Result
 

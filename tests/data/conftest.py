@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finlora.data.raw.rows import Request, SplitChoice
+from finlora.data.task import Request, SplitChoice
 
 
 @pytest.fixture

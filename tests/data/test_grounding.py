@@ -7,7 +7,7 @@ import re
 import pytest
 
 from finlora.data.grounding import find_quote
-from finlora.data.raw.rows import Request
+from finlora.data.task import Request
 from finlora.data.tasks.synthetic import read_synthetic_xbrl
 from finlora.data.tasks.xbrl import read_xbrl_tags, read_xbrl_values
 from finlora.evaluate.metrics import normalise_free_text

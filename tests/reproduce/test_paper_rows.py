@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finlora.data.sets.catalog import TASKS
-from finlora.data.sets.published import PUBLISHED
+from finlora.data.sets.catalog import PUBLISHED, TASKS
 from finlora.errors import ConfigError
 from finlora.report.comparable import explain_missing, find_ours
 from finlora.report.paper import PAPER

@@ -19,7 +19,6 @@ from typing import Any, Literal
 from finlora.configfile import is_unicode, show
 from finlora.errors import DatasetError
 
-SplitChoice = Literal["all", "test"]
 Encoding = Literal["utf-8", "latin-1"]
 MAX_RAW_BYTES = 2**30
 """Largest raw file that is read, packed or unpacked: the largest published one has 30 MB."""
@@ -30,18 +29,6 @@ _UTF_8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\x
 _MISDECODED = re.compile(
     "\ufffd|[\u00c2-\u00df][\u0080-\u00bf]|\u00e2\u20ac|[\u00c2\u00c3][\u0152-\u0192\u02c6-\u2122]"
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """A user's request to a task's reader."""
-
-    source: Path | None
-    """Folder (or single file) of raw files. None: the task's dataset on the hub."""
-    variant: str
-    """One of the task's variants: `as_published` keeps the published defects, `corrected` corrects them."""
-    splits: SplitChoice
-    """`test` reads the test split alone, where the training file is not available."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 
 from finlora.data.example import Example, Splits
+from finlora.data.sets.catalog import PUBLISHED
 from finlora.data.sets.prepared import examples_hash
-from finlora.data.sets.published import PUBLISHED, Published
+from finlora.data.task import Published
 from finlora.errors import DatasetError
 
 

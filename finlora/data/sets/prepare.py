@@ -6,10 +6,10 @@ import dataclasses
 from importlib import metadata
 from pathlib import Path
 
-from finlora.data.raw.rows import Request, SplitChoice
 from finlora.data.sets.catalog import task_named
 from finlora.data.sets.origin import compare_published
 from finlora.data.sets.prepared import PreparedReport, write_prepared
+from finlora.data.task import Request, SplitChoice
 from finlora.errors import DatasetError
 
 

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finlora.data.example import Example, Splits
-from finlora.data.sets.catalog import Task
 from finlora.data.sets.parquet import FACTS_KEY, SCHEMA, read_examples
+from finlora.data.task import Task
 from finlora.durable import scratch_folder, seal
 from finlora.errors import DatasetError
 

@@ -12,7 +12,8 @@ from finlora.data.example import Example, Splits
 from finlora.data.prompts import HEADLINE_QUESTIONS, YES_NO, completion, headline_prompt
 from finlora.data.question import Form
 from finlora.data.raw.hub_rows import load_hub_rows
-from finlora.data.raw.rows import Request, Row, find_file, read_csv
+from finlora.data.raw.rows import Row, find_file, read_csv
+from finlora.data.task import Published, Request, Task, published_task
 from finlora.errors import DatasetError
 
 HUB_ID = "FinGPT/fingpt-headline-cls"
@@ -133,3 +134,30 @@ def _pair(split: str, number: int, prompt: str, answer: str, source: str, headli
         source=source,
         group=headline,
     )
+
+
+TASKS: tuple[Task, ...] = (
+    published_task(
+        "headline",
+        "Gold headlines, Yes/No questions",
+        "headline",
+        HUB_ID,
+        order=10,
+        licence="CC BY-SA 3.0 (by FinLoRA's README)",
+        form=FORM,
+        read=read_headline,
+        variants=("as_published", "corrected"),
+        published=(
+            Published(train=82_161, test=20_547),
+            Published(
+                train=50_736,
+                test=12_684,
+                train_hash="e5a2726c85d4d311",
+                test_hash="31afddc7e7930639",
+                labels={"No": 42_080, "Yes": 21_340},
+                test_labels={"No": 8437, "Yes": 4247},
+                is_of_hub=False,
+            ),
+        ),
+    ),
+)

@@ -15,7 +15,8 @@ from finlora.data.example import Example, Splits
 from finlora.data.prompts import ENTITY_PARAPHRASES, ENTITY_TYPES, completion, entity_prompt
 from finlora.data.question import Form
 from finlora.data.raw.hub_rows import load_hub_rows
-from finlora.data.raw.rows import Request, Row, find_file, read_lines
+from finlora.data.raw.rows import Row, find_file, read_lines
+from finlora.data.task import Published, Request, Task, published_task
 from finlora.errors import DatasetError
 
 HUB_ID = "FinGPT/fingpt-ner-cls"
@@ -181,3 +182,51 @@ def _hub_example(split: str, number: int, row: Row) -> Example:
         source=row.source,
         group=f"{quoted[1]} | {sentence}",
     )
+
+
+def _types(person: int, organization: int, location: int) -> dict[str, int]:
+    return {"person": person, "organization": organization, "location": location}
+
+
+TASKS: tuple[Task, ...] = (
+    published_task(
+        "ner",
+        "Entity types in SEC filings",
+        "ner",
+        HUB_ID,
+        order=20,
+        licence="CC BY 3.0",
+        form=FORM,
+        read=read_ner,
+        variants=("as_published", "corrected"),
+        published=(
+            Published(
+                train=13_549,
+                test=3502,
+                test_labels=_types(2295, 697, 510),
+                variant="as_published",
+                is_of_hub=True,
+            ),
+            Published(
+                train=13_549,
+                test=3502,
+                train_hash="e7e6a0a639aad2c7",
+                test_hash="c5baf9372dfa7679",
+                labels=_types(9826, 4318, 2907),
+                test_labels=_types(2295, 697, 510),
+                variant="as_published",
+                is_of_hub=False,
+            ),
+            Published(
+                train=13_549,
+                test=3502,
+                train_hash="33dc9aedaaafbc36",
+                test_hash="50c84d1c1e438a4b",
+                labels=_types(9911, 3944, 3196),
+                test_labels=_types(2108, 816, 578),
+                variant="corrected",
+                is_of_hub=False,
+            ),
+        ),
+    ),
+)

@@ -16,7 +16,8 @@ from finlora.data.prompts import SENTIMENTS, SEVEN_SENTIMENTS, sentiment_prompt,
 from finlora.data.question import Form
 from finlora.data.raw.arrow import read_arrow
 from finlora.data.raw.hub_rows import load_hub_rows
-from finlora.data.raw.rows import Request, Row, find_file, read_csv, read_jsonl, read_lines, shorten
+from finlora.data.raw.rows import Row, find_file, read_csv, read_jsonl, read_lines, shorten
+from finlora.data.task import Published, Request, published_task
 from finlora.errors import DatasetError
 
 FPB_HUB_ID = "takala/financial_phrasebank"
@@ -29,6 +30,7 @@ _SPLIT_SEED = 42
 _FPB_TEST_SHARE = 0.25
 _FIQA_PAPER_TEST_SHARE = 0.226
 
+_MIT = "MIT (by FinLoRA's README)"
 NEWS = Form(render=lambda text, _about: sentiment_prompt(text, "news"), choices=SENTIMENTS)
 POST = Form(render=lambda text, _about: sentiment_prompt(text, "tweet"), choices=SENTIMENTS)
 GRADES = Form(render=lambda text, _about: seven_sentiment_prompt(text), choices=SEVEN_SENTIMENTS)
@@ -265,3 +267,105 @@ def _folder(source: Path, task: str) -> Path:
             f"{source} is one file: expected the folder of {task}'s raw files. Pass the folder to --source."
         )
     return source
+
+
+def _three(negative: int, neutral: int, positive: int) -> dict[str, int]:
+    return dict(zip(SENTIMENTS, (negative, neutral, positive), strict=True))
+
+
+TASKS = (
+    published_task(
+        "fpb",
+        "Financial PhraseBank",
+        "sentiment",
+        FPB_HUB_ID,
+        order=0,
+        licence="CC BY-NC-SA 3.0",
+        form=NEWS,
+        read=read_fpb,
+        published=(
+            Published(
+                train=3634,
+                test=1212,
+                train_hash="50338cce61fa4ab5",
+                test_hash="2d733bb57907f5a9",
+                labels=_three(604, 2879, 1363),
+                test_labels=_three(145, 729, 338),
+            ),
+        ),
+    ),
+    published_task(
+        "fiqa",
+        "FiQA SA, the clean split",
+        "sentiment",
+        FIQA_HUB_ID,
+        order=1,
+        licence=_MIT,
+        form=NEWS,
+        read=read_fiqa,
+        published=(
+            Published(
+                train=961,
+                test=150,
+                train_hash="e740f6aa2edb4747",
+                test_hash="dd983cf010c31400",
+                labels=_three(345, 82, 684),
+                test_labels=_three(50, 49, 51),
+            ),
+        ),
+    ),
+    published_task(
+        "fiqa_paper",
+        "FiQA SA, the split of the paper's scores",
+        "sentiment",
+        FIQA_HUB_ID,
+        order=2,
+        licence=_MIT,
+        form=NEWS,
+        read=read_fiqa_paper,
+        published=(
+            Published(
+                train=938,
+                test=275,
+                train_hash="a102ce72215afef5",
+                test_hash="ff8e46c3f0eb63c3",
+                labels=_three(379, 116, 718),
+                test_labels=_three(88, 21, 166),
+            ),
+        ),
+        is_asked=False,  # `fiqa` asks the same question
+    ),
+    published_task(
+        "tfns",
+        "Twitter Financial News Sentiment",
+        "sentiment",
+        TFNS_HUB_ID,
+        order=3,
+        licence=_MIT,
+        form=POST,
+        read=read_tfns,
+        published=(
+            Published(
+                train=9543,
+                test=2388,
+                train_hash="aad95bb2c7f04f08",
+                test_hash="5cd44140ac7626f2",
+                labels=_three(1789, 7744, 2398),
+                test_labels=_three(347, 1566, 475),
+            ),
+        ),
+    ),
+    published_task(
+        "nwgi",
+        "News With GPT Instructions",
+        "sentiment",
+        NWGI_HUB_ID,
+        order=4,
+        licence=_MIT,
+        form=GRADES,
+        read=read_nwgi,
+        published=(
+            Published(train=16_184, test=4047, test_hash="6c7c875c8474ed38", test_labels=_three(1342, 491, 2214)),
+        ),
+    ),
+)

@@ -27,7 +27,7 @@ from finlora.data.prompts import (
     xbrl_tag_question,
     xbrl_value_question,
 )
-from finlora.data.raw.rows import Request
+from finlora.data.task import Request, generated_task
 from finlora.data.tasks import synthetic_words as words
 from finlora.data.tasks.formulas import Formula
 
@@ -262,3 +262,40 @@ def _draw(side: Side, write: Callable[[], str]) -> str:
     while side_of(name) != side:
         name = write()
     return name
+
+
+TASKS = (
+    generated_task(
+        "synthetic_sentiment", "Generated sentiment of news", read_synthetic_sentiment, order=40, choices=SENTIMENTS
+    ),
+    generated_task(
+        "synthetic_headline",
+        "Generated headlines: does the price go up?",
+        read_synthetic_headline,
+        order=41,
+        choices=YES_NO,
+    ),
+    generated_task(
+        "synthetic_ner",
+        "Generated entity types",
+        read_synthetic_ner,
+        order=42,
+        choices=ENTITY_TYPES,
+    ),
+    generated_task(
+        "synthetic_xbrl", "Generated XBRL tags and numbers", read_synthetic_xbrl, order=43, is_free_text=True
+    ),
+    generated_task(
+        "synthetic_formulas",
+        "Generated XBRL formulas: margins and ratios",
+        read_synthetic_formulas,
+        order=44,
+        is_free_text=True,
+    ),
+    generated_task(
+        "synthetic",
+        "Four generated tasks together, all but formulas",
+        read_synthetic,
+        order=45,
+    ),
+)

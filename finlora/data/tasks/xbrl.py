@@ -15,7 +15,8 @@ from finlora.data.example import Example, Splits
 from finlora.data.prompts import xbrl_prompt
 from finlora.data.question import Form
 from finlora.data.raw.hub_rows import load_hub_rows
-from finlora.data.raw.rows import Request, Row, find_file, read_jsonl
+from finlora.data.raw.rows import Row, find_file, read_jsonl
+from finlora.data.task import Published, Request, published_task
 from finlora.errors import DatasetError
 
 HUB_ID = "wangd12/XBRL_analysis"
@@ -96,3 +97,33 @@ def _build(task: str, split: str, rows: Sequence[Row]) -> tuple[Example, ...]:
         )
         for number, row in enumerate(rows)
     )
+
+
+TASKS = (
+    published_task(
+        "xbrl_tags",
+        "XBRL tag of a line item",
+        "xbrl",
+        HUB_ID,
+        order=30,
+        licence="MIT (by FinLoRA's README)",
+        form=FORM,
+        read=read_xbrl_tags,
+        published=(
+            Published(train=89, test=115, train_hash="0b5df95f7b6c9e81", test_hash="275612871ded4175", is_of_hub=False),
+        ),
+    ),
+    published_task(
+        "xbrl_values",
+        "XBRL reported number",
+        "xbrl",
+        HUB_ID,
+        order=31,
+        licence="MIT (by FinLoRA's README)",
+        form=FORM,
+        read=read_xbrl_values,
+        published=(
+            Published(train=95, test=102, train_hash="bec65f853fc5846d", test_hash="f7e84f7e6be2d75a", is_of_hub=False),
+        ),
+    ),
+)

@@ -6,8 +6,8 @@ import pytest
 
 from finlora.data.prompts import entity_prompt, headline_prompt, sentiment_prompt, xbrl_prompt
 from finlora.data.question import read_content
-from finlora.data.raw.rows import Request
 from finlora.data.sets.catalog import FORMS, TASKS, make_question
+from finlora.data.task import Request
 from finlora.data.tasks.synthetic import read_synthetic_sentiment
 from finlora.errors import DatasetError
 

@@ -10,9 +10,9 @@ import pytest
 
 from finlora.data.example import Example, Splits
 from finlora.data.prompts import SENTIMENTS
+from finlora.data.sets.catalog import PUBLISHED, is_papers_test
 from finlora.data.sets.origin import compare_published
 from finlora.data.sets.prepare import prepare_task
-from finlora.data.sets.published import PUBLISHED, is_papers_test
 from finlora.errors import DatasetError
 
 FPB = PUBLISHED["fpb"][0]

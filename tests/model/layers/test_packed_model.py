@@ -11,7 +11,7 @@ from finlora.config import LoraConfig, ModelConfig
 from finlora.data.encode import Encoded, collate, encode_examples
 from finlora.data.pack_size import pad_pack
 from finlora.data.packing import pack_examples
-from finlora.data.raw.rows import Request
+from finlora.data.task import Request
 from finlora.data.tasks.synthetic import (
     read_synthetic_headline,
     read_synthetic_ner,

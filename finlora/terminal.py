@@ -224,7 +224,8 @@ def show_preparation(report: PreparedReport, console: Console, is_dry: bool) -> 
         highlight=False,
     )
     for note in report.notes:
-        console.print(f"Note: {escape(note)}", highlight=False)
+        words = f"[yellow]Warning:[/]{escape(note.removeprefix('Warning:'))}"
+        console.print(words if note.startswith("Warning:") else f"Note: {escape(note)}", highlight=False)
     state = "Dry run: nothing was written" if is_dry else f"Written to {report.folder}"
     console.print(
         state if report.is_written or is_dry else f"{report.folder} holds this very set already", highlight=False

@@ -28,7 +28,7 @@ STAIR = (
         "results",
         "cluster",
     ),
-    *("data", "data.raw", "data.tasks", "data.sets", "data.pretraining", "report", "terminal"),
+    *("data", "data.raw", "data.taskfile", "data.tasks", "data.sets", "data.pretraining", "report", "terminal"),
     "optim",  # below the models: the memory forecast asks an optimiser for its state
     *("model.kernels", "model.memory", "model", "model.layers"),
     *("engine", "stage", "pipeline", "inference", "evaluate"),

@@ -60,10 +60,14 @@ def prefetch(
 
 @app.command(
     epilog="Examples:\n\n  finlora prepare fpb --source /mnt/raw/fpb\n\n"
-    "  finlora prepare ner --source /mnt/raw/ner --variant corrected --output /mnt/data\n\n  finlora prepare synthetic"
+    "  finlora prepare ner --source /mnt/raw/ner --variant corrected --output /mnt/data\n\n  finlora prepare synthetic\n\n"
+    "  finlora prepare --task-file letters.yaml"
 )
 def prepare(
-    task: Annotated[str, typer.Argument(help="Task to prepare. `list` shows all tasks.")],
+    task: Annotated[str | None, typer.Argument(help="Built-in task to prepare. `list` shows all.")] = None,
+    task_file: Annotated[
+        Path | None, typer.Option("--task-file", help="Task file of your own data, in place of a built-in task.")
+    ] = None,
     source: Annotated[Path | None, typer.Option(help="Folder with the raw files. Default: the hub's data set.")] = None,
     output: Annotated[Path, typer.Option(help="Folder of prepared tasks.")] = Path("~/finlora/data"),
     variant: Annotated[
@@ -79,16 +83,28 @@ def prepare(
     dry_run: DryRun = False,
 ) -> None:
     """Turn raw data into Parquet files with a fixed train and test split. Shows counts, labels, duplicates and leaks."""
-    from finlora.data.sets.prepare import prepare_task
+    from finlora.data.sets.prepare import prepare_task, prepare_task_file
     from finlora.terminal import show_preparation, show_tasks
 
+    if (task is None) == (task_file is None):
+        raise ConfigError("give a built-in task (`finlora prepare list` shows them) or --task-file FILE, and not both.")
+    if task_file is not None:
+        if source is not None or variant is not None or own_data or splits != "all":
+            raise ConfigError(
+                "--source, --variant, --splits and --own-data are of built-in tasks: a task file says all this itself."
+            )
+        target = resolve_output("--output ", output)
+        with open_bars(console, f"preparing {task_file.name}"):
+            report = prepare_task_file(task_file.expanduser(), target, overwrite, dry_run)
+        show_preparation(report, console, is_dry=dry_run)
+        return
     if task == "list":
         show_tasks(console)
         return
     folder = source.expanduser() if source else None
     target = resolve_output("--output ", output)
     with open_bars(console, f"preparing {task}"):
-        report = prepare_task(task, folder, target, variant, splits, overwrite, dry_run, own_data)
+        report = prepare_task(task or "", folder, target, variant, splits, overwrite, dry_run, own_data)
     show_preparation(report, console, is_dry=dry_run)
 
 

@@ -25,6 +25,14 @@ class Example:
     """`file:line` of the raw row, so that a defect can be traced."""
     group: str
     """Group that must not be in both splits: the sentence, headline, (sentence, entity) pair or filing of the item."""
+    time: str = ""
+    """Date or time of the raw row in ISO 8601; empty: not known."""
+    weight: float = 1.0
+    """Factor of the example's loss in training."""
+    segments: tuple[str, ...] = ()
+    """Values of the task file's `columns.segments`, in their order."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """A conversation up to the answer: role (system, user or assistant) and content. Empty: the prompt is one user message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -73,6 +73,8 @@ class Task:
     """Forms of the published set, by which rows are checked. Empty: there is none, or nothing is known of it."""
     order: int = 100
     """Position in lists of tasks, lowest first."""
+    tolerance: float = 0.01
+    """Relative distance to the label within which a number counts as right."""
     card: str | None = None
     """The task file as it was read, defaults filled in, as YAML. None: built in."""
     card_hash: str | None = None

@@ -6,11 +6,12 @@ import dataclasses
 from importlib import metadata
 from pathlib import Path
 
-from finlora.data.sets.catalog import task_named
+from finlora.data.sets.catalog import TASKS, task_named
 from finlora.data.sets.origin import compare_published
 from finlora.data.sets.prepared import PreparedReport, write_prepared
 from finlora.data.task import Request, SplitChoice
-from finlora.errors import DatasetError
+from finlora.data.taskfile.read import open_task_file
+from finlora.errors import ConfigError, DatasetError
 
 
 def prepare_task(
@@ -61,6 +62,29 @@ def prepare_task(
         output,
         variant=chosen,
         source=origin if source is None else str(source),
+        version=code_version(),
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+
+
+def prepare_task_file(path: Path, output: Path, overwrite: bool, dry_run: bool) -> PreparedReport:
+    """Prepare the task of a task file below `output`.
+
+    Raises:
+        ConfigError: the file is wrong, or its name is a built-in task's; a column is missing.
+        DatasetError: a row does not fit, a side of the split is empty, or another set is in the way.
+    """
+    task = open_task_file(path)
+    if task.name in TASKS:
+        raise ConfigError(f"task file {path.name}: name={task.name} is a built-in task: choose another name.")
+    read = task.read(Request(source=None, variant=task.variants[0], splits="all"))
+    return write_prepared(
+        task,
+        read,
+        output,
+        variant=task.variants[0],
+        source=f"task file {path.name}",
         version=code_version(),
         overwrite=overwrite,
         dry_run=dry_run,

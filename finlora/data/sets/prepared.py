@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finlora.data.example import Example, Splits
-from finlora.data.sets.parquet import FACTS_KEY, SCHEMA, read_examples
+from finlora.data.sets.parquet import make_table, read_examples
 from finlora.data.task import Task
 from finlora.durable import scratch_folder, seal
 from finlora.errors import DatasetError
@@ -42,6 +42,10 @@ class PreparedSplit:
     finlora_version: str
     """Version that wrote the set."""
     notes: tuple[str, ...]
+    card: str | None = None
+    """The task file that asked it, as YAML. None: a built-in task."""
+    card_hash: str | None = None
+    """Hash of what that file asks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,14 +98,16 @@ def write_prepared(
         _check(examples)
     folder = output / task.name
     hashes = {split: examples_hash(examples) for split, examples in parts.items()}
-    is_same = _is_there(folder, task.name, hashes, variant)
+    is_same = _is_there(folder, task.name, hashes, variant, task.card)
     if not is_same:
         if folder.exists() and not overwrite:
             raise DatasetError(
-                f"{folder} holds another set than this one of {task.name} ({variant}). Expected the same examples, or "
-                "no folder: pass --overwrite to replace it, or choose another --output."
+                f"{folder} holds another set than this one of {task.name} ({_compare(folder, task, variant)}). Expected the same "
+                "examples, or no folder: pass --overwrite to replace it, or choose another --output."
             )
         facts = {"task": task.name, "variant": variant, "licence": task.licence, "source": source, "version": version}
+        if task.card is not None:
+            facts |= {"card": task.card, "card_hash": task.card_hash or ""}
         if not dry_run:
             _write(folder, parts, hashes, {**facts, "notes": list(splits.notes)})
     return _report(task, variant, folder, parts, hashes, splits.notes, is_written=not (is_same or dry_run))
@@ -165,6 +171,8 @@ def read_prepared(folder: Path, task: str, split: SplitName) -> PreparedSplit:
         source=facts["source"],
         finlora_version=facts["version"],
         notes=tuple(facts["notes"]),
+        card=facts.get("card"),
+        card_hash=facts.get("card_hash"),
     )
 
 
@@ -184,7 +192,9 @@ def examples_hash(examples: Sequence[Example]) -> str:
     """Return the SHA-256 over what a model sees and is judged by, in order, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for item in examples:
-        fields = [item.id, item.prompt, item.answer, item.label, item.choices]
+        fields: list[object] = [item.id, item.prompt, item.answer, item.label, item.choices]
+        if item.weight != 1 or item.segments or item.turns:  # sets without them keep the hash that they had
+            fields += [item.weight, item.segments, item.turns]
         digest.update(json.dumps(fields, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
 
@@ -200,7 +210,7 @@ def _check(examples: Sequence[Example]) -> None:
             )
 
 
-def _is_there(folder: Path, task: str, hashes: Mapping[str, str], variant: str) -> bool:
+def _is_there(folder: Path, task: str, hashes: Mapping[str, str], variant: str, card: str | None) -> bool:
     """Return whether the folder already holds these very splits, all of them and readable."""
     if {path.name for path in folder.glob("*")} != {f"{split}.parquet" for split in hashes}:
         return False
@@ -209,7 +219,18 @@ def _is_there(folder: Path, task: str, hashes: Mapping[str, str], variant: str) 
         found = [read_prepared(folder.parent, task, split) for split in names if split in hashes]
     except DatasetError:
         return False  # an unreadable set counts as another one: the caller refuses it, or replaces it when told to
-    return all(item.hash == hashes[item.split] and item.variant == variant for item in found)
+    return all(item.hash == hashes[item.split] and (item.variant, item.card) == (variant, card) for item in found)
+
+
+def _compare(folder: Path, task: Task, variant: str) -> str:
+    """Return what differs, in brackets of a message: the variant, or the hashes of two questions."""
+    try:
+        there = read_prepared(folder.parent, task.name, "test")
+    except DatasetError:
+        return variant
+    if there.card_hash != task.card_hash:
+        return f"task hash {(there.card_hash or 'of no task file')[:12]} there, {(task.card_hash or 'of no task file')[:12]} here"
+    return variant if there.card is None else "the same question, other rows or another split"
 
 
 def _write(
@@ -222,11 +243,8 @@ def _write(
             fresh.mkdir()
             for split, examples in parts.items():
                 whole = {**facts, "split": split, "hash": hashes[split], "count": len(examples)}
-                schema = SCHEMA.with_metadata({FACTS_KEY: json.dumps(seal(whole), ensure_ascii=False).encode()})
-                columns = {name: [getattr(item, name) for item in examples] for name in SCHEMA.names}
                 # Checksums of the pages: the hash of the examples leaves their source and group out.
-                table = pa.table(columns, schema=schema)
-                pq.write_table(table, fresh / f"{split}.parquet", write_page_checksum=True)
+                pq.write_table(make_table(examples, seal(whole)), fresh / f"{split}.parquet", write_page_checksum=True)
             _move_in(fresh, folder, scratch / "old")
     except OSError as error:
         raise DatasetError(

@@ -36,7 +36,7 @@ STEPS: tuple[Step, ...] = (
     _step("beside", answering.beside, needs="short-16-adamw", makes="runs/beside", needs_ray=False),
     _step("merge", answering.merge, needs="beside", makes="merged runs/merged", needs_ray=False),
     _step("evaluate", answering.evaluate_adapter, needs="train-main evaluate-base", needs_ray=False),
-    _step("staged", answering.evaluate_staged, needs="evaluate", makes="runs/main-staged"),
+    _step("staged", answering.evaluate_staged, needs="beside", makes="runs/staged"),
     _step("ask", answering.ask, needs="train-main"),
     _step("ask-text", answering.ask_text),
     _step("reproduce", searching.reproduce, makes="reproduce"),

@@ -41,12 +41,25 @@ def evaluate_adapter(tools: Tools) -> None:
 
 
 def evaluate_staged(tools: Tools) -> None:
-    """The same over two stages, as a Ray task."""
-    adapter = tools.walk.runs / "main" / "adapter"
-    staged = evaluate(tools, "main-staged", "--adapter", adapter, "--ray", "eval.num_stages=2")
-    # One or two of a hundred stand so near the border that bfloat16 moves them.
-    accuracy = recorded(tools, "main")["metrics"]["accuracy"]
-    tools.checks.close("accuracy over two stages", accuracy, staged["metrics"]["accuracy"], 0.02)
+    """An adapter of 16 bit over two stages, as a Ray task, beside one process.
+
+    Not at 8 bit: there the rows of a batch decide together which columns stay in 16 bit (LLM.int8, section 3.2 of
+    https://arxiv.org/abs/2208.07339), and two stages have smaller batches; 3 answers of 96 changed.
+    """
+    adapter = tools.walk.runs / run_name(16, "adamw") / "adapter"
+    evaluate(tools, "staged", "--adapter", adapter, "--ray", "eval.num_stages=2", *_merged_settings(tools))
+    one, two = (recorded(tools, name) for name in ("beside", "staged"))
+    # A question or two of a hundred are so near to a tie that bfloat16 decides them.
+    tools.checks.at_most("answers that differ over two stages", one["num_examples"] // 50 + 1, moved(one, two))
+
+
+def moved(one: dict[str, Any], other: dict[str, Any]) -> int:
+    """Return how many answers to the same questions must have changed between two records, by their confusion counts."""
+    before, after = (
+        {(label, answer): count for label, row in record["counts"].items() for answer, count in row.items()}
+        for record in (one, other)
+    )
+    return sum(max(0, count - after.get(pair, 0)) for pair, count in before.items())
 
 
 def text_base(tools: Tools) -> None:

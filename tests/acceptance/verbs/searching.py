@@ -22,11 +22,8 @@ def tune(tools: Tools) -> None:
     walk, checks, scale = tools.walk, tools.checks, tools.scale
     settings = (
         *("name=search", f"search.num_trials={scale.num_trials}", "search.rank=[2,4]", "search.bits=[4]"),
-        *(
-            "data.max_train_examples=160",
-            f"train.max_steps={scale.num_short_steps}",
-            "search.learning_rate=[5e-4,2e-3]",
-        ),
+        *(f"data.max_train_examples={scale.num_trial_examples}", f"train.max_steps={scale.num_trial_steps}"),
+        "search.learning_rate=[5e-4,2e-3]",
         # On two cores two trials at once take turns.
         *("search.validation_share=0.25", f"search.max_concurrent={1 if walk.device == 'cpu' else scale.num_trials}"),
     )

@@ -49,7 +49,7 @@ class Scale:
     """GPU share of a worker, an evaluation or a stage."""
 
 
-# H200: 71.2 % and F1 71.7 on FPB, 81.7 % on generated filings, losses of 0.31 and 0.37 after the short steps; the base alone 19.7
+# H200: 75.8 % and F1 75.1 on FPB, 81.5 % on generated filings, losses of 0.31 and 0.37 after the short steps; the base alone 20.8
 # and 24.0 %. FPB with 3,634 examples and 4 epochs at rate 5e-4 came to 82.1 %.
 ON_GPU = Scale(
     num_train=1600,

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -23,11 +22,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
 from finlora.errors import FinloraError, StoppedError
 from finlora.machine.foreign_errors import explain
 from finlora.machine.signals import StoppedByError, leave_output
+from finlora.printed_table import print_table
 
 if TYPE_CHECKING:
     from finlora.data.sets.prepared import PreparedReport
@@ -200,24 +199,22 @@ def show_tasks(console: Console) -> None:
     """List every task that `finlora prepare` knows."""
     from finlora.data.sets.catalog import TASKS
 
-    table = Table("task", "data", "answers", "hub dataset", "licence", box=box.SIMPLE_HEAD)
+    rows = []
     for task in TASKS.values():
         answers = "free text" if task.is_free_text else "/".join(task.choices) or "of its parts"
-        table.add_row(task.name, task.title, answers, task.hub_id or "generated", task.licence)
-    console.print(table)
+        rows.append((task.name, task.title, answers, task.hub_id or "generated", task.licence))
+    print_table(console, ("task", "data", "answers", "hub dataset", "licence"), rows)
 
 
 def show_preparation(report: PreparedReport, console: Console, is_dry: bool) -> None:
     """Show counts, label distribution, duplicates and leaks of a prepared set, and the notes of its reader."""
-    table = Table(
-        "split", "examples", "labels", "duplicates", "prompt chars (median / max)", "sha256", box=box.SIMPLE_HEAD
-    )
+    rows = []
     for split, count in report.counts.items():
         labels = ", ".join(f"{label} {number:,}" for label, number in report.labels[split].items()) or "free text"
         median, longest = report.prompt_chars[split]
         chars = f"{median:,.0f} / {longest:,}"
-        table.add_row(split, f"{count:,}", labels, f"{report.duplicates[split]:,}", chars, report.hashes[split][:12])
-    console.print(table)
+        rows.append((split, f"{count:,}", labels, f"{report.duplicates[split]:,}", chars, report.hashes[split][:12]))
+    print_table(console, ("split", "examples", "labels", "duplicates", "prompt chars (median / max)", "sha256"), rows)
     console.print(
         f"Leaks from train into test: {report.prompt_leaks:,} equal prompts, {report.group_leaks:,} examples of a shared "
         "source (sentence, headline, pair or filing)",
@@ -249,11 +246,9 @@ def show_reply(
             )
             console.print(f"In the text asked about, the answer {where}.", highlight=False)
         return
-    table = Table("answer", "probability", "", box=box.SIMPLE_HEAD)
-    table.columns[1].justify = "right"
-    for answer, value in probabilities.items():
-        table.add_row(escape(answer), f"{value:.1%}", "█" * round(40 * value))
-    console.print(table)
+    num_blocks = max(0, min(40, console.width - 40))
+    rows = [(answer, f"{value:.1%}", "█" * round(num_blocks * value)) for answer, value in probabilities.items()]
+    print_table(console, ("answer", "probability", ""), rows, right=[1])
 
 
 @contextmanager

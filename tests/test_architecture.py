@@ -23,6 +23,7 @@ STAIR = (
         "formula",
         "config",
         "yamltext",
+        "printed_table",
         "configfile",
         "precision",
         "results",

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from finlora.cli.app import ConfigPath, Overrides, app, console, load_settings, say
+from finlora.printed_table import print_table
 
 _COLOURS = {"ok": "green", "warning": "yellow", "fault": "bold red"}
 
@@ -82,10 +81,9 @@ def _show(findings: Sequence[Any]) -> None:
             advice = f" -> {each.advice}" if each.advice else ""
             say(f"{each.level:7} {each.check}: {each.found}{advice}")
     else:
-        table = Table("", "check", "found", "what to do", box=box.SIMPLE_HEAD)
-        for each in findings:
-            level = f"[{_COLOURS[each.level]}]{each.level}[/]"
-            table.add_row(level, escape(each.check), escape(each.found), escape(each.advice))
-        console.print(table)
+        rows = [
+            (Text(each.level, style=_COLOURS[each.level]), each.check, each.found, each.advice) for each in findings
+        ]
+        print_table(console, ("", "check", "found", "what to do"), rows)
     counts = {level: sum(each.level == level for each in findings) for level in _COLOURS}
     say(f"{counts['ok']} ok, {counts['warning']} warnings, {counts['fault']} faults.")

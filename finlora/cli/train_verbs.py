@@ -41,13 +41,13 @@ def plan(
     ] = None,
 ) -> None:
     """Forecast the memory of a run from its prepared data. Names the setting that makes it fit. Needs no GPU."""
-    from finlora.train.plan import count_gpus, find_memory_gib, plan_run, render_plan
+    from finlora.train.plan import count_gpus, find_memory_gib, plan_run, print_plan
 
     settings = resolve_run(load_settings(config, overrides))
     memory = find_memory_gib(settings.train.device) if gpu_memory is None else gpu_memory
     with open_bars(console, "reading the data"):
         verdict = plan_run(settings, memory, count_gpus(settings) if gpus is None else gpus)
-    console.print(render_plan(settings, verdict))
+    print_plan(settings, verdict, console)
     verdict.require_fit()
     say(verdict.words)
 

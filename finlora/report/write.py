@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from finlora.errors import ResultError
+from finlora.printed_table import print_table
 from finlora.report.pairing import Paired, pair_results
 from finlora.report.scores import score_table
 from finlora.report.tables import (
@@ -34,8 +33,6 @@ _TITLES = {
     "training-time": "Time of training",
     "evaluation-time": "Time of evaluation",
 }
-_MIN_WIDTH = 8
-"""Words up to this length are not broken when the terminal is narrow: those of `not measured`."""
 
 
 def show_results(results: Sequence[Result], console: Console) -> None:
@@ -146,35 +143,14 @@ def _count(number: int, noun: str) -> str:
 
 def draw_table(table: TextTable, console: Console) -> None:
     """Print a table with its notes below."""
-    drawn = Table(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    columns = [[row[index] for row in table.rows] for index in range(len(table.header))]
-    longest = [
-        max(len(word) for word in " ".join((name, *cells)).split())
-        for name, cells in zip(table.header, columns, strict=True)
+    rows = [
+        [Text(cell, style="dim" if cell.startswith((NOT_RUN, NOT_MEASURED)) else "") for cell in row]
+        for row in table.rows
     ]
-    whole = _widest_word(longest, console.width)
-    for name, cells, word in zip(table.header, columns, longest, strict=True):
-        # `not measured` takes two lines in a column of plain numbers, which leaves the width to names.
-        width = max(len(name), _MIN_WIDTH) if all(map(_is_number, cells)) else None
-        drawn.add_column(Text(name), overflow="fold", min_width=min(word, whole), max_width=width)
-    for row in table.rows:
-        drawn.add_row(*(Text(cell, style="dim" if cell.startswith((NOT_RUN, NOT_MEASURED)) else "") for cell in row))
-    console.print(drawn)
+    numbers = [index for index in range(len(table.header)) if all(_is_number(row[index]) for row in table.rows)]
+    print_table(console, table.header, rows, title=table.title, numbers=numbers)
     for note in table.notes:
         console.print(Text(note, style="dim"))
-
-
-def _widest_word(longest: Sequence[int], width: int) -> int:
-    """Return the most characters of a word that every column can keep on one line, in a terminal of this width.
-
-    Args:
-        longest: characters of each column's longest word.
-    """
-    gaps = 2 * len(longest) + 2
-    fitting = (
-        size for size in range(max(longest), _MIN_WIDTH, -1) if sum(min(n, size) for n in longest) + gaps <= width
-    )
-    return next(fitting, _MIN_WIDTH)
 
 
 def _is_number(cell: str) -> bool:

@@ -21,7 +21,7 @@ from finlora.train.run.run_folder import TrainingSet, load_training_set
 
 if TYPE_CHECKING:
     import torch
-    from rich.table import Table
+    from rich.console import Console
 
 REFERENCE_GPU_GIB = 47.4
 """Memory that torch reports on the reference machine's 48 GB card (RTX A6000) with ECC off; ECC takes about 3 GiB."""
@@ -187,15 +187,12 @@ def count_gpus(config: RunConfig) -> int:
     return max(1, math.ceil(config.train.num_workers * config.train.gpus_per_worker))
 
 
-def render_plan(config: RunConfig, verdict: Verdict) -> Table:
-    """Return the forecast as a table."""
-    from rich import box
-    from rich.table import Table
+def print_plan(config: RunConfig, verdict: Verdict, console: Console) -> None:
+    """Print the forecast as a table."""
+    from finlora.printed_table import print_table
 
     plan = verdict.plan
     where = "GPU" if config.train.device == "cuda" else "machine, a worker's share"
-    table = Table("memory of one worker", "GiB", "what it is", box=box.SIMPLE_HEAD)
-    table.columns[1].justify = "right"
     rows = [
         ("weights", plan.weights_gib, _describe_weights(config, verdict)),
         (
@@ -215,9 +212,8 @@ def render_plan(config: RunConfig, verdict: Verdict) -> Table:
         ),
         (where, verdict.gpu_memory_gib, f"of which {MARGIN:.0%} of the total is kept free"),
     ]
-    for name, gib, meaning in rows:
-        table.add_row(name, f"{gib:.2f}", meaning)
-    return table
+    header = ("memory of one worker", "GiB", "what it is")
+    print_table(console, header, [(name, f"{gib:.2f}", meaning) for name, gib, meaning in rows], right=[1])
 
 
 def _describe_weights(config: RunConfig, verdict: Verdict) -> str:

@@ -17,7 +17,7 @@ from finlora.train.plan import (
     explain_out_of_memory,
     find_memory_gib,
     plan_run,
-    render_plan,
+    print_plan,
 )
 from finlora.train.run.run_folder import load_training_set
 
@@ -146,7 +146,7 @@ def test_table_shows_every_part_and_the_longest_batch(make_8b):
     config = make_8b("train.micro_batch_size=4")
     verdict = plan_run(config, 47.4, 1)
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(render_plan(config, verdict))
+    print_plan(config, verdict, console)
     text = console.export_text()
     for word in ("weights", "adapter", "optimizer", "activations", "peak of loading", "total", "GPU", "4 x "):
         assert word in text
@@ -208,7 +208,7 @@ def test_packed_run_says_how_it_trains_and_that_it_fits(make_8b):
     )
     assert verdict.describe(config) == expected
     console = Console(width=130, record=True, file=io.StringIO())
-    console.print(render_plan(config, verdict))
+    print_plan(config, verdict, console)
     text = console.export_text()
     assert "unpacked once and kept" in text
     assert f"a pack of {rows:,} tokens, the largest" in text

@@ -257,7 +257,11 @@ class TrainConfig:
                 ),
                 (self.max_pack_tokens >= 1, f"max_pack_tokens={self.max_pack_tokens}: expected at least 1"),
                 (self.max_failures >= 0, f"max_failures={self.max_failures}: expected at least 0"),
-                (self.gpus_per_worker > 0, f"gpus_per_worker={self.gpus_per_worker}: expected more than 0"),
+                (
+                    self.gpus_per_worker > 0,
+                    f"gpus_per_worker={self.gpus_per_worker}: expected more than 0; to train without a GPU, set "
+                    "train.device=cpu and leave this out",
+                ),
                 (self.cpus_per_worker > 0, f"cpus_per_worker={self.cpus_per_worker}: expected more than 0"),
             ],
         )
@@ -291,7 +295,11 @@ class EvalConfig:
             "eval",
             [
                 *((n >= 1, f"{key}={n}: expected at least 1") for key, n in counts),
-                (self.num_gpus > 0, f"num_gpus={self.num_gpus}: expected more than 0"),
+                (
+                    self.num_gpus > 0,
+                    f"num_gpus={self.num_gpus}: expected more than 0; to evaluate without a GPU, set eval.device=cpu and leave "
+                    "this out",
+                ),
             ],
         )
 

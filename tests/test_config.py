@@ -157,6 +157,11 @@ def test_number_that_yaml_reads_in_another_base_is_refused(tmp_path, where, numb
         ("data.tasks=[1]", r"data.tasks\[0\]=1: expected a text"),
         ("data.max_test_examples=0", "expected at least 1, or null for all"),
         ("optim.learning_rate=fast", "optim.learning_rate='fast': expected a number"),
+        (
+            "train.gpus_per_worker=0",
+            "expected more than 0; to train without a GPU, set train.device=cpu and leave this out",
+        ),
+        ("eval.num_gpus=0", "expected more than 0; to evaluate without a GPU, set eval.device=cpu and leave this out"),
         ("optim.learning_rate=-1", "learning_rate=-1.0: expected more than 0"),
         ("optim.learning_rate=.nan", "optim.learning_rate=nan: expected a finite number"),
         ("optim.learning_rate=inf", "optim.learning_rate=inf: expected a finite number"),

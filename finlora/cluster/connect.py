@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -63,10 +63,10 @@ def connect(log_to_driver: bool) -> None:
         require_node_here(versions)
     try:
         if not is_local():
-            with keep_sigterm():
+            with keep_sigterm(), _without_native_sigterm():
                 ray.init(log_to_driver=log_to_driver, runtime_env={"env_vars": worker_environment()})
             return
-        with without_hangup_for_children(), keep_sigterm():
+        with without_hangup_for_children(), keep_sigterm(), _without_native_sigterm():
             ray.init(
                 address="local",
                 log_to_driver=log_to_driver,
@@ -75,6 +75,23 @@ def connect(log_to_driver: bool) -> None:
             )
     except Exception as error:  # Ray raises many types here
         raise _explain_start(error, address) from error
+
+
+@contextlib.contextmanager
+def _without_native_sigterm() -> Iterator[None]:
+    """Keep Ray's native crash handler out of this process while it joins: after SIGTERM that prints a stack and aborts with 134.
+
+    Python's faulthandler still shows a real crash. The constant stands for RAY_DISABLE_FAILURE_SIGNAL_HANDLER, which Ray's
+    workers would inherit, and lose the stack of their crashes.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+    try:
+        yield
+    finally:
+        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = before
 
 
 def is_local() -> bool:

@@ -128,13 +128,17 @@ class ServeConfig:
             "max_adapters": (self.max_adapters, 1),
         }
         above = {
-            "stages.gpus": stages.gpus,
             "stages.cpus": stages.cpus,
             "limits.deadline_s": limits.deadline_s,
             "ready_every_s": self.ready_every_s,
         }
         faults = [f"{key}={value}: expected at least {low}" for key, (value, low) in least.items() if value < low]
         faults += [f"{key}={value}: expected more than 0" for key, value in above.items() if value <= 0]
+        if stages.gpus <= 0:
+            faults.append(
+                f"stages.gpus={stages.gpus}: expected more than 0; to serve without a GPU, set stages.device=cpu and leave this "
+                "out"
+            )
         if not self.name or set(self.name) & set(":@/ \n"):
             faults.append(f"name={self.name!r}: expected a name without colon, at sign, slash and space")
         faults += [

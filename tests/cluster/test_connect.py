@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +59,19 @@ def test_workers_of_a_running_cluster_get_the_cpu_environment(monkeypatch):
     connect.connect(log_to_driver=True)
     environment = {"OMP_WAIT_POLICY": "active", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
     assert asked == [{"log_to_driver": True, "runtime_env": {"env_vars": environment}}]
+
+
+@pytest.mark.ray
+def test_ray_does_not_take_sigterm_of_the_driver_with_its_crash_handler(ray_instance):
+    """Source: absl/debugging/failure_signal_handler.cc sets SIGTERM and SIGTRAP among others, and nothing else takes SIGTRAP."""
+
+    def catches_sigtrap():
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+        return bool(int(caught, 16) >> (signal.SIGTRAP - 1) & 1)
+
+    assert not catches_sigtrap()
+    assert connect.call(catches_sigtrap, num_cpus=0.5, num_gpus=0.0)  # a worker still shows the stack of its crash
 
 
 @pytest.mark.ray

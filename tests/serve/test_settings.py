@@ -25,7 +25,7 @@ def test_all_faults_are_reported_together():
         "model.bits=5",
         "stages.device='tpu'",
         "stages.num=0: expected at least 1",
-        "stages.gpus=0.0: expected more than 0",
+        "stages.gpus=0.0: expected more than 0; to serve without a GPU, set stages.device=cpu and leave this out",
         "limits.max_new_tokens=0",
         "limits.deadline_s=-1.0",
         "max_adapters=0",

@@ -35,14 +35,22 @@ def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun
         return
     from finlora.cluster import connect
     from finlora.doctor.examine import require_inputs
-    from finlora.train.search.search_folder import examine_search
+    from finlora.train.search.pareto import write_summary
+    from finlora.train.search.search_folder import examine_search, read_ended
 
     folder = examine_search(settings, search)
+    if ended := read_ended(folder, search, trials):
+        for path in write_summary(settings, search, folder, ended, console):
+            say(f"Written: {path}")
+        say(
+            f"All {len(trials)} trials have ended: nothing was started. More trials go on from here with a larger "
+            "search.num_trials; another search needs another `name`."
+        )
+        return
     connect.prepare()
     base = require_inputs(settings, splits=("train",))
     connect.connect(log_to_driver=False)
     from finlora.train.search.follow import SearchFollower
-    from finlora.train.search.pareto import write_summary
     from finlora.train.search.search import run_search  # imports Ray, which must come after the connection's settings
 
     def tell(record: Any) -> None:

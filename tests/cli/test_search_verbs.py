@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
+
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
 
 
@@ -16,6 +18,29 @@ def test_dry_search_lists_its_trials_and_starts_nothing(call, config_file, tmp_p
     assert [line[:9] for line in lines[-3:]] == ["000-16bit", "001-4bit-", "002-4bit-"]
     assert "Dry run: nothing was started or written." in lines
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_ended_search_answers_from_disk_and_starts_no_ray(call, config_file, monkeypatch):
+    from finlora.configfile import load_config
+    from finlora.train.search.search_folder import TrialRecord, TrialState, open_search, write_record
+    from finlora.train.search.space import SearchConfig, sample_trials
+
+    config, search = load_config(config_file), SearchConfig(num_trials=2)
+    folder = open_search(config, search)
+    for trial in sample_trials(config, search):
+        scores = {"accuracy": 0.5, "peak_memory_gib": 1.0, "hours": 0.1}
+        write_record(
+            folder,
+            TrialRecord(
+                trial=trial, state=TrialState.FINISHED, step=3, total_steps=3, held_out_loss=0.25, scores=scores
+            ),
+        )
+    for name in ("prepare", "connect"):
+        monkeypatch.setattr(f"finlora.cluster.connect.{name}", lambda **_: pytest.fail("Ray was started"))
+    code, out, _ = call("tune", "-c", config_file, "search.num_trials=2")
+    assert code == 0
+    assert "All 2 trials have ended: nothing was started." in out
+    assert f"Written: {folder.best}" in out
 
 
 def test_faults_of_a_search_end_with_their_words(call, config_file):

@@ -25,7 +25,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from finlora.errors import ConfigError, ResourceError
 from finlora.machine.working_dir import describe_lost
 from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.precision import resolve_training
+from finlora.results import SEARCH_MARK
 
 # Settings that may differ when a run resumes: they change paths, intervals and memory, not what is computed.
 _FREE_SETTINGS = {
@@ -247,7 +248,7 @@ def examine_run(config: RunConfig) -> RunFolder:
     """Return the folder of a run that this process may start or resume. Changes nothing.
 
     Raises:
-        ConfigError: a run of that name exists with other settings; names each that differs.
+        ConfigError: a run of that name exists with other settings; names each that differs. Or it is a search.
         ResourceError: another driver works in the folder.
     """
     folder = RunFolder(Path(config.output_dir) / config.name)
@@ -269,6 +270,8 @@ def open_run(config: RunConfig) -> RunFolder:
 
 
 def _refuse_other_run(folder: RunFolder, config: RunConfig) -> None:
+    if (folder.root / SEARCH_MARK).is_file():
+        raise ConfigError(f"{folder.root} holds a search, not a run: choose another `name`.")
     if folder.config.is_file():
         try:
             there = config_to_tree(load_config(folder.config))
@@ -277,7 +280,7 @@ def _refuse_other_run(folder: RunFolder, config: RunConfig) -> None:
                 f"{folder.config} belongs to a run and cannot be read by this version ({error}): resume the run with the "
                 "version that wrote it, or choose another `name`."
             ) from error
-        differing = _differences(there, config_to_tree(config))
+        differing = list_differences(there, config_to_tree(config), _FREE_SETTINGS)
         if differing:
             raise ConfigError(
                 f"{folder.root} already holds a run with other settings ({'; '.join(differing)}): restore them to resume "
@@ -334,17 +337,22 @@ def require_unclaimed(folder: RunFolder) -> None:
             pass
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def list_differences(old: dict[str, Any], new: dict[str, Any], free: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return each setting that differs between two trees of settings, with both values.
+
+    Args:
+        free: settings that may differ, by section; "" for those outside sections.
+    """
     found = []
     for section, value in new.items():
-        free = _FREE_SETTINGS.get("", ())
-        if section in free:
+        if section in free.get("", ()):
             continue
         if not isinstance(value, dict):
             if old.get(section) != value:
                 found.append(f"{section}: {old.get(section)} there, {value} here")
             continue
+        there = old.get(section) or {}
         for key, inner in value.items():
-            if key not in _FREE_SETTINGS.get(section, ()) and old[section].get(key) != inner:
-                found.append(f"{section}.{key}: {old[section].get(key)} there, {inner} here")
+            if key not in free.get(section, ()) and there.get(key) != inner:
+                found.append(f"{section}.{key}: {there.get(key)} there, {inner} here")
     return found

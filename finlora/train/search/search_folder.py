@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -34,8 +35,8 @@ from finlora.durable import seal, unseal, write_whole
 from finlora.errors import ConfigError, DatasetError, ResultError
 from finlora.precision import resolve_training
 from finlora.results import SEARCH_MARK
-from finlora.train.run.run_folder import RunFolder, require_unclaimed
-from finlora.train.search.space import SearchConfig, Trial, hash_search
+from finlora.train.run.run_folder import RunFolder, list_differences, require_unclaimed
+from finlora.train.search.space import FREE_SETTINGS, SearchConfig, Trial, hash_search
 from finlora.yamltext import read_yaml
 
 RECORD = "trial.json"
@@ -126,11 +127,11 @@ def examine_search(config: RunConfig, search: SearchConfig) -> SearchFolder:
     """Return the folder of a search that this process may start or resume. Changes nothing.
 
     Raises:
-        ConfigError: the folder holds a search with other settings, or something else.
+        ConfigError: the folder holds a search with other settings, each of which is named, or something else.
         ResourceError: another driver is at work in the folder.
     """
     folder = search_folder(config)
-    _refuse_other_search(folder, hash_search(resolve_training(config, folder.config), search))
+    _refuse_other_search(folder, resolve_training(config, folder.config), search)
     require_unclaimed(RunFolder(folder.root))
     return folder
 
@@ -143,23 +144,40 @@ def open_search(config: RunConfig, search: SearchConfig) -> SearchFolder:
         DatasetError: the prepared data is missing or too small to split.
     """
     folder = search_folder(config)
-    key = hash_search(config, search)
-    _refuse_other_search(folder, key)
+    _refuse_other_search(folder, config, search)
     for task in config.data.tasks:
         split_examples(Path(config.data.dir), task, folder.data, search.validation_share, config.seed)
     folder.trials.mkdir(parents=True, exist_ok=True)
-    tree = {_HASH: key, **config_to_tree(config), "search": _listed(dataclasses.asdict(search))}
+    tree = {_HASH: hash_search(config, search), **_to_tree(config, search)}
     write_whole(folder.config, yaml.safe_dump(tree, sort_keys=False))
     return folder
 
 
-def _refuse_other_search(folder: SearchFolder, key: str) -> None:
+def read_ended(folder: SearchFolder, search: SearchConfig, trials: Sequence[Trial]) -> list[TrialRecord] | None:
+    """Return the records of a search in which no trial is left to run, in the trials' order; None where one is left.
+
+    Raises:
+        ResultError: a record is damaged.
+    """
+    records = [read_record(folder, trial) for trial in trials]
+    ended = [record for record in records if record is not None]
+    is_retried = search.retry_failed and any(record.state == TrialState.FAILED for record in ended)
+    return ended if len(ended) == len(trials) and folder.config.is_file() and not is_retried else None
+
+
+def _to_tree(config: RunConfig, search: SearchConfig) -> dict[str, Any]:
+    return {**config_to_tree(config), "search": _listed(dataclasses.asdict(search))}
+
+
+def _refuse_other_search(folder: SearchFolder, config: RunConfig, search: SearchConfig) -> None:
     if folder.config.is_file():
-        found = _read_hash(folder.config)
-        if found != key:
+        tree = _read_tree(folder.config)
+        if tree.get(_HASH) != hash_search(config, search):
+            differing = list_differences(tree, _to_tree(config, search), FREE_SETTINGS)
+            named = "; ".join(differing) or "written by another version of FinLoRA"
             raise ConfigError(
-                f"{folder.root} already holds a search with other settings than these, kept in {folder.config.name}: restore "
-                "them to resume it, or choose another `name`."
+                f"{folder.root} already holds a search with other settings ({named}): restore them to resume it, or choose "
+                "another `name`."
             )
     elif folder.root.exists() and any(folder.root.iterdir()):
         raise ConfigError(f"{folder.root} holds something else than a search: choose another `name`.")
@@ -257,8 +275,8 @@ def read_record(folder: SearchFolder, trial: Trial) -> TrialRecord | None:
         ) from error
 
 
-def _read_hash(path: Path) -> str | None:
-    """Return the hash of a search's settings; None where the file holds none."""
+def _read_tree(path: Path) -> dict[str, Any]:
+    """Return a search's settings and their hash; empty where the file holds none."""
     try:
         tree = read_yaml(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -266,7 +284,7 @@ def _read_hash(path: Path) -> str | None:
             f"{path} is damaged ({' '.join(str(error).split())}): delete that file and start the search with its settings again; "
             "trials that have ended count."
         ) from error
-    return tree.get(_HASH) if isinstance(tree, dict) else None
+    return tree if isinstance(tree, dict) else {}
 
 
 def _listed(values: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,13 @@ OWN = "000-"
 _BITS = (16, 8, 4)
 
 
+FREE_SETTINGS = {
+    "": ("output_dir", "max_wait_s", "name"),
+    "search": ("num_trials", "objectives", "max_concurrent", "retry_failed"),
+}
+"""Settings that may differ when a search resumes, by section."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchConfig:
     """The section `search`."""
@@ -163,10 +170,10 @@ def sample_trials(config: RunConfig, search: SearchConfig) -> list[Trial]:
 def hash_search(config: RunConfig, search: SearchConfig) -> str:
     """Return 16 hex digits of the hash of what decides the trials and their scores; num_trials may grow."""
     section = dataclasses.asdict(search)
-    for name in ("num_trials", "objectives", "max_concurrent", "retry_failed"):
+    for name in FREE_SETTINGS["search"]:
         section.pop(name)
     tree = config_to_tree(config)
-    for name in ("output_dir", "max_wait_s", "name"):
+    for name in FREE_SETTINGS[""]:
         tree.pop(name)
     return hashlib.sha256(json.dumps([tree, section], sort_keys=True).encode()).hexdigest()[:16]
 

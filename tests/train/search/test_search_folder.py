@@ -11,13 +11,14 @@ from finlora.data.sets.catalog import task_named
 from finlora.data.sets.prepared import read_prepared, write_prepared
 from finlora.errors import ConfigError, DatasetError
 from finlora.train.held_out import append_held_out, read_held_out
-from finlora.train.run.run_folder import load_training_set
+from finlora.train.run.run_folder import examine_run, load_training_set
 from finlora.train.search.search_folder import (
     Mark,
     TrialRecord,
     TrialState,
     count_grace_steps,
     open_search,
+    read_ended,
     read_record,
     split_examples,
     trial_config,
@@ -74,13 +75,39 @@ def test_folder_of_another_search_or_run_is_refused(make_config):
     config = make_config("name=s")
     open_search(config, SearchConfig())
     open_search(config, SearchConfig(num_trials=50))
-    with pytest.raises(ConfigError, match="already holds a search with other settings"):
-        open_search(config, SearchConfig(rank=(2,)))
+    for changes, section, words in (
+        ([], {"rank": (2,)}, r"\(search.rank: \[4, 8, 16\] there, \[2\] here\).*another `name`"),
+        (
+            ["seed=7", "data.max_train_examples=9"],
+            {},
+            r"\(seed: 42 there, 7 here; data.max_train_examples: None there, 9 here\)",
+        ),
+    ):
+        with pytest.raises(ConfigError, match="already holds a search with other settings " + words):
+            open_search(make_config("name=s", *changes), SearchConfig(**section))
+    with pytest.raises(ConfigError, match="holds a search, not a run"):
+        examine_run(config)
     run = make_config("name=run")
     folder = open_search(run, SearchConfig())
     folder.config.unlink()
     with pytest.raises(ConfigError, match="holds something else than a search"):
         open_search(run, SearchConfig())
+
+
+def test_search_counts_as_ended_only_with_a_record_of_each_trial(make_config):
+    config, search = make_config("name=s"), SearchConfig(num_trials=2)
+    folder = open_search(config, search)
+    trials = sample_trials(config, search)
+    ended = [
+        TrialRecord(trial=trial, state=state, step=3, total_steps=3, held_out_loss=0.25)
+        for trial, state in zip(trials, (TrialState.FINISHED, TrialState.FAILED), strict=True)
+    ]
+    write_record(folder, ended[0])
+    assert read_ended(folder, search, trials) is None
+    write_record(folder, ended[1])
+    assert read_ended(folder, search, trials) == ended
+    assert read_ended(folder, SearchConfig(num_trials=2, retry_failed=True), trials) is None
+    assert read_ended(folder, search, sample_trials(config, SearchConfig(num_trials=3))) is None
 
 
 def test_record_comes_back_equal(make_config):

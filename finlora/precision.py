@@ -23,7 +23,7 @@ _BYTES = {"bfloat16": 2, "float32": 4}
 
 
 def resolve_model(model: ModelConfig, device: str) -> ModelConfig:
-    """Return the settings with a compute type for a device (`cuda` or `cpu`); one that is set stays."""
+    """Return the settings with a compute type for a device (`cuda` or `cpu`); a set one stays."""
     if model.compute_dtype != AUTO:
         return model
     return dataclasses.replace(model, compute_dtype=choose(device))
@@ -38,52 +38,54 @@ def resolve_training(config: RunConfig, record: Path | None = None) -> RunConfig
     """Return a config with a compute type and a precision for train.device.
 
     Args:
-        record: config file of the same run or search, written when it began: auto becomes what it says. None, missing or
-            unreadable: there is none.
+        record: config file that the same run or search wrote at its start; it decides what auto becomes. May be None,
+            missing or unreadable.
     """
     if AUTO not in (config.model.compute_dtype, config.train.precision):
         return config
-    begun = _read_record(record)
+    recorded = _read_record(record)
     chosen = choose(config.train.device)
     model, train = config.model, config.train
     if model.compute_dtype == AUTO:
-        model = dataclasses.replace(model, compute_dtype=begun.get("compute_dtype", chosen))
+        model = dataclasses.replace(model, compute_dtype=recorded.get("compute_dtype", chosen))
     if train.precision == AUTO:
-        train = dataclasses.replace(train, precision=begun.get("precision", _SHORT[chosen]))
+        train = dataclasses.replace(train, precision=recorded.get("precision", _SHORT[chosen]))
     return dataclasses.replace(config, model=model, train=train)
 
 
 def resolve_precision(precision: Precision, device: str) -> Precision:
-    """Return the autocast precision for a device; one that is set stays."""
+    """Return the autocast precision for a device; a set one stays."""
     return _SHORT[choose(device)] if precision == AUTO else precision
 
 
 def choose(device: str) -> Dtype:
-    """Return what auto means on a device."""
+    """Return the type that auto means on a device."""
     return "bfloat16" if device == "cuda" else choose_dtype().dtype
 
 
 def describe_type(model: ModelConfig, device: str) -> str:
-    """Say in a few words in which type a device computes, and why where its processor decided."""
+    """Describe a device's compute type, with the reason if the processor decided it."""
     if model.compute_dtype != AUTO or device == "cuda":
         return resolve_model(model, device).compute_dtype
     return "{}: {}".format(*choose_dtype())
 
 
 def describe_choice(config: RunConfig, resolved: RunConfig) -> str | None:
-    """Say in a line which type auto became on a CPU, and why; None where nothing was chosen by the processor."""
+    """Describe in a line the type that auto became on a CPU, and why; None if the processor decided nothing."""
     asked = (config.model.compute_dtype, config.train.precision)
     if config.train.device != "cpu" or AUTO not in asked:
         return None
     dtype, reason = choose_dtype()
     found = (resolved.model.compute_dtype, resolved.train.precision)
     if any(was == AUTO and now not in (dtype, _SHORT[dtype]) for was, now in zip(asked, found, strict=True)):
-        return f"Computes in {found[0]}, autocast {found[1]}, as the run began; on this machine it would be {dtype}: {reason}."
+        return (
+            f"Computes in {found[0]}, autocast {found[1]}, as when the run started; on this machine: {dtype}, {reason}."
+        )
     return describe_cpu()
 
 
 def describe_cpu() -> str:
-    """Say in which type this processor computes where that is left to it, and why."""
+    """Describe the type that auto means on this processor, and why."""
     return "Computes in {}: {}.".format(*choose_dtype())
 
 
@@ -98,7 +100,7 @@ def is_autocast(config: RunConfig) -> bool:
 
 
 def _read_record(record: Path | None) -> dict[str, Any]:
-    """Return the types that a run or search was begun in; what cannot be read is refused where the record is opened."""
+    """Return the types that a run or search recorded; whoever opens the record refuses an unreadable one."""
     if record is None:
         return {}
     try:

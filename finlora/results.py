@@ -1,7 +1,7 @@
-"""One Result record a measurement, appended as a JSON line; `finlora report` reads them back.
+"""One Result a measurement, appended as a JSON line; `finlora report` reads them back.
 
-A line is written whole with one write and fsync, so that a crash leaves at most one broken last line, which reading
-names instead of hiding. Each carries a hash of its values, so that a number that was changed later is named too.
+Each line is one write and one fsync, so a crash breaks at most the last line. Reading refuses a broken line, and by
+the hash that each line carries, a changed one.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from finlora.durable import append_line, read_last_line, unseal
 from finlora.errors import ResultError
 
 SEARCH_MARK = "search.yaml"
-"""Lies in the folder of a search, above its trials' results."""
+"""File that marks a search's folder, above its trials' results."""
 _MAX_LINE_BYTES = 2**22
-"""Of the last result, with its config and loss curve: a longer one's time is not looked at."""
+"""Bytes of the last line whose time is read; holds a config and loss curve. A longer line is ignored."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What one evaluation or one training run brought. Units are in the names; GiB = 2**30 bytes; None: not measured."""
+    """Measurements of one evaluation or one training run. Names hold the units; GiB = 2**30 bytes; None: not measured."""
 
     kind: Literal["evaluation", "training"]
     task: str
-    """Task evaluated, or the trained tasks joined by `+`."""
+    """Evaluated task, or the trained tasks joined by `+`."""
     variant: str
     """`base`, or the adapter as the tables name it: `4bit-r4`."""
     base: str
     bits: int
     """Bits of the base weights during this measurement."""
     base_hash: str | None = None
-    """`fingerprint_weights` of the base. None: written before it was recorded."""
+    """`fingerprint_weights` of the base. None in older results."""
     run: str | None = None
-    """Name of the run that was trained, or whose adapter was evaluated; None for the base model."""
+    """Name of the training run, or of the run whose adapter was evaluated; None for the base model."""
     adapter: str | None = None
     """Adapter folder, None for the base model."""
     adapter_hash: str | None = None
-    """SHA-256 of the adapter's weights in hex: what joins a training and the scores of its adapter, wherever it lies."""
+    """SHA-256 of the adapter's weights in hex: joins a training and its adapter's scores, even if the adapter moved."""
     method: str | None = None
     """`labels` or `generate` for evaluations."""
     num_examples: int = 0
@@ -59,16 +59,16 @@ class Result:
     loss_curve: list[list[float]] = field(default_factory=list)
     """Training: [step, mean loss] points."""
     wire: list[dict[str, float]] = field(default_factory=list)
-    """Training: a record a worker, in rank order, of what it sent for the optimiser over the whole run: rounds, bytes_sent,
-    bytes_adam (what a float32 ring all-reduce at each step would have sent), seconds (waiting for others included)."""
+    """Training: the optimiser's traffic over the run, one record a worker in rank order: rounds, bytes_sent, bytes_adam (what a
+    float32 ring all-reduce at each step would send), seconds (including waits for other workers)."""
     seconds_per_example: float | None = None
     tokens_per_second: float | None = None
     wall_seconds: float | None = None
-    """At work, without the wait for room. Training: of all attempts together, start-ups included."""
+    """Working time, without the wait for GPUs and cores. Training: summed over all attempts, with start-ups."""
     waited_seconds: float | None = None
-    """Waiting for GPUs and cores that others held, of all attempts together."""
+    """Waiting time for GPUs and cores that others use, summed over all attempts."""
     attempts: int | None = None
-    """Training: how often its driver was started."""
+    """Training: the number of driver starts."""
     gpu_hours: float | None = None
     """wall_seconds x GPUs in hours, None on CPU."""
     peak_memory_gib: float | None = None
@@ -77,13 +77,13 @@ class Result:
     data_hash: str | None = None
     """Hash of the prepared split."""
     config: dict[str, Any] = field(default_factory=dict)
-    """The resolved config: alone it reruns the measurement."""
+    """The resolved config, which is enough to rerun the measurement."""
     environment: dict[str, str] = field(default_factory=dict)
     created: str = ""
 
 
 def describe_environment() -> dict[str, str]:
-    """Versions and device of this process, for a Result. Reads only what is already imported for torch."""
+    """Return versions and device of this process, for a Result. Asks torch only if it is already imported."""
     import importlib.metadata
 
     environment = {"python": platform.python_version(), "machine": platform.machine()}
@@ -101,11 +101,11 @@ def describe_environment() -> dict[str, str]:
 def append_result(path: Path, result: Result) -> None:
     """Append one line to a results file, creating folder and file. Concurrent writers on one host do not interleave.
 
-    Its time is at least that of the line before it, since the newest of several measurements counts: a clock that was set
-    back must not let an old number stand.
+    Its time is at least that of the line before it. The newest of several measurements counts, even after a clock was set
+    back.
 
     Raises:
-        ResultError: the line did not go in whole, as on a full disk.
+        ResultError: the line could not be written, for example on a full disk.
     """
     record = dataclasses.asdict(result)
     if not record["created"]:
@@ -117,18 +117,18 @@ def append_result(path: Path, result: Result) -> None:
         append_line(path, record, is_synced=True)
     except OSError as error:
         raise ResultError(
-            f"{path}: the result could not be written ({error}), and the file is as it was. Make room, then run it again."
+            f"{path}: the result could not be written ({error}); the file is unchanged. Free disk space, then run it again."
         ) from error
 
 
 def read_results(path: Path) -> list[Result]:
     """Read every Result of a file, or of all results*.jsonl files below a folder, in file and line order.
 
-    Searches below the folder are passed over: their trials are scored on held-out training examples, not on the test split.
-    Name a search's own folder to read them.
+    Skips searches below the folder: their trials are scored on held-out training examples, not on the test split. Give a
+    search's own folder to read them.
 
     Raises:
-        ResultError: the path is missing or empty of results, or a line is not a Result; names file and line.
+        ResultError: the path is missing or has no results, or a line is not a Result; names file and line.
     """
     if path.is_dir():
         searches = set(list_searches(path))
@@ -144,13 +144,13 @@ def read_results(path: Path) -> list[Result]:
 
 
 def list_searches(path: Path) -> list[Path]:
-    """Return the folders of searches below a folder, whose trials `read_results` passes over."""
+    """Return the folders of searches below a folder, whose trials `read_results` skips."""
     return sorted({mark.parent for mark in path.rglob(SEARCH_MARK)} - {path}) if path.is_dir() else []
 
 
 def _read_file(file: Path) -> list[Result]:
     results = []
-    # Not splitlines: it also cuts at U+2028 and the like, which JSON texts hold unescaped.
+    # Not splitlines: it also splits at characters such as U+2028, which JSON strings may hold unescaped.
     for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
         if not line.strip():
             continue
@@ -159,6 +159,6 @@ def _read_file(file: Path) -> list[Result]:
         except (ValueError, TypeError) as error:
             raise ResultError(
                 f"{file} line {number} is not a result ({error}): expected one JSON object a line as written by "
-                "`finlora evaluate`. Remove that line, which a crash cut short or which was changed."
+                "`finlora evaluate`. A crash cut the line short, or it was changed: remove it."
             ) from error
     return results

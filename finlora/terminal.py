@@ -241,10 +241,8 @@ def show_reply(
     if not probabilities:
         console.out("")
         if is_quoted:
-            where = (
-                f"stands at characters {quote[0]:,} to {quote[1]:,}" if quote else "[bold red]does not stand[/] there"
-            )
-            console.print(f"In the text asked about, the answer {where}.", highlight=False)
+            where = f"at characters {quote[0]:,} to {quote[1]:,} of" if quote else "[bold red]not found[/] in"
+            console.print(f"Answer {where} the text asked about.", highlight=False)
         return
     num_blocks = max(0, min(40, console.width - 40))
     rows = [(answer, f"{value:.1%}", "█" * round(num_blocks * value)) for answer, value in probabilities.items()]

@@ -1,7 +1,7 @@
-"""YAML as settings are written in it, read so that no text can do more than fail: no code, no aliases, no endless nesting.
+"""YAML reader for settings that is safe with any text: no code, no aliases, bounded nesting and numbers.
 
-PyYAML's own safe loader runs no code, but copies whatever an alias names, each level of a few bytes multiplying the one before
-it, and lets errors of other kinds than its own through (a date of month 13, a number of a million digits).
+PyYAML's own safe loader runs no code, but it expands nested aliases exponentially, and raises errors of other types than
+its own (a date of month 13, a number of a million digits).
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 import yaml
 
 MAX_BYTES = 2**20
-"""Largest file of settings, which takes about ten seconds to read."""
+"""Largest settings file; it takes about ten seconds to read."""
 _MAX_DEPTH = 50
-_MAX_DIGITS = 100  # reading a number in base 60 takes the square of its length
+_MAX_DIGITS = 100  # reading a number in base 60 takes quadratic time
 
 _IS_OTHER_BASE = re.compile(r"[-+]?0[0-7_]+$|.*:")
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader without aliases, with nesting and integers within bounds."""
+    """PyYAML's safe loader without aliases, with bounded nesting and integers."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -65,10 +65,10 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """Return what a YAML text holds: dicts, lists and scalars.
+    """Return the content of a YAML text: dicts, lists and scalars.
 
     Raises:
-        yaml.YAMLError: what is wrong, and in which line; the text itself is not repeated, since it may be confidential.
+        yaml.YAMLError: names the problem and the line, but does not quote the text, which may be confidential.
     """
     try:
         loader = _PlainLoader(text)
@@ -86,7 +86,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path, max_bytes: int = MAX_BYTES) -> Any:
-    """Return what a YAML file holds.
+    """Return the content of a YAML file.
 
     Raises:
         OSError: it cannot be read.

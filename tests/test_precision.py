@@ -61,7 +61,7 @@ def test_explicit_setting_is_obeyed(chosen):
     assert types_of(resolve_training(config)) == ("float32", SHORT[chosen])
 
 
-def test_resumed_run_keeps_the_types_that_it_began_in(chosen, tmp_path):
+def test_resumed_run_keeps_the_types_that_it_started_in(chosen, tmp_path):
     other = "float32" if chosen == "bfloat16" else "bfloat16"
     config = load_config(None, ["train.device=cpu"])
     begun = load_config(None, ["train.device=cpu", f"model.compute_dtype={other}", f"train.precision={SHORT[other]}"])
@@ -69,7 +69,7 @@ def test_resumed_run_keeps_the_types_that_it_began_in(chosen, tmp_path):
     resolved = resolve_training(config, tmp_path / "config.yaml")
     assert resolved == begun
     assert describe_choice(config, resolved) == (
-        f"Computes in {other}, autocast {SHORT[other]}, as the run began; on this machine it would be {chosen}: it is pretended."
+        f"Computes in {other}, autocast {SHORT[other]}, as when the run started; on this machine: {chosen}, it is pretended."
     )
     for text in ("- no config", "model: [", "model: {compute_dtype: auto}\ntrain: 3\n"):
         (tmp_path / "config.yaml").write_text(text)

@@ -76,7 +76,7 @@ def test_broken_last_line_is_named_by_file_and_number(tmp_path):
     append_result(path, make_result())
     with path.open("a") as file:
         file.write('{"kind": "evalua')
-    with pytest.raises(ResultError, match=r"results\.jsonl line 2 is not a result .* Remove that line"):
+    with pytest.raises(ResultError, match=r"results\.jsonl line 2 is not a result .* was changed: remove it"):
         read_results(path)
 
 

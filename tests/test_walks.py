@@ -127,7 +127,7 @@ class Newcomer:
         log.append(ENTRY)
         log.close()
         rest = [log.head if re.fullmatch(r"[0-9a-f]{64}", word) else word for word in rest]
-        assert "1 entries, whole" in self._run("audit", folder, *rest, small=())
+        assert "1 entries, intact" in self._run("audit", folder, *rest, small=())
 
     def _run(self, *words, small=SMALL):
         code, output, error = self.call(*words, *(self._hub() if small else ()), *small)

@@ -116,10 +116,10 @@ def audit(
     path: Annotated[Path, typer.Argument(help="An audit log, or a folder of audit logs.")],
     head: Annotated[
         list[str] | None,
-        typer.Option(help="Hash that the server's log named as the end of the chain. It must be in one of the logs."),
+        typer.Option(help="Last hash of the chain, from the server's log. It must be in one of the audit logs."),
     ] = None,
 ) -> None:
-    """Check that no line of an audit log was changed, removed or inserted; with --head, that none was cut off before it."""
+    """Check that no line of an audit log was changed, removed or inserted; with --head, that its end was not cut off."""
     from finlora.errors import ResultError
     from finlora.serve.accounts.audit import list_logs, verify_audit
 
@@ -127,13 +127,11 @@ def audit(
     for log in list_logs(path.expanduser()):
         report = verify_audit(log, missing)
         missing -= report.found
-        torn = (
-            "; behind it a line was begun and not ended, as when the server is killed" if report.has_torn_line else ""
-        )
+        torn = "; the line after it is incomplete, as after a killed server" if report.has_torn_line else ""
         if report.count == 0:
-            say(f"{log}: empty{torn}. No question was logged yet, or all lines were cut off: --head looks for them.")
+            say(f"{log}: empty{torn}. No question was logged yet, or all lines were cut off: --head detects that.")
         else:
-            say(f"{log}: {report.count:,} entries, whole; the last is {report.head}{torn}")
+            say(f"{log}: {report.count:,} entries, intact; the last is {report.head}{torn}")
     if missing:
         raise ResultError(
             f"no log of {path} holds the head {min(missing)}: entries that the server wrote were cut off, or a log was taken "

@@ -19,30 +19,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 DEFAULT_DATE = "2024-07-26"
-"""Default day: the one that the templates of Llama 3.1 to 3.3 write where there is no clock.
+"""Default date: the one that the templates of Llama 3.1 to 3.3 write where there is no clock.
 Source: chat_template of tokenizer_config.json, https://huggingface.co/meta-llama/Llama-3.2-1B-Instruct."""
 _DATE_STRING = "%d %b %Y"
-"""Form of the variable `date_string`, which Llama 3's templates take in place of the clock."""
+"""Format of the variable `date_string`, which Llama 3's templates use instead of the clock if it is set."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Dates:
-    """How a template gets its date."""
+    """How a template obtains its date."""
 
     formats: tuple[str, ...]
-    """Those in which it asks the clock; empty: it does not."""
+    """Formats in which it asks the clock; empty: it does not."""
     takes_date: bool
-    """It has the variable `date_string`."""
+    """It uses the variable `date_string`."""
 
 
 def choose_date(tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"], wanted: str | None) -> str | None:
-    """Return the day, as 2024-07-26, that the tokenizer's template writes into each prompt; None: none, or always its own.
+    """Return the date, such as 2024-07-26, that the template writes into each prompt; None: it writes none, or a fixed one.
 
     Args:
-        wanted: `model.template_date`; None: DEFAULT_DATE, where the template would ask the clock.
+        wanted: `model.template_date`; None: DEFAULT_DATE if the template would ask the clock.
 
     Raises:
-        ModelError: there is no template, it cannot be read, or it takes no date where one is wanted.
+        ModelError: there is no template, it cannot be read, or `wanted` is set and it takes no date.
     """
     if template == "raw":
         return None
@@ -57,11 +57,11 @@ def choose_date(tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "ch
 
 
 def render_turns(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerFast, date: str | None) -> str:
-    """Render a conversation up to where the assistant's next turn begins. The one place where a chat template is used.
+    """Render a conversation up to the assistant's next turn. Only this function applies a chat template.
 
     Args:
         turns: each with `role` and `content`.
-        date: as `choose_date` returned it.
+        date: from `choose_date`.
 
     Raises:
         ModelError: there is no template, or it refuses these turns.
@@ -85,7 +85,7 @@ def render_turns(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokeni
 
 
 def fix_date(tokenizer: PreTrainedTokenizerFast, date: str | None) -> None:
-    """Write a day into the tokenizer's own template, for a folder that other programs read too."""
+    """Write a date into the tokenizer's template, for a folder that other programs read."""
     if date is None:
         return
     template = _template_of(tokenizer)
@@ -111,7 +111,7 @@ def _template_of(tokenizer: PreTrainedTokenizerFast) -> str:
         return str(tokenizer.get_chat_template())
     except ValueError as error:
         raise ModelError(
-            f"{where} has several chat templates and none of them is `default`: name one so, or set model.template=raw."
+            f"{where} has several chat templates, none of them named `default`: rename one, or set model.template=raw."
         ) from error
 
 
@@ -122,7 +122,7 @@ def _find_dates(template: str) -> _Dates:
     from jinja2.parser import Parser
 
     class Generation(Extension):
-        """transformers' own tag, which marks what an assistant writes."""
+        """transformers' tag that marks the assistant's text."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -130,7 +130,7 @@ def _find_dates(template: str) -> _Dates:
             next(parser.stream)
             return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
-    # Nothing is rendered here.
+    # Parses only; renders nothing.
     environment = Environment(extensions=["jinja2.ext.loopcontrols", Generation])
     try:
         tree = environment.parse(template)
@@ -150,14 +150,14 @@ def _find_dates(template: str) -> _Dates:
     uses = sum(node.name == clock for node in tree.find_all(nodes.Name))
     if len(formats) < len(calls) or uses > len(calls) + len(tests):
         raise ModelError(
-            "the tokenizer's chat template asks for today's date in a form that it makes up while it runs, so no fixed day can "
-            "be written instead: put the form into its call of strftime_now, or set model.template=raw."
+            "the tokenizer's chat template computes the format of today's date while it runs, so the date cannot be fixed: write "
+            "the format into its call of strftime_now, or set model.template=raw."
         )
     return _Dates(tuple(dict.fromkeys(map(str, formats))), "date_string" in names)
 
 
 def _fix(template: str, formats: Sequence[str], date: str) -> str:
-    """Return a template with the day in front, for each form in which it asks; the line break goes with the macro's end tag."""
+    """Return the template after a macro that gives the date in each format it asks for; the end tag swallows the line break."""
     if not formats:
         return template
     cases = "".join(

@@ -1,4 +1,4 @@
-"""Encoding of examples and prompts as token ids, the same for training, evaluation and serving.
+"""Encoding of examples and prompts as token ids, equal in training, evaluation and serving.
 
 Shapes: B examples of a batch, T the longest of them in tokens.
 """
@@ -23,7 +23,7 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of one example: the prompt with BOS once in front, the answer with one end token."""
+    """Token ids of one example: the prompt with one leading BOS, the answer with one end token."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
@@ -53,13 +53,13 @@ class Batch:
 def encode_prompt(
     prompt: str, tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"], date: str | None = None
 ) -> tuple[int, ...]:
-    """Render a prompt to token ids, BOS exactly once in front.
+    """Render a prompt to token ids, with exactly one leading BOS.
 
-    Text that looks like a special token (`<|eot_id|>` inside a tweet) is encoded as plain characters, so that no
-    document can end or open a turn.
+    Text that looks like a special token (`<|eot_id|>` inside a tweet) is encoded as plain characters, so no document can
+    end or open a turn.
 
     Args:
-        date: what a chat template writes as today (`choose_date`, or an adapter's contract). Never the clock's.
+        date: that a chat template writes as today, from `choose_date` or an adapter's contract. Never the clock's.
 
     Raises:
         ModelError: template is `chat` and the tokenizer has no chat template, or one that does not take a prompt.
@@ -67,7 +67,7 @@ def encode_prompt(
     bos = tokenizer.bos_token_id
     if template == "raw":
         return (bos, *_plain_ids(prompt, tokenizer))
-    # A placeholder marks where the prompt goes: the frame is encoded with its special tokens, the prompt without.
+    # A placeholder marks the prompt: the template's text around it is encoded with special tokens, the prompt without.
     marker = "\ue000prompt\ue000"
     frame = render_turns([{"role": "user", "content": marker}], tokenizer, date)
     if frame.count(marker) != 1:
@@ -95,15 +95,15 @@ def encode_choices(
     """Render the allowed answers of a question; no two of them have the same tokens.
 
     Raises:
-        ModelError: the tokenizer makes no token of one, or the same ones of two: their probabilities would mean nothing.
+        ModelError: an answer has no token, or two have the same tokens: their probabilities would mean nothing.
     """
     encoded = tuple(encode_answer(choice, tokenizer, template) for choice in choices)
     for index, ids in enumerate(encoded):
         if len(ids) == 1 or ids in encoded[:index]:
-            why = "no token" if len(ids) == 1 else f"the same tokens as of {choices[encoded.index(ids)]!r}"
+            why = "no token" if len(ids) == 1 else f"the same tokens as {choices[encoded.index(ids)]!r}"
             raise ModelError(
-                f"the tokenizer makes {why} of the allowed answer {choices[index]!r}, so it cannot be scored: model.tokenizer "
-                "does not belong to a model of this language."
+                f"the allowed answer {choices[index]!r} has {why} in this tokenizer, so it cannot be scored: model.tokenizer "
+                "belongs to a model of another language."
             )
     return encoded
 
@@ -131,14 +131,14 @@ def encode_examples(
 
     Args:
         max_seq_len: longest prompt + answer in tokens.
-        reserve: for each example, tokens kept free for generation; its answer then counts for at least as many.
+        reserve: for each example, tokens reserved for generation; its answer counts as at least that many.
         date: as in `encode_prompt`.
 
     Returns:
-        The encoded examples, and the indices of those kept (all of them under too_long="error").
+        The encoded examples, and their indices (all of them under too_long="error").
 
     Raises:
-        DatasetError: an example is too long and too_long is `error`; names it, its length and the limit. Or its answer has no
+        DatasetError: an example is too long and too_long is `error`; names it, its length and the limit. Or an answer has no
             token.
     """
     kept: list[int] = []
@@ -150,8 +150,8 @@ def encode_examples(
         )
         if len(item.answer_ids) == 1:  # the end token alone
             raise DatasetError(
-                f"{example.id} ({example.source}) has the answer {example.answer!r}, of which the tokenizer makes no token: "
-                "nothing could be learnt or scored. Take the row out and prepare the task again, or check model.tokenizer."
+                f"{example.id} ({example.source}) has the answer {example.answer!r}, which has no token in this tokenizer: "
+                "it cannot be learnt or scored. Remove the row and prepare the task again, or check model.tokenizer."
             )
         length = max(item.num_tokens, len(item.prompt_ids) + (reserve[index] if reserve else 0))
         if length <= max_seq_len:
@@ -163,7 +163,7 @@ def encode_examples(
         num_too_long = len(examples) - len(kept)
         raise DatasetError(
             f"{num_too_long} of {len(examples)} examples are longer than model.max_seq_len={max_seq_len} tokens; the longest "
-            f"is {longest[1].id} ({longest[1].source}) with {longest[0]}. Nothing is truncated, since the question may stand "
+            f"is {longest[1].id} ({longest[1].source}) with {longest[0]}. Nothing is truncated, since the question may come "
             "last: raise model.max_seq_len, or set data.too_long=skip to leave them out and count them."
         )
     if not encoded:

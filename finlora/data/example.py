@@ -1,4 +1,4 @@
-"""Record of one training or test item before tokenization: made by the readers, read by everything else."""
+"""Record of one training or test item before tokenization, made by the readers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """A prompt in the raw completion form and the answer the model must give.
+    """A prompt in the raw completion form and the expected answer.
 
     `answer` is what the model is trained to write. `label` is the class that metrics compare, after folding (NWGI
     answers "mildly positive", its label is "positive"); for a free-text task label equals answer. `choices` are the
@@ -15,7 +15,7 @@ class Example:
     """
 
     id: str
-    """Stable over runs and machines: `<task>-<split>-<running number>`."""
+    """Equal in all runs and on all machines: `<task>-<split>-<running number>`."""
     task: str
     prompt: str
     answer: str
@@ -42,4 +42,4 @@ class Splits:
     train: tuple[Example, ...]
     test: tuple[Example, ...]
     notes: tuple[str, ...] = ()
-    """Defects and choices to show to the user: one sentence each."""
+    """Defects and choices for the user: one sentence each."""

@@ -1,4 +1,4 @@
-"""Sizes of packs, known before a pack is built, and rounded up so that few CUDA graphs serve many packs.
+"""Sizes of packs before they are built, rounded up so that few CUDA graphs serve many packs.
 
 Shapes as in finlora/data/packing.py.
 """
@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from finlora.data.encode import IGNORED, Encoded
 from finlora.data.packing import Pack, Segments, cumulate, pinned, prefix_to_share
 
-MAX_RECORDED_ROWS = 4096
-"""Rows above which a pass keeps the GPU busy for longer than its launches take: it is not captured as a CUDA graph."""
-_PLACES_STEP = 16
+MAX_CAPTURED_ROWS = 4096
+"""Rows above which a pass is not captured as a CUDA graph: it keeps the GPU busy for longer than its launches take."""
+_LABELS_STEP = 16
 _ROWS_STEP = 64
-"""Row step of packs that are not captured; products compute whole blocks of rows anyway."""
+"""Row step of packs that are not captured; matrix products compute whole blocks of rows anyway."""
 _LEAST_LIMIT = 256
-"""Attention's kernels are launched for at least so many queries and keys a segment: blocks that find none end at once."""
+"""Fewest queries and keys a segment that attention's kernels are launched for; blocks without any end at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackSize:
-    """Size of a pack that is not built."""
+    """Size of a pack that is not built yet."""
 
     num_rows: int
     """T."""
@@ -32,32 +32,32 @@ class PackSize:
 
 
 def measure_pack(items: Sequence[Encoded], *, share_prefix: bool, is_padded: bool) -> PackSize:
-    """Return the size of `pack_examples`' pack, and after `pad_pack` where it is padded, without building it."""
+    """Return the size of the pack that `pack_examples`, and if padded `pad_pack`, would build."""
     prefix = prefix_to_share(items, share_prefix)
     num_labels = sum(len(item.answer_ids) for item in items)
     num_rows = prefix + sum(item.num_tokens - 1 - prefix for item in items)
-    more_rows, more_places = _count_padding(num_rows, num_labels) if is_padded else (0, 0)
-    return PackSize(num_rows=num_rows + more_rows, num_labels=num_labels + more_places)
+    more_rows, more_labels = _count_padding(num_rows, num_labels) if is_padded else (0, 0)
+    return PackSize(num_rows=num_rows + more_rows, num_labels=num_labels + more_labels)
 
 
 def most_tokens(num_rows: int) -> int:
-    """Return the most tokens whose padded pack has at most so many rows, however it is padded."""
-    padding = _ROWS_STEP + _PLACES_STEP
-    if num_rows > MAX_RECORDED_ROWS + padding:
+    """Return the most tokens whose padded pack has at most `num_rows` rows in every case."""
+    padding = _ROWS_STEP + _LABELS_STEP
+    if num_rows > MAX_CAPTURED_ROWS + padding:
         return num_rows - padding
-    return int(min(num_rows, MAX_RECORDED_ROWS) * 16 / 17)
+    return int(min(num_rows, MAX_CAPTURED_ROWS) * 16 / 17)
 
 
 def pad_pack(pack: Pack) -> Pack:
-    """Round the sizes of a pack up, so that few forms serve many packs: at most a sixteenth more rows and some, or for packs
-    above MAX_RECORDED_ROWS, which share no form, less than `_ROWS_STEP` rows.
+    """Round the sizes of a pack up, so that few graphs serve many packs.
 
-    The padding is a segment of its own that nobody attends to, and its labels are IGNORED.
+    Adds about a sixteenth of the rows at most; above MAX_CAPTURED_ROWS, where no graph is used, less than `_ROWS_STEP` rows.
+    The padding is a separate segment that no example attends to, and its labels are IGNORED.
     """
     import torch
 
     num_rows = len(pack.input_ids)
-    more_rows, more_places = _count_padding(num_rows, len(pack.places))
+    more_rows, more_labels = _count_padding(num_rows, len(pack.label_rows))
 
     def pad(tensor: torch.Tensor, size: int, value: int) -> torch.Tensor:
         return pinned(torch.nn.functional.pad(tensor, (0, size), value=value))
@@ -65,21 +65,21 @@ def pad_pack(pack: Pack) -> Pack:
     return Pack(
         input_ids=pad(pack.input_ids, more_rows, 0),
         positions=pad(pack.positions, more_rows, 0),
-        places=pinned(torch.cat([pack.places, torch.arange(more_places) + num_rows + more_rows - more_places])),
-        targets=pad(pack.targets, more_places, IGNORED),
+        label_rows=pinned(torch.cat([pack.label_rows, torch.arange(more_labels) + num_rows + more_rows - more_labels])),
+        targets=pad(pack.targets, more_labels, IGNORED),
         segments=_pad_segments(pack.segments, more_rows, more_rows, num_rows),
-        last_segments=_pad_segments(pack.last_segments, more_places, more_rows, num_rows),
+        last_segments=_pad_segments(pack.last_segments, more_labels, more_rows, num_rows),
         num_tokens=pack.num_tokens,
     )
 
 
-def _count_padding(num_rows: int, num_places: int) -> tuple[int, int]:
+def _count_padding(num_rows: int, num_labels: int) -> tuple[int, int]:
     """Return the rows and labelled positions that `pad_pack` adds."""
-    more_places = _PLACES_STEP - num_places % _PLACES_STEP
-    step = max(16, 1 << max(0, (num_rows + more_places).bit_length() - 5))
-    if num_rows + more_places > MAX_RECORDED_ROWS:
+    more_labels = _LABELS_STEP - num_labels % _LABELS_STEP
+    step = max(16, 1 << max(0, (num_rows + more_labels).bit_length() - 5))
+    if num_rows + more_labels > MAX_CAPTURED_ROWS:
         step = _ROWS_STEP
-    return -(-(num_rows + more_places) // step) * step - num_rows, more_places
+    return -(-(num_rows + more_labels) // step) * step - num_rows, more_labels
 
 
 def _pad_segments(segments: Segments, queries: int, keys: int, start: int) -> Segments:

@@ -1,12 +1,12 @@
-"""Packing of ragged examples end to end without padding, with their shared prefix once.
+"""Packing of examples end to end without padding, with their shared prefix once.
 
 Shapes: n examples of a pack, P tokens of the shared prefix (0: none), T rows of the pack, S key rows that attention
 reads, N labelled positions. Rows: the prefix first, then each example's own tokens, in order. The last token of an example,
 its end token, predicts nothing and is left out, so the N positions that predict an answer are the last rows of their example.
 
 Every example attends to the prefix and to itself, never to a neighbour, and its sequence positions continue after the prefix: it
-sees what it would see alone. Without dropout the result is the padded batch's; with dropout, the examples of a pack share
-the dropout masks of the prefix rows, which leaves the expectation of the gradient unchanged.
+sees the same tokens as alone. Without dropout the result equals the padded batch's; with dropout, the examples of a pack
+share the dropout masks of the prefix rows, which leaves the expectation of the gradient unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 MIN_SHARED_PREFIX = 8
-"""Tokens of shared prefix below which sharing costs more than it saves."""
+"""Prefix tokens below which sharing costs more than it saves."""
 _LONG_EXAMPLE, _MIN_SHARE = 1024, 1 / 16
 """Share of tokens that sharing must save where examples are long: attention is faster without (model/layers/attention.py)."""
 
@@ -41,7 +41,7 @@ class Segments:
     cumulative_keys: torch.Tensor
     """(segments + 1,) int32."""
     key_rows: torch.Tensor | None
-    """(S,) int64: the pack's row of each key; None where keys are the pack's rows as they stand."""
+    """(S,) int64: the pack's row of each key; None if the keys are the pack's rows in order."""
     prefix_slots: torch.Tensor | None
     """(segments, P) int64: indices of each segment's copy of the prefix among the S keys; None without a prefix."""
     own_slots: torch.Tensor | None
@@ -56,19 +56,19 @@ class Pack:
     """(T,) int64."""
     positions: torch.Tensor
     """(T,) int64, from 0 for each example with its prefix."""
-    places: torch.Tensor
+    label_rows: torch.Tensor
     """(N,) int64: rows that predict an answer token."""
     targets: torch.Tensor
-    """(N,) int64: the token each of them predicts; IGNORED at padding."""
+    """(N,) int64: the token that each label row predicts; IGNORED at padding."""
     segments: Segments
-    """All rows as queries."""
+    """Attention with all rows as queries."""
     last_segments: Segments
-    """Only the N labelled positions as queries: what the last layer needs."""
+    """Attention with only the N label rows as queries, which is enough in the last layer."""
     num_tokens: int
-    """Real tokens of the examples, as a padded batch counts them."""
+    """Tokens of the examples as a padded batch counts them, without padding."""
 
     def to(self, device: torch.device) -> Pack:
-        """Move every tensor; from pinned memory without waiting."""
+        """Copy every tensor to a device; from pinned memory asynchronously."""
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def tensors(self) -> list[torch.Tensor]:
@@ -84,7 +84,7 @@ class Pack:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """All sizes that must be equal for a CUDA graph to serve another pack."""
+        """All sizes that packs of one CUDA graph must share."""
         limits = [(part.max_queries, part.max_keys) for part in (self.segments, self.last_segments)]
         return (*limits, *(tuple(tensor.shape) for tensor in self.tensors()))
 
@@ -93,7 +93,7 @@ _T = TypeVar("_T", Segments, Pack)
 
 
 def map_tensors(record: _T, change: Callable[[torch.Tensor], torch.Tensor]) -> _T:
-    """Return the record with every tensor changed, those of its segments too."""
+    """Return the record with `change` applied to every tensor, including its segments'."""
     changed: dict[str, Any] = {}
     for item in dataclasses.fields(record):
         value = getattr(record, item.name)
@@ -105,12 +105,12 @@ def map_tensors(record: _T, change: Callable[[torch.Tensor], torch.Tensor]) -> _
 
 
 def split_by_tokens(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Cut a worker's share of a batch into packs, in order, so that the same batch always gives the same packs.
+    """Split a worker's share of a batch into packs, in order: the same batch always gives the same packs.
 
     Args:
         indices: example indices.
         lengths: tokens of every example of the set, by index.
-        max_tokens: most tokens a pack; a longer example is a pack of its own.
+        max_tokens: most tokens a pack; a longer example gets its own pack.
     """
     packs: list[list[int]] = []
     used = 0
@@ -140,20 +140,20 @@ def pack_examples(items: Sequence[Encoded], *, share_prefix: bool) -> Pack:
 
     Args:
         items: at least one.
-        share_prefix: compute the shared prefix once, where it is at least MIN_SHARED_PREFIX tokens.
+        share_prefix: compute the shared prefix once if it has at least MIN_SHARED_PREFIX tokens.
     """
     import torch
 
     prefix = prefix_to_share(items, share_prefix)
     ids = list(items[0].prompt_ids[:prefix])
     positions = list(range(prefix))
-    places: list[int] = []
+    label_rows: list[int] = []
     targets: list[int] = []
     own_lengths: list[int] = []
     for item in items:
         own = (item.prompt_ids + item.answer_ids)[prefix:-1]
         num_answer = len(item.answer_ids)
-        places += range(len(ids) + len(own) - num_answer, len(ids) + len(own))
+        label_rows += range(len(ids) + len(own) - num_answer, len(ids) + len(own))
         ids += own
         positions += range(prefix, prefix + len(own))
         targets += item.answer_ids
@@ -162,7 +162,7 @@ def pack_examples(items: Sequence[Encoded], *, share_prefix: bool) -> Pack:
     return Pack(
         input_ids=pinned(torch.tensor(ids)),
         positions=pinned(torch.tensor(positions)),
-        places=pinned(torch.tensor(places)),
+        label_rows=pinned(torch.tensor(label_rows)),
         targets=pinned(torch.tensor(targets)),
         segments=_make_segments(own_lengths, own_lengths, prefix, has_prefix_queries=prefix > 0),
         last_segments=_make_segments(answers, own_lengths, prefix, has_prefix_queries=False),
@@ -171,7 +171,7 @@ def pack_examples(items: Sequence[Encoded], *, share_prefix: bool) -> Pack:
 
 
 def prefix_to_share(items: Sequence[Encoded], share_prefix: bool) -> int:
-    """Return the length of the shared prefix that a pack of the examples holds once; 0: none is shared."""
+    """Return the length of the prefix that a pack of the examples shares; 0: none."""
     prefix = shared_prefix_length(items) if share_prefix else 0
     num_tokens = sum(item.num_tokens for item in items)
     if num_tokens >= _LONG_EXAMPLE * len(items) and prefix * (len(items) - 1) < _MIN_SHARE * num_tokens:
@@ -182,7 +182,7 @@ def prefix_to_share(items: Sequence[Encoded], share_prefix: bool) -> int:
 def _make_segments(
     query_lengths: Sequence[int], own_lengths: Sequence[int], prefix: int, *, has_prefix_queries: bool
 ) -> Segments:
-    """Build the segments of all examples, and before them one of the prefix itself where it has queries of its own."""
+    """Build the segments of all examples, preceded by the prefix's segment if the prefix has queries."""
     import torch
 
     queries, keys = list(query_lengths), [prefix + own for own in own_lengths]
@@ -214,14 +214,14 @@ def _make_segments(
 
 
 def cumulate(lengths: Sequence[int]) -> torch.Tensor:
-    """Return where each segment starts, and the end, as FlashAttention takes it. Shapes: n lengths -> (n + 1,) int32."""
+    """Return each segment's start and the end, in FlashAttention's form. Shapes: n lengths -> (n + 1,) int32."""
     import torch
 
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """Pin host memory where there is a GPU, so that the copy to it does not make the host wait."""
+    """Pin host memory if there is a GPU, so that the host does not wait for the copy."""
     import torch
 
     return tensor.pin_memory() if torch.cuda.is_available() else tensor

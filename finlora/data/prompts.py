@@ -1,7 +1,7 @@
-"""Every word of every prompt: pure functions from fields to text, shared by real and generated data.
+"""Texts of all prompts: pure functions from fields to text, shared by real and generated data.
 
-The form is the paper's plain completion. Braces in an instruction are literal characters, not placeholders. XBRL rows
-of the published set carry their whole prompt, which is kept verbatim; `xbrl_prompt` serves the generated set alone.
+The form is the paper's plain completion. Braces in an instruction are literal characters, not placeholders. Published XBRL
+rows hold their prompt, which is kept verbatim; `xbrl_prompt` is for the generated set only.
 
 Source: FinLoRA (Open-Finance-Lab/FinLoRA, commit 7e1cf82), data/test/*.jsonl, for the classification instructions.
 """
@@ -36,12 +36,12 @@ HEADLINE_QUESTIONS = {
     "past event": "Does the news headline talk about a general event (apart from prices) in the past?",
     "future event": "Does the news headline talk about a general event (apart from prices) in the future?",
     "asset comparison": "Does the news headline compare gold with any other asset?",
-    # The six-question file does not tell prices from events, so its two questions about time are wider.
+    # The six-question file does not separate prices from events, so its two questions about time are wider.
     "past": "Does the news headline talk about the past?",
     "future": "Does the news headline talk about the future?",
 }
 
-# The published builder asks 17 paraphrases a pair; the first two are its own, the others say the same in our words.
+# The published builder asks 17 paraphrases a pair; the first two are the builder's, the others ours.
 ENTITY_PARAPHRASES = (
     "What is the entity type of '{entity}' in the input sentence.",
     "With the input text as context, identify the entity type of '{entity}'.",
@@ -64,7 +64,7 @@ ENTITY_PARAPHRASES = (
 
 
 def completion(instruction: str, text: str) -> str:
-    """Return the prompt of every classification task; the model writes on after the last space."""
+    """Return the prompt of a classification task; the model continues after the last space."""
     return f"Instruction: {instruction}\nInput: {text}\nAnswer: "
 
 
@@ -89,11 +89,11 @@ def headline_prompt(headline: str, question: str) -> str:
 
 
 def entity_prompt(sentence: str, entity: str, paraphrase: int) -> str:
-    """Ask for the type of an entity; the three options stand in an order that depends on the example alone.
+    """Ask for the type of an entity; the order of the three options depends on the example alone.
 
     Args:
         sentence: the sentence that names the entity.
-        entity: the entity as it stands in the sentence.
+        entity: the entity as the sentence writes it.
         paraphrase: index into ENTITY_PARAPHRASES.
     """
     digest = hashlib.sha256(f"{paraphrase}\n{entity}\n{sentence}".encode()).digest()
@@ -104,7 +104,7 @@ def entity_prompt(sentence: str, entity: str, paraphrase: int) -> str:
 
 
 def xbrl_prompt(fragment: str, question: str) -> str:
-    """Ask about a generated XBRL fragment, in a short cut of the published prompt's form."""
+    """Ask about a generated XBRL fragment, in a shorter form of the published prompt."""
     return (
         "Answer the question from the XBRL file. Give only the answer.\n"
         f"XBRL file:\n```xml\n{fragment}\n```\nQuestion: {question}\nAnswer: "
@@ -123,12 +123,12 @@ def xbrl_value_question(line_item: str, company: str, year: int) -> str:
 
 
 def xbrl_formula_question(name: str, expression: str, num_decimals: int, company: str, year: int) -> str:
-    """Ask for a figure that a filing does not state but allows to compute.
+    """Ask for a figure that is computed from a filing.
 
     Args:
-        name: of the figure, with its unit.
-        expression: over the filing's tags.
-        num_decimals: to which the answer is rounded.
+        name: the figure's name, with its unit.
+        expression: formula over the filing's tags.
+        num_decimals: decimals of the rounded answer.
     """
     rounding = "a whole number" if num_decimals == 0 else f"{num_decimals} decimal{'s' if num_decimals > 1 else ''}"
     return (

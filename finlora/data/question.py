@@ -10,18 +10,18 @@ from typing import Literal
 from finlora.errors import DatasetError
 
 About = Literal["none", "entity", "question"]
-"""What a task asks about a text, and the user names beside it."""
+"""What the user must name beside the text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """A prompt, and what may be answered."""
+    """A prompt and its allowed answers."""
 
     prompt: str
     choices: tuple[str, ...]
     """Empty: free text."""
     context: str
-    """The text that was asked about."""
+    """The text asked about."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +29,7 @@ class Form:
     """Prompt form of a task, shared by the command line, the server and the web page."""
 
     render: Callable[[str, str], str]
-    """Text and `about` -> prompt; `about` is empty where the task asks nothing beside the text."""
+    """Text and `about` -> prompt; `about` is empty if the task needs only the text."""
     choices: tuple[str, ...]
     """Allowed answers in the order in which scores are compared; empty: free text, quoted from the text."""
     about: About = "none"
@@ -42,7 +42,7 @@ class Form:
         Args:
             task: name for messages.
             text: the sentence, post, headline or XBRL fragment; not empty.
-            about: what is asked about it; empty: nothing.
+            about: what the user names beside the text; empty: nothing.
 
         Raises:
             DatasetError: `about` is missing, not wanted, not allowed or, for an entity, not in the text.
@@ -67,7 +67,7 @@ PLAIN = Form(render=lambda text, _about: text, choices=())
 
 
 def read_content(text: str) -> str:
-    """Return a text as given, or after `@` the content of the file named.
+    """Return a text as given, or for `@FILE` the file's content.
 
     Raises:
         DatasetError: the file is missing or not UTF-8.
@@ -77,4 +77,6 @@ def read_content(text: str) -> str:
     try:
         return Path(text[1:]).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{text[1:]} cannot be read ({error}): expected a text file in UTF-8 behind @.") from error
+        raise DatasetError(
+            f"{text[1:]} cannot be read ({error}): expected the name of a UTF-8 text file after @."
+        ) from error

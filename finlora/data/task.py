@@ -1,4 +1,4 @@
-"""Record of a task: where its rows come from, how it asks, what may be answered, and how an answer is judged.
+"""Record of a task: source of its rows, prompt form, allowed answers, and published counts.
 
 A built-in task is a module of data/tasks/ with a tuple TASKS; a user's task is made from a task file (data/taskfile/).
 """
@@ -26,41 +26,41 @@ class Request:
     variant: str
     """One of the task's variants: `as_published` keeps the published defects, `corrected` corrects them."""
     splits: SplitChoice
-    """`test` reads the test split alone, where the training file is not available."""
+    """`test` reads only the test split, if the training file is not available."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Published:
-    """One published form of a task's data, as its reader splits it. Measured from the published files."""
+    """One published form of a task's data, split by its reader. Measured from the published files."""
 
     train: int
     """Examples."""
     test: int
     train_hash: str | None = None
-    """First 16 of the 64 digits of a prepared split's hash. None: the file was not at hand."""
+    """First 16 of the 64 digits of a prepared split's hash. None: the file was not available."""
     test_hash: str | None = None
     labels: Mapping[str, int] = field(default_factory=dict)
-    """Examples a label in both splits together, which no other order of the rows changes. Empty: not known, or free text."""
+    """Examples a label in both splits together, independent of the order of rows. Empty: unknown, or free text."""
     test_labels: Mapping[str, int] = field(default_factory=dict)
     variant: str | None = None
     """None: all variants of the task."""
     is_of_hub: bool | None = None
-    """Whether the hub's table alone has this form, or the raw files alone. None: both."""
+    """True: only the hub's table has this form; False: only the raw files; None: both."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """A task, built in or of a task file."""
+    """A task, built in or from a task file."""
 
     name: str
     title: str
     licence: str
-    """As stated by the publisher, by FinLoRA's README where the publisher states none, or by the task file."""
+    """As the publisher, FinLoRA's README or the task file states it, in this order."""
     read: Callable[[Request], Splits]
     form: Form | None = None
-    """How a user asks it. None: a generated set, of which the published task is asked."""
+    """How a user asks it. None: a generated set; the published task is asked instead."""
     choices: tuple[str, ...] = ()
-    """Allowed answers; empty for free text and for a mix of tasks, whose examples carry their own."""
+    """Allowed answers; empty for free text, and for a mix of tasks, whose examples hold theirs."""
     is_free_text: bool = False
     """Whether every example is free text. In a mix ask each example: its `choices` are empty."""
     family: str = "own"
@@ -68,15 +68,15 @@ class Task:
     hub_id: str | None = None
     """The hub's dataset. None: generated, or a user's files."""
     variants: tuple[str, ...] = (AS_PUBLISHED,)
-    """What `--variant` may be; the first is the default."""
+    """Values of `--variant`; the first is the default."""
     published: tuple[Published, ...] = ()
-    """Forms of the published set, by which rows are checked. Empty: there is none, or nothing is known of it."""
+    """Forms of the published set, which rows are checked against. Empty: there is none, or it is unknown."""
     order: int = 100
     """Position in lists of tasks, lowest first."""
     tolerance: float = 0.01
     """Relative distance to the label within which a number counts as right."""
     card: str | None = None
-    """The task file as it was read, defaults filled in, as YAML. None: built in."""
+    """The task file with defaults filled in, as YAML. None: built in."""
     card_hash: str | None = None
     """Hash of what a model is asked, 64 hex digits: kind, labels, prompt and number format. None: built in."""
 

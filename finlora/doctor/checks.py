@@ -213,7 +213,9 @@ def check_limits(node: NodeFacts) -> Iterator[Finding]:
     else:
         yield ok("/dev/shm", f"{node.host}: {node.shm_gib:.1f} GiB")
     if 0 <= node.open_files < _MIN_OPEN_FILES:
-        yield warn("open files", f"{node.host}: at most {node.open_files}", "raise the limit, as `ulimit -n 65536`")
+        yield warn(
+            "open files", f"{node.host}: at most {node.open_files}", "raise the limit, for example `ulimit -n 65536`"
+        )
     else:
         limit = "no limit" if node.open_files < 0 else f"at most {node.open_files:,}"
         yield ok("open files", f"{node.host}: {limit}")

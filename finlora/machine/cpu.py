@@ -26,10 +26,10 @@ ENVIRONMENT = {
     # kernels cost a training a gigabyte and, past 100 steps of the demo, half the speed.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32",
 }
-"""Read once by libraries below torch: must be set before torch is imported."""
+"""Torch's libraries read it once: it must be set before torch is imported."""
 
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Holds the config of a job that was submitted, in its driver."""
+"""In the driver of a submitted job, holds the job's config."""
 _UNITS = {"amx_bf16": "AMX-BF16", "avx512_bf16": "AVX512_BF16"}
 """Flag in /proc/cpuinfo -> name of the unit."""
 _SIZE = 256
@@ -37,7 +37,7 @@ _REPEATS = 5
 
 
 class Choice(NamedTuple):
-    """Type for all computing on this processor."""
+    """Number type for everything that this processor computes, and the reason."""
 
     dtype: Dtype
     reason: str
@@ -51,9 +51,9 @@ def set_environment() -> None:
 
 
 def worker_environment() -> dict[str, str]:
-    """Return ENVIRONMENT as this process has it, for workers of a cluster, which inherit that of `ray start` instead.
+    """Return this process's values of ENVIRONMENT, for workers: a cluster's inherit those of `ray start` otherwise.
 
-    Variables that a submitted job brings itself are left out: Ray refuses one that is given twice.
+    Leaves out variables that a submitted job sets: Ray refuses one that is set twice.
     """
     job = json.loads(os.environ.get(_JOB, "{}"))
     given = (job.get("runtime_env") or {}).get("env_vars") or {}
@@ -67,9 +67,9 @@ def missing_environment() -> dict[str, str]:
 
 @functools.cache
 def choose_dtype() -> Choice:
-    """Return the type in which this processor multiplies matrices faster: by its flags, and else by a measurement.
+    """Return the type in which this processor multiplies matrices faster, by its flags and a measurement.
 
-    A processor that claims a unit is measured too: variables as ONEDNN_MAX_CPU_ISA, or a virtual machine, may hide the unit.
+    A processor that claims a unit is measured too: a virtual machine or ONEDNN_MAX_CPU_ISA may hide it.
     """
     flags = read_flags()
     units = [name for flag, name in _UNITS.items() if flag in flags]
@@ -82,7 +82,7 @@ def choose_dtype() -> Choice:
 
 
 def read_flags() -> frozenset[str]:
-    """Return the x86 flags that the kernel shows of the processor; none where it shows none, as on another architecture."""
+    """Return the processor's x86 flags in /proc/cpuinfo; empty on other architectures."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -91,7 +91,7 @@ def read_flags() -> frozenset[str]:
 
 
 def measure_bfloat16() -> float:
-    """Return how many times faster a product in bfloat16 is than in float32, the best of a few each; takes 0.2 s at most."""
+    """Return how many times faster a bfloat16 product is than a float32 one, the best of a few each; at most 0.2 s."""
     import torch
 
     seconds = []

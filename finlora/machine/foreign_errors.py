@@ -1,6 +1,6 @@
-"""Errors of other libraries and of the system that reach the end of a command, each as one line of ours.
+"""Translation of foreign errors that end a command (libraries, system) into one line of ours.
 
-Modules name what they expect where it happens; this is the net below them, so that no traceback is ever the message.
+Modules handle the errors that they expect. This catches the rest, so that no user sees a traceback.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _MAX_WORDS = 300
 
 
 def explain(error: Exception) -> FinloraError:
-    """Return an error of ours that says in one line what happened and what to do."""
+    """Return our error for a foreign one: in one line, what happened and what to do."""
     if isinstance(error, FinloraError):
         return error
-    cause = getattr(error, "cause", None)  # RayTaskError: what was raised in a task
+    cause = getattr(error, "cause", None)  # RayTaskError: the error that the task raised
     if isinstance(cause, Exception) and cause is not error:
         return explain(cause)
     if isinstance(error, OSError) and (known := _explain_system(error)):
         return known
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return ResourceError(
-            f"memory ran out ({shorten(error)}): end what else uses it, or ask for less: smaller batches, fewer bits. `finlora "
-            "plan` forecasts a training."
+            f"memory ran out ({shorten(error)}): end other programs, or use smaller batches or fewer bits. `finlora "
+            "plan` forecasts a training's memory."
         )
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.split(".")[0] != "finlora":
         return ResourceError(
@@ -38,11 +38,11 @@ def explain(error: Exception) -> FinloraError:
             "needs, as `pip install -r requirements/packages.lock` does in an environment of your own."
         )
     kind = ResourceError if type(error).__module__.split(".")[0] == "ray" else FinloraError
-    return kind(f"this was not expected: {shorten(error)}. {_keep_traceback(error)}")
+    return kind(f"unexpected error: {shorten(error)}. {_keep_traceback(error)}")
 
 
 def shorten(error: BaseException) -> str:
-    """Return kind and words of an error on one line."""
+    """Return an error's type and message on one line."""
     words = " ".join(str(error).split())
     words = words if len(words) <= _MAX_WORDS else f"{words[:_MAX_WORDS]}..."
     return f"{type(error).__name__}: {words}" if words else type(error).__name__
@@ -52,22 +52,24 @@ def _explain_system(error: OSError) -> FinloraError | None:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in _FULL:
         return ResourceError(
-            f"{where}no room is left to write ({error.strerror}): free disk or quota, then run the same command again. `df -h` "
+            f"{where}no disk space is left ({error.strerror}): free disk or quota, then run the same command again. `df -h` "
             "shows which disk is full."
         )
     if error.errno in _FORBIDDEN:
         return ConfigError(
-            f"{where}access is refused ({error.strerror}): name another file or folder, or change its owner or mode."
+            f"{where}access is denied ({error.strerror}): give another file or folder, or change its owner or mode."
         )
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return ResourceError(f"too many files are open ({error.strerror}): raise the limit, as `ulimit -n 65536`.")
+        return ResourceError(
+            f"too many files are open ({error.strerror}): raise the limit, for example `ulimit -n 65536`."
+        )
     if error.filename:
-        return ConfigError(f"{where}{error.strerror}: name a file or folder that can be used here.")
+        return ConfigError(f"{where}{error.strerror}: give another file or folder.")
     return None
 
 
 def _keep_traceback(error: Exception) -> str:
-    """Write the traceback into a file that its owner alone can read, since it may quote data; return where it is."""
+    """Write the traceback, which may quote data, to a file that only its owner can read; return a sentence that names it."""
     text = "".join(traceback.format_exception(error))
     with (
         contextlib.suppress(OSError),

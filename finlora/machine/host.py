@@ -1,4 +1,4 @@
-"""What this machine must offer before anything starts on it: a home folder, a temporary folder, free ports. No Ray here."""
+"""Checks of this machine before a command starts: arguments, home and temporary folder, output, ports. No Ray."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from finlora.machine.working_dir import resolve_output
 MAX_SOCKET_PATH = 107
 """Longest path of a Unix socket in bytes; source: unix(7), sun_path."""
 MIN_TEMP_BYTES = 64 * 2**20
-"""Least free space of the temporary folder: the logs and sockets of a local Ray."""
+"""Least free space of the temporary folder, for the logs and sockets of a local Ray."""
 _SESSION = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
-"""The longest path that Ray makes below the temporary folder; source: ray/_private/node.py, `_init_temp`."""
+"""Longest path that Ray makes below the temporary folder; source: ray/_private/node.py, `_init_temp`."""
 
 
 def check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse an argument whose bytes are no text.
+    """Refuse an argument that is not text.
 
     Raises:
-        ConfigError: one is not UTF-8, or the locale cannot read UTF-8.
+        ConfigError: an argument is not UTF-8, or the locale cannot read UTF-8.
     """
     for number, argument in enumerate(arguments, start=1):
         if any("\ud800" <= character <= "\udfff" for character in argument):
@@ -48,10 +48,10 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def check_home() -> None:
-    """Look whether `~` stands for a folder.
+    """Check that `~` resolves to a folder.
 
     Raises:
-        ConfigError: it does not.
+        ConfigError: there is no home folder, or HOME is relative.
     """
     home = os.environ.get("HOME")
     if home is None:
@@ -66,15 +66,15 @@ def check_home() -> None:
 
 
 def find_ray_temp() -> Path:
-    """Return the folder below which a local Ray puts sockets and logs; source: ray/_common/utils.py."""
+    """Return the folder in which a local Ray puts sockets and logs; source: ray/_common/utils.py."""
     return Path(os.environ.get("RAY_TMPDIR", os.environ.get("TMPDIR", "/tmp")))
 
 
 def check_ray_temp() -> None:
-    """Look whether a local Ray can put sockets and logs into its temporary folder.
+    """Check that a local Ray can write sockets and logs to its temporary folder.
 
     Raises:
-        ResourceError: the path is too long, the folder is not there or cannot be written, or the disk is full.
+        ResourceError: the path is too long, the folder cannot be made or written, or the disk is full.
     """
     folder = find_ray_temp()
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
@@ -101,12 +101,12 @@ def check_ray_temp() -> None:
     if free < MIN_TEMP_BYTES:
         raise ResourceError(
             f"the temporary folder {folder} has {free / 2**20:.0f} MiB free, and Ray needs {MIN_TEMP_BYTES / 2**20:.0f} for logs "
-            f"and sockets: make room, or set {name} to another folder."
+            f"and sockets: free space, or set {name} to another folder."
         )
 
 
 def find_write_problem(folder: Path) -> str | None:
-    """Return why no file can be made in a folder that is there; None where one can."""
+    """Return why no file can be made in an existing folder; None if one can."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return None
@@ -115,43 +115,43 @@ def find_write_problem(folder: Path) -> str | None:
 
 
 def find_output_problem(folder: Path) -> str | None:
-    """Return why nothing can be written below a folder, which may not be there yet; None where it can."""
+    """Return why nothing can be written to a folder, which may not exist yet; None if it can."""
     there = folder.expanduser().absolute()
     try:
-        while not os.path.lexists(there) and there != there.parent:  # a link that leads nowhere is in the way
+        while not os.path.lexists(there) and there != there.parent:  # a dangling link blocks mkdir
             there = there.parent
         if not there.is_dir():
-            return f"{there} is no folder"
-    except OSError as error:  # a folder above is closed to this account
+            return f"{there} is not a folder"
+    except OSError as error:  # this account may not enter a parent folder
         return error.strerror or str(error)
     return find_write_problem(there)
 
 
 def require_output(option: str, path: Path, *, is_new: bool = False) -> Path:
-    """Return the absolute path of what a verb writes, after a look whether it can, before anything is computed.
+    """Return the absolute path of a verb's output, after a check that it can be written.
 
     Args:
-        option: what the user typed before it, as `--output `.
-        path: a folder that is written into, which may not be there yet.
-        is_new: it is written beside its place and moved there whole, so that the folder above it is what must be writable.
+        option: the option as the user typed it, such as `--output `.
+        path: the output folder, which may not exist yet.
+        is_new: the output is written beside `path` and renamed, so the parent folder must be writable.
 
     Raises:
-        ConfigError: it is relative inside a submitted Ray job, or cannot be written.
+        ConfigError: the path is relative inside a submitted Ray job, or cannot be written.
     """
     target = resolve_output(option, path)
     folder = target.parent if is_new else target
     if problem := find_output_problem(folder):
         raise ConfigError(
-            f"{option}{path}: {folder} cannot be written ({problem}): name another one, or change its owner or mode."
+            f"{option}{path}: {folder} cannot be written ({problem}): give another one, or change its owner or mode."
         )
     return target
 
 
 def require_listener(host: str, port: int, resolve_s: float = 4.0, connect_s: float = 4.0) -> None:
-    """Connect once, and hang up. A name server has no deadline, so that it is waited for in a thread.
+    """Connect once and close. Resolving a name has no timeout of its own, so it runs in a thread.
 
     Raises:
-        OSError: nobody can be reached there within `resolve_s` + `connect_s` seconds; its `strerror` says why.
+        OSError: no connection within `resolve_s` + `connect_s` seconds; its `strerror` says why.
     """
     answers: queue.Queue[Any] = queue.Queue()
 
@@ -179,7 +179,7 @@ def require_listener(host: str, port: int, resolve_s: float = 4.0, connect_s: fl
             problem = error
     if isinstance(problem, TimeoutError):
         raise TimeoutError(errno.ETIMEDOUT, f"no answer within {connect_s:g} s") from problem
-    assert problem is not None, "a name has an address"
+    assert problem is not None, "a resolved name has an address"
     raise problem
 
 
@@ -187,7 +187,7 @@ def require_free_port(host: str, port: int, name: str) -> None:
     """Check that this process may listen at an address of this machine.
 
     Args:
-        name: setting that holds the port, as it is shown.
+        name: setting of the port, as errors show it.
 
     Raises:
         ResourceError: another program listens there, the port is privileged, or the address is not this machine's.
@@ -199,29 +199,31 @@ def require_free_port(host: str, port: int, name: str) -> None:
             door.bind(address)
     except OSError as error:
         if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            advice = "use an address of this machine with --host: 127.0.0.1 for itself alone, 0.0.0.0 for all of its networks"
+            advice = (
+                "use an address of this machine with --host: 127.0.0.1 for local clients only, 0.0.0.0 for all networks"
+            )
         elif error.errno in (errno.EACCES, errno.EPERM):
             advice = "ports below 1024 need root: use a higher one with --port"
         else:
             advice = "another program listens there: end it, or use another port with --port"
-        raise ResourceError(f"{name}={port} at {host} cannot be listened at ({error.strerror}): {advice}.") from error
+        raise ResourceError(f"{name}={port} at {host} cannot be opened ({error.strerror}): {advice}.") from error
 
 
 def drop_empty_size() -> None:
-    """Forget a terminal's size of nothing, as a pipe or a container without a terminal exports it: no help or table fits it."""
+    """Unset a terminal size of zero, which a pipe or container may export: no help or table fits in it."""
     for name in ("COLUMNS", "LINES"):
         if os.environ.get(name, "1").strip().strip("0") == "":
             del os.environ[name]
 
 
 def fill_streams() -> None:
-    """Open what was closed before this process began, as by `>&-`: Python has no stream there, and printing is an error."""
+    """Open standard streams that were closed before start, as by `>&-`: without them printing is an error."""
     sys.stdout = sys.stdout or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
 
 def soften_output() -> None:
-    """Let standard output and error replace characters that their encoding lacks, where Python would end with an error."""
+    """Make standard output and error replace characters that their encoding lacks, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure") and (stream.encoding or "").lower() not in ("utf-8", "utf8"):
             stream.reconfigure(errors="replace")

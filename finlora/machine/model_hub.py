@@ -1,6 +1,6 @@
-"""The model hub: whether it can be reached, asked once and within seconds, and what its client's errors mean.
+"""Reachability of the model hub, checked once within seconds, and the meaning of its client's errors.
 
-The client of the hub tries an address for minutes without a word where a firewall drops what is sent.
+Where a firewall drops packets, the hub's client retries for minutes without a message.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ON = ("1", "ON", "YES", "TRUE")
 _PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 _MEANINGS = {
     "GatedRepoError": "its terms are not accepted by the account that is logged in: accept them on its page, and `hf auth login`",
-    "RepositoryNotFoundError": "the hub has none of that name, or it is private: check the spelling, or `hf auth login`",
+    "RepositoryNotFoundError": "no model of that name, or it is private: check the spelling, or `hf auth login`",
     "RevisionNotFoundError": "it has no such revision: check model.revision, or leave it out",
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set: mirror it where the hub is reachable (`finlora prefetch`), and set model.base"
     " to its folder",
@@ -30,7 +30,7 @@ def is_offline() -> bool:
 
 
 def is_behind_proxy() -> bool:
-    """Return whether https goes through a proxy, which then knows more than this machine of who can be reached."""
+    """Return whether https goes through a proxy: then a direct connection proves nothing."""
     return any(os.environ.get(name) for name in _PROXIES)
 
 
@@ -40,7 +40,7 @@ def hub_host() -> str:
 
 
 def find_hub_problem() -> str | None:
-    """Return why the hub cannot be reached, within 14 s; None where it can, or where that is not to be tried."""
+    """Return within 14 s why the hub cannot be reached; None if it can, or if it is not to be tried."""
     if is_offline() or is_behind_proxy():
         return None
     host, port, is_secure = _address()
@@ -62,7 +62,9 @@ def explain_hub(error: BaseException) -> str:
             if kind.__name__ in _MEANINGS:
                 return _MEANINGS[kind.__name__]
         seen = seen.__cause__ or seen.__context__
-    return f"{type(error).__name__}: copy it to this machine and name its folder, or `hf auth login` where it is gated"
+    return (
+        f"{type(error).__name__}: copy the model to this machine and give its folder, or `hf auth login` if it is gated"
+    )
 
 
 def _address() -> tuple[str, int, bool]:
@@ -72,10 +74,10 @@ def _address() -> tuple[str, int, bool]:
 
 
 def _require_answer(host: str, port: int, is_secure: bool) -> None:
-    """Ask for nothing, and take any answer. Raises OSError where none comes in time."""
+    """Send a request and take any HTTP answer. Raises OSError if none comes in time."""
     connection = http.client.HTTPConnection(host, port, timeout=_ANSWER_S)
     if is_secure:
-        # The hub's client decides whom to trust; here it is asked only whether somebody answers.
+        # The hub's client checks certificates; here any answer counts.
         anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         anyone.check_hostname, anyone.verify_mode = False, ssl.CERT_NONE
         connection = http.client.HTTPSConnection(host, port, timeout=_ANSWER_S, context=anyone)

@@ -1,4 +1,4 @@
-"""Signals that end a command: Ctrl-C, a stopped job, a closed terminal. `nohup` ignores the last one, and stays obeyed."""
+"""Signals that end a command: Ctrl-C, a stopped job, a closed terminal (unless `nohup` ignores it)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from types import FrameType
 from finlora.errors import StoppedError
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""What asks a command to end: from the keyboard, from `kill` or `ray job stop`, from a terminal that closes."""
+"""From the keyboard, from `kill` or `ray job stop`, from a terminal that closes."""
 
 
 def heeded_signals() -> tuple[signal.Signals, ...]:
-    """Return those of ENDING that end this process in order: all, but SIGHUP where `nohup` had it ignored.
+    """Return the signals of ENDING that this process handles: all, except SIGHUP under `nohup`.
 
-    SIGINT counts even where it is ignored: a shell script starts each `command &` so, and who sends it by `kill -INT` means it.
+    SIGINT is handled even where it is ignored: a shell script ignores it for each `command &`, but `kill -INT` is meant.
     """
     return tuple(
         number for number in ENDING if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
@@ -28,14 +28,14 @@ def heeded_signals() -> tuple[signal.Signals, ...]:
 
 
 def leave_terminal() -> None:
-    """Point the standard streams that are a terminal to nothing: what is printed after a hangup would be an error."""
+    """Redirect standard streams that are a terminal to /dev/null: printing after a hangup is an error."""
     nothing = os.open(os.devnull, os.O_RDWR)
     try:
         null = os.fstat(nothing).st_rdev
         for descriptor in (0, 1, 2):
             with contextlib.suppress(OSError):
                 found = os.fstat(descriptor)
-                # Not isatty: a terminal that is gone answers no to it.
+                # Not isatty: it is false for a closed terminal.
                 if stat.S_ISCHR(found.st_mode) and found.st_rdev != null:
                     os.dup2(nothing, descriptor)
     finally:
@@ -44,10 +44,10 @@ def leave_terminal() -> None:
 
 @contextlib.contextmanager
 def without_hangup_for_children() -> Iterator[None]:
-    """Let processes that are started inside never get SIGHUP, as Ray keeps SIGINT from its own.
+    """Block SIGHUP for processes that are started inside, as Ray does with SIGINT.
 
-    A closed terminal signals its whole process group. The workers must outlive it to write the checkpoint that this process
-    asks for, and end with it. A mask is inherited by each child; a SIGHUP that comes meanwhile waits until the end.
+    A closed terminal signals its whole process group. The workers must survive it to write the checkpoint that this process
+    asks for, and end with this process. Children inherit the mask; a SIGHUP that comes meanwhile waits until the end.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -61,9 +61,9 @@ def without_hangup_for_children() -> Iterator[None]:
 
 @contextlib.contextmanager
 def end_in_order() -> Iterator[None]:
-    """Turn SIGTERM and SIGHUP inside into an error that unwinds, so that temporary files go and a local Ray ends.
+    """Raise SIGTERM and SIGHUP inside as an error, so that temporary files are deleted and a local Ray ends.
 
-    Whoever can do better, as a training with its checkpoint, sets handlers of its own meanwhile.
+    A training, which writes a checkpoint first, sets its own handlers meanwhile.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -86,12 +86,12 @@ def end_in_order() -> Iterator[None]:
 
 @contextlib.contextmanager
 def keep_sigterm() -> Iterator[None]:
-    """Keep this process's handler of SIGTERM while Ray is joined: `ray.init` sets its own, which exits with 15 and says nothing.
+    """Keep this process's handler of SIGTERM during `ray.init`, which sets its own: that exits with 15 without a message.
 
     A process without a handler keeps Ray's.
 
     Raises:
-        StoppedByError: SIGTERM came inside, while Ray's handler stood.
+        StoppedByError: SIGTERM came while Ray's handler was set.
     """
     before = signal.getsignal(signal.SIGTERM)
     if before in (signal.SIG_DFL, None) or threading.current_thread() is not threading.main_thread():
@@ -108,23 +108,23 @@ def keep_sigterm() -> Iterator[None]:
 
 
 class StoppedByError(BaseException):
-    """A signal ends this process now. No Exception, so that nothing that tries again keeps it."""
+    """A signal ends this process now. Not an Exception, so that no retry catches it."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number.name)
         self.number = number
 
     def explain(self) -> StoppedError:
-        """Return what is shown, with the shell's code of the signal."""
+        """Return the error for the user, with the shell's exit code of the signal."""
         return StoppedError(
-            f"Stopped by {self.number.name}: what was not written yet is lost. The same command starts again, a training or a "
-            "search from its last checkpoint.",
+            f"Stopped by {self.number.name}: unwritten work is lost. Run the same command again; a training or a search "
+            "continues from its last checkpoint.",
             128 + self.number,
         )
 
 
 def leave_output() -> None:
-    """Point standard output to nothing, after its reader has gone: Python writes out what is left when it ends."""
+    """Redirect standard output to /dev/null after its reader has gone: Python flushes it at exit."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     with contextlib.suppress(OSError, ValueError):
         os.dup2(nothing, sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""The working directory of a Ray job: a temporary copy of the caller's folder, deleted with everything written into it."""
+"""Working directory of a Ray job: a temporary copy of the caller's folder, deleted with all that is written to it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ def is_job_copy() -> bool:
 
 
 def describe_lost(option: str, path: Path | str) -> str | None:
-    """Return why a path cannot keep what is written there; None where it can.
+    """Return why output at a path would be lost; None if it would not.
 
     Args:
-        option: what the user typed before it, as `--output ` or `output_dir=`.
-        path: as it was typed.
+        option: the option as the user typed it, such as `--output ` or `output_dir=`.
+        path: the path as the user typed it.
     """
     if Path(path).expanduser().is_absolute() or not is_job_copy():
         return None
-    # In quotes, since the shell that submits would put the home folder of its own machine there.
+    # Quoted: otherwise the submitting shell expands ~ to the home folder of its own machine.
     return (
         f"{option}{path} is relative, but this Ray job runs in a temporary copy of your folder, which is deleted with all that "
         f"is written there: give an absolute path on the cluster's storage, for example {option}'~/finlora/{Path(path).name}'"
@@ -29,10 +29,10 @@ def describe_lost(option: str, path: Path | str) -> str | None:
 
 
 def resolve_output(option: str, path: Path) -> Path:
-    """Return the absolute path of what a verb writes.
+    """Return the absolute path of a verb's output.
 
     Raises:
-        ConfigError: it is relative inside a submitted Ray job.
+        ConfigError: the path is relative inside a submitted Ray job.
     """
     lost = describe_lost(option, path)
     if lost:

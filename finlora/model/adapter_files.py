@@ -1,4 +1,4 @@
-"""The files of an adapter folder, checked before anything acts on them: they may come from someone who means harm.
+"""Checks of an adapter folder's files before anything uses them: they may come from an attacker.
 
 PEFT imports a module that `adapter_config.json` names (megatron_core), takes regular expressions from it, and makes tensors of
 whatever rank it says; so the settings must be plain LoRA's, and the weights' header must agree with them, before PEFT or a stage
@@ -38,9 +38,9 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def check_file(path: Path, max_bytes: int) -> None:
-    """Refuse what is no file of the folder itself: a pipe would block, a link could show what lies elsewhere.
+    """Refuse what is not a regular file of the folder: a pipe would block, a link could reveal files elsewhere.
 
-    The folder may be reached through a link, as a mounted one is; links within it are followed.
+    The folder itself may be a link, as mounted ones often are; links within it are followed.
 
     Raises:
         AdapterError: says what was found.
@@ -54,24 +54,26 @@ def check_file(path: Path, max_bytes: int) -> None:
             f"{folder} has no {path.name}: expected an adapter folder as `finlora train` writes it (RUN/adapter)."
         ) from error
     if not stat.S_ISREG(facts.st_mode) or not is_inside:
-        found = "a link to a file outside of the folder" if stat.S_ISREG(facts.st_mode) else "no regular file"
+        found = "a link to a file outside of the folder" if stat.S_ISREG(facts.st_mode) else "not a regular file"
         raise AdapterError(f"{path} is {found}: copy the adapter's own files.")
     if facts.st_size > max_bytes:
-        raise AdapterError(f"{path} has {facts.st_size:,} bytes, more than {max_bytes:,}: it is no file of an adapter.")
+        raise AdapterError(
+            f"{path} has {facts.st_size:,} bytes, more than {max_bytes:,}: it is not a file of an adapter."
+        )
 
 
 def read_lora_settings(folder: Path) -> LoraSettings:
     """Read adapter_config.json of plain LoRA.
 
     Raises:
-        AdapterError: it is missing or damaged, or has a setting that another formula than (alpha / rank) B A needs.
+        AdapterError: it is missing or damaged, or needs another formula than (alpha / rank) B A.
     """
     path = folder / ADAPTER_CONFIG
     check_file(path, _MAX_CONFIG_BYTES)
     try:
         values: Any = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is no LoRA configuration ({type(error).__name__}): copy it again.") from error
+        raise AdapterError(f"{path} is not a LoRA configuration ({type(error).__name__}): copy it again.") from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path} holds a {type(values).__name__}: expected PEFT's settings. Copy it again.")
     odd = [f"{show(key)[1:-1]}={show(value)}" for key, value in foreign_settings(values).items()]
@@ -92,10 +94,10 @@ def read_lora_settings(folder: Path) -> LoraSettings:
 
 @contextmanager
 def open_weights(folder: Path, settings: LoraSettings) -> Iterator[tuple[Any, Mapping[str, tuple[int, ...]]]]:
-    """Open the adapter's safetensors file; yields it and the shape of each tensor. Nothing but the header is read.
+    """Open the adapter's safetensors file; yields it and the shape of each tensor. Reads the header only.
 
     Raises:
-        AdapterError: it is missing or not whole, or a tensor is no float matrix of the settings' rank.
+        AdapterError: it is missing or damaged, or a tensor is not a float matrix of the settings' rank.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -105,11 +107,11 @@ def open_weights(folder: Path, settings: LoraSettings) -> Iterator[tuple[Any, Ma
         with safe_open(str(path), framework="pt", device="cpu") as file:
             yield file, {name: _check_tensor(path, name, file.get_slice(name), settings) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
-        raise AdapterError(f"{path} is no whole safetensors file ({error}): copy the adapter again.") from error
+        raise AdapterError(f"{path} is not a complete safetensors file ({error}): copy the adapter again.") from error
 
 
 def check_adapter(folder: Path) -> LoraSettings:
-    """Look at everything that can be known of an adapter without its base: settings, shapes, and that all numbers are finite.
+    """Check all that needs no base: the adapter's settings, its shapes, and that all numbers are finite.
 
     Raises:
         AdapterError: says what is wrong.
@@ -124,13 +126,13 @@ def check_adapter(folder: Path) -> LoraSettings:
 def find_sites(
     folder: Path, settings: LoraSettings, shapes: Mapping[str, tuple[int, ...]], base: LlamaShape
 ) -> list[UpdateSite]:
-    """Return where a base takes the adapter's updates. The file must hold all tensors that its settings ask for, and no others.
+    """Return the base's projections that the adapter updates. The file must hold exactly the tensors of its settings.
 
     Args:
         shapes: of the file's tensors, as `open_weights` yields them.
 
     Raises:
-        AdapterError: a tensor is missing, no projection takes it, or the projection has another shape.
+        AdapterError: a tensor is missing, matches no projection, or has another shape than its projection.
     """
     sites = list(list_sites(base, settings.target_modules))
     wanted = {name for site in sites for name in site.names}
@@ -143,7 +145,7 @@ def find_sites(
     if missing := wanted - shapes.keys():
         raise AdapterError(
             f"{folder} lacks {len(missing)} of the {len(wanted)} tensors that its {ADAPTER_CONFIG} asks for on this base"
-            f"{_example(missing)}: its file is not whole, or it was made for another base."
+            f"{_example(missing)}: its file is incomplete, or it was made for another base."
         )
     for site in sites:
         down, up = (shapes[name] for name in site.names)
@@ -157,7 +159,7 @@ def find_sites(
 
 
 def require_finite(tensor: Any, folder: Path, name: str) -> None:
-    """Refuse infinities and NaN, which would make every answer of the adapter a NaN.
+    """Refuse infinities and NaN, which would turn every answer of the adapter into NaN.
 
     Raises:
         AdapterError: names the tensor.

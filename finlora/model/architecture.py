@@ -1,8 +1,8 @@
-"""The Llama that every path computes; a config key or tensor beyond it is refused by name.
+"""Checks that a base is the Llama that every path computes; any other config key or tensor is refused by name.
 
 Packed and padded training, the engine's stages, the planner, merge and the cache of quantised bases all get a base from
-`find_source`, which asks here first: so no path can drop what another one honours. The reference is transformers'
-LlamaForCausalLM, to whose answers the tests hold each path.
+`find_source`, which runs these checks: so no path can ignore what another one computes. The reference is transformers'
+LlamaForCausalLM; tests compare each path with it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _ONE_VALUE: dict[str, tuple[object, ...]] = {
     "mlp_bias": (False,),
     "attention_dropout": (0, None),
 }
-"""Keys that transformers' Llama reads and every path here has one value of."""
+"""Keys that transformers' Llama reads, with the one value that every path here computes."""
 
-# Read by every path, or by none since they change no number: sizes, token ids, and notes of the tools that wrote the file.
+# Read by every path, or by none because they change no number: sizes, token ids, notes of the tools that wrote the file.
 # pretraining_tp splits products without changing them, and transformers no longer reads it.
 _KNOWN = {
     *("model_type", "architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -42,12 +42,12 @@ _MATHS = re.compile(
     r"|parallel_(attn|block|residual)|clip_qkv",
     re.IGNORECASE,
 )
-"""In the names of keys by which relatives of Llama compute something else. transformers' Llama reads none of them, so a model
-that needs one would give wrong answers silently."""
+"""Parts of key names that change the formula in relatives of Llama. transformers' Llama reads none of them, so a model that
+needs one would give wrong answers silently."""
 
 _ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles depend on the position alone. `dynamic` and `longrope` depend on the longest sequence of a
-pass as well: in a pass of several requests, or of packed examples, one would change the others."""
+pass too: among the requests or packed examples of a pass, one would change the others."""
 _ROPE_KEYS = {
     *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor"),
     *("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
@@ -55,7 +55,7 @@ _ROPE_KEYS = {
 }
 
 _BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq")
-"""Written by old versions of transformers; computed from config.json by all."""
+"""Tensors that old versions of transformers wrote; every path computes them from config.json."""
 _KINDS = (
     (re.compile(r"\.bias$"), "biases, which no path here adds"),
     (
@@ -69,7 +69,7 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies, by the header of its safetensors file."""
+    """Location of a tensor, from the header of its safetensors file."""
 
     path: Path
     dtype: str
@@ -80,7 +80,7 @@ class StoredTensor(NamedTuple):
 
 
 def check_config(folder: Path, values: Mapping[str, Any]) -> None:
-    """Refuse a config.json by which some path would compute something else than transformers.
+    """Refuse a config.json with which some path would compute something else than transformers.
 
     Raises:
         ModelError: names every such key with its value.
@@ -107,15 +107,15 @@ def check_config(folder: Path, values: Mapping[str, Any]) -> None:
     elif odd:
         advice = "choose a Llama without them"
     else:
-        advice = "choose another base, or where it does not need them, take them out of a copy of its config.json"
+        advice = "choose another base, or if it does not need them, remove them from a copy of its config.json"
     raise ModelError(
-        f"{folder}/config.json asks for what FinLoRA's Llama does not compute: {named}. Training and answers "
-        f"would differ from the original model's, so no verb takes it: {advice}."
+        f"{folder}/config.json needs what FinLoRA's Llama does not compute: {named}. Training and answers "
+        f"would differ from the original model's, so every verb refuses it: {advice}."
     )
 
 
 def check_rotary(folder: Path, config: LlamaConfig) -> None:
-    """Refuse a rotary embedding that depends on more than the position, or whose parameters are not whole.
+    """Refuse a rotary embedding that depends on more than the position, or lacks parameters.
 
     Args:
         config: as transformers read it; `rope_parameters` holds what config.json says in any version's spelling.
@@ -134,7 +134,7 @@ def check_rotary(folder: Path, config: LlamaConfig) -> None:
         strange.append(f", partial_rotary_factor={show(rope['partial_rotary_factor'])}")
     if kind not in _ROPES or strange:
         raise ModelError(
-            f"{folder}/config.json asks for a rotary embedding that FinLoRA does not compute: "
+            f"{folder}/config.json needs a rotary embedding that FinLoRA does not compute: "
             f"rope_type={show(kind)}{''.join(strange)}. Expected a rope_type of {', '.join(_ROPES)} over the whole head, whose "
             "angles depend on the position alone: choose another base."
         )
@@ -143,19 +143,19 @@ def check_rotary(folder: Path, config: LlamaConfig) -> None:
             angles, _ = ROPE_INIT_FUNCTIONS[kind](config, None)
             if not bool(angles.isfinite().all()):
                 raise ValueError("its frequencies are not finite")
-    except Exception as error:  # of an odd parameter, each by another exception
+    except Exception as error:  # each odd parameter raises another exception
         raise ModelError(
-            f"{folder}/config.json has rope parameters that give no angles ({show(rope)}: {error}): copy the model again."
+            f"{folder}/config.json has invalid rope parameters ({show(rope)}: {error}): copy the model again."
         ) from error
 
 
 def check_tensors(folder: Path, shape: LlamaShape, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse files that lack a tensor, hold one of another shape or type, or hold one that no path reads.
+    """Refuse files that lack a tensor, or hold one of another shape or type or one that no path reads.
 
     Raises:
         ModelError: names the tensors.
     """
-    if shape.num_layers > len(tensors):  # before a name is made of each layer: the number may be any
+    if shape.num_layers > len(tensors):  # before naming each layer's tensors: the number may be huge
         raise ModelError(
             f"{folder} holds {len(tensors)} tensors and its config.json says num_hidden_layers={shape.num_layers}: it describes "
             "another model, copy both again."
@@ -185,17 +185,18 @@ def check_tensors(folder: Path, shape: LlamaShape, tensors: Mapping[str, StoredT
         raise ModelError(
             f"{tensors[extra[0]].path} holds {len(extra)} tensors that FinLoRA's Llama does not compute with"
             f" ({', '.join(show(name)[1:-1] for name in extra[:3])}{', ...' if len(extra) > 3 else ''})"
-            f"{f': {kind}' if kind else ''}. Its answers would not be the model's, so no verb takes it: choose another base."
+            f"{f': {kind}' if kind else ''}. Its answers would differ from the model's, so every verb refuses it: choose "
+            "another base."
         )
 
 
 def _is_spare(name: str, shape: LlamaShape) -> bool:
-    """Return whether a tensor beside the expected ones changes nothing: a copy of the embedding as head, or a rotary buffer."""
+    """Return whether an extra tensor changes nothing: a copy of the embedding as head, or a rotary buffer."""
     return (name == HEAD and shape.is_tied) or bool(_BUFFERS.fullmatch(name))
 
 
 def _is_strange(key: str, value: object) -> bool:
-    """Return whether a key that transformers' Llama does not read names some other formula, and is on."""
+    """Return whether a key that transformers' Llama does not read turns another formula on."""
     return key not in _KNOWN and key not in _ONE_VALUE and bool(_MATHS.search(key)) and not _is_neutral(value)
 
 

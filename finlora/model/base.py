@@ -1,4 +1,4 @@
-"""Load a Llama base at 16, 8 or 4 bit, tensor by tensor, so that the load peak stays within one layer of the final size.
+"""Loader of a Llama base at 16, 8 or 4 bit, tensor by tensor: peak memory stays within one layer of the final size.
 
 Embedding, norms and the output head stay in the compute type, as in the papers of both quantisations (quantised.py).
 """
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _Reader = Callable[[str, torch.Size], torch.Tensor]
 Int8Rows = tuple[torch.Tensor, torch.Tensor]
-"""int8 values (N, K) and the float32 magnitude (N,) that 127 stands for in each row."""
+"""int8 values (N, K) and the float32 magnitude (N,) that 127 encodes in each row."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A frozen base with its tokenizer and what an adapter must know of it."""
+    """A frozen base, its tokenizer, and the facts that an adapter is checked against."""
 
     model: LlamaForCausalLM
     tokenizer: PreTrainedTokenizerFast
@@ -53,15 +53,17 @@ class BaseModel:
     """Highest device memory while loading; None on CPU."""
     load_seconds: float
     waited_seconds: float
-    """For another load that quantised it; not in `load_seconds`."""
+    """Wait for another process that quantised it; not in `load_seconds`."""
     is_cached: bool
-    """It was read as another load had quantised it."""
+    """It was read from the cache of quantised bases."""
 
     def describe_loading(self) -> str:
-        """Return in a line where the weights came from, and how long it took."""
+        """Return one line: where the weights came from, and the load time."""
         source = "read from the cache" if self.is_cached else "made from the model's files"
         waited = (
-            f", after {self.waited_seconds:.1f} s in which another load wrote it" if self.waited_seconds >= 1 else ""
+            f", after a wait of {self.waited_seconds:.1f} s for another process that wrote it"
+            if self.waited_seconds >= 1
+            else ""
         )
         return f"Base: {self.weights_gib:.2f} GiB at {self.bits} bit, {source} in {self.load_seconds:.1f} s{waited}."
 
@@ -77,17 +79,17 @@ def load_base(
     """Load the weights; every parameter is frozen and the model is in eval mode.
 
     Args:
-        model: what to load; `model.bits` is not read, since evaluation may run at other bits than training.
+        model: the base; `model.bits` is ignored, since evaluation may run at other bits than training.
         bits: 16, 8 or 4.
-        device: where the weights go. They pass through it one tensor at a time.
-        seed: seed of random weights (`model.weights=random`), not used otherwise.
-        span: decoder layers to load, with the embedding where it begins at 0 and norm and head where it ends at the last; all
-            else stays on the meta device. None: the whole model.
-        files: what this process has read of the base already; it is not changed. None: it is read here.
+        device: target of the weights, which are quantised there one tensor at a time.
+        seed: for random weights (`model.weights=random`) only.
+        span: decoder layers to load, with the embedding if it starts at 0, and norm and head if it ends at the last layer;
+            everything else stays on the meta device. None: the whole model.
+        files: the base as this process has resolved it; it is not changed. None: it is resolved here.
 
     Raises:
-        ModelError: the files are not a complete Llama model, or tensors are missing or of another shape.
-        ResourceError: the device is not there, or out of memory.
+        ModelError: the files are not a complete Llama model, or a tensor is missing or has another shape.
+        ResourceError: there is no such device, or it is out of memory.
     """
     started = time.monotonic()
     check_device(device)
@@ -119,7 +121,7 @@ def load_base(
 
 
 def check_device(device: torch.device) -> None:
-    """Refuse a device that this process does not see, instead of running elsewhere.
+    """Refuse a GPU that this process does not see, instead of running on another device.
 
     Raises:
         ResourceError: no such GPU; says how to choose the CPU.
@@ -148,7 +150,7 @@ def measure_weights(net: nn.Module) -> int:
 
 
 def read_int8(layers: Sequence[Any]) -> Int8Rows:
-    """Join the rows of 8-bit layers of one input into one matrix; each layer keeps a view of its own rows."""
+    """Join the rows of 8-bit layers that share an input into one matrix; each layer keeps a view of its rows."""
     parts = []
     for layer in layers:
         holder = layer.weight if layer.weight.CB is not None else layer.state
@@ -165,7 +167,7 @@ def read_int8(layers: Sequence[Any]) -> Int8Rows:
 
 @contextmanager
 def quiet_bitsandbytes() -> Iterator[None]:
-    """Drop bitsandbytes' remarks inside: a line a layer on input casts, and one on optional kernels from a hub."""
+    """Silence bitsandbytes' messages inside: one per layer on input casts, and one on optional kernels from a hub."""
     loggers = [logging.getLogger(f"bitsandbytes.{name}") for name in ("autograd._functions", "backends.cpu.ops")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -191,10 +193,10 @@ def _is_in_span(name: str, span: range, num_layers: int, is_tied: bool) -> bool:
 def _build_or_read(
     files: BaseFiles, model: ModelConfig, bits: Bits, device: torch.device, seed: int, span: range | None
 ) -> tuple[LlamaForCausalLM, bool, float]:
-    """Return the model, whether it was read as another load had quantised it, and the seconds of waiting for that."""
+    """Return the model, whether it was read from the cache, and the seconds waited for another process to write that."""
     source = files.source
     cache = find_cache(model, files, bits, _DTYPES[model.compute_dtype], device, seed)
-    if cache is None or (span is not None and not cache.is_complete):  # a part of a base is not worth keeping
+    if cache is None or (span is not None and not cache.is_complete):  # part of a base is not worth caching
         return _build(source, model, bits, device, seed, span, None), False, 0.0
     started = time.monotonic()
     with await_cache(cache) as is_written:
@@ -220,7 +222,7 @@ def _build(
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     dtype = _DTYPES[model.compute_dtype]
-    config = copy.deepcopy(source.config)  # the record of the base is shared
+    config = copy.deepcopy(source.config)  # the source is shared
     num_layers, is_tied = config.num_hidden_layers, config.tie_word_embeddings
     config._attn_implementation = model.attention
     config.dtype = dtype
@@ -257,7 +259,7 @@ def _build(
 
 @contextmanager
 def _open_reader(source: ModelSource, device: torch.device, dtype: torch.dtype, seed: int) -> Iterator[_Reader]:
-    """Yield a function that brings one named tensor to the device."""
+    """Yield a function that reads one named tensor to the device."""
     if not source.shards:
         generator = torch.Generator(device=device)
         std = source.config.initializer_range
@@ -265,7 +267,7 @@ def _open_reader(source: ModelSource, device: torch.device, dtype: torch.dtype, 
         def read_random(name: str, shape: torch.Size) -> torch.Tensor:
             if name.endswith("norm.weight"):
                 return torch.ones(shape, dtype=dtype, device=device)
-            generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # the same whatever else is loaded
+            generator.manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # independent of what else is loaded
             return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, std, generator=generator)
 
         yield read_random

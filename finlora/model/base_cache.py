@@ -1,14 +1,14 @@
-"""A quantised base on disk, so that the next process reads 5 GB instead of quantising 16.
+"""Disk cache of quantised bases: the next process reads 5 GB instead of quantising 16.
 
 The trials of a search, the workers of a node and an evaluation after a training all load the same base at the same bits. The
-first of them quantises it and writes what came out; the others read it through the page cache, which keeps it in memory once
-for all of them. Put the folder on a local disk, or into shared memory (/dev/shm).
+first of them quantises it and writes the result; the others read it through the page cache, which holds it once for all of
+them. Put the folder on a local disk, or into shared memory (/dev/shm).
 
 Layout of FOLDER/BASE-4bit-KEY, KEY being a hash of the weights' fingerprint and of all that quantisation depends on:
     rest.safetensors       embedding, last norm and head
     layer-N.safetensors    decoder layer N: norms as they are, linear layers under bitsandbytes' names
-    cache.json             what KEY stands for, and each file's size and SHA-256; sealed, written last
-Source: the names are those of bitsandbytes' QuantState.as_dict, which transformers' 4-bit checkpoints use as well.
+    cache.json             the facts that KEY hashes, and each file's size and SHA-256; sealed, written last
+Source of the names: bitsandbytes' QuantState.as_dict, which transformers' 4-bit checkpoints use too.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ _HASHERS = 4
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseCache:
-    """Where a base lies, or would lie, quantised."""
+    """Folder of a quantised base, which may not be written yet."""
 
     folder: Path
     bits: Bits
     dtype: torch.dtype
     facts: Mapping[str, str]
-    """What the folder's name is a hash of."""
+    """The facts that the folder's name hashes."""
 
     @property
     def is_complete(self) -> bool:
         return self.read_files() is not None
 
     def read_files(self) -> dict[str, dict[str, Any]] | None:
-        """Return size and SHA-256 of each file; None where they are not written to their end, or the list is damaged."""
+        """Return size and SHA-256 of each file; None if the cache is incomplete or the list is damaged."""
         try:
             files = unseal(json.loads((self.folder / _MARK).read_text(encoding="utf-8")))["files"]
             return {name: {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])} for name, file in files.items()}
@@ -62,10 +62,10 @@ class BaseCache:
 
 
 class StoredBase:
-    """Reads the tensors of a complete cache to a device, a file at a time, each compared with its hash first.
+    """Reader of a complete cache: tensors to a device, a file at a time, after a check of its hash.
 
     Raises:
-        ModelError: a file is missing or not as it was written.
+        ModelError: a file is missing or has changed.
     """
 
     def __init__(self, cache: BaseCache, device: torch.device) -> None:
@@ -78,21 +78,21 @@ class StoredBase:
             path = cache.folder / name
             if not path.is_file() or path.stat().st_size != file["bytes"]:
                 raise ModelError(
-                    f"{path} is missing or not of {file['bytes']} bytes as when it was written: delete {cache.folder}, the next "
-                    "run writes it again."
+                    f"{path} is missing or not of its {file['bytes']} bytes: delete {cache.folder}, the next run writes it "
+                    "again."
                 )
-        # One core hashes slower than a GPU takes the numbers in, so the files that come next are hashed ahead, by threads. The
-        # pages are those that are read next: it costs no second look at the disk.
+        # One core hashes slower than a GPU loads, so threads hash the next files ahead. That fills the page cache, so the disk is
+        # read once.
         self._pool = ThreadPoolExecutor(_HASHERS, "hash-base")
-        self._order = sorted(self._files, key=_place_of)
+        self._order = sorted(self._files, key=_read_order)
         self._hashes: dict[str, Future[str]] = {}
 
     def close(self) -> None:
-        """Hash no more."""
+        """Cancel the hashes ahead."""
         self._pool.shutdown(cancel_futures=True)
 
     def read_weight(self, name: str) -> Tensor:
-        """Return a parameter that was not quantised."""
+        """Return a parameter that is not quantised."""
         self._open(name)
         tensor: Tensor = self._file.get_tensor(name)
         return tensor.to(self._device)
@@ -111,8 +111,8 @@ class StoredBase:
             return
         if wanted not in self._files or self._hash(wanted) != self._files[wanted]["sha256"]:
             raise ModelError(
-                f"{self._cache.folder / wanted} is not as it was written: delete {self._cache.folder}, the next run writes it "
-                "again; if it recurs, test the disk and the memory of this machine."
+                f"{self._cache.folder / wanted} has changed since it was written: delete {self._cache.folder}, the next run "
+                "writes it again; if it recurs, test the disk and the memory of this machine."
             )
         self._name = wanted
         self._file = safe_open(str(self._cache.folder / wanted), framework="pt", device="cpu")
@@ -122,7 +122,7 @@ class StoredBase:
             self._tensors.setdefault(owner, []).append(leaf)
 
     def _hash(self, wanted: str) -> str:
-        """Return a file's hash, once it is there, and begin with those of the next ones."""
+        """Wait for a file's hash and return it; start hashing the next files."""
         index = self._order.index(wanted)
         for name in self._order[index : index + 1 + _HASHERS]:
             if name not in self._hashes:
@@ -133,7 +133,7 @@ class StoredBase:
 def find_cache(
     model: ModelConfig, files: BaseFiles, bits: Bits, dtype: torch.dtype, device: torch.device, seed: int
 ) -> BaseCache | None:
-    """Return where the base's cache is or would be; None where none is asked for, or nothing is quantised."""
+    """Return the cache of a base, written or not; None if `model.cache` is null or nothing is quantised."""
     if model.cache is None or bits == 16:
         return None
     fingerprint = files.weights_hash
@@ -147,7 +147,7 @@ def find_cache(
         "dtype": str(dtype),
         "bitsandbytes": importlib.metadata.version("bitsandbytes"),
     }
-    own = {name: value for name, value in facts.items() if name != "base"}  # a base that was moved is the same
+    own = {name: value for name, value in facts.items() if name != "base"}  # a moved base is the same
     key = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
     name = Path(model.base).name
     folder = Path(model.cache).expanduser() / f"{name}-{bits}bit-{key}"
@@ -156,7 +156,7 @@ def find_cache(
 
 @contextlib.contextmanager
 def await_cache(cache: BaseCache) -> Iterator[bool]:
-    """Let one process at a time quantise a base; yields whether it is written already.
+    """Let one process at a time quantise a base; yields whether the cache is already complete.
 
     Raises:
         ResourceError: the folder cannot be made.
@@ -169,19 +169,21 @@ def await_cache(cache: BaseCache) -> Iterator[bool]:
         stream = cache.folder.with_suffix(".lock").open("a")
     except OSError as error:
         raise ResourceError(
-            f"model.cache={cache.folder.parent} cannot be used ({error}): name a folder you may write to, or null."
+            f"model.cache={cache.folder.parent} cannot be used ({error}): give a folder that you can write to, or null."
         ) from error
     with stream:
-        with contextlib.suppress(OSError):  # a file system without locks: each writes, and the first to end counts
+        with contextlib.suppress(
+            OSError
+        ):  # a file system without locks: every process writes, and the first to finish wins
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield cache.is_complete
 
 
 def write_cache(cache: BaseCache, net: nn.Module) -> None:
-    """Write a freshly loaded net, which has not computed yet. The folder appears whole or not at all.
+    """Write a freshly loaded net, before its first forward pass. The folder appears complete or not at all.
 
     Raises:
-        ResourceError: there is no room.
+        ResourceError: the disk is full, or cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -208,9 +210,9 @@ def write_cache(cache: BaseCache, net: nn.Module) -> None:
             if not cache.is_complete:
                 shutil.rmtree(cache.folder, ignore_errors=True)
                 fresh.replace(cache.folder)
-    except Exception as error:  # safetensors hides the system's error in one of its own
+    except Exception as error:  # safetensors wraps the system's error
         raise ResourceError(
-            f"the quantised base could not be written below {cache.folder.parent} ({error}): make room there, or set "
+            f"the quantised base could not be written below {cache.folder.parent} ({error}): free disk space there, or set "
             "model.cache=null."
         ) from error
 
@@ -220,6 +222,6 @@ def _file_of(name: str) -> str:
     return f"layer-{parts[2]}.safetensors" if parts[:2] == ["model", "layers"] else "rest.safetensors"
 
 
-def _place_of(file: str) -> int:
+def _read_order(file: str) -> int:
     """Return the order in which files are read: the embedding's first, then layer after layer."""
     return int(file.removeprefix("layer-").removesuffix(".safetensors")) if file.startswith("layer-") else -1

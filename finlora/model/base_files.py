@@ -1,4 +1,4 @@
-"""One record of a base without its weights, resolved once a process: files, config, shapes, tokenizer and template date."""
+"""Record of a base without its weights, resolved once a process: files, config, shapes, tokenizer and template date."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseFiles:
-    """The checked files of a base, its tokenizer, and the date of its prompts. A verb passes it to all that need the base."""
+    """The checked files of a base, its tokenizer, and the date of its prompts. A verb passes it to all that use the base."""
 
     model: ModelConfig
-    """The settings that it was resolved from; a loader may compute in another type or hold other bits."""
+    """Settings it was resolved from; a loader may use another compute type or other bits."""
     source: ModelSource
     tokenizer: PreTrainedTokenizerFast
     template_date: str | None
-    """Day that the chat template writes into prompts to the base alone; None: it writes none, or always its own."""
+    """Date that the chat template writes into prompts to the base alone; None: it writes none, or a fixed one."""
 
     @property
     def shape(self) -> LlamaShape:
@@ -35,7 +35,7 @@ class BaseFiles:
 
     @property
     def context_length(self) -> int:
-        """Tokens that the base was made for."""
+        """Longest sequence, in tokens, that the base was trained for."""
         return int(self.source.config.max_position_embeddings)
 
     @cached_property
@@ -61,8 +61,8 @@ def read_base_files(model: ModelConfig) -> BaseFiles:
     """Find a base and read the files beside its weights.
 
     Raises:
-        ModelError: the files are not a Llama that every path computes (architecture.py), the tokenizer does not belong to it, or
-            its chat template is missing or takes no date.
+        ModelError: the files are not a supported Llama (architecture.py), the tokenizer belongs to another base, or its chat
+            template is missing or takes no date.
     """
     source = find_source(model)
     tokenizer = load_tokenizer(source.tokenizer_path)

@@ -1,8 +1,7 @@
-"""finlora.yaml: the record of an adapter's base and training, so that it is never loaded on another base.
+"""finlora.yaml, the contract of an adapter: its base and training, so that it is never loaded on another base.
 
-It is the last file written into an adapter folder; a folder without it is incomplete or was not made by FinLoRA. It holds the
-SHA-256 of the files beside it, which are compared before an adapter is loaded, and one of itself: a flipped bit anywhere in the
-folder is refused.
+It is written last into an adapter folder; a folder without it is incomplete or was not made by FinLoRA. It holds the SHA-256
+of the other files and of itself, which are checked before an adapter is loaded: any flipped bit in the folder is refused.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ CONTRACT_FILE = "finlora.yaml"
 _FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "config.yaml")
 _VERSION = 3
 _WITHOUT_DATE = 2
-"""Format of adapters whose prompts had the day of their training in them, where the chat template writes one."""
+"""Format of adapters that do not record the date in their prompts: where the chat template writes one, the day of training."""
 _WITHOUT_HASHES = 1
-"""Format of the first adapters, which named no files."""
+"""Format of the first adapters, which list no files."""
 _MAX_BYTES = 2**16
 _MAX_TEXT = 1000
 _logger = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ QUANTISATION = {16: "none", 8: "LLM.int8", 4: "NF4, double quantisation"}
 
 
 class HashedBase(Protocol):
-    """A base, loaded or not, that an adapter is compared with."""
+    """A base, loaded or not, that an adapter is checked against."""
 
     @property
     def weights_hash(self) -> str: ...
@@ -78,9 +77,9 @@ class Contract:
     adapter_mib: float
     metrics: dict[str, float] = field(default_factory=dict)
     template_date: str | None = None
-    """Day, as 2024-07-26, that the chat template wrote into each prompt; None: it writes none, or always its own."""
+    """Date, such as 2024-07-26, that the chat template wrote into each prompt; None: it writes none, or a fixed one."""
     files: dict[str, str] = field(default_factory=dict)
-    """SHA-256 in hex of each file beside it, filled in when it is written."""
+    """SHA-256 in hex of each other file in the folder; `write_contract` fills it in."""
     finlora: int = _VERSION
     """Version of this format."""
 
@@ -90,12 +89,12 @@ class Contract:
         return f"{self.bits}bit-r{self.rank}"
 
     def check(self, folder: Path, base: HashedBase, template: str, bits: int | None = None) -> None:
-        """Refuse a base, tokenizer or template other than the adapter was trained with; compares the adapter's own files first.
+        """Refuse another base, tokenizer or template than in training, and changed adapter files.
 
         Args:
             folder: the adapter's folder, for the message.
-            bits: bits that the base must have been trained at; None where the caller chose its bits on purpose,
-                as the paper does: it trains at 4 or 8 bit and evaluates at 8.
+            bits: bits that the adapter must be trained at; None if other bits are intended, as in the paper, which trains at 4
+                or 8 bit and evaluates at 8.
 
         Raises:
             AdapterError: names everything that differs and how to override.
@@ -111,44 +110,44 @@ class Contract:
         if differing:
             raise AdapterError(
                 f"{folder} was trained on {self.base} and does not fit here: {'; '.join(differing)}. Load the base, tokenizer "
-                f"and template it was trained with, or edit its {CONTRACT_FILE} (and take its line `sha256` out) if you know "
+                f"and template it was trained with, or edit its {CONTRACT_FILE} (and remove its line `sha256`) if you know "
                 "that they are equal."
             )
 
     def choose_date(self, folder: Path, base_date: str | None, wanted: str | None = None) -> str | None:
-        """Return the day that a chat template writes into the adapter's prompts: that of its training.
+        """Return the date that the chat template writes into the adapter's prompts: that of its training.
 
         Args:
-            base_date: that of prompts to the base alone (finlora/data/chat_template.py), for an adapter of a version that noted
-                none.
-            wanted: the setting model.template_date, which may not differ; None: none is set.
+            base_date: date of prompts to the base alone (finlora/data/chat_template.py), for old adapters that do not record
+                one.
+            wanted: the setting model.template_date, which must not differ; None: not set.
 
         Raises:
-            AdapterError: another day is set.
+            AdapterError: another date is set.
         """
         if self.finlora <= _WITHOUT_DATE:
             if base_date is not None:
                 _logger.warning(
-                    "%s does not name the date that the chat template wrote into its prompts in training, the day of that "
-                    "training: %s is written. Set model.template_date to that day, or train the adapter again.",
+                    "%s does not record the date in its training prompts (the day of the training): its prompts now get %s. "
+                    "Set model.template_date to the day of the training, or train the adapter again.",
                     *(folder, base_date),
                 )
             return base_date
         if wanted is not None and wanted != self.template_date:
             raise AdapterError(
                 f"{folder} was trained with the date {self.template_date or 'of the chat template itself'} in its prompts, and "
-                f"model.template_date={wanted}: leave the setting out, the adapter's own is used."
+                f"model.template_date={wanted}: leave the setting out, the adapter's date is used."
             )
         return self.template_date
 
     def check_files(self, folder: Path) -> None:
-        """Read the adapter's files and compare their hashes.
+        """Check the hashes of the adapter's files.
 
         Raises:
             AdapterError: names each file that is missing or differs.
         """
         if self.finlora == _WITHOUT_HASHES:
-            _logger.warning("%s was written without hashes: a damaged file of it would not be noticed.", folder)
+            _logger.warning("%s has no hashes of its files: damage would not be detected.", folder)
         faults = [
             f"{name} {'differs' if (folder / name).is_file() else 'is missing'}"
             for name, expected in self.files.items()
@@ -156,13 +155,13 @@ class Contract:
         ]
         if faults:
             raise AdapterError(
-                f"{folder} is not as it was written: {', '.join(faults)}. Copy the adapter again from where it was trained, or "
-                "train it again."
+                f"{folder} has changed since it was written: {', '.join(faults)}. Copy the adapter again from where it was "
+                "trained, or train it again."
             )
 
 
 def write_contract(folder: Path, contract: Contract) -> None:
-    """Write finlora.yaml as a whole, with the hashes of the files beside it; this marks the adapter folder complete."""
+    """Write finlora.yaml atomically, with the hashes of the other files; this marks the adapter folder complete."""
     files = {name: hash_file(folder / name) for name in _FILES if (folder / name).is_file()}
     values = seal(dataclasses.asdict(dataclasses.replace(contract, files=files)))
     write_whole(folder / CONTRACT_FILE, yaml.safe_dump(values, sort_keys=False))
@@ -172,7 +171,7 @@ def read_contract(folder: Path) -> Contract:
     """Read finlora.yaml of an adapter folder.
 
     Raises:
-        AdapterError: the folder or file is missing, is not this format, or was changed.
+        AdapterError: the folder or file is missing, has another format, or was changed.
     """
     path = folder / CONTRACT_FILE
     if not path.exists():
@@ -198,27 +197,27 @@ def _describe_missing(folder: Path) -> str:
     if (folder / ADAPTER_CONFIG).is_file():
         return (
             f"is a PEFT adapter that FinLoRA did not train: it has no {CONTRACT_FILE}, which names the weights, tokenizer and "
-            "template it was trained with, so nothing can say whether it fits this base. Train one with `finlora train`, or "
+            "template it was trained with, so its fit to this base cannot be checked. Train one with `finlora train`, or "
             "merge it into its base with PEFT (merge_and_unload, save_pretrained) and give that folder as model.base with --base."
         )
     if (folder / "config.json").is_file():
-        return "is a whole model, not an adapter: give it as model.base, with --base where no adapter is wanted."
+        return "is a model, not an adapter: give it as model.base, with --base to use no adapter."
     return f"holds no {CONTRACT_FILE} and no {ADAPTER_CONFIG}: give the `adapter` folder of a finished run."
 
 
 def _build_contract(values: Any, path: Path) -> Contract:
-    """Check seal, format, texts and types of a contract.
+    """Check a contract's seal, format, texts and types.
 
     Raises:
         AdapterError: another version wrote it.
-        ValueError: what is wrong, in words.
+        ValueError: says what is wrong.
     """
     if not isinstance(values, dict):
         raise ValueError(f"it holds {show(values)}")
     try:
         record = unseal(values)
     except ValueError as error:
-        raise ValueError(f"{error}; if you changed it on purpose, take its line `{SEAL}` out") from error
+        raise ValueError(f"{error}; if you changed it on purpose, remove its line `{SEAL}`") from error
     version = record.get("finlora")
     if version is None:
         raise ValueError("it does not name its format")
@@ -232,7 +231,7 @@ def _build_contract(values: Any, path: Path) -> Contract:
     except ConfigError as error:
         raise ValueError("; ".join(error.faults)) from error
     if contract.template_date is not None and not is_date(contract.template_date):
-        raise ValueError(f"template_date={show(contract.template_date)}: expected a day as 2024-07-26")
+        raise ValueError(f"template_date={show(contract.template_date)}: expected a date such as 2024-07-26")
     return contract
 
 

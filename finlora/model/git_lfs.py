@@ -1,4 +1,4 @@
-"""git-lfs pointers: text files of three lines that a clone without git-lfs holds instead of large files."""
+"""Detection of git-lfs pointers: text files of three lines that a clone without git-lfs has instead of large files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _MARK = b"version https://git-lfs"
 
 
 def refuse_pointer(path: Path) -> None:
-    """Look whether a file is the file itself.
+    """Refuse a git-lfs pointer.
 
     Raises:
-        ModelError: it is git-lfs's note of it.
+        ModelError: the file is a pointer, not the content.
     """
     with path.open("rb") as stream:
         is_pointer = stream.read(len(_MARK)) == _MARK

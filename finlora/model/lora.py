@@ -1,4 +1,4 @@
-"""Attach, save and load LoRA adapters through PEFT; an adapter folder is PEFT's own two files and our config beside it."""
+"""LoRA adapters through PEFT: attach, save, load. An adapter folder holds PEFT's two files and our config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def attach_lora(net: LlamaForCausalLM, lora: LoraConfig, base: str, seed: int) -> PeftModel:
-    """Put fresh adapters on the base: W x + (alpha / rank) B A x with B = 0, so that the first output equals the base's.
+    """Put new adapters on the base: W x + (alpha / rank) B A x with B = 0, so that the first output equals the base's.
 
     The trainable A (rank, in) and B (out, rank) are float32; the base is untouched.
 
@@ -42,7 +42,7 @@ def attach_lora(net: LlamaForCausalLM, lora: LoraConfig, base: str, seed: int) -
 def save_adapter(model: PeftModel, folder: Path) -> float:
     """Write PEFT's adapter_model.safetensors (bf16) and adapter_config.json; the config is written last.
 
-    The weights pass through a temporary folder beside the target, so that a crash leaves the old adapter or none.
+    The weights are written to a temporary folder beside the target, so a crash leaves the old adapter or none.
 
     Returns:
         Size of the weights file in MiB.
@@ -84,12 +84,12 @@ def load_adapter(net: LlamaForCausalLM, folder: Path) -> PeftModel:
             warnings.filterwarnings(
                 "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
             )
-            # PEFT only warns when the file lacks tensors and leaves them at fresh values: that is another adapter.
+            # PEFT only warns when the file lacks tensors, and initialises them: that would be another adapter.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(net, str(folder), is_trainable=False)
-    except Exception as error:  # PEFT and safetensors raise many kinds; each means that the folder is not usable here
+    except Exception as error:  # PEFT and safetensors raise many types; each means that the folder cannot be loaded
         raise AdapterError(f"{folder} cannot be loaded on this base ({type(error).__name__}: {error}).") from error
-    # Adapters of one type with the activations need no cast in each forward pass.
+    # Adapters in the type of the activations need no cast in each forward pass.
     dtype = net.get_input_embeddings().weight.dtype
     for name, parameter in model.named_parameters():
         if "lora_" in name:

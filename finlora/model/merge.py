@@ -1,7 +1,7 @@
-"""Fold an adapter into its 16-bit base and write a plain Hugging Face folder, which needs neither PEFT nor FinLoRA.
+"""Merge of an adapter into its 16-bit base, written as a Hugging Face folder that needs neither PEFT nor FinLoRA.
 
-The folder holds config.json, safetensors shards, the tokenizer and merged.yaml, which says where all of it comes from.
-It is written under another name and renamed as a whole, so an interrupted merge leaves no folder that loads.
+The folder holds config.json, safetensors shards, the tokenizer and merged.yaml, the record of base and adapter.
+It is written under another name and renamed at the end, so an interrupted merge leaves no loadable folder.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ MERGED_FILE = "merged.yaml"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Merged:
-    """What a merge wrote."""
+    """Result of a merge."""
 
     folder: Path
     num_tensors: int
-    """Base weights that were changed."""
+    """Number of changed base weights."""
     gib: float
     """Size of the folder."""
     trained_bits: int
@@ -41,17 +41,17 @@ class Merged:
 
 
 def merge_lora(base: BaseModel, adapter: Path) -> int:
-    """Fold an adapter into the base weights: W <- W0 + (alpha / rank) B A, in place.
+    """Add an adapter to the base weights: W <- W0 + (alpha / rank) B A, in place.
 
-    Shapes: W0 (out, in), A (rank, in), B (out, rank). The sum is taken in float32, then cast to the base's type. PEFT's own
+    Shapes: W0 (out, in), A (rank, in), B (out, rank). The sum is computed in float32, then cast to the base's type. PEFT's
     merge multiplies in the adapter's type, bfloat16 here.
 
     Args:
-        base: at 16 bit. Changed: reload it to have the base again.
+        base: at 16 bit; it is changed.
         adapter: folder with PEFT's two files.
 
     Returns:
-        How many weights were changed. Logits match the adapter's within 1e-5 in float32, and in bfloat16 within the
+        Number of changed weights. Logits match the adapter's within 1e-5 in float32, and in bfloat16 within the
         rounding of W (tests/model/test_merge.py).
 
     Raises:
@@ -60,8 +60,8 @@ def merge_lora(base: BaseModel, adapter: Path) -> int:
     """
     if base.bits != 16:
         raise ModelError(
-            f"the base is loaded at {base.bits} bit, a merge needs 16: rounded to {base.bits} bit again, the "
-            "sum would lose most of the adapter. Load the base with bits=16, or serve base and adapter unmerged."
+            f"the base is loaded at {base.bits} bit, a merge needs 16: rounding the sum to {base.bits} bit "
+            "would lose most of the adapter. Load the base with bits=16, or serve base and adapter unmerged."
         )
     settings, updates = _read_adapter(adapter, shape_of(base.model.config.to_dict()))
     with torch.no_grad():
@@ -79,42 +79,42 @@ def export_merged(
     """Load the base at 16 bit, merge the adapter and write the folder in bfloat16.
 
     An adapter trained at 8 or 4 bit also compensates the rounding of its quantised base (QLoRA, arXiv:2305.14314).
-    On the 16-bit base its logits then differ a little from those it was trained and scored with, so the merged model must be
-    evaluated again; hence `allow_other_bits` is a choice that the caller makes.
+    On the 16-bit base its logits differ a little from those in training and evaluation, so the merged model must be evaluated
+    again. The caller accepts that with `allow_other_bits`.
 
     Args:
-        model: base, tokenizer and template of the adapter; `model.bits` and `model.compute_dtype` are not read: a run on CPU
-            may compute in float32, and a merged model of that type would be twice as large as the base it comes from.
-        device: where the sums are taken; the whole base at 16 bit must fit.
+        model: base, tokenizer and template of the adapter; `model.bits` and `model.compute_dtype` are ignored: a run on CPU
+            may compute in float32, which would make the merged model twice as large as its base.
+        device: where the sums are computed; the base at 16 bit must fit.
 
     Raises:
-        AdapterError: the adapter is of another base, tokenizer, template, or of other bits without `allow_other_bits`.
-        ModelError: the base cannot be loaded, or `output` holds something already.
+        AdapterError: the adapter has another base, tokenizer or template, or other bits without `allow_other_bits`.
+        ModelError: the base cannot be loaded, or `output` is not empty.
     """
     contract = read_contract(adapter)
     if contract.bits != 16 and not allow_other_bits:
         raise AdapterError(
-            f"{adapter} was trained on a {contract.bits}-bit base and a merge is made on the 16-bit one: logits "
-            "will differ from those it was scored with. Allow it with --allow-other-bits and evaluate the merged model, or "
+            f"{adapter} was trained on a {contract.bits}-bit base, but a merge uses the 16-bit one: logits "
+            "will differ from those in its evaluation. Allow it with --allow-other-bits and evaluate the merged model, or "
             "serve the adapter unmerged."
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ModelError(f"{output} exists and is not empty: name another folder for the merged model, or remove it.")
+        raise ModelError(f"{output} exists and is not empty: give another folder for the merged model, or remove it.")
     files = read_base_files(model)
     date = files.check_adapter(adapter, contract)  # before anything large is read
     base = load_base(dataclasses.replace(model, compute_dtype="bfloat16"), 16, device, seed=0, files=files)
     num_tensors = merge_lora(base, adapter)
-    fix_date(base.tokenizer, date)  # so that prompts made with the merged folder carry the date of training
+    fix_date(base.tokenizer, date)  # so that prompts made with the merged folder have the date of training
     _write(base, contract, adapter, output)
     size = sum(path.stat().st_size for path in output.iterdir())
     return Merged(folder=output, num_tensors=num_tensors, gib=size / 2**30, trained_bits=contract.bits)
 
 
 def _read_adapter(folder: Path, base: LlamaShape) -> tuple[LoraSettings, list[tuple[str, torch.Tensor, torch.Tensor]]]:
-    """Return an adapter's settings, and of each update the projection's name, A and B."""
+    """Return an adapter's settings, and each update as projection name, A and B."""
     settings = check_adapter(folder)
     with open_weights(folder, settings) as (file, shapes):
-        sites = find_sites(folder, settings, shapes, base)  # all are checked before a weight is changed
+        sites = find_sites(folder, settings, shapes, base)  # checks all before any weight changes
         return settings, [
             (site.projection.path(site.layer), *(file.get_tensor(name) for name in site.names)) for site in sites
         ]

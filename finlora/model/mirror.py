@@ -1,7 +1,7 @@
-"""Copy base models from the hub into plain folders, every file checked against the hub's own hash, for machines without a hub.
+"""Mirror of base models: hub files in plain folders, each checked by the hub's hash, for machines without a hub.
 
 Layout of MIRROR/models/OWNER/NAME: the files of one commit, and `mirror.json`, which names the commit and the SHA-256 of each
-file. It is written last: a folder without it is not complete. The folder can be carried to another machine and checked there
+file. It is written last: a folder without it is incomplete. The folder can be copied to another machine and checked there
 without a network.
 """
 
@@ -25,12 +25,12 @@ from finlora.model.source import HUB_FILES, find_source
 MANIFEST = "mirror.json"
 _LICENCES = ["LICENSE*", "USE_POLICY*", "NOTICE*"]
 _TEMPLATES = "additional_chat_templates/"
-"""The one folder below a model's own from which files are read."""
+"""The only subfolder of a model that is read."""
 _SPARE_BYTES = 2**30
-"""Left free on the disk beside what is fetched."""
+"""Bytes that stay free on the disk."""
 
 Update = Callable[[str, int, int, str], None]
-"""Shows bytes done and in all, and a note, under a name."""
+"""Callback for progress: name, bytes done, total bytes, note."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,7 @@ class Mirrored:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Remote:
-    """One file on the hub. Large files are known by their SHA-256, others by their git blob id (SHA-1)."""
+    """One file on the hub. The hub names the SHA-256 of large files, and the git blob id (SHA-1) of others."""
 
     path: str
     size: int
@@ -62,7 +62,7 @@ class _Remote:
 
 
 def mirror_model(name: str, mirror: Path, update: Update) -> Mirrored:
-    """Fetch what FinLoRA reads of a model, and its licence; go on where an earlier try stopped.
+    """Download a model's files that FinLoRA reads, and its licence; resumes an interrupted download.
 
     Args:
         name: `owner/name`, or `owner/name@revision` for a branch, tag or commit.
@@ -70,8 +70,8 @@ def mirror_model(name: str, mirror: Path, update: Update) -> Mirrored:
         update: shows progress.
 
     Raises:
-        ModelError: the hub does not give the model, a file arrived with another hash, or it is no Llama in safetensors.
-        ResourceError: the disk is too small.
+        ModelError: the model cannot be downloaded, a file has another hash, or it is not a Llama in safetensors.
+        ResourceError: the disk has too little space.
     """
     repository, _, revision = name.partition("@")
     if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
@@ -91,7 +91,7 @@ def mirror_model(name: str, mirror: Path, update: Update) -> Mirrored:
         done += file.size
     update(repository, done, total, "")
     find_source(ModelConfig(base=str(folder)))
-    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's notes on unfinished files
+    shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's records of unfinished files
     mirrored = Mirrored(repository=repository, commit=commit, files=files, total_bytes=total)
     write_whole(folder / MANIFEST, json.dumps(seal(asdict(mirrored)), indent=2) + "\n")
     return mirrored
@@ -103,7 +103,7 @@ def list_mirrored(mirror: Path) -> list[Path]:
 
 
 def check_mirrored(folder: Path, update: Update) -> Mirrored:
-    """Read every file of a mirrored model and compare its hash with the one noted when it was fetched.
+    """Read every file of a mirrored model and compare its hash with the one in mirror.json.
 
     Raises:
         ModelError: names each file that is missing or differs.
@@ -120,7 +120,7 @@ def check_mirrored(folder: Path, update: Update) -> Mirrored:
         file = folder / name
         try:
             is_there = file.is_file()
-        except OSError:  # a name that no file can have
+        except OSError:  # an impossible file name
             is_there = False
         if not is_there:
             faults.append(f"{name[:100]} is missing")
@@ -130,29 +130,29 @@ def check_mirrored(folder: Path, update: Update) -> Mirrored:
             faults.append(f"{name} differs")
     if faults:
         raise ModelError(
-            f"{folder} is not what was fetched from {mirrored.repository} at {mirrored.commit[:12]}: {', '.join(faults)}. Copy "
-            "them again, or run `finlora prefetch` where the hub is reachable."
+            f"{folder} differs from {mirrored.repository} at {mirrored.commit[:12]}: {', '.join(faults)}. Copy these files "
+            "again, or run `finlora prefetch` where the hub is reachable."
         )
     update(mirrored.repository, done, mirrored.total_bytes, "")
     return mirrored
 
 
 def _check_names(mirrored: Mirrored) -> None:
-    """Raise ValueError unless the manifest names files of its own folder: it may have come with files of someone else."""
+    """Raise ValueError if the manifest names files outside its folder: it may come from an untrusted source."""
     if not (isinstance(mirrored.files, dict) and mirrored.files):
         raise ValueError("it names no files")
     for name, expected in mirrored.files.items():
         inner = name.removeprefix(_TEMPLATES)
         if Path(inner).name != inner or not name.isprintable() or not isinstance(expected, str):
-            raise ValueError(f"it names {name!r}, which is no file of this folder")
+            raise ValueError(f"it names {name!r}, which is not a file of this folder")
     if not isinstance(mirrored.repository, str) or not isinstance(mirrored.commit, str):
-        raise ValueError("its repository or commit is no text")
+        raise ValueError("its repository or commit is not text")
     if not isinstance(mirrored.total_bytes, int):
-        raise ValueError("its size is no number")
+        raise ValueError("its size is not a number")
 
 
 def _hash_blob(path: Path) -> str:
-    """Return git's id of a file: SHA-1 over a header and its bytes. Only small files have no better one."""
+    """Return git's blob id of a file: SHA-1 over a header and its bytes. The hub has no other hash for small files."""
     content = path.read_bytes()
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
 
@@ -189,18 +189,18 @@ def _fetch(repository: str, commit: str, file: _Remote, folder: Path) -> None:
     if not file.matches(folder / file.path):
         (folder / file.path).unlink(missing_ok=True)
         raise ModelError(
-            f"{repository}/{file.path} arrived with another size or hash than the hub names for it and was removed: run "
-            "the command again, and if it happens again, look for a proxy that changes downloads."
+            f"{repository}/{file.path} has another size or hash than the hub names, and was deleted: run the command "
+            "again. If it recurs, look for a proxy that changes downloads."
         )
 
 
 def _ask_hub(repository: str, ask: Callable[[], Any]) -> Any:
-    """Call the hub's client; its errors become one of ours that says what to do."""
+    """Call the hub's client; translate its errors into ours, which say what to do."""
     from huggingface_hub.errors import GatedRepoError
 
     if problem := find_hub_problem():
         raise ModelError(
-            f"{repository} could not be downloaded ({problem}): prefetch on a machine that reaches it, and carry the mirror "
+            f"{repository} could not be downloaded ({problem}): prefetch on a machine that reaches it, and copy the mirror "
             "folder over."
         )
     try:
@@ -209,13 +209,11 @@ def _ask_hub(repository: str, ask: Callable[[], Any]) -> Any:
         raise ModelError(
             f"{repository} is gated: accept its terms on its hub page, then `hf auth login` here or set HF_TOKEN."
         ) from error
-    except (
-        Exception
-    ) as error:  # the hub's client raises errors of several libraries, all of which mean "not downloaded"
+    except Exception as error:  # errors of several libraries, all of which mean "not downloaded"
         said = next(iter(str(error).splitlines()), "no message")
         raise ModelError(
             f"{repository} could not be downloaded from the hub ({type(error).__name__}: {said}): prefetch on "
-            "a machine that reaches it, with HF_HUB_OFFLINE unset, and carry the mirror folder over."
+            "a machine that reaches it, with HF_HUB_OFFLINE unset, and copy the mirror folder over."
         ) from error
 
 
@@ -224,6 +222,6 @@ def _require_disk(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if need + _SPARE_BYTES > free:
         raise ResourceError(
-            f"{folder} lies on a disk with {free / 2**30:.1f} GiB free, and the missing files take {need / 2**30:.1f}: make "
-            "room, or choose another --output."
+            f"the disk of {folder} has {free / 2**30:.1f} GiB free, and the missing files take {need / 2**30:.1f}: free disk "
+            "space, or choose another --output."
         )

@@ -1,7 +1,7 @@
-"""Pretrain a small Llama base with its own tokenizer on unlabelled text, for demos, tests and machines without a hub.
+"""Pretraining of a small Llama base with its own tokenizer on unlabelled text, for demos, tests and use without a hub.
 
 The result is a plain Hugging Face folder: config.json, safetensors and tokenizer. Its config.json is written last, so
-an interrupted pretraining leaves a folder that is refused.
+an interrupted pretraining leaves a folder that loading refuses.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PretrainConfig:
     """Shape and schedule of a small base."""
 
     vocab_size: int = 2048
-    """Tokens of the tokenizer that is trained first."""
+    """Vocabulary size of the tokenizer, which is trained first."""
     hidden_size: int = 256
     """Width of the hidden states."""
     intermediate_size: int = 704
@@ -50,9 +50,9 @@ class PretrainConfig:
     num_heads: int = 4
     """Attention heads."""
     num_kv_heads: int = 2
-    """Heads of keys and values, which the attention heads share (grouped-query attention)."""
+    """Key and value heads, which attention heads share (grouped-query attention)."""
     context_length: int = 256
-    """Tokens in a training block. The model takes prompts up to 8,192 tokens all the same."""
+    """Tokens in a training block. The model still takes prompts up to 8,192 tokens."""
     batch_size: int = 16
     """Blocks per optimiser step."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -60,8 +60,8 @@ class PretrainConfig:
     num_steps: int = 400
     """Optimiser steps."""
     answer_weight: float = 10.0
-    """Loss weight of the answer tokens of self-supervised questions. Only one token in forty is one, and a base must learn
-    to answer from what it has read."""
+    """Loss weight of the answer tokens of self-supervised questions. They are one token in forty, and a base must learn to
+    answer from its prompt."""
     learning_rate: float = 2e-3
     """Peak learning rate."""
     seed: int = 0
@@ -75,17 +75,17 @@ def pretrain_base(
     device: torch.device,
     on_step: Callable[[int, float], None],
 ) -> float:
-    """Train tokenizer and model from nothing and write them to `output`.
+    """Train tokenizer and model from scratch and write them to `output`.
 
     Args:
-        texts: documents; each is closed by EOS and opened by BOS in the stream.
-        on_step: called with (steps done, loss) after each step.
+        texts: documents; the stream opens each with BOS and closes it with EOS.
+        on_step: called after each step with (steps done, loss).
 
     Returns:
-        Seconds that the model training took.
+        Seconds of the model's training.
 
     Raises:
-        DatasetError: fewer tokens than one batch.
+        DatasetError: fewer tokens than one block.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -128,19 +128,19 @@ def run_pretraining(
 ) -> str:
     """Pretrain on the inputs of prepared train splits (never their answers), or on generated text for `synthetic`.
 
-    A finished base in `output` is kept: pretraining happens once.
+    A finished base in `output` is kept, not trained again.
 
     Args:
-        on_step: called with (name, steps done, steps in all, note).
+        on_step: called with (name, steps done, total steps, note).
 
     Returns:
         One line for the user.
 
     Raises:
         ConfigError: `output` cannot be written.
-        ModelError: `output` holds another model than these settings describe.
-        DatasetError: a task is not prepared, or has too little text.
-        ResourceError: the device is not there.
+        ModelError: `output` holds a model of other settings.
+        DatasetError: a task is not prepared or has too little text.
+        ResourceError: there is no such device.
     """
     device = torch.device(device_name)
     check_device(device)
@@ -174,7 +174,7 @@ def _read_stamp(path: Path) -> dict[str, Any]:
 
 
 def _is_same(found: dict[str, Any], wanted: dict[str, Any], *, any_precision: bool) -> bool:
-    """Return whether a finished base is the wanted one; stamps without a precision are of a time when all were bf16."""
+    """Return whether a finished base has the wanted settings; old stamps without a precision mean bf16."""
     settings = {"precision": "bf16", **found.get("settings", {})}
     if any_precision:
         settings["precision"] = wanted["settings"]["precision"]
@@ -230,13 +230,13 @@ def _encode_stream(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return all documents as one int64 stream, BOS text EOS BOS text EOS ..., and a float32 loss weight a token.
 
-    A self-supervised question is cut where its answer starts and both parts are encoded apart, as fine-tuning does:
-    joined, the answer's first token would swallow the prompt's last space and be another one than is asked for later.
+    Prompt and answer of a self-supervised question are encoded apart, as fine-tuning does: encoded together, the answer's
+    first token would include the prompt's last space, and differ from the token that fine-tuning asks for.
     """
     cut = [text.rpartition(_ANSWER_MARK) for text in texts]
     prompts = [before + mark if mark else answer for before, mark, answer in cut]
     answers = [answer if mark else "" for _, mark, answer in cut]
-    # All at once: a call a text costs more than its tokens do.
+    # One call for all: the overhead of a call exceeds the cost of a text's tokens.
     encoded = (tokenizer(parts, add_special_tokens=False)["input_ids"] for parts in (prompts, answers))
     ids: list[int] = []
     weights: list[float] = []
@@ -268,7 +268,7 @@ def _fit(
         )
         with torch.autocast(stream.device.type, torch.bfloat16, enabled=is_half):
             logits = model(input_ids=blocks).logits
-        # A view of all rows, the last of a block without a target: to cut it off would copy the largest tensor of a step.
+        # A view of all rows. The last row of a block has no target, but slicing it off would copy the step's largest tensor.
         targets = torch.nn.functional.pad(blocks[:, 1:], (0, 1), value=_NO_TARGET).flatten()
         losses = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), targets, ignore_index=_NO_TARGET, reduction="none"
@@ -289,9 +289,8 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: P
     model.to("cpu", torch.bfloat16)
     model.config.architectures, model.config.dtype = [type(model).__name__], "bfloat16"
     with scratch_folder(output.parent, f".{output.name}-") as staging:
-        # Not model.save_pretrained: it imports DeepSpeed to ask whether that shards, which takes seconds and warns of a GPU
-        # that is not there. Shards of 15 MB let a small base travel through size-limited channels, and exercise the sharded
-        # reader.
+        # Not model.save_pretrained: it imports DeepSpeed, which takes seconds and warns of a missing GPU. Shards of 15 MB pass
+        # through channels with a size limit, and exercise the sharded reader.
         save_torch_model(model, staging, max_shard_size="15MB", shared_tensors_to_discard=["lm_head.weight"])
         model.config.save_pretrained(str(staging))
         model.generation_config.save_pretrained(str(staging))

@@ -1,4 +1,4 @@
-"""One quantised linear layer: made from its weight, and turned into named tensors and back without loss.
+"""Quantised linear layer: made from its weight, and converted losslessly to named tensors and back.
 
 Quantisation is bitsandbytes': NF4 with double quantisation (QLoRA, arXiv:2305.14314, section 3) and LLM.int8()
 (arXiv:2208.07339).
@@ -17,11 +17,11 @@ from finlora.errors import ModelError
 
 
 def quantise(weight: Tensor, bits: Bits, dtype: torch.dtype) -> nn.Module:
-    """Make the layer of one (out, in) weight, quantised on the weight's own device.
+    """Quantise one (out, in) weight into a layer, on the weight's device.
 
     Args:
         bits: 8 or 4.
-        dtype: of the activations.
+        dtype: type of the activations.
     """
     import bitsandbytes as bnb
 
@@ -37,9 +37,9 @@ def quantise(weight: Tensor, bits: Bits, dtype: torch.dtype) -> nn.Module:
 
 
 def require_range(weight: Tensor, name: str, bits: Bits) -> None:
-    """Refuse a weight that cannot be held: NaN and infinities, and at 8 bit what float16, from which int8 is made, cannot hold.
+    """Refuse a weight that cannot be quantised: NaN and infinities, and at 8 bit numbers beyond float16, which int8 is made from.
 
-    Quantised, such a number would spoil its block or row, and whether as NaN or in silence depends on the device.
+    Such a number would spoil its quantisation block or row, silently on some devices.
 
     Raises:
         ModelError: names the tensor.
@@ -54,7 +54,7 @@ def require_range(weight: Tensor, name: str, bits: Bits) -> None:
 
 
 def layer_to_tensors(layer: Any) -> dict[str, Tensor]:
-    """Return what a layer that has not computed yet consists of, under bitsandbytes' own names."""
+    """Return a layer's tensors under bitsandbytes' names, before its first forward pass."""
     weight = layer.weight
     if hasattr(weight, "quant_state"):
         return {"weight": weight.data, **weight.quant_state.as_dict(packed=True)}
@@ -64,7 +64,7 @@ def layer_to_tensors(layer: Any) -> dict[str, Tensor]:
 def layer_from_tensors(
     tensors: Mapping[str, Tensor], shape: torch.Size, bits: Bits, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
-    """Rebuild the (out, in) layer of `layer_to_tensors` on a device; it computes the same numbers, bit for bit."""
+    """Rebuild an (out, in) layer from `layer_to_tensors` on a device; its results are the same, bit for bit."""
     import bitsandbytes as bnb
 
     if bits == 4:

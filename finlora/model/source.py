@@ -1,4 +1,4 @@
-"""Find and check the files of a base model before anything is loaded: config, safetensors shards, fingerprint."""
+"""Lookup and checks of a base model's files before anything is loaded: config, safetensors shards, fingerprint."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ HUB_FILES = [
     *("*.safetensors", "*.safetensors.index.json", "config.json"),
     *("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
 ]
-"""Patterns of what is read of a model on the hub. Newer models keep their chat template in a file of its own."""
+"""Patterns of the files that a hub model needs. Newer models keep their chat template in a separate file."""
 _MAX_HEADER_BYTES = 2**24  # 100 times what the largest Llama's needs
 _COMPARED_BYTES = 2**22
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """Where a base model's files are, and what they describe: found to be what every path computes (architecture.py)."""
+    """A base model's checked files and what they describe: an architecture that every path computes (architecture.py)."""
 
     folder: Path
     config: LlamaConfig
-    """Of config.json; `tie_word_embeddings` as the files have it, which may hold an output head of their own."""
+    """From config.json; `tie_word_embeddings` follows the files, which may hold a separate output head."""
     shape: LlamaShape
     shards: dict[str, Path]
     """Tensor name -> its file; empty for random weights."""
     tokenizer_path: Path
     revision: str | None
     has_own_head: bool = False
-    """config.json ties the output head to the embedding, and the files hold another one, which is used."""
+    """config.json ties the output head to the embedding, but the files hold a separate one, which is used."""
 
 
 def find_source(model: ModelConfig) -> ModelSource:
-    """Resolve a local folder or hub id and check that it is a complete Llama in safetensors that every path computes.
+    """Resolve a local folder or hub id and check that it is a complete, supported Llama in safetensors.
 
     Raises:
-        ModelError: there is no model, another architecture, pickled weights, a missing or truncated shard, or a config key or
-            tensor that some path would leave out.
+        ModelError: no model, another architecture, pickled weights, a missing or truncated shard, or a config key or tensor
+            that some path would ignore.
     """
     folder, revision = _resolve_folder(model)
     config = _read_config(folder)
@@ -87,7 +87,7 @@ def fingerprint_weights(source: ModelSource) -> str:
     """
     if not source.shards:
         return "random"
-    # The first adapters were trained on such bases without their head: another base, to them and to the cache.
+    # The first adapters were trained on such bases without their head, so with it the base needs another fingerprint.
     digest = hashlib.sha256(b"own head" if source.has_own_head else b"")
     for shard in sorted(set(source.shards.values())):
         size = shard.stat().st_size
@@ -124,12 +124,12 @@ def _resolve_folder(model: ModelConfig) -> tuple[Path, str | None]:
                 model.base, revision=model.revision, allow_patterns=files, local_files_only=problem is not None
             )
         )
-    except Exception as error:  # of several libraries, all of which mean that the files are not there
+    except Exception as error:  # several libraries raise here; each error means that the files are missing
         if problem is not None:
             why = f"{problem}. Mirror it where the hub is reachable (`finlora prefetch`), and set model.base to its folder"
         else:
             why = explain_hub(error)
-        raise ModelError(f"{model.base} is not in the local hub cache and the hub did not give it ({why}).") from error
+        raise ModelError(f"{model.base} is not in the local hub cache and could not be downloaded ({why}).") from error
     return path, path.name  # the snapshot folder is named by its commit
 
 
@@ -158,14 +158,14 @@ def _read_config(folder: Path) -> LlamaConfig:
     try:
         config = LlamaConfig.from_dict(values)
         shape_of(config.to_dict())
-    except Exception as error:  # transformers checks each field with an error of its own
-        raise ModelError(f"{path} describes no Llama model ({error}): copy the model again.") from error
+    except Exception as error:  # transformers raises a different error for each field
+        raise ModelError(f"{path} does not describe a Llama model ({error}): copy the model again.") from error
     check_rotary(folder, config)
     return config
 
 
 def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Return every tensor of the model's files, in the order in which transformers looks for them."""
+    """Return every tensor of the model's files. The order of candidates is transformers'."""
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     if single.is_file():
@@ -186,7 +186,7 @@ def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
 def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     try:
         weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        # Path(...).name keeps a hostile index from pointing outside its own folder.
+        # Path(...).name keeps a hostile index from pointing outside its folder.
         files = {str(name): folder / Path(file).name for name, file in weight_map.items()}
         if not files:  # no shards would mean random weights
             raise ValueError("it names no tensor")
@@ -204,15 +204,15 @@ def _read_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
         absent = {name for name, file in files.items() if file == path}.difference(held)
         if absent:
             raise ModelError(
-                f"{path} lacks {len(absent)} tensors that the index puts there ({min(absent)}, ...): it is of another "
-                "model or sharding, copy it again."
+                f"{path} lacks {len(absent)} tensors that the index puts there ({min(absent)}, ...): it belongs to "
+                "another model or sharding, copy it again."
             )
         if twice := sorted(tensors.keys() & held.keys()):
             raise ModelError(
                 f"{path} holds {show(twice[0])[1:-1]}, which {tensors[twice[0]].path.name} holds as well: copy the shards of one "
                 "model again."
             )
-        tensors |= held  # those that the index does not name too: transformers reads them
+        tensors |= held  # also tensors that the index does not name: transformers reads them
     return tensors
 
 
@@ -246,12 +246,12 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             f"{path} is not a safetensors file ({size} bytes, unreadable header): copy it again."
         ) from None
     if size != end:
-        raise ModelError(f"{path} has {size} bytes where its header says {end}: it is cut short, copy it again.")
+        raise ModelError(f"{path} has {size} bytes, its header says {end}: it is truncated, copy it again.")
     return tensors
 
 
 def _holds_own_head(tensors: dict[str, StoredTensor]) -> bool:
-    """Return whether the files hold an output head that is not a copy of the embedding: transformers then does not tie them."""
+    """Return whether the files hold an output head that differs from the embedding: transformers then does not tie them."""
     head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
     if head is None or embedding is None:
         return False
@@ -263,10 +263,10 @@ def _holds_own_head(tensors: dict[str, StoredTensor]) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def _are_equal(first: StoredTensor, second: StoredTensor, _stamps: tuple[tuple[int, int], ...]) -> bool:
-    """Compare the bytes of two tensors of one size; another head differs in the first of them, so only a copy is read whole.
+    """Compare the bytes of two tensors of one size. A different head differs early, so only a copy is read completely.
 
     Args:
-        _stamps: of the two files, so that what was found for one that was replaced is not remembered.
+        _stamps: of both files, so that the cached answer is dropped when one is replaced.
     """
     with first.path.open("rb") as one, second.path.open("rb") as two:
         one.seek(first.start)

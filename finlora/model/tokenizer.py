@@ -1,4 +1,4 @@
-"""Load the tokenizer of a Llama base: a Hugging Face tokenizer.json, or Llama 3's own tiktoken file.
+"""Loader of a Llama base's tokenizer: a Hugging Face tokenizer.json, or Llama 3's tiktoken file.
 
 Source of the tiktoken pattern and of the special ids: the Llama 3 reference tokenizer,
 https://github.com/meta-llama/llama-models/blob/a9c89c471f793423afd4cc3ca8671d6e56fe64cb/models/llama3/tokenizer.py
@@ -55,7 +55,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
         except (
             Exception
-        ) as error:  # the tokenizers library raises its own kinds, and plain Exception for a damaged file
+        ) as error:  # the tokenizers library raises its own types, and plain Exception for a damaged file
             raise ModelError(f"the tokenizer at {path} cannot be read ({error}): copy the model again.") from error
     elif (path / "tokenizer.model").is_file():
         tokenizer = _from_tiktoken(path / "tokenizer.model")
@@ -87,17 +87,17 @@ def require_rows(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> None:
 def hash_tokenizer(tokenizer: PreTrainedTokenizerFast) -> str:
     """Return 16 hex digits that change with vocabulary, merges, special tokens or chat template."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    # How the last call padded and cut is kept in the backend, and says nothing of what the tokenizer is.
+    # The backend keeps padding and truncation of the last call, which are not part of the tokenizer.
     state["padding"] = state["truncation"] = None
     template = tokenizer.chat_template
-    if isinstance(template, dict):  # several by their names; prompts are rendered with the default one
+    if isinstance(template, dict):  # several named templates; prompts use the default one
         template = template.get("default")
     text = json.dumps(state) + (template or "")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _from_tiktoken(path: Path) -> PreTrainedTokenizerFast:
-    """Convert tiktoken BPE ranks (128,000 base tokens + 256 reserved specials) to a fast tokenizer with equal ids."""
+    """Convert tiktoken BPE ranks (128,000 base tokens + 256 reserved special tokens) to a fast tokenizer with equal ids."""
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
     from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -112,9 +112,9 @@ def _from_tiktoken(path: Path) -> PreTrainedTokenizerFast:
         ) from error
     num_ranks = backend.get_vocab_size() - _NUM_RESERVED
     if num_ranks != _NUM_RANKS:
-        # The special tokens follow the last rank: with one rank missing, each of them would get another id.
+        # The special tokens follow the last rank: a missing rank would shift their ids.
         raise ModelError(
-            f"{path} holds {num_ranks:,} tokens, expected {_NUM_RANKS:,} as Llama 3 ships it: it is cut short or another "
+            f"{path} holds {num_ranks:,} tokens, expected {_NUM_RANKS:,} as Llama 3 ships it: it is truncated or another "
             "model's, copy it again."
         )
     bos = specials[0]

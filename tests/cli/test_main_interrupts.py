@@ -23,8 +23,8 @@ import finlora.cli.main
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
-        (KeyboardInterrupt(), 130, "Stopped by SIGINT: what was not written yet is lost."),
-        (EOFError("Ran out of input"), 1, "this was not expected: EOFError: Ran out of input"),
+        (KeyboardInterrupt(), 130, "Stopped by SIGINT: unwritten work is lost."),
+        (EOFError("Ran out of input"), 1, "unexpected error: EOFError: Ran out of input"),
         (BrokenPipeError(32, "Broken pipe"), 141, ""),
     ],
 )

@@ -55,7 +55,7 @@ TEMPLATES = {
     "in a loop and a macro": '{% macro day() %}{{ strftime_now("%A") }}{% endmacro %}'
     "{% for m in messages %}{{ day() }}{{ m.content }}{% endfor %}",
     "white space in front": '\n  {% if messages %}{{ strftime_now("%d/%m") }}{% endif %}\n  x',
-    "transformers' own tag": "{% for m in messages %}{% generation %}"
+    "transformers' tag": "{% for m in messages %}{% generation %}"
     '{{ strftime_now("%j") }}{% endgeneration %}{% break %}{% endfor %}',
 }
 
@@ -108,15 +108,15 @@ def test_of_several_templates_the_default_one_is_used_and_dated(make_tokenizer):
             None,
             r"the tokenizer has no chat template: \S*tiny has none in tokenizer_config.json and no chat_template.jinja. Copy",
         ),
-        ({"rag": "x"}, r"tiny has several chat templates and none of them is `default`"),
+        ({"rag": "x"}, r"tiny has several chat templates, none of them named `default`"),
         ("{% if %}", r"chat template cannot be read \(.*\): copy the model again"),
         (
             '{% set form = "%d" %}{{ strftime_now(form) }}',
-            r"asks for today's date in a form that it makes up while it runs",
+            r"computes the format of today's date while it runs",
         ),
         (
             '{% set ask = strftime_now %}{{ ask("%d") }}',
-            r"asks for today's date in a form that it makes up while it runs",
+            r"computes the format of today's date while it runs",
         ),
     ],
 )

@@ -24,8 +24,8 @@ Sales of $1,234,000 on 2023-12-31, up 12 % from 1.1 million; "Net Revenues" are 
 
 
 def quote(answer, context=FRAGMENT):
-    place = find_quote(answer, context)
-    return None if place is None else context[slice(*place)]
+    span = find_quote(answer, context)
+    return None if span is None else context[slice(*span)]
 
 
 @pytest.mark.parametrize(

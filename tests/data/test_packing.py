@@ -57,7 +57,7 @@ def test_token_sees_what_it_sees_alone(share_prefix):
     ]
     assert visible_tokens(pack, pack.last_segments) == answers
     assert pack.targets.tolist() == [token for item in items for token in item.answer_ids]
-    assert [seen[-1] for seen in answers] == pack.input_ids[pack.places].tolist()
+    assert [seen[-1] for seen in answers] == pack.input_ids[pack.label_rows].tolist()
 
 
 @pytest.mark.parametrize("share_prefix", [False, True])
@@ -107,11 +107,11 @@ def test_padding_is_seen_by_nobody_and_predicts_nothing(share_prefix):
         assert visible_tokens(padded, part)[:num_queries] == visible_tokens(pack, own)
         assert part.max_queries >= max(part.query_lengths)
         assert part.max_keys >= max(part.key_lengths)
-    num_places = len(pack.places)
-    assert padded.targets[:num_places].tolist() == pack.targets.tolist()
-    assert set(padded.targets[num_places:].tolist()) == {IGNORED}
-    assert len(set(padded.places.tolist())) == len(padded.places)
-    assert int(padded.places[num_places:].min()) >= num_rows
+    num_labels = len(pack.label_rows)
+    assert padded.targets[:num_labels].tolist() == pack.targets.tolist()
+    assert set(padded.targets[num_labels:].tolist()) == {IGNORED}
+    assert len(set(padded.label_rows.tolist())) == len(padded.label_rows)
+    assert int(padded.label_rows[num_labels:].min()) >= num_rows
 
 
 def test_form_tells_packs_of_other_sizes_apart_and_no_others():

@@ -77,7 +77,11 @@ def test_good_cluster_has_no_findings():
         ({"gpus": (dataclasses.replace(H200[0], used_gib=80.0), H200[1])}, "warning", "in use already: 0 (80.0 GiB)"),
         ({"shm_gib": 0.0625}, "warning", "/dev/shm: node: 0.06 GiB -> give the container more, as `--shm-size=8g`"),
         ({"shm_gib": None}, "warning", "/dev/shm: node: missing"),
-        ({"open_files": 1024}, "warning", "open files: node: at most 1024 -> raise the limit, as `ulimit -n 65536`"),
+        (
+            {"open_files": 1024},
+            "warning",
+            "open files: node: at most 1024 -> raise the limit, for example `ulimit -n 65536`",
+        ),
         ({"skew_s": -3600.0}, "warning", "clock: node: 3600 s behind -> run a time service"),
         ({"missing": ("/data",)}, "fault", "files: node: /data is not there -> put it where every node sees it"),
     ],

@@ -71,7 +71,7 @@ def test_inputs_of_a_run_are_required_before_it_starts(make_config, tmp_path):
     with pytest.raises(DatasetError, match=r"train.parquet: not found. Run `finlora prepare synthetic_sentiment"):
         require_inputs(make_config(f"data.dir={tmp_path}"), splits=("train",))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"output_dir=.*file/x: .* is no folder\): name another folder"):
+    with pytest.raises(ConfigError, match=r"output_dir=.*file/x: .* is not a folder\): name another folder"):
         require_inputs(make_config(f"output_dir={tmp_path / 'file' / 'x'}"), splits=("train",))
 
 

@@ -31,10 +31,10 @@ def fail(error):
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (OSError(errno.ENOSPC, "No space left on device", "/d/x"), ResourceError, "/d/x: no room is left to write"),
-        (OSError(errno.EROFS, "Read-only file system", "/d/x"), ConfigError, "/d/x: access is refused (Read-only"),
-        (OSError(errno.EMFILE, "Too many open files"), ResourceError, "raise the limit, as `ulimit -n 65536`"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "/d/x"), ConfigError, "/d/x: No such file: name a file"),
+        (OSError(errno.ENOSPC, "No space left on device", "/d/x"), ResourceError, "/d/x: no disk space is left"),
+        (OSError(errno.EROFS, "Read-only file system", "/d/x"), ConfigError, "/d/x: access is denied (Read-only"),
+        (OSError(errno.EMFILE, "Too many open files"), ResourceError, "raise the limit, for example `ulimit -n 65536`"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/d/x"), ConfigError, "/d/x: No such file: give another file"),
         (MemoryError(), ResourceError, "memory ran out (MemoryError)"),
         (
             ModuleNotFoundError("No module named 'grpc_reflection'", name="grpc_reflection"),
@@ -62,7 +62,7 @@ def test_unknown_error_is_one_line_and_its_traceback_a_private_file(capsys, tmp_
     error = capsys.readouterr().err
     (kept,) = tmp_path.iterdir()
     assert error == (
-        f"Finlora error: this was not expected: KeyError: 'two\\nlines'. Its traceback is in {kept}: report it with the command "
+        f"Finlora error: unexpected error: KeyError: 'two\\nlines'. Its traceback is in {kept}: report it with the command "
         "that led to it.\n"
     )
     assert "Traceback (most recent call last)" in kept.read_text()
@@ -78,9 +78,7 @@ def test_traceback_is_shown_where_it_cannot_be_kept(monkeypatch):
 
 def test_interrupted_command_ends_with_130(capsys):
     assert leave(fail(KeyboardInterrupt())) == 130
-    assert capsys.readouterr().err.startswith(
-        "Stopped by SIGINT: what was not written yet is lost. The same command starts"
-    )
+    assert capsys.readouterr().err.startswith("Stopped by SIGINT: unwritten work is lost. Run the same command again")
     assert leave(fail(StoppedError("stopped", 143))) == 143
 
 

@@ -60,7 +60,7 @@ def test_output_that_cannot_be_written_is_refused_by_its_option(tmp_path, monkey
     assert not (tmp_path / "a").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        ConfigError, match=r"--output .*file/x: .*file/x cannot be written \(.*file is no folder\): name"
+        ConfigError, match=r"--output .*file/x: .*file/x cannot be written \(.*file is not a folder\): give"
     ):
         host.require_output("--output ", tmp_path / "file" / "x")
     (tmp_path / "loop").symlink_to("loop")
@@ -100,7 +100,7 @@ def test_temporary_folder_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
         host.check_ray_temp()
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(host, "MIN_TEMP_BYTES", 2**62)
-    with pytest.raises(ResourceError, match=r"MiB free, and Ray needs .*: make room, or set TMPDIR"):
+    with pytest.raises(ResourceError, match=r"MiB free, and Ray needs .*: free space, or set TMPDIR"):
         host.check_ray_temp()
 
 
@@ -128,7 +128,7 @@ def test_taken_port_is_named(monkeypatch):
         port = taken.getsockname()[1]
         with pytest.raises(
             ResourceError,
-            match=rf"port={port} at 127.0.0.1 cannot be listened at \(Address already in use\): another program",
+            match=rf"port={port} at 127.0.0.1 cannot be opened \(Address already in use\): another program",
         ):
             host.require_free_port("127.0.0.1", port, "port")
         host.require_listener("127.0.0.1", port)

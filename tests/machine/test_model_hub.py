@@ -59,8 +59,8 @@ class GatedRepoError(RepositoryNotFoundError):
     ("error", "words"),
     [
         (GatedRepoError("403"), "its terms are not accepted by the account that is logged in"),
-        (RepositoryNotFoundError("404"), "none of that name, or it is private: check the spelling"),
-        (ValueError("x"), "ValueError: copy it to this machine"),
+        (RepositoryNotFoundError("404"), "no model of that name, or it is private: check the spelling"),
+        (ValueError("x"), "ValueError: copy the model to this machine"),
     ],
 )
 def test_error_of_the_hubs_client_is_told(error, words):

@@ -39,7 +39,7 @@ def test_signal_unwinds_and_has_the_shells_code(number, code):
     assert signal.getsignal(number) is signal.SIG_DFL
     explained = stop.value.explain()
     assert explained.exit_code == code
-    assert str(explained).startswith(f"Stopped by {number.name}: what was not written yet is lost.")
+    assert str(explained).startswith(f"Stopped by {number.name}: unwritten work is lost.")
 
 
 def test_signal_has_the_shells_code_during_and_after_what_sets_a_handler_of_its_own():

@@ -99,7 +99,7 @@ def test_tensors_that_do_not_fit_the_settings_are_refused(folder, tensors, words
 )
 def test_what_is_no_safetensors_file_is_refused(folder, content):
     (folder / ADAPTER_WEIGHTS).write_bytes(content)
-    with pytest.raises(AdapterError, match=r"is no whole safetensors file"):
+    with pytest.raises(AdapterError, match=r"is not a complete safetensors file"):
         check_adapter(folder)
 
 
@@ -114,8 +114,8 @@ def test_links_pipes_and_folders_in_place_of_files_are_refused(folder, tmp_path,
     for make, words in (
         (lambda: path.symlink_to(secret), "is a link to a file outside"),
         (lambda: path.symlink_to(path), r"has no|does not exist|cannot be read"),
-        (lambda: os.mkfifo(path), "is no regular file"),
-        (lambda: path.mkdir(), "is no regular file"),
+        (lambda: os.mkfifo(path), "is not a regular file"),
+        (lambda: path.mkdir(), "is not a regular file"),
     ):
         path.unlink(missing_ok=True)
         make()

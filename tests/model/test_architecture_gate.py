@@ -64,7 +64,7 @@ def edit_tensors(folder, **changes):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"auto_map": {"AutoModelForCausalLM": "own.Own"}}, "auto_map="),
         # What relatives of Llama have: Granite, MiniCPM, Gemma 2, SmolLM3, OLMo 2 and mixtures of experts.
-        ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0. .* take them out of a copy"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0. .* remove them from a copy"),
         ({"scale_emb": 12}, "scale_emb=12"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
         ({"no_rope_layers": [1, 0]}, r"no_rope_layers=\[1, 0\]"),
@@ -75,7 +75,7 @@ def edit_tensors(folder, **changes):
 )
 def test_key_that_no_path_computes_is_refused_by_its_name_and_value(base, changes, named):
     edit_config(base, **changes)
-    with pytest.raises(ModelError, match=rf"asks for what FinLoRA's Llama does not compute: {named}"):
+    with pytest.raises(ModelError, match=rf"needs what FinLoRA's Llama does not compute: {named}"):
         find(base)
 
 
@@ -208,8 +208,8 @@ def test_heads_wider_than_the_hidden_size_parts_equal_transformers(base):
             {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
             "rope_type='linear', partial_rotary_factor=0.5",
         ),
-        ({"rope_type": "linear"}, r"describes no Llama model .*Missing required keys .*factor"),
-        ({"rope_type": "linear", "factor": "two"}, r"has rope parameters that give no angles \(\{'factor': 'two'"),
+        ({"rope_type": "linear"}, r"does not describe a Llama model .*Missing required keys .*factor"),
+        ({"rope_type": "linear", "factor": "two"}, r"has invalid rope parameters \(\{'factor': 'two'"),
     ],
 )
 def test_rotary_embedding_that_depends_on_more_than_the_position_is_refused(base, rope, words):

@@ -125,7 +125,7 @@ def test_processes_at_once_quantise_once(tiny_base, tmp_path, loads):
     waits = [base.waited_seconds for base in bases if base.is_cached]
     assert all(0 <= writer.waited_seconds < waited for waited in waits)
     late = dataclasses.replace(writer, is_cached=True, load_seconds=5.94, waited_seconds=17.62)
-    words = "at 4 bit, read from the cache in 5.9 s, after 17.6 s in which another load wrote it."
+    words = "at 4 bit, read from the cache in 5.9 s, after a wait of 17.6 s for another process that wrote it."
     assert late.describe_loading().endswith(words)
 
 
@@ -134,7 +134,7 @@ def test_damaged_cache_is_refused_by_name(tiny_base, tmp_path):
     (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
     path = folder / "layer-1.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ModelError, match=r"layer-1.safetensors is missing or not of \d+ bytes.* delete .*4bit"):
+    with pytest.raises(ModelError, match=r"layer-1.safetensors is missing or not of its \d+ bytes.* delete .*4bit"):
         load(tiny_base, 4, tmp_path)
     shutil.rmtree(folder)
     load(tiny_base, 4, tmp_path)
@@ -148,7 +148,7 @@ def test_flipped_bit_in_a_cache_is_refused_and_a_damaged_list_is_written_anew(ti
     content = bytearray(path.read_bytes())
     content[-100] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"layer-1.safetensors is not as it was written: delete .*4bit"):
+    with pytest.raises(ModelError, match=r"layer-1.safetensors has changed since it was written: delete .*4bit"):
         load(tiny_base, 4, tmp_path)
     (folder / "cache.json").write_text((folder / "cache.json").read_text()[:-9])
     del loads[:]

@@ -89,7 +89,7 @@ def test_other_base_tokenizer_or_template_is_refused_by_what_differs(
             "",
             r"is a PEFT adapter that FinLoRA did not train: it has no finlora.yaml, which names .*merge_and_unload",
         ),
-        (("config.json", "model.safetensors"), "", r"is a whole model, not an adapter: give it as model.base"),
+        (("config.json", "model.safetensors"), "", r"is a model, not an adapter: give it as model.base"),
         (("notes.txt",), "", r"holds no finlora.yaml and no adapter_config.json: give the `adapter` folder of a"),
     ],
 )
@@ -153,14 +153,14 @@ def test_damaged_file_beside_it_is_refused_by_its_name(folder, base, name, damag
     if damage == "missing":
         (folder / name).unlink()
     said = "is missing" if damage == "missing" else "differs"
-    with pytest.raises(AdapterError, match=rf"is not as it was written: {name} {said}. Copy the adapter again"):
+    with pytest.raises(AdapterError, match=rf"has changed since it was written: {name} {said}. Copy the adapter again"):
         read_contract(folder).check(folder, base, "raw")
 
 
 def test_changed_contract_is_refused_unless_its_hash_is_taken_out_too(folder):
     path = folder / CONTRACT_FILE
     path.write_text(path.read_text().replace("loss_last: 0.25", "loss_last: 0.24"))
-    with pytest.raises(AdapterError, match=r"it was changed after it was written.* take its line `sha256` out"):
+    with pytest.raises(AdapterError, match=r"it was changed after it was written.* remove its line `sha256`"):
         read_contract(folder)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if not line.startswith("sha256: ")))
@@ -182,7 +182,7 @@ def test_adapter_of_the_first_format_loads_and_says_that_it_cannot_be_checked(fo
         del values[key]
     (folder / CONTRACT_FILE).write_text(yaml.safe_dump(values | {"finlora": 1}))
     read_contract(folder).check(folder, base, "raw")
-    assert "was written without hashes" in caplog.text
+    assert "has no hashes of its files" in caplog.text
 
 
 def rewrite(folder, **changes):
@@ -202,7 +202,7 @@ def test_date_of_the_training_is_the_date_of_the_prompts(contract, tmp_path):
         AdapterError, match=r"was trained with the date 2025-03-01 in its prompts, and model.template_date=2026"
     ):
         read.choose_date(tmp_path, "2026-01-01", "2026-01-01")
-    with pytest.raises(AdapterError, match=r"contract \(template_date='1 March': expected a day as 2024-07-26\)"):
+    with pytest.raises(AdapterError, match=r"contract \(template_date='1 March': expected a date such as 2024-07-26\)"):
         rewrite(tmp_path, template_date="1 March")
 
 
@@ -219,5 +219,5 @@ def test_adapter_of_a_version_that_noted_no_date_loads_and_says_so(folder, caplo
     assert old.choose_date(folder, None) is None
     assert caplog.text == ""
     assert old.choose_date(folder, "2024-07-26") == "2024-07-26"
-    assert "does not name the date that the chat template wrote into its prompts" in caplog.text
+    assert "does not record the date in its training prompts" in caplog.text
     assert old.choose_date(folder, "2025-03-01", "2025-03-01") == "2025-03-01"

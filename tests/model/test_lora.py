@@ -175,7 +175,7 @@ def test_missing_files_are_refused_by_words(saved, tiny_base, tmp_path):
 def test_cut_weights_are_refused_by_words(saved, tiny_base):
     path = saved[1] / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(AdapterError, match=r"is no whole safetensors file"):
+    with pytest.raises(AdapterError, match=r"is not a complete safetensors file"):
         load_adapter(load(tiny_base), saved[1])
 
 

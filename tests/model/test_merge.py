@@ -230,5 +230,5 @@ def test_cut_adapter_file_is_refused(tiny_base, make_adapter):
     folder = make_adapter()
     path = folder / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(AdapterError, match="is no whole safetensors file"):
+    with pytest.raises(AdapterError, match="is not a complete safetensors file"):
         merge_lora(load_base(settings_of(tiny_base), 16, CPU, 0), folder)

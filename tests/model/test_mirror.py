@@ -128,7 +128,7 @@ def test_check_needs_no_hub_and_names_each_damaged_file(copy):
     (folder / "model.safetensors").write_bytes(weights)
     (folder / "config.json").unlink()
     with pytest.raises(
-        ModelError, match=r"is not what was fetched .*config.json is missing, model.safetensors differs"
+        ModelError, match=r"differs from bank/tiny at .*config.json is missing, model.safetensors differs"
     ):
         check_mirrored(folder, ignore)
 
@@ -147,7 +147,7 @@ def test_file_that_arrives_with_another_hash_is_removed_and_named(published, tmp
     with hub_of(published, damaged="model.safetensors") as endpoint:
         done = prefetch(endpoint, "--models", NAME, "--output", tmp_path)
     assert done.returncode == 4
-    assert "model.safetensors arrived with another size or hash than the hub names for it" in done.stderr
+    assert "model.safetensors has another size or hash than the hub names, and was deleted" in done.stderr
     assert list_mirrored(tmp_path) == []
     assert not (tmp_path / "models" / NAME / "model.safetensors").exists()
 
@@ -159,7 +159,7 @@ def test_unreachable_hub_and_unknown_model_are_said(published, tmp_path):
     assert (
         "bank/other could not be downloaded from the hub (HfHubHTTPError: Client error '404 Not Found'" in done.stderr
     )
-    assert "carry the mirror folder over" in done.stderr
+    assert "copy the mirror folder over" in done.stderr
     done = prefetch("http://127.0.0.1:9", "--models", NAME, "--output", tmp_path)
     assert done.returncode == 4
     assert (

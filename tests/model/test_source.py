@@ -99,7 +99,7 @@ def test_missing_weights_are_refused_by_words(base):
 def test_truncated_weights_are_refused_by_words(base, kept_share):
     path = base / "model.safetensors"
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept_share)])
-    words = "it is cut short, copy it again" if kept_share == 0.9 else "unreadable header.: copy it again"
+    words = "it is truncated, copy it again" if kept_share == 0.9 else "unreadable header.: copy it again"
     with pytest.raises(ModelError, match=words):
         find(base)
 
@@ -107,7 +107,7 @@ def test_truncated_weights_are_refused_by_words(base, kept_share):
 def test_truncated_shard_is_refused_by_words(sharded):
     path = sharded / "model-00002-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ModelError, match=r"00002-of-00002.safetensors has \d+ bytes where its header says \d+"):
+    with pytest.raises(ModelError, match=r"00002-of-00002.safetensors has \d+ bytes, its header says \d+"):
         find(sharded)
 
 

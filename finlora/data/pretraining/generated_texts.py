@@ -1,7 +1,7 @@
-"""Unlabelled texts to pretrain the small demo base on: the words and forms of the generated set, never its labels.
+"""Unlabelled texts for pretraining the small demo base: words and forms of the generated set, never its labels.
 
-A base that has seen the forms but not the tasks is what fine-tuning starts from in earnest too: it can copy, find a word
-and answer in one, and does not yet know sentiment, prices, entity types or tags. Only names of the train side occur.
+As a real base before fine-tuning, the demo base has seen such texts but not the tasks: it can copy, find a word and answer
+in one word, but does not know sentiment, prices, entity types or tags. Only names of the train split occur.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _SIDE: Side = "train"
 
 
 def pretraining_texts(seed: int, num_texts: int) -> list[str]:
-    """Return texts for next-token training, in a seeded order: plain ones, and self-supervised questions.
+    """Return texts for next-token training in a seeded order: plain ones and self-supervised questions.
 
     Args:
         seed: the same seed and number give the same texts.
-        num_texts: number of texts; they may repeat where a form has few fillings.
+        num_texts: number of texts; some may repeat.
     """
     rng = random.Random(f"pretraining-{seed}")
     return [rng.choice(_FORMS)(rng) for _ in range(num_texts)]
 
 
 def _sentence(rng: random.Random) -> str:
-    """Sample one sentence of any kind. Its label decides the words and is then dropped."""
+    """Sample one sentence of any task. Its label decides the words and is then dropped."""
     kind = rng.randrange(3)
     if kind == 0:
         return sentiment_sentence(rng, _SIDE, rng.choice(SENTIMENTS))[0]
@@ -45,9 +45,9 @@ def _plain(rng: random.Random) -> str:
 
 
 def _worded(rng: random.Random) -> str:
-    """Put nouns and verbs beside words that go with them, as any newspaper does: what rises goes higher, a debt worries.
+    """Combine nouns and verbs with words that fit them, as a newspaper does: what rises goes higher, a debt worries.
 
-    So a base knows which words are alike before it learns a task. What a sentence's label hangs on, the pair, is not in it.
+    So a base learns which words are alike before it learns a task. The pair that decides a sentence's label does not occur.
     """
     return " ".join(_collocation(rng) for _ in range(3))
 
@@ -56,8 +56,8 @@ def _collocation(rng: random.Random) -> str:
     company = company_name(rng, _SIDE)
     if rng.random() < 0.5:
         is_up = rng.random() < 0.5
-        verb, place = (words.UP_VERBS, words.HIGHER) if is_up else (words.DOWN_VERBS, words.LOWER)
-        return f"Shares of {company} {rng.choice(verb)} {rng.choice(place)} in {rng.choice(words.MONTHS)} ."
+        verb, height = (words.UP_VERBS, words.HIGHER) if is_up else (words.DOWN_VERBS, words.LOWER)
+        return f"Shares of {company} {rng.choice(verb)} {rng.choice(height)} in {rng.choice(words.MONTHS)} ."
     is_good = rng.random() < 0.5
     noun, effect = (words.GOOD_NOUNS, words.PLEASED) if is_good else (words.BAD_NOUNS, words.WORRIED)
     return f"The {rng.choice(noun)} {rng.choice(effect)} {company} in {rng.choice(words.MONTHS)} ."
@@ -74,16 +74,16 @@ def _repeat_company(rng: random.Random) -> str:
 
 
 def _repeat_change(rng: random.Random) -> str:
-    """Teach finding what a sentence's label will hang on, by its place in the sentence and not by what it means for it."""
+    """Ask for the words that will decide a sentence's label, by their position, not by their meaning."""
     sentence, verb = "", ""
-    while not verb:  # some sentences tell of an event instead
+    while not verb:  # some sentences report an event instead
         sentence = sentiment_sentence(rng, _SIDE, rng.choice(SENTIMENTS[::2]))[0]
         verb = next((verb for verb in words.UP_VERBS + words.DOWN_VERBS if f" {verb} " in sentence), "")
     noun = next(noun for noun in words.BAD_NOUNS + words.GOOD_NOUNS if noun in sentence.lower())
     if rng.random() < 0.5:
         return completion("Repeat the word of the input that tells of a change.", sentence) + verb
-    place = sentence.lower().index(noun)
-    return completion("Repeat what changed in the input.", sentence) + sentence[place : place + len(noun)]
+    start = sentence.lower().index(noun)
+    return completion("Repeat what changed in the input.", sentence) + sentence[start : start + len(noun)]
 
 
 def _repeat_first_word(rng: random.Random) -> str:
@@ -92,7 +92,7 @@ def _repeat_first_word(rng: random.Random) -> str:
 
 
 def _repeat_word(rng: random.Random) -> str:
-    """Make every word of a closed answer likely after `Answer: `, without any text it could be the label of."""
+    """Make every word of a closed answer likely after `Answer: `, without a text that it could label."""
     word = rng.choice((*SENTIMENTS, *YES_NO, *ENTITY_TYPES, *words.LINE_ITEMS.values()))
     return completion("Repeat the input.", word) + word
 
@@ -106,7 +106,7 @@ def _is_named(rng: random.Random) -> str:
 
 
 def _repeat_line(rng: random.Random) -> str:
-    """Teach copying from a fragment by line number, never by the meaning of a line."""
+    """Ask for copies from a fragment by tag or number, never by the meaning of a line."""
     report = filing(rng, _SIDE)
     tag = rng.choice(list(report.values))
     number = report.values[tag]
@@ -120,8 +120,8 @@ def _repeat_line(rng: random.Random) -> str:
     return completion(question, report.fragment) + answer
 
 
-# Five of twelve texts are plain. Of the questions, those for a change stand twice: without them a base of some hundred steps does
-# not look at nouns and verbs when it answers, and an adapter learns little of what they mean together.
+# Five of twelve texts are plain. The question for a change is listed twice: with fewer of them, a base of some hundred steps
+# does not attend to nouns and verbs when it answers, and an adapter learns little of their combinations.
 _FORMS: tuple[Callable[[random.Random], str], ...] = (
     *(_plain, _plain, _worded, _worded, _fragment),
     *(_repeat_company, _repeat_first_word, _repeat_word, _is_named, _repeat_change, _repeat_change, _repeat_line),

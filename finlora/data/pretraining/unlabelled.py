@@ -1,7 +1,7 @@
 """Unlabelled pretraining texts from prepared train splits: their inputs as plain text and in self-supervised questions.
 
-The questions ask about words of the input only, in the tasks' completion form, so that a small base learns to read an
-input and to answer with one of the options that the prompt lists, and never sees a label.
+The questions ask only about words of the input, in the tasks' completion form. So a small base learns to read an input and
+to answer with one of the listed options, and never sees a label.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from itertools import pairwise
 from finlora.data.prompts import ENTITY_TYPES, SENTIMENTS, YES_NO, choose, completion
 
 NUM_QUESTIONS = 4
-"""Questions asked about an input of enough words; each is new text, where more steps would only repeat the old."""
+"""Questions asked about an input of enough words; each is new text, while more steps would only repeat old text."""
 GAP = "___"
 _REPEAT_EVERY = 8
 _NUM_OPTIONS = 3
 
 
 def input_of(prompt: str) -> str:
-    """Return the text under `Input:` of a completion prompt; the whole prompt where it has none (XBRL)."""
+    """Return the text under `Input:` of a completion prompt, or the complete prompt if it has none (XBRL)."""
     _, found, rest = prompt.partition("\nInput: ")
     return rest.removesuffix("\nAnswer: ") if found else prompt
 
 
 def unlabelled_texts(inputs: Sequence[str], seed: int) -> list[str]:
-    """Return each input as it is and in questions about its words, in a seeded order.
+    """Return each input as plain text and in questions about its words, in a seeded order.
 
-    Beside them stand prompts whose input is an answer's own word, to be repeated: without them the words of the closed
-    answers would be rare, and a frozen output head could hardly say them. No text of a task meets its label anywhere.
+    Adds prompts that ask to repeat an answer's word: without them the words of the closed answers would be rare, and a frozen
+    output head could hardly produce them. No text of a task occurs with its label.
     """
     rng = random.Random(f"unlabelled-{seed}")
     corpus = _Corpus.of(inputs)
@@ -41,8 +41,8 @@ def unlabelled_texts(inputs: Sequence[str], seed: int) -> list[str]:
         texts.append(text)
         if number % _REPEAT_EVERY == 0:
             texts.append(_repeat_answer(rng))
-        # The gap and the choice are the nearest to a task, so they are asked of every input that allows them.
-        asked = [_ask_for_gap, _ask_which_stands, *rng.sample(_SIMPLE_QUESTIONS, NUM_QUESTIONS - 2)]
+        # The gap and the choice are most like a task, so every input that allows them gets them.
+        asked = [_ask_for_gap, _ask_which_occurs, *rng.sample(_SIMPLE_QUESTIONS, NUM_QUESTIONS - 2)]
         texts += [question for ask in asked if (question := ask(rng, own, corpus)) is not None]
     rng.shuffle(texts)
     return texts
@@ -50,11 +50,11 @@ def unlabelled_texts(inputs: Sequence[str], seed: int) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Corpus:
-    """Pool of wrong options. A word is in it as often as it occurs, so that rarity reveals no answer."""
+    """Pool of wrong options. It holds a word as often as the inputs do, so that rarity reveals no answer."""
 
     words: list[str]
     after: dict[str, list[str]]
-    """Word -> words that follow it somewhere: options that fit a gap by its left neighbour alone."""
+    """Word -> words that follow it somewhere: options that fit a gap after it."""
 
     @classmethod
     def of(cls, inputs: Sequence[str]) -> _Corpus:
@@ -70,12 +70,12 @@ class _Corpus:
 
 
 def _is_plain(word: str) -> bool:
-    """Whether a word can stand among options: no slash, brace or number, and more than a particle."""
+    """Return whether a word can be an option: no slash, brace or number, and not a particle."""
     return word.isalpha() and len(word) > 2
 
 
 def _options(rng: random.Random, answer: str, pool: Sequence[str], excluded: Sequence[str]) -> list[str] | None:
-    """Return the answer and wrong options from a pool in any order; None where the pool has too few."""
+    """Return the answer and wrong options from a pool in random order; None if the pool has too few."""
     wrong: list[str] = []
     for word in rng.choices(pool, k=4 * _NUM_OPTIONS) if pool else ():
         if word != answer and word not in wrong and word not in excluded:
@@ -86,19 +86,19 @@ def _options(rng: random.Random, answer: str, pool: Sequence[str], excluded: Seq
 
 
 def _ask_for_gap(rng: random.Random, own: Sequence[str], corpus: _Corpus) -> str | None:
-    places = [place for place in range(1, len(own)) if _is_plain(own[place])]
-    if not places:
+    indices = [index for index in range(1, len(own)) if _is_plain(own[index])]
+    if not indices:
         return None
-    place = rng.choice(places)
-    answer = own[place]
-    options = _options(rng, answer, corpus.after[own[place - 1]], ()) or _options(rng, answer, corpus.words, ())
+    index = rng.choice(indices)
+    answer = own[index]
+    options = _options(rng, answer, corpus.after[own[index - 1]], ()) or _options(rng, answer, corpus.words, ())
     if options is None:
         return None
-    text = " ".join([*own[:place], GAP, *own[place + 1 :]])
+    text = " ".join([*own[:index], GAP, *own[index + 1 :]])
     return completion(f"What is the missing word of this input? {choose(options)}", text) + answer
 
 
-def _ask_which_stands(rng: random.Random, own: Sequence[str], corpus: _Corpus) -> str | None:
+def _ask_which_occurs(rng: random.Random, own: Sequence[str], corpus: _Corpus) -> str | None:
     plain = [word for word in own if _is_plain(word)]
     if not plain:
         return None
@@ -110,16 +110,16 @@ def _ask_which_stands(rng: random.Random, own: Sequence[str], corpus: _Corpus) -
 
 
 def _ask_for_end(rng: random.Random, own: Sequence[str], _corpus: _Corpus) -> str:
-    place, word = rng.choice([("first", own[0]), ("last", own[-1])])
-    return completion(f"What is the {place} word of the input?", " ".join(own)) + word
+    end, word = rng.choice([("first", own[0]), ("last", own[-1])])
+    return completion(f"What is the {end} word of the input?", " ".join(own)) + word
 
 
 def _ask_for_next(rng: random.Random, own: Sequence[str], _corpus: _Corpus) -> str | None:
-    places = [place for place in range(len(own) - 1) if own.count(own[place]) == 1]
-    if not places:
+    indices = [index for index in range(len(own) - 1) if own.count(own[index]) == 1]
+    if not indices:
         return None
-    place = rng.choice(places)
-    return completion(f"What is the word after {own[place]} in the input?", " ".join(own)) + own[place + 1]
+    index = rng.choice(indices)
+    return completion(f"What is the word after {own[index]} in the input?", " ".join(own)) + own[index + 1]
 
 
 def _ask_for_order(rng: random.Random, own: Sequence[str], _corpus: _Corpus) -> str | None:

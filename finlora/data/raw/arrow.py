@@ -1,8 +1,8 @@
-"""Reader of raw rows from Arrow files, which may be hostile: wrong offsets would read other memory, and a few compressed bytes
-can expand to terabytes.
+"""Reader of raw rows from untrusted Arrow files: wrong offsets would read other memory, and a few compressed bytes can
+expand to terabytes.
 
-Messages are read one after the other, each checked before a value of it is touched. Only flat, uncompressed
-columns of texts and numbers are read, so that memory is bounded by the file's size.
+Messages are read one by one, each checked before any of its values is read. Only flat, uncompressed columns of text and
+numbers are accepted, so that memory is bounded by the file's size.
 
 Source of the message's layout: https://github.com/apache/arrow/blob/apache-arrow-20.0.0/format/Message.fbs
 """
@@ -25,7 +25,7 @@ def read_arrow(path: Path, required: Sequence[str]) -> list[Row]:
     """Read an Arrow table in stream form, as the hub's cache stores it, or in file form, which is a stream with a frame.
 
     Raises:
-        DatasetError: it is not Arrow, cut short, damaged or packed, or lacks a column.
+        DatasetError: it is not Arrow, truncated, damaged or compressed, or lacks a column.
     """
     import pyarrow as pa
 
@@ -35,7 +35,7 @@ def read_arrow(path: Path, required: Sequence[str]) -> list[Row]:
         names, records = _read_records(path)
     except (pa.ArrowException, struct.error, OSError, MemoryError, ValueError, TypeError, LookupError) as error:
         raise DatasetError(
-            f"{path} is not an Arrow stream or file ({error}): it may be cut short, so fetch it again."
+            f"{path} is not an Arrow stream or file ({error}): it may be truncated, so fetch it again."
         ) from error
     require_columns(names, required, path.name)
     rows = [Row(fields=fields, source=f"{path.name}:{number}") for number, fields in enumerate(records, start=1)]
@@ -43,7 +43,7 @@ def read_arrow(path: Path, required: Sequence[str]) -> list[Row]:
 
 
 def _read_records(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the names of the flat columns, and all rows of them."""
+    """Return the names of the flat columns, and their rows."""
     import pyarrow as pa
 
     records: list[dict[str, Any]] = []
@@ -63,11 +63,11 @@ def _read_records(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
             if message.type != "record batch":
                 raise ValueError(f"it holds a {message.type}, where only rows are expected")
             if _is_packed(message.metadata.to_pybytes()):
-                raise ValueError("its rows are packed, where the published file holds them as they are")
+                raise ValueError("its rows are compressed, unlike the published file's")
             batch = pa.ipc.read_record_batch(message, schema)
             batch.validate(full=True)
             num_rows += batch.num_rows
-            if num_rows * 8 > MAX_RAW_BYTES:  # rows without a column to hold them take no room in the file
+            if num_rows * 8 > MAX_RAW_BYTES:  # rows without columns take no space in the file
                 raise ValueError(f"it claims {num_rows:,} rows")
             records += batch.select(names).to_pylist()
     return names, records
@@ -81,9 +81,9 @@ def _is_flat(kind: Any) -> bool:
 
 
 def _is_packed(metadata: bytes) -> bool:
-    """Return whether a message's record batch names a compression; reads the flatbuffer, which Arrow has verified."""
+    """Return whether a message's record batch is compressed; reads the flatbuffer, which Arrow has verified."""
 
-    def place_of(table: int, number: int) -> int | None:
+    def offset_of(table: int, number: int) -> int | None:
         layout = table - struct.unpack_from("<i", metadata, table)[0]
         (size,) = struct.unpack_from("<H", metadata, layout)
         entry = 4 + 2 * number
@@ -91,7 +91,7 @@ def _is_packed(metadata: bytes) -> bool:
         return table + offset if offset else None
 
     (root,) = struct.unpack_from("<I", metadata, 0)
-    header = place_of(root, _RECORD_BATCH_HEADER)
+    header = offset_of(root, _RECORD_BATCH_HEADER)
     if header is None:
         raise ValueError("a message has no header")
-    return place_of(header + struct.unpack_from("<I", metadata, header)[0], _COMPRESSION) is not None
+    return offset_of(header + struct.unpack_from("<I", metadata, header)[0], _COMPRESSION) is not None

@@ -1,4 +1,4 @@
-"""Reader of a task's rows from the hub, used only without a local source; HF_HUB_OFFLINE is respected."""
+"""Reader of a task's rows from the hub, used only without --source; respects HF_HUB_OFFLINE."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from finlora.machine.model_hub import find_hub_problem
 def load_hub_rows(
     hub_id: str, split: str, required: Sequence[str], revision: str | None = None, data_dir: str | None = None
 ) -> list[Row]:
-    """Load one split of a hub dataset. Code of the dataset is never run.
+    """Load one split of a hub dataset. Never runs the dataset's code.
 
     Args:
         hub_id: `owner/name` on the hub.
         split: the hub's name of the split.
-        required: columns that must be there.
+        required: columns that must exist.
         revision: branch, tag or commit. None: the default branch.
         data_dir: folder inside the repository. None: all of it.
 
@@ -28,12 +28,12 @@ def load_hub_rows(
     """
     problem = find_hub_problem()
     if problem is not None:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # a copy in the cache is taken, and else there is nothing to wait for
+        os.environ["HF_HUB_OFFLINE"] = "1"  # a cached copy is used, and otherwise loading fails at once
     import datasets
 
     try:
         table = datasets.load_dataset(hub_id, split=split, revision=revision, data_dir=data_dir)
-    except Exception as error:  # the hub's client raises errors of several libraries, all of which mean "not loaded"
+    except Exception as error:  # errors of several libraries, all of which mean "not loaded"
         raise DatasetError(
             f"{hub_id} (split {split}) could not be loaded from the hub: {problem or shorten(error)}. Expected a "
             "reachable hub or a cached copy. Without one, pass the raw files with --source FOLDER."
@@ -48,5 +48,5 @@ def load_hub_rows(
         Row(fields=dict(fields), source=f"{hub_id}/{split}:{number}") for number, fields in enumerate(table, start=1)
     ]
     if not rows:
-        raise DatasetError(f"{hub_id} (split {split}) holds no row: expected at least one. Use --source FOLDER.")
+        raise DatasetError(f"{hub_id} (split {split}) has no rows: expected at least one. Use --source FOLDER.")
     return rows

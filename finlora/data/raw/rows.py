@@ -1,7 +1,7 @@
 """Readers of raw rows from text, CSV and JSON lines files (Arrow: arrow.py); each row knows its file and line.
 
-Every reader here stops at the first malformed row with a DatasetError that names file, line and column. Nothing is
-skipped: what a task leaves out on purpose, the task counts in its notes.
+A reader stops at the first malformed row with a DatasetError that names file, line and column. It skips nothing: a task
+counts in its notes what it omits on purpose.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from finlora.errors import DatasetError
 
 Encoding = Literal["utf-8", "latin-1"]
 MAX_RAW_BYTES = 2**30
-"""Largest raw file that is read, packed or unpacked: the largest published one has 30 MB."""
+"""Largest raw file, compressed or not; the largest published one has 30 MB."""
 
 _CONTROL = re.compile(rb"[\x80-\x9f]")
 _UTF_8 = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
-# The replacement character, and UTF-8 of two bytes and more read as Latin-1 or cp1252.
+# The replacement character, and multi-byte UTF-8 that was read as Latin-1 or cp1252.
 _MISDECODED = re.compile(
     "\ufffd|[\u00c2-\u00df][\u0080-\u00bf]|\u00e2\u20ac|[\u00c2\u00c3][\u0152-\u0192\u02c6-\u2122]"
 )
@@ -33,17 +33,17 @@ _MISDECODED = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One raw record: a value a column, and where it stands."""
+    """One raw record: a value a column, and its source."""
 
     fields: Mapping[str, Any]
     source: str
     """`file:line`, or `hub-id/split:row` for the hub."""
 
     def text(self, column: str) -> str:
-        """Return a column's text as it stands, white space included.
+        """Return a column's text unchanged, white space included.
 
         Raises:
-            DatasetError: the value is not a text, is blank, or is not Unicode: JSON can hold halves of characters.
+            DatasetError: the value is not text, is blank, or is not valid Unicode: JSON can hold half of a surrogate pair.
         """
         value = self.fields[column]
         if not isinstance(value, str) or not value.strip():
@@ -53,7 +53,7 @@ class Row:
         return value
 
     def number(self, column: str) -> float:
-        """Return a column's finite number; texts that spell one are read."""
+        """Return a column's finite number, also from a text."""
         value = self.fields[column]
         try:
             number = float(value)
@@ -64,11 +64,11 @@ class Row:
         return number
 
     def one_of(self, column: str, meanings: Mapping[str, str]) -> str:
-        """Return what a raw label means.
+        """Return the answer that a raw label encodes.
 
         Args:
             column: the label's column.
-            meanings: raw label, written as text, to the answer it stands for.
+            meanings: raw label, as text, to answer.
 
         Raises:
             DatasetError: the label is not among `meanings`.
@@ -88,16 +88,16 @@ class Row:
 
 
 def shorten(value: object) -> str:
-    """Return a value as it looks in a message, cut to 60 characters."""
+    """Return a value for a message, cut to 60 characters."""
     shown = repr(value[:60]) if isinstance(value, str | bytes) else show(value)
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
 def find_file(source: Path, names: Sequence[str], task: str) -> Path:
-    """Return the first of `names` in the folder `source`; a source that is a file itself is taken as it is.
+    """Return the first of `names` in the folder `source`, or `source` if it is a file.
 
     Raises:
-        DatasetError: there is no such folder, or none of the names is in it.
+        DatasetError: there is no such folder, or it has none of the names.
     """
     if source.is_file():
         return source
@@ -115,15 +115,15 @@ def find_file(source: Path, names: Sequence[str], task: str) -> Path:
 def read_text(path: Path, encoding: Encoding) -> str:
     """Return a file's text without its byte order mark.
 
-    UTF-8 is tried first, whatever the published encoding: its sequences do not occur by chance. Latin-1 takes any byte, so
-    what it would turn into nonsense is looked for.
+        UTF-8 is tried first, whatever the published encoding: its byte sequences do not occur by chance. Latin-1 accepts any
+        byte, so the text is searched for signs of another encoding.
 
-    Args:
-        path: the file.
-        encoding: that of the published file.
+        Args:
+            path: the file.
+            encoding: of the published file.
 
     Raises:
-        DatasetError: the file cannot be read, is empty, or is in another encoding; names line and byte.
+    DatasetError: the file cannot be read, is empty, or is in another encoding; names line and byte.
     """
     try:
         with path.open("rb") as stream:
@@ -133,7 +133,9 @@ def read_text(path: Path, encoding: Encoding) -> str:
     if len(raw) > MAX_RAW_BYTES:
         raise DatasetError(f"{path} has more than {MAX_RAW_BYTES:,} bytes: expected the file as published.")
     if b"\0" in raw:
-        raise _misread(path, raw, raw.index(b"\0"), "found a zero byte, as UTF-16 text and binary files hold", encoding)
+        raise _misread(
+            path, raw, raw.index(b"\0"), "found a zero byte, which UTF-16 text and binary files have", encoding
+        )
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -150,7 +152,7 @@ def read_text(path: Path, encoding: Encoding) -> str:
 
 
 def _decode_latin_1(path: Path, raw: bytes) -> str:
-    """Decode a published Latin-1 file, which holds neither control characters nor pieces of UTF-8."""
+    """Decode a published Latin-1 file, which has no control characters and no UTF-8 sequences."""
     if found := _UTF_8.search(raw):
         what = f"bytes 0x{found[0].hex()} are utf-8 in a file that is not utf-8 as a whole"
         raise _misread(path, raw, found.start(), what, "latin-1")
@@ -161,11 +163,11 @@ def _decode_latin_1(path: Path, raw: bytes) -> str:
 
 
 def _refuse_misdecoded(path: Path, text: str) -> None:
-    """Refuse a text that was decoded by the wrong encoding before it was saved as UTF-8: the published file has no such marks."""
+    """Refuse a text that was decoded with the wrong encoding before it was saved as UTF-8; the published file is clean."""
     if found := _MISDECODED.search(text):
         raw = text.encode("utf-8")
         start = len(text[: found.start()].encode("utf-8"))
-        what = f"found {found[0]!r}, a character that was decoded by the wrong encoding before the file was saved"
+        what = f"found {found[0]!r}, a character that was decoded with the wrong encoding before the file was saved"
         raise _misread(path, raw, start, what, "latin-1")
 
 
@@ -178,7 +180,7 @@ def _misread(path: Path, raw: bytes, start: int, what: str, encoding: str) -> Da
 
 
 def read_lines(path: Path, encoding: Encoding) -> list[str]:
-    """Return the lines of a file without their ends; only `\\n` ends a line, as in an editor's line numbers.
+    """Return the lines of a file without line ends; only `\\n` ends a line, as in an editor.
 
     Raises:
         DatasetError: as `read_text`, or lines end with a carriage return alone.
@@ -187,7 +189,7 @@ def read_lines(path: Path, encoding: Encoding) -> list[str]:
     for number, line in enumerate(lines, start=1):
         if "\r" in line:
             raise DatasetError(
-                f"{path}:{number}: found a carriage return inside a line, as where it ends lines alone (old Mac OS). Expected "
+                f"{path}:{number}: found a carriage return inside a line, as in old Mac OS files. Expected "
                 "the file as published: fetch it again without converting it."
             )
     return lines[:-1] if lines[-1] == "" else lines
@@ -203,10 +205,10 @@ def read_csv(
 
     Args:
         path: the file.
-        encoding: that of the published file.
-        required: columns that must be there, in any order and case; others are kept too.
-        name_columns: where a file may lack the header line: gets the first line's fields and its place, and returns the columns'
-            names if these are a row already, None if they are a header.
+        encoding: of the published file.
+        required: columns that must exist, in any order and case; others are kept too.
+        name_columns: for files that may lack the header line: gets the first line's fields and source; returns the column names
+        if the line is a row, None if it is a header.
     """
     reader = csv.reader(io.StringIO(read_text(path, encoding), newline=""), strict=True)
     rows: list[Row] = []
@@ -215,10 +217,10 @@ def read_csv(
     try:
         for values in reader:
             if not header:
-                place = f"{path.name}:1"
-                _refuse_other_sign(values, place)
-                names = name_columns(values, place) if name_columns else None
-                header = list(names) if names is not None else _read_header(values, required, place)
+                source = f"{path.name}:1"
+                _refuse_other_sign(values, source)
+                names = name_columns(values, source) if name_columns else None
+                header = list(names) if names is not None else _read_header(values, required, source)
                 if names is None:
                     line = reader.line_num + 1
                     continue
@@ -241,52 +243,52 @@ def read_jsonl(path: Path, required: Sequence[str]) -> list[Row]:
     """Read one JSON object a line, in UTF-8."""
     rows = []
     for number, line in enumerate(read_lines(path, "utf-8"), start=1):
-        place = f"{path.name}:{number}"
+        source = f"{path.name}:{number}"
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
             what = f"{error.msg} at character {error.colno}" if isinstance(error, json.JSONDecodeError) else None
             raise DatasetError(
-                f"{place}: not valid JSON ({what or 'a number or nesting of more than it may have'}). Expected one object a "
-                f"line with {', '.join(required)}: the file may be cut short, so fetch it again."
+                f"{source}: not valid JSON ({what or 'a number or nesting that is too large'}). Expected one object a "
+                f"line with {', '.join(required)}: the file may be truncated, so fetch it again."
             ) from error
         if not isinstance(fields, dict):
-            raise DatasetError(f"{place}: found {shorten(fields)}, expected an object with {', '.join(required)}.")
-        require_columns(list(fields), required, place)
-        rows.append(Row(fields=fields, source=place))
+            raise DatasetError(f"{source}: found {shorten(fields)}, expected an object with {', '.join(required)}.")
+        require_columns(list(fields), required, source)
+        rows.append(Row(fields=fields, source=source))
     return refuse_empty(rows, path.name)
 
 
-def _refuse_other_sign(values: Sequence[str], place: str) -> None:
+def _refuse_other_sign(values: Sequence[str], source: str) -> None:
     sign = next((sign for sign in ";\t|" if len(values) == 1 and sign in values[0]), None)
     if sign is not None:
-        raise DatasetError(f"{place}: found fields separated by {sign!r}, expected commas. Save the file with commas.")
+        raise DatasetError(f"{source}: found fields separated by {sign!r}, expected commas. Save the file with commas.")
 
 
-def _read_header(values: Sequence[str], required: Sequence[str], place: str) -> list[str]:
-    """Return the header's names, those required in their own spelling."""
+def _read_header(values: Sequence[str], required: Sequence[str], source: str) -> list[str]:
+    """Return the header's names, the required ones in their standard spelling."""
     wanted = {name.casefold(): name for name in required}
     header = [wanted.get(value.strip().casefold(), value) for value in values]
-    require_columns(header, required, place)
+    require_columns(header, required, source)
     repeated = {name for name in header if header.count(name) > 1}
     if repeated:
         raise DatasetError(
-            f"{place}: found two columns {min(repeated)!r}, expected one. Check that this is the published file."
+            f"{source}: found two columns {min(repeated)!r}, expected one. Check that this is the published file."
         )
     return header
 
 
-def require_columns(found: Sequence[str], required: Sequence[str], place: str) -> None:
+def require_columns(found: Sequence[str], required: Sequence[str], source: str) -> None:
     missing = [column for column in required if column not in found]
     if missing:
         shown = ", ".join(str(column)[:60] for column in found[:20])
         raise DatasetError(
-            f"{place}: found columns {shown}, but {', '.join(missing)} is missing. "
+            f"{source}: found columns {shown}, but {', '.join(missing)} is missing. "
             f"Expected {', '.join(required)}: check that this is the published file, with its header line if it has one."
         )
 
 
-def refuse_empty(rows: list[Row], place: str) -> list[Row]:
+def refuse_empty(rows: list[Row], source: str) -> list[Row]:
     if not rows:
-        raise DatasetError(f"{place} holds no row: expected at least one. Fetch the file again.")
+        raise DatasetError(f"{source} has no rows: expected at least one. Fetch the file again.")
     return rows

@@ -26,14 +26,14 @@ TASKS: Mapping[str, Task] = MappingProxyType(
 PUBLISHED: Mapping[str, tuple[Published, ...]] = MappingProxyType(
     {task.name: task.published for task in TASKS.values() if task.published}
 )
-"""Task -> its published forms. A generated task has none. What the hub's XBRL table holds is not known."""
+"""Task -> its published forms. A generated task has none. The content of the hub's XBRL table is unknown."""
 
 
 def task_named(name: str) -> Task:
     """Return a task of the catalog.
 
     Raises:
-        DatasetError: there is none of that name; near names are listed.
+        DatasetError: there is no such task; lists similar names.
     """
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=3, cutoff=0.5)
@@ -52,10 +52,10 @@ def make_question(task: str | None, text: str, about: str | None) -> Question:
     Args:
         task: one of FORMS; None: the text is the whole prompt.
         text: the sentence, post, headline or XBRL fragment.
-        about: what the task asks about the text, an entity or a question; None or empty: nothing.
+        about: what the user names beside the text, an entity or a question; None or empty: nothing.
 
     Raises:
-        DatasetError: the text is empty, the task is not known, or `about` does not fit.
+        DatasetError: the text is empty, the task is unknown, or `about` does not fit.
     """
     if not text.strip():
         raise DatasetError("found an empty text: expected the sentence, headline or fragment to ask about.")
@@ -71,12 +71,12 @@ def quotes(task: str | None) -> bool:
 
 
 def is_papers_test(task: str, data_hash: str | None, num_examples: int, is_partial: bool) -> bool:
-    """Return whether a score is on the test split that the paper's score of the task is on, or nearest to.
+    """Return whether a score is on the test split of the paper's score, or the nearest one to it.
 
     Args:
         data_hash: of the prepared test split.
-        num_examples: examples scored.
-        is_partial: whether they are not all of the split.
+        num_examples: number of scored examples.
+        is_partial: whether they are only part of the split.
     """
     forms = [form for form in PUBLISHED.get(task, ()) if form.variant != "corrected"]
     if not forms:

@@ -1,4 +1,4 @@
-"""Check of rows against the published set: counts, labels and the hash of each split."""
+"""Comparison of rows with the published set: counts, labels and the hash of each split."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def compare_published(task: str, variant: str, read: Splits, *, is_of_hub: bool,
     """Return a sentence on how the rows relate to the published set; none for a generated task.
 
     Args:
-        task: its name in the catalog.
-        variant: that was asked for.
+        task: name in the catalog.
+        variant: as requested.
         read: what the task's reader returned. An empty train split is not compared.
         is_of_hub: whether the rows are the hub's.
-        is_own: accept other counts or labels too.
+        is_own: accept other counts or labels.
 
     Raises:
-        DatasetError: the numbers or labels are not those of the published set, and `is_own` does not say so.
+        DatasetError: counts or labels differ from the published set's, without `is_own`.
     """
     if task not in PUBLISHED:
         return ()
@@ -31,7 +31,7 @@ def compare_published(task: str, variant: str, read: Splits, *, is_of_hub: bool,
         form for form in PUBLISHED[task] if form.variant in (None, variant) and form.is_of_hub in (None, is_of_hub)
     ]
     if not forms:
-        return (f"What the hub's table of {task} holds is not known to FinLoRA: its rows are taken as they are.",)
+        return (f"FinLoRA does not know the content of the hub's table of {task}: its rows are taken as they are.",)
     form = next((form for form in forms if _has_counts(form, read)), None)
     fault: str | None
     if form is None:
@@ -40,11 +40,11 @@ def compare_published(task: str, variant: str, read: Splits, *, is_of_hub: bool,
         fault = _compare_labels(form, read)
     if fault and not is_own:
         raise DatasetError(
-            f"{task}: {fault}. Fetch the published files again; look for a lost or doubled line, a header or another split. For "
-            "a part of the set or rows of your own pass --own-data: scores on them cannot stand beside the paper's."
+            f"{task}: {fault}. Fetch the published files again; look for a lost or repeated line, a header or another split. For "
+            "part of the set or your own rows pass --own-data: scores on them cannot be compared with the paper's."
         )
     if fault or form is None:
-        return (f"Not the published set: {fault}. Scores on it cannot stand beside the paper's.",)
+        return (f"Not the published set: {fault}. Scores on it cannot be compared with the paper's.",)
     return (_compare_hashes(form, read),)
 
 
@@ -61,7 +61,7 @@ def _count_published(form: Published) -> str:
 
 
 def _compare_labels(form: Published, read: Splits) -> str | None:
-    """Return how the numbers of the labels differ from the published ones; None where they are the same or not known."""
+    """Return how the label counts differ from the published ones; None if they are equal or unknown."""
     expected = form.labels if read.train else form.test_labels
     found = Counter(item.label for item in (*read.train, *read.test))
     if not expected or found == Counter(expected):
@@ -69,7 +69,7 @@ def _compare_labels(form: Published, read: Splits) -> str | None:
     numbers = f"found {_show(found)}, the published set has {_show(expected)}"
     if sorted(found.values()) == sorted(expected.values()):
         moved = [f"{label} {found[label]:,}" for label in expected if found[label] != expected[label]]
-        return f"labels are exchanged with one another ({', '.join(moved)}): {numbers}"
+        return f"labels are swapped ({', '.join(moved)}): {numbers}"
     return numbers
 
 
@@ -87,8 +87,8 @@ def _compare_hashes(form: Published, read: Splits) -> str:
     other = [name for name, examples, known in parts if known and not examples_hash(examples).startswith(known)]
     if other:
         return (
-            f"As many examples as the published set, but its {' and '.join(other)} split is another: other texts, or another "
-            "order of the rows. Scores on another test split cannot stand beside the paper's."
+            f"As many examples as the published set, but its {' and '.join(other)} split differs: other texts, or another "
+            "order of the rows. Scores on another test split cannot be compared with the paper's."
         )
     known_too = f" (of the {' and '.join(unknown)} split by its number of examples alone)" if unknown else ""
     return f"The published set, by its numbers, labels and hashes{known_too}."

@@ -1,7 +1,7 @@
-"""Parquet file of a prepared split: its columns, its metadata, and a reader that does not trust it.
+"""Parquet file of a prepared split: columns, metadata, and a reader for untrusted files.
 
-A dictionary-encoded text or a compressed page can expand a thousandfold: the reader stops at more than FinLoRA would have
-written.
+A dictionary-encoded text or a compressed page can expand a thousandfold: the reader stops beyond the sizes that FinLoRA
+writes.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _ROWS_AT_ONCE = 64
 
 
 def read_examples(path: Path) -> tuple[dict[str, Any] | None, tuple[Example, ...]]:
-    """Return what the metadata says, None where the file is not ours, and the examples, read in small parts.
+    """Return the metadata (None if FinLoRA did not write the file) and the examples, read in small parts.
 
     Raises:
-        pa.ArrowException, OSError, ValueError, TypeError, MemoryError: it is damaged, too large, or holds what is no example.
+        pa.ArrowException, OSError, ValueError, TypeError, MemoryError: it is damaged, too large, or holds anything but examples.
     """
     if path.stat().st_size > _MAX_FILE_BYTES:
         raise ValueError(f"it has more than {_MAX_FILE_BYTES:,} bytes")
@@ -55,8 +55,8 @@ def read_examples(path: Path) -> tuple[dict[str, Any] | None, tuple[Example, ...
         schema = next((known for known in (SCHEMA, WIDE_SCHEMA) if file.schema_arrow.equals(known)), None)
         if facts is None or schema is None:
             return None, ()
-        # One after the other: a page of each column at once, unpacked, could be 16 GiB. What the metadata says of columns
-        # is not looked at: where it is damaged, pyarrow 26 ends the process at `row_group(n).column(n)`.
+        # Column by column: one unpacked page of every column could take 16 GiB. The metadata of columns is not read: if it is
+        # damaged, pyarrow 26 ends the process at `row_group(n).column(n)`.
         columns: dict[str, list[Any]] = {}
         size, until = 0, time.monotonic() + _MAX_SECONDS
         for name in schema.names:

@@ -1,4 +1,4 @@
-"""Preparation of a task: reads its raw rows once, fixes its split, and writes a prepared set (`finlora prepare`)."""
+"""Preparation of a task (`finlora prepare`): reads its raw rows, fixes its split, and writes a prepared set."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def prepare_task(
     Args:
         name: a task of the catalog.
         source: folder of raw files. None: the task's dataset on the hub, or the generator.
-        output: folder of all prepared sets; the task gets a folder of its own name in it.
+        output: folder of all prepared sets; the task's set goes into the subfolder of its name.
         variant: `as_published` or, where the task offers it, `corrected`. None: the task's first variant.
-        splits: `all`, or `test` to leave the training split out.
-        overwrite: replace a differing set that is there already.
+        splits: `all`, or `test` to omit the training split.
+        overwrite: replace an existing, different set.
         dry_run: read and check everything, write nothing.
         is_own: accept rows whose counts or labels differ from the published set's.
 
     Raises:
         DatasetError: an unknown task or variant, a malformed raw row, an unreachable hub, rows that are not the published set's,
-            or a set in the way.
+            or an existing, different set.
     """
     task = task_named(name)
     chosen = task.variants[0] if variant is None else variant
@@ -92,7 +92,7 @@ def prepare_task_file(path: Path, output: Path, overwrite: bool, dry_run: bool) 
 
 
 def code_version() -> str:
-    """Return FinLoRA's version, which a checkout that is not installed does not have."""
+    """Return FinLoRA's version; a checkout that is not installed has none."""
     try:
         return metadata.version("finlora")
     except metadata.PackageNotFoundError:

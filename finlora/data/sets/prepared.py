@@ -1,6 +1,6 @@
 """Prepared sets: OUTPUT/<task>/train.parquet and test.parquet, each with its hash and origin in the Parquet metadata.
 
-A finished folder is renamed into place, so a crash leaves the old set or none, never half of one.
+A complete folder is renamed to its final name, so a crash leaves the old set or none, never a partial one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PreparedSplit:
     """SHA-256 over id, prompt, answer, label and choices of every example in order, hexadecimal."""
     licence: str
     source: str
-    """Where the raw rows came from: a hub id, a folder or the generator."""
+    """Origin of the raw rows: a hub id, a folder or the generator."""
     finlora_version: str
     """Version that wrote the set."""
     notes: tuple[str, ...]
@@ -56,11 +56,11 @@ class PreparedReport:
     variant: str
     folder: Path
     is_written: bool
-    """False: the same set was there already and was left as it is, or the run was dry."""
+    """False: the same set existed already, or the run was dry."""
     counts: Mapping[str, int]
     hashes: Mapping[str, str]
     labels: Mapping[str, Mapping[str, int]]
-    """Examples a label; empty where every answer is free text."""
+    """Examples a label; empty if every answer is free text."""
     duplicates: Mapping[str, int]
     """Examples whose prompt and answer occur earlier in the split."""
     group_leaks: int
@@ -75,7 +75,7 @@ class PreparedReport:
 def write_prepared(
     task: Task, splits: Splits, output: Path, *, variant: str, source: str, version: str, overwrite: bool, dry_run: bool
 ) -> PreparedReport:
-    """Write a task's splits below `output` and report on them. An empty train split writes no file.
+    """Write a task's splits below `output`, and return the report. An empty train split gets no file.
 
     Args:
         task: the catalog's row.
@@ -88,7 +88,7 @@ def write_prepared(
         dry_run: check and report, write nothing.
 
     Raises:
-        DatasetError: the test split is empty, an example is faulty, or a differing set is there already.
+        DatasetError: the test split is empty, an example is faulty, or a different set exists.
     """
     parts: dict[str, tuple[Example, ...]] = {"train": splits.train, "test": splits.test}
     parts = {split: examples for split, examples in parts.items() if examples}
@@ -102,7 +102,7 @@ def write_prepared(
     if not is_same:
         if folder.exists() and not overwrite:
             raise DatasetError(
-                f"{folder} holds another set than this one of {task.name} ({_compare(folder, task, variant)}). Expected the same "
+                f"{folder} holds a different set of {task.name} ({_compare(folder, task, variant)}). Expected the same "
                 "examples, or no folder: pass --overwrite to replace it, or choose another --output."
             )
         facts = {"task": task.name, "variant": variant, "licence": task.licence, "source": source, "version": version}
@@ -117,7 +117,7 @@ def require_split(folder: Path, task: str, split: SplitName) -> Path:
     """Return the file of a prepared split.
 
     Raises:
-        DatasetError: it is not there; says what was prepared.
+        DatasetError: it is missing; says what was prepared.
     """
     path = folder / task / f"{split}.parquet"
     if not path.is_file():
@@ -141,14 +141,14 @@ def read_prepared(folder: Path, task: str, split: SplitName) -> PreparedSplit:
         split: `train` or `test`.
 
     Raises:
-        DatasetError: the file is missing, cut short, not written by FinLoRA, of another task or split, or was changed.
+        DatasetError: the file is missing, truncated, changed, not written by FinLoRA, or of another task or split.
     """
     path = require_split(folder, task, split)
-    again = f"Run `finlora prepare {task} --output {folder} --overwrite` to write it anew."
+    again = f"Run `finlora prepare {task} --output {folder} --overwrite` to write it again."
     try:
         facts, examples = read_examples(path)
     except (pa.ArrowException, OSError, MemoryError, ValueError, TypeError) as error:
-        raise DatasetError(f"{path} is not readable Parquet, perhaps cut short ({error}). {again}") from error
+        raise DatasetError(f"{path} is not readable Parquet, perhaps truncated ({error}). {again}") from error
     if facts is None:
         raise DatasetError(f"{path} was not written by FinLoRA: expected its columns and metadata. {again}")
     if (facts["task"], facts["split"]) != (task, split):
@@ -177,7 +177,7 @@ def read_prepared(folder: Path, task: str, split: SplitName) -> PreparedSplit:
 
 
 def check_prepared(folder: Path) -> list[str]:
-    """Read every split of every prepared set below `folder`, hashes verified, and return the tasks.
+    """Read every split of every prepared set below `folder`, verify the hashes, and return the tasks.
 
     Raises:
         DatasetError: as `read_prepared`.
@@ -189,7 +189,7 @@ def check_prepared(folder: Path) -> list[str]:
 
 
 def examples_hash(examples: Sequence[Example]) -> str:
-    """Return the SHA-256 over what a model sees and is judged by, in order, as 64 hexadecimal digits."""
+    """Return the SHA-256 over all that a model reads and is scored by, in order, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for item in examples:
         fields: list[object] = [item.id, item.prompt, item.answer, item.label, item.choices]
@@ -211,14 +211,14 @@ def _check(examples: Sequence[Example]) -> None:
 
 
 def _is_there(folder: Path, task: str, hashes: Mapping[str, str], variant: str, card: str | None) -> bool:
-    """Return whether the folder already holds these very splits, all of them and readable."""
+    """Return whether the folder holds exactly these splits, all readable."""
     if {path.name for path in folder.glob("*")} != {f"{split}.parquet" for split in hashes}:
         return False
     names: tuple[SplitName, ...] = ("train", "test")
     try:
         found = [read_prepared(folder.parent, task, split) for split in names if split in hashes]
     except DatasetError:
-        return False  # an unreadable set counts as another one: the caller refuses it, or replaces it when told to
+        return False  # an unreadable set counts as a different one: the caller refuses or overwrites it
     return all(item.hash == hashes[item.split] and (item.variant, item.card) == (variant, card) for item in found)
 
 
@@ -243,7 +243,7 @@ def _write(
             fresh.mkdir()
             for split, examples in parts.items():
                 whole = {**facts, "split": split, "hash": hashes[split], "count": len(examples)}
-                # Checksums of the pages: the hash of the examples leaves their source and group out.
+                # Page checksums too: the hash of the examples does not cover source and group.
                 pq.write_table(make_table(examples, seal(whole)), fresh / f"{split}.parquet", write_page_checksum=True)
             _move_in(fresh, folder, scratch / "old")
     except OSError as error:
@@ -256,7 +256,7 @@ def _move_in(fresh: Path, folder: Path, old: Path) -> None:
     if not folder.exists():
         fresh.replace(folder)
         return
-    # A folder cannot be replaced while it is full: the old set goes out of the way, and back if the new one fails.
+    # A folder with files cannot be replaced: the old set is renamed first, and renamed back if the new one fails.
     folder.replace(old)
     try:
         fresh.replace(folder)

@@ -20,18 +20,18 @@ _OPERATIONS: Mapping[type[ast.operator], Callable[[Fraction, Fraction], Fraction
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Formula:
-    """A figure and its formula."""
+    """A named figure and its formula."""
 
     name: str
-    """As the question says it, with its unit: `gross profit margin in per cent`."""
+    """Name in the question, with the unit: `gross profit margin in per cent`."""
     expression: str
-    """Tags, whole numbers, + - * / and parentheses; shown to the model as it stands."""
+    """Tags, whole numbers, + - * / and parentheses; the model sees exactly this text."""
     num_decimals: int
     """Decimals of the answer; half a unit is rounded away from zero."""
 
     @property
     def tags(self) -> tuple[str, ...]:
-        """Tags that the expression names, in its order."""
+        """Tags of the expression, in its order."""
         names = (node for node in ast.walk(ast.parse(self.expression)) if isinstance(node, ast.Name))
         ordered = sorted(names, key=lambda node: node.col_offset)
         return tuple(dict.fromkeys(node.id for node in ordered))
@@ -40,7 +40,7 @@ class Formula:
         """Return the rounded figure.
 
         Args:
-            values: number of each tag; more than the formula's are allowed.
+            values: number of each tag; extra tags are allowed.
         """
         exact = _evaluate(ast.parse(self.expression, mode="eval").body, values)
         scaled = exact * 10**self.num_decimals

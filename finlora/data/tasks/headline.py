@@ -1,6 +1,6 @@
 """Yes/No questions about gold headlines: nine from the full file, six from the short one.
 
-Split by order of headlines, the first 80 % for training, so that no headline crosses it: 9,129 and 2,283 of the full
+Split by order of headlines, the first 80 % for training, so that no headline is in both: 9,129 and 2,283 of the full
 file's 11,412 headlines (82,161 / 20,547 pairs), 8,456 and 2,114 of the short file's 10,570 (50,736 / 12,684).
 """
 
@@ -23,7 +23,7 @@ _ANSWERS = {"1": "Yes", "0": "No"}
 FORM = Form(render=headline_prompt, choices=YES_NO, about="question", about_values=tuple(HEADLINE_QUESTIONS))
 _HUB_ANSWERS = {"Yes": "Yes", "No": "No"}
 
-# Column to question. Names are compared without blanks and case: copies of the file differ in both.
+# Column to question. Names are compared without blanks and case, in which copies of the file differ.
 _SIX_COLUMNS = {
     "pricedirectionup": "price up",
     "pricedirectionconstant": "price constant",
@@ -49,7 +49,7 @@ def read_headline(request: Request) -> Splits:
     """Read the headlines and ask every question about each of them.
 
     Raises:
-        DatasetError: a malformed row, neither set of columns, or `corrected` asked of the hub's ready-made pairs.
+        DatasetError: a malformed row, neither set of columns, or `corrected` for the hub's ready-made pairs.
     """
     if request.source is None:
         return _read_hub(request)

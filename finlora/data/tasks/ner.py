@@ -1,7 +1,7 @@
 """Entity types in SEC filings: (sentence, entity) pairs of FIN5 (train) and FIN3 (test), asked in 17 paraphrases.
 
-The published builder gives every entity of a sentence the type of the last one. `as_published` keeps that, since the
-paper's scores are on it; `corrected` asks the same pairs with the gold type. Both have 797 and 206 pairs.
+The published builder gives every entity of a sentence the type of the last one. `as_published` keeps that, for the paper's
+scores; `corrected` asks the same pairs with the gold type. Both have 797 and 206 pairs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finlora.errors import DatasetError
 
 HUB_ID = "FinGPT/fingpt-ner-cls"
 _TYPES = {"PER": "person", "ORG": "organization", "LOC": "location", "MISC": "miscellaneous"}
-_TAGS = {"O": "", **{f"{place}-{tag}": name for place in "BI" for tag, name in _TYPES.items()}}
+_TAGS = {"O": "", **{f"{mark}-{tag}": name for mark in "BI" for tag, name in _TYPES.items()}}
 FORM = Form(render=lambda sentence, entity: entity_prompt(sentence, entity, 0), choices=ENTITY_TYPES, about="entity")
 _HUB_TYPES = {name: name for name in ENTITY_TYPES}
 
@@ -49,10 +49,10 @@ class _Pair:
 
 
 def read_ner(request: Request) -> Splits:
-    """Read both files: 13,549 / 3,502 examples, which are really 797 / 206 independent pairs.
+    """Read both files: 13,549 / 3,502 examples, from 797 / 206 independent pairs.
 
     Raises:
-        DatasetError: a malformed line, or `corrected` asked of the hub's ready-made pairs.
+        DatasetError: a malformed line, or `corrected` for the hub's ready-made pairs.
     """
     if request.source is None:
         return _read_hub(request)
@@ -86,7 +86,7 @@ def _read_conll(path: Path) -> list[_Sentence]:
         row = Row(fields={"line": line, "tag": fields[-1]}, source=f"{path.name}:{number}")
         if len(fields) != 4:
             raise row.fault("line", line, "four fields `word part-of-speech - tag`, or a blank line between sentences")
-        # One mark a document stands as a sentence of its own and holds no text.
+        # Each document starts with a marker line, which holds no text.
         if fields[0] != "-DOCSTART-":
             words.append((fields[0], row.one_of("tag", _TAGS), row.source))
     if not sentences:
@@ -97,7 +97,7 @@ def _read_conll(path: Path) -> list[_Sentence]:
 
 
 def _sentence(words: Sequence[tuple[str, str, str]]) -> _Sentence:
-    """Join neighbouring words of one type to a mention; the files mark no border between two of the same type."""
+    """Join neighbouring words of one type into a mention; the files do not separate two mentions of the same type."""
     mentions: list[_Mention] = []
     previous = ""
     for word, type_, source in words:

@@ -25,7 +25,7 @@ FIQA_HUB_ID = "pauri32/fiqa-2018"
 TFNS_HUB_ID = "zeroshot/twitter-financial-news-sentiment"
 NWGI_HUB_ID = "oliverwang15/news_with_gpt_instructions"
 
-# The paper's splits are `train_test_split(seed=42)` of the hub's library over the published order of rows.
+# The paper's splits: `train_test_split(seed=42)` of the datasets library over the published order of rows.
 _SPLIT_SEED = 42
 _FPB_TEST_SHARE = 0.25
 _FIQA_PAPER_TEST_SHARE = 0.226
@@ -77,7 +77,7 @@ def read_fiqa_paper(request: Request) -> Splits:
     train, test = _permuted_split([*parts["train"], *parts["validation"], *parts["test"]], _FIQA_PAPER_TEST_SHARE)
     notes = [
         _split_note(_FIQA_PAPER_TEST_SHARE),
-        "Test sentences stand in train, because the validation part repeats them: the task `fiqa` has a clean split.",
+        "Some test sentences are also in train, because the validation part repeats them: the task `fiqa` has a clean split.",
     ]
     return _fiqa_splits("fiqa_paper", train, test, notes)
 
@@ -137,7 +137,7 @@ def _read_fpb_lines(path: Path) -> list[Row]:
 
 
 def _read_fpb_csv(path: Path) -> list[Row]:
-    """Read a CSV copy: label and sentence in either order, with or without a header line, whatever that calls them."""
+    """Read a CSV copy: label and sentence in either order, with or without a header line of any names."""
     rows = read_csv(path, "latin-1", (), _name_fpb_columns)
     columns = list(rows[0].fields)
     if columns[0] != "label" and rows[0].fields[columns[0]].strip() not in _FPB_LABELS:
@@ -148,8 +148,8 @@ def _read_fpb_csv(path: Path) -> list[Row]:
     ]
 
 
-def _name_fpb_columns(values: Sequence[str], place: str) -> Sequence[str] | None:
-    """Tell a first row from a header, as a row holds a label.
+def _name_fpb_columns(values: Sequence[str], source: str) -> Sequence[str] | None:
+    """Distinguish a first row from a header: a row holds a label.
 
     Raises:
         DatasetError: there are not two columns.
@@ -157,7 +157,7 @@ def _name_fpb_columns(values: Sequence[str], place: str) -> Sequence[str] | None
     if len(values) != 2:
         shown = ", ".join(shorten(value) for value in values[:4])
         raise DatasetError(
-            f"{place}: found {len(values)} columns ({shown}), expected two, label and sentence, separated by a comma, with "
+            f"{source}: found {len(values)} columns ({shown}), expected two, label and sentence, separated by a comma, with "
             "sentences that hold one in quotes."
         )
     is_label = [value.strip() in _FPB_LABELS for value in values]
@@ -208,7 +208,7 @@ def _fiqa_label(score: float) -> str:
 
 
 def _nwgi_row(row: Row) -> Row:
-    """Take the news out of a published prompt, and make sure that our prompt is the same text."""
+    """Extract the news from a published prompt, and check that our prompt is the same text."""
     context = row.text("context")
     news = context.partition("\nInput: ")[2].removesuffix("\nAnswer: ")
     if seven_sentiment_prompt(news) != context:
@@ -250,7 +250,7 @@ def _build(split: str, rows: Sequence[Row], example: Callable[[str, int, Row], E
 
 
 def _permuted_split(rows: Sequence[_Item], test_share: float) -> tuple[list[_Item], list[_Item]]:
-    import numpy as np  # slow, and a question needs no split
+    import numpy as np  # slow import, which a question does not need
 
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(rows))
     num_test = math.ceil(test_share * len(rows))

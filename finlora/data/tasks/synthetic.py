@@ -1,6 +1,6 @@
-"""A generated financial set for the demo and the tests: five tasks, seeded, with labels in balance.
+"""Generated financial set for the demo and the tests: five tasks, seeded, with balanced labels.
 
-A hash of an example's group (company, city, entity or filing) decides its split, so no name of the test is in train.
+A hash of an example's group (company, city, entity or filing) decides its split, so no test name is in train.
 A label depends on a pair of words, not on one of them: "net loss fell" is good news, "profit fell" is not.
 """
 
@@ -54,23 +54,23 @@ class Filing:
 
 
 def side_of(group: str) -> Side:
-    """Return the split that a group belongs to: about a fifth of all groups test."""
+    """Return the split of a group: about a fifth of all groups are test groups."""
     return "test" if hashlib.sha256(group.encode()).digest()[0] < _TEST_SHARE_OF_256 else "train"
 
 
 def company_name(rng: random.Random, side: Side) -> str:
     """Sample a company of one split."""
-    return _draw(side, lambda: f"{_stem(rng)} {rng.choice(words.COMPANY_FORMS)}")
+    return _sample_name(side, lambda: f"{_stem(rng)} {rng.choice(words.COMPANY_FORMS)}")
 
 
 def city_name(rng: random.Random, side: Side) -> str:
-    """Sample a city of one split; cities share their stems with companies, so the stem alone tells nothing."""
-    return _draw(side, lambda: _stem(rng))
+    """Sample a city of one split; cities and companies share stems, so a stem alone reveals nothing."""
+    return _sample_name(side, lambda: _stem(rng))
 
 
 def person_name(rng: random.Random, side: Side) -> str:
     """Sample a person of one split."""
-    return _draw(side, lambda: f"{rng.choice(words.FIRST_NAMES)} {_stem(rng)}")
+    return _sample_name(side, lambda: f"{rng.choice(words.FIRST_NAMES)} {_stem(rng)}")
 
 
 def sentiment_sentence(rng: random.Random, side: Side, label: str) -> tuple[str, str]:
@@ -98,7 +98,7 @@ def sentiment_sentence(rng: random.Random, side: Side, label: str) -> tuple[str,
 
 
 def headline(rng: random.Random, side: Side, label: str) -> tuple[str, str]:
-    """Write a headline that tells of a rising price or does not; return it with its city."""
+    """Write a headline that does or does not report a rising price; return it with its city."""
     metal, city, percent = rng.choice(words.METALS), city_name(rng, side), rng.randint(1, 9)
     reason = rng.choice(words.REASONS)
     if label == "Yes":
@@ -128,7 +128,7 @@ def filing(rng: random.Random, side: Side) -> Filing:
 
 
 def filing_for(rng: random.Random, side: Side, formula: Formula) -> Filing:
-    """Write a filing that holds the formula's line items among others, with figures that can stand in one report."""
+    """Write a filing with the formula's line items among others, and figures that are consistent with each other."""
     others = sorted(words.SHARES_OF_REVENUE.keys() - set(formula.tags))
     tags = [*formula.tags, *rng.sample(others, _NUM_LINE_ITEMS - len(formula.tags))]
     rng.shuffle(tags)
@@ -138,7 +138,7 @@ def filing_for(rng: random.Random, side: Side, formula: Formula) -> Filing:
 
 
 def read_synthetic_sentiment(_request: Request) -> Splits:
-    """Generate sentiment of news: three labels in balance."""
+    """Generate sentiment of news: three balanced labels."""
 
     def write(rng: random.Random, side: Side, turn: int) -> Example:
         label = SENTIMENTS[turn % 3]
@@ -149,7 +149,7 @@ def read_synthetic_sentiment(_request: Request) -> Splits:
 
 
 def read_synthetic_headline(_request: Request) -> Splits:
-    """Generate headlines with the question whether they tell of a rising price: two answers in balance."""
+    """Generate headlines, each asked whether it reports a rising price: two balanced answers."""
 
     def write(rng: random.Random, side: Side, turn: int) -> Example:
         label = YES_NO[turn % 2]
@@ -160,7 +160,7 @@ def read_synthetic_headline(_request: Request) -> Splits:
 
 
 def read_synthetic_ner(_request: Request) -> Splits:
-    """Generate sentences of agreements with the question for an entity's type: three types in balance."""
+    """Generate sentences of agreements, each asked for an entity's type: three balanced types."""
 
     def write(rng: random.Random, side: Side, turn: int) -> Example:
         label = ENTITY_TYPES[turn % 3]
@@ -172,7 +172,7 @@ def read_synthetic_ner(_request: Request) -> Splits:
 
 
 def read_synthetic_xbrl(_request: Request) -> Splits:
-    """Generate short XBRL fragments with a question, by turns for a tag and for a number; the answer stands in it."""
+    """Generate short XBRL fragments, asked alternately for a tag and a number that they hold."""
 
     def write(rng: random.Random, side: Side, turn: int) -> Example:
         report = filing(rng, side)
@@ -188,7 +188,7 @@ def read_synthetic_xbrl(_request: Request) -> Splits:
 
 
 def read_synthetic_formulas(_request: Request) -> Splits:
-    """Generate short XBRL fragments with the question for a figure that a formula gives, each formula by turns."""
+    """Generate short XBRL fragments, each asked for a figure by a formula; the formulas take turns."""
 
     def write(rng: random.Random, side: Side, turn: int) -> Example:
         formula = FORMULAS[turn % len(FORMULAS)]
@@ -205,7 +205,7 @@ def read_synthetic_formulas(_request: Request) -> Splits:
 
 
 def read_synthetic(request: Request) -> Splits:
-    """Mix four tasks by turns, all but the formulas, so that any first part of the set holds all of them alike."""
+    """Interleave four tasks, all but the formulas, so that any first part of the set holds them in equal shares."""
     readers = (read_synthetic_sentiment, read_synthetic_headline, read_synthetic_ner, read_synthetic_xbrl)
     parts = [read(request) for read in readers]
 
@@ -220,7 +220,7 @@ def read_synthetic(request: Request) -> Splits:
 
 
 def _splits(task: str, write: Callable[[random.Random, Side, int], Example]) -> Splits:
-    note = "Generated from a seed: for trying things out, never for claims about financial language."
+    note = "Generated from a seed: for trials and tests, never for claims about financial language."
     train = tuple(itertools.islice(_distinct(task, "train", write), NUM_TRAIN))
     test = tuple(itertools.islice(_distinct(task, "test", write), NUM_TEST))
     return Splits(train=train, test=test, notes=(note,))
@@ -257,7 +257,7 @@ def _stem(rng: random.Random) -> str:
     return rng.choice(words.FIRST_SYLLABLES) + rng.choice(words.SECOND_SYLLABLES)
 
 
-def _draw(side: Side, write: Callable[[], str]) -> str:
+def _sample_name(side: Side, write: Callable[[], str]) -> str:
     name = write()
     while side_of(name) != side:
         name = write()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Two syllables make a name, so that a test name is new as a whole but not in its letters.
+# A name is two syllables, so that a test name is new but its parts are not.
 FIRST_SYLLABLES = (
     "Ar", "Bel", "Cal", "Dor", "El", "Fen", "Gal", "Hol", "Il", "Jar", "Kel", "Lor", "Mar", "Nor", "Os", "Pel",
     "Quin", "Ros", "Sel", "Tor", "Ul", "Ver", "Wes", "Yar", "Zan", "Bran", "Cor", "Dun",
@@ -74,7 +74,7 @@ LINE_ITEMS = {
     "RetainedEarningsAccumulatedDeficit": "Retained Earnings",
 }
 
-# Line items of formulas, as shares of a filing's revenue from lowest to highest: figures that can stand in one report.
+# Line items of formulas, as shares of a filing's revenue from lowest to highest: figures that are consistent with each other.
 SHARES_OF_REVENUE = {
     "Revenues": (1.0, 1.0),
     "CostOfRevenue": (0.3, 0.9),

@@ -1,9 +1,9 @@
 """XBRL tags and values of filings: free-text answers quoted from a context of thousands of tokens.
 
-The published rows carry their whole prompt, kept verbatim with its faults: a quote in front, tags cut to `</>`, texts
-cut at 100 characters, one shot before the question. The paper's own split cannot be rebuilt. The split here keeps
-filings apart over both tasks: the files of 2025-03-10 test, and the rows of 2025-03-13 whose filing is in neither of
-them train.
+The published rows hold their prompt, kept verbatim with its faults: a leading quote, tags cut to `</>`, texts cut at 100
+characters, one shot before the question. The paper's split cannot be rebuilt. This split separates filings over both
+tasks: the files of 2025-03-10 are the test, and the rows of 2025-03-13 whose filing is in neither of them the training
+examples.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from finlora.data.pack_size import MAX_RECORDED_ROWS
+from finlora.data.pack_size import MAX_CAPTURED_ROWS
 from finlora.data.packing import Segments
 from finlora.model.kernels import launch
 
@@ -135,7 +135,7 @@ def attend_alone(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def _suits_cudnn(query: Tensor, segments: Segments) -> bool:
     return (
-        MAX_RECORDED_ROWS < query.shape[0] >= LONG * len(segments.query_lengths)
+        MAX_CAPTURED_ROWS < query.shape[0] >= LONG * len(segments.query_lengths)
         and segments.query_lengths == segments.key_lengths
         and can_attend_alone(query)
     )

@@ -81,7 +81,7 @@ class PackedLlama(nn.Module):
         cosine, sine = self.ends.rotary_tables(x, pack.positions)
         last = len(self.layers) - 1
         contexts = [LayerContext(pack.segments, None, cosine, sine, self.recompute)] * last
-        contexts.append(LayerContext(pack.last_segments, pack.places, cosine, sine, self.recompute))
+        contexts.append(LayerContext(pack.last_segments, pack.label_rows, cosine, sine, self.recompute))
         seeds = [None if seed is None else seed ^ _layer_salt(index) for index in range(last + 1)]
         all_kept = []
         for layer, context, own in zip(self.layers, contexts, seeds, strict=True):

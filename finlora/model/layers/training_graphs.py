@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from finlora.data.pack_size import MAX_RECORDED_ROWS
+from finlora.data.pack_size import MAX_CAPTURED_ROWS
 from finlora.data.packing import Pack
 from finlora.model.kernels import launch
 
@@ -44,7 +44,7 @@ class CapturedPasses:
         form = (*pack.form, seed is None)
         if form in self._graphs:
             self._graphs.move_to_end(form)
-        elif form in self._seen and len(pack.input_ids) <= MAX_RECORDED_ROWS:
+        elif form in self._seen and len(pack.input_ids) <= MAX_CAPTURED_ROWS:
             if len(self._graphs) == MAX_GRAPHS:
                 self._graphs.popitem(last=False)
             self._graphs[form] = _Graph(self._run, pack, seed, device, self._pool, self._stream, self._outputs)

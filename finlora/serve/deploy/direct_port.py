@@ -72,6 +72,6 @@ def _bind(direct: DirectConfig, *, is_shared: bool) -> socket.socket:
             raise
     except OSError as error:
         raise ResourceError(
-            f"direct.port={direct.port} at {host} cannot be listened at ({error.strerror}): take a free port of this machine."
+            f"direct.port={direct.port} at {host} cannot be opened ({error.strerror}): take a free port of this machine."
         ) from error
     return listener

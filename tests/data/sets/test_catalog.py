@@ -59,10 +59,12 @@ def test_text_behind_an_at_sign_is_a_file(tmp_path):
     path.write_text("\ufeff<xbrl/>", encoding="utf-8")
     assert read_content(f"@{path}") == "<xbrl/>"
     assert read_content("plain") == "plain"
-    with pytest.raises(DatasetError, match=r"absent.xml cannot be read .*: expected a text file in UTF-8 behind @"):
+    with pytest.raises(
+        DatasetError, match=r"absent.xml cannot be read .*: expected the name of a UTF-8 text file after @"
+    ):
         read_content(f"@{tmp_path / 'absent.xml'}")
     path.write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(DatasetError, match=r"expected a text file in UTF-8"):
+    with pytest.raises(DatasetError, match=r"expected the name of a UTF-8 text file"):
         read_content(f"@{path}")
 
 

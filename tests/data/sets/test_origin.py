@@ -55,17 +55,17 @@ def test_other_numbers_are_refused():
         compare(one_less)
     (note,) = compare(one_less, is_own=True)
     assert note.startswith("Not the published set: found 3,633 train")
-    assert "cannot stand beside the paper's" in note
+    assert "cannot be compared with the paper's" in note
 
 
 def test_exchanged_labels_are_refused():
     """As by TFNS's numbers 0 negative, 1 positive, 2 neutral, or in FinLoRA's own file of the TFNS test."""
     swapped = {"negative": 604, "neutral": 1363, "positive": 2879}
     test = {"negative": 145, "neutral": 338, "positive": 729}
-    words = r"labels are exchanged with one another \(neutral 1,363, positive 2,879\)"
+    words = r"labels are swapped \(neutral 1,363, positive 2,879\)"
     with pytest.raises(DatasetError, match=words):
         compare(make_splits(swapped, test))
-    with pytest.raises(DatasetError, match=r"labels are exchanged with one another \(neutral 338, positive 729\)"):
+    with pytest.raises(DatasetError, match=r"labels are swapped \(neutral 338, positive 729\)"):
         compare(Splits(train=(), test=make_examples("test", test)))
 
 
@@ -76,13 +76,13 @@ def test_other_labels_are_refused():
 
 def test_same_numbers_of_other_texts_are_named():
     (note,) = compare(make_splits())
-    assert "its train and test split is another: other texts, or another order of the rows" in note
+    assert "its train and test split differs: other texts, or another order of the rows" in note
 
 
 def test_generated_tasks_and_unknown_tables_are_not_compared():
     assert compare(make_splits(), task="synthetic_sentiment") == ()
     (note,) = compare(make_splits(), task="xbrl_tags", is_of_hub=True)
-    assert "is not known to FinLoRA" in note
+    assert "FinLoRA does not know the content" in note
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_shuffled_fpb_is_named(tmp_path, fpb_rows):
     report = prepare_task(
         "fpb", write_fpb_csv(tmp_path, shuffled), tmp_path, None, "all", overwrite=False, dry_run=True
     )
-    assert "its train and test split is another" in report.notes[0]
+    assert "its train and test split differs" in report.notes[0]
 
 
 @pytest.mark.shared_data
@@ -180,5 +180,5 @@ def test_tfns_with_exchanged_labels_is_refused(tmp_path, shared_data):
             header, *rows = csv.reader(stream)
         with (tmp_path / name).open("w", encoding="utf-8", newline="") as stream:
             csv.writer(stream).writerows([header, *([text, exchange[label]] for text, label in rows)])
-    with pytest.raises(DatasetError, match=r"labels are exchanged with one another \(neutral 2,398, positive 7,744\)"):
+    with pytest.raises(DatasetError, match=r"labels are swapped \(neutral 2,398, positive 7,744\)"):
         prepare_task("tfns", tmp_path, tmp_path, None, "all", overwrite=False, dry_run=True)

@@ -72,7 +72,7 @@ def test_same_set_is_kept_and_another_refused(tmp_path):
     assert write(tmp_path).is_written
     assert not write(tmp_path).is_written
     other = dataclasses.replace(SPLITS, train=SPLITS.train[:1])
-    with pytest.raises(DatasetError, match=r"holds another set .* pass --overwrite"):
+    with pytest.raises(DatasetError, match=r"holds a different set .* pass --overwrite"):
         write(tmp_path, other)
     assert len(read_prepared(tmp_path, "fpb", "train").examples) == 3
     assert write(tmp_path, other, overwrite=True).is_written
@@ -108,7 +108,7 @@ def test_cut_short_file_is_refused(tmp_path):
     write(tmp_path)
     path = tmp_path / "fpb" / "test.parquet"
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DatasetError, match="not readable Parquet, perhaps cut short"):
+    with pytest.raises(DatasetError, match="not readable Parquet, perhaps truncated"):
         read_prepared(tmp_path, "fpb", "test")
 
 

@@ -172,7 +172,7 @@ def test_tfns_reads_fields_over_several_lines(tmp_path, ask):
         ("text,label\na,b,1\n", r"sent_train.csv:2, column label: found 3 fields, expected 2"),
         ('text,label\n"open,1\n', r"sent_train.csv:2: not valid CSV"),
         ("tweet,label\na,1\n", r"found columns tweet, label, but text is missing"),
-        ("text,label\n", r"holds no row"),
+        ("text,label\n", r"has no rows"),
     ],
 )
 def test_tfns_bad_file_is_an_error(tmp_path, ask, body, words):
@@ -190,7 +190,7 @@ def test_tfns_wrong_encoding_names_line_and_byte(tmp_path, ask):
 def test_utf16_is_named_where_latin1_would_take_any_byte(tmp_path, ask):
     (tmp_path / "Sentences_50Agree.txt").write_text("Profit rose .@positive\n", encoding="utf-16")
     with pytest.raises(
-        DatasetError, match=r"Sentences_50Agree.txt:1: found a zero byte, as UTF-16 text and binary files"
+        DatasetError, match=r"Sentences_50Agree.txt:1: found a zero byte, which UTF-16 text and binary files"
     ):
         sentiment.read_fpb(ask(tmp_path))
 

@@ -7,7 +7,7 @@ import torch
 from emulated_flash import emulate_attention
 
 from finlora.data.encode import Encoded
-from finlora.data.pack_size import MAX_RECORDED_ROWS, pad_pack
+from finlora.data.pack_size import MAX_CAPTURED_ROWS, pad_pack
 from finlora.data.packing import pack_examples
 from finlora.model.layers import attention
 from finlora.model.layers.attention import attend, attend_backward
@@ -55,7 +55,7 @@ def test_long_segments_equal_flash_attention_and_float32(lengths, monkeypatch):
     pack = pad_pack(pack_examples(items, share_prefix=True))
     segments = pack.to(torch.device("cuda")).segments
     num_rows = len(pack.input_ids)
-    assert num_rows > MAX_RECORDED_ROWS
+    assert num_rows > MAX_CAPTURED_ROWS
     generator = torch.Generator("cuda").manual_seed(0)
 
     def draw(heads):
@@ -100,7 +100,7 @@ def test_attention_of_a_gpu_equals_the_plain_one(monkeypatch, way, lengths):
     emulate_attention(monkeypatch)
     if way == "cudnn":
         monkeypatch.setattr(attention, "LONG", 1)
-        monkeypatch.setattr(attention, "MAX_RECORDED_ROWS", 1)
+        monkeypatch.setattr(attention, "MAX_CAPTURED_ROWS", 1)
         assert attention._suits_cudnn(query, segments)
     output, log_sum = attend(query, key, value, segments)
     found = [output, *attend_backward(grad, query, key, value, output, log_sum, segments)]

@@ -143,7 +143,7 @@ def test_audit_verb_finds_heads_or_fails(log, capsys, monkeypatch):
     assert (code, "holds the head ffff" in words) == (7, True)
     log.path.write_bytes(log.path.read_bytes()[:-30])
     code, words = run()
-    assert (code, "4 entries, whole" in words, "was begun and not ended" in words) == (0, True, True)
+    assert (code, "4 entries, intact" in words, "the line after it is incomplete" in words) == (0, True, True)
     assert run("--head", log.head)[0] == 7
 
 

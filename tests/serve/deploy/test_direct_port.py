@@ -37,7 +37,7 @@ def test_taken_port_and_foreign_address_are_refused():
         port = stranger.getsockname()[1]
         with pytest.raises(ResourceError, match="already in use"):
             listen_shared(DirectConfig(port=port))
-    with pytest.raises(ResourceError, match=r"at 203.0.113.9 cannot be listened at .*take a free port of this machine"):
+    with pytest.raises(ResourceError, match=r"at 203.0.113.9 cannot be opened .*take a free port of this machine"):
         listen_shared(DirectConfig(port=port, host="203.0.113.9"))
 
 

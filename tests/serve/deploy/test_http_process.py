@@ -124,5 +124,5 @@ def test_taken_port_is_refused(hub, tiny_base, monkeypatch):
         stranger.listen()
         config = make_settings(tiny_base, direct={"port": stranger.getsockname()[1]})
         work = answer_http(config, hub.path, CountingMeter(), asyncio.Event(), asyncio.Event())
-        with pytest.raises(ResourceError, match=r"cannot be listened at \(Address already in use\): take a free port"):
+        with pytest.raises(ResourceError, match=r"cannot be opened \(Address already in use\): take a free port"):
             asyncio.run(work)

@@ -186,7 +186,7 @@ def test_taken_port_is_refused_before_ray_starts(tiny_base, monkeypatch):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(
-            ResourceError, match=rf"^port={port} at 127.0.0.1 cannot be listened at .*use another port with --p"
+            ResourceError, match=rf"^port={port} at 127.0.0.1 cannot be opened .*use another port with --p"
         ):
             check_server(deployment, None, port, is_here=True)
         assert check_server(deployment, None, port, is_here=False).http["port"] == port

@@ -254,7 +254,7 @@ def test_date_that_is_none_is_refused(make_config, settings, words):
 
 def test_answer_of_which_no_token_is_made_is_refused(make_config, monkeypatch):
     monkeypatch.setattr("finlora.data.encode.encode_answer", lambda _answer, _tokenizer, _template: (1,))
-    with pytest.raises(DatasetError, match=r"has the answer '\w+', of which the tokenizer makes no token"):
+    with pytest.raises(DatasetError, match=r"has the answer '\w+', which has no token in this tokenizer"):
         load_training_set(make_config())
 
 

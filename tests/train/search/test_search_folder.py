@@ -45,7 +45,7 @@ def test_splitting_again_changes_nothing_and_another_seed_is_refused(prepared_sy
     before = (tmp_path / TASK / "train.parquet").stat().st_mtime_ns
     split_examples(prepared_synthetic, TASK, tmp_path, 0.2, 42)
     assert (tmp_path / TASK / "train.parquet").stat().st_mtime_ns == before
-    with pytest.raises(DatasetError, match="holds another set"):
+    with pytest.raises(DatasetError, match="holds a different set"):
         split_examples(prepared_synthetic, TASK, tmp_path, 0.2, 43)
 
 

@@ -47,7 +47,7 @@ def test_padded_rows_are_as_long_as_the_longest():
     assert batch.input_ids[0, LENGTHS[0] :].unique().tolist() == [7]
 
 
-def test_sizes_are_rounded_only_where_passes_are_recorded():
+def test_sizes_are_rounded_only_where_passes_are_captured():
     plain, rounded = (packed(100, is_padded=flag).assemble(EXAMPLES[:3]) for flag in (False, True))
     assert isinstance(plain, Pack)
     assert len(rounded.input_ids) % 16 == 0

@@ -1,15 +1,15 @@
-"""How long a cluster of many GPUs would take: measured steps, the messages that the optimisers send, links as stated.
+"""Time model of training on many GPUs: measured steps, the optimisers' messages, and assumed links.
 
-A rank's step takes `step_seconds` in proportion to the tokens of its examples. Their lengths are drawn from a log-normal
-distribution and dealt out by the product's own sampler (finlora/train/steps/sampler.py); what machines add is a log-normal
-factor of mean 1 for each rank and step. Ranks then wait for the slowest, but only at steps at which something travels. What
-travels, and when, is asked of the optimisers' own code (finlora/optim/onebit.py, wire.py).
+A rank's step takes `step_seconds`, scaled by the tokens of its examples. Lengths are sampled from a log-normal distribution and
+shared by the product's sampler (finlora/train/steps/sampler.py); each rank and step gets a log-normal factor of mean 1 for the
+variation between machines. Ranks wait for the slowest, but only at steps with communication. Size and time of the messages
+come from the optimisers' code (finlora/optim/onebit.py, wire.py).
 
-Times of an average of n ranks with 2 (n - 1) messages a rank, which nothing overlaps, as in training here:
+Times of an average over n ranks with 2 (n - 1) messages a rank, not overlapped with computing, as in FinLoRA's training:
 
-    ring         2 (n - 1) rounds of one latency and one message, at the pace of the slowest link of the ring
+    ring         2 (n - 1) rounds of one latency and one message, at the speed of the ring's slowest link
     tree         2 ceil(log2 n) latencies and twice the vector (NCCL's choice for small vectors on many nodes)
-    all-to-all   n - 1 rounds of one latency; a node's link carries all that its GPUs send to other nodes
+    all-to-all   n - 1 rounds of one latency; a node's link carries everything its GPUs send to other nodes
     all-gather   n - 1 rounds of the ring
 """
 
@@ -30,18 +30,18 @@ from finlora.train.steps.sampler import Sampler
 _MEAN_TOKENS, _NUM_DEALS = 100, 30
 
 Method = Literal["adamw ring", "adamw tree", "adamw free", "0/1 adam"]
-"""`adamw free`: with links that take no time, so that waiting for the slowest rank is all that is lost."""
+"""`adamw free`: links take no time, so only the wait for the slowest rank is lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """A connection, one way."""
+    """One direction of a connection."""
 
     name: str
     bytes_per_second: float
-    """What programs get, not the data sheet's rate."""
+    """Rate that programs reach, not the data sheet's."""
     latency_s: float
-    """From one program to the other, a message."""
+    """Latency of a message between two programs."""
 
     def seconds(self, num_bytes: float) -> float:
         return self.latency_s + num_bytes / self.bytes_per_second
@@ -54,15 +54,15 @@ ETHERNET_100 = Link(name="100 GbE", bytes_per_second=11.7e9, latency_s=10e-6)
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Nodes of a few GPUs each."""
+    """Nodes with a few GPUs each."""
 
     between: Link
-    """One for each node, which its GPUs share."""
+    """One a node, shared by its GPUs."""
     inside: Link = PCIE
     gpus_a_node: int = 4
 
     def slowest(self, num_gpus: int) -> Link:
-        """Return the link that sets the pace of a ring."""
+        """Return the slowest link of a ring."""
         return self.inside if num_gpus <= self.gpus_a_node else self.between
 
     def ring_seconds(self, num_gpus: int, num_elements: int) -> float:
@@ -89,7 +89,7 @@ class Cluster:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What every rank computes and shares."""
+    """Work and trained parameters of every rank."""
 
     name: str
     sizes: Sequence[int]
@@ -101,7 +101,7 @@ class Load:
     spread: float
     """Standard deviation of the examples' lengths over their mean."""
     jitter: float
-    """Standard deviation of the time of one and the same work over its mean."""
+    """Standard deviation of the time of the same work over its mean."""
     block_size: int = 512
 
 
@@ -110,19 +110,19 @@ class Outcome:
     """One run of the simulation; bytes, rounds and seconds are a rank's over the whole run."""
 
     efficiency: float
-    """Share of the time in which the ranks compute: 1 for a lone one."""
+    """Share of time in which the ranks compute: 1 for a single rank."""
     bytes_sent: int
     rounds: int
     wire_seconds: float
 
 
-def draw_steps(load: Load, num_gpus: int, num_steps: int) -> np.ndarray:
+def sample_steps(load: Load, num_gpus: int, num_steps: int) -> np.ndarray:
     """Return seconds, (steps, ranks)."""
-    return load.step_seconds * _draw_work(load.batch_size, load.spread, load.jitter, num_gpus, num_steps)
+    return load.step_seconds * _sample_work(load.batch_size, load.spread, load.jitter, num_gpus, num_steps)
 
 
 @cache
-def _draw_work(batch_size: int, spread: float, jitter: float, num_gpus: int, num_steps: int) -> np.ndarray:
+def _sample_work(batch_size: int, spread: float, jitter: float, num_gpus: int, num_steps: int) -> np.ndarray:
     rng = np.random.default_rng(num_gpus)
     total = batch_size * num_gpus
     lengths = np.rint(_MEAN_TOKENS * _around_one(rng, spread, _NUM_DEALS * total)).astype(int).tolist()
@@ -130,7 +130,7 @@ def _draw_work(batch_size: int, spread: float, jitter: float, num_gpus: int, num
     tokens = np.array(
         [[sum(lengths[i] for i in share) for share in sampler.shares(batch)] for batch in sampler.batches(_NUM_DEALS)]
     )
-    # Dealing many examples takes long, so each deal comes again, with its shares on other ranks.
+    # Sharing many examples takes long, so each share-out is reused, with its shares on other ranks.
     work = rng.permuted(tokens[rng.integers(_NUM_DEALS, size=num_steps)] / tokens.mean(), axis=1)
     return work * _around_one(rng, jitter, work.shape)
 
@@ -144,8 +144,8 @@ def simulate(cluster: Cluster, load: Load, method: Method, schedule: Schedule, s
     """Run an optimiser's schedule on a cluster.
 
     Args:
-        schedule: of 0/1 Adam; of the others only its number of steps counts.
-        steps: of `draw_steps`, for as many ranks as the cluster has GPUs.
+        schedule: of 0/1 Adam; the other methods use only its number of steps.
+        steps: from `sample_steps`, one rank for each GPU of the cluster.
     """
     n = steps.shape[1]
     num_elements = sum(load.sizes)

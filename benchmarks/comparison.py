@@ -1,4 +1,4 @@
-"""Side-by-side tables and checks over the results of benchmarks/real_tasks.py, as Markdown that reads well as plain text."""
+"""Tables and checks of benchmarks/real_tasks.py's results, as Markdown that is readable as plain text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def render_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def compare_adapters(results: Sequence[Result], tasks: Sequence[str]) -> str:
-    """Base and adapters of each task, scored at the bits they were trained at."""
+    """Return a table of each task's base and adapters, scored at their training bits."""
     rows = []
     for task in tasks:
         bases, adapters = _bases(results, task), _adapters(results, task)
@@ -55,7 +55,7 @@ def compare_adapters(results: Sequence[Result], tasks: Sequence[str]) -> str:
 
 
 def compare_optimizers(results: Sequence[Result], tasks: Sequence[str]) -> str:
-    """AdamW beside 0/1 Adam: one row a seed and the mean; what the training counted on the wire stands as it was named."""
+    """Return a table of AdamW and 0/1 Adam, one row a seed and the mean, with the traffic counts of the training."""
     counted = list(dict.fromkeys(key for r in results if r.kind == "training" for key in _counted(r)))
     rows = []
     for task in tasks:
@@ -81,7 +81,7 @@ def compare_optimizers(results: Sequence[Result], tasks: Sequence[str]) -> str:
 
 
 def check_adapters(results: Sequence[Result], tasks: Sequence[str]) -> list[str]:
-    """Say of each claim about the adapters whether it holds."""
+    """Return a line for each claim about the adapters: whether it holds."""
     lines = []
     for task in tasks:
         bases, adapters = _bases(results, task), _adapters(results, task)
@@ -114,7 +114,7 @@ def check_adapters(results: Sequence[Result], tasks: Sequence[str]) -> list[str]
 
 
 def check_optimizers(results: Sequence[Result], tasks: Sequence[str]) -> list[str]:
-    """Say of each task whether 0/1 Adam's mean accuracy is inside AdamW's mean interval."""
+    """Return a line a task: whether 0/1 Adam's mean accuracy is inside AdamW's mean interval."""
     lines = []
     for task in tasks:
         adamw, zero_one = (
@@ -132,8 +132,8 @@ def check_optimizers(results: Sequence[Result], tasks: Sequence[str]) -> list[st
     return lines
 
 
-def draw_optimizers(results: Sequence[Result], tasks: Sequence[str], file: Path) -> bool:
-    """Draw the loss of every seed, a panel a task; returns False where there is nothing to draw."""
+def plot_optimizers(results: Sequence[Result], tasks: Sequence[str], file: Path) -> bool:
+    """Plot the loss of every seed, one panel a task; returns False if there are no losses."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -162,7 +162,7 @@ def _bases(results: Sequence[Result], task: str) -> dict[int, Result]:
 
 
 def _adapters(results: Sequence[Result], task: str) -> dict[str, Result]:
-    """Adapters by AdamW; of several seeds the first one run, which is the one of the adapters' part."""
+    """Return AdamW's adapters; of several seeds the first, which belongs to the adapters' part."""
     found: dict[str, Result] = {}
     for result in results:
         is_ours = result.kind == "evaluation" and result.task == task and result.variant in ADAPTERS
@@ -174,7 +174,7 @@ def _adapters(results: Sequence[Result], task: str) -> dict[str, Result]:
 
 
 def _runs_of(results: Sequence[Result], task: str, optimizer: str) -> list[tuple[Result, Result | None]]:
-    """Training and evaluation of the two-worker 4-bit runs of an optimiser, by seed."""
+    """Return training and evaluation of an optimiser's two-worker 4-bit runs, by seed."""
     runs = []
     for result in results:
         is_kind = result.kind == "training" and result.task == task and result.variant == ADAPTERS[-1]
@@ -195,7 +195,7 @@ def _majority_share(result: Result) -> float:
 
 
 def _quarters(training: Result) -> list[float]:
-    """Loss where a quarter, two, three and all of the run are done."""
+    """Return the loss after each quarter of the run."""
     last = training.loss_curve[-1][0]
     return [
         min(training.loss_curve, key=lambda point: abs(point[0] - last * quarter / 4))[1] for quarter in (1, 2, 3, 4)
@@ -203,7 +203,7 @@ def _quarters(training: Result) -> list[float]:
 
 
 def _counted(training: Result) -> dict[str, float]:
-    """What the busiest worker sent for the optimiser; of seconds the smallest, as the others' hold their waiting."""
+    """Return the largest traffic of a worker, and the smallest seconds: the others' include waiting."""
     keys = training.wire[0] if training.wire else ()
     return {key: (min if "seconds" in key else max)(worker[key] for worker in training.wire) for key in keys}
 

@@ -1,9 +1,9 @@
-"""How much of a step workers compute, where each waits for the one with the most tokens: dealt in turn, and by length.
+"""Share of a step in which workers compute, if each waits for the one with the most tokens: shared in turn and by length.
 
     python benchmarks/dealing.py --data ~/finlora/data --base ~/llama-8b --tasks ner fpb
 
-Counts tokens of the prepared train splits, not time; no weight is read. Of each batch that is the mean over workers of their
-tokens over the most that one of them has, with every token taken to cost the same.
+Counts tokens of the prepared train splits, not time; reads no weights. For each batch it is the workers' mean number of tokens
+over the largest one, assuming equal cost of all tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def measure(lengths: Sequence[int], workers: int, batch_size: int, num_batches: 
 
 
 def main() -> None:
-    """Print a line a task and deal."""
+    """Print a line for each task and way of sharing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="prepared tasks")
     parser.add_argument(
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--workers", nargs="+", metavar="WORKERS:BATCH", default=["4:16", "4:64", "16:256", "64:1024"])
     parser.add_argument("--batches", type=int, default=200)
     options = parser.parse_args()
-    print(f"{'task':20} {'dealt':10}" + "".join(f"{place:>10}" for place in options.workers))
+    print(f"{'task':20} {'shared':10}" + "".join(f"{split:>10}" for split in options.workers))
     for task in options.tasks:
         config = RunConfig(
             model=ModelConfig(
@@ -59,8 +59,8 @@ def main() -> None:
         lengths = [item.num_tokens for item in load_training_set(config).encoded]
         for name, deal in DEALS.items():
             cells = []
-            for place in options.workers:
-                workers, _, batch_size = place.partition(":")
+            for split in options.workers:
+                workers, _, batch_size = split.partition(":")
                 cells.append(measure(lengths, int(workers), int(batch_size), options.batches, deal))
             print(f"{task:20} {name:10}" + "".join(f"{cell:10.0%}" for cell in cells), flush=True)
 

@@ -1,7 +1,7 @@
-"""DeepSpeed 0.19.6's ZeroOneAdam as an update rule, each way in which it leaves finlora's 0/1 Adam behind a switch.
+"""DeepSpeed 0.19.6's ZeroOneAdam as an update rule, with a switch for each difference from finlora's 0/1 Adam.
 
-Written from what that class computes, in our own words: m momentum, v variance, u the sum of rate * m since the last
-synchronisation, D = sqrt(v) + eps, C the 1-bit average with error feedback, n ranks. Step t from 1:
+Reimplemented from that class: m momentum, v variance, u the sum of rate * m since the last synchronisation,
+D = sqrt(v) + eps, C the 1-bit average with error feedback, n ranks. Step t from 1:
 
     t <= var_freeze_step, t in T_v:   m, v <- exact mean gradient;                        x <- x - rate m / D
     t <= var_freeze_step, other t:    m <- b1 m + (1 - b1) C(g)                           x <- x - rate m / D
@@ -9,9 +9,9 @@ synchronisation, D = sqrt(v) + eps, C the 1-bit average with error feedback, n r
         every local interval:         m <- C(u) / sum of rate;    x <- x_synced - C(u) / D;    u <- 0
 
 T_v: each gap is used 16 times, then doubled. Local interval: doubled every `local_step_scaler` frozen steps, at most 16.
-With all switches off this is finlora's ZeroOneAdam (tests/benchmarks/test_deepspeed_rule.py holds the two to equal weights).
+With all switches off this is finlora's ZeroOneAdam (tests/benchmarks/test_deepspeed_rule.py checks for equal weights).
 
-It needs neither DeepSpeed nor cupy: signs and scales are averaged as floats, bytes are counted as they would be sent.
+It needs neither DeepSpeed nor cupy: signs and scales are averaged as floats, and the bytes of the real messages are counted.
 
 Source: deepspeed/runtime/fp16/onebit/zoadam.py and deepspeed/runtime/comm/compressed.py of release 0.19.6 (PyPI).
 """
@@ -27,51 +27,56 @@ from torch import Tensor
 
 from finlora.optim.onebit import SCALE_BYTES, Schedule, rank_and_world_size
 
-VAR_FREEZE_STEP, VAR_UPDATE_SCALER, LOCAL_STEP_SCALER, LOCAL_STEP_CLIPPER = 100_000, 16, 32_678, 16  # its defaults
+VAR_FREEZE_STEP, VAR_UPDATE_SCALER, LOCAL_STEP_SCALER, LOCAL_STEP_CLIPPER = (
+    100_000,
+    16,
+    32_678,
+    16,
+)  # DeepSpeed's defaults
 BLOCK_SIZE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
-    """What DeepSpeed does otherwise than finlora; True is as shipped."""
+    """Differences of DeepSpeed from finlora; True is as released."""
 
     first_step: bool = True
-    """The first call makes buffers, drops its gradient and counts as a step; so does the first call after a resume."""
+    """The first call creates buffers, drops its gradient and counts as a step; so does the first call after a resume."""
     lone_gradient: bool = True
-    """With one rank, off T_v and before the freeze, m stays as it is: the gradient is dropped, x still moves along m."""
+    """With one rank, outside T_v and before the freeze, m does not change: the gradient is dropped, x still moves along m."""
     bias: bool = True
-    """No bias correction, whatever the setting says: rate = lr, and v counts from 0."""
+    """No bias correction, whatever the setting: rate = lr, and v starts from 0."""
     units: bool = True
     """The 1-bit average takes the gradient before the freeze and u after it, not u / D; errors are cleared between."""
     scale: bool = True
-    """One root mean square a tensor (a server's: a tensor's chunk) as scale, not a mean over 512 elements."""
+    """The scale is the root mean square of a tensor (on a server, of a tensor's chunk), not a mean over 512 elements."""
     floor: bool = True
-    """v has no floor where it saw next to no gradient, and a step no bound where v is frozen."""
+    """v has no floor for near-zero gradients, and steps have no bound while v is frozen."""
     schedule: bool = True
     """T_v and the local intervals follow fixed counts, not the run's length; the last step does not synchronise."""
     resume: bool = True
-    """A resumed run takes rank 0's weights, m and v; errors, u, intervals and the freeze start anew. Whether the first
-    gradient is averaged follows the intervals from before: mostly it is not, and the ranks' weights part for good."""
+    """A resumed run takes rank 0's weights, m and v; errors, u, intervals and the freeze are reset. The old intervals decide
+    whether the first gradient is averaged: mostly it is not, and the ranks' weights diverge permanently."""
 
 
 class Regions:
-    """A vector cut into runs of elements that share a mean. Shapes: sizes (R,), which sum up to N."""
+    """Consecutive regions of a vector. Shapes: sizes (R,), which sum up to N."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.sizes = torch.tensor(sizes)
         self.of_element = torch.repeat_interleave(torch.arange(len(sizes)), self.sizes)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of each element's region, at the element. Shapes: (N,) -> (N,)."""
+        """Return the mean of each element's region. Shapes: (N,) -> (N,)."""
         sums = torch.zeros(len(self.sizes)).index_add_(0, self.of_element, values)
         return (sums / self.sizes)[self.of_element]
 
 
 class DeepSpeedRule(torch.optim.Optimizer):
-    """The rule over one flat float32 vector; the parameters become views of it.
+    """Optimiser on one flat float32 vector; the parameters become views of it.
 
     Args:
-        parameters: float32; each one's size is a multiple of 8 * n, so that no padding is needed.
+        parameters: float32; each size is a multiple of 8 * n, so that no padding is needed.
         schedule: finlora's T_v and T_u, followed when faults.schedule is off.
     """
 
@@ -103,12 +108,12 @@ class DeepSpeedRule(torch.optim.Optimizer):
         self._tensors = Regions(self.sizes)
         self._chunks = Regions([size // self.world_size for size in self.sizes for _ in range(self.world_size)])
         self._blocks = Regions([min(BLOCK_SIZE, size - i) for size in self.sizes for i in range(0, size, BLOCK_SIZE)])
-        self._start_anew()
+        self._reset()
 
     def _zeros(self) -> Tensor:
         return torch.zeros_like(self.x)
 
-    def _start_anew(self) -> None:
+    def _reset(self) -> None:
         self.worker_error, self.server_error, self.u = self._zeros(), self._zeros(), self._zeros()
         self.has_started, self.is_frozen, self.is_averaged = False, False, True
         self.var_interval, self.var_counter, self.local_interval, self.local_counter = 1, 0, 1, 0
@@ -116,14 +121,14 @@ class DeepSpeedRule(torch.optim.Optimizer):
 
     @torch.no_grad()
     def resume(self) -> None:
-        """Do to the state what saving and loading it does."""
+        """Change the state as saving and loading does."""
         if not self.faults.resume:
             return
         is_averaged = self.step_count < self.var_freeze_step and (self.step_count + 1) % self.var_interval == 0
         for tensor in (self.x, self.m, self.v):
             if self.world_size > 1:
                 dist.broadcast(tensor, group=self.process_group, group_src=0)
-        self._start_anew()
+        self._reset()
         self.is_averaged = is_averaged
 
     @torch.no_grad()
@@ -196,7 +201,7 @@ class DeepSpeedRule(torch.optim.Optimizer):
         return v.sqrt() + self.eps
 
     def _average_one_bit(self, values: Tensor) -> Tensor:
-        """Both stages of 1-bit Adam's average. The servers' stage is done for all chunks on every rank, with equal bits."""
+        """Average by both stages of 1-bit Adam. Every rank computes the servers' stage for all chunks, with equal bits."""
         n = self.world_size
         if n == 1:
             return values

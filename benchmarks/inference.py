@@ -1,14 +1,14 @@
-"""Inference speed and memory of FinLoRA's engine beside transformers' generate, at true Llama shapes with random weights.
+"""Inference speed and memory of FinLoRA's engine and of transformers' generate, at true Llama shapes with random weights.
 
     python benchmarks/inference.py --data ~/finlora/data --base ~/llama --tokenizer ~/llama/tokenizer.model
     python benchmarks/inference.py --works 8b-8bit-ner-labels-64 --sides plain-1 finlora
     python benchmarks/inference.py --works tiny-16bit-synthetic_sentiment-labels-4 --device cpu --repeats 1
 
 A work is SIZE-BITSbit-TASK-labels-COUNT (the label of COUNT examples), SIZE-BITSbit-TASK-NEWnew-COUNT (COUNT examples at once,
-NEW tokens each), or either with -STAGESstages behind it (Ray actors, GPUs shared if need be). Prompts are those of the prepared
-task's test split. `plain-B` is transformers' generate on padded batches of B, four new tokens for a label, as it has no other
-way to one. Both sides generate every token asked for; sides run in processes of their own. GB = 1e9 bytes as
-torch.cuda.max_memory_allocated counts them, over all stages; first: seconds to the first token of a lone request.
+NEW tokens each), or either with the suffix -STAGESstages (Ray actors, sharing GPUs if necessary). Prompts come from the prepared
+task's test split. `plain-B` is transformers' generate on padded batches of B, with four new tokens for a label, as it cannot
+score labels. Both sides generate every requested token; each side runs in its own process. GB = 1e9 bytes as
+torch.cuda.max_memory_allocated counts them, over all stages; first: seconds to the first token of a single request.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def parse_work(name: str) -> Work:
     """Read a work from its name.
 
     Raises:
-        ConfigError: the name is not of the form that the module describes.
+        ConfigError: the name does not have the form in the module's docstring.
     """
     form = r"(8b|70b|tiny)-(16|8|4)bit-([a-z_]+)-(?:labels|(\d+)new)-(\d+)(?:-(\d+)stages)?"
     match = re.fullmatch(form, name)
@@ -82,14 +82,14 @@ def parse_work(name: str) -> Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """What both sides are asked."""
+    """Questions for both sides."""
 
     prompts: list[tuple[int, ...]]
     choices: list[tuple[tuple[int, ...], ...]]
 
 
 def read_questions(work: Work, config: Any, tokenizer: Any) -> Questions:
-    """Take examples of the test split, spread over it."""
+    """Select examples spread evenly over the test split."""
     from finlora.data.sets.prepared import read_prepared
     from finlora.evaluate.evaluation import encode_split
 
@@ -121,7 +121,7 @@ def measure_plain(
     with quiet_bitsandbytes():
         base = load_base(config.model, config.model.bits, device, 0)
         pad = base.tokenizer.pad_token_id
-        # A batch is enough to time; the slowest side would take minutes over all of them.
+        # Timing one batch is enough; all would take the slowest side minutes.
         prompts = questions.prompts[: max(batch, min(len(questions.prompts), 4 * batch, 64))]
 
         @torch.inference_mode()
@@ -177,7 +177,7 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
             from finlora.cluster import connect
 
             connect.connect(log_to_driver=False)
-            import ray  # reads its settings when it is imported
+            import ray  # reads its settings at import
 
             stack.callback(ray.shutdown)
         base = read_base_files(config.model)
@@ -187,23 +187,23 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
         batch_rows = options.batch_tokens or choose_batch_rows(in_flight)
 
         def run(asked: Sequence[Any]) -> tuple[Any, Any]:
-            """Return the meter's readings of the whole run, and from the last prompt's to the first answer's end."""
-            # Another scheduler has another prefix cache: nothing is left of the run before.
+            """Return the readings of the run, and of decoding alone: from the last prefill to the first answer's end."""
+            # A new scheduler has an empty prefix cache.
             follows = executor.can_follow and not options.no_following
             limits = Limits(cache_rows=rows, max_in_flight=in_flight, max_batch_tokens=batch_rows, follows=follows)
             core = EngineCore(executor, Scheduler(limits, NEVER, lambda: 0), tokenizer)
             for request in asked:
                 core.submit(request)
-            begun = steady = None
+            prefilled = steady = None
             while not core.is_idle:
                 ended = core.step()
-                if begun is None and not core.scheduler.num_waiting:
-                    begun = core.meter.totals() if core.scheduler.num_prefilled == len(asked) else None
-                elif begun is not None and steady is None and ended:
-                    steady = core.meter.read(begun)
+                if prefilled is None and not core.scheduler.num_waiting:
+                    first = core.meter.totals() if core.scheduler.num_prefilled == len(asked) else None
+                elif first is not None and steady is None and ended:
+                    steady = core.meter.read(first)
             return core.meter.read(), steady
 
-        run(requests)  # kernels are compiled, passes of each size seen for the first time
+        run(requests)  # warm-up: compiles kernels and runs each size of pass once
         run(requests)
         readings: list[Any] = []
         seconds = _time(lambda: readings.append(run(requests)), device, options.repeats)
@@ -299,10 +299,10 @@ def main() -> None:
     parser = make_parser(__doc__, WORKS, SIDES, ("plain-1", "plain-32", "finlora"))
     parser.add_argument("--repeats", type=int, default=3, help="timed runs")
     parser.add_argument("--at-once", type=int, default=64, help="requests that the KV cache holds")
-    parser.add_argument("--batch-tokens", type=int, help="most rows of a micro-batch; default: as an evaluation has")
+    parser.add_argument("--batch-tokens", type=int, help="most rows of a micro-batch; default: as in an evaluation")
     parser.add_argument("--transport", choices=["messages", "nccl", "gloo"], default="messages", help="between stages")
-    parser.add_argument("--in-flight", type=int, help="micro-batches under way; default: as an evaluation has")
-    parser.add_argument("--no-following", action="store_true", help="start no token before the one before it is back")
+    parser.add_argument("--in-flight", type=int, help="micro-batches in flight; default: as in an evaluation")
+    parser.add_argument("--no-following", action="store_true", help="start no token before the previous one is sampled")
     options = parser.parse_args()
     for name in options.works:
         parse_work(name)

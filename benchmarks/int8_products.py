@@ -1,13 +1,12 @@
-"""Where the time of an 8-bit product goes, beside the same product in bfloat16: one decoder layer of Llama-3.1 on a GPU.
+"""Time of the parts of an 8-bit product, and of the same product in bfloat16: one decoder layer of Llama-3.1 on a GPU.
 
     python benchmarks/int8_products.py                        # the shapes of 8B at 704, 1,472 and 1,984 rows
     python benchmarks/int8_products.py --size 70b --rows 1472
     python benchmarks/int8_products.py --device cpu --size tiny --rows 32 --repeats 2
 
-Forward: columns with outliers are found and the strongest taken, rows quantised, multiplied in int8, rescaled, and the outlier
-columns added in 16 bit, on a GPU in the product's own kernel. Backward: the weight is unpacked and multiplied in 16 bit. Each
-part is recorded as a CUDA graph of `repeats` runs, so that launches do not count; microseconds, median of five replays. Ratio:
-8 bit over bfloat16.
+Forward: find columns with outliers and choose the strongest, quantise rows, multiply in int8, rescale, and add the outlier
+columns in 16 bit, on a GPU in the product's kernel. Backward: unpack the weight and multiply in 16 bit. Each part is captured as
+a CUDA graph of `repeats` runs, to exclude launches; microseconds, median of five replays. Ratio: 8 bit over bfloat16.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Submit jobs to a Ray cluster as `ray job submit --working-dir .` does, in order of need, and wait for them.
+"""Queue of Ray jobs: submits them as `ray job submit --working-dir .` does, in the order of their needs, and waits for them.
 
-Ray itself queues work for GPUs: a job's driver waits there until its workers fit. Here only the number of drivers is
-bounded, since each is a process of its own and a machine has few cores to spare beside its workers.
+Ray queues work for GPUs: a job's driver waits until its workers fit. The queue bounds only the number of drivers, since each
+is a process and a machine has few spare cores beside its workers.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ class Job:
     command: tuple[str, ...]
     """Words after `python`: a script of jobs/ and its arguments."""
     needs: tuple[str, ...] = ()
-    """Names of jobs that must have ended well before."""
+    """Names of jobs that must have succeeded before."""
     is_done: Callable[[], bool]
-    """Whether its product is there already; asked before it is submitted, and after it ended."""
+    """Whether its output exists; checked before it is submitted and after it ends."""
     driver_gpus: float = 0.0
-    """GPUs that the command itself uses; training and evaluation reserve theirs from Ray by themselves."""
+    """GPUs of the command itself; training and evaluation reserve theirs from Ray."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of all jobs, by name."""
+    """Outcome of all jobs, by name."""
 
     kept: list[str] = field(default_factory=list)
     finished: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)
-    """Stopped or never started: the time limit came, or a job that they need failed."""
+    """Stopped or not started: the time limit was reached, or a job that they need failed."""
 
 
 @dataclass(slots=True)
 class JobQueue:
-    """Runs jobs of one working directory; each job's log is kept as LOGS/NAME.log."""
+    """Runs jobs in one working directory; keeps each job's log as LOGS/NAME.log."""
 
     client: Any
     """Ray's JobSubmissionClient."""
@@ -57,7 +57,7 @@ class JobQueue:
     """Name -> job, submission id and time of submission."""
 
     def run(self, jobs: Sequence[Job], deadline: float) -> Outcome:
-        """Run jobs, earlier ones of the list first, until all have ended or the deadline (time.monotonic) comes."""
+        """Run jobs in list order until all have ended or the deadline (time.monotonic) is reached."""
         self.logs.mkdir(parents=True, exist_ok=True)
         waiting = list(jobs)
         started = time.monotonic()
@@ -72,13 +72,13 @@ class JobQueue:
         return self.outcome
 
     def _submit_ready(self, waiting: Sequence[Job]) -> list[Job]:
-        """Submit what may run now and return the rest."""
+        """Submit jobs whose needs are met, and return the rest."""
         rest = []
         for job in waiting:
             ended_well = {*self.outcome.kept, *self.outcome.finished}
             if set(job.needs) & {*self.outcome.failed, *self.outcome.not_run}:
                 self.outcome.not_run.append(job.name)
-                print(f"{'not run':8} {job.name}: what it needs failed", flush=True)
+                print(f"{'not run':8} {job.name}: a job that it needs failed", flush=True)
             elif set(job.needs) <= ended_well and job.is_done():
                 self.outcome.kept.append(job.name)
                 print(f"{'kept':8} {job.name}", flush=True)
@@ -90,7 +90,7 @@ class JobQueue:
 
     def _submit(self, job: Job) -> None:
         resources: dict[str, Any] = {"entrypoint_num_gpus": job.driver_gpus} if job.driver_gpus else {}
-        # A name may be submitted again after an interruption, an id may not.
+        # After an interruption a name may be submitted again, an id may not.
         identity = f"{job.name}-{time.time_ns() // 1_000_000}"
         self.client.submit_job(
             entrypoint="python " + shlex.join(job.command),
@@ -101,7 +101,7 @@ class JobQueue:
         self._running[job.name] = (job, identity, time.monotonic())
 
     def _collect(self, started: float) -> None:
-        """Note every job that has ended."""
+        """Record every job that has ended."""
         for name, (job, identity, submitted) in list(self._running.items()):
             status = self.client.get_job_status(identity)
             if not status.is_terminal():
@@ -128,7 +128,7 @@ class JobQueue:
                 time.sleep(_POLL_SECONDS)
             self._keep_log(name, identity)
             self.outcome.not_run.append(name)
-            print(f"{'stopped':8} {name}: the time limit came", flush=True)
+            print(f"{'stopped':8} {name}: the time limit was reached", flush=True)
         self._running.clear()
 
     def _keep_log(self, name: str, identity: str) -> None:

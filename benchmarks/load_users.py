@@ -1,4 +1,4 @@
-"""Simulated users of a deployed server: each waits for its answer before the next request, and checks the answer.
+"""Simulated users of a deployed server: each waits for its answer, checks it, and sends the next request.
 
 serve_load.py, a script, imports this file as `load_users`; tests.chaos.serve, run from the repository root, imports it as
 `benchmarks.load_users`.
@@ -24,17 +24,17 @@ from typing import Any
 import aiohttp
 
 LABEL_TOLERANCE = 2e-3
-"""Probabilities may differ at least so much by rounding: a batch of other sizes adds in another order."""
+"""Smallest tolerance of probabilities: batches of other sizes add in another order."""
 RETRY_S = 0.25
 START_UP_S = 4.0
-"""Seconds that processes of users have to start."""
+"""Seconds for the users' processes to start."""
 PROXY_WORDS = "Internal Server Error"
-"""What Ray Serve's proxy says, in plain text, for what was under way at a replica that was killed."""
+"""Plain-text answer of Ray Serve's proxy to requests in flight at a killed replica."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A text, asked for its label or to be continued."""
+    """A text, and the request for its label or its continuation."""
 
     text: str
     is_label: bool
@@ -52,7 +52,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Several texts in one request, asked for their labels."""
+    """One request for the labels of several texts."""
 
     questions: tuple[Question, ...]
     path = "/v1/classify"
@@ -62,31 +62,31 @@ class Texts:
 
 
 Expected = Mapping[Question, dict[str, float] | str]
-"""The engine's own answer: probability of each label, or text."""
+"""The engine's answer: probability of each label, or text."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What all users saw."""
+    """Sums over all users."""
 
     tolerance: float = LABEL_TOLERANCE
-    """Of a label's probability."""
+    """Largest deviation of a label's probability."""
     seconds: float = 0.0
     whole: list[float] = field(default_factory=list)
-    """Seconds of each answer, from question to its end."""
+    """Seconds from each request to the end of its answer."""
     first: list[float] = field(default_factory=list)
-    """Seconds to the first text of a streamed answer."""
+    """Seconds from each request to the first text of its stream."""
     num_right: int = 0
     wrong: list[str] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
-    """Code of the error -> how often; each was asked again and answered."""
+    """Error code -> count; each request was retried and answered."""
     lost: list[str] = field(default_factory=list)
-    """Lines cut, statuses that nothing states, answers that never came."""
+    """Broken connections, undocumented statuses, missing answers."""
     stages: str = ""
-    """How busy the stages were."""
+    """Load of the stages."""
 
     def add(self, other: Tally) -> None:
-        """Count in what users of another process saw meanwhile."""
+        """Add the sums of users in another process."""
         self.seconds = max(self.seconds, other.seconds)
         self.num_right += other.num_right
         self.refused += other.refused
@@ -122,18 +122,17 @@ async def run_users(
     num_texts: int = 1,
     tolerance: float = LABEL_TOLERANCE,
 ) -> Tally:
-    """Let `num_users` ask one question after the other for `seconds`; every question begun is seen to its end.
+    """Let `num_users` ask one question after the other for `seconds`; waits for the last answers.
 
     Args:
-        meanwhile: runs beside the users, who go on until it has ended too.
-        may_break: a broken line, or the proxy's own 500, is a refusal, asked again: what a client does whose proxy or replica
-            was killed.
-        num_texts: of each request; more than one asks for labels alone.
+        meanwhile: runs beside the users, who continue until it has ended too.
+        may_break: retry after a broken connection or the proxy's 500, as a client does whose proxy or replica was killed.
+        num_texts: texts a request; with more than one, only labels are requested.
         tolerance: of a label's probability.
     """
     tally, todo = Tally(tolerance), itertools.cycle(questions)
     until, started = time.monotonic() + seconds, time.monotonic()
-    # One line a user and no more: what waits, waits in the server.
+    # One connection a user, so that requests wait in the server.
     connector = aiohttp.TCPConnector(limit=num_users)
     headers = {"Authorization": f"Bearer {key}"}
     timeout = aiohttp.ClientTimeout(total=400)
@@ -154,7 +153,7 @@ async def run_users(
 
 
 class StageWatch(threading.Thread):
-    """Asks twice a second how the server stands, while inside."""
+    """Context manager that polls the server's status twice a second."""
 
     def __init__(self, address: str, key: str) -> None:
         super().__init__(daemon=True)
@@ -178,17 +177,17 @@ class StageWatch(threading.Thread):
     def describe(self) -> str:
         seen = [body for body in self._seen if body["stages"]]
         if not seen:
-            return "the stages were not seen at work"
+            return "no status with busy stages was read"
         busy = [
             sum(body["stages"][index]["busy"] for body in seen) / len(seen) for index in range(len(seen[0]["stages"]))
         ]
         counts = {name: sum(body[name] for body in seen) / len(seen) for name in ("active", "queue")}
         shares = " / ".join(f"{share:.0%}" for share in busy)
-        return f"stages busy {shares}, {counts['active']:.0f} requests at work and {counts['queue']:.0f} in line"
+        return f"stages busy {shares}, {counts['active']:.0f} requests in flight and {counts['queue']:.0f} in the queue"
 
 
 def run_clients(num_clients: int, users: tuple[Any, ...], num_texts: int, tolerance: float) -> Tally:
-    """Let users ask from several processes, each of which begins elsewhere in the questions; returns what all saw.
+    """Run users in several processes, each starting at another question; returns the sums over all.
 
     Args:
         users: the arguments of `run_users` up to `seconds`.
@@ -208,7 +207,9 @@ def run_clients(num_clients: int, users: tuple[Any, ...], num_texts: int, tolera
 
 
 def _run_client(users: tuple[Any, ...], num_texts: int, tolerance: float, begin: float) -> Tally:
-    time.sleep(max(0.0, begin - time.monotonic()))  # all together: their answers are summed over one time
+    time.sleep(
+        max(0.0, begin - time.monotonic())
+    )  # all start together, because their answers are summed over the same seconds
     return asyncio.run(run_users(*users, num_texts=num_texts, tolerance=tolerance))
 
 
@@ -220,7 +221,7 @@ async def _ask(
     tally: Tally,
     may_break: bool,
 ) -> None:
-    """Ask until there is an answer; a stated refusal is asked again, as its Retry-After invites to."""
+    """Ask until there is an answer; retries a documented refusal after its Retry-After."""
     while True:
         started = time.monotonic()
         try:

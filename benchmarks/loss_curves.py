@@ -1,12 +1,12 @@
-"""Whether FinLoRA's packed steps learn what plain steps do: its loss curve beside two plain ones of other dropout masks.
+"""Loss curves of FinLoRA's packed steps and of two plain runs with different dropout masks.
 
     python benchmarks/loss_curves.py --works 8b-4bit-r4-ner-16 --data ~/finlora/data --base ~/llama-8b --tokenizer ...
     python benchmarks/loss_curves.py --works tiny-4bit-r4-synthetic_sentiment-4 --device cpu --steps 40
 
-All three train on the same examples in the same order from the same adapter; options are those of train_throughput.py. The noise
-is the root mean square difference of the two plain curves, averaged over windows of ten steps; FinLoRA's is its difference from
-their mean, which for a third run of the same kind is 0.87 times the noise in the mean (the root of 3/4). Without dropout
-(`--dropout 0`) a plain run is like the other, so FinLoRA stands beside one.
+All train on the same examples in the same order from the same adapter; options as in train_throughput.py. The noise is the root
+mean square difference of the two plain curves, averaged over windows of ten steps. FinLoRA's value is its difference from their
+mean; for a third plain run it would be 0.87 times the noise on average (the root of 3/4). Without dropout (`--dropout 0`) plain
+runs are equal, so FinLoRA is compared with one.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1)
     known, others = parser.parse_known_args()
     if known.steps < 3 * WINDOW:
-        parser.error(f"--steps {known.steps}: expected at least {3 * WINDOW}, two windows of {WINDOW} and one more")
+        parser.error(f"--steps {known.steps}: expected at least {3 * WINDOW}, three windows of {WINDOW}")
     script = str(Path(__file__).with_name("train_throughput.py"))
     num_windows = known.steps // WINDOW
     curves: dict[str, list[float]] = {}
     sides = [side for side in SIDES if known.dropout or side != "plain-again"]
     for side in sides:
-        # The plain sides run two windows more, to warm up, and all run a schedule of so many steps.
+        # The plain sides run two more windows, to warm up; the schedule has this many steps on all sides.
         repeats = num_windows - 2 if side != "finlora" else num_windows
         argv = [*others, "--dropout", str(known.dropout), "--steps", str(WINDOW)]
         argv += ["--repeats", str(repeats), "--warm-up", "0"]

@@ -1,11 +1,11 @@
-"""Hold the memory forecast against what torch allocates: random weights at the true Llama-3.1 shapes, three real steps.
+"""Comparison of the memory forecast with torch's allocations: three real steps at the true Llama-3.1 shapes, random weights.
 
     python benchmarks/memory.py --output results.jsonl             # all cases; those that do not fit the GPU are skipped
     python benchmarks/memory.py --cases 8b-4bit-r4-16x276-ckpt 70b-8bit
     python benchmarks/memory.py --size tiny --device cpu           # the same path on a small shape, without GPU numbers
 
-A case is SIZE-BITSbit for weights alone, or SIZE-BITSbit-rRANK-BxT[-ckpt] for training. Each runs in a process of its own,
-so that nothing of the last one is left on the GPU. Rows are padded (all but the first), as real batches are.
+A case is SIZE-BITSbit for weights only, or SIZE-BITSbit-rRANK-BxT[-ckpt] for training. Each runs in its own process, so that the
+GPU is empty at its start. All rows but the first are padded, as in real batches.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHAPES = {
         hidden_size=64, intermediate_size=224, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=2048
     ),
 }
-# The micro-batch of NER's usual length (276 tokens) and of its longest example (719).
+# A micro-batch of NER's usual length (276 tokens), and one of its longest example (719).
 DEFAULT_CASES = [
     "8b-16bit",
     "8b-8bit",
@@ -60,7 +60,7 @@ LABELS_A_ROW, STEPS, MARGIN_GIB = 4, 3, 0.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One measurement; lora_rank 0 means weights alone."""
+    """One measurement; lora_rank 0: weights only."""
 
     name: str
     size: str
@@ -97,14 +97,14 @@ def parse_case(name: str) -> Case:
 
 
 def make_config(case: Case, folder: str, tokenizer: str, device: str) -> RunConfig:
-    """Return the run that a case measures."""
+    """Return the config of a case's run."""
     return RunConfig(
         model=ModelConfig(
             base=folder,
             tokenizer=tokenizer,
             weights="random",
             bits=case.bits,  # type: ignore[arg-type]
-            compute_dtype="bfloat16",  # as on a GPU, wherever it is tried
+            compute_dtype="bfloat16",  # as on a GPU, also in a trial on a CPU
         ),
         lora=LoraConfig(rank=case.lora_rank or 4),
         train=TrainConfig(
@@ -118,7 +118,7 @@ def make_config(case: Case, folder: str, tokenizer: str, device: str) -> RunConf
 
 
 def forecast_case(case: Case) -> MemoryPlan:
-    """Forecast a case from its shape alone."""
+    """Forecast a case from its shape."""
     batch = PaddedBatch(
         num_examples=case.micro_batch,
         num_tokens=case.length,
@@ -129,7 +129,7 @@ def forecast_case(case: Case) -> MemoryPlan:
 
 
 def write_base(folder: Path, shape: LlamaShape) -> None:
-    """Write config.json of a shape, and a small tokenizer, so that load_base finds a whole folder."""
+    """Write config.json of a shape and a small tokenizer, so that load_base finds a complete folder."""
     import torch
 
     from finlora.data.pretraining.generated_texts import pretraining_texts
@@ -250,7 +250,7 @@ def run_in_process(case: Case, device: str) -> dict[str, Any]:
 
 
 def print_case(case: Case, measured: dict[str, Any], plan: MemoryPlan) -> None:
-    """Print measured value, forecast and their ratio, a line a number."""
+    """Print a line for each number: measured, forecast and their ratio."""
     if "error" in measured:
         print(f"{case.name:28} {measured['error']}", flush=True)
         return

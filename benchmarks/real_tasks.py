@@ -1,12 +1,12 @@
-"""The main job on real data, every step a job of a running Ray cluster: base, adapters at 16, 8 and 4 bit, optimisers.
+"""Main experiment on real data, each step a job on a running Ray cluster: base, adapters at 16, 8 and 4 bit, optimisers.
 
-    ray start --head                                                # with RAY_AUTH_MODE=token where others can reach it
+    ray start --head                                                # with RAY_AUTH_MODE=token if others can reach it
     python benchmarks/real_tasks.py --source RAW --output OUT       # RAW/fpb and RAW/tfns hold the raw files
     python benchmarks/real_tasks.py --source RAW --output OUT --parts adapters --text headline ner
 
-A small Llama base is pretrained on the unlabelled train inputs; then each adapter is trained and scored on the whole test
-split, and AdamW is held against 0/1 Adam with two workers a run. Finished jobs are kept: the same command with the same
-output folder goes on where the time limit stopped it. Exit code 1: a job failed; 2: the limit came first.
+A small Llama base is pretrained on the unlabelled train inputs; then each adapter is trained and scored on the full test split,
+and AdamW is compared with 0/1 Adam with two workers a run. Finished jobs are kept: the same command with the same output folder
+continues after the time limit stopped it. Exit code 1: a job failed; 2: the time limit was reached.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from comparison import (
     check_optimizers,
     compare_adapters,
     compare_optimizers,
-    draw_optimizers,
+    plot_optimizers,
 )
 from job_queue import Job, JobQueue, Outcome
 
@@ -34,28 +34,28 @@ from finlora.errors import ResultError
 from finlora.results import Result, read_results
 
 ROOT = Path(__file__).resolve().parents[1]
-# Few wide layers: steps of such a model are bound by kernel launches, whose number grows with the layers alone.
+# Few wide layers: kernel launches bound the steps of so small a model, and their number grows only with the layers.
 PRETRAIN = (
     *("vocab_size=8192", "hidden_size=640", "intermediate_size=1760", "num_layers=4", "num_heads=10"),
     *("num_kv_heads=5", "batch_size=64", "context_length=256", "num_steps=1200", "learning_rate=1e-3"),
 )
 SOURCES = {"fiqa": "fiqa_sa"}
-"""Raw folders that are not named as their task."""
+"""Raw folders whose name differs from the task's."""
 REPORT_SECONDS = 15.0
-"""Kept free of jobs at the end of the time limit, for tables and plots."""
+"""Part of the time limit reserved for tables and plots."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """How a task is trained."""
+    """Training schedule of a task."""
 
     global_batch_size: int
     epochs: int
     learning_rate: float
 
 
-# 1e-3 at batch 16 held in earlier runs, 4e-3 fell to the majority class. TFNS has 9,543 rows: twice the batch at the rate
-# times the root of two gives it about as many steps (897) as FPB's 3,634 rows have (912), so that all runs end together.
+# 1e-3 at batch 16 worked in earlier runs, 4e-3 collapsed to the majority class. TFNS has 9,543 rows: twice the batch at the rate
+# times the root of two gives about as many steps (897) as FPB's 3,634 rows (912), so that all runs end together.
 SCHEDULES = {
     "tfns": Schedule(global_batch_size=32, epochs=3, learning_rate=1.4e-3),
     "fpb": Schedule(global_batch_size=16, epochs=4, learning_rate=1e-3),
@@ -80,7 +80,7 @@ class Run:
 
 
 def plan_adapters(options: argparse.Namespace) -> list[Run]:
-    """A run a task and precision. The 4-bit one is AdamW's first seed of the optimisers too, hence as many workers."""
+    """Return a run for each task and precision. The 4-bit run is also AdamW's first seed, so it has as many workers."""
     runs = []
     for task in options.tasks:
         shared = Run(part="adapters", task=task, seed=options.seeds[0], num_workers=options.workers)
@@ -91,7 +91,7 @@ def plan_adapters(options: argparse.Namespace) -> list[Run]:
 
 
 def plan_optimizers(options: argparse.Namespace) -> list[Run]:
-    """A run a task, seed and optimiser, but for those that the adapters' part trains already."""
+    """Return a run for each task, seed and optimiser, without those of the adapters' part."""
     return [
         Run(part="optimizers", task=task, seed=seed, optimizer=optimizer, num_workers=options.workers)
         for task in options.tasks
@@ -102,7 +102,7 @@ def plan_optimizers(options: argparse.Namespace) -> list[Run]:
 
 
 def plan_jobs(options: argparse.Namespace) -> list[Job]:
-    """Prepare, pretrain, train and score; what stands earlier goes first, so the adapters, which carry the main claim."""
+    """Return the jobs in order of priority: prepare, pretrain, train and score. The adapters, the main claim, come first."""
     data, base = options.output / "data", options.output / "base"
     text_tasks = list(dict.fromkeys([*options.tasks, *options.text]))
     prepare = [
@@ -159,7 +159,7 @@ def _evaluation(options: argparse.Namespace, run: Run, name: str, needs: str) ->
 
 
 def _settings(options: argparse.Namespace, run: Run, name: str) -> list[str]:
-    """Return the overrides of a run; training and evaluation get the same ones."""
+    """Return a run's overrides, equal for training and evaluation."""
     schedule = SCHEDULES[run.task]
     batch = options.global_batch_size or schedule.global_batch_size
     limits = {"max_train_examples": options.max_train_examples, "max_test_examples": options.max_test_examples}
@@ -172,7 +172,7 @@ def _settings(options: argparse.Namespace, run: Run, name: str) -> list[str]:
         f"optim.name={run.optimizer}",
         f"optim.learning_rate={options.learning_rate or schedule.learning_rate}",
         f"train.epochs={options.epochs or schedule.epochs}",
-        # One forward pass a step: the launches of several micro-batches would take several times as long.
+        # One forward pass a step: several micro-batches would take several times as many launches.
         *(f"train.global_batch_size={batch}", f"train.micro_batch_size={batch // run.num_workers}"),
         *(f"train.num_workers={run.num_workers}", f"train.gpus_per_worker={share}", "train.max_failures=0"),
         *(f"train.device={options.device}", f"eval.device={options.device}", f"eval.num_gpus={options.gpu_share}"),
@@ -195,10 +195,10 @@ def _has_result(folder: Path, kind: str) -> Callable[[], bool]:
 
 
 def run_jobs(options: argparse.Namespace, deadline: float) -> Outcome:
-    """Submit everything from a copy of the code, so that all jobs run the same one whatever is edited meanwhile."""
+    """Submit everything from a copy of the code, so that all jobs run the same code despite edits."""
     from ray.job_submission import JobSubmissionClient
 
-    for logger in ("ray", "ray.dashboard.modules.dashboard_sdk"):  # a line a submission otherwise
+    for logger in ("ray", "ray.dashboard.modules.dashboard_sdk"):  # otherwise a line for each submission
         logging.getLogger(logger).setLevel(logging.WARNING)
     code = options.output / "code"
     if not code.exists():
@@ -216,7 +216,7 @@ def report(options: argparse.Namespace, outcome: Outcome) -> None:
 
     folder = options.output / "report"
     folder.mkdir(exist_ok=True)
-    # Results of both parts lie apart, since `finlora report` keeps one result a variant, whatever its optimiser.
+    # Results of the two parts are separate, since `finlora report` keeps one result a variant, whatever its optimiser.
     parts = {part: _read(options.output / part) for part in ("adapters", "optimizers")}
     results = [result for own in parts.values() for result in own]
     texts = [compare_adapters(results, options.tasks), compare_optimizers(results, options.tasks), "## Checks\n"]
@@ -225,7 +225,7 @@ def report(options: argparse.Namespace, outcome: Outcome) -> None:
     texts.append("\nJobs: " + ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in count.items()))
     print("\n" + "\n".join(texts), flush=True)
     (folder / "real_tasks.md").write_text("\n".join(texts) + "\n", encoding="utf-8")
-    draw_optimizers(results, options.tasks, folder / "optimizers.png")
+    plot_optimizers(results, options.tasks, folder / "optimizers.png")
     if parts["adapters"]:
         with (folder / "report.log").open("w", encoding="utf-8") as stream:
             render_report(parts["adapters"], folder, Console(file=stream, width=140))
@@ -239,7 +239,7 @@ def _read(folder: Path) -> list[Result]:
 
 
 def _keep_settings(options: argparse.Namespace) -> None:
-    """Refuse to mix runs of other settings into one output folder."""
+    """Refuse an output folder with runs of other settings."""
     free = {
         "parts",
         "seeds",
@@ -260,7 +260,7 @@ def _keep_settings(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Run what is asked for and report what ended in time."""
+    """Run the requested parts, and report what ended in time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--source", type=Path, required=True, help="folder of raw folders: fpb, tfns and those of --text")
@@ -275,7 +275,7 @@ def main() -> int:
     add("--text", nargs="*", choices=["headline", "fiqa", "ner"], default=[], help="further text to pretrain on")
     add("--parts", nargs="+", choices=["adapters", "optimizers"], default=["adapters", "optimizers"])
     add("--device", choices=["cuda", "cpu"], default="cuda")
-    # Twelve drivers and their sixteen workers keep two GPUs full and leave each process a core of 32.
+    # Twelve drivers and their sixteen workers keep two GPUs busy, with a core for each process on 32 cores.
     add("--jobs", type=int, default=12, help="jobs submitted at a time; halve it for one GPU and 16 cores")
     add("--gpu-share", type=float, default=0.125, help="GPU a worker or evaluation; several runs share one")
     add("--optimizer-gpu-share", type=float, help="GPU a worker of two-worker runs; 1: over NCCL. Default: --gpu-share")
@@ -286,8 +286,14 @@ def main() -> int:
     add("--global-batch-size", type=int, help="of all tasks. Default: each task's own")
     add("--max-train-examples", type=int, help="default: all")
     add("--max-test-examples", type=int, help="default: all")
-    add("--pretrain", nargs="*", default=[], metavar="KEY=VALUE", help="pretraining settings over this script's own")
-    add("--limit-minutes", type=float, default=9.0, help="stop what has not ended by then, and report the rest")
+    add(
+        "--pretrain",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="pretraining settings that override this script's",
+    )
+    add("--limit-minutes", type=float, default=9.0, help="stop unfinished jobs after this time, and report the rest")
     options = parser.parse_args()
     started = time.monotonic()
     options.optimizer_gpu_share = options.optimizer_gpu_share or options.gpu_share

@@ -1,4 +1,4 @@
-"""How training scales: measured on this machine's cores, and by simulation up to 1,024 GPUs.
+"""Scaling of training: measured on this machine's cores, and simulated up to 1,024 GPUs.
 
     python benchmarks/scaling.py measure                                        # 6 runs, about 6 minutes on two cores
     python benchmarks/scaling.py measure --data ~/finlora/data --task ner       # ragged real examples
@@ -6,9 +6,9 @@
     python benchmarks/scaling.py simulate --models 70b:4:8.5 --spread 0.2 --network 25GbE:2.9e9:10e-6
 
 `measure` trains with each number of workers and each optimiser through Ray Train and DeepSpeed over gloo, 16 examples a worker
-and step (weak scaling), and prints examples a second and what a worker sent for the optimiser. `simulate` prints the share of
-their time in which GPUs compute; cluster_model.py says what it assumes. Its inputs are a GPU's examples a second, how ragged
-examples are and the links.
+and step (weak scaling), and prints examples a second and a worker's traffic for the optimiser. `simulate` prints the share of
+time in which GPUs compute; cluster_model.py states its assumptions. Its inputs are a GPU's examples a second, the spread of
+example lengths, and the links.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster_model import ETHERNET_10, ETHERNET_100, Cluster, Link, Load, Method, draw_steps, simulate
+from cluster_model import ETHERNET_10, ETHERNET_100, Cluster, Link, Load, Method, sample_steps, simulate
 
 from finlora.config import LoraConfig, OptimConfig
 from finlora.configfile import load_config
@@ -40,9 +40,9 @@ SHAPES = {"8b": LLAMA_8B, "70b": LLAMA_70B}
 MODELS = ("8b:4:140", "70b:4:8.5")
 """Size, rank, and examples a second of one GPU: NER at 4 bit on an H100 (docs/reference/performance.md)."""
 SPREAD = 0.54
-"""Of the tokens of an example: NER's published train split by Llama 3's tokenizer, 94 in the mean and 499 at most."""
+"""Spread of tokens an example: NER's published train split with Llama 3's tokenizer, mean 94, longest 499."""
 JITTER = 0.02
-"""Assumed: how far a GPU's times of the same work lie apart."""
+"""Assumed spread of a GPU's times of the same work."""
 GPUS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 BASE = (
     *("vocab_size=2048", "hidden_size=128", "intermediate_size=384", "num_layers=2", "num_heads=4", "num_kv_heads=2"),
@@ -52,23 +52,23 @@ BASE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One measured training; bytes, rounds and seconds on the wire are a worker's, over all steps."""
+    """One measured training; bytes, rounds and seconds on the wire are for one worker and all steps."""
 
     optimiser: str
     workers: int
     examples_per_second: float
-    """At the median step."""
+    """Rate at the median step."""
     best_per_second: float
-    """At the fastest tenth of the steps, which other programs of the machine disturbed least."""
+    """Rate at the fastest tenth of the steps, which other programs disturbed least."""
     bytes_sent: int
     rounds: int
     wire_seconds: float
-    """Smallest over workers: the others' hold their wait for the slowest."""
+    """Smallest over workers: the others' include waits for the slowest."""
     steps: int
 
 
 def measure(folder: Path, base: Path, data: Path, task: str, optimiser: str, workers: int, steps: int) -> Run:
-    """Train on the connected Ray and read what the run wrote; the first tenth of the steps warms up and is not timed."""
+    """Train on the connected Ray and read the run's records; the first tenth of the steps is warm-up and not timed."""
     from finlora.train.run.progress import read_progress
     from finlora.train.run.run_folder import RunFolder
     from finlora.train.worker import run_training
@@ -80,7 +80,7 @@ def measure(folder: Path, base: Path, data: Path, task: str, optimiser: str, wor
             *(f"name={name}", f"output_dir={folder}", f"model.base={base}", f"data.dir={data}", f"data.tasks=[{task}]"),
             *("model.bits=16", "model.compute_dtype=float32", "train.precision=fp32", "train.device=cpu"),
             *(f"train.num_workers={workers}", f"train.global_batch_size={BATCH * workers}", f"optim.name={optimiser}"),
-            # Half a core reserved, so that four workers find room on two cores; each computes in one thread.
+            # Reserves half a core, so that four workers fit on two cores; each computes in one thread.
             *("train.cpus_per_worker=0.5", f"train.max_steps={steps}", "train.epochs=1000", "train.log_every_steps=1"),
             *("train.checkpoint_every_steps=null", "lora.rank=4"),
         ],
@@ -121,7 +121,7 @@ def measured_table(runs: Sequence[Run]) -> list[str]:
 
 
 def run_measurements(options: argparse.Namespace) -> None:
-    """Train on a local Ray of the product's own."""
+    """Train on a local Ray that FinLoRA starts."""
     import torch
 
     from finlora.cluster import connect as cluster
@@ -131,7 +131,7 @@ def run_measurements(options: argparse.Namespace) -> None:
 
     with tempfile.TemporaryDirectory(prefix="finlora-scaling-") as name:
         folder = Path(name)
-        data = options.data.resolve() if options.data else folder / "data"  # workers stand in a folder of their own
+        data = options.data.resolve() if options.data else folder / "data"  # workers run in another folder
         if options.data is None:
             prepare_task(options.task, None, data, None, "all", False, False)
         settings = {key: int(value) for key, value in (text.split("=") for text in BASE)}
@@ -150,7 +150,7 @@ def read_load(text: str, spread: float, jitter: float) -> Load:
     """Read SIZE:RANK:EXAMPLES_A_SECOND.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it has another form.
     """
     try:
         size, rank, speed = text.split(":")
@@ -173,7 +173,7 @@ def read_link(text: str) -> Link:
     """Read NAME:BYTES_A_SECOND:LATENCY_S.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it has another form.
     """
     try:
         name, rate, latency = text.split(":")
@@ -197,16 +197,16 @@ class Curve:
 def simulate_curves(
     loads: Sequence[Load], networks: Sequence[Link], gpus: Sequence[int], num_steps: int
 ) -> list[Curve]:
-    """Run every method on every cluster; 0/1 Adam with the settings that a config has by default."""
+    """Run every method on every cluster; 0/1 Adam with a config's default settings."""
     optim = OptimConfig()
     schedule = Schedule.from_ratio(num_steps, optim.freeze_ratio, optim.max_local_steps)
     curves = []
     for load in loads:
-        draws = {n: draw_steps(load, n, num_steps) for n in gpus}
+        samples = {n: sample_steps(load, n, num_steps) for n in gpus}
         for network in networks:
             cluster = Cluster(between=network)
             found = {
-                method: [simulate(cluster, load, method, schedule, draws[n]).efficiency for n in gpus]
+                method: [simulate(cluster, load, method, schedule, samples[n]).efficiency for n in gpus]
                 for method in METHODS
             }
             curves.append(Curve(load=load, cluster=cluster, gpus=gpus, efficiency=found))
@@ -228,8 +228,8 @@ def efficiency_table(curves: Sequence[Curve]) -> list[str]:
     return lines
 
 
-def draw(curves: Sequence[Curve], path: Path) -> None:
-    """Draw efficiency over GPUs: a column a network, a row a load."""
+def plot(curves: Sequence[Curve], path: Path) -> None:
+    """Plot efficiency over GPUs: a column a network, a row a load."""
     from finlora.report.plots import COLOURS, GREY, new_grid, save_figure
 
     networks = list(dict.fromkeys(curve.cluster.between.name for curve in curves))
@@ -237,7 +237,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
     values = [value for curve in curves for found in curve.efficiency.values() for value in found]
     lowest = max(0, int(10 * min(values)) * 10 - 10)
     styles: dict[Method, dict[str, Any]] = {
-        "adamw free": {"color": GREY, "linestyle": "--", "label": "waiting for the slowest alone (AdamW)"},
+        "adamw free": {"color": GREY, "linestyle": "--", "label": "only waiting for the slowest (AdamW)"},
         "adamw ring": {"color": COLOURS[5], "marker": "o", "label": "AdamW, ring"},
         "adamw tree": {"color": COLOURS[1], "marker": "s", "label": "AdamW, tree"},
         "0/1 adam": {"color": COLOURS[0], "marker": "^", "label": "0/1 Adam"},
@@ -263,7 +263,7 @@ def draw(curves: Sequence[Curve], path: Path) -> None:
 
 
 def run_simulation(options: argparse.Namespace) -> None:
-    """Print the tables, and draw the plot where one is asked for."""
+    """Print the tables, and write the plot if --plot is given."""
     loads = [read_load(text, options.spread, options.jitter) for text in options.models]
     networks = [read_link(text) for text in options.network] or [ETHERNET_10, ETHERNET_100]
     curves = simulate_curves(loads, networks, options.gpus, options.steps)
@@ -272,7 +272,7 @@ def run_simulation(options: argparse.Namespace) -> None:
         print("\n".join(efficiency_table(own)))
         print(f"\n{load.step_seconds:.3f} s a step, {sum(load.sizes):,} parameters in {len(load.sizes)} tensors.\n")
     if options.plot:
-        draw(curves, options.plot)
+        plot(curves, options.plot)
 
 
 def main() -> int:
@@ -293,7 +293,7 @@ def main() -> int:
     simulating.add_argument("--network", nargs="+", metavar="NAME:BYTES_A_SECOND:LATENCY_S", default=[])
     simulating.add_argument("--gpus", type=int, nargs="+", default=list(GPUS))
     simulating.add_argument("--steps", type=int, default=1000, help="optimiser steps of the run")
-    simulating.add_argument("--plot", type=Path, help="PNG to draw")
+    simulating.add_argument("--plot", type=Path, help="PNG file to write")
     options = parser.parse_args()
     try:
         options.run(options)

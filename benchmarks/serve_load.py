@@ -1,20 +1,20 @@
-"""Load on a deployed server: many users, each answer held against the engine's own; beside it, the engine without HTTP.
+"""Load test of a deployed server: many users, each answer compared with the engine's; and the engine's rate without HTTP.
 
     python benchmarks/serve_load.py --config serve_configs/cpu-demo.yaml --users 64 --seconds 120
     python benchmarks/serve_load.py --config ... --users 64 --seconds 120 --kills 2
     python benchmarks/serve_load.py --config serve_configs/llama-8b-8bit.yaml --labels-only model.weights=random
 
-First the bare engine, stages and all, answers with as many questions at once as there are users, encoded beforehand: that is
-the truth and the rate to compare with. Questions come again and again, so their prompts lie in the prefix cache where it is
-large enough: give more `--questions` than fit for the rate of new ones. `--texts 1 8`, behind the overrides, asks for one label
-a request and then for eight, so that the engine has users x texts at once, and the bare one gets as many. Then the same YAML is
-deployed on a Ray of this machine and asked over HTTP, at first for some seconds that only count where an answer is wrong. A user
-waits for its answer before it asks again; a refusal with a stated code is asked again and counted. `--kills N` ends a stage's
-process N times in each run. Exit code 1 where an answer was lost or wrong.
+First the bare engine, with its stages, answers as many encoded questions at once as there are users: these are the expected
+answers and the reference rate. Questions repeat, so their prompts are in the prefix cache if it is large enough: give more
+`--questions` than fit to measure uncached prompts. `--texts 1 8`, after the overrides, requests one label at a time and then
+eight, so the engine has users x texts questions at once, and so has the bare engine. Then the same YAML is deployed on a local
+Ray and asked over HTTP; some seconds of warm-up count only for wrong answers. A user waits for its answer before it asks again;
+a documented refusal is retried and counted. `--kills N` kills a stage's process N times in each run. Exit code 1 if an answer
+was lost or wrong.
 
-The engine's own answers to a question differ with what else is in its batch: in float32 in the sixth digit, in bfloat16 in the
-third, and at 8 bit a batch chooses which columns stay in 16 bit, which with random weights shows in the first. An answer over
-HTTP is wrong where it differs from the engine's by more than twice what these differ among themselves, and by 0.002.
+The engine's answers to a question vary with the rest of the batch: in float32 in the sixth digit, in bfloat16 in the third, and
+at 8 bit, where the batch decides which columns stay in 16 bit, in the first with random weights. An answer over HTTP is wrong if
+it differs from the engine's by more than twice this variation and by more than 0.002.
 """
 
 from __future__ import annotations
@@ -40,34 +40,36 @@ from load_users import LABEL_TOLERANCE, Question, StageWatch, Tally, percentiles
 FIRST_S = 20.0
 """Seconds of load before the first kill."""
 BARE_S = 20.0
-"""Seconds that the engine is measured without HTTP."""
+"""Seconds of measurement without HTTP."""
 WARM_UP_S = 5.0
-"""Seconds of load before the first measured run."""
+"""Seconds of warm-up load before the first measured run."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="Serve YAML")
-    parser.add_argument("overrides", nargs="*", help="key=value over its args")
+    parser.add_argument("overrides", nargs="*", help="key=value words that override its args")
     parser.add_argument("--users", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--questions", type=int, default=256, help="different questions")
-    parser.add_argument("--tokens", type=int, default=16, help="new tokens of a continued text")
+    parser.add_argument("--tokens", type=int, default=16, help="new tokens of a continuation")
     parser.add_argument(
-        "--labels-only", action="store_true", help="ask for labels alone; else every fourth is continued"
+        "--labels-only",
+        action="store_true",
+        help="request only labels; without it every fourth question is a continuation",
     )
-    parser.add_argument("--texts", type=int, nargs="+", default=[1], help="of each request, one run for each number")
-    parser.add_argument("--direct", type=int, help="ask so many processes of the server's own, past Ray Serve's proxy")
-    parser.add_argument("--clients", type=int, default=1, help="processes that the users are shared out to")
-    parser.add_argument("--kills", type=int, default=0, help="stages killed meanwhile")
+    parser.add_argument("--texts", type=int, nargs="+", default=[1], help="texts a request, one run for each number")
+    parser.add_argument("--direct", type=int, help="the server's HTTP processes to ask directly, past the proxy")
+    parser.add_argument("--clients", type=int, default=1, help="processes that share the users")
+    parser.add_argument("--kills", type=int, default=0, help="stages to kill in each run")
     parser.add_argument("--output", type=Path, help="JSON file of all numbers")
     options = parser.parse_args()
     if max(options.texts) > 1 and not options.labels_only:
         parser.error("--texts asks for labels: give --labels-only too")
     if options.users % options.clients:
-        parser.error(f"--users {options.users} cannot be shared out evenly to --clients {options.clients}")
+        parser.error(f"--users {options.users} cannot be shared evenly by --clients {options.clients}")
     if options.kills and options.clients > 1:
-        parser.error("--kills takes one client: the users go on until all stages stand again")
+        parser.error("--kills needs --clients 1: the users continue until all stages are back")
 
     os.environ.setdefault("FINLORA_API_KEY", secrets.token_urlsafe(32))
     from finlora.cluster import connect
@@ -78,7 +80,7 @@ def main() -> int:
     from finlora.serve.settings import DirectConfig, make_absolute
 
     deployment = read_deployment(options.config, options.overrides)
-    # The key of this run's environment alone, and no audit log: both would be somebody's own.
+    # Only the key of this run's environment, and no audit log: the YAML's would be the operator's.
     settings = dataclasses.replace(make_absolute(deployment.settings), keys_file=None, audit_dir=None)
     if options.direct:
         direct = DirectConfig(port=direct_port, processes=options.direct)
@@ -86,7 +88,7 @@ def main() -> int:
     questions = make_questions(options.questions, options.tokens, options.labels_only)
     at_once = [options.users * texts for texts in options.texts]
     bares, expected, spread = run_bare(settings, questions, at_once, min(BARE_S, options.seconds))
-    say(f"the engine's own answers to a question differ by up to {spread:.5f} of a probability")
+    say(f"the engine's answers to a question differ by up to {spread:.5f} in a probability")
     tolerance = max(LABEL_TOLERANCE, 2 * spread)
     ports = port, direct_port if options.direct else port
     (warm_up, *tallies), kills = serve_load(deployment, settings, questions, expected, tolerance, ports, options)
@@ -114,7 +116,7 @@ def main() -> int:
     for tally in (warm_up, *tallies):
         for line in (*tally.wrong[:5], *tally.lost[:5]):
             say(f"    {line}")
-    say(f"seconds until served again after kills: {kills}")
+    say(f"seconds from each kill to full service: {kills}")
     if options.output:
         values = {"users": options.users, "seconds": options.seconds, "spread": spread, "kills": kills, "runs": runs}
         options.output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
@@ -128,7 +130,7 @@ def find_free_port() -> int:
 
 
 def make_questions(count: int, num_tokens: int, labels_only: bool) -> list[Question]:
-    """Return different questions on generated sentences, in a seeded order."""
+    """Return distinct questions on generated sentences, in a seeded order."""
     from finlora.data.prompts import SENTIMENTS
     from finlora.data.tasks.synthetic import sentiment_sentence
 
@@ -141,11 +143,11 @@ def make_questions(count: int, num_tokens: int, labels_only: bool) -> list[Quest
 def run_bare(
     settings: Any, questions: list[Question], at_once: list[int], seconds: float
 ) -> tuple[list[dict[str, Any]], dict[Question, Any], float]:
-    """Ask the engine itself: each question once for its answer, then all over again for `seconds`, so many at once.
+    """Ask the bare engine: each question once for its answer, then again for `seconds` with each number of questions at once.
 
     Returns:
-        Rate and latencies of the second part for each number at once, in which prompts are as much in the prefix cache as they
-        are over HTTP; the answers of the first; and by how much a label's probability has differed from it in the second.
+        Rate and latencies of the second part, whose prompts are in the prefix cache as over HTTP; the answers of the first; and
+        the largest difference of a label's probability between the parts.
     """
     from finlora.data.sets.catalog import make_question
     from finlora.engine.request import normalise_choices
@@ -155,7 +157,7 @@ def run_bare(
     started = time.monotonic()
     base = read_base(settings)
     opened = open_pipeline(settings, base)
-    say(f"the bare engine stands after {time.monotonic() - started:.0f} s")
+    say(f"the bare engine is ready after {time.monotonic() - started:.0f} s")
     core, texts = opened.core, {}
     numbers = itertools.count()
     requests = [make_request("", question, base) for question in questions]
@@ -165,18 +167,18 @@ def run_bare(
         texts[name] = texts.get(name, "") + piece.text
 
     def ask(num_users: int, until: Callable[[int], bool]) -> tuple[list[float], list[Any]]:
-        """Have so many under way until enough are asked; returns the seconds that each took, and the answers."""
-        begun: dict[str, float] = {}
+        """Keep `num_users` questions in flight until `until`; returns the seconds of each, and the answers."""
+        starts: dict[str, float] = {}
         taken: list[float] = []
         answers: list[Any] = []
-        while not until(len(begun)) or not core.is_idle:
-            while len(begun) - len(answers) < num_users and not until(len(begun)):
+        while not until(len(starts)) or not core.is_idle:
+            while len(starts) - len(answers) < num_users and not until(len(starts)):
                 request = dataclasses.replace(next(todo), id=f"q{next(numbers)}")
-                begun[request.id] = time.monotonic()
+                starts[request.id] = time.monotonic()
                 core.submit(request)
             for answer in core.step(take):
                 answers.append(answer)
-                taken.append(time.monotonic() - begun[answer.request_id])
+                taken.append(time.monotonic() - starts[answer.request_id])
         return taken, answers
 
     try:
@@ -231,10 +233,10 @@ def serve_load(
     """Deploy, let the users ask, and shut down.
 
     Args:
-        ports: of Ray Serve's proxy, and the one that is asked.
+        ports: of Ray Serve's proxy, and the one to ask.
 
     Returns:
-        What they saw, at first while the server warmed up, and after each kill the seconds until all stages stood.
+        The users' sums, the warm-up's first, and the seconds from each kill until all stages are back.
     """
     from ray import serve
 
@@ -260,9 +262,9 @@ def serve_load(
 
     try:
         application = ServerDeployment.options(**deployment.options).bind(to_args(settings))
-        place = {"name": deployment.name, "route_prefix": deployment.route_prefix}
-        serve.run(application, **place, logging_config=deployment.logging or None)
-        say(f"the server stands after {time.monotonic() - started:.0f} s")
+        route = {"name": deployment.name, "route_prefix": deployment.route_prefix}
+        serve.run(application, **route, logging_config=deployment.logging or None)
+        say(f"the server is ready after {time.monotonic() - started:.0f} s")
 
         def run(num_texts: int, seconds: float, meanwhile: Any = None) -> Tally:
             users = (address, key, settings.name, questions, expected, options.users, seconds)
@@ -282,7 +284,7 @@ def serve_load(
 
 
 def stage_pids() -> list[int]:
-    """Return the processes of the stages that live."""
+    """Return the process ids of the live stages."""
     import ray
     from ray.util.state import list_actors
 
@@ -292,7 +294,7 @@ def stage_pids() -> list[int]:
 
 
 async def wait_until_served(address: str, key: str, num_losses: int) -> float:
-    """Return the seconds that the server itself measured from the loss until all stages stood again."""
+    """Return the seconds that the server measured from the loss until all stages were back."""
     import aiohttp
 
     async with aiohttp.ClientSession(address, headers={"Authorization": f"Bearer {key}"}) as session:

@@ -1,4 +1,4 @@
-"""One side of a comparison in a process of its own: its memory and its compiled kernels are nobody else's."""
+"""One side of a comparison in its own process, so that memory and compiled kernels are separate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def run_in_process(script: str, work: str, side: str, argv: Sequence[str]) -> dict[str, Any]:
-    """Run a script again for one work and side and return what it wrote to --result; a failure becomes the row's `error`."""
+    """Run a script for one work and side, and return its --result; a failure becomes the row's `error`."""
     with tempfile.NamedTemporaryFile("r", suffix=".json") as output:
         command = [sys.executable, script, *argv, "--works", work, "--run-one", side, "--result", output.name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -27,13 +27,13 @@ def run_in_process(script: str, work: str, side: str, argv: Sequence[str]) -> di
 def make_parser(
     description: str | None, works: Sequence[str], sides: Sequence[str], usual_sides: Sequence[str]
 ) -> argparse.ArgumentParser:
-    """Return a parser with the options that every such benchmark has."""
+    """Return a parser with the options of all these benchmarks."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--works", nargs="+", metavar="WORK", default=list(works))
     parser.add_argument("--sides", nargs="+", choices=sides, default=list(usual_sides))
     parser.add_argument("--data", type=Path, default=Path("~/finlora/data").expanduser(), help="prepared tasks")
     parser.add_argument("--base", type=Path, required=True, help="folder with config.json, or with 8b/ and 70b/ in it")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model, where the base's folder has no tokenizer")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model, if the base's folder has no tokenizer")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--output", type=Path, help="JSON lines file to append to")
     parser.add_argument("--run-one", choices=sides, help=argparse.SUPPRESS)
@@ -50,8 +50,8 @@ def compare(
     """Run every work on every side, print a line each, and append it to the output.
 
     Args:
-        widths: of the works' and the sides' names.
-        show: makes the rest of a line of a row, and of the row of the work's first side that did not fail.
+        widths: columns of the works' and the sides' names.
+        show: returns the rest of a line from a row and the reference, the row of the work's first side that did not fail.
     """
     for work in options.works:
         reference: dict[str, Any] = {}

@@ -1,9 +1,9 @@
-"""How long a dead stage keeps a pipeline from answering: started alone, and by a new start of all stages.
+"""Recovery time of a pipeline after a stage crash: restart of the stage alone, and restart of all stages.
 
     python benchmarks/stage_recovery.py --config serve_configs/cpu-demo.yaml --kills 4 stages.num=3
 
-Each round kills one stage's process, another one each time, and counts the seconds from the kill until a token has come through
-all stages again; rounds of the two ways alternate. Exit code 1 where the answer is not the one before the kills.
+Each round kills another stage's process and measures the seconds from the kill until a token has passed all stages; the two ways
+alternate. Exit code 1 if the answer differs from the one before the kills.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PROMPT = "Profit rose 12 %"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="Serve YAML")
-    parser.add_argument("overrides", nargs="*", help="key=value over its args")
+    parser.add_argument("overrides", nargs="*", help="key=value words that override its args")
     parser.add_argument("--kills", type=int, default=4, help="for each way")
     options = parser.parse_args()
     from finlora.cluster import connect
@@ -37,9 +37,9 @@ def main() -> int:
     base = read_base(settings)
     opened = open_pipeline(settings, base)
     truth = answer(opened, base, 16)
-    taken: dict[str, list[float]] = {"alone": [], "anew": []}
+    taken: dict[str, list[float]] = {"alone": [], "all": []}
     for number in range(2 * options.kills):
-        way = ("alone", "anew")[number % 2]
+        way = ("alone", "all")[number % 2]
         started = kill_stage(opened, number // 2 % settings.stages.num)
         if way == "alone":
             assert opened.repair is not None
@@ -57,12 +57,12 @@ def main() -> int:
     opened.close()
     for way, seconds in taken.items():
         print(f"{way}: median {statistics.median(seconds):.1f} s, {min(seconds):.1f} to {max(seconds):.1f} s")
-    print("the answer is the same" if is_right else "the answer is ANOTHER one")
+    print("the answer is the same" if is_right else "the answer is DIFFERENT")
     return int(not is_right)
 
 
 def kill_stage(opened: Any, index: int) -> float:
-    """Kill a stage's process; returns when."""
+    """Kill a stage's process; returns the time."""
     import ray
 
     actor = opened.core.executor.actors[index]
@@ -71,7 +71,7 @@ def kill_stage(opened: Any, index: int) -> float:
 
 
 def answer(opened: Any, base: Any, num_tokens: int) -> list[int]:
-    """Return the tokens that continue a text."""
+    """Return the tokens of a continuation."""
     from finlora.engine.request import Request, Sampling
     from finlora.serve.http.chat_prompt import encode_plain
 

@@ -1,7 +1,7 @@
-"""The toy task of zero_one_adam.py: a synthetic language, and a random Llama that learns it, whole or by adapters.
+"""Toy task of zero_one_adam.py: a synthetic language, and a random Llama that learns it, in full or by adapters.
 
-The language is a Markov chain over 64 tokens, each with four successors of uneven probability; its entropy, the lowest loss
-that can be reached after the first token, is 1.11 nats. Guessing costs ln 64 = 4.16.
+The language is a Markov chain over 64 tokens, each with four successors of unequal probability. Its entropy, the lowest loss
+after the first token, is 1.11 nats; guessing gives ln 64 = 4.16.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ALL_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj
 
 
 def make_sentences(language: int, rows: int, seed: int) -> Tensor:
-    """Draw sentences of the language's Markov chain. Shapes: (rows, CONTEXT)."""
+    """Sample sentences of the language's Markov chain. Shapes: (rows, CONTEXT)."""
     generator = torch.Generator().manual_seed(language)
     successors = torch.stack([torch.randperm(VOCABULARY, generator=generator)[:4] for _ in range(VOCABULARY)])
     generator.manual_seed(seed)
@@ -38,7 +38,7 @@ def make_sentences(language: int, rows: int, seed: int) -> Tensor:
 
 
 def loss_of(net: torch.nn.Module, rows: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token."""
+    """Return the mean cross-entropy of the next token."""
     logits = net(input_ids=rows).logits[:, :-1]
     return cross_entropy(logits.reshape(-1, VOCABULARY), rows[:, 1:].reshape(-1))
 
@@ -62,7 +62,7 @@ def make_net(seed: int) -> LlamaForCausalLM:
 
 @functools.cache
 def base_weights(seed: int) -> dict[str, Tensor]:
-    """Weights of a net that speaks another language, the same on every rank."""
+    """Return the weights of a net trained on another language, equal on every rank."""
     net = make_net(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=BASE_LEARNING_RATE, weight_decay=0.0)
     for rows in make_sentences(seed + 1000, BASE_STEPS * BASE_ROWS, seed).split(BASE_ROWS):

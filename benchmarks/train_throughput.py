@@ -1,15 +1,15 @@
-"""Training speed and memory of FinLoRA's packed loop beside plain transformers + PEFT + bitsandbytes, at true Llama shapes.
+"""Training speed and memory of FinLoRA's packed loop and of plain transformers + PEFT + bitsandbytes, at true Llama shapes.
 
     python benchmarks/train_throughput.py --data ~/finlora/data --base ~/llama-8b --tokenizer ~/llama-8b/tokenizer.model
     python benchmarks/train_throughput.py --works 8b-4bit-r4-ner-16 --sides finlora --memory-gb 10
     python benchmarks/train_throughput.py --works tiny-4bit-r4-synthetic_sentiment-4 --device cpu --steps 2 --repeats 1
 
 A work is SIZE-BITSbit-rRANK-TASK-BATCH[xACCUMULATION]; the global batch is BATCH x ACCUMULATION examples. Weights are random,
-prompts are real: the prepared task's train split with the base's tokenizer. Each side runs in a process of its own; both are
-timed on the same steps, once they are warm. GB = 1e9 bytes, as torch.cuda.max_memory_allocated counts them. The roof's share is
-4 x parameters of the decoder layers x real tokens / time, over the rate of a large bf16 product measured in the same process:
-forward pass and activation gradient; tokens that a shared prefix spares count as done. FinLoRA's peak stands beside what
-`finlora plan` forecasts for these very steps; `held` is what torch took from the driver, the unused parts of its blocks included.
+prompts are real: the prepared task's train split with the base's tokenizer. Each side runs in its own process; both are timed on
+the same steps after a warm-up. GB = 1e9 bytes, as torch.cuda.max_memory_allocated counts them. The roof's share is 4 x parameters
+of the decoder layers x real tokens / time (forward pass and activation gradient), over the rate of a large bf16 product measured
+in the same process; tokens that a shared prefix saves count as computed. `forecast` is `finlora plan`'s peak for these steps;
+`held` is torch's memory from the driver, including unused parts of its blocks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WORKS = (
     "70b-4bit-r4-ner-4x4",
 )
 SIDES = ("plain", "plain-again", "plain-checkpointing", "finlora")
-"""plain-again: with other dropout masks."""
+"""plain-again: plain with other dropout masks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ def parse_work(name: str) -> Work:
 
 
 class PlainEngine:
-    """What the loop needs of an engine, without DeepSpeed: one GPU has nothing to reduce."""
+    """Engine for the loop without DeepSpeed: one GPU has nothing to reduce."""
 
     def __init__(self, module: Any, optimizer: Any, device: Any, max_grad_norm: float, is_half: bool) -> None:
         self.module, self.optimizer, self.device, self.max_grad_norm = module, optimizer, device, max_grad_norm
@@ -101,7 +101,7 @@ class PlainEngine:
 
 
 def full_loss(model: Any, other_masks: bool) -> Callable[[Any], Any]:
-    """Return transformers' own loss over the whole vocabulary at every position, as its Trainer computes it."""
+    """Return transformers' loss over the full vocabulary at every position, as its Trainer computes it."""
     import torch
 
     def loss_of(batch: Any) -> Any:
@@ -116,7 +116,7 @@ def full_loss(model: Any, other_masks: bool) -> Callable[[Any], Any]:
 
 
 def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train `repeats` windows of `steps` steps, after some to warm up, and return their speeds."""
+    """Train `repeats` windows of `steps` steps after a warm-up, and return their speeds."""
     import torch
 
     from finlora.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
@@ -131,8 +131,8 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
     from finlora.train.steps.loop import run_steps
 
     device = torch.device(arguments.device)
-    # A form of pack is recorded when it comes again: FinLoRA is measured once most forms have come.
-    # The plain side takes up at a later step, so that both are timed on the same examples.
+    # A pack size is captured when it occurs again: FinLoRA is measured after most sizes have occurred.
+    # The plain side starts at a later step, so that both are timed on the same examples.
     num_before = -(-arguments.warm_up // arguments.steps)
     num_warm = num_before if side == "finlora" else 2
     start = arguments.steps * max(0, num_before - num_warm)
@@ -225,7 +225,7 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
 
 
 def _layer_shapes(net: Any) -> list[Any]:
-    """Return empty tensors of the decoder layers' products, whatever their packing."""
+    """Return empty tensors in the unpacked shapes of the decoder layers' weights."""
     import torch
     from transformers import LlamaForCausalLM
 
@@ -268,9 +268,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="optimiser steps a window")
     parser.add_argument("--repeats", type=int, default=5, help="windows")
     parser.add_argument(
-        "--warm-up", type=int, default=128, help="steps before the windows; plain computes the last two windows of them"
+        "--warm-up",
+        type=int,
+        default=128,
+        help="steps before the windows; plain runs only the last two windows of them",
     )
-    parser.add_argument("--own-prefix", action="store_true", help="compute the prompts' beginning for each example")
+    parser.add_argument("--own-prefix", action="store_true", help="compute the prompts' prefix for each example")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--memory-gb", type=float, help="memory that FinLoRA may use, 1e9 bytes; default: the GPU's")
     parser.add_argument("--recompute", choices=["auto", "none", "mlp", "layer"], default="auto")

@@ -1,18 +1,18 @@
-"""AdamW, finlora's 0/1 Adam and DeepSpeed 0.19.6's, side by side on one toy task: what the method costs, what each fault.
+"""AdamW, finlora's 0/1 Adam and DeepSpeed 0.19.6's on one toy task: the cost of the method, and of each of DeepSpeed's faults.
 
     python benchmarks/zero_one_adam.py                      # about 3 minutes on two cores
     python benchmarks/zero_one_adam.py --steps 60 300 1000 --seeds 0 1 2 3 --fault-steps 300 --output results.jsonl
-    python benchmarks/zero_one_adam.py --parameters lora    # adapters on a base that was trained on another language
-    python benchmarks/zero_one_adam.py --quick              # a few seconds: a tiny grid that a test runs
+    python benchmarks/zero_one_adam.py --parameters lora    # adapters on a base trained on another language
+    python benchmarks/zero_one_adam.py --quick              # a few seconds: a tiny grid for a test
 
-A random Llama (2 layers, hidden 64, 82 thousand parameters) learns a synthetic language (toy_language.py). All optimisers
-see the same batches, learning rates and gradients, which each rank clips to norm 1 before they are averaged or compressed.
-World sizes are gloo processes of one start, split into groups.
+A random Llama (2 layers, hidden 64, 82 thousand parameters) learns a synthetic language (toy_language.py). All optimisers get
+the same batches and learning rates; each rank clips its gradients to norm 1 before they are averaged or compressed. One set of
+gloo processes is split into groups of each world size.
 
 Loss: mean over the last 10 steps and all ranks. Spread: standard deviation over seeds. Gaps are taken seed by seed. A fault
-`alone` is finlora's rule with this one fault of DeepSpeed's; `mended` is DeepSpeed's rule without it (deepspeed_rule.py).
-`deepspeed lr/8` has an eighth of the learning rate, `deepspeed resumed` was saved and loaded at half time; finlora's own
-resumes bit for bit (tests/optim/test_zero_one_adam.py).
+`alone` is finlora's rule with only this fault of DeepSpeed's; `fixed` is DeepSpeed's rule without it (deepspeed_rule.py).
+`deepspeed lr/8` has an eighth of the learning rate; `deepspeed resumed` is saved and loaded after half of the steps. finlora's
+0/1 Adam resumes bit for bit (tests/optim/test_zero_one_adam.py).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ROWS, LAST_STEPS, MAX_GRAD_NORM = 4, 10, 1.0
 FAULTS = [field.name for field in dataclasses.fields(Faults) if field.name != "resume"]
 SMALL_RATE = 8  # without bias correction steps are up to 6.6 times as long
 MAIN = ("adamw", "finlora", "deepspeed", "deepspeed lr/8", "deepspeed resumed")
-LEARNING_RATES = {"full": 1e-2, "lora": 1e-2}  # of 1e-3, 3e-3, 1e-2, 3e-2 the best for AdamW
+LEARNING_RATES = {"full": 1e-2, "lora": 1e-2}  # the best of 1e-3, 3e-3, 1e-2, 3e-2 for AdamW
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,19 +80,19 @@ class MeanGradientAdamW(torch.optim.AdamW):
 
 
 def faults_of(name: str) -> Faults:
-    """Read an optimiser's name: `deepspeed`, `mended FAULT`, `alone FAULT` or `all mended`."""
+    """Read an optimiser's name: `deepspeed`, `fixed FAULT`, `alone FAULT` or `all fixed`."""
     everything = dict.fromkeys([*FAULTS, "resume"], True)
     nothing = dict.fromkeys(everything, False)
     kind, _, fault = name.partition(" ")
     if kind == "alone":
         return Faults(**nothing | {fault: True})
-    if kind == "mended":
+    if kind == "fixed":
         return Faults(**everything | {fault: False})
     return Faults(**nothing if kind == "all" else everything)
 
 
 def make_optimizer(job: Job, parameters: list[torch.nn.Parameter], optim: OptimConfig, group: dist.ProcessGroup) -> Any:
-    """Build the optimiser that a job names."""
+    """Build a job's optimiser."""
     if job.optimizer == "adamw":
         return MeanGradientAdamW(parameters, optim, group)
     betas = (optim.beta1, optim.beta2)
@@ -142,7 +142,7 @@ def run_job(job: Job, group: dist.ProcessGroup) -> dict[str, Any]:
 
 
 def run_rank(rank: int, num_processes: int, folder: str, jobs: list[Job]) -> None:
-    """One process: takes part in the jobs of its group of each world size; group leaders write results to FOLDER."""
+    """Body of one process: runs the jobs of its group of each world size; group leaders write results to `folder`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_processes)
     with Path(folder, f"{rank}.jsonl").open("w", encoding="utf-8") as stream:
@@ -166,7 +166,7 @@ def run_rank(rank: int, num_processes: int, folder: str, jobs: list[Job]) -> Non
 
 
 def run_jobs(jobs: list[Job]) -> list[dict[str, Any]]:
-    """Run all jobs in as many processes as the largest world has. Forked: torch and transformers are imported once."""
+    """Run all jobs in as many processes as the largest world size. Forks, so that torch and transformers are imported once."""
     num_processes = max(job.world_size for job in jobs)
     with tempfile.TemporaryDirectory(prefix="finlora-zero-one-adam-") as folder:
         mp.start_processes(run_rank, (num_processes, folder, jobs), nprocs=num_processes, start_method="fork")
@@ -210,22 +210,22 @@ def print_tables(results: list[dict[str, Any]], fault_steps: int) -> None:
                     f"{world_size:5} {steps:5}  {name:18} {show(values.values()):>15} "
                     f"{gap(name, 'adamw', world_size, steps):>16} {row['bytes'] / 2**20:9.2f} {row['rounds']:6}"
                 )
-    worlds = sorted({r["world_size"] for r in results if r["optimizer"].startswith(("alone", "mended", "all"))})
+    worlds = sorted({r["world_size"] for r in results if r["optimizer"].startswith(("alone", "fixed", "all"))})
     if not worlds:
         return
     print(
-        f"\nfaults, {fault_steps} steps: finlora with the fault minus finlora | deepspeed minus deepspeed with it mended"
+        f"\nfaults, {fault_steps} steps: finlora with the fault minus finlora | deepspeed minus deepspeed with it fixed"
     )
     print(f"{'fault':15}" + "".join(f"{f'{n} ranks':^38}" for n in worlds))
     for fault in FAULTS:
         cells = [
-            f"{gap(f'alone {fault}', 'finlora', n, fault_steps):>18} {gap('deepspeed', f'mended {fault}', n, fault_steps):>18} "
+            f"{gap(f'alone {fault}', 'finlora', n, fault_steps):>18} {gap('deepspeed', f'fixed {fault}', n, fault_steps):>18} "
             for n in worlds
         ]
         print(f"{fault:15}" + "".join(cells))
     cells = [f"{gap('deepspeed', 'finlora', n, fault_steps):>18} {'':19}" for n in worlds]
     print(f"{'all of them':15}" + "".join(cells))
-    cells = [f"{gap('all mended', 'finlora', n, fault_steps):>18} {'':19}" for n in worlds]
+    cells = [f"{gap('all fixed', 'finlora', n, fault_steps):>18} {'':19}" for n in worlds]
     print(f"{'none of them':15}" + "".join(cells))
 
 
@@ -247,7 +247,7 @@ def main() -> None:
         arguments.worlds, arguments.steps, arguments.seeds = [2], [30], [0]
         arguments.fault_worlds, arguments.fault_steps, faults = [1, 2], 30, ["lone_gradient", "bias"]
     cells = [(n, steps, name) for n in arguments.worlds for steps in arguments.steps for name in MAIN]
-    names = ["all mended", *(f"{kind} {fault}" for kind in ("alone", "mended") for fault in faults)]
+    names = ["all fixed", *(f"{kind} {fault}" for kind in ("alone", "fixed") for fault in faults)]
     cells += [
         (n, arguments.fault_steps, name) for n in arguments.fault_worlds for name in ["finlora", "deepspeed", *names]
     ]

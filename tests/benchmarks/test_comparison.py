@@ -81,6 +81,6 @@ def test_optimisers_stand_side_by_side_by_seed_and_in_the_mean():
 
 
 def test_loss_curves_are_drawn_where_there_are_any(tmp_path):
-    assert not comparison.draw_optimizers([], ["fpb"], tmp_path / "none.png")
-    assert comparison.draw_optimizers(RESULTS, ["fpb", "tfns"], tmp_path / "some.png")
+    assert not comparison.plot_optimizers([], ["fpb"], tmp_path / "none.png")
+    assert comparison.plot_optimizers(RESULTS, ["fpb", "tfns"], tmp_path / "some.png")
     assert (tmp_path / "some.png").stat().st_size > 5000

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scaling
-from cluster_model import PCIE, Cluster, Link, Load, draw_steps, simulate
+from cluster_model import PCIE, Cluster, Link, Load, sample_steps, simulate
 from scaling import METHODS, Run, measure, measured_table
 
 from finlora.config import LoraConfig, ModelConfig
@@ -34,7 +34,7 @@ def make_load(sizes=(1024, 1040, 21), spread=0.5, jitter=0.02):
 def run(world_size, method, steps=STEPS, load=None, between=SLOW):
     load = load or make_load()
     schedule = Schedule.from_ratio(steps, 0.2, 16)
-    return simulate(Cluster(between=between), load, method, schedule, draw_steps(load, world_size, steps))
+    return simulate(Cluster(between=between), load, method, schedule, sample_steps(load, world_size, steps))
 
 
 @pytest.mark.ray
@@ -83,7 +83,7 @@ def test_waiting_grows_with_jitter_and_ranks_and_local_steps_even_it_out():
     assert run(32, "adamw free", load=rough).efficiency < run(8, "adamw free", load=rough).efficiency
     free = Link(name="free", bytes_per_second=1e15, latency_s=0.0)
     inside = Cluster(between=free, inside=free)
-    schedule, steps = Schedule.from_ratio(400, 0.2, 16), draw_steps(rough, 8, 400)
+    schedule, steps = Schedule.from_ratio(400, 0.2, 16), sample_steps(rough, 8, 400)
     one, exact = (simulate(inside, rough, method, schedule, steps) for method in ("0/1 adam", "adamw ring"))
     assert one.efficiency > exact.efficiency + 0.03
     assert np.allclose(steps.mean(), rough.step_seconds, rtol=0.05)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from cluster_model import ETHERNET_10, Cluster, Load, draw_steps, simulate
+from cluster_model import ETHERNET_10, Cluster, Load, sample_steps, simulate
 from torch import Tensor
 from zero_one_adam_reference import run as run_reference
 from zero_one_adam_reference import variance_steps
@@ -155,7 +155,7 @@ def test_long_run_sends_less_than_a_tenth_of_adam(reports) -> None:
 def test_simulated_cluster_sends_what_these_ranks_sent(reports, key, sizes, block_size, schedule) -> None:
     """docs/explanation/scaling.md: its bytes and rounds are those of real processes."""
     load = Load(name="x", sizes=sizes, step_seconds=1.0, batch_size=2, spread=0.5, jitter=0.0, block_size=block_size)
-    steps = draw_steps(load, len(reports), schedule.total_steps)
+    steps = sample_steps(load, len(reports), schedule.total_steps)
     outcome = simulate(Cluster(between=ETHERNET_10), load, "0/1 adam", schedule, steps)
     for report in reports:
         bytes_sent, _, num_syncs = report[key]

@@ -36,8 +36,9 @@ $(STAMP): $(LOCKS) pyproject.toml
 demo: $(STAMP)
 	REAL_BASE="$(REAL_BASE)" $(BIN)/python jobs/demo.py --base $(BASE)
 
+# Two processes: while one waits for Ray, the other has a core (tests/fixtures/two_processes.py).
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # How a change is accepted: every verb as a user types it, on a real base. The table is .demo/accept/acceptance.md.
 accept: $(STAMP)

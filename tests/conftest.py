@@ -18,7 +18,7 @@ from finlora.config import RunConfig
 from finlora.configfile import load_config
 from finlora.machine.cpu import set_environment
 
-pytest_plugins = ["engine_fixtures"]
+pytest_plugins = ["engine_fixtures", "two_processes"]
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

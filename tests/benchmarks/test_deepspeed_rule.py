@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from deepspeed_rule import DeepSpeedRule, Faults
+from forked_ranks import run_ranks
 
 from finlora.optim.onebit import Schedule
 from finlora.optim.zero_one_adam import ZeroOneAdam
@@ -64,9 +64,9 @@ def largest_difference(rank):
     return difference
 
 
-def weights_of_two_ranks(rank, folder):
-    """What each of two ranks ends at without and with a resume at half time."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def weights_of_rank(rank, world_size, folder):
+    """What each rank ends at without and with a resume at half time."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     report = {"difference": largest_difference(rank)}
     for stop in (None, 40):
         parameters = make_parameters()
@@ -87,8 +87,8 @@ def test_rule_without_faults_equals_zero_one_adam_alone():
 
 
 def test_two_ranks_equal_zero_one_adam_and_part_only_after_a_resume(tmp_path):
-    mp.spawn(weights_of_two_ranks, args=(str(tmp_path),), nprocs=2)
-    reports = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    run_ranks(weights_of_rank, [2], tmp_path)
+    reports = [torch.load(tmp_path / "2" / f"{rank}.pt") for rank in range(2)]
     assert all(report["difference"] < 1e-5 for report in reports)
     assert torch.equal(reports[0][None], reports[1][None])
     assert (reports[0][40] - reports[1][40]).abs().max() > 0.01

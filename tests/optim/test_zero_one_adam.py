@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from cluster_model import ETHERNET_10, Cluster, Load, sample_steps, simulate
+from forked_ranks import run_ranks
 from torch import Tensor
 from zero_one_adam_reference import run as run_reference
 from zero_one_adam_reference import variance_steps
@@ -34,11 +35,18 @@ from finlora.errors import CheckpointError
 from finlora.optim.onebit import Schedule
 
 
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the reports of worlds of 1, 2 and 4 processes over gloo."""
+    folder = tmp_path_factory.mktemp("worlds")
+    run_ranks(report_of_rank, (1, 2, 4), folder)
+    return folder
+
+
 @pytest.fixture(scope="module", params=[1, 2, 4])
-def reports(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """One report a rank, of a world of 1, 2 or 4 processes over gloo."""
-    folder = tmp_path_factory.mktemp(f"world{request.param}")
-    mp.spawn(report_of_rank, args=(request.param, str(folder)), nprocs=request.param)
+def reports(request: pytest.FixtureRequest, worlds: Path) -> list[dict[str, Any]]:
+    """One report a rank, of one of the worlds."""
+    folder = worlds / str(request.param)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
 
 

@@ -5,6 +5,7 @@ Ports, folders and resources are the only differences from a unit, since nodes o
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import secrets
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +59,12 @@ class LocalNodes:
         """Start the head and wait until its dashboard accepts jobs."""
         self._start("head", 0, {"--port": self.port, "--dashboard-port": self.dashboard_port})
         deadline = time.monotonic() + _START_SECONDS
-        while self.run("ray", "job", "list", "--address", self.dashboard).returncode != 0:
+        while not self._accepts_jobs():
             if time.monotonic() > deadline or self.processes["head"].poll() is not None:
                 raise RuntimeError(
                     f"the head did not start within {_START_SECONDS:.0f} s: see {self.folder / 'head.log'}"
                 )
-            time.sleep(1.0)
+            time.sleep(0.5)
 
     def start_node(self, name: str, num_cpus: int) -> None:
         """Start a node that joins the head."""
@@ -74,7 +76,8 @@ class LocalNodes:
         root = psutil.Process(started.pid)
         victims = [root, *root.children(recursive=True)]
         for victim in victims:
-            victim.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # some end by themselves once their parent is gone
+                victim.kill()
         started.wait(timeout=10)
         psutil.wait_procs(victims, timeout=10)
         return len(victims)
@@ -89,6 +92,15 @@ class LocalNodes:
         for name in [name for name in self.processes if name != "head"] + ["head"] * ("head" in self.processes):
             self.kill_node(name)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _accepts_jobs(self) -> bool:
+        token = (self.folder / "token").read_text(encoding="utf-8")
+        request = urllib.request.Request(f"{self.dashboard}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+        try:
+            with urllib.request.urlopen(request, timeout=10) as reply:
+                return bool(reply.status == 200)
+        except OSError:  # refused, or an answer that it cannot give yet
+            return False
 
     def _start(self, name: str, num_cpus: int, changed: dict[str, object]) -> None:
         unit = ROOT / "cluster" / "systemd" / f"finlora-ray-{'head' if name == 'head' else 'worker'}.service"

@@ -62,6 +62,9 @@ def main() -> int:
     )
     parser.add_argument("--targets", nargs="+", metavar="TARGET", help="default: all")
     parser.add_argument("--minutes", type=float, default=20.0, help="limit of all targets together, start-up included")
+    parser.add_argument(
+        "--inputs", type=int, metavar="N", help="most inputs of a target; default: until its time is over"
+    )
     parser.add_argument("--seed", type=int, help="default: random, and printed")
     parser.add_argument("--engine", choices=["atheris", "random"], help="default: atheris where it is installed")
     parser.add_argument("--memory-mib", type=int, default=4096, help="memory limit of a target's process")
@@ -86,7 +89,7 @@ def main() -> int:
     engine = options.engine or ("atheris" if importlib.util.find_spec("atheris") else "random")
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**31)
     if options.run_one:
-        return _run_here(options.run_one, engine, options.seconds, seed, options.memory_mib, options.found)
+        return _run_here(options.run_one, engine, seed, options)
     options.found.mkdir(parents=True, exist_ok=True)
     return _run_all(list(options.targets or TARGETS), engine, seed, options)
 
@@ -124,18 +127,10 @@ def _run_apart(name: str, engine: str, seed: int, share: float, asked: list[int]
     """
     seconds = max(share - _END_S, share / 2)
     settings = ["--seconds", str(seconds), "--seed", str(seed), "--memory-mib", str(options.memory_mib)]
-    command = [
-        sys.executable,
-        "-m",
-        "tests.fuzz",
-        "--run-one",
-        name,
-        "--engine",
-        engine,
-        *settings,
-        "--found",
-        str(options.found),
-    ]
+    if options.inputs is not None:
+        settings += ["--inputs", str(options.inputs)]
+    start = [sys.executable, "-m", "tests.fuzz", "--run-one", name, "--engine", engine]
+    command = [*start, *settings, "--found", str(options.found)]
     started = time.monotonic()
     with (
         tempfile.TemporaryDirectory(prefix="fuzz-") as folder,
@@ -156,9 +151,9 @@ def _run_apart(name: str, engine: str, seed: int, share: float, asked: list[int]
     return int(code != 0)
 
 
-def _run_here(name: str, engine: str, seconds: float, seed: int, memory_mib: int, found: Path) -> int:
+def _run_here(name: str, engine: str, seed: int, options: argparse.Namespace) -> int:
     if engine == "atheris":
-        _run_atheris(name, seconds, seed, memory_mib, found)
+        _run_atheris(name, seed, options)
         return 0  # atheris exits the process itself
     from tests.fuzz.targets import TARGETS, run_one
 
@@ -166,17 +161,17 @@ def _run_here(name: str, engine: str, seconds: float, seed: int, memory_mib: int
     seeds = target.seeds()
     for data in seeds:  # all imports happen before the memory limit applies
         run_one(target, data)
-    limit = memory_mib * 2**20
-    until, number = psutil.Process().create_time() + seconds, 0
+    limit = options.memory_mib * 2**20
+    until, number = psutil.Process().create_time() + options.seconds, 0
     signal.signal(signal.SIGALRM, _give_up)
-    while time.time() < until:
+    while time.time() < until and number != options.inputs:
         signal.alarm(round(_SLOW_S))
         data, started = _mutate(rng, seeds), time.monotonic()
         try:
             run_one(target, data)
             _require_bounds(started, limit)
         except Exception:
-            path = found / f"{name}-{hashlib.sha256(data).hexdigest()[:8]}"
+            path = options.found / f"{name}-{hashlib.sha256(data).hexdigest()[:8]}"
             path.write_bytes(data)
             traceback.print_exc()
             print(f"saved as {path}; executed {number}")
@@ -212,10 +207,10 @@ def _mutate(rng: random.Random, seeds: list[bytes]) -> bytes:
     return bytes(data)
 
 
-def _run_atheris(name: str, seconds: float, seed: int, memory_mib: int, found: Path) -> None:
+def _run_atheris(name: str, seed: int, options: argparse.Namespace) -> None:
     import atheris
 
-    corpus = found / "corpus" / name
+    corpus = options.found / "corpus" / name
     corpus.mkdir(parents=True, exist_ok=True)
     with atheris.instrument_imports(include=["finlora", "yaml"]):
         from tests.fuzz.targets import TARGETS, run_one
@@ -223,15 +218,16 @@ def _run_atheris(name: str, seconds: float, seed: int, memory_mib: int, found: P
         for data in TARGETS[name].seeds():
             (corpus / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
             run_one(TARGETS[name], data)  # imports all it needs
-    until = psutil.Process().create_time() + seconds
+    until = psutil.Process().create_time() + options.seconds
     settings = [
         f"-max_total_time={max(1, round(until - time.time()))}",
         f"-seed={seed or 1}",
-        f"-rss_limit_mb={memory_mib}",
+        f"-rss_limit_mb={options.memory_mib}",
         f"-timeout={_SLOW_S:g}",
-        f"-artifact_prefix={found}/{name}-",
+        f"-artifact_prefix={options.found}/{name}-",
         "-max_len=16384",
         "-print_final_stats=1",
+        f"-runs={-1 if options.inputs is None else options.inputs}",
     ]
     atheris.Setup([sys.argv[0], *settings, str(corpus)], lambda data: run_one(TARGETS[name], data))
     atheris.Fuzz()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -67,21 +68,12 @@ def test_broken_input_ends_in_our_own_errors_and_in_time(name):
 
 
 def test_script_runs_without_atheris_names_its_seed_and_replays(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "tests.fuzz",
-        "--targets",
-        "manifest",
-        "--engine",
-        "random",
-        "--found",
-        str(tmp_path),
-    ]
-    done = subprocess.run(
-        [*command, "--minutes", "0.25", "--seed", "5"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("seed 5, inputs by random, 1 targets in at most 0.25 minutes in total: 15 s each")
+    command = [sys.executable, "-m", "tests.fuzz", "--targets", "manifest", "--engine", "random"]
+    command += ["--found", str(tmp_path)]
+    few = ["--minutes", "2", "--inputs", "50", "--seed", "5"]
+    done = subprocess.run([*command, *few], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("seed 5, inputs by random, 1 targets in at most 2 minutes in total: 120 s each")
+    assert re.search(r"^manifest +50 inputs ", done.stdout, flags=re.MULTILINE)
     assert "1 of 1 targets in " in done.stdout
     assert "no failures" in done.stdout
     (tmp_path / "input").write_bytes(b"{")

@@ -8,48 +8,48 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.chaos import files
 from tests.chaos.record import Injection, render_table, seeds
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_one_fault_of_each_kind_without_ray_loses_nothing(tmp_path):
-    """Ten artefacts truncated and bit-flipped; five writers killed, paused and out of disk; five faults of a training loop."""
-    record = tmp_path / "faults.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "tests.chaos",
-        "--parts",
-        "files",
-        "writers",
-        "--rounds",
-        "1",
-        "--record",
-        str(record),
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """One artefact of each kind; each test restores what it damages."""
+    return files.make_world(tmp_path_factory.mktemp("world"))
+
+
+def test_ten_damaged_artefacts_load_as_written_or_are_refused(world):
+    """Each truncated and bit-flipped once."""
+    found = [
+        files.damage(artefact, kind, next(seeds(0, kind, artefact.name)), world.folder)
+        for artefact in files.artefacts_of(world)
+        for kind in ("cut short", "bit flipped")
     ]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    assert len({(fault.kind, fault.target) for fault in found}) == len(found) == 20
+    assert [fault for fault in found if fault.lost] == []
+
+
+def test_one_fault_of_each_kind_of_writers_loses_nothing(tmp_path):
+    """Five writers killed, paused and out of disk; five faults of a training loop."""
+    record = tmp_path / "faults.jsonl"
+    command = [sys.executable, "-m", "tests.chaos", "--parts", "writers", "--rounds", "1", "--record", str(record)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     faults = [json.loads(line) for line in record.read_text().splitlines()]
-    assert len({(fault["kind"], fault["target"]) for fault in faults}) == len(faults) == 40
-    assert "40 faults" in done.stdout
+    assert len({(fault["kind"], fault["target"]) for fault in faults}) == len(faults) == 20
+    assert "20 faults" in done.stdout
     assert "0 with a loss" in done.stdout
 
 
-def test_flipped_bit_without_an_error_counts_as_a_loss(tmp_path, monkeypatch):
+def test_flipped_bit_without_an_error_counts_as_a_loss(world, tmp_path, monkeypatch):
     """An adapter whose file hashes are not checked loads with other values."""
     from finlora.model.contract import Contract
 
-    world = files.make_world(tmp_path)
     (adapter,) = (each for each in files.artefacts_of(world) if each.name == "adapter, safetensors")
     sound = files.damage(adapter, "bit flipped", 1, tmp_path)
     assert (sound.lost, sound.seen.partition(":")[0]) == ("", "AdapterError")

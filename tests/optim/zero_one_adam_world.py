@@ -19,8 +19,9 @@ INPUTS, OUTPUTS, RANK = 10, 5, 3
 # A has 30 elements and B 15, so that both end in a block with padding.
 BLOCKS = [slice(0, 8), slice(8, 16), slice(16, 24), slice(24, 30), slice(30, 38), slice(38, 45)]
 TOLERANCE = 1e-6
-SEEDS = (0, 1, 2)
 CONVERGENCE_STEPS, CONVERGENCE_PEAK = 500, 0.03
+CONVERGENCE_SEEDS = {1: (0, 1, 2), 2: (0, 1, 2), 4: (0,)}
+"""By world size. Four ranks on two cores take three times as long a step as two."""
 
 
 class Regression:
@@ -192,7 +193,7 @@ def report_of_rank(rank: int, world_size: int, folder: str) -> None:
     report["bf16_resumed"] = resume(problem, rank, rates, states[between - 1], between, torch.bfloat16)[0]
 
     report["final_loss"] = {}
-    for seed in SEEDS:
+    for seed in CONVERGENCE_SEEDS[world_size]:
         noisy = Regression(seed)
         weights, _, _, _ = train(
             noisy, rank, learning_rates(CONVERGENCE_STEPS, CONVERGENCE_PEAK), weight_decay=0.0, max_local_steps=8

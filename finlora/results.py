@@ -56,6 +56,8 @@ class Result:
     """Confusion counts: label -> prediction -> number of test examples."""
     calibration: list[dict[str, float]] = field(default_factory=list)
     """Answers chosen among labels, binned by their probability: low, high, count, confidence, accuracy a bin."""
+    segments: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """Scores by a task file's segments: column -> value -> the metrics above, with the number of examples as count."""
     loss_curve: list[list[float]] = field(default_factory=list)
     """Training: [step, mean loss] points."""
     wire: list[dict[str, float]] = field(default_factory=list)

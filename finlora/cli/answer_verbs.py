@@ -114,7 +114,7 @@ def ask(
 ) -> None:
     """Ask the base or an adapter one question. Shows the probability of each label, or the text while it is written."""
     from finlora.data.question import read_content
-    from finlora.data.sets.catalog import make_question, quotes
+    from finlora.data.sets.catalog import is_quoted, make_question
 
     if server is not None or model is not None:
         if server is None or model is None or overrides or config or adapter or base or stages:
@@ -125,13 +125,15 @@ def ask(
         return
     from finlora.engine.request import Sampling
     from finlora.inference.ask import ask as ask_engine
+    from finlora.inference.ask import list_own_forms
     from finlora.model.base_files import read_base_files
     from finlora.model.contract import read_contract
     from finlora.terminal import show_reply
 
     settings = load_settings(config, overrides)
     chosen = choose_adapter(settings, adapter, base)
-    question = make_question(task, read_content(text), about)
+    own = list_own_forms(task, chosen, Path(settings.data.dir))
+    question = make_question(task, read_content(text), about, own)
     sampling = Sampling(max_tokens=settings.eval.max_new_tokens, temperature=temperature, seed=seed)
     num_stages = settings.eval.num_stages if stages is None else stages
     resolved = read_base_files(settings.model)
@@ -149,7 +151,7 @@ def ask(
             console.out(piece, end="")
 
         reply = ask_engine(settings, chosen, question, sampling, num_stages, show, resolved)
-    show_reply(reply.probabilities, reply.quote, console, is_quoted=quotes(task))
+    show_reply(reply.probabilities, reply.quote, console, is_quoted=is_quoted(task, own))
     if reply.template_date:
         say(f"Date in the chat template: {reply.template_date}")
 
@@ -157,7 +159,6 @@ def ask(
 def _ask_server(
     server: str, model: str, task: str | None, text: str, about: str | None, temperature: float, seed: int | None
 ) -> None:
-    from finlora.data.sets.catalog import quotes
     from finlora.serve.accounts.keys import KEY_VARIABLE
     from finlora.serve.http.client import TIMEOUT_S, ask_server
     from finlora.terminal import saying_later, show_reply
@@ -170,7 +171,7 @@ def _ask_server(
             seed=seed,
             on_text=lambda piece: console.out(piece, end=""),
         )
-    show_reply(reply.probabilities, reply.quote, console, is_quoted=quotes(task))
+    show_reply(reply.probabilities, reply.quote, console, is_quoted=reply.is_quoted)
 
 
 def _print_reading(reading: Any) -> None:

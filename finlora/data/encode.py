@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from finlora.data.chat_template import render_turns
 from finlora.data.example import Example
-from finlora.errors import DatasetError, ModelError
+from finlora.errors import ConfigError, DatasetError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -21,12 +21,28 @@ IGNORED = -100
 """Label of positions without loss, which torch.nn.functional.cross_entropy ignores."""
 
 
+class Asked(Protocol):
+    """An example, or a user's question."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def turns(self) -> tuple[tuple[str, str], ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """Token ids of one example: the prompt with one leading BOS, the answer with one end token."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
+    weight: float = 1.0
+    """Factor of its loss."""
+
+    @property
+    def loss_tokens(self) -> float:
+        """Answer tokens times weight: what the loss of a step is divided by."""
+        return len(self.answer_ids) * self.weight
 
     @property
     def num_tokens(self) -> int:
@@ -45,9 +61,13 @@ class Batch:
     """(B, T) int64."""
     num_tokens: int
     """Real tokens, padding not counted."""
+    weights: torch.Tensor | None = None
+    """(B,) float32; None: all 1."""
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.num_tokens)
+        weights = None if self.weights is None else self.weights.to(device)
+        moved = (self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+        return Batch(*moved, self.num_tokens, weights)
 
 
 def encode_prompt(
@@ -82,6 +102,63 @@ def encode_prompt(
         *tokenizer.encode(after, add_special_tokens=False),
     ]
     return tuple(ids) if ids[0] == bos else (bos, *ids)
+
+
+def encode_turns(
+    turns: Sequence[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerFast,
+    template: Literal["raw", "chat"],
+    date: str | None = None,
+) -> tuple[int, ...]:
+    """Render a conversation up to the start of the assistant's next turn. One user message is a prompt as any other.
+
+    Text that looks like a special token is encoded as plain characters, so that no message can end or open a turn.
+
+    Args:
+        turns: role and content of each message.
+        date: as in `encode_prompt`.
+
+    Raises:
+        ConfigError: several turns under the template `raw`, or turns that the chat template refuses or leaves out.
+    """
+    if len(turns) == 1 and turns[0][0] == "user":
+        return encode_prompt(turns[0][1], tokenizer, template, date)
+    if template == "raw":
+        roles = ", ".join(role for role, _ in turns)
+        raise ConfigError(
+            f"a conversation holds {len(turns)} turns ({roles}), and model.template=raw has none: set model.template=chat."
+        )
+    # The template renders placeholders: its own text is encoded with special tokens, the messages without.
+    markers = [f"\ue000{index}\ue001" for index in range(len(turns))]
+    try:
+        rest = render_turns(
+            [{"role": role, "content": marker} for (role, _), marker in zip(turns, markers, strict=True)],
+            tokenizer,
+            date,
+        )
+    except ModelError as error:
+        raise ConfigError(f"{error}: expected system, user, assistant, user in turn.") from error
+    ids: list[int] = []
+    for (_, content), marker in zip(turns, markers, strict=True):
+        before, found, rest = rest.partition(marker)
+        if not found:
+            raise ConfigError(
+                "the base's chat template leaves out some of these turns: expected system, user, assistant."
+            )
+        ids += tokenizer.encode(before, add_special_tokens=False)
+        ids += _plain_ids(content.strip(), tokenizer)
+    ids += tokenizer.encode(rest, add_special_tokens=False)
+    bos = tokenizer.bos_token_id
+    return tuple(ids) if ids[0] == bos else (bos, *ids)
+
+
+def encode_asked(
+    asked: Asked, tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"], date: str | None = None
+) -> tuple[int, ...]:
+    """Render what an example or a question asks: its conversation where it has one, else its prompt."""
+    if asked.turns:
+        return encode_turns(asked.turns, tokenizer, template, date)
+    return encode_prompt(asked.prompt, tokenizer, template, date)
 
 
 def encode_answer(answer: str, tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"]) -> tuple[int, ...]:
@@ -146,7 +223,9 @@ def encode_examples(
     longest: tuple[int, Example] | None = None
     for index, example in enumerate(examples):
         item = Encoded(
-            encode_prompt(example.prompt, tokenizer, template, date), encode_answer(example.answer, tokenizer, template)
+            encode_asked(example, tokenizer, template, date),
+            encode_answer(example.answer, tokenizer, template),
+            example.weight,
         )
         if len(item.answer_ids) == 1:  # the end token alone
             raise DatasetError(
@@ -186,7 +265,20 @@ def collate(items: Sequence[Encoded], pad_token_id: int) -> Batch:
         input_ids[row, :end] = torch.tensor(item.prompt_ids + item.answer_ids)
         labels[row, start:end] = torch.tensor(item.answer_ids)
         mask[row, :end] = 1
-    return Batch(input_ids, mask, labels, sum(item.num_tokens for item in items))
+    return Batch(input_ids, mask, labels, sum(item.num_tokens for item in items), stack_weights(items, repeats=False))
+
+
+def stack_weights(items: Sequence[Encoded], *, repeats: bool) -> torch.Tensor | None:
+    """Return the examples' weights; None where all are 1.
+
+    Args:
+        repeats: one for each answer token instead of one for each example.
+    """
+    import torch
+
+    if all(item.weight == 1 for item in items):
+        return None
+    return torch.tensor([item.weight for item in items for _ in (item.answer_ids if repeats else (0,))])
 
 
 def _plain_ids(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:

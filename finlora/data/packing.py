@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from finlora.data.encode import Encoded
+from finlora.data.encode import Encoded, stack_weights
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +66,8 @@ class Pack:
     """Attention with only the N label rows as queries, which is enough in the last layer."""
     num_tokens: int
     """Tokens of the examples as a padded batch counts them, without padding."""
+    weights: torch.Tensor | None = None
+    """(N,) float32 factors of the targets' loss; None: all 1."""
 
     def to(self, device: torch.device) -> Pack:
         """Copy every tensor to a device; from pinned memory asynchronously."""
@@ -167,6 +169,7 @@ def pack_examples(items: Sequence[Encoded], *, share_prefix: bool) -> Pack:
         segments=_make_segments(own_lengths, own_lengths, prefix, has_prefix_queries=prefix > 0),
         last_segments=_make_segments(answers, own_lengths, prefix, has_prefix_queries=False),
         num_tokens=sum(item.num_tokens for item in items),
+        weights=None if (weights := stack_weights(items, repeats=True)) is None else pinned(weights),
     )
 
 

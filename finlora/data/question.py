@@ -22,6 +22,8 @@ class Question:
     """Empty: free text."""
     context: str
     """The text asked about."""
+    turns: tuple[tuple[str, str], ...] = ()
+    """Role and content of each message of a conversation. Empty: the prompt is one user message."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +37,10 @@ class Form:
     about: About = "none"
     about_values: tuple[str, ...] = ()
     """Allowed values of `about`; empty: any text."""
+    is_quoted: bool = True
+    """Whether a free answer should occur in the text, as a tag or number does; False: it is written for it."""
+    system: str | None = None
+    """System message before the prompt, which is then a user's turn. None: the prompt alone."""
 
     def ask(self, task: str, text: str, about: str) -> Question:
         """Render a question.
@@ -59,10 +65,12 @@ class Form:
             raise DatasetError(
                 f"{task} question {about!r} is not known: expected one of {', '.join(self.about_values)}."
             )
-        return Question(prompt=self.render(text, about), choices=self.choices, context=text)
+        prompt = self.render(text, about)
+        turns = () if self.system is None else (("system", self.system), ("user", prompt))
+        return Question(prompt=prompt, choices=self.choices, context=text, turns=turns)
 
 
-PLAIN = Form(render=lambda text, _about: text, choices=())
+PLAIN = Form(render=lambda text, _about: text, choices=(), is_quoted=False)
 """The text as the whole prompt."""
 
 

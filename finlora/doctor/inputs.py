@@ -103,13 +103,13 @@ def check_lengths(
     name: str, rows: Sequence[Example], tokenizer: PreTrainedTokenizerFast, config: RunConfig, date: str | None
 ) -> Finding:
     """Look for rows over model.max_seq_len, in all rows or in a part that is evenly spread over them."""
-    from finlora.data.encode import encode_answer, encode_prompt
+    from finlora.data.encode import encode_answer, encode_asked
 
     step = -(-len(rows) // MAX_ROWS)
     looked = rows[::step]
     template, limit = config.model.template, config.model.max_seq_len
     lengths = [
-        len(encode_prompt(row.prompt, tokenizer, template, date)) + len(encode_answer(row.answer, tokenizer, template))
+        len(encode_asked(row, tokenizer, template, date)) + len(encode_answer(row.answer, tokenizer, template))
         for row in looked
     ]
     part = f"{len(looked):,} of {len(rows):,} rows checked" if step > 1 else f"all {len(rows):,} rows"

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,16 +18,18 @@ from finlora.configfile import config_to_tree, load_config
 from finlora.data.encode import Encoded, encode_choices, encode_examples
 from finlora.data.example import Example
 from finlora.data.sets.prepared import PreparedSplit, read_prepared
+from finlora.data.taskfile.load import read_card
 from finlora.durable import hash_file
 from finlora.engine.interface import Engine
 from finlora.engine.meter import Reading
 from finlora.engine.request import ADAPTER
 from finlora.errors import ConfigError
 from finlora.evaluate.calibration import bin_confidences, calibration_error
-from finlora.evaluate.metrics import score_answers
+from finlora.evaluate.metrics import NUMERIC_TOLERANCE, score_answers, score_segments
 from finlora.inference.batch import BatchEngine
 from finlora.inference.open_base import count_rows, open_engine
 from finlora.model.adapter_files import ADAPTER_WEIGHTS
+from finlora.model.adapter_tasks import require_same_task
 from finlora.model.base import check_device
 from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.model.contract import read_contract
@@ -89,7 +92,7 @@ def run_evaluation(
     tokenizer = base.tokenizer
     contract = read_contract(adapter) if adapter else None
     date = base.check_adapter(adapter, contract) if adapter and contract else base.template_date
-    splits = [read_prepared(Path(config.data.dir), task, "test") for task in config.data.tasks]
+    splits = _read_splits(config, adapter)
     works = [
         encode_split(config, tokenizer, split, task, date)
         for split, task in zip(splits, config.data.tasks, strict=True)
@@ -132,9 +135,8 @@ def check_evaluation(config: RunConfig, base: BaseFiles, adapter: Path | None) -
         DatasetError: a test split is missing or damaged.
         AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
     """
-    counts = [
-        f"{task} {len(read_prepared(Path(config.data.dir), task, 'test').examples):,}" for task in config.data.tasks
-    ]
+    splits = _read_splits(config, adapter)
+    counts = [f"{split.task} {len(split.examples):,}" for split in splits]
     subject, date = "the base model", base.template_date
     if adapter is not None:
         contract = read_contract(adapter)
@@ -146,6 +148,16 @@ def check_evaluation(config: RunConfig, base: BaseFiles, adapter: Path | None) -
         f"({config.eval.device}, {describe_type(config.model, config.eval.device)}): test examples "
         f"{', '.join(counts)}{limit}{today}"
     )
+
+
+def _read_splits(config: RunConfig, adapter: Path | None) -> list[PreparedSplit]:
+    """Return the test split of each task, each asking what the adapter was trained on."""
+    splits = [read_prepared(Path(config.data.dir), task, "test") for task in config.data.tasks]
+    if adapter is not None:
+        contract = read_contract(adapter)
+        for split in splits:
+            require_same_task(adapter, contract, split.task, split.card_hash)
+    return splits
 
 
 class Answers(NamedTuple):
@@ -227,7 +239,10 @@ def _evaluate_task(config: RunConfig, engine: BatchEngine, work: Work, on_progre
         engine, work, config, lambda done: on_progress(work.task, done, len(examples))
     )
     seconds = time.perf_counter() - started
-    scores = score_answers(answers, examples, seed=config.seed)
+    own = read_card(split.card) if split.card else None
+    tolerance = NUMERIC_TOLERANCE if own is None else Decimal(str(own.number.tolerance))
+    scores = score_answers(answers, examples, seed=config.seed, tolerance=tolerance)
+    names = own.columns.segments if own else ()
     is_right = [answers[index] == examples[index].answer for index in confidences]
     calibration = bin_confidences(list(confidences.values()), is_right)
     error = {"calibration_error": calibration_error(calibration)} if calibration else {}
@@ -244,6 +259,7 @@ def _evaluate_task(config: RunConfig, engine: BatchEngine, work: Work, on_progre
         metrics=scores.metrics | error,
         counts=scores.confusion,
         calibration=calibration,
+        segments=score_segments(answers, examples, names, seed=config.seed, tolerance=tolerance),
         seconds_per_example=seconds / len(examples),
         tokens_per_second=num_tokens / seconds,
         wall_seconds=seconds,

@@ -22,6 +22,9 @@ UNPARSABLE = "(none)"
 NUMERIC_TOLERANCE = Decimal("0.01")
 """Relative distance to the label within which a number counts as right for numeric accuracy."""
 
+MAX_SEGMENTS = 50
+"""Values of a segment column that are scored, the most frequent ones."""
+
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[\n;]")
 _NEGATION = re.compile(r"(?:\b(?:not|never|neither|nor|cannot)|n['’]t)(?:\s+(?:an?|the|be|really|clearly))*\s+$")
 _NUMBER = re.compile(r"-?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:\.\d+)?")
@@ -83,8 +86,8 @@ def is_number(text: str) -> bool:
     return any(character.isdigit() for character in plain) and _NUMBER.fullmatch(plain) is not None
 
 
-def is_near(answer: str, label: str) -> bool:
-    """Return whether the last number of the answer's first line lies within NUMERIC_TOLERANCE of the label.
+def is_near(answer: str, label: str, tolerance: Decimal = NUMERIC_TOLERANCE) -> bool:
+    """Return whether the last number of the answer's first line lies within a relative tolerance of the label.
 
     It is the last one, since an answer may show its working: "(120 - 80) / 120 = 0.33". Currency and per cent signs are
     ignored, thousands commas understood. Scale words are not read: a value in millions is a different value.
@@ -97,7 +100,7 @@ def is_near(answer: str, label: str) -> bool:
     if not found:
         return False
     truth = Decimal(normalise_free_text(label))
-    return abs(Decimal(found[-1].replace(",", "")) - truth) <= NUMERIC_TOLERANCE * abs(truth)
+    return abs(Decimal(found[-1].replace(",", "")) - truth) <= tolerance * abs(truth)
 
 
 def contained_accuracy(answers: Sequence[str], labels: Sequence[str]) -> float:
@@ -154,7 +157,12 @@ def confusion(predictions: Sequence[str | None], labels: Sequence[str]) -> dict[
 
 
 def score_answers(
-    answers: Sequence[str], examples: Sequence[Example], *, fold: Mapping[str, str] | None = None, seed: int = 0
+    answers: Sequence[str],
+    examples: Sequence[Example],
+    *,
+    fold: Mapping[str, str] | None = None,
+    seed: int = 0,
+    tolerance: Decimal = NUMERIC_TOLERANCE,
 ) -> Scores:
     """Score the answers to one task's examples.
 
@@ -164,6 +172,7 @@ def score_answers(
         fold: choice -> label where they differ (NWGI: "mildly positive" -> "positive"). None: taken from the examples'
             (answer, label) pairs; a choice that is no example's answer maps to the one label that it contains as words.
         seed: of the bootstrap.
+        tolerance: relative distance within which a number counts as right.
 
     Returns:
         metrics with the keys that `results.Result.metrics` documents, each score in 0..1 with `_low` and `_high`, and
@@ -196,7 +205,7 @@ def score_answers(
     _put(metrics, "strict_accuracy", strict_accuracy(predictions, truths), accuracy_interval(strict, groups, seed=seed))
     numeric = [index for index, label in enumerate(labels) if not examples[index].choices and is_number(label)]
     if numeric:
-        near = [is_near(answers[index], labels[index]) for index in numeric]
+        near = [is_near(answers[index], labels[index], tolerance) for index in numeric]
         own = accuracy_interval(near, [groups[index] for index in numeric], seed=seed)
         _put(metrics, "numeric_accuracy", _mean(near), own)
     closed = [index for index, example in enumerate(examples) if example.choices]
@@ -208,6 +217,28 @@ def score_answers(
     interval = weighted_f1_interval(predictions, truths, groups, seed=seed)
     _put(metrics, "weighted_f1", weighted_f1(predictions, truths), interval)
     return Scores(metrics, confusion(predictions, truths))
+
+
+def score_segments(
+    answers: Sequence[str], examples: Sequence[Example], names: Sequence[str], *, seed: int, tolerance: Decimal
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return the scores of each segment: column -> value -> metrics, with the number of its examples as `count`.
+
+    Args:
+        names: columns of the examples' `segments`. Of each the MAX_SEGMENTS most frequent values are scored.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for position, name in enumerate(names):
+        rows: dict[str, list[int]] = {}
+        for index, example in enumerate(examples):
+            rows.setdefault(example.segments[position], []).append(index)
+        ranked = sorted(rows.items(), key=lambda pair: (-len(pair[1]), pair[0]))[:MAX_SEGMENTS]
+        found[name] = {}
+        for value, indices in ranked:
+            own = [answers[index] for index in indices]
+            scores = score_answers(own, [examples[index] for index in indices], seed=seed, tolerance=tolerance)
+            found[name][value] = {"count": float(len(indices)), **scores.metrics}
+    return found
 
 
 def _put(metrics: dict[str, float], name: str, value: float, interval: tuple[float, float]) -> None:

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finlora.config import RunConfig
-from finlora.data.encode import encode_choices, encode_prompt
+from finlora.data.encode import encode_asked, encode_choices
 from finlora.data.grounding import find_quote
-from finlora.data.question import Question
+from finlora.data.question import Form, Question
+from finlora.data.sets.catalog import FORMS
+from finlora.data.sets.prepared import read_prepared
+from finlora.data.taskfile.asking import make_form
+from finlora.data.taskfile.load import read_card
 from finlora.engine.request import ADAPTER, Finish, Piece, Request, Sampling, normalise_choices
 from finlora.errors import ConfigError
+from finlora.model.adapter_tasks import read_tasks, require_same_task
 from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.model.contract import read_contract
 
@@ -99,6 +104,32 @@ def ask(
     )
 
 
+def list_own_forms(task: str | None, adapter: Path | None, data: Path) -> dict[str, Form]:
+    """Return the forms of tasks of task files, where the task asked for is not built in: those that the adapter brings, and the
+    prepared task of that name.
+
+    Args:
+        data: folder of prepared tasks.
+
+    Raises:
+        AdapterError: the adapter's tasks cannot be read.
+        DatasetError: the prepared task is damaged, or asks something else than the adapter was trained on.
+    """
+    if task is None or task in FORMS:
+        return {}
+    forms = {}
+    contract = read_contract(adapter) if adapter is not None else None
+    if adapter is not None and contract is not None:
+        forms = {name: own.form for name, own in read_tasks(adapter, contract).items() if own.form is not None}
+    if task not in forms and (data / task).is_dir():
+        split = read_prepared(data, task, "test")
+        if adapter is not None and contract is not None:
+            require_same_task(adapter, contract, task, split.card_hash)
+        if split.card is not None:
+            forms[task] = make_form(read_card(split.card))
+    return forms
+
+
 def make_request(
     question: Question,
     tokenizer: PreTrainedTokenizerFast,
@@ -115,7 +146,7 @@ def make_request(
     template = config.model.template
     return Request(
         id="ask",
-        prompt_ids=encode_prompt(question.prompt, tokenizer, template, date),
+        prompt_ids=encode_asked(question, tokenizer, template, date),
         adapter=adapter,
         sampling=sampling,
         choices=encode_choices(question.choices, tokenizer, template),

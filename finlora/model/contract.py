@@ -23,8 +23,11 @@ from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_f
 from finlora.yamltext import read_yaml
 
 CONTRACT_FILE = "finlora.yaml"
-_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "config.yaml")
-_VERSION = 3
+TASKS_FILE = "tasks.yaml"
+_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "config.yaml", TASKS_FILE)
+_VERSION = 4
+_WITHOUT_TASKS = 3
+"""Format of adapters that could not bring tasks of task files."""
 _WITHOUT_DATE = 2
 """Format of adapters that do not record the date in their prompts: where the chat template writes one, the day of training."""
 _WITHOUT_HASHES = 1
@@ -78,6 +81,8 @@ class Contract:
     metrics: dict[str, float] = field(default_factory=dict)
     template_date: str | None = None
     """Date, such as 2024-07-26, that the chat template wrote into each prompt; None: it writes none, or a fixed one."""
+    tasks: dict[str, str] = field(default_factory=dict)
+    """Task of a task file -> hash of what it asks; the files themselves are in tasks.yaml (finlora/model/adapter_tasks.py)."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 in hex of each other file in the folder; `write_contract` fills it in."""
     finlora: int = _VERSION
@@ -221,7 +226,7 @@ def _build_contract(values: Any, path: Path) -> Contract:
     version = record.get("finlora")
     if version is None:
         raise ValueError("it does not name its format")
-    if isinstance(version, int) and version not in (_WITHOUT_HASHES, _WITHOUT_DATE, _VERSION):
+    if isinstance(version, int) and version not in (_WITHOUT_HASHES, _WITHOUT_DATE, _WITHOUT_TASKS, _VERSION):
         raise AdapterError(f"{path} has format {version}, this FinLoRA reads {_VERSION}: update FinLoRA.")
     for name, value in record.items():
         if not all(len(text) <= _MAX_TEXT and text.isprintable() for text in _list_texts([name, value])):
@@ -255,6 +260,7 @@ def make_contract(
     adapter_mib: float,
     metrics: dict[str, float],
     template_date: str | None = None,
+    tasks: dict[str, str] | None = None,
 ) -> Contract:
     """Return the contract of a newly trained adapter."""
     return Contract(
@@ -273,4 +279,5 @@ def make_contract(
         adapter_mib=round(adapter_mib, 3),
         metrics=metrics,
         template_date=template_date,
+        tasks=tasks or {},
     )

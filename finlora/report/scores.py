@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from finlora.report.pairing import Kept, Paired, short
@@ -59,7 +60,8 @@ def score_table(paired: Paired) -> TextTable:
     ]
     if has_numbers:
         notes.append(
-            "Within 1 %: of the questions whose answer is a number, the share answered to one part in a hundred."
+            "Within 1 %: of the questions whose answer is a number, the share answered to one part in a hundred, or within the "
+            "task file's own tolerance."
         )
     if any(result.is_partial for result in all_results):
         notes.append("* Partial: not every example of the prepared test split was scored.")
@@ -69,6 +71,28 @@ def score_table(paired: Paired) -> TextTable:
         header=("task", "run", "model", "bits", "accuracy", "weighted F1", "strict", *numbers, "against base"),
         rows=tuple(rows),
         notes=tuple(notes),
+    )
+
+
+def segment_table(paired: Paired) -> TextTable:
+    """One row a run, task and value of a segment column, for tasks of task files that name segments."""
+    rows = []
+    for each in paired.kept:
+        run, result = each
+        for column, values in result.segments.items():
+            for value, metrics in values.items():
+                scored = replace(result, metrics=metrics)
+                rows.append(
+                    (
+                        *(result.task, run.name, f"{column}={value}", format_number(metrics["count"], 0)),
+                        *(format_score(scored, name) for name in ("accuracy", "weighted_f1", "strict_accuracy")),
+                    )
+                )
+    return TextTable(
+        title="Scores by segment",
+        header=("task", "run", "segment", "examples", "accuracy", "weighted F1", "strict"),
+        rows=tuple(rows),
+        notes=("% with 95 % interval, as above. A segment of few examples has a wide interval.",),
     )
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 from finlora.errors import ResultError
 from finlora.printed_table import print_table
 from finlora.report.pairing import Paired, pair_results
-from finlora.report.scores import score_table
+from finlora.report.scores import score_table, segment_table
 from finlora.report.tables import (
     NOT_MEASURED,
     NOT_RUN,
@@ -41,7 +41,7 @@ def show_results(results: Sequence[Result], console: Console) -> None:
 
 
 def _show(paired: Paired, console: Console) -> None:
-    for table in (score_table(paired), cost_table(paired), wire_table(paired)):
+    for table in (score_table(paired), segment_table(paired), cost_table(paired), wire_table(paired)):
         if table.rows:
             draw_table(table, console)
 
@@ -102,7 +102,15 @@ def _write(
             figures[f"{kind}-time"] = figure
     matrices = [(describe(each), draw_confusion(each.result)) for each in paired.kept if has_matrix(each.result)]
     curves = [(describe(each), draw_reliability(each.result)) for each in paired.kept if each.result.calibration]
-    tables = [*first, score_table(paired), cost_table(paired), wire_table(paired), *beside, differences_table()]
+    tables = [
+        *first,
+        score_table(paired),
+        cost_table(paired),
+        segment_table(paired),
+        wire_table(paired),
+        *beside,
+        differences_table(),
+    ]
     tables += [left_out, provenance_table(paired), environment_table(paired)]
     paths = [output / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):

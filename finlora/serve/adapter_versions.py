@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from finlora.data.question import Form
+from finlora.data.task import Task
 from finlora.errors import AdapterError
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_file
+from finlora.model.adapter_tasks import read_tasks
 from finlora.model.contract import CONTRACT_FILE, Contract, read_contract
 from finlora.serve.served_model import ServedBase
 from finlora.stage.adapter_weights import hash_adapter
@@ -41,6 +45,13 @@ class ServedAdapter:
     contract: Contract
     template_date: str | None
     """Date that the chat template writes into its prompts: that of its training."""
+    tasks: Mapping[str, Task] = field(default_factory=dict)
+    """Tasks of task files that it was trained on, which only it brings."""
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """How a user asks its own tasks."""
+        return {name: task.form for name, task in self.tasks.items() if task.form is not None}
 
     @property
     def engine_name(self) -> str:
@@ -146,10 +157,11 @@ class AdapterShelf:
             check_adapter(folder)
             digest = hash_adapter(folder)
             date = contract.choose_date(folder, self._base.template_date)
+            tasks = read_tasks(folder, contract)
         except AdapterError as error:
             return error
         return ServedAdapter(
-            name=name, version=version, folder=folder, hash=digest, contract=contract, template_date=date
+            name=name, version=version, folder=folder, hash=digest, contract=contract, template_date=date, tasks=tasks
         )
 
     def set_current(self, name: str, version: str | None) -> ServedAdapter:

@@ -170,11 +170,9 @@ class ExtractRequest(_Body):
     """Body of `POST /v1/extract`."""
 
     model: str = Field(description="A name of `/v1/models`.")
-    task: str = Field(
-        description="A task of `/v1/tasks` without labels: look for a US GAAP tag, or for a reported number."
-    )
+    task: str = Field(description="A task of `/v1/tasks` without labels, such as one that looks for a reported number.")
     context: str = Field(description="XBRL excerpt or other text that holds the answer.")
-    question: str = Field(description="What to look for in it.")
+    question: str = Field("", description="What to look for in it, where the task asks that (`about` of `/v1/tasks`).")
     max_tokens: int | None = Field(
         None, ge=1, description="Most new tokens. Default: `limits.default_extract_tokens` of the server."
     )

@@ -79,7 +79,7 @@ class HeldOut:
         with torch.autocast(device.type, torch.bfloat16, enabled=self._is_bf16):
             for items in self._batches:
                 sums[0] += loss(collate(items, self._pad_token_id).to(device)).double()
-                sums[1] += sum(len(item.answer_ids) for item in items)
+                sums[1] += sum(item.loss_tokens for item in items)
         model.train(was_training)
         total, count = self._reduce_sum(sums).tolist()
         if self._folder is not None:

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from emulated_flash import emulate_flash
+from letters import prepare_letters
 
 from finlora.config import LoraConfig
 from finlora.configfile import config_to_tree, save_config
 from finlora.data.encode import encode_examples
+from finlora.data.sets.catalog import make_question
 from finlora.data.sets.prepared import read_prepared
 from finlora.errors import AdapterError, DatasetError, ModelError, ResourceError
 from finlora.evaluate.evaluation import (
@@ -26,10 +28,12 @@ from finlora.evaluate.evaluation import (
     encode_split,
     run_evaluation,
 )
+from finlora.inference.ask import list_own_forms
 from finlora.inference.batch import BatchEngine
+from finlora.model.adapter_tasks import write_tasks
 from finlora.model.base import load_base
 from finlora.model.base_files import read_base_files
-from finlora.model.contract import CONTRACT_FILE, make_contract, write_contract
+from finlora.model.contract import CONTRACT_FILE, TASKS_FILE, make_contract, read_contract, write_contract
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
 from finlora.model.source import find_source, fingerprint_weights
 from finlora.model.tokenizer import load_tokenizer
@@ -330,3 +334,54 @@ def test_text_of_a_whole_split_is_the_same_as_a_gpu_computes_it(make_config, ada
 def test_gpu_hours_count_shares_of_gpus(make_config, device, num_stages, num_gpus, hours):
     config = make_config(f"eval.device={device}", f"eval.num_stages={num_stages}", f"eval.num_gpus={num_gpus}")
     assert count_gpu_hours(config, 7200.0) == hours
+
+
+@pytest.fixture
+def letters_adapter(adapter, tmp_path):
+    """The adapter with a task of a task file in its contract."""
+    data = prepare_letters(tmp_path, columns={"segments": ["desk"]})
+    split = read_prepared(data, "letters", "train")
+    write_tasks(adapter, {"letters": split.card})
+    contract = dataclasses.replace(
+        read_contract(adapter), tasks={"letters": split.card_hash}, data_hashes={"letters": split.hash}
+    )
+    write_contract(adapter, contract)
+    return adapter
+
+
+def test_task_of_a_task_file_is_scored_by_its_segments(make_config, letters_adapter, tmp_path):
+    config = make_config("data.tasks=[letters]", f"data.dir={tmp_path / 'data'}")
+    (result,) = run_evaluation(config, letters_adapter, quiet)
+    assert (result.task, result.num_examples, set(result.counts)) == ("letters", 8, {"bad", "good"})
+    desks = result.segments["desk"]
+    assert sum(scores["count"] for scores in desks.values()) == 8
+    right = sum(scores["count"] * scores["accuracy"] for scores in desks.values())
+    assert right == pytest.approx(8 * result.metrics["accuracy"])
+
+
+def test_changed_prompt_is_another_task(make_config, letters_adapter, tmp_path):
+    prepare_letters(tmp_path, prompt={"instruction": "What is the mood?"})
+    config = make_config("data.tasks=[letters]", f"data.dir={tmp_path / 'data'}")
+    words = (
+        r"trained with task hash [0-9a-f]{12}, the prepared task letters has [0-9a-f]{12}: its kind, labels or prompt"
+    )
+    with pytest.raises(AdapterError, match=words):
+        check_evaluation(config, read_base_files(config.model), letters_adapter)
+    with pytest.raises(AdapterError, match=words):
+        run_evaluation(config, letters_adapter, quiet)
+
+
+def test_adapter_brings_its_task_and_a_changed_one_is_refused(letters_adapter, tmp_path):
+    own = list_own_forms("letters", letters_adapter, tmp_path / "nothing")
+    question = make_question("letters", "Dear bank", None, own)
+    assert question.choices == ("bad", "good")
+    assert question.prompt.startswith("Instruction: What is the tone? Please choose an answer from {bad/good}.")
+    assert list_own_forms("fpb", letters_adapter, tmp_path) == {}
+    (letters_adapter / TASKS_FILE).write_text((letters_adapter / TASKS_FILE).read_text().replace("tone", "mood"))
+    with pytest.raises(AdapterError, match="holds other tasks than the adapter was trained on"):
+        list_own_forms("letters", letters_adapter, tmp_path)
+
+
+def test_prepared_task_is_asked_of_the_base(tmp_path):
+    own = list_own_forms("letters", None, prepare_letters(tmp_path))
+    assert make_question("letters", "Dear bank", None, own).choices == ("bad", "good")

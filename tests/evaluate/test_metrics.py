@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -294,3 +295,10 @@ def test_numeric_accuracy_is_over_the_numbers_alone():
     assert metrics["numeric_accuracy"] == 0.5
     assert (metrics["numeric_accuracy_low"], metrics["numeric_accuracy_high"]) == wilson_interval(1, 2)
     assert "numeric_accuracy" not in score_answers(["positive"], examples[3:]).metrics
+
+
+def test_number_is_judged_by_the_tasks_own_tolerance():
+    example = Example(id="a", task="n", prompt="p", answer="100", label="100", choices=(), source="s", group="g")
+    for tolerance, right in (("0.005", 0.0), ("0.02", 1.0)):
+        scores = score_answers(["101"], [example], tolerance=Decimal(tolerance))
+        assert scores.metrics["numeric_accuracy"] == right

@@ -129,8 +129,8 @@ def test_text_that_could_change_what_a_terminal_shows_is_refused(contract, tmp_p
 
 
 def test_newer_format_is_refused_by_words(contract, tmp_path):
-    (tmp_path / CONTRACT_FILE).write_text(yaml.safe_dump(dataclasses.asdict(contract) | {"finlora": 4}))
-    with pytest.raises(AdapterError, match=r"has format 4, this FinLoRA reads 3: update FinLoRA"):
+    (tmp_path / CONTRACT_FILE).write_text(yaml.safe_dump(dataclasses.asdict(contract) | {"finlora": 5}))
+    with pytest.raises(AdapterError, match=r"has format 5, this FinLoRA reads 4: update FinLoRA"):
         read_contract(tmp_path)
 
 
@@ -169,7 +169,7 @@ def test_changed_contract_is_refused_unless_its_hash_is_taken_out_too(folder):
 
 def test_cut_contract_is_refused_wherever_it_is_cut(folder):
     text = (folder / CONTRACT_FILE).read_text()
-    last = text.index("finlora: 3") + len("finlora: 3")  # what follows is the hash alone
+    last = text.index("finlora: 4") + len("finlora: 4")  # what follows is the hash alone
     for end in range(last):
         (folder / CONTRACT_FILE).write_text(text[:end])
         with pytest.raises(AdapterError):

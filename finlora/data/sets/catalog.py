@@ -46,27 +46,33 @@ FORMS: Mapping[str, Form] = MappingProxyType({task.name: task.form for task in T
 """Form of each task that a user can ask, in the order in which they are listed."""
 
 
-def make_question(task: str | None, text: str, about: str | None) -> Question:
+def make_question(task: str | None, text: str, about: str | None, own: Mapping[str, Form] | None = None) -> Question:
     """Render a user's question.
 
     Args:
         task: one of FORMS; None: the text is the whole prompt.
         text: the sentence, post, headline or XBRL fragment.
         about: what the user names beside the text, an entity or a question; None or empty: nothing.
+        own: forms of tasks of task files, which an adapter or a prepared set brings.
 
     Raises:
         DatasetError: the text is empty, the task is unknown, or `about` does not fit.
     """
     if not text.strip():
         raise DatasetError("found an empty text: expected the sentence, headline or fragment to ask about.")
-    if task is not None and task not in FORMS:
-        raise DatasetError(f"task {task!r} cannot be asked: expected one of {', '.join(FORMS)}, or none.")
-    return (FORMS[task] if task else PLAIN).ask(task or "a plain prompt", text, about or "")
+    forms = {**FORMS, **(own or {})}
+    if task is not None and task not in forms:
+        raise DatasetError(f"task {task!r} cannot be asked: expected one of {', '.join(forms)}, or none.")
+    return (forms[task] if task else PLAIN).ask(task or "a plain prompt", text, about or "")
 
 
-def quotes(task: str | None) -> bool:
-    """Return whether a task's answer is quoted from the text that is asked about."""
-    form = FORMS.get(task) if task else None
+def has_free_answer(task: str | None, own: Mapping[str, Form] | None = None) -> bool:
+    """Return whether a task's answer is text, quoted from the text that is asked about or written for it, and no label.
+
+    Args:
+        own: as in `make_question`.
+    """
+    form = {**FORMS, **(own or {})}.get(task) if task else None
     return form is not None and not form.choices
 
 
@@ -86,3 +92,9 @@ def is_papers_test(task: str, data_hash: str | None, num_examples: int, is_parti
     counts = {form.test for form in forms if form.test_hash is None}
     start = (data_hash or "")[:16]
     return start in known or (start not in others and not is_partial and num_examples in counts)
+
+
+def is_quoted(task: str | None, own: Mapping[str, Form] | None = None) -> bool:
+    """Return whether a task's answer should occur in the text that is asked about."""
+    form = {**FORMS, **(own or {})}.get(task) if task else None
+    return form is not None and not form.choices and form.is_quoted

@@ -21,7 +21,14 @@ def make_form(task: TaskFile) -> Form:
     def render(text: str, about: str) -> str:
         return render_prompt(task, text, about)
 
-    return Form(render=render, choices=task.choices, about="question" if asks_question else "none", about_values=values)
+    return Form(
+        render=render,
+        choices=task.choices,
+        about="question" if asks_question else "none",
+        about_values=values,
+        is_quoted=task.kind == "number",
+        system=task.prompt.system if task.is_chat else None,
+    )
 
 
 def render_prompt(task: TaskFile, text: str, about: str) -> str:
@@ -30,9 +37,9 @@ def render_prompt(task: TaskFile, text: str, about: str) -> str:
     Args:
         about: the row's question; for kind multi the label that is asked; empty where the task asks nothing beside the text.
     """
-    system = f"{task.prompt.system}\n\n" if task.prompt.system else ""
     if task.is_chat:
-        return f"{system}{text}"
+        return text
+    system = f"{task.prompt.system}\n\n" if task.prompt.system else ""
     instruction = _instruct(task, about)
     if instruction is None:
         shot = "" if task.prompt.example is None else f"{task.prompt.example.text}{task.prompt.example.label}\n\n"

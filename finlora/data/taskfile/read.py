@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from finlora.data.example import Example, Splits
 from finlora.data.task import Request, Task
 from finlora.data.taskfile.asking import make_form, render_prompt, write_turns
-from finlora.data.taskfile.items import Item, make_items
+from finlora.data.taskfile.items import Item, Turn, make_items
 from finlora.data.taskfile.load import load_task_file
 from finlora.data.taskfile.own_tables import read_source
 from finlora.data.taskfile.presets import apply_preset
@@ -84,38 +85,51 @@ def _build(side: str, task: TaskFile, items: Sequence[Item], rows: Sequence[int]
         item = items[row]
         group = item.group or items[parts.groups[row]].text
         questions = list(_list_questions(task, item))
-        for number, (about, answer, turns) in enumerate(questions):
-            own = item.id if len(questions) == 1 else f"{item.id}-{about or number}"
+        for number, question in enumerate(questions):
+            own = item.id if len(questions) == 1 else f"{item.id}-{question.name or number}"
             examples.append(
                 Example(
                     id=f"{task.name}-{side}-{len(examples)}" if item.id is None else str(own),
                     task=task.name,
-                    prompt=write_turns(turns) if turns else render_prompt(task, item.text, about),
-                    answer=answer,
-                    label=answer,
+                    prompt=question.prompt,
+                    answer=question.answer,
+                    label=question.answer,
                     choices=task.choices,
                     source=item.place,
                     group=group,
                     time=item.time.isoformat() if item.time else "",
                     weight=item.weight,
                     segments=item.segments,
-                    turns=turns,
+                    turns=question.turns,
                 )
             )
     return tuple(examples)
 
 
-def _list_questions(task: TaskFile, item: Item) -> Iterator[tuple[str, str, tuple[tuple[str, str], ...]]]:
-    """Yield what a row asks, its answer and, for kind chat, the turns before it."""
+class _Question(NamedTuple):
+    prompt: str
+    answer: str
+    turns: tuple[Turn, ...] = ()
+    """Kind chat: the turns before the answer, unless they are one user message, which needs no chat template."""
+    name: str = ""
+    """Kind multi: the label that is asked."""
+
+
+def _list_questions(task: TaskFile, item: Item) -> Iterator[_Question]:
+    """Yield what a row asks: kind multi each label, kind chat each answer that is learnt, else one question."""
     if task.kind == "multi":
         for label in task.labels:
-            yield label.value, YES_NO[label.value not in item.labels], ()
+            prompt = render_prompt(task, item.text, label.value)
+            yield _Question(prompt, YES_NO[label.value not in item.labels], name=label.value)
     elif task.is_chat:
-        ends = [number for number, (role, _) in enumerate(item.turns) if role == "assistant" and number > 0]
+        first = [role for role, _ in item.turns].index("user")
+        ends = [number for number, (role, _) in enumerate(item.turns) if role == "assistant" and number > first]
         for end in ends if task.train_on == "all_assistant" else ends[-1:]:
-            yield "", item.turns[end][1], item.turns[:end]
+            before, answer = item.turns[:end], item.turns[end][1]
+            is_prompt = [role for role, _ in before] == ["user"]
+            yield _Question(before[0][1], answer) if is_prompt else _Question(write_turns(before), answer, before)
     else:
-        yield item.about, item.answer, ()
+        yield _Question(render_prompt(task, item.text, item.about), item.answer)
 
 
 def _list_dates(items: Sequence[Item], parts: Parts) -> list[str]:

@@ -213,17 +213,24 @@ def _stack_down(layer: Layer, dtype: torch.dtype) -> Tensor:
     return torch.stack([lora.down for lora in layer.lora]).to(dtype)
 
 
-def answer_loss(x: Tensor, norm: Tensor, eps: float, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def answer_loss(
+    x: Tensor, norm: Tensor, eps: float, head: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Final norm, output head and cross entropy summed over the labelled rows, HEAD_CHUNK rows at a time.
 
-    Shapes: x (N, H), norm (H,), head (V, H), targets (N,) -> loss () float32, its gradient (N, H).
+    Shapes: x (N, H), norm (H,), head (V, H), targets (N,), weights (N,) or None -> loss () float32, its gradient (N, H).
     """
     normed = normalise(x, norm, eps)
     grads, total = [], torch.zeros((), device=x.device)
-    for rows, wanted in zip(normed.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+    chunks = normed.split(HEAD_CHUNK)
+    scales = [None] * len(chunks) if weights is None else weights[:, None].split(HEAD_CHUNK)
+    for rows, wanted, scale in zip(chunks, targets.split(HEAD_CHUNK), scales, strict=True):
         is_real, wanted = (wanted != IGNORED)[:, None], wanted.clamp(min=0)[:, None]
         log_probs = torch.log_softmax((rows @ head.t()).float(), -1)
-        total = total - torch.where(is_real, log_probs.gather(1, wanted), 0.0).sum()
+        picked = torch.where(is_real, log_probs.gather(1, wanted), 0.0)
+        total = total - (picked if scale is None else picked * scale).sum()
         slope = log_probs.exp_().scatter_add_(1, wanted, log_probs.new_full(wanted.shape, -1.0)).mul_(is_real)
+        if scale is not None:
+            slope.mul_(scale)
         grads.append(slope.to(x.dtype) @ head)
     return total, normalise_backward(torch.cat(grads), x, norm, eps, torch.zeros_like(x))

@@ -87,7 +87,7 @@ class PackedLlama(nn.Module):
         for layer, context, own in zip(self.layers, contexts, seeds, strict=True):
             x, kept = run_layer(x, layer, context, own)
             all_kept.append(kept)
-        loss, grad = answer_loss(x, *self.ends.output_weights(), pack.targets)
+        loss, grad = answer_loss(x, *self.ends.output_weights(), pack.targets, pack.weights)
         gradients: list[Tensor] = []
         for index in range(last, -1, -1):
             needs_x = index > 0

@@ -40,6 +40,8 @@ class ServedReply:
     """Label -> probability, most probable first; empty for generated text."""
     quote: tuple[int, int] | None
     """First character of the answer in the given text, and the one after its last; None: it is not in the text."""
+    is_quoted: bool = False
+    """Whether the answer should occur there."""
 
 
 def ask_server(
@@ -78,17 +80,32 @@ def ask_server(
             for piece in read_pieces(_read_blocks(reply, address), address):
                 on_text(piece)
         return ServedReply(probabilities={}, quote=None)
-    from finlora.data.sets.catalog import quotes
-
-    if quotes(task):
+    has_labels, is_quoted = _describe_task(address, key, model, task)
+    if not has_labels:
         body = {"model": model, "task": task, "context": text, "question": about or ""}
         with _open(address, "/v1/extract", key, body) as reply:
             answer, quote = read_extract(_read_whole(reply, address), address)
         on_text(answer)
-        return ServedReply(probabilities={}, quote=quote)
+        return ServedReply(probabilities={}, quote=quote, is_quoted=is_quoted)
     body = {"model": model, "task": task, "text": text} | ({"about": about} if about else {})
     with _open(address, "/v1/classify", key, body) as reply:
         return ServedReply(probabilities=read_probabilities(_read_whole(reply, address), address), quote=None)
+
+
+def _describe_task(address: str, key: str, model: str, task: str) -> tuple[bool, bool]:
+    """Return whether a task has labels, and whether a free answer is quoted from the text. The server knows its adapters' own."""
+    from finlora.data.sets.catalog import FORMS
+
+    if task in FORMS:
+        return bool(FORMS[task].choices), FORMS[task].is_quoted
+    with _open(address, "/v1/tasks", key, None) as reply:
+        known = _take(_parse(_read_whole(reply, address), address), "data", list, address)
+    for facts in known:
+        if _take(facts, "name", str, address) == task and model.partition("@")[0] in _take(
+            facts, "models", list, address
+        ):
+            return bool(_take(facts, "labels", list, address)), facts.get("quoted") is True
+    return True, False  # the server says which tasks it has
 
 
 def read_pieces(blocks: Iterable[bytes], address: str) -> Iterator[str]:
@@ -180,14 +197,16 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 @contextmanager
-def _open(address: str, path: str, key: str, body: dict[str, Any]) -> Iterator[Any]:
+def _open(address: str, path: str, key: str, body: dict[str, Any] | None) -> Iterator[Any]:
     host, port = _read_address(address)
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     proxies = choose_proxies(address)
     if not proxies:
         _require_listener(address, host, port)
     with _failures_named(address, proxies):
-        request = urllib.request.Request(address.rstrip("/") + path, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(
+            address.rstrip("/") + path, None if body is None else json.dumps(body).encode(), headers
+        )
         opener = urllib.request.build_opener(_NoRedirects, urllib.request.ProxyHandler(proxies))
         try:
             reply = opener.open(request, timeout=TIMEOUT_S)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 
 from finlora.data.grounding import find_quote
-from finlora.data.question import About, Question
-from finlora.data.sets.catalog import FORMS, make_question, quotes
+from finlora.data.question import About, Form, Question
+from finlora.data.sets.catalog import FORMS, make_question
 from finlora.engine.request import Answer, normalise_choices
+from finlora.serve.accounts.ledger import Call
 from finlora.serve.failures import RefusedError
 from finlora.serve.http.completions import count_usage
 from finlora.serve.http.context import ANSWERING_ERRORS, LOOKING_ERRORS, gather_all, key_of, request_id_of, server_of
@@ -31,6 +33,11 @@ class TaskFacts(BaseModel):
     about: About = Field(description="What the task asks about the text; the request names it as `about`.")
     labels: list[str] = Field(description="Allowed answers; empty for a task with free answers.")
     questions: list[str] = Field(description="Allowed values of `about`; empty: any text.")
+    title: str = Field(default="", description="What the task is; empty for a built-in one.")
+    models: list[str] = Field(
+        default=[], description="Models that bring the task with them; empty: any model takes it."
+    )
+    quoted: bool = Field(default=False, description="Whether a free answer should occur in the text.")
 
 
 class TaskList(BaseModel):
@@ -39,9 +46,17 @@ class TaskList(BaseModel):
 
 
 @router.get("/v1/tasks", summary="List the tasks", responses=LOOKING_ERRORS)
-async def list_tasks() -> TaskList:
-    """List the questions that can be asked. Any model takes any of them; adapters differ in how well they answer."""
-    return TaskList(data=[_describe(name) for name in FORMS])
+async def list_tasks(request: Request) -> TaskList:
+    """List the questions that can be asked. Any model takes a built-in one; an adapter that was trained on a task file brings its
+    task along."""
+    built_in = [_describe(name, form) for name, form in FORMS.items()]
+    brought = server_of(request).list_own_tasks(key_of(request))
+    own = [
+        _describe(task.name, task.form).model_copy(update={"title": task.title, "models": models})
+        for task, models in brought
+        if task.form is not None
+    ]
+    return TaskList(data=[*built_in, *own])
 
 
 @router.post("/v1/classify", summary="Label texts", responses=ANSWERING_ERRORS)
@@ -57,7 +72,8 @@ async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
             "invalid_value",
             "texts",
         )
-    questions = [_ask(body.task, *pair) for pair in zip(body.all_texts, body.all_abouts, strict=True)]
+    forms = _forms_of(call)
+    questions = [_ask(forms, body.task, *pair) for pair in zip(body.all_texts, body.all_abouts, strict=True)]
     answers = await gather_all([server.choose(call, question, index) for index, question in enumerate(questions)])
     return ClassifyResponse(
         id=call.request_id,
@@ -73,18 +89,19 @@ async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
     """Answer a question from a text and say where in it the answer is. Check an answer yourself where `grounded` is false."""
     server = server_of(request)
     call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
-    quoted = [name for name in FORMS if quotes(name)]
-    if body.task not in quoted:
+    forms = _forms_of(call)
+    free = [name for name, form in forms.items() if not form.choices]
+    if body.task not in free:
         raise RefusedError(
             400,
-            f"task {body.task!r} quotes no answer from a text: expected one of {', '.join(quoted)}.",
+            f"task {body.task!r} quotes no answer from a text: expected one of {', '.join(free)}.",
             "invalid_value",
             "task",
         )
-    if not body.question.strip():
+    if not body.question.strip() and forms[body.task].about != "none":
         raise RefusedError(400, "question is empty: say what to look for in the context.", "invalid_value", "question")
-    question = make_question(body.task, body.context, body.question)
-    ids = server.encode(call, question.prompt)
+    question = make_question(body.task, body.context, body.question, forms)
+    ids = server.encode(call, question)
     default = server.config.limits.default_extract_tokens
     sampling = server.make_sampling(ids, max_tokens=body.max_tokens, default_tokens=default)
     pieces: list[str] = []
@@ -93,7 +110,7 @@ async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
             break
         pieces.append(event.text)
     text = "".join(pieces).strip()
-    quote = find_quote(text, body.context)
+    quote = find_quote(text, body.context) if forms[body.task].is_quoted else None
     return ExtractResponse(
         id=call.request_id,
         model=body.model,
@@ -106,28 +123,38 @@ async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
     )
 
 
-def _describe(name: str) -> TaskFacts:
-    form = FORMS[name]
-    return TaskFacts(name=name, about=form.about, labels=list(form.choices), questions=list(form.about_values))
+def _describe(name: str, form: Form) -> TaskFacts:
+    return TaskFacts(
+        name=name,
+        about=form.about,
+        labels=list(form.choices),
+        questions=list(form.about_values),
+        quoted=not form.choices and form.is_quoted,
+    )
 
 
-def _ask(task: str, text: str, about: str | None) -> Question:
+def _forms_of(call: Call) -> dict[str, Form]:
+    """Return the tasks that a call's model can be asked: the built-in ones and those that its adapter brings."""
+    return {**FORMS, **(call.adapter.forms if call.adapter else {})}
+
+
+def _ask(forms: Mapping[str, Form], task: str, text: str, about: str | None) -> Question:
     """Render a question of a task with labels.
 
     Raises:
         RefusedError: the task is unknown, or `about` is missing or not allowed.
         DatasetError: the text is empty, or `about` does not fit it.
     """
-    labelled = [name for name in FORMS if not quotes(name)]
+    labelled = [name for name, form in forms.items() if form.choices]
     if task not in labelled:
         raise RefusedError(
             400, f"task {task!r} has no labels here: expected one of {', '.join(labelled)}.", "invalid_value", "task"
         )
-    wanted = FORMS[task].about
+    wanted = forms[task].about
     if (wanted == "none") != (about is None or not about):
         found, do = ("no about", f"name the {wanted}") if not about else (f"about={about!r}", "leave it out")
         raise RefusedError(400, f"found {found} for task {task}: {do}.", "invalid_value", "about")
-    return make_question(task, text, about)
+    return make_question(task, text, about, forms)
 
 
 def _label(question: Question, answer: Answer, threshold: float) -> LabelResult:

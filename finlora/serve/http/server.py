@@ -8,8 +8,9 @@ import functools
 import time
 from collections.abc import AsyncIterator, Sequence
 
-from finlora.data.encode import encode_choices, encode_prompt
+from finlora.data.encode import encode_asked, encode_choices
 from finlora.data.question import Question
+from finlora.data.task import Task
 from finlora.engine.request import Answer, Piece, Request, Sampling
 from finlora.errors import AdapterError
 from finlora.serve.accounts.audit import AuditLog
@@ -61,6 +62,23 @@ class Server:
         )
         self._ledger = Ledger(self.quota, meter, base.weights_hash, audit, has_texts=config.audit_texts)
 
+    def list_own_tasks(self, key: KeyRecord) -> list[tuple[Task, list[str]]]:
+        """Return the tasks that adapters bring, each with the models that a key may ask it of.
+
+        An adapter that is refused brings none. Tasks of one name that ask different things stand one after the other.
+        """
+        found: dict[tuple[str, str | None], tuple[Task, list[str]]] = {}
+        for name in self.shelf.list_names():
+            if not key.may_use(name):
+                continue
+            try:
+                tasks = self.shelf.find(name).tasks.values()
+            except AdapterError:
+                continue
+            for task in tasks:
+                found.setdefault((task.name, task.card_hash), (task, []))[1].append(f"{self.config.name}:{name}")
+        return [found[key] for key in sorted(found, key=str)]
+
     def list_models(self, key: KeyRecord) -> list[str]:
         """Return the names of the models that a key may use."""
         names: list[str | None] = [None, *self.shelf.list_names()]
@@ -96,9 +114,9 @@ class Server:
         """Return the date that the chat template writes into a call's prompts: its adapter's, or the base's."""
         return call.adapter.template_date if call.adapter else self.base.template_date
 
-    def encode(self, call: Call, prompt: str) -> tuple[int, ...]:
-        """Render a prompt as in the adapter's training."""
-        return encode_prompt(prompt, self.base.tokenizer, self.base.template, self.date_of(call))
+    def encode(self, call: Call, question: Question) -> tuple[int, ...]:
+        """Render a question as in the adapter's training."""
+        return encode_asked(question, self.base.tokenizer, self.base.template, self.date_of(call))
 
     def make_sampling(
         self,
@@ -178,7 +196,7 @@ class Server:
         base = self.base
         request = Request(
             id=f"{call.engine_id}-{index}",
-            prompt_ids=self.encode(call, question.prompt),
+            prompt_ids=self.encode(call, question),
             adapter=call.adapter.engine_name if call.adapter else None,
             choices=self._encode_choices(tuple(question.choices)),
             client=call.key.id,

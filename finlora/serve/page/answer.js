@@ -71,7 +71,7 @@ function makeAbstention(best, highest, threshold) {
 }
 
 /** Show an answer from a document, and the document with the quote marked. */
-export function showExtract(answer, context, call) {
+export function showExtract(answer, context, call, isQuoted = true) {
   const verdict = make("p", "verdict is-text", answer.answer || "(empty answer)");
   const page = make("pre", "document");
   page.tabIndex = 0;
@@ -89,6 +89,7 @@ export function showExtract(answer, context, call) {
     page.append(context);
   }
   const cut = answer.finish_reason === "length" ? [make("p", "note is-warning", "The answer was cut off at the length limit.")] : [];
+  if (!isQuoted) return show(verdict, ...cut, makeFooter(call));
   show(verdict, note, ...cut, page, makeFooter(call));
   const mark = page.querySelector("mark");
   if (mark) page.scrollTop = mark.offsetTop - page.clientHeight / 2;

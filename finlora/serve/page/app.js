@@ -23,7 +23,8 @@ const EXAMPLES = {
 
 const TEXT_LABELS = { chat: "Prompt", classify: "Headline, sentence or post", extract: "Document or XBRL fragment" };
 
-let tasks = new Map();
+let known = []; // the server's tasks
+let tasks = new Map(); // those of the chosen model, by name
 let current = null; // the request in flight
 
 /* Key */
@@ -33,8 +34,8 @@ async function enter() {
   say("Connecting…");
   $("enter").disabled = true;
   try {
-    const [models, known] = await Promise.all([get("/v1/models"), get("/v1/tasks")]);
-    fillDesk(models.data, known.data);
+    const [models, found] = await Promise.all([get("/v1/models"), get("/v1/tasks")]);
+    fillDesk(models.data, found.data);
   } catch (error) {
     return askForKey(asFailure(error));
   } finally {
@@ -82,13 +83,24 @@ function formOf(task) {
 
 const chosenTask = () => tasks.get($("task").value) ?? FREE_TEXT;
 
-function fillDesk(models, known) {
+function fillDesk(models, found) {
   if (!models.length) {
     throw new Failure(403, { words: ["This key has access to no model.", "Ask the server's administrator for access."] });
   }
   $("model").replaceChildren(...models.map(({ id }) => new Option(id, id)));
-  tasks = new Map(known.map((task) => [task.name, task]));
-  $("task").replaceChildren(...known.map(({ name }) => new Option(name, name)), new Option("free text", ""));
+  known = found;
+  fillTasks();
+}
+
+/** List the tasks of the chosen model: those that it brings, then those that any model takes. */
+function fillTasks() {
+  const model = $("model").value;
+  const before = $("task").value;
+  const own = known.filter((task) => task.models?.includes(model));
+  const any = known.filter((task) => !task.models?.length);
+  tasks = new Map([...own, ...any].map((task) => [task.name, task]));
+  $("task").replaceChildren(...[...tasks.keys()].map((name) => new Option(name, name)), new Option("free text", ""));
+  if (tasks.has(before)) $("task").value = before;
   showTask();
 }
 
@@ -99,9 +111,9 @@ function showTask() {
   const hints = {
     chat: "Your text is the whole prompt. The answer appears word by word.",
     classify: `Answers with one of: ${task.labels.join(", ")}.`,
-    extract: "Answers with a tag or a number, and shows its position in the document.",
+    extract: task.quoted === false ? "Answers with a text." : "Answers with a tag or a number, and shows its position in the document.",
   };
-  $("task-hint").textContent = hints[form];
+  $("task-hint").textContent = [task.title && `${task.title}.`, hints[form]].filter(Boolean).join(" ");
   $("text-label").textContent = TEXT_LABELS[form];
   $("about-field").hidden = task.about === "none";
   $("about-label").textContent = task.about === "entity" ? "Entity, as the text writes it" : "Question";
@@ -209,7 +221,7 @@ async function askLabel(task, call) {
 async function askQuote(task, call) {
   const context = $("text").value;
   const answer = await askJson("/v1/extract", { task: task.name, context, question: $("about").value }, call);
-  showExtract(answer, context, call);
+  showExtract(answer, context, call, task.quoted !== false);
 }
 
 async function askText(_task, call) {
@@ -263,6 +275,7 @@ $("ask").addEventListener("submit", (event) => {
 });
 $("forget").addEventListener("click", () => askForKey());
 $("task").addEventListener("change", showTask);
+$("model").addEventListener("change", fillTasks);
 $("threshold").addEventListener("input", showThreshold);
 $("text").addEventListener("input", showLength);
 $("example").addEventListener("click", fillExample);

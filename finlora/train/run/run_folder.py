@@ -73,6 +73,10 @@ class TrainingSet:
     """Task -> hash of its prepared train split."""
     num_skipped: int
     """Examples longer than model.max_seq_len, left out by data.too_long=skip."""
+    cards: dict[str, str]
+    """Task of a task file -> that file, as YAML."""
+    card_hashes: dict[str, str]
+    """Task of a task file -> hash of what it asks."""
     base: BaseFiles = field(compare=False)
     """The base that they were encoded for; two sets are compared by what they hold."""
 
@@ -206,7 +210,15 @@ def load_training_set(config: RunConfig, base: BaseFiles | None = None) -> Train
         date=base.template_date,
     )
     hashes = {task: split.hash for task, split in zip(config.data.tasks, splits, strict=True)}
-    return TrainingSet(encoded=encoded, hashes=hashes, num_skipped=len(examples) - len(kept), base=base)
+    pairs = list(zip(config.data.tasks, splits, strict=True))
+    return TrainingSet(
+        encoded=encoded,
+        hashes=hashes,
+        num_skipped=len(examples) - len(kept),
+        cards={task: split.card for task, split in pairs if split.card},
+        card_hashes={task: split.card_hash for task, split in pairs if split.card_hash},
+        base=base,
+    )
 
 
 def describe_run(config: RunConfig, training_set: TrainingSet) -> str:

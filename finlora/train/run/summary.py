@@ -8,6 +8,7 @@ from typing import Any
 from finlora.config import RunConfig
 from finlora.configfile import config_to_tree, save_config
 from finlora.errors import FinloraError
+from finlora.model.adapter_tasks import write_tasks
 from finlora.model.base import BaseModel
 from finlora.model.contract import make_contract, read_contract, write_contract
 from finlora.model.lora import save_adapter
@@ -34,7 +35,9 @@ def export_adapter(
         size,
         {"loss_last": final.loss, "steps": float(final.step)},
         training_set.template_date,
+        training_set.card_hashes,
     )
+    write_tasks(folder.adapter, training_set.cards)
     write_contract(folder.adapter, contract)
 
 

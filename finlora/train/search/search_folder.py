@@ -31,6 +31,9 @@ from finlora.data.example import Splits
 from finlora.data.sets.catalog import task_named
 from finlora.data.sets.prepare import code_version
 from finlora.data.sets.prepared import read_prepared, write_prepared
+from finlora.data.taskfile.load import read_card
+from finlora.data.taskfile.read import make_task
+from finlora.data.taskfile.split import hold_out_latest
 from finlora.durable import seal, unseal, write_whole
 from finlora.errors import ConfigError, DatasetError, ResultError
 from finlora.precision import resolve_training
@@ -184,7 +187,8 @@ def _refuse_other_search(folder: SearchFolder, config: RunConfig, search: Search
 
 
 def split_examples(source: Path, task: str, target: Path, share: float, seed: int) -> None:
-    """Hold out a share of a task's training examples, in whole groups, and write both parts as a prepared set.
+    """Hold out a share of a task's training examples, in whole groups, and write both parts as a prepared set. Of a task that is
+    split by time the latest groups are held out.
 
     The held-out part is written as HELD_OUT_SPLIT, so that training and evaluation read it as any other set.
 
@@ -195,21 +199,25 @@ def split_examples(source: Path, task: str, target: Path, share: float, seed: in
 
     split = read_prepared(source, task, "train")
     groups = list(dict.fromkeys(example.group for example in split.examples))
-    num_held = max(1, round(share * len(groups)))
+    own = read_card(split.card) if split.card else None
     if len(groups) < 2:
         raise DatasetError(
             f"{task} has {len(split.examples)} training examples of one group: expected at least two groups, to hold one out."
         )
-    order = np.random.default_rng(seed).permutation(len(groups))
-    held = {groups[index] for index in order[:num_held]}
+    if own is not None and own.split_by == "time":
+        times = [example.time for example in split.examples]
+        held = hold_out_latest(times, [example.group for example in split.examples], share)
+    else:
+        order = np.random.default_rng(seed).permutation(len(groups))
+        held = {groups[index] for index in order[: max(1, round(share * len(groups)))]}
 
     parts = Splits(
         train=tuple(example for example in split.examples if example.group not in held),
         test=tuple(example for example in split.examples if example.group in held),  # HELD_OUT_SPLIT
-        notes=(f"Parted from the train split for a search: {num_held} of {len(groups)} groups held out.",),
+        notes=(f"Parted from the train split for a search: {len(held)} of {len(groups)} groups held out.",),
     )
     write_prepared(
-        task_named(task),
+        task_named(task) if own is None else make_task(own),
         parts,
         target,
         variant=split.variant,

@@ -1,7 +1,7 @@
 """Training loop over any engine with backward() and step(). No Ray and no DeepSpeed here.
 
-Loss: the sum of the cross entropy over all answer tokens of the global batch, divided by their number. Every worker
-knows that number from the sampler, so workers and micro-batches change the result only by rounding.
+Loss: the sum of the cross entropy over all answer tokens of the global batch, divided by their number; an example's weight counts
+in both. Every worker knows that number from the sampler, so workers and micro-batches change the result only by rounding.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ class AnswerLoss(nn.Module):
         targets = batch.labels[:, 1:]
         has_label = targets != IGNORED
         logits = llama.lm_head(hidden[:, :-1][has_label])
-        return nn.functional.cross_entropy(logits.float(), targets[has_label], reduction="sum")
+        if batch.weights is None:
+            return nn.functional.cross_entropy(logits.float(), targets[has_label], reduction="sum")
+        losses = nn.functional.cross_entropy(logits.float(), targets[has_label], reduction="none")
+        return (losses * batch.weights[:, None].expand(targets.shape)[has_label]).sum()
 
 
 def count_steps(sampler: Sampler, epochs: int, max_steps: int | None) -> int:
@@ -124,7 +127,7 @@ def run_steps(
     window = _Window(device, reduce_sum)
     for step in range(start_step, total_steps):
         batch = sampler.global_batch(step)
-        num_targets = sum(len(examples[index].answer_ids) for index in batch)
+        num_targets = sum(examples[index].loss_tokens for index in batch)
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate_at(step, total_steps, optim)
         # Dropout depends on seed, step and worker only: a resumed run samples the same masks without saved generators.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,20 @@ def test_variant_of_lora_cannot_run_packed(make_model):
     model.peft_config["default"].use_rslora = True
     with pytest.raises(ValueError, match="is not one plain LoRA"):
         PackedLlama(model, torch.float32)
+
+
+def test_weights_scale_the_loss_of_their_examples(make_model):
+    """An example of weight 2 counts as if it stood twice, in packed and in padded training."""
+    model = make_model(16)
+    weighted = [dataclasses.replace(item, weight=(2.0, 0.5, 1.0)[n % 3]) for n, item in enumerate(EXAMPLES)]
+    expected = gradients_of(model, AnswerLoss(model), collate(weighted, 2))
+    parts = [gradients_of(model, AnswerLoss(model), collate([item], 2)) for item in EXAMPLES]
+    weights = [item.weight for item in weighted]
+    by_hand = [
+        sum(w * grad for w, grad in zip(weights, grads, strict=True))
+        for grads in zip(*(g for _, g in parts), strict=True)
+    ]
+    assert_equal((sum(w * loss for w, (loss, _) in zip(weights, parts, strict=True)), by_hand), expected)
+    for pack in (pack_examples(weighted, share_prefix=True), pad_pack(pack_examples(weighted, share_prefix=False))):
+        assert_equal(gradients_of(model, PackedLlama(model, torch.float32), pack), expected)
+    assert pack_examples(EXAMPLES, share_prefix=True).weights is None

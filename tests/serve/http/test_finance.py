@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+
 import pytest
+from letters import LETTERS
+from live_server import make_adapter, make_settings
 from wire import send
 
 from finlora.data.grounding import find_quote
 from finlora.data.prompts import HEADLINE_QUESTIONS
 from finlora.data.sets.catalog import FORMS, make_question
+from finlora.data.taskfile.load import task_file_from_tree
+from finlora.data.taskfile.record import hash_question, render_card
 from finlora.engine.request import Sampling
 from finlora.inference.ask import ask
+from finlora.model.adapter_tasks import write_tasks
+from finlora.model.contract import read_contract, write_contract
+from finlora.serve.http.client import ask_server
 
 TEXTS = ["Profit rose 12 %", "Loss widened", "Sales were flat"]
 
@@ -106,3 +116,53 @@ def test_invalid_question_is_refused_with_a_message(post, live, path, body, word
     assert (reply.status, reply.error["type"]) == (400, "invalid_request_error")
     assert words in reply.error["message"]
     live.wait_until_idle()
+
+
+@pytest.fixture
+def letters(adapters, tiny_base, tmp_path):
+    """An adapter `letters` in the served folder, which brings a task of labels and one of text that the server has no file of."""
+    home = adapters / "letters"
+    make_adapter(make_settings(tiny_base).model, home, 7)
+    tasks = {
+        "letters": task_file_from_tree(LETTERS),
+        "notes": task_file_from_tree({"name": "notes", "kind": "text", "source": {"files": "n.csv"}}),
+    }
+    write_tasks(home, {name: render_card(task) for name, task in tasks.items()})
+    hashes = {name: hash_question(task) for name, task in tasks.items()}
+    write_contract(home, dataclasses.replace(read_contract(home), tasks=hashes))
+    yield home
+    shutil.rmtree(home)
+
+
+def test_adapter_brings_its_task_to_the_server(live, post, letters):
+    listed = {task["name"]: task for task in send(live.address, "/v1/tasks", live.keys["desk"]).body["data"]}
+    assert (listed["letters"]["models"], listed["letters"]["labels"]) == (["tiny:letters"], ["bad", "good"])
+    assert (listed["fpb"]["models"], listed["notes"]["quoted"], listed["xbrl_tags"]["quoted"]) == ([], False, True)
+    reply = post("/v1/classify", {"model": "tiny:letters", "task": "letters", "text": "Dear bank"})
+    assert set(reply.body["results"][0]["probabilities"]) == {"bad", "good"}
+    other = post("/v1/classify", {"task": "letters", "text": "Dear bank"})
+    assert (
+        other.status,
+        "task 'letters' has no labels here: expected one of fpb" in other.body["error"]["message"],
+    ) == (400, True)
+
+
+def test_text_of_an_adapters_task_is_written_and_not_quoted(post, letters):
+    asked = {"model": "tiny:letters", "task": "notes", "context": "Say a word", "max_tokens": 3}
+    reply = post("/v1/extract", asked).body
+    assert (reply["quote"], reply["grounded"], reply["usage"]["completion_tokens"] <= 3) == (None, False, True)
+    assert post("/v1/classify", {"model": "tiny:letters", "task": "notes", "text": "a"}).status == 400
+
+
+def test_ask_finds_the_endpoint_of_an_adapters_task(live, letters):
+    pieces = []
+    for task in ("letters", "notes"):
+        reply = ask_server(
+            *(live.address, live.keys["desk"], "tiny:letters", task, "Dear bank", None),
+            temperature=0.0,
+            seed=None,
+            on_text=pieces.append,
+        )
+        assert bool(reply.probabilities) is (task == "letters")
+        assert reply.is_quoted is False
+    assert len(pieces) == 1

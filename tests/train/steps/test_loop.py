@@ -288,3 +288,40 @@ def test_padding_does_not_change_the_loss(model):
 
 def test_memory_of_this_process_is_measured_in_gib():
     assert 0.05 < measure_peak_gib(CPU) < 64
+
+
+def test_example_of_weight_two_is_a_step_with_it_twice(model):
+    """The loss of a step is divided by the weighted number of answer tokens."""
+    steps = []
+    for examples in (
+        [EXAMPLES[2], dataclasses.replace(EXAMPLES[5], weight=2.0)],
+        [EXAMPLES[2], EXAMPLES[5], EXAMPLES[5]],
+    ):
+        parameters = list(trainable_parameters(model).values())
+        engine = PlainEngine(AnswerLoss(model), torch.optim.SGD(parameters, lr=0.1), is_frozen=True)
+        losses = []
+        run_steps(
+            engine,
+            examples,
+            Sampler(
+                lengths=[item.num_tokens for item in examples],
+                global_batch_size=len(examples),
+                world_size=1,
+                seed=0,
+            ),
+            OptimConfig(),
+            worker=0,
+            start_step=0,
+            total_steps=1,
+            batches=PaddedBatches(micro_batch_size=1, pad_token_id=PAD),
+            device=CPU,
+            log_every_steps=1,
+            reduce_sum=lambda tensor: tensor,
+            on_log=lambda progress, losses=losses: losses.append(progress.loss),
+            on_step_end=lambda _step: False,
+        )
+        steps.append((losses, engine.gradients[0]))
+    (loss, grads), (twice_loss, twice_grads) = steps
+    assert loss == pytest.approx(twice_loss, rel=1e-5)
+    for one, two in zip(grads, twice_grads, strict=True):
+        assert torch.allclose(one, two, rtol=1e-4, atol=1e-7)

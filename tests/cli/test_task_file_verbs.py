@@ -1,0 +1,57 @@
+"""`finlora prepare --task-file`: what is shown and written, and what is refused before anything is read."""
+
+from __future__ import annotations
+
+import pytest
+from letters import write_letters
+
+from finlora.data.sets.prepared import read_prepared
+
+
+@pytest.fixture
+def prepare(call, tmp_path):
+    return lambda *more, **changes: call(
+        "prepare", "--task-file", write_letters(tmp_path, **changes), "--output", tmp_path / "data", *more
+    )
+
+
+def test_prepared_set_holds_its_task_file(prepare, tmp_path):
+    code, shown, _ = prepare(columns={"weight": "w", "segments": ["desk"]}, licence="internal")
+    assert code == 0
+    assert "Labels of test: " in shown
+    assert f"Written to {tmp_path / 'data' / 'letters'}" in " ".join(shown.split())
+    split = read_prepared(tmp_path / "data", "letters", "train")
+    assert (len(split.examples), split.licence, split.source) == (32, "internal", "task file letters.yaml")
+    assert "instruction: What is the tone?" in split.card
+    assert {item.weight for item in split.examples} == {1.0, 2.0}
+    assert {item.segments for item in split.examples} == {("N",), ("S",)}
+    assert (
+        "holds this very set already" in prepare(columns={"weight": "w", "segments": ["desk"]}, licence="internal")[1]
+    )
+
+
+def test_changed_prompt_in_the_way_names_both_hashes(prepare):
+    prepare()
+    code, _, said = prepare(prompt={"instruction": "What is the mood?"})
+    assert code == 3
+    assert "holds another set than this one of letters (task hash " in said
+    assert prepare("--overwrite", prompt={"instruction": "What is the mood?"})[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "changes", "words"),
+    [
+        (("fpb",), {}, "give a built-in task (`finlora prepare list` shows them) or --task-file FILE, and not both"),
+        (("--splits", "test"), {}, "a task file says all this itself"),
+        ((), {"name": "fpb"}, "name=fpb is a built-in task: choose another name"),
+        ((), {"columns": {"text": "txt"}}, "did you mean text?"),
+    ],
+)
+def test_refusals(prepare, more, changes, words):
+    code, _, said = prepare(*more, **changes)
+    assert (code, words in said) == (2, True)
+
+
+def test_prepare_alone_asks_for_a_task(call):
+    code, _, said = call("prepare")
+    assert (code, "give a built-in task" in said) == (2, True)

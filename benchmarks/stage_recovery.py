@@ -73,7 +73,7 @@ def kill_stage(opened: Any, index: int) -> float:
 def answer(opened: Any, base: Any, num_tokens: int) -> list[int]:
     """Return the tokens of a continuation."""
     from finlora.engine.request import Request, Sampling
-    from finlora.serve.http.chat_prompt import encode_plain
+    from finlora.serve.http.completions import encode_plain
 
     ids = (int(base.tokenizer.bos_token_id), *encode_plain(PROMPT, base))
     opened.core.submit(Request(id="r", prompt_ids=ids, sampling=Sampling(max_tokens=num_tokens)))

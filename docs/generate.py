@@ -85,7 +85,11 @@ def describe_type(hint: Any) -> str:
         return " or ".join(code(str(part)) for part in parts)
     if origin in (types.UnionType, typing.Union):
         return " or ".join("null" if part is type(None) else describe_type(part) for part in parts)
+    if is_section(hint):
+        return "section, see below"
     if origin in (tuple, list):
+        if is_section(parts[0]):
+            return "list of sections, see below"
         inner = describe_type(parts[0])
         return "list of " + (f"{inner}s" if inner in ("text", "integer", "number") else inner)
     raise LookupError(f"no words for the type {hint}")
@@ -103,7 +107,12 @@ def settings_table(cls: type, prefix: str) -> str:
     return table(
         ("setting", "type", "default", "meaning"),
         (
-            (code(prefix + field.name), describe_type(hints[field.name]), _default_of(field), clean(texts[field.name]))
+            (
+                code(prefix + field.name.removesuffix("_")),  # a name that Python keeps for itself
+                describe_type(hints[field.name]),
+                _default_of(field),
+                clean(texts[field.name]),
+            )
             for field in dataclasses.fields(cls)
             if not is_section(hints[field.name])
         ),
@@ -154,6 +163,25 @@ def make_serve_config() -> str:
         "`key=value` words. Host, port and certificate of Ray Serve's proxy stand in the same file under `http_options`, the "
         "number of copies under `deployments`. `finlora serve --config FILE --dry-run` checks a file.",
         *settings_sections(ServeConfig),
+    )
+
+
+def make_task_file() -> str:
+    from finlora.data.taskfile.record import Label, Shot, TaskFile
+
+    return page(
+        "Task file",
+        "A task file describes a table of your own and the question to it, in YAML. `finlora new-task TABLE` writes a first "
+        "one, and `finlora prepare --task-file FILE` reads it; from then on the task's name works in `plan`, `train`, `tune`, "
+        "`evaluate`, `ask`, `serve` and `report`. [Train on your own table](../how-to/own-table.md) shows the way. An unknown "
+        "key, a wrong type and keys that contradict each other are reported at once, with exit code 2. Texts that YAML reads as "
+        'something else need quotes: `"Yes"`, `"No"`, `"null"`, dates.',
+        *settings_sections(TaskFile),
+        "## labels[]",
+        'A label alone stands for its value: `labels: ["up", "down"]`.',
+        settings_table(Label, "labels[]."),
+        "## prompt.example",
+        settings_table(Shot, "prompt.example."),
     )
 
 
@@ -332,6 +360,7 @@ def _http_rows() -> list[tuple[str, str, str]]:
 PAGES: dict[str, Callable[[], str]] = {
     "config.md": make_config,
     "serve-config.md": make_serve_config,
+    "task-file.md": make_task_file,
     "commands.md": make_commands,
     "metrics.md": make_metrics,
     "errors.md": make_errors,

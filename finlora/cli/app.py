@@ -21,6 +21,7 @@ from finlora.terminal import OutputConsole
 ORDER = (
     "doctor",
     "prefetch",
+    "new-task",
     "prepare",
     "pretrain",
     "plan",

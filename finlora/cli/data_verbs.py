@@ -59,6 +59,37 @@ def prefetch(
 
 
 @app.command(
+    "new-task",
+    epilog="Examples:\n\n  finlora new-task letters.csv\n\n  finlora new-task export.jsonl --output tasks/letters.yaml",
+)
+def new_task(
+    table: Annotated[Path, typer.Argument(help="Table to look at: csv, tsv, jsonl, json, parquet or arrow.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Task file to write. Default: beside the table, with its name and .yaml.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a first task file for a table of your own: what was found in it, and what was guessed, marked as a guess."""
+    from finlora.data.sets.catalog import TASKS
+    from finlora.data.taskfile.first_file import write_first_file
+    from finlora.durable import write_whole
+
+    source = table.expanduser()
+    target = resolve_output("--output ", output) if output is not None else source.with_suffix(".yaml")
+    if not source.is_file():
+        raise ConfigError(f"{source} is not a file: expected a table, as csv or jsonl.")
+    if target.exists() and not overwrite:
+        raise ConfigError(f"{target} is there already: pass --overwrite to replace it, or choose another --output.")
+    with open_bars(console, f"reading {source.name}"):
+        file = write_first_file(source, target.absolute().parent, list(TASKS))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, file.text)
+    for guess in file.guesses:
+        say(f"Guessed {guess}")
+    say(f"Written to {target}. Correct the lines with `guess` in it, then: finlora prepare --task-file {target}")
+
+
+@app.command(
     epilog="Examples:\n\n  finlora prepare fpb --source /mnt/raw/fpb\n\n"
     "  finlora prepare ner --source /mnt/raw/ner --variant corrected --output /mnt/data\n\n  finlora prepare synthetic\n\n"
     "  finlora prepare --task-file letters.yaml"

@@ -29,10 +29,9 @@ from finlora.evaluate.metrics import NUMERIC_TOLERANCE, score_answers, score_seg
 from finlora.inference.batch import BatchEngine
 from finlora.inference.open_base import count_rows, open_engine
 from finlora.model.adapter_files import ADAPTER_WEIGHTS
-from finlora.model.adapter_tasks import require_same_task
 from finlora.model.base import check_device
 from finlora.model.base_files import BaseFiles, read_base_files
-from finlora.model.contract import read_contract
+from finlora.model.contract import read_contract, require_same_task
 from finlora.precision import describe_type, resolve_evaluation
 from finlora.results import Result, describe_environment
 
@@ -241,7 +240,7 @@ def _evaluate_task(config: RunConfig, engine: BatchEngine, work: Work, on_progre
     seconds = time.perf_counter() - started
     own = read_card(split.card) if split.card else None
     tolerance = NUMERIC_TOLERANCE if own is None else Decimal(str(own.number.tolerance))
-    scores = score_answers(answers, examples, seed=config.seed, tolerance=tolerance)
+    scores = score_answers(answers, examples, seed=config.seed, tolerance=tolerance, is_exact=own is not None)
     names = own.columns.segments if own else ()
     is_right = [answers[index] == examples[index].answer for index in confidences]
     calibration = bin_confidences(list(confidences.values()), is_right)

@@ -163,6 +163,7 @@ def score_answers(
     fold: Mapping[str, str] | None = None,
     seed: int = 0,
     tolerance: Decimal = NUMERIC_TOLERANCE,
+    is_exact: bool = False,
 ) -> Scores:
     """Score the answers to one task's examples.
 
@@ -173,6 +174,8 @@ def score_answers(
             (answer, label) pairs; a choice that is no example's answer maps to the one label that it contains as words.
         seed: of the bootstrap.
         tolerance: relative distance within which a number counts as right.
+        is_exact: an answer that is another allowed choice is wrong though it contains the label ("very bad" for "bad"), and no
+            choice is folded: the labels are a user's own.
 
     Returns:
         metrics with the keys that `results.Result.metrics` documents, each score in 0..1 with `_low` and `_high`, and
@@ -185,7 +188,7 @@ def score_answers(
     """
     if not examples or len(answers) != len(examples):
         raise ValueError(f"{len(answers)} answers for {len(examples)} examples: expected one each, and at least one")
-    folding = dict(fold) if fold is not None else _read_folding(examples)
+    folding = dict(fold or {}) if fold is not None or is_exact else _read_folding(examples)
     predictions: list[str | None] = []
     truths: list[str] = []
     for answer, example in zip(answers, examples, strict=True):
@@ -198,10 +201,13 @@ def score_answers(
             truths.append(normalise_free_text(example.label))
     groups = [example.group for example in examples]
     labels = [example.label for example in examples]
-    contained = [is_contained(answer, label) for answer, label in zip(answers, labels, strict=True)]
+    contained = [
+        answer == example.label if is_exact and answer in example.choices else is_contained(answer, example.label)
+        for answer, example in zip(answers, examples, strict=True)
+    ]
     strict = [prediction == truth for prediction, truth in zip(predictions, truths, strict=True)]
     metrics: dict[str, float] = {"unparsable": float(predictions.count(None))}
-    _put(metrics, "accuracy", contained_accuracy(answers, labels), accuracy_interval(contained, groups, seed=seed))
+    _put(metrics, "accuracy", _mean(contained), accuracy_interval(contained, groups, seed=seed))
     _put(metrics, "strict_accuracy", strict_accuracy(predictions, truths), accuracy_interval(strict, groups, seed=seed))
     numeric = [index for index, label in enumerate(labels) if not examples[index].choices and is_number(label)]
     if numeric:
@@ -229,14 +235,15 @@ def score_segments(
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for position, name in enumerate(names):
-        rows: dict[str, list[int]] = {}
+        by_value: dict[str, list[int]] = {}
         for index, example in enumerate(examples):
-            rows.setdefault(example.segments[position], []).append(index)
-        ranked = sorted(rows.items(), key=lambda pair: (-len(pair[1]), pair[0]))[:MAX_SEGMENTS]
+            by_value.setdefault(example.segments[position], []).append(index)
+        ranked = sorted(by_value.items(), key=lambda pair: (-len(pair[1]), pair[0]))[:MAX_SEGMENTS]
         found[name] = {}
         for value, indices in ranked:
             own = [answers[index] for index in indices]
-            scores = score_answers(own, [examples[index] for index in indices], seed=seed, tolerance=tolerance)
+            rows = [examples[index] for index in indices]
+            scores = score_answers(own, rows, seed=seed, tolerance=tolerance, is_exact=True)
             found[name][value] = {"count": float(len(indices)), **scores.metrics}
     return found
 

@@ -17,9 +17,8 @@ from finlora.data.taskfile.asking import make_form
 from finlora.data.taskfile.load import read_card
 from finlora.engine.request import ADAPTER, Finish, Piece, Request, Sampling, normalise_choices
 from finlora.errors import ConfigError
-from finlora.model.adapter_tasks import read_tasks, require_same_task
 from finlora.model.base_files import BaseFiles, read_base_files
-from finlora.model.contract import read_contract
+from finlora.model.contract import read_contract, read_tasks, require_same_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -2,13 +2,15 @@
 
 It is written last into an adapter folder; a folder without it is incomplete or was not made by FinLoRA. It holds the SHA-256
 of the other files and of itself, which are checked before an adapter is loaded: any flipped bit in the folder is refused.
+
+tasks.yaml beside it holds the task files that the adapter was trained on: a machine that never saw one can ask its question.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +19,9 @@ import yaml
 
 from finlora.config import Bits, LoraConfig, is_date
 from finlora.configfile import settings_from_tree, show
+from finlora.data.task import Task
+from finlora.data.taskfile.load import read_card
+from finlora.data.taskfile.read import make_task
 from finlora.durable import SEAL, hash_file, seal, unseal, write_whole
 from finlora.errors import AdapterError, ConfigError
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_file
@@ -34,6 +39,7 @@ _WITHOUT_HASHES = 1
 """Format of the first adapters, which list no files."""
 _MAX_BYTES = 2**16
 _MAX_TEXT = 1000
+_MAX_TASKS_BYTES = 2**22
 _logger = logging.getLogger(__name__)
 QUANTISATION = {16: "none", 8: "LLM.int8", 4: "NF4, double quantisation"}
 
@@ -82,7 +88,7 @@ class Contract:
     template_date: str | None = None
     """Date, such as 2024-07-26, that the chat template wrote into each prompt; None: it writes none, or a fixed one."""
     tasks: dict[str, str] = field(default_factory=dict)
-    """Task of a task file -> hash of what it asks; the files themselves are in tasks.yaml (finlora/model/adapter_tasks.py)."""
+    """Task of a task file -> hash of what it asks; the files themselves are in tasks.yaml."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 in hex of each other file in the folder; `write_contract` fills it in."""
     finlora: int = _VERSION
@@ -281,3 +287,54 @@ def make_contract(
         template_date=template_date,
         tasks=tasks or {},
     )
+
+
+def write_tasks(folder: Path, cards: Mapping[str, str]) -> None:
+    """Write the cards of an adapter's tasks into its folder; none writes no file."""
+    if cards:
+        write_whole(folder / TASKS_FILE, yaml.safe_dump(dict(cards), sort_keys=False, allow_unicode=True))
+
+
+def read_tasks(folder: Path, contract: Contract) -> dict[str, Task]:
+    """Return the tasks that an adapter brings, by name.
+
+    Raises:
+        AdapterError: tasks.yaml is missing, was changed, or is not of the contract's tasks.
+    """
+    if not contract.tasks:
+        return {}
+    path = folder / TASKS_FILE
+    try:
+        check_file(path, _MAX_TASKS_BYTES)
+        cards = read_yaml(path, _MAX_TASKS_BYTES)
+        if not isinstance(cards, dict) or not all(isinstance(card, str) for card in cards.values()):
+            raise ValueError(f"it holds {show(cards)}")
+        tasks = {name: make_task(read_card(card)) for name, card in cards.items()}
+    except (OSError, ValueError, yaml.YAMLError, ConfigError) as error:
+        raise AdapterError(f"{path} is no list of tasks ({error}): copy the adapter again.") from error
+    found = {name: task.card_hash for name, task in tasks.items()}
+    if found != contract.tasks or any(name != task.name for name, task in tasks.items()):
+        raise AdapterError(f"{path} holds other tasks than the adapter was trained on: copy the adapter again.")
+    return tasks
+
+
+def require_same_task(folder: Path, contract: Contract, name: str, card_hash: str | None) -> None:
+    """Refuse to score or go on with an adapter on a task of its name that asks something else.
+
+    Args:
+        card_hash: of the prepared task; None: it is built in.
+
+    Raises:
+        AdapterError: names both hashes.
+    """
+    trained = contract.tasks.get(name)
+    if name in contract.data_hashes and trained != card_hash:
+        raise AdapterError(
+            f"{folder} was trained with task hash {_show_hash(trained)}, the prepared task {name} has {_show_hash(card_hash)}: "
+            "its kind, labels or prompt were changed, which makes it another task. Prepare it from the file of that training, or "
+            "give it another name and train on it."
+        )
+
+
+def _show_hash(card_hash: str | None) -> str:
+    return card_hash[:12] if card_hash else "none, as a built-in task"

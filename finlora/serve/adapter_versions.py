@@ -21,8 +21,7 @@ from finlora.data.question import Form
 from finlora.data.task import Task
 from finlora.errors import AdapterError
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_file
-from finlora.model.adapter_tasks import read_tasks
-from finlora.model.contract import CONTRACT_FILE, Contract, read_contract
+from finlora.model.contract import CONTRACT_FILE, Contract, read_contract, read_tasks
 from finlora.serve.served_model import ServedBase
 from finlora.stage.adapter_weights import hash_adapter
 

@@ -30,10 +30,9 @@ from finlora.evaluate.evaluation import (
 )
 from finlora.inference.ask import list_own_forms
 from finlora.inference.batch import BatchEngine
-from finlora.model.adapter_tasks import write_tasks
 from finlora.model.base import load_base
 from finlora.model.base_files import read_base_files
-from finlora.model.contract import CONTRACT_FILE, TASKS_FILE, make_contract, read_contract, write_contract
+from finlora.model.contract import CONTRACT_FILE, TASKS_FILE, make_contract, read_contract, write_contract, write_tasks
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
 from finlora.model.source import find_source, fingerprint_weights
 from finlora.model.tokenizer import load_tokenizer

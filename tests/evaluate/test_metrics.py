@@ -302,3 +302,12 @@ def test_number_is_judged_by_the_tasks_own_tolerance():
     for tolerance, right in (("0.005", 0.0), ("0.02", 1.0)):
         scores = score_answers(["101"], [example], tolerance=Decimal(tolerance))
         assert scores.metrics["numeric_accuracy"] == right
+
+
+def test_own_label_is_not_right_because_another_contains_it():
+    """Without `is_exact` NWGI's "mildly positive" counts for "positive"."""
+    parts = {"task": "t", "prompt": "p", "source": "s", "choices": ("bad", "very bad")}
+    examples = [Example(id=str(n), answer="bad", label="bad", group=str(n), **parts) for n in range(2)]
+    exact, folded = (score_answers(["bad", "very bad"], examples, is_exact=own).metrics for own in (True, False))
+    assert (exact["accuracy"], exact["strict_accuracy"]) == (0.5, 0.5)
+    assert (folded["accuracy"], folded["strict_accuracy"]) == (1.0, 1.0)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finlora.data.example import Example, Splits
+from finlora.data.sets.catalog import TASKS
 from finlora.data.sets.parquet import make_table, read_examples
 from finlora.data.task import Task
 from finlora.durable import scratch_folder, seal
@@ -128,8 +129,13 @@ def require_split(folder: Path, task: str, split: SplitName) -> Path:
         why = (
             f"only the test split of {task} was prepared" if (folder / task / "test.parquet").is_file() else "not found"
         )
-        raise DatasetError(f"{path}: {why}. Run `finlora prepare {task} --output {folder}` first.")
+        raise DatasetError(f"{path}: {why}. Run `{_command(task, folder)}` first.")
     return path
+
+
+def _command(task: str, folder: Path) -> str:
+    """Return the command that prepares a task."""
+    return f"finlora prepare {task if task in TASKS else '--task-file FILE'} --output {folder}"
 
 
 def read_prepared(folder: Path, task: str, split: SplitName) -> PreparedSplit:
@@ -144,7 +150,7 @@ def read_prepared(folder: Path, task: str, split: SplitName) -> PreparedSplit:
         DatasetError: the file is missing, truncated, changed, not written by FinLoRA, or of another task or split.
     """
     path = require_split(folder, task, split)
-    again = f"Run `finlora prepare {task} --output {folder} --overwrite` to write it again."
+    again = f"Run `{_command(task, folder)} --overwrite` to write it again."
     try:
         facts, examples = read_examples(path)
     except (pa.ArrowException, OSError, MemoryError, ValueError, TypeError) as error:

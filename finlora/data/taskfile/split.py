@@ -110,9 +110,12 @@ def _split_by_time(
     return train, test
 
 
-def hold_out_latest(times: Sequence[str], groups: Sequence[str], share: float) -> set[str]:
-    """Return the groups of the latest rows, about a share of all, by each group's last time: what a search holds out of a task
-    that is split by time.
+def hold_out_latest(
+    times: Sequence[str], groups: Sequence[str], share: float, gap_days: int
+) -> tuple[list[int], list[int]]:
+    """Return the rows that a search keeps and holds out of a task that is split by time, by the rule of that split.
+
+    The latest groups are held out, about a share of all rows; of the others those stay that end `gap_days` before.
 
     Args:
         times: ISO 8601, one a row.
@@ -123,14 +126,15 @@ def hold_out_latest(times: Sequence[str], groups: Sequence[str], share: float) -
     for time, group in zip(times, groups, strict=True):
         last[group] = max(last.get(group, ""), time)
         sizes[group] = sizes.get(group, 0) + 1
-    held: set[str] = set()
-    num_held = 0
-    for group in sorted(last, key=lambda name: (last[name], name), reverse=True)[: len(last) - 1]:
-        if held and num_held >= share * len(times):
+    start, num_held = "", 0
+    for group in sorted(last, key=lambda name: last[name], reverse=True):
+        if num_held >= share * len(times) and last[group] < start:
             break
-        held.add(group)
-        num_held += sizes[group]
-    return held
+        start, num_held = last[group], num_held + sizes[group]
+    end = (datetime.fromisoformat(start) - timedelta(days=gap_days)).isoformat()
+    rows = list(enumerate(zip(times, groups, strict=True)))
+    kept = [row for row, (_, group) in rows if last[group] < end]
+    return kept, [row for row, (time, group) in rows if last[group] >= start and time >= start]
 
 
 def _time_of(item: Item) -> datetime:

@@ -15,10 +15,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from finlora.data.encode import encode_prompt, encode_turns
 from finlora.engine.request import Answer, Piece, Sampling
+from finlora.errors import ConfigError
 from finlora.serve.accounts.ledger import Call
 from finlora.serve.failures import RefusedError, as_refusal, error_body
-from finlora.serve.http.chat_prompt import encode_messages, encode_plain
 from finlora.serve.http.context import ANSWERING_ERRORS, gather_all, key_of, request_id_of, server_of
 from finlora.serve.http.logprobs import TokenRow, TokenRows, chat_logprobs, completion_logprobs, list_rows
 from finlora.serve.http.server import Server
@@ -29,8 +30,10 @@ from finlora.serve.protocol import (
     CompletionRequest,
     CompletionResponse,
     GenerationRequest,
+    Message,
     Usage,
 )
+from finlora.serve.served_model import ServedBase
 
 router = APIRouter(tags=["OpenAI"], responses=ANSWERING_ERRORS)
 
@@ -242,3 +245,31 @@ def _read_prompts(body: CompletionRequest, server: Server) -> list[_Prompt]:
             400, f"found {len(texts):,} prompts: expected at most {most:,} in one request.", "invalid_value", "prompt"
         )
     return [_Prompt(text, (int(base.tokenizer.bos_token_id), *encode_plain(text, base))) for text in texts]
+
+
+def encode_messages(messages: Sequence[Message], base: ServedBase, date: str | None) -> tuple[int, ...]:
+    """Render a conversation up to the start of the assistant's next turn.
+
+    Text that looks like a special token is encoded as plain characters, so that no message can end or open a turn.
+
+    Args:
+        date: date that the chat template writes: the adapter's, or the base's own.
+
+    Raises:
+        ConfigError: the base has no chat template and gets more than one user message, or its template refuses the turns.
+    """
+    is_prompt = len(messages) == 1 and messages[0].role == "user"
+    if base.template == "raw" and not is_prompt:
+        found = ", ".join(message.role for message in messages)
+        raise ConfigError(
+            f"messages hold {len(messages)} turns ({found}) and this base is served without turns (template raw): send one "
+            "user message, which is then the whole prompt, as in training."
+        )
+    roles = {"developer": "system"}
+    turns = [(roles.get(message.role, message.role), message.text) for message in messages]
+    return encode_turns(turns, base.tokenizer, base.template, date)
+
+
+def encode_plain(text: str, base: ServedBase) -> tuple[int, ...]:
+    """Return the token ids of a text, without special tokens."""
+    return encode_prompt(text, base.tokenizer, "raw")[1:]

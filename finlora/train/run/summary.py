@@ -8,9 +8,8 @@ from typing import Any
 from finlora.config import RunConfig
 from finlora.configfile import config_to_tree, save_config
 from finlora.errors import FinloraError
-from finlora.model.adapter_tasks import write_tasks
 from finlora.model.base import BaseModel
-from finlora.model.contract import make_contract, read_contract, write_contract
+from finlora.model.contract import make_contract, read_contract, write_contract, write_tasks
 from finlora.model.lora import save_adapter
 from finlora.results import Result, describe_environment, read_results
 from finlora.train.run.attempts import Attempt

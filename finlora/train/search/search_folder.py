@@ -198,23 +198,28 @@ def split_examples(source: Path, task: str, target: Path, share: float, seed: in
     import numpy as np
 
     split = read_prepared(source, task, "train")
-    groups = list(dict.fromkeys(example.group for example in split.examples))
+    examples = split.examples
     own = read_card(split.card) if split.card else None
-    if len(groups) < 2:
-        raise DatasetError(
-            f"{task} has {len(split.examples)} training examples of one group: expected at least two groups, to hold one out."
-        )
     if own is not None and own.split_by == "time":
-        times = [example.time for example in split.examples]
-        held = hold_out_latest(times, [example.group for example in split.examples], share)
+        times, groups = [example.time for example in examples], [example.group for example in examples]
+        rows = hold_out_latest(times, groups, share, own.split.gap_days)
+        train, held = ([examples[row] for row in part] for part in rows)
+        note = f"the latest {len(held)} of {len(examples)} examples held out, {len(train)} kept, as the task is split by time"
     else:
-        order = np.random.default_rng(seed).permutation(len(groups))
-        held = {groups[index] for index in order[: max(1, round(share * len(groups)))]}
-
+        names = list(dict.fromkeys(example.group for example in examples))
+        order = np.random.default_rng(seed).permutation(len(names))
+        chosen = {names[index] for index in order[: max(1, round(share * len(names)))]}
+        train = [example for example in examples if example.group not in chosen]
+        held = [example for example in examples if example.group in chosen]
+        note = f"{len(chosen)} of {len(names)} groups held out"
+    if not train:
+        raise DatasetError(
+            f"{task} has {len(examples)} training examples of one group: expected at least two groups, to hold one out."
+        )
     parts = Splits(
-        train=tuple(example for example in split.examples if example.group not in held),
-        test=tuple(example for example in split.examples if example.group in held),  # HELD_OUT_SPLIT
-        notes=(f"Parted from the train split for a search: {len(held)} of {len(groups)} groups held out.",),
+        train=tuple(train),
+        test=tuple(held),  # HELD_OUT_SPLIT
+        notes=(f"Parted from the train split for a search: {note}.",),
     )
     write_prepared(
         task_named(task) if own is None else make_task(own),

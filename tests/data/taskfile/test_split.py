@@ -115,7 +115,14 @@ def test_empty_side_is_an_error(rule, columns, words):
 
 
 def test_search_holds_out_the_latest_groups():
-    times = ["2024-01-01", "2024-01-05", "2024-02-01", "2024-03-01", "2024-01-02"]
-    assert hold_out_latest(times, ["a", "b", "c", "a", "d"], 0.4) == {"a"}
-    assert hold_out_latest(times, ["a", "b", "c", "d", "e"], 0.4) == {"d", "c"}
-    assert hold_out_latest(["x", "y"], ["a", "b"], 0.99) == {"b"}
+    times = [
+        "2024-01-01T00:00:00",
+        "2024-01-05T00:00:00",
+        "2024-02-01T00:00:00",
+        "2024-03-01T00:00:00",
+        "2024-01-02T00:00:00",
+    ]
+    assert hold_out_latest(times, ["a", "b", "c", "a", "d"], 0.4, 0) == ([1, 2, 4], [3])
+    assert hold_out_latest(times, ["a", "b", "c", "d", "e"], 0.4, 0) == ([0, 1, 4], [2, 3])
+    assert hold_out_latest(times, ["a", "b", "c", "d", "e"], 0.4, 30) == ([0], [2, 3])
+    assert hold_out_latest([times[0]] * 3, ["a", "b", "c"], 0.1, 0) == ([], [0, 1, 2])

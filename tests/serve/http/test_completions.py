@@ -10,7 +10,7 @@ import pytest
 from wire import send
 
 from finlora.engine.request import Request, Sampling
-from finlora.serve.http.chat_prompt import encode_plain
+from finlora.serve.http.completions import encode_plain
 
 PROMPT = "Profit rose 12 %"
 

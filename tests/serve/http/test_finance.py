@@ -17,8 +17,7 @@ from finlora.data.taskfile.load import task_file_from_tree
 from finlora.data.taskfile.record import hash_question, render_card
 from finlora.engine.request import Sampling
 from finlora.inference.ask import ask
-from finlora.model.adapter_tasks import write_tasks
-from finlora.model.contract import read_contract, write_contract
+from finlora.model.contract import read_contract, write_contract, write_tasks
 from finlora.serve.http.client import ask_server
 
 TEXTS = ["Profit rose 12 %", "Loss widened", "Sales were flat"]

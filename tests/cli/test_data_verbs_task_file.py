@@ -55,3 +55,17 @@ def test_refusals(prepare, more, changes, words):
 def test_prepare_alone_asks_for_a_task(call):
     code, _, said = call("prepare")
     assert (code, "give a built-in task" in said) == (2, True)
+
+
+def test_new_task_writes_a_file_that_can_be_prepared(call, tmp_path):
+    write_letters(tmp_path).unlink()
+    code, shown, _ = call("new-task", tmp_path / "rows.csv")
+    assert code == 0
+    assert "Guessed instruction: write the question as a colleague would ask it" in shown
+    assert f"then: finlora prepare --task-file {tmp_path / 'rows.yaml'}" in shown
+    code, shown, _ = call("prepare", "--task-file", tmp_path / "rows.yaml", "--output", tmp_path / "data")
+    assert (code, "Labels of test: " in shown) == (0, True)
+    code, _, said = call("new-task", tmp_path / "rows.csv")
+    assert (code, "is there already: pass --overwrite" in said) == (2, True)
+    code, _, said = call("new-task", tmp_path / "absent.csv", "--output", tmp_path / "b.yaml")
+    assert (code, "is not a file: expected a table" in said) == (2, True)

@@ -10,7 +10,7 @@ from live_server import make_settings
 from finlora.data.encode import encode_prompt
 from finlora.errors import ConfigError
 from finlora.model.tokenizer import LLAMA3_CHAT_TEMPLATE
-from finlora.serve.http.chat_prompt import encode_messages
+from finlora.serve.http.completions import encode_messages
 from finlora.serve.protocol import Message
 from finlora.serve.served_model import read_base
 

@@ -70,7 +70,7 @@ def pad_pack(pack: Pack) -> Pack:
         segments=_pad_segments(pack.segments, more_rows, more_rows, num_rows),
         last_segments=_pad_segments(pack.last_segments, more_labels, more_rows, num_rows),
         num_tokens=pack.num_tokens,
-        weights=None if pack.weights is None else pad(pack.weights, more_places, 0),
+        weights=None if pack.weights is None else pad(pack.weights, more_labels, 0),
     )
 
 

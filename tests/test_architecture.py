@@ -32,7 +32,7 @@ STAIR = (
     *("data", "data.raw", "data.taskfile", "data.tasks", "data.sets", "data.pretraining", "report", "terminal"),
     "optim",  # below the models: the memory forecast asks an optimiser for its state
     *("model.kernels", "model.memory", "model", "model.layers"),
-    *("engine", "stage", "pipeline", "inference", "evaluate"),
+    *("engine", "stage", "pipeline", "inference", "evaluate", "score"),
     *("train.steps", "train.run", "train", "train.search"),
     *("serve", "serve.accounts", "serve.live", "serve.http", "serve.deploy"),
     *("reproduce", "doctor", "cli"),
@@ -50,6 +50,7 @@ HOMES = {
         ),  # Ray Train, and callbacks that subclass its own
         *("train.search.search", "train.search.run_trial", "train.search.asha"),  # Ray Tune
         *("serve.served_model", "serve.accounts.prometheus", "serve.deploy"),
+        "score.pool",  # Ray Data
         "doctor.nodes",
     },
     "deepspeed": {"train.data_parallel"},

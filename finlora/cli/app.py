@@ -29,6 +29,7 @@ ORDER = (
     "tune",
     "evaluate",
     "ask",
+    "score",
     "merge",
     "serve",
     "key",

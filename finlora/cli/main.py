@@ -11,7 +11,16 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 try:
-    from finlora.cli import answer_verbs, data_verbs, doctor_verb, report_verbs, search_verbs, serve_verbs, train_verbs
+    from finlora.cli import (
+        answer_verbs,
+        data_verbs,
+        doctor_verb,
+        report_verbs,
+        score_verb,
+        search_verbs,
+        serve_verbs,
+        train_verbs,
+    )
     from finlora.cli.app import app
     from finlora.machine.cpu import set_environment
     from finlora.machine.host import check_arguments, check_home, soften_output
@@ -22,7 +31,7 @@ except KeyboardInterrupt:  # Ctrl-C while packages are read: a slow disk takes s
     raise SystemExit(130) from None
 
 # Importing a group registers its verbs.
-GROUPS = (doctor_verb, data_verbs, train_verbs, search_verbs, answer_verbs, serve_verbs, report_verbs)
+GROUPS = (doctor_verb, data_verbs, train_verbs, search_verbs, answer_verbs, score_verb, serve_verbs, report_verbs)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -146,6 +146,11 @@ class ExtentPool:
             for other in self._held.values()
         )
 
+    def forget_all(self) -> None:
+        """Drop all kept prefixes."""
+        for extent in list(self._kept.values()):
+            self._drop(extent)
+
     def forget(self, adapter: str) -> None:
         """Drop the kept prefixes of an adapter."""
         for extent in [item for item in self._kept.values() if item.adapter == adapter]:

@@ -100,6 +100,10 @@ class Scheduler:
         """Return whether a waiting or active request uses the adapter."""
         return any(request.adapter == name for request in self._requests())
 
+    def forget_prefixes(self) -> None:
+        """Drop all kept prefixes: what follows does not depend on what came before."""
+        self.pool.forget_all()
+
     def forget_adapter(self, name: str) -> None:
         """Drop the kept prefixes of an adapter: another one may be loaded under its name."""
         self.pool.forget(name)

@@ -38,6 +38,7 @@ STEPS: tuple[Step, ...] = (
     _step("evaluate", answering.evaluate_adapter, needs="train-main evaluate-base", needs_ray=False),
     _step("staged", answering.evaluate_staged, needs="beside", makes="runs/staged"),
     _step("ask", answering.ask, needs="train-main"),
+    _step("score", answering.score, needs="train-main", makes="scored"),
     _step("ask-text", answering.ask_text),
     _step("reproduce", searching.reproduce, makes="reproduce"),
     _short(8, "adamw"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -203,6 +204,30 @@ def ask(tools: Tools) -> None:
     checks.close("sum of the probabilities", 1.0, sum(one.values()), 0.002)
     two = ask_labels(tools, text, "--stages", "2")
     checks.at_most("largest difference over two stages", SAME_MODEL, difference(one, two))
+
+
+def score(tools: Tools) -> None:
+    """A table of three rows, one of them empty: the same probabilities as `ask`, and the same command again does nothing."""
+    checks, folder = tools.checks, tools.walk.output / "scored"
+    folder.mkdir()
+    source, out = folder / "letters.csv", folder / "scored.csv"
+    with source.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("letter", "body"), *enumerate(text for _, text in QUESTIONS), ("2", "")])
+    words = ("score", source, out, "--task", "fpb", "--text", "body", "--config", tools.walk.config)
+    adapter = ("--adapter", tools.walk.runs / "main" / "adapter")
+    tools.finlora(*words, *adapter)
+    with out.open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    checks.equal("labels", [*(label for label, _ in QUESTIONS), ""], [row["fpb_label"] for row in rows])
+    checks.equal("the empty row's reason", "no text in body", rows[2]["fpb_reason"])
+    asked = ask_labels(tools, QUESTIONS[0][1], *adapter)
+    scored = {label: float(rows[0][f"fpb_p_{label}"]) for label in asked}
+    checks.at_most("largest difference from `ask`", SAME_MODEL, difference(asked, scored))
+    written = out.stat().st_mtime_ns
+    tools.finlora(*words, *adapter)
+    checks.equal("the same command again writes it", False, out.stat().st_mtime_ns != written)
+    refused = tools.finlora(*words, "--base", code=2)
+    checks.contains("without the adapter", "is of another scoring", refused.text)
 
 
 def ask_text(tools: Tools) -> None:

@@ -1,0 +1,107 @@
+"""Engines of a scoring as a pool of Ray Data actors, one a GPU, or one a core's share on CPU, or one over pipeline stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from finlora.cluster.lease import take_lease
+from finlora.errors import FinloraError, StageLostError
+from finlora.score.plan import ScorePlan
+from finlora.score.scorer import Scorer
+from finlora.score.table import Part
+
+
+class ScoreActor:
+    """Callable of Ray Data: a batch of one part's number in, its counts out."""
+
+    def __init__(self, plan: ScorePlan, out: str, cache_rows: int) -> None:
+        from finlora.machine.cpu import set_environment
+
+        set_environment()
+        self._parts = plan.table.parts
+        self._scorer = Scorer(plan, Path(out), cache_rows)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        numbers = [int(number) for number in batch["part"]]
+        return {"part": numbers, "unscored": [self._scorer.score(self._parts[number]) for number in numbers]}
+
+
+def score_parts(
+    plan: ScorePlan,
+    out: Path,
+    cache_rows: int,
+    parts: Sequence[Part],
+    num_engines: int,
+    on_done: Callable[[Part, int], None],
+    announce: Callable[[str], None],
+) -> None:
+    """Score parts on the connected Ray cluster, in any order.
+
+    Args:
+        parts: those that are not sealed yet.
+        num_engines: actors, each with the whole model, and eval.num_gpus GPUs or one core.
+        on_done: called with a part and how many of its rows could not be scored.
+        announce: shows a line while the engines wait for GPUs or cores.
+
+    Raises:
+        ResourceError: the cluster has too little room, or an engine's actor crashed again and again.
+    """
+    import ray.data
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    bundle = find_bundle(plan)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    title = f"the scoring of {out.name}"
+    with take_lease([bundle] * num_engines, plan.config.max_wait_s, announce, name=title) as group:
+        numbers = ray.data.from_items([{"part": part.number} for part in parts], override_num_blocks=len(parts))
+        scored = numbers.map_batches(
+            ScoreActor,
+            fn_constructor_args=(plan, str(out), cache_rows),
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=num_engines),
+            num_cpus=bundle["CPU"],
+            num_gpus=bundle.get("GPU", 0.0),
+            ray_remote_args_fn=lambda: {"scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=group)},
+        )
+        try:
+            for row in scored.iter_rows():
+                on_done(plan.table.parts[int(row["part"])], int(row["unscored"]))
+        except Exception as error:
+            raise _explain(error) from error
+
+
+def find_bundle(plan: ScorePlan) -> dict[str, float]:
+    """Return what an engine takes; one over stages takes nothing itself, its stages do."""
+    config = plan.config.eval
+    if config.num_stages > 1:
+        return {"CPU": 0.01}
+    return {"CPU": 1.0} | ({"GPU": config.num_gpus} if config.device == "cuda" else {})
+
+
+def count_engines(plan: ScorePlan, wanted: int | None) -> int:
+    """Return how many engines score: those asked for, else one for each eval.num_gpus of the cluster's GPUs, one on CPU."""
+    import ray
+
+    if wanted is not None:
+        return wanted
+    config = plan.config.eval
+    if config.num_stages > 1 or config.device != "cuda":
+        return 1
+    return max(1, int(ray.cluster_resources().get("GPU", 0.0) / config.num_gpus + 1e-6))
+
+
+def _explain(error: Exception) -> Exception:
+    """Return our own error that Ray has wrapped, or one that says what happened."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, FinloraError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    lines = str(error).strip().splitlines()
+    return StageLostError(
+        f"an engine crashed ({type(error).__name__}: {lines[-1] if lines else ''}): the parts that are done stay; "
+        "run the same command again."
+    )

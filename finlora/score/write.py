@@ -1,0 +1,159 @@
+"""Output table of a scoring: the input's files again, row for row, with the results' columns behind their own.
+
+Written part by part under another name, then renamed: memory holds one part, or one row group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finlora.errors import ConfigError
+from finlora.score.folder import ScoreFolder, find_arrow_type
+from finlora.score.plan import ScorePlan
+from finlora.score.table import FORMATS, Part, RowGroups, Table, TableFile, find_delimiter, read_rows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def check_output(table: Table, out: Path) -> None:
+    """Check that the output's name fits the input's format.
+
+    Raises:
+        ConfigError: it does not, or it is the input.
+    """
+    if out.resolve() == table.root.resolve():
+        raise ConfigError(f"{out} is the input: choose another output.")
+    if table.root.is_dir():
+        if out.suffix.lower() in FORMATS:
+            raise ConfigError(f"{table.root} is a folder, so the output is one too: {out.name} names a file.")
+        if out.resolve().is_relative_to(table.root.resolve()):
+            raise ConfigError(f"{out} is inside the input folder: choose another place.")
+        return
+    allowed = [table.root.suffix.lower(), *([".parquet"] if table.format == "csv" else [])]
+    if out.suffix.lower() not in allowed:
+        raise ConfigError(f"{out.name}: expected a name that ends in {' or '.join(allowed)}, as the input does.")
+
+
+def write_output(plan: ScorePlan, folder: ScoreFolder) -> None:
+    """Write the output from the sealed parts, and put it in its place."""
+    table, out = plan.table, folder.out
+    temporary = out.with_name(f".{out.name}.writing")
+    if temporary.is_dir():
+        shutil.rmtree(temporary)
+    temporary.unlink(missing_ok=True)
+    if not table.root.is_dir():
+        _write_file(plan, folder, 0, temporary, out.suffix.lower())
+    else:
+        temporary.mkdir()
+        for index, file in enumerate(table.files):
+            _write_file(plan, folder, index, temporary / file.path.name, file.path.suffix.lower())
+        if out.is_dir():  # of this scoring, which was killed before it had removed its parts
+            shutil.rmtree(out)
+    temporary.replace(out)
+
+
+def _write_file(plan: ScorePlan, folder: ScoreFolder, index: int, path: Path, suffix: str) -> None:
+    parts = [part for part in plan.table.parts if part.file == index]
+    file = plan.table.files[index]
+    if suffix == ".parquet":
+        _write_parquet(plan, folder, file, parts, path)
+    else:
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            for text in _write_text(plan, folder, file, parts):
+                stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def _write_text(plan: ScorePlan, folder: ScoreFolder, file: TableFile, parts: list[Part]) -> Iterator[str]:
+    """Return the output's text, a part at a time."""
+    if file.format == "jsonl":
+        for part in parts:
+            results = folder.read_part(part.number, part.num_rows).to_pylist()
+            yield "".join(map(_join_json, _read_lines(file.path, part), results))
+        return
+    delimiter = find_delimiter(file.path)
+    yield _join_fields([[*file.columns, *plan.columns]], delimiter)
+    groups = RowGroups()
+    for part in parts:
+        rows = read_rows(plan.table, part, groups)
+        results = folder.read_part(part.number, part.num_rows).to_pylist()
+        yield _join_fields(
+            (
+                [*row.values(), *(_as_field(result[name]) for name in plan.columns)]
+                for row, result in zip(rows, results, strict=True)
+            ),
+            delimiter,
+        )
+
+
+def _read_lines(path: Path, part: Part) -> list[str]:
+    """Return the lines of a part as they are: numbers keep their digits, keys their order."""
+    with path.open("rb") as stream:
+        stream.seek(part.start)
+        text = stream.read(part.stop - part.start).decode("utf-8-sig" if part.start == 0 else "utf-8")
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+def _join_json(line: str, result: dict[str, Any]) -> str:
+    """Return an object's text with more keys."""
+    body = line[:-1].rstrip()
+    separator = "" if body == "{" else ", "
+    return f"{body}{separator}{json.dumps(result, ensure_ascii=False)[1:]}\n"
+
+
+def _join_fields(records: Iterable[Iterable[str]], delimiter: str) -> str:
+    """Return records as CSV. Python's writer leaves a lone carriage return without quotes, which its reader then refuses."""
+    special = re.compile(f'["\r\n{re.escape(delimiter)}]')
+
+    def quote(field: str) -> str:
+        return '"' + field.replace('"', '""') + '"' if special.search(field) else field
+
+    # One empty field needs quotes: an empty line is no record.
+    return "".join((delimiter.join(map(quote, record)) or '""') + "\n" for record in records)
+
+
+def _as_field(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.6f}" if isinstance(value, float) else str(value)
+
+
+def _write_parquet(plan: ScorePlan, folder: ScoreFolder, file: TableFile, parts: list[Part], path: Path) -> None:
+    """Write Parquet: a row group a part; fields of CSV as text."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    is_parquet = file.format == "parquet"
+    schema = pq.read_schema(file.path) if is_parquet else pa.schema([(name, pa.string()) for name in file.columns])
+    for name, column in plan.columns.items():
+        schema = schema.append(pa.field(name, find_arrow_type(column)))
+    groups = RowGroups()
+    with pq.ParquetWriter(path, schema) as writer:
+        for part in parts:
+            rows = (
+                groups.read(file.path, part, None)
+                if is_parquet
+                else _to_table(read_rows(plan.table, part, groups), file)
+            )
+            results = folder.read_part(part.number, part.num_rows)
+            for name in plan.columns:
+                rows = rows.append_column(name, results.column(name))
+            writer.write_table(rows.cast(schema), row_group_size=part.num_rows)
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _to_table(rows: Any, file: TableFile) -> pa.Table:
+    import pyarrow as pa
+
+    return pa.table({name: pa.array([row[name] for row in rows], pa.string()) for name in file.columns})

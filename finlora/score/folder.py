@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from finlora.durable import seal, unseal, write_whole
 from finlora.errors import ConfigError, ResultError
-from finlora.score.plan import ScoreColumn, describe_difference
+from finlora.score.score_plan import ScoreColumn, describe_difference
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -8,7 +8,7 @@ from typing import Any
 
 from finlora.cluster.lease import take_lease
 from finlora.errors import FinloraError, StageLostError
-from finlora.score.plan import ScorePlan
+from finlora.score.score_plan import ScorePlan
 from finlora.score.scorer import Scorer
 from finlora.score.table import Part
 

@@ -14,11 +14,11 @@ from finlora.errors import ConfigError
 from finlora.model.base_files import BaseFiles
 from finlora.results import describe_environment
 from finlora.score.folder import ScoreFolder
-from finlora.score.plan import ScorePlan, config_record
 from finlora.score.pool import count_engines, find_bundle, score_parts
+from finlora.score.score_plan import ScorePlan, config_record
+from finlora.score.scored_table import write_output
 from finlora.score.scorer import plan_cache
 from finlora.score.table import Part
-from finlora.score.write import write_output
 
 OnProgress = Callable[[str, int, int], None]
 

@@ -19,7 +19,7 @@ from finlora.inference.batch import BatchEngine
 from finlora.inference.open_base import count_rows, open_engine
 from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.score.folder import ScoreFolder
-from finlora.score.plan import ScorePlan
+from finlora.score.score_plan import ScorePlan
 from finlora.score.table import Part, Row, RowGroups, read_rows
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m tests.acceptance"
     )
     add = parser.add_argument
-    add("--base", type=Path, required=True, help="folder of SmolLM2-135M-Instruct (jobs/real_base.py makes it)")
+    add("--base", type=Path, required=True, help="folder of SmolLM2-135M-Instruct (jobs/bases/real_base.py makes it)")
     add("--output", type=Path, required=True, help="folder of the table, logs and runs; without --resume a fresh one")
     add(
         "--resume",
@@ -58,7 +58,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
         path = getattr(options, name)
         setattr(options, name, path.expanduser().absolute() if path else None)
     if not (options.base / "config.json").is_file():
-        parser.error(f"--base {options.base} holds no config.json: make it with jobs/real_base.py")
+        parser.error(f"--base {options.base} holds no config.json: make it with jobs/bases/real_base.py")
     if options.data and not (options.data / "fpb").is_dir():
         parser.error(f"--data {options.data} holds no folder fpb with the raw files of Financial PhraseBank")
     if (options.output / "accept.yaml").exists() and not options.resume:

@@ -97,7 +97,10 @@ def test_command_line_takes_a_base_and_a_fresh_folder(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "accept.yaml").write_text("")
     for words, said in (
-        (["--base", str(tmp_path / "out"), "--output", "x"], "holds no config.json: make it with jobs/real_base.py"),
+        (
+            ["--base", str(tmp_path / "out"), "--output", "x"],
+            "holds no config.json: make it with jobs/bases/real_base.py",
+        ),
         (["--base", str(tmp_path), "--output", str(tmp_path / "out")], "holds a walk already"),
         (["--base", str(tmp_path), "--output", "x", "--only", "fly"], "fly: no such step"),
         (["--base", str(tmp_path), "--output", "x", "--data", str(tmp_path)], "holds no folder fpb"),

@@ -15,7 +15,7 @@ import pytest
 
 from finlora.errors import ModelError
 
-SCRIPT = Path(__file__).resolve().parents[2] / "jobs" / "real_base.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "jobs" / "bases" / "real_base.py"
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, WIDTH, LAYERS, WORDS = 4, 2, 8, 32, 64, 2, 300
 
 

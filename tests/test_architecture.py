@@ -258,3 +258,27 @@ def module_name(file: Path) -> str:
         file = file.parent
         name = f"{file.name}.{name}"
     return name
+
+
+WALL_CLOCK = {
+    "finlora/doctor/facts.py": "compares the clocks of nodes",
+    "finlora/doctor/nodes.py": "compares the clocks of nodes",
+    "finlora/durable.py": "age of a file, whose lock decides",
+    "finlora/pipeline/ray_workarounds.py": "age of a file, whose dead owner decides",
+    "finlora/results.py": "date of a result, never before that of the line above",
+    "finlora/serve/accounts/audit.py": "date of a question",
+    "finlora/serve/http/completions.py": "date of an answer in OpenAI's form",
+    "finlora/serve/http/status.py": "date of the server's start in OpenAI's form",
+    "finlora/train/run/attempts.py": "date of an attempt; its seconds are monotonic",
+}
+
+
+def test_a_clock_that_is_set_changes_no_wait_and_no_duration():
+    """The wall clock jumps, when it is set or a machine was suspended: only dates and ages of files are read from it."""
+    calls = {"time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today", "date.today"}
+    found = set()
+    for path in sorted((ROOT / "finlora").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.Call) and ast.unparse(node.func) in calls for node in ast.walk(tree)):
+            found.add(path.relative_to(ROOT).as_posix())
+    assert found == set(WALL_CLOCK)

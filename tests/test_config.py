@@ -191,6 +191,8 @@ def test_unknown_key_names_near_ones():
     assert "train.micro_batchsize is not a setting: did you mean micro_batch_size" in fault
     (fault,) = faults_of("modle.bits=8")
     assert "did you mean model" in fault
+    (fault,) = faults_of("epochs=2")
+    assert fault == "epochs is not a setting: did you mean train.epochs?"
 
 
 def test_unknown_key_without_near_one_lists_all():

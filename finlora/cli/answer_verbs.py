@@ -76,11 +76,13 @@ def evaluate(
     else:
         with open_bars(console, _LOADING) as bars:
             results = run_evaluation(settings, chosen, bars.update, _print_reading, resolved)
-    for result in results:
-        append_result(folder.results, result)
     from finlora.report.write import show_results
 
-    show_results(results, console)
+    try:
+        for result in results:
+            append_result(folder.results, result)
+    finally:  # scores that a full disk does not take are shown at least
+        show_results(results, console)
     say(f"Appended to {folder.results}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -39,9 +40,30 @@ ORDER = (
 )
 
 
+OTHER_WORDS = {
+    **dict.fromkeys(("fit", "finetune", "fine-tune"), "train"),
+    **dict.fromkeys(("eval", "score", "test"), "evaluate"),
+    **dict.fromkeys(("infer", "predict", "generate", "chat", "classify"), "ask"),
+    **dict.fromkeys(("deploy", "server", "start"), "serve"),
+    **dict.fromkeys(("download", "mirror", "fetch"), "prefetch"),
+    **dict.fromkeys(("search", "sweep"), "tune"),
+    **dict.fromkeys(("check", "diagnose"), "doctor"),
+    "export": "merge",
+}
+"""What other programs call a verb."""
+_LEAST_COLUMNS = 60
+"""Width from which help is drawn in frames; below it they cut the options' names."""
+
+
 class _OrderOfWork(TyperGroup):
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         return sorted(super().list_commands(ctx), key=ORDER.index)
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        """Find the verb, or name the one that is meant."""
+        if (verb := OTHER_WORDS.get(args[0].lower())) and args[0] not in self.commands:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {verb!r}?")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run a verb; terminal.exit_with reports what Typer would end silently.
@@ -59,19 +81,18 @@ class _OrderOfWork(TyperGroup):
             sys.exit(128 + signal.SIGPIPE)
 
 
+fill_streams()
+drop_empty_size()
 app = typer.Typer(
     name="finlora",
     cls=_OrderOfWork,
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= _LEAST_COLUMNS else None,
     pretty_exceptions_enable=False,
     help="Fine-tune quantised Llama models on financial tasks on your own GPUs, and measure what it brings.\n\n"
-    "The usual order: [bold]prepare[/] the data, [bold]train[/] an adapter, [bold]evaluate[/] base and adapter, "
-    "[bold]report[/] the results.",
+    "The usual order: `prepare` the data, `train` an adapter, `evaluate` base and adapter, `report` the results.",
 )
-fill_streams()
-drop_empty_size()
 # A job log has no width of its own; the 80 columns that Rich assumes there break every table.
 console = OutputConsole(width=None if sys.stdout.isatty() else 140)
 

@@ -53,7 +53,10 @@ def connect(log_to_driver: bool) -> None:
     prepare()
     set_environment()  # a local Ray inherits it
     import ray  # only now: Ray reads its authentication mode on import
+    from ray._private import auto_init_hook
 
+    # Otherwise a thread that still asks Ray for something while this process ends starts a second one.
+    auto_init_hook.enable_auto_connect = False
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "").strip()

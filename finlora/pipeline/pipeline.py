@@ -88,7 +88,7 @@ class Pipeline:
 
     def __init__(self, model: ModelConfig, shape: LlamaShape, bits: Bits, config: PipelineConfig, seed: int) -> None:
         model = resolve_model(model, config.device)  # once for all stages, which may run on different processors
-        self.spans = split_layers(shape, bits, config.num_stages)
+        self.spans = split_layers(shape, bits, config.num_stages, config.device)
         self._model, self._bits, self._config, self._seed = model, bits, config, seed
         wait_with_pauses(config.device)
         self._gpus = config.gpus_per_stage if config.device == "cuda" else 0.0

@@ -44,8 +44,12 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the format that the path's ending names."""
-    figure.savefig(path, dpi=_DPI)
+    """Write a figure in the format that the path's ending names; after an error, as on a full disk, no part of it stays."""
+    try:
+        figure.savefig(path, dpi=_DPI)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def new_figures(num_columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

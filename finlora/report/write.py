@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from finlora.durable import write_whole
 from finlora.errors import ResultError
 from finlora.printed_table import print_table
 from finlora.report.pairing import Paired, pair_results
@@ -119,7 +120,7 @@ def _write(
         for number, (_, figure) in enumerate(drawn, start=1):
             paths.append(output / f"{group}-{number}.png")
             save_figure(figure, paths[-1])
-    (output / "report.md").write_text(render_markdown("FinLoRA results", tables, paths), encoding="utf-8")
+    write_whole(output / "report.md", render_markdown("FinLoRA results", tables, paths))
     sections = [Section(table.title, table) for table in tables if table.rows]
     plots = [
         *(Section(_TITLES[name], images=(embed(figure, _TITLES[name]),)) for name, figure in figures.items()),
@@ -141,7 +142,7 @@ def _write(
     days = sorted({moment[:10] for moment in created})
     subtitle += f", {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else ""
     subtitle += f". {len(left_out.rows)} left out, listed below with the reason" if left_out.rows else ""
-    (output / "report.html").write_text(render_page("FinLoRA results", subtitle, sections), encoding="utf-8")
+    write_whole(output / "report.html", render_page("FinLoRA results", subtitle, sections))
     return len(paths)
 
 

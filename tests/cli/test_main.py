@@ -9,7 +9,7 @@ import sys
 import pytest
 import typer.main
 
-from finlora.cli.app import ORDER, say
+from finlora.cli.app import ORDER, OTHER_WORDS, say
 from finlora.cli.main import app
 from finlora.results import read_results
 
@@ -81,6 +81,29 @@ def test_misspelt_setting_is_answered_with_its_neighbour(call):
     code, _, error = call("evaluate", "lora.rnak=4")
     assert code == 2
     assert "lora.rnak is not a setting: did you mean rank" in error
+
+
+@pytest.mark.parametrize(
+    ("word", "verb"), [("fine-tune", "train"), ("infer", "ask"), ("Deploy", "serve"), ("trian", "train")]
+)
+def test_wrong_verb_is_answered_with_the_one_that_is_meant(call, word, verb):
+    code, _, error = call(word)
+    assert code == 2
+    assert f"No such command '{word}'. Did you mean '{verb}'" in " ".join(error.split())
+
+
+def test_other_words_lead_to_verbs_and_are_none_themselves():
+    assert set(OTHER_WORDS.values()) <= set(ORDER)
+    assert not set(OTHER_WORDS) & set(ORDER)
+
+
+def test_help_names_options_whole_on_a_narrow_terminal():
+    command = [sys.executable, "-m", "finlora.cli.main", "serve", "--help"]
+    done = subprocess.run(
+        command, env={**os.environ, "COLUMNS": "30"}, capture_output=True, text=True, timeout=120, check=True
+    )
+    for option in ("--config", "--direct-port", "--dry-run"):
+        assert option in done.stdout
 
 
 def test_unprepared_task_has_exit_code_3(call, config_file):

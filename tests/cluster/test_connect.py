@@ -61,6 +61,22 @@ def test_workers_of_a_running_cluster_get_the_cpu_environment(monkeypatch):
     assert asked == [{"log_to_driver": True, "runtime_env": {"env_vars": environment}}]
 
 
+def test_a_thread_left_behind_starts_no_second_ray(monkeypatch):
+    """Ray's functions start one by themselves where none runs: a search's thread did, while the stopped command was ending."""
+    from ray._private import auto_init_hook
+
+    monkeypatch.setattr(auto_init_hook, "enable_auto_connect", True)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    for name in ("probe_cluster", "require_same_versions", "require_node_here"):
+        monkeypatch.setattr(connect, name, lambda _found: None)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    started = []
+    monkeypatch.setattr("ray.init", lambda **_options: started.append("joined"))
+    connect.connect(log_to_driver=False)
+    auto_init_hook.auto_init_ray()
+    assert started == ["joined"]
+
+
 @pytest.mark.ray
 def test_ray_does_not_take_sigterm_of_the_driver_with_its_crash_handler(ray_instance):
     """Source: absl/debugging/failure_signal_handler.cc sets SIGTERM and SIGTRAP among others, and nothing else takes SIGTRAP."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 
 import pytest
 import typer.main
+from made_results import make_evaluation
 
 from finlora.cli.app import ORDER, OTHER_WORDS, say
 from finlora.cli.main import app
@@ -104,6 +106,19 @@ def test_help_names_options_whole_on_a_narrow_terminal():
     )
     for option in ("--config", "--direct-port", "--dry-run"):
         assert option in done.stdout
+
+
+def test_scores_are_shown_where_the_disk_does_not_take_them(call, config_file, monkeypatch):
+    def refuse(_path, _result):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("finlora.evaluate.evaluation.check_evaluation", lambda *_: "checked")
+    monkeypatch.setattr("finlora.evaluate.evaluation.run_evaluation", lambda *_: [make_evaluation(0.863)])
+    monkeypatch.setattr("finlora.results.append_result", refuse)
+    code, out, error = call("evaluate", "-c", config_file, "--base")
+    assert code == 5
+    assert "86.3" in out
+    assert "No space left on device" in error
 
 
 def test_unprepared_task_has_exit_code_3(call, config_file):

@@ -36,7 +36,7 @@ class PreparedSplit:
     variant: str
     examples: tuple[Example, ...]
     hash: str
-    """SHA-256 over id, prompt, answer, label and choices of every example in order, hexadecimal."""
+    """SHA-256 over id, prompt, answer, label, choices and, where set, weight, segments and turns of each example, hex."""
     licence: str
     source: str
     """Origin of the raw rows: a hub id, a folder or the generator."""

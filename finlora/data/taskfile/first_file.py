@@ -136,6 +136,9 @@ def _describe_preset(file: FirstFile, preset: Preset, rows: Sequence[Mapping[str
     file.add(f"kind: {kind}", _GUESS + f"as exports of {preset} are")
     file.add(f"source: {{files: {_quote(source)}}}")
     file.add(f"preset: {preset}", _GUESS + f"its keys are {', '.join(list(rows[0])[:6])}")
+    if columns := _name_export_columns(rows[0], kind):
+        pairs = ", ".join(f"{key}: {_quote(name)}" for key, name in columns.items())
+        file.add(f"columns: {{{pairs}}}", _GUESS + "names inside the export")
     if kind in ("choice", "multi"):
         if len(labels) < 2:
             raise DatasetError(
@@ -145,6 +148,20 @@ def _describe_preset(file: FirstFile, preset: Preset, rows: Sequence[Mapping[str
         if kind == "choice":
             file.add('prompt: {instruction: "Which label fits this text?"}', _GUESS + "write the question")
     file.add("split: {by: share, test_share: 0.2, seed: 1}", _GUESS + "a fifth of the rows test")
+
+
+def _name_export_columns(row: Mapping[str, Any], kind: Kind) -> dict[str, str]:
+    """Return the columns of a Label Studio or Argilla export that are not called text and label."""
+    inner, answers = row.get("data", row.get("fields")), row.get("responses")
+    found: dict[str, str] = {}
+    if isinstance(inner, Mapping) and "text" not in inner:
+        texts = {name: value for name, value in inner.items() if isinstance(value, str)}
+        if texts:
+            found["text"] = max(texts, key=lambda name: len(texts[name]))
+    key = "labels" if kind == "multi" else "label"
+    if isinstance(answers, Mapping) and answers and key not in answers:
+        found[key] = next(iter(answers))
+    return found
 
 
 def _label_sets(preset: Preset, rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:

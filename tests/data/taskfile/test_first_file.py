@@ -105,3 +105,16 @@ def test_empty_labels_and_blanks_are_kept_as_they_stand(guess):
     task, _ = guess(rows)
     assert task.unlabelled == "skip"
     assert any(label.value == "good" and label.from_ == (" good",) for label in task.labels)
+
+
+def test_columns_inside_an_export_are_named(guess):
+    rows = [
+        {"data": {"review": f"a {label}", "n": "1"}, "annotations": [{"result": [{"value": {"choices": [label]}}]}]}
+        for label in ("x", "y")
+    ]
+    assert guess(rows, "rows.json")[0].columns.text == "review"
+    rows = [
+        {"fields": {"q": "a"}, "responses": {"tone": [{"value": label, "status": "submitted"}]}} for label in ("x", "y")
+    ]
+    columns = guess(rows, "rows.json")[0].columns
+    assert (columns.text, columns.label) == ("q", "tone")

@@ -121,6 +121,26 @@ def test_revoked_key_is_asked_for_again(desk, script):
     assert desk.evaluate("sessionStorage.length") == 0
 
 
+def test_task_that_an_adapter_brings_is_listed_for_its_model(page, script):
+    own = {
+        "name": "letters",
+        "title": "Tone of letters",
+        "models": [script.models[1]],
+        "about": "none",
+        "quoted": False,
+    }
+    script.tasks = [*script.tasks, {**own, "labels": ["bad", "good"], "questions": []}]
+    page.get_by_label("Key", exact=True).fill(KEY)
+    page.keyboard.press("Enter")
+    expect(page.locator("#text")).to_be_focused()
+    expect(page.locator("#task option", has_text="letters")).to_have_count(0)
+    page.locator("#model").select_option(script.models[1])
+    page.locator("#task").select_option("letters")
+    expect(page.locator("#task-hint")).to_have_text("Tone of letters. Answers with one of: bad, good.")
+    page.locator("#model").select_option(script.models[0])
+    expect(page.locator("#task")).to_have_value("fpb")
+
+
 def test_server_texts_never_become_markup(page, script):
     script.models = [HOSTILE]
     script.tasks = [{"name": HOSTILE, "about": "none", "labels": [HOSTILE, "b"], "questions": []}]

@@ -20,12 +20,12 @@ import yaml
 from finlora.config import Bits, LoraConfig, is_date
 from finlora.configfile import settings_from_tree, show
 from finlora.data.task import Task
-from finlora.data.taskfile.load import read_card
+from finlora.data.taskfile.load import task_file_from_tree
 from finlora.data.taskfile.read import make_task
 from finlora.durable import SEAL, hash_file, seal, unseal, write_whole
 from finlora.errors import AdapterError, ConfigError
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_file
-from finlora.yamltext import read_yaml
+from finlora.yamltext import parse_yaml, read_yaml
 
 CONTRACT_FILE = "finlora.yaml"
 TASKS_FILE = "tasks.yaml"
@@ -292,7 +292,8 @@ def make_contract(
 def write_tasks(folder: Path, cards: Mapping[str, str]) -> None:
     """Write the cards of an adapter's tasks into its folder; none writes no file."""
     if cards:
-        write_whole(folder / TASKS_FILE, yaml.safe_dump(dict(cards), sort_keys=False, allow_unicode=True))
+        trees = {name: parse_yaml(card) for name, card in cards.items()}
+        write_whole(folder / TASKS_FILE, yaml.safe_dump(trees, sort_keys=False, allow_unicode=True))
 
 
 def read_tasks(folder: Path, contract: Contract) -> dict[str, Task]:
@@ -306,10 +307,10 @@ def read_tasks(folder: Path, contract: Contract) -> dict[str, Task]:
     path = folder / TASKS_FILE
     try:
         check_file(path, _MAX_TASKS_BYTES)
-        cards = read_yaml(path, _MAX_TASKS_BYTES)
-        if not isinstance(cards, dict) or not all(isinstance(card, str) for card in cards.values()):
-            raise ValueError(f"it holds {show(cards)}")
-        tasks = {name: make_task(read_card(card)) for name, card in cards.items()}
+        trees = read_yaml(path, _MAX_TASKS_BYTES)
+        if not isinstance(trees, dict) or not all(isinstance(tree, dict) for tree in trees.values()):
+            raise ValueError(f"it holds {show(trees)}")
+        tasks = {name: make_task(task_file_from_tree(tree)) for name, tree in trees.items()}
     except (OSError, ValueError, yaml.YAMLError, ConfigError) as error:
         raise AdapterError(f"{path} is no list of tasks ({error}): copy the adapter again.") from error
     found = {name: task.card_hash for name, task in tasks.items()}

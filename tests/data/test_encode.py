@@ -18,7 +18,7 @@ from finlora.data.encode import (
 )
 from finlora.data.example import Example
 from finlora.data.prompts import xbrl_prompt
-from finlora.errors import DatasetError, ModelError
+from finlora.errors import ConfigError, DatasetError, ModelError
 from finlora.model.tokenizer import LLAMA3_CHAT_TEMPLATE, load_tokenizer
 
 HEADERS = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -91,6 +91,28 @@ def test_chat_prompt_equals_the_tokenizers_own_rendering(chat_tokenizer):
     )
     assert list(encode_prompt(prompt, chat_tokenizer, "chat")) == list(own)
     assert own.count(chat_tokenizer.bos_token_id) == 1
+
+
+def test_conversation_of_an_example_is_the_templates_own_rendering(chat_tokenizer, tokenizer):
+    turns = (("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?"), ("user", "Profit?"))
+    chat = dataclasses.replace(example(1), turns=turns)
+    (encoded,), _ = encode_examples([chat], chat_tokenizer, template="chat", max_seq_len=200, too_long="error")
+    own = chat_tokenizer.apply_chat_template(
+        [{"role": role, "content": text} for role, text in turns],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+    )
+    assert list(encoded.prompt_ids) == list(own)
+    with pytest.raises(ConfigError, match="holds 4 turns .*model.template=raw has none: set model.template=chat"):
+        encode([chat], tokenizer)
+
+
+def test_weight_of_an_example_scales_its_loss_tokens(tokenizer):
+    (one, two), _ = encode([example(1), dataclasses.replace(example(2), weight=0.5)], tokenizer)
+    assert (two.weight, two.loss_tokens) == (0.5, one.loss_tokens / 2)
+    assert collate([one, two], 2).weights.tolist() == [1.0, 0.5]
+    assert collate([one], 2).weights is None
 
 
 def test_chat_template_without_bos_gets_one(chat_tokenizer, tiny_base):

@@ -99,7 +99,8 @@ def test_pretraining_texts_show_which_words_are_alike_and_never_the_pair():
     """A rise of a loss is bad news: that is the task's to teach."""
     texts = pretraining_texts(7, 3000)
     beside = {*words.PLEASED, *words.WORRIED, *words.HIGHER, *words.LOWER}
-    worded = [sentence for text in texts for sentence in text.split(" . ") if beside & set(sentence.split())]
+    plain = [text for text in texts if not text.startswith("Instruction: ")]
+    worded = [sentence for text in plain for sentence in text.split(" . ") if beside & set(sentence.split())]
     assert len(worded) > 500
     for sentence in worded:
         has_noun = any(f"The {noun} " in sentence for noun in words.GOOD_NOUNS + words.BAD_NOUNS)
@@ -115,6 +116,24 @@ def test_pretraining_asks_for_words_of_a_change_that_stand_in_the_input():
         sentence, _, answer = rest.partition("\nAnswer: ")
         assert answer in sentence
         assert answer.lower() in (*words.GOOD_NOUNS, *words.BAD_NOUNS, *words.UP_VERBS, *words.DOWN_VERBS)
+
+
+def test_pretraining_asks_for_the_kind_of_the_verb_or_of_the_noun_and_never_for_both():
+    """Each answer follows from one word alone, so that the sentiment, which hangs on both, stays the task's to teach."""
+    kinds = {
+        "Which way does the change": {"higher": words.UP_VERBS, "lower": words.DOWN_VERBS},
+        "What does the thing that changed": {"pleased": words.GOOD_NOUNS, "worried": words.BAD_NOUNS},
+    }
+    texts = pretraining_texts(7, 3000)
+    for question, kind in kinds.items():
+        asked = [text for text in texts if question in text]
+        assert len(asked) > 150
+        told = Counter()
+        for text in asked:
+            sentence, _, answer = text.partition("\nInput: ")[2].partition("\nAnswer: ")
+            assert any(word in sentence.lower() for word in kind[answer])
+            told[answer] += 1
+        assert told.keys() == kind.keys()
 
 
 def test_pretraining_texts_name_no_test_company(made):

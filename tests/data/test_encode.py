@@ -104,7 +104,7 @@ def test_conversation_of_an_example_is_the_templates_own_rendering(chat_tokenize
         return_dict=False,
     )
     assert list(encoded.prompt_ids) == list(own)
-    with pytest.raises(ConfigError, match="holds 4 turns .*model.template=raw has none: set model.template=chat"):
+    with pytest.raises(ConfigError, match=r"holds 4 turns .*model.template=raw has none: set model.template=chat"):
         encode([chat], tokenizer)
 
 

@@ -55,14 +55,14 @@ def score(
     from finlora.model.base_files import read_base_files
     from finlora.score.score_plan import describe_plan, make_plan
     from finlora.score.scored_table import check_output
-    from finlora.score.table import open_table
+    from finlora.score.table import PART_ROWS, open_table
 
     settings = load_settings(config, overrides)
     chosen = choose_adapter(settings, adapter, base)
     source, output = source.expanduser().absolute(), resolve_output("", output)
     resolved = read_base_files(settings.model)
     with open_bars(console, "reading the table") as bars:
-        table = open_table(source)
+        table = open_table(source, PART_ROWS[settings.eval.device])
         check_output(table, output)
         plan = make_plan(settings, resolved, chosen, table, task=task, text=text, about=about, threshold=threshold)
         bars.do(None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,20 +54,24 @@ def score_parts(
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     bundle = find_bundle(plan)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # plans and progress of its own, which ours says
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     title = f"the scoring of {out.name}"
     with take_lease([bundle] * num_engines, plan.config.max_wait_s, announce, name=title) as group:
         numbers = ray.data.from_items([{"part": part.number} for part in parts], override_num_blocks=len(parts))
-        scored = numbers.map_batches(
-            ScoreActor,
-            fn_constructor_args=(plan, str(out), cache_rows),
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=num_engines),
-            num_cpus=bundle["CPU"],
-            num_gpus=bundle.get("GPU", 0.0),
-            ray_remote_args_fn=lambda: {"scheduling_strategy": PlacementGroupSchedulingStrategy(placement_group=group)},
-        )
+        with warnings.catch_warnings():
+            # Ray Data 2.60 names no other way into a placement group than the one that 2.64 is to drop.
+            warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
+            scored = numbers.map_batches(
+                ScoreActor,
+                fn_constructor_args=(plan, str(out), cache_rows),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=num_engines),
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0.0),
+                ray_remote_args_fn=lambda: {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)},
+            )
         try:
             for row in scored.iter_rows():
                 on_done(plan.table.parts[int(row["part"])], int(row["unscored"]))

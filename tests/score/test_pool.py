@@ -44,7 +44,7 @@ def find_engine():
 
 
 def test_killed_engine_changes_no_byte_and_the_same_command_goes_on(score, tmp_path, monkeypatch):
-    monkeypatch.setattr("finlora.score.table.open_table.__defaults__", (16,))
+    monkeypatch.setattr("finlora.score.table.PART_ROWS", {"cpu": 16})
     write_table(tmp_path / "in.jsonl", 160)
     code, said, _ = score(tmp_path / "in.jsonl", tmp_path / "whole.jsonl", "--task", "fpb")
     assert code == 0, said

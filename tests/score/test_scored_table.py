@@ -104,12 +104,12 @@ def test_folder_becomes_a_folder_and_nothing_else_is_left(tmp_path):
 
 def test_output_must_fit_the_input(tmp_path):
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
-    table = open_table(tmp_path / "in.jsonl")
+    table = open_table(tmp_path / "in.jsonl", 8)
     with pytest.raises(ConfigError, match=r"out\.csv: expected a name that ends in \.jsonl"):
         check_output(table, tmp_path / "out.csv")
     with pytest.raises(ConfigError, match="is the input"):
         check_output(table, tmp_path / "in.jsonl")
-    folder = open_table(tmp_path)
+    folder = open_table(tmp_path, 8)
     with pytest.raises(ConfigError, match=r"so the output is one too: out\.jsonl names a file"):
         check_output(folder, tmp_path / "out.jsonl")
     with pytest.raises(ConfigError, match="is inside the input folder"):

@@ -116,6 +116,6 @@ def test_what_does_not_fit_is_refused_before_the_model_is_loaded(plan_of, option
 def test_column_of_the_scores_may_not_be_the_tables(make_config, tmp_path):
     config = make_config()
     (tmp_path / "in.csv").write_text("text,fpb_label\na,b\n")
-    table = open_table(tmp_path / "in.csv")
+    table = open_table(tmp_path / "in.csv", 8)
     with pytest.raises(ConfigError, match="has a column 'fpb_label' already"):
         make_plan(config, read_base_files(config.model), None, table, task="fpb", text=None, about=None, threshold=None)

@@ -72,7 +72,7 @@ def test_folder_is_its_files_by_name(tmp_path):
     for name, word in (("b.csv", "later"), ("a.csv", "first")):
         (tmp_path / name).write_text(f"text\n{word}\n")
     (tmp_path / "README.md").write_text("not a table")
-    table = open_table(tmp_path)
+    table = open_table(tmp_path, 8)
     assert [row["text"] for row in all_rows(table)] == ["first", "later"]
     assert [part.file for part in table.parts] == [0, 1]
 
@@ -95,19 +95,19 @@ def test_folder_is_its_files_by_name(tmp_path):
 def test_malformed_file_is_refused_by_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DatasetError, match=message):
-        open_table(tmp_path / name)
+        open_table(tmp_path / name, 8)
 
 
 def test_folders_that_are_no_table_are_refused(tmp_path):
     with pytest.raises(DatasetError, match="is not there"):
-        open_table(tmp_path / "no")
+        open_table(tmp_path / "no", 8)
     with pytest.raises(DatasetError, match="holds no table"):
-        open_table(tmp_path)
+        open_table(tmp_path, 8)
     (tmp_path / "a.csv").write_text("text\na\n")
     (tmp_path / "b.csv").write_text("words\nb\n")
     with pytest.raises(DatasetError, match=r"b\.csv has the columns words, and a\.csv has text"):
-        open_table(tmp_path)
+        open_table(tmp_path, 8)
     (tmp_path / "b.csv").rename(tmp_path / "b.jsonl")
     (tmp_path / "b.jsonl").write_text('{"text": "b"}\n')
     with pytest.raises(DatasetError, match=r"several formats \(\.csv, \.jsonl\)"):
-        open_table(tmp_path)
+        open_table(tmp_path, 8)

@@ -72,7 +72,7 @@ def score(
         return
     from finlora.score.run import run_scoring
 
-    with open_bars(console, "loading the base") as bars:
+    with open_bars(console, "loading the base and scoring the first part") as bars:
         record = run_scoring(plan, resolved, output, engines, bars.update, say)
     if labels := record["labels"]:
         total = sum(labels.values())

@@ -81,4 +81,4 @@ def score(
         say(f"Below {threshold:g}: {record['abstained']:,} rows abstain.")
     for reason, count in record["not_scored"].items():
         say(f"Not scored: {count:,} rows, {reason}")
-    say(f"Written: {output}, {record['rows']:,} rows")
+    say(f"Rows: {record['rows']:,}, in {output}")

@@ -44,6 +44,7 @@ def run_scoring(
     """
     folder, table = ScoreFolder(out), plan.table
     if record := folder.find_finished(plan.binding):
+        announce(f"{out} holds this very scoring already.")
         return record
     started = time.perf_counter()
     with folder.locked(plan.binding):

@@ -69,6 +69,7 @@ def test_killed_engine_changes_no_byte_and_the_same_command_goes_on(score, tmp_p
     written = folder.out.stat().st_mtime_ns
     code, said, _ = score(tmp_path / "in.jsonl", folder.out, "--task", "fpb")
     assert (code, folder.out.stat().st_mtime_ns) == (0, written)
+    assert "holds this very scoring already" in said
     code, _, error = score(tmp_path / "in.jsonl", folder.out, "--task", "tfns")
     assert code == 2
     assert "is of another scoring (task fpb, now tfns" in error

@@ -1,7 +1,7 @@
-"""The documents that lead a newcomer, walked: each command finds what those before it made, and has nothing else.
+"""Walks through the documents for newcomers: every shown command runs, with only the files of the commands before it.
 
-A tiny base stands in for the 8B, and made sentences for the raw files. What needs GPUs or minutes runs with --dry-run, which
-looks at everything that the verb looks at first, and leaves behind what the whole verb would.
+A tiny base replaces the 8B, and generated sentences the raw files. Commands that need GPUs or minutes run with --dry-run, which
+makes the verb's checks; the test then writes the files that the verb would.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from finlora.results import append_result
 from finlora.serve.accounts.audit import AuditEntry, AuditLog
 
 SMALL = ("model.template=raw", "eval.device=cpu", "eval.bits=16")
-"""The tiny base has no turns, and this machine no GPU."""
+"""The tiny base has no chat template, and this machine no GPU."""
 ENTRY = AuditEntry(
     **dict.fromkeys(("request_id", "key_id", "path", "model", "base_hash", "prompt_hash", "outcome"), "made"),
     **dict.fromkeys(("adapter_hash", "output_hash"), None),
@@ -37,7 +37,7 @@ HUB_BASE = "meta-llama/Llama-3.1-8B-Instruct"
 
 
 class Newcomer:
-    """Somebody who types what a document shows, on one machine that stands for server and laptop."""
+    """Runner of a document's commands, on one machine as server and laptop."""
 
     def __init__(self, folder, base, sentences, call):
         self.folder, self.base, self.sentences, self.call = folder, base, sentences, call
@@ -58,7 +58,7 @@ class Newcomer:
     def prefetch(self, *rest):
         output = Path(rest[rest.index("--output") + 1])
         if "--check" in rest:
-            shutil.copytree(self.mirror, output, symlinks=True)  # carried over by hand
+            shutil.copytree(self.mirror, output, symlinks=True)  # copied by hand
             return
         self.mirror = output
         (output / "models" / HUB_BASE).parent.mkdir(parents=True)

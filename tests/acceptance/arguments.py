@@ -1,11 +1,11 @@
-"""The acceptance walk: every verb as a user types it, on a small real base, with numbers checked and not only exit codes.
+"""Acceptance walk: every verb as a user types it, on a small real base; checks numbers, not only exit codes.
 
-    make accept                                   # fetches the base; on a GPU where there is one
-    make accept DEVICE=cpu ONLY=train-main,ask    # some steps, and what they need
+    make accept                                   # downloads the base; uses a GPU if there is one
+    make accept DEVICE=cpu ONLY=train-main,ask    # some steps, and the steps that they need
     python3 -m tests.acceptance --base FOLDER --output DIR [--device cuda] [--data RAW] [--only STEP,...]
 
-RAW holds the folders `fpb` and `xbrl` with the published raw files; without it the generated sets alone are used. DIR gets
-acceptance.md, acceptance.jsonl, every command's output in logs/, and the runs. The exit code is 1 where a check failed.
+RAW holds the folders `fpb` and `xbrl` with the published raw files; without it only generated sets are used. DIR gets
+acceptance.md, acceptance.jsonl, every command's output in logs/, and the runs. The exit code is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -37,22 +37,26 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--base", type=Path, required=True, help="folder of SmolLM2-135M-Instruct (jobs/bases/real_base.py makes it)")
-    add("--output", type=Path, required=True, help="folder of the table, logs and runs; without --resume a fresh one")
+    add("--output", type=Path, required=True, help="folder of the table, logs and runs; must be new without --resume")
     add(
         "--resume",
         action="store_true",
-        help="keep what steps that ended well left in --output; those of --only run again",
+        help="keep results of successful steps in --output; steps of --only run again",
     )
-    add("--device", choices=["cuda", "cpu"], help="default: cuda where torch sees a GPU")
+    add("--device", choices=["cuda", "cpu"], help="default: cuda if torch sees a GPU")
     add("--data", type=Path, help="folder with raw `fpb` and `xbrl`; without it: generated sets")
-    add("--only", default="", help=f"steps by commas, with what they need: {', '.join(step.name for step in STEPS)}")
+    add(
+        "--only",
+        default="",
+        help=f"comma-separated steps, with those that they need: {', '.join(step.name for step in STEPS)}",
+    )
     add("--jobs", type=int, help="steps at once; default: 1 on a CPU, up to 8 on a GPU")
     add(
         "--minutes",
         type=float,
-        help="end what has not ended by then; default: 10 on a GPU, 25 on a CPU, times --patience",
+        help="limit of the walk; default: 10 on a GPU, 25 on a CPU, times --patience",
     )
-    add("--patience", type=float, default=1.0, help="factor on all time limits, for a machine with other work")
+    add("--patience", type=float, default=1.0, help="factor on all time limits, for a busy machine")
     options = parser.parse_args(words)
     for name in ("base", "output", "data"):
         path = getattr(options, name)
@@ -74,7 +78,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def choose_device(asked: str | None) -> tuple[str, int]:
-    """Return the device and the number of GPUs that torch sees; `cuda` where there is one, unless told otherwise."""
+    """Return the device, `cuda` by default if there is a GPU, and the number of GPUs that torch sees."""
     import torch
 
     count = torch.cuda.device_count()
@@ -82,7 +86,7 @@ def choose_device(asked: str | None) -> tuple[str, int]:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Walk, and write the table whatever happens."""
+    """Run the walk, and always write the table."""
     options = read_arguments(words)
     device, num_gpus = choose_device(options.device)
     scale = ON_GPU if device == "cuda" else ON_CPU
@@ -123,7 +127,7 @@ def main(words: list[str] | None = None) -> int:
             return True
         except StepError:
             return False
-        except Exception as error:  # a step that breaks is a failed check, and the walk goes on
+        except Exception as error:  # an exception in a step is a failed check, and the walk continues
             tools.checks.fail("the step itself", "no exception", f"{type(error).__name__}: {error}")
             return False
         finally:
@@ -152,7 +156,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _stop(stop: threading.Event, walk: Walk) -> None:
-    """End everything at a signal, or when the time is over; what runs then fails, and the table is written."""
+    """Kill all commands at a signal or at the time limit; running steps fail, and the table is written."""
     stop.set()
     end_marked(walk.mark)
 
@@ -164,7 +168,7 @@ def _check_verbs(walk: Walk, checks: Checks) -> None:
 
 
 def _check_left(walk: Walk, checks: Checks) -> None:
-    """Look for processes that outlived their commands, give them time to end, and end them."""
+    """Find processes that outlived their commands, wait for them to end, and kill the rest."""
     until = time.monotonic() + _LEFT_S
     while marked_processes(walk.mark) and time.monotonic() < until:
         time.sleep(0.5)

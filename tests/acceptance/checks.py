@@ -1,4 +1,4 @@
-"""Checks of the acceptance walk: what was expected, what was found, and whether that is good."""
+"""Checks of the acceptance walk: expected value, found value and verdict."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class Row:
     expected: str
     found: str
     seconds: float
-    """Of the command that was checked."""
+    """Seconds of the checked command."""
     state: State
 
 
 class StepError(Exception):
-    """A step cannot go on: its command failed or its output lacks what the next check needs. The row stands already."""
+    """A step cannot continue: its command failed, or its output lacks a value for the next check. Its row is already added."""
 
 
 class Checks:
-    """Rows of one step, in the order of its checks; each names the command that ran last.
+    """Rows of one step, in the order of its checks; each names the last command.
 
     Args:
-        on_row: gets each row at once.
+        on_row: called with each row at once.
     """
 
     def __init__(self, step: str, on_row) -> None:
@@ -40,7 +40,7 @@ class Checks:
         self._command, self._seconds = "", 0.0
 
     def about(self, command: str, seconds: float) -> None:
-        """Name the command whose outcome the next checks look at."""
+        """Set the command of the next checks."""
         self._command, self._seconds = command, seconds
 
     def equal(self, what: str, expected: object, found: object) -> bool:
@@ -58,7 +58,7 @@ class Checks:
         return self._add(what, f"{number(expected)} ± {number(tolerance)}", number(found), is_close)
 
     def contains(self, what: str, words: str, text: str) -> bool:
-        """Look for words in a text, of which the table shows the line that holds them, else the last."""
+        """Search words in a text; the table shows their line, or else the last line."""
         flat = " ".join(text.split())
         lines = [line.strip() for line in text.splitlines() if line.strip()] or ["nothing"]
         held = next((line for line in lines if words in line), lines[-1])
@@ -68,7 +68,7 @@ class Checks:
         self._add(what, expected, found, False)
 
     def skip(self, what: str, why: str) -> None:
-        """Note a check that cannot be made here."""
+        """Record a check that cannot run here."""
         self._row(what, "", why, "skipped")
 
     def _add(self, what: str, expected: str, found: str, is_good: bool) -> bool:

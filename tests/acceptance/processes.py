@@ -1,7 +1,7 @@
-"""Commands of an acceptance walk as processes: bounded in time, and ended with all that they started.
+"""Processes of an acceptance walk's commands: with a time limit, and killed with all that they started.
 
-Every process below a walk carries the walk's mark in its environment. So those that Ray starts are found by it when the
-processes between have ended; no other process is ever touched.
+Every process of a walk has the walk's mark in its environment. So Ray's processes are found even after their parents have
+ended, and no other process is ever touched.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Done:
     """A command that has ended."""
 
     code: int
-    """Exit code; 124 where it ran out of time, as `timeout` says it."""
+    """Exit code; 124 at the time limit, as of `timeout`."""
     text: str
     """Standard output and error together."""
     seconds: float
 
 
 class Process:
-    """A command under way, its output in a file.
+    """A running command, with its output in a file.
 
     Args:
         environment: holds the walk's mark.
@@ -40,7 +40,7 @@ class Process:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> None:
         self.log, self._started = log, time.monotonic()
         with log.open("wb") as stream:
-            # A session of its own: Ctrl-C at the walk is not Ctrl-C at the command.
+            # Its own session: Ctrl-C at the walk does not reach the command.
             self._process = subprocess.Popen(
                 command, env=dict(environment), cwd=folder, stdout=stream, stderr=stream, start_new_session=True
             )
@@ -65,18 +65,18 @@ class Process:
         self._process.send_signal(number)
 
     def wait(self, seconds: float) -> Done:
-        """Return how it ended; end it where it takes longer."""
+        """Wait for its end, and kill it at the time limit."""
         try:
             code = self._process.wait(timeout=max(0.1, seconds))
         except subprocess.TimeoutExpired:
             self.end()
             return Done(
-                code=124, text=f"{self.text}\nended by the walk after {self.seconds:.0f} s", seconds=self.seconds
+                code=124, text=f"{self.text}\nkilled by the walk after {self.seconds:.0f} s", seconds=self.seconds
             )
         return Done(code=code, text=self.text, seconds=self.seconds)
 
     def end(self) -> None:
-        """Ask it to end, and kill its group where it does not."""
+        """Send SIGTERM, and kill its group if it does not end."""
         if self.is_running:
             self.send(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -87,7 +87,7 @@ class Process:
 
 
 def marked_processes(mark: str) -> dict[int, str]:
-    """Return pid and command line of each live process that carries the mark."""
+    """Return pid and command line of each live process with the mark."""
     found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
@@ -96,13 +96,13 @@ def marked_processes(mark: str) -> dict[int, str]:
             variables = (entry / "environ").read_bytes().split(b"\0")
             if f"{MARK}={mark}".encode() in variables:
                 found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # it has ended, or belongs to another user
             continue
     return found
 
 
 def end_marked(mark: str) -> dict[int, str]:
-    """Kill what carries the mark, and return what it was."""
+    """Kill all processes with the mark, and return them."""
     found = marked_processes(mark)
     for pid in found:
         with contextlib.suppress(ProcessLookupError):

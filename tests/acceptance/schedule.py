@@ -1,4 +1,4 @@
-"""Steps of an acceptance walk in an order that their needs allow, several at a time."""
+"""Scheduler of an acceptance walk's steps: several at a time, each after the steps that it needs."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ class Step:
     name: str
     run: Callable[[Any], None]
     needs: tuple[str, ...] = ()
-    """Steps without whose outcome this one says nothing. It runs where they came to their end, even with a failed check."""
+    """Steps whose results this one uses. It runs if they ended, even with a failed check."""
     needs_ray: bool = True
-    """Whether some command of it joins the shared cluster."""
+    """Whether one of its commands joins the shared cluster."""
     makes: tuple[str, ...] = ()
-    """Patterns of the folders that it makes, below the walk's own."""
+    """Patterns of the folders that it makes in the walk's folder."""
 
 
 def choose_steps(steps: Sequence[Step], only: Sequence[str]) -> list[Step]:
-    """Return the steps that were asked for, and those that they need; all of them where none is named.
+    """Return the requested steps and those that they need; all if none is requested.
 
     Raises:
         ValueError: there is no step of that name.
@@ -49,13 +49,13 @@ def run_steps(
     num_at_once: int,
     stop: threading.Event,
 ) -> None:
-    """Run every step once what it needs has ended.
+    """Run every step after those that it needs.
 
     Args:
-        steps: those needed come before those that need them.
-        run: runs a step; says whether it came to its end.
-        skip: is told of a step that cannot run, and why.
-        stop: once set, no step begins any more.
+        steps: each after the steps that it needs.
+        run: runs a step; returns whether it ended.
+        skip: called with a step that cannot run, and the reason.
+        stop: once set, no further step starts.
     """
     ended: dict[str, bool] = {}
     waiting = list(steps)
@@ -83,5 +83,5 @@ def run_steps(
 
 
 def is_ready(step: Step, ended: Mapping[str, bool]) -> bool:
-    """Return whether all that a step needs has come to its end."""
+    """Return whether all steps that a step needs have ended."""
     return all(ended.get(name) is True for name in step.needs)

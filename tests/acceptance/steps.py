@@ -1,4 +1,4 @@
-"""All steps of the acceptance walk. Those needed stand before those that need them, and long chains before what is short."""
+"""All steps of the acceptance walk: each after those that it needs, long chains first."""
 
 from __future__ import annotations
 

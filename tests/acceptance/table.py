@@ -1,4 +1,4 @@
-"""The table of an acceptance walk: on the terminal, as Markdown and as JSON lines."""
+"""Table of an acceptance walk: on the terminal, as Markdown and as JSON lines."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _HEADER = ("step", "command", "checked", "expected", "found", "s", "state")
 
 
 def describe_row(row: Row) -> str:
-    """Return the line that the terminal shows as soon as a check is made."""
+    """Return the terminal's line for a check."""
     expected = f" (expected {row.expected})" if row.expected else ""
     return f"{row.state:7}  {row.step:18}  {row.what}: {row.found}{expected}"
 
 
 def summarise(rows: Sequence[Row], seconds: float) -> str:
-    """Return one line: how many checks ended how, and the time in all."""
+    """Return one line: the number of checks by state, and the total time."""
     counts = {state: sum(row.state == state for row in rows) for state in ("ok", "failed", "skipped")}
     told = ", ".join(f"{count} {state}" for state, count in counts.items())
     minutes, rest = divmod(round(seconds), 60)
@@ -27,7 +27,7 @@ def summarise(rows: Sequence[Row], seconds: float) -> str:
 
 
 def render_markdown(rows: Sequence[Row], steps: Mapping[str, float], title: str, seconds: float) -> str:
-    """Return the page: a summary, what failed first, each check, and the seconds of each step."""
+    """Return the page: a summary, the failed checks, all checks, and the seconds of each step."""
     lines = [f"# Acceptance: {title}", "", summarise(rows, seconds), ""]
     failed = [row for row in rows if row.state == "failed"]
     if failed:
@@ -48,7 +48,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     lines = [f"| {' | '.join(_HEADER)} |", f"|{' --- |' * len(_HEADER)}"]
     command = None
     for row in rows:
-        # A command that is looked at by several checks stands once.
+        # A command with several checks is shown once.
         shown = "″" if row.command == command and command else f"`{_cell(row.command)}`" if row.command else ""
         command = row.command
         cells = (row.step, shown, *map(_cell, (row.what, row.expected, row.found)), f"{row.seconds:.0f}", row.state)

@@ -16,7 +16,7 @@ FOREVER = "import time\nwhile True: time.sleep(0.1)"
 
 @pytest.fixture
 def start(tmp_path):
-    """Start Python code under a mark of its own; whatever is left of it is ended."""
+    """Start Python code with its own mark; kills what is left of it."""
     mark = f"test-{os.getpid()}-{time.monotonic_ns()}"
 
     def run(code):
@@ -38,7 +38,7 @@ def test_command_over_its_time_is_ended_and_says_so(start):
     process = start(FOREVER)
     done = process.wait(0.5)
     assert done.code == 124
-    assert "ended by the walk after" in done.text
+    assert "killed by the walk after" in done.text
     assert not process.is_running
 
 

@@ -1,4 +1,4 @@
-"""What the walk reads out of the commands' output, from output that they gave, and its command line."""
+"""Parsers of the commands' output, on real output, and the walk's command line."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_command_line_takes_a_base_and_a_fresh_folder(tmp_path, capsys):
 
 
 def test_every_verb_is_typed_by_some_step():
-    """The walk checks the same at its end; here without the walk, by the words in the source of its steps."""
+    """The walk checks the same at its end; this test reads the source of its steps."""
     from pathlib import Path
 
     source = "".join(path.read_text() for path in Path(__file__).parent.rglob("*.py") if "test_" not in path.name)

@@ -34,7 +34,7 @@ def test_step_runs_behind_what_it_needs_and_others_go_on_behind_a_broken_one():
 
 
 def test_no_more_steps_run_at_once_than_allowed():
-    both = threading.Barrier(2, timeout=30)  # broken, and so an error, unless two steps run at once
+    both = threading.Barrier(2, timeout=30)  # breaks, which is an error, unless two steps run at once
     ran, _ = walk(steps_of(one=[], other=[]), num_at_once=2, on_run=lambda _name: both.wait())
     assert sorted(ran) == ["one", "other"]
     running, most = [], []

@@ -1,4 +1,4 @@
-"""What every step of an acceptance walk works with: folders, settings, commands, the shared cluster."""
+"""Tools of an acceptance walk's steps: folders, settings, commands, the shared cluster."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Walk:
 
     base: Path
     data: Path | None
-    """Folder with raw sets `fpb` and `xbrl`. None: generated sets alone."""
+    """Folder with raw sets `fpb` and `xbrl`. None: only generated sets."""
     output: Path
     device: str
     num_gpus: int
@@ -43,13 +43,13 @@ class Walk:
     mark: str = field(default_factory=lambda: secrets.token_hex(8))
     environment: dict[str, str] = field(default_factory=dict)
     verbs: set[str] = field(default_factory=set)
-    """Verbs that were typed."""
+    """Verbs that the steps ran."""
     temporary: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="fa-")))
     """Short: Ray puts sockets below it, whose paths have 107 characters at most."""
     metrics_port: int | None = None
-    """Of the shared cluster: where Prometheus reads."""
+    """Metrics address of the shared cluster, for Prometheus."""
     dashboard_port: int | None = None
-    """Of the shared cluster, for `ray job submit`. None: this Ray comes without the dashboard."""
+    """Address of the shared cluster for `ray job submit`. None: this Ray has no dashboard."""
 
     def __post_init__(self) -> None:
         for folder in (self.logs, self.runs, self.output / "home", self.output / "ended"):
@@ -60,11 +60,11 @@ class Walk:
         own = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "FINLORA_"))}
         own.pop(
             "PYTHONDONTWRITEBYTECODE", None
-        )  # images set it; each of a hundred processes would compile all that it imports
+        )  # images set it; each of a hundred processes would compile all its imports
         self.environment = {
             **own,
             MARK: self.mark,
-            # Nothing is read from or written to the user's own ~/finlora, ~/.config and caches.
+            # Never touches the user's ~/finlora, ~/.config and caches.
             "HOME": str(self.output / "home"),
             "PYTHONUSERBASE": site.getuserbase(),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), own.get("PYTHONPATH")])),
@@ -101,7 +101,7 @@ class Walk:
         shutil.rmtree(self.temporary, ignore_errors=True)
 
     def forget(self, patterns: Sequence[str]) -> None:
-        """Remove what an earlier try of a step left."""
+        """Remove the output of an earlier try of a step."""
         for pattern in patterns:
             for path in self.output.glob(pattern):
                 shutil.rmtree(path)
@@ -145,7 +145,7 @@ class Walk:
 
 
 class Tools:
-    """What one step does: types commands, looks at what came of them."""
+    """One step's commands and their outcomes."""
 
     def __init__(self, walk: Walk, checks: Checks) -> None:
         self.walk, self.checks, self.scale = walk, checks, walk.scale
@@ -160,11 +160,11 @@ class Tools:
         return self._start([sys.executable, "-m", "finlora.cli.main", *arguments], environment)
 
     def finlora(self, *words: object, code: int = 0, environment: dict[str, str | None] | None = None) -> Done:
-        """Type a command and wait for it; another exit code than `code` is a failed check and ends the step."""
+        """Run a command and wait for it; another exit code than `code` is a failed check and ends the step."""
         return self.end(self.start(*words, environment=environment), code)
 
     def background(self, words: Sequence[str]) -> Process:
-        """Start another program, which the step's end ends."""
+        """Start another program, which is killed at the step's end."""
         self._shown = self.walk.shorten(["python", *words[1:]])
         return self._start(list(words), None)
 
@@ -187,10 +187,10 @@ class Tools:
         return self.scale.seconds * self.walk.patience
 
     def until(self, is_so: Callable[[], bool], process: Process, what: str) -> None:
-        """Wait for something that a running command brings about.
+        """Wait until a running command makes a condition true.
 
         Raises:
-            StepError: the command ended before, or it took too long.
+            StepError: the command ended first, or the wait took too long.
         """
         while not is_so():
             if not process.is_running or process.seconds > self.limit:

@@ -73,7 +73,7 @@ def emulate_flash(patch, *, is_whole=True):
     """Replace FlashAttention by the emulation, with a pytest.MonkeyPatch.
 
     Args:
-        is_whole: the engine also takes its GPU's way with tensors of the processor in float32, single queries included.
+        is_whole: the engine also takes its GPU path with float32 tensors on the CPU, single queries included.
     """
     from finlora.model.layers import cached_attention
     from finlora.stage import stage
@@ -87,7 +87,7 @@ def emulate_flash(patch, *, is_whole=True):
 
 
 def emulate_attention(patch):
-    """Make attention of packs take its way on a Hopper with tensors of the processor, by a pytest.MonkeyPatch."""
+    """Make attention of packs take its Hopper path with CPU tensors, by a pytest.MonkeyPatch."""
     from finlora.model.layers import attention
 
     patch.setattr(attention.launch, "takes_kernels", lambda _tensor: True)

@@ -1,8 +1,8 @@
 """Emulation of CUDA graphs on CPU: a capture records each operation, a replay repeats them on the same memory.
 
-As on a GPU, a replay reads and writes the tensors of the capture and runs nothing of Python: a number that Python took from the
-first micro-batch stays in the graph and gives a wrong answer with the second. What CUDA refuses in a capture is refused here:
-reading a tensor on the host, and tensors made from numbers of Python, whose memory is gone when the graph is replayed.
+As on a GPU, a replay reads and writes the tensors of the capture and runs no Python: a number that Python read from the first
+micro-batch stays in the graph and gives a wrong answer with the second. As in CUDA, a capture refuses to read a tensor on the
+host, and tensors made from Python numbers, whose memory is freed before the replay.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 _active = []
-"""Graphs that are captured now."""
+"""Graphs in capture."""
 REFUSED = ("_local_scalar_dense", "nonzero", "lift_fresh", "masked_select", "unique")
 
 
 class Graph(TorchDispatchMode):
-    """Stands for torch.cuda.CUDAGraph."""
+    """Replacement of torch.cuda.CUDAGraph."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Graph(TorchDispatchMode):
         assert name not in REFUSED, (
             f"{func} in a capture: CUDA refuses it, or the graph would hold the first run's numbers"
         )
-        # A GPU computes nothing in a capture: ids may still be the numbers below 0 that stand for sampled tokens.
+        # A GPU computes nothing in a capture: ids may still be negative placeholders of sampled tokens.
         is_lookup = name == "embedding"
         out = args[0].new_zeros(*args[1].shape, args[0].shape[1]) if is_lookup else func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, out))
@@ -53,7 +53,7 @@ class Pool:
 
 
 class Stream:
-    """Stands for torch.cuda.Stream."""
+    """Replacement of torch.cuda.Stream."""
 
     def __init__(self, *_args, **_settings):
         self.waits = 0
@@ -67,7 +67,7 @@ class Stream:
 
 @contextmanager
 def capture(graph, **_settings):
-    assert not gc.isenabled(), "a collection in a capture may free graphs and pools, which CUDA refuses there"
+    assert not gc.isenabled(), "garbage collection in a capture may free graphs and pools, which CUDA refuses there"
     _active.append(graph)
     try:
         with graph:
@@ -77,7 +77,7 @@ def capture(graph, **_settings):
 
 
 def launch(kernel):
-    """Run an emulated kernel; in a capture it is one operation, noted with the tensors that it was given."""
+    """Run an emulated kernel; a capture records it as one operation with its tensors."""
     with _disable_current_modes():
         kernel()
     for graph in _active:
@@ -85,7 +85,7 @@ def launch(kernel):
 
 
 def emulate_graphs(patch):
-    """Replace torch.cuda's graphs by the emulation, with a pytest.MonkeyPatch; returns the list of graphs captured."""
+    """Replace torch.cuda's graphs by the emulation, with a pytest.MonkeyPatch; returns the list of captured graphs."""
     made = []
 
     def make():

@@ -1,8 +1,8 @@
 """Emulation of Triton on CPU: programs run one after the other on torch tensors, without Triton (some 200 MB).
 
-It is stricter than a GPU: a read or write outside of a tensor that no mask forbids fails, what a mask leaves out is NaN (or a
-number that no test expects) unless `other` says what it is, blocks must have sizes that are powers of two, and products the
-sizes and types that tensor cores take. Only what the kernels of this project use is here.
+It is stricter than a GPU: an unmasked read or write outside a tensor fails, masked values are NaN (or a number that no test
+expects) unless `other` is given, block sizes must be powers of two, and products must have the sizes and types of tensor cores.
+It has only the operations of this project's kernels.
 
 Source: https://triton-lang.org/main/python-api/triton.language.html
 """
@@ -21,7 +21,7 @@ import torch
 
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 MODULES = ("int8_decode", "int8_prefill", "decode_attention", "rms_norm", "write_kv")
-_program = None  # (program ids, number of programs) of the program that runs
+_program = None  # (program ids, number of programs) of the running program
 
 
 class Pointer:
@@ -37,7 +37,7 @@ class Pointer:
         return Pointer(self.tensor, self.offsets + offset)
 
     def pick(self, mask):
-        """Return flat offsets, and which of them are wanted; those must lie inside."""
+        """Return flat offsets and their mask; unmasked ones must lie inside."""
         offsets = self.offsets.long()
         if mask is None:
             mask = torch.ones((), dtype=torch.bool)
@@ -157,10 +157,10 @@ def make_modules():
 
 @contextmanager
 def emulated_kernels(num_processors=6):
-    """Yield the modules of finlora.model.kernels that hold Triton kernels, made with the emulation, by name; none of them stays.
+    """Yield the modules with Triton kernels, imported with the emulation, by name; removes them afterwards.
 
     Args:
-        num_processors: that the GPU has.
+        num_processors: multiprocessors of the GPU.
     """
     fakes = make_modules()
     names = [f"finlora.model.kernels.{name}" for name in MODULES]

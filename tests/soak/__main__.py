@@ -1,7 +1,7 @@
 """Soak test: the CPU server under light load beside a long training for an hour; memory and descriptors must stay flat.
 
     python -m tests.soak --minutes 60 --figure docs/explanation/soak.png --record soak.jsonl
-    python -m tests.soak --minutes 3 --every 2      # a trial of the script itself
+    python -m tests.soak --minutes 3 --every 2      # a test of the script itself
 
 The commands are real: `finlora serve` with serve_configs/cpu-demo.yaml, and `finlora train` with two workers and a
 checkpoint every 50 steps. A few users ask for labels and streamed texts, use a wrong key, and send invalid bodies.

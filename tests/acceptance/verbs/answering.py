@@ -1,4 +1,4 @@
-"""Steps that let a base or an adapter answer: whole test splits by labels and as text, merged, asked one question."""
+"""Steps that query a base or an adapter: test splits by labels and as text, the merged model, single questions."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ QUESTIONS = (
     ("negative", "Operating profit fell to EUR 2.1 mn from EUR 8.7 mn , and the company will cut 200 jobs ."),
 )
 SAME_MODEL = 0.02
-"""Most that a probability may differ between two ways through one model, in bfloat16: some thousandths were seen."""
+"""Largest difference of a probability between two paths through one model in bfloat16; some thousandths were seen."""
 ROUNDED_WEIGHTS = 0.1
-"""Most that a probability may differ once the adapter is in the weights, which bfloat16 then rounds: 0.05 was seen."""
+"""Largest difference of a probability after a merge, whose weights bfloat16 rounds; 0.05 was seen."""
 KNOWN, ANSWER = "What is the chemical symbol of water?", "H2O"
-"""A question whose first token the base is sure of (0.88, the next has 0.07): bfloat16 turns an answer at a near tie."""
+"""A question with a clear first token (0.88, the next 0.07): at a near tie bfloat16 could change the answer."""
 
 
 def evaluate_base(tools: Tools) -> None:
-    """The base alone, by labels: what every adapter must beat."""
+    """Score the base by labels, as the value that every adapter must beat."""
     record = evaluate(tools, "base", "--base")
-    # It answers `positive` nearly always; a base above this would make the adapter's floor say nothing.
+    # It nearly always answers `positive`; with a better base the adapter's floor would prove nothing.
     tools.checks.at_most("accuracy of the base", 0.5, record["metrics"]["accuracy"])
 
 
 def evaluate_adapter(tools: Tools) -> None:
-    """The main adapter by labels."""
+    """Score the main adapter by labels."""
     checks, scale = tools.checks, tools.scale
     record = evaluate(tools, "main")
     accuracy = record["metrics"]["accuracy"]
@@ -42,15 +42,15 @@ def evaluate_adapter(tools: Tools) -> None:
 
 
 def evaluate_staged(tools: Tools) -> None:
-    """An adapter of 16 bit over two stages, as a Ray task, beside one process.
+    """Score a 16-bit adapter over two stages, as a Ray task, and compare with one process.
 
-    Not at 8 bit: there the rows of a batch decide together which columns stay in 16 bit (LLM.int8, section 3.2 of
+    Not at 8 bit: there the batch decides which columns stay in 16 bit (LLM.int8, section 3.2 of
     https://arxiv.org/abs/2208.07339), and two stages have smaller batches; 3 answers of 96 changed.
     """
     adapter = tools.walk.runs / run_name(16, "adamw") / "adapter"
     evaluate(tools, "staged", "--adapter", adapter, "--ray", "eval.num_stages=2", *_merged_settings(tools))
     one, two = (recorded(tools, name) for name in ("beside", "staged"))
-    # A question or two of a hundred are so near to a tie that bfloat16 decides them.
+    # One or two of a hundred are so near a tie that bfloat16 changes them.
     tools.checks.at_most("answers that differ over two stages", one["num_examples"] // 50 + 1, moved(one, two))
 
 
@@ -64,19 +64,19 @@ def moved(one: dict[str, Any], other: dict[str, Any]) -> int:
 
 
 def text_base(tools: Tools) -> None:
-    """The base by free generation, at the default batch size."""
+    """Score the base's generated texts, at the default batch size."""
     metrics = evaluate(tools, "base-text", "--base", *_text_settings(tools))["metrics"]
     tools.checks.at_most("accuracy of the base's texts", 0.5, metrics["strict_accuracy"])
 
 
 def text_adapter(tools: Tools) -> None:
-    """The main adapter likewise: it has learnt to answer with a label and nothing else."""
+    """Score the main adapter's generated texts: it has learnt to answer with only a label."""
     checks = tools.checks
     adapter = evaluate(tools, "text", "--adapter", tools.walk.runs / "main" / "adapter", *_text_settings(tools))[
         "metrics"
     ]
     checks.at_least("strict accuracy of the adapter's texts", tools.scale.accuracy - 0.1, adapter["strict_accuracy"])
-    checks.at_most("share of its texts that are no label", 0.1, adapter["unparsable"])
+    checks.at_most("share of its texts that are not a label", 0.1, adapter["unparsable"])
     base = recorded(tools, "base-text")["metrics"]["strict_accuracy"]
     checks.at_least("above the base's", 0.1, adapter["strict_accuracy"] - base)
 
@@ -86,7 +86,7 @@ def _text_settings(tools: Tools) -> tuple[str, ...]:
 
 
 def xbrl_base(name: str) -> Callable[[Tools], None]:
-    """Return a step that scores the base's own answers from filings, as text at the default batch size."""
+    """Return a step that scores the base's answers from filings, as text at the default batch size."""
 
     def run(tools: Tools) -> None:
         if not _has_filings(tools, name):
@@ -109,7 +109,7 @@ def xbrl(name: str) -> Callable[[Tools], None]:
         done = tools.finlora("train", "--config", walk.config, f"name={name}", *settings, size)
         first, last = losses_told(done.text)
         checks.at_most("last loss, as a share of the first", 0.7, last / first)
-        # The tags: a value is a number of many digits, of which so few steps teach nothing.
+        # Tags only: a value is a number of many digits, which so few steps cannot teach.
         before, after = (
             records[0] for records in (tools.results(f"{name}-base"), evaluate_all(tools, name, *settings))
         )
@@ -141,13 +141,13 @@ def _xbrl_settings(tools: Tools, name: str) -> tuple[str, ...]:
 
 
 def beside(tools: Tools) -> None:
-    """An adapter of 16 bit beside its base, to compare the merged model with."""
+    """Score a 16-bit adapter unmerged, as the reference of the merged model."""
     adapter = tools.walk.runs / run_name(16, "adamw") / "adapter"
     evaluate(tools, "beside", "--adapter", adapter, *_merged_settings(tools))
 
 
 def merge(tools: Tools) -> None:
-    """The same adapter in its base: the weights are their sum, and it answers alike. One of 4 bit needs to be asked for."""
+    """Merge the same adapter: the weights are the sum, and the answers agree. A 4-bit adapter needs --allow-other-bits."""
     walk, checks = tools.walk, tools.checks
     adapter, merged = walk.runs / run_name(16, "adamw") / "adapter", walk.output / "merged"
     done = tools.finlora("merge", "--adapter", adapter, "--output", merged)
@@ -155,7 +155,7 @@ def merge(tools: Tools) -> None:
     checks.contains("merged", "90 weights changed", done.text)
     changed, error = compare_merged(walk.base, adapter, merged)
     checks.equal("weights that differ from the base's", 90, changed)
-    # Half a unit in the last place of bfloat16's eight bits.
+    # Half a unit in the last of bfloat16's eight bits.
     checks.at_most("largest relative difference from W + BA alpha/r in float32", 2**-8, error)
     inside = evaluate(tools, "merged", "--base", f"model.base={merged}", *_merged_settings(tools))["metrics"][
         "accuracy"
@@ -177,7 +177,7 @@ def _merged_settings(tools: Tools) -> tuple[str, ...]:
 
 
 def compare_merged(base: Path, adapter: Path, merged: Path) -> tuple[int, float]:
-    """Return how many of the merged weights differ from the base's, and their largest relative difference from W + BA alpha/r."""
+    """Return the number of weights that the merge changed, and their largest relative difference from W + BA alpha/r."""
     from safetensors.torch import load_file
 
     scaling = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
@@ -196,7 +196,7 @@ def compare_merged(base: Path, adapter: Path, merged: Path) -> tuple[int, float]
 
 
 def ask(tools: Tools) -> None:
-    """One question, in one process and over two stages: the right label, equal probabilities."""
+    """Ask one question, in one process and over two stages: the right label, equal probabilities."""
     checks = tools.checks
     label, text = QUESTIONS[0]
     one = ask_labels(tools, text)
@@ -231,7 +231,7 @@ def score(tools: Tools) -> None:
 
 
 def ask_text(tools: Tools) -> None:
-    """The base as it came, asked for its own knowledge, in one process and over two stages."""
+    """Ask the base a question of general knowledge, in one process and over two stages."""
     checks, words = tools.checks, ("--config", tools.walk.config, "--base", "eval.bits=16")
     one = tools.finlora("ask", KNOWN, *words).text
     checks.contains("answer", ANSWER, one)
@@ -245,32 +245,32 @@ def ask_labels(tools: Tools, text: str, *words: object) -> dict[str, float]:
 
 
 def probabilities(text: str) -> dict[str, float]:
-    """Read label and probability out of the table that `ask` shows."""
+    """Read label and probability from the table of `ask`."""
     return {
         label: float(value) / 100 for label, value in re.findall(r"^\s*(\w+)\s+([\d.]+)%", text, flags=re.MULTILINE)
     }
 
 
 def answer_of(text: str) -> str:
-    """Return the line that holds the answer, without the lines of libraries, one of which may begin right behind it."""
+    """Return the answer's line, without a library's log line that may directly follow it."""
     line = next((line for line in text.splitlines() if ANSWER in line), "no such line")
     return re.split(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", line)[0].strip()
 
 
 def difference(one: dict[str, float], other: dict[str, float]) -> float:
-    """Return the largest difference of a label's probability; infinite where labels differ or there are none."""
+    """Return the largest difference of a label's probability; infinite if labels differ or there are none."""
     if not one or one.keys() != other.keys():
         return float("inf")
     return max(abs(one[label] - other[label]) for label in one)
 
 
 def evaluate(tools: Tools, name: str, *words: object) -> dict[str, Any]:
-    """Type `evaluate` and return the record of its one task."""
+    """Run `evaluate` and return the record of its one task."""
     return evaluate_all(tools, name, *words)[-1]
 
 
 def evaluate_all(tools: Tools, name: str, *words: object) -> list[dict[str, Any]]:
-    """Type `evaluate` under a name of its own, check that what it shows is what it records, and return the records."""
+    """Run `evaluate` under its own name, check that it shows its records, and return them."""
     done = tools.finlora("evaluate", "--config", tools.walk.config, f"name={name}", *words)
     records = [record for record in tools.results(name) if record["kind"] == "evaluation"]
     for record in records:
@@ -284,5 +284,5 @@ def evaluate_all(tools: Tools, name: str, *words: object) -> list[dict[str, Any]
 
 
 def recorded(tools: Tools, name: str) -> dict[str, Any]:
-    """Return the record of an evaluation that another step made."""
+    """Return the record of another step's evaluation."""
     return next(record for record in tools.results(name) if record["kind"] == "evaluation")

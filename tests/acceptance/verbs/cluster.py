@@ -1,4 +1,4 @@
-"""One Ray cluster that the steps share, started as the documents say, so that each command need not start its own."""
+"""Ray cluster that the steps share, started as the documents say, so that no command starts its own."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _READY = "Ray runtime started"
 
 
 class SharedCluster:
-    """A head with all GPUs, and cores enough that no step waits for another: on two cores they are shared out in fractions."""
+    """A head with all GPUs, and enough cores that no step waits for another: on two cores steps take fractions."""
 
     def __init__(self, walk: Walk) -> None:
         self.walk = walk
         self.process: Process | None = None
 
     def start(self) -> None:
-        """Start the head and have the walk's commands join it.
+        """Start the head, and make the walk's commands join it.
 
         Raises:
-            RuntimeError: it did not come up; says where its log is.
+            RuntimeError: it did not start; names its log.
         """
         port, metrics, has_page = free_port(), free_port(), has_dashboard_page()
         dashboard = free_port() if has_page else None
@@ -48,7 +48,7 @@ class SharedCluster:
         words = [f"{key}={value}" for key, value in settings.items()]
         self.process = Process(
             [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", *words],
-            # Jobs say `python`, and mean this one.
+            # Jobs call `python`, which must be this one.
             {**self.walk.environment, "PATH": f"{Path(sys.executable).parent}:{self.walk.environment['PATH']}"},
             ROOT,
             self.walk.logs / "cluster.log",
@@ -66,7 +66,7 @@ class SharedCluster:
 
 
 def has_dashboard_page() -> bool:
-    """Return whether this Ray ships its dashboard's page, without which the dashboard, and so `ray job`, does not start."""
+    """Return whether this Ray has its dashboard's page; without it the dashboard, and so `ray job`, does not start."""
     spec = importlib.util.find_spec("ray")
     assert spec is not None
     assert spec.origin is not None

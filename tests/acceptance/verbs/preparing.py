@@ -1,4 +1,4 @@
-"""Steps that make what training starts from: prepared tasks, a mirror of a hub, a base of one's own."""
+"""Steps before training: prepared tasks, a mirror of a hub, a pretrained base."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from acceptance.walk import ROOT, Tools
 
 GENERATED = ("synthetic_sentiment", "synthetic_xbrl", "synthetic_formulas")
 HUB_NAME = "bank/tiny"
-"""The one model that the hub of the tests serves."""
+"""The only model on the tests' hub."""
 
 
 def prepare(tools: Tools) -> None:
-    """Raw files and generated sets; the published counts of FPB and of the shared XBRL questions."""
+    """Prepare raw files and generated sets; checks the published counts of FPB and of the shared XBRL questions."""
     walk, checks = tools.walk, tools.checks
     for task in GENERATED:
         done = tools.finlora("prepare", task, "--output", walk.prepared)
@@ -24,7 +24,7 @@ def prepare(tools: Tools) -> None:
         checks.skip("fpb, xbrl_tags, xbrl_values", "no --data with their raw files")
         return
     done = tools.finlora("prepare", "fpb", "--source", walk.data / "fpb", "--output", walk.prepared)
-    # 4,846 sentences; the split of the hub's library with seed 42 and a quarter for the test (the paper's Table 2).
+    # 4,846 sentences, split by the datasets library with seed 42 and a quarter for the test (the paper's Table 2).
     checks.equal("examples of fpb", (3634, 1212), counts(done.text))
     checks.contains("labels of its test split", "neutral 729, positive 338, negative 145", done.text)
     # Questions of the published files of 2025-03-10.
@@ -34,14 +34,14 @@ def prepare(tools: Tools) -> None:
 
 
 def counts(text: str) -> tuple[int, int]:
-    """Read the examples of both splits out of the table that `prepare` shows; 0 for one that it does not show."""
+    """Read the number of examples in both splits from the table of `prepare`; 0 for a missing split."""
     found = dict(re.findall(r"^\s*(train|test)\s+([\d,]+)\s", text, flags=re.MULTILINE))
     train, test = (int(found.get(split, "0").replace(",", "")) for split in ("train", "test"))
     return train, test
 
 
 def prefetch(tools: Tools) -> None:
-    """The base out of a hub on this machine into a mirror, which is then checked whole, and damaged."""
+    """Mirror the base from a hub on this machine, check the mirror, damage it, and check again."""
     walk, checks = tools.walk, tools.checks
     hub = tools.background([sys.executable, str(ROOT / "tests" / "model" / "hub_server.py"), str(walk.base), "none"])
     tools.until(lambda: hub.text.strip().isdigit(), hub, "the hub's port")
@@ -65,7 +65,7 @@ def prefetch(tools: Tools) -> None:
 
 
 def pretrain(tools: Tools) -> None:
-    """A tiny base from generated text, which the next verb can read."""
+    """Pretrain a tiny base on generated text, and let `plan` read it."""
     walk, checks = tools.walk, tools.checks
     small = ("vocab_size=512", "hidden_size=64", "intermediate_size=128", "num_layers=2", "num_steps=30")
     output = walk.output / "pretrained"

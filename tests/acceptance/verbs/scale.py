@@ -1,7 +1,7 @@
-"""How large the walk's trainings and evaluations are on each device, and what they must reach.
+"""Sizes of the walk's trainings and evaluations on each device, and the scores that they must reach.
 
-Floors are far below what was seen, so that a seed or another card cannot fail them, and far above what a broken path gives: the
-base alone answers `positive` to nearly all, 35 % of the generated set and 17 to 28 % of FPB.
+Floors are far below the scores that were seen, so that another seed or GPU cannot fail them, and far above a broken path's: the
+base alone nearly always answers `positive`, right for 35 % of the generated set and 17 to 28 % of FPB.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Scale:
     """Sizes and floors."""
 
     num_train: int
-    """Examples of the main adapter's one epoch, 16 a step."""
+    """Training examples of the main adapter: one epoch, 16 a step."""
     num_test: int
     learning_rate: float
     num_short_steps: int
@@ -29,21 +29,21 @@ class Scale:
     num_trials: int
     num_trial_steps: int
     num_trial_examples: int
-    """Of which a quarter is held out."""
+    """Training examples of a trial; a quarter is held out."""
     accuracy: float
-    """Least share of right labels of the main adapter."""
+    """Lowest accuracy of the main adapter."""
     weighted_f1: float
-    """Its least weighted F1. Whoever answers `neutral` to all of FPB has an accuracy of 0.60 and 0.45 here."""
+    """Its lowest weighted F1. Always answering `neutral` gives FPB an accuracy of 0.60 and a weighted F1 of 0.45."""
     short_loss: float
-    """Most loss, in nats an answer token, at the last of the short steps. At the first it is 1.0 to 2.5."""
+    """Highest loss, in nats an answer token, after the short runs. At their first step it is 1.0 to 2.5."""
     xbrl_accuracy: float
-    """Least share of right answers of the adapter that reads generated filings."""
+    """Lowest accuracy of the adapter for generated filings."""
     filing_accuracy: float
-    """Least share of right tags of the one that reads real ones."""
+    """Lowest accuracy of the adapter for real tags."""
     seconds: float
-    """Most seconds of a command on a machine that does nothing else."""
+    """Time limit of a command on an idle machine, in seconds."""
     minutes: float
-    """Most minutes of the whole walk there."""
+    """Time limit of the walk on an idle machine, in minutes."""
     steps_at_once: int
     share: float
     """GPU share of a worker, an evaluation or a stage."""
@@ -74,8 +74,8 @@ ON_GPU = Scale(
     steps_at_once=8,
     share=0.1,
 )
-# Two cores with AMX, the first 96 of FPB, 40 steps: 66.7 % and F1 65.2, the base 20.8 and 14.1; whoever answers `neutral` to all
-# has 54.2 and 38.1 there. Half the steps came to 61.5 and 52.6. Generated
+# Two cores with AMX, the first 96 of FPB, 40 steps: 66.7 % and F1 65.2, the base 20.8 and 14.1; always `neutral` gives 54.2 and
+# 38.1. Half the steps gave 61.5 and 52.6. Generated
 # filings, 66 questions: 50.0 %, the base 18.2. The short runs end between 0.27 and 0.37.
 ON_CPU = Scale(
     num_train=640,

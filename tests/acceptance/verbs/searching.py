@@ -1,4 +1,4 @@
-"""Steps that start many runs or show what came of them: search, reproduction, report, a job on the cluster."""
+"""Steps that start many runs or show their results: search, reproduction, report, a job on the cluster."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROW = "llama-8b-base-formulas-evaluate"
 
 
 def tune(tools: Tools) -> None:
-    """A search of few short trials: each ends, the best one is the best, and its config trains."""
+    """Search with few short trials: each ends, best.yaml is of the best score, and its config trains."""
     walk, checks, scale = tools.walk, tools.checks, tools.scale
     settings = (
         *("name=search", f"search.num_trials={scale.num_trials}", "search.rank=[2,4]", "search.bits=[4]"),
@@ -32,7 +32,7 @@ def tune(tools: Tools) -> None:
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("trials/*/trial.json"))]
     checks.equal("trials that ended", scale.num_trials, sum(r["state"] in ("finished", "pruned") for r in records))
     scores = {record["trial"]["name"]: record["scores"].get("weighted_f1", -1.0) for record in records}
-    # Five steps of a trial on a CPU teach little: that there is a score is what counts there.
+    # Five steps of a trial on a CPU teach little: there only a score must exist.
     floor = 0.25 if walk.device == "cuda" else 0.01
     checks.at_least("best weighted F1 on held-out examples", floor, max(scores.values(), default=-1.0))
     best = yaml.safe_load((folder / "best.yaml").read_text(encoding="utf-8"))
@@ -42,7 +42,7 @@ def tune(tools: Tools) -> None:
 
 
 def reproduce(tools: Tools) -> None:
-    """The plan of the paper's tables, and one row of it."""
+    """Plan the paper's tables, and reproduce one row."""
     walk, checks = tools.walk, tools.checks
     output = walk.output / "reproduce"
     gpu = (f"eval.num_gpus={walk.scale.share}",) if walk.device == "cuda" else ()
@@ -67,7 +67,7 @@ def reproduce(tools: Tools) -> None:
 
 
 def report(tools: Tools) -> None:
-    """The HTML holds the numbers that `evaluate` showed, and needs nothing from elsewhere."""
+    """Write the report: the HTML has the numbers of `evaluate`, and loads nothing."""
     walk, checks = tools.walk, tools.checks
     source, output = walk.output / "to-report", walk.output / "report"
     for name in ("base", "main"):
@@ -86,10 +86,10 @@ def report(tools: Tools) -> None:
 
 
 def submit_job(tools: Tools) -> None:
-    """A verb as a Ray job, where this Ray has its dashboard."""
+    """Submit a verb as a Ray job, if this Ray has its dashboard."""
     walk, checks = tools.walk, tools.checks
     if walk.dashboard_port is None:
-        checks.skip("ray job submit", "this Ray comes without its dashboard's page, so that no jobs can be submitted")
+        checks.skip("ray job submit", "this Ray has no dashboard page, so no jobs can be submitted")
         return
     address = f"http://127.0.0.1:{walk.dashboard_port}"
     words = ["job", "submit", "--address", address, "--working-dir", ".", "--", "python", "jobs/plan.py"]

@@ -1,4 +1,4 @@
-"""The step of serving: every path of the server, with the right key and without, and its answers beside `ask`'s."""
+"""Step of serving: every path of the server, with the right key and without, and its answers compared with `ask`'s."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FRAGMENT = "<us-gaap:Revenues>48213</>\n<us-gaap:NetIncomeLoss>5120</>\n<us-gaa
 
 @dataclass
 class Client:
-    """Asks one server, and keeps which of its paths were asked."""
+    """Client of one server that records the requested paths."""
 
     address: str
     key: str
@@ -36,12 +36,12 @@ class Client:
         route: str = "",
         headers: dict[str, str] | None = None,
     ) -> tuple[int, Any, dict[str, str]]:
-        """Return status, body (read where it is JSON) and headers.
+        """Return status, body (parsed if it is JSON) and headers.
 
         Args:
             body: sent as JSON with POST. None: GET.
             key: "": the client's own; None: none.
-            route: the path as the server declares it, where it holds a name.
+            route: the path as the server declares it, if it contains a name.
         """
         self.paths.add(route or path)
         sent = dict(headers or {})
@@ -61,7 +61,7 @@ class Client:
 
 
 def read_body(content: bytes) -> Any:
-    """Return JSON as values, and anything else as text."""
+    """Return parsed JSON, or else the text."""
     text = content.decode("utf-8", errors="replace")
     try:
         return json.loads(text)
@@ -70,13 +70,13 @@ def read_body(content: bytes) -> Any:
 
 
 def read_stream(text: str) -> tuple[list[dict[str, Any]], bool]:
-    """Return the events of a stream, and whether it was closed as OpenAI closes one."""
+    """Return the events of a stream, and whether it ended with [DONE]."""
     lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
     return [json.loads(line) for line in lines if line != "[DONE]"], lines[-1:] == ["[DONE]"]
 
 
 def serve(tools: Tools) -> None:
-    """A server of two stages with two adapters, from its start to its end by Ctrl-C."""
+    """Serve two adapters on two stages, from the start to Ctrl-C."""
     walk, checks = tools.walk, tools.checks
     folder = walk.output / "serve"
     for name in ("v1", "v2"):
@@ -93,7 +93,7 @@ def serve(tools: Tools) -> None:
         keys[name] = made.text.strip().splitlines()[-1]
     checks.equal("keys that begin with their names", True, all(keys[n].startswith(f"finlora-{n}-") for n in keys))
     stored = (folder / "keys.yaml").read_text(encoding="utf-8")
-    checks.equal("keys that stand in the file themselves", [], [n for n in keys if keys[n] in stored])
+    checks.equal("keys that the file holds in plain text", [], [n for n in keys if keys[n] in stored])
     dry = tools.finlora("serve", "--config", folder / "serve.yaml", "--dry-run")
     checks.contains("dry run", "at 4 bit in 2 stages", dry.text)
     server = tools.start("serve", "--config", folder / "serve.yaml", "--port", port, "--direct-port", direct)
@@ -108,7 +108,7 @@ def serve(tools: Tools) -> None:
     _ask_versions(client, checks, keys)
     _read_metrics(tools, checks)
     paths = client.ask("/openapi.json")[1]["paths"]
-    checks.equal("paths of the server that were not asked", [], sorted(set(paths) - client.paths))
+    checks.equal("paths of the server without a request", [], sorted(set(paths) - client.paths))
     shown = tools.finlora(
         *("ask", QUESTIONS[0][1], "--task", "fpb", "--server", client.address, "--model", "accept:main"),
         environment={"FINLORA_API_KEY": keys["desk"]},
@@ -124,7 +124,7 @@ def serve(tools: Tools) -> None:
     checks.contains("Ctrl-C", "Finishing the answers in flight", ended.text)
     audit = tools.finlora("audit", folder / "audit")
     checks.contains("the audit log", "whole", audit.text)
-    # The replica and each process of the direct port have one of their own.
+    # The replica and each process of the direct port have their own log.
     log = max((folder / "audit").glob("*.jsonl"), key=lambda path: path.stat().st_size)
     lines = log.read_text(encoding="utf-8").splitlines()
     checks.at_least("entries of it", 10, len(lines))
@@ -264,7 +264,7 @@ def _ask_refused(client: Client, checks: Checks, keys: dict[str, str]) -> None:
     checks.equal("a wrong key", (401, "invalid_api_key"), (wrong[0], wrong[1]["error"]["code"]))
     narrow = client.ask("/v1/classify", {**one, "model": "accept:main"}, key=keys["narrow"])[0]
     checks.equal(
-        "a key of the base alone: adapter, base",
+        "a key for only the base: adapter, base",
         (404, 200),
         (narrow, client.ask("/v1/classify", one, key=keys["narrow"])[0]),
     )
@@ -302,7 +302,7 @@ def _ask_versions(client: Client, checks: Checks, keys: dict[str, str]) -> None:
 
 
 def _read_metrics(tools: Tools, checks: Checks) -> None:
-    """Prometheus' page of the cluster's node; Ray shows there what it gathers each few seconds."""
+    """Read the Prometheus page of the cluster's node, which Ray updates every few seconds."""
     port, text = tools.walk.metrics_port, ""
     until = time.monotonic() + 30
     while "finlora_answers_total" not in text and time.monotonic() < until:
@@ -315,7 +315,7 @@ def _read_metrics(tools: Tools, checks: Checks) -> None:
             pass
         time.sleep(1)
     if not text and tools.walk.dashboard_port is None:
-        checks.skip("metrics", "this Ray comes without its dashboard, whose agent shows metrics")
+        checks.skip("metrics", "this Ray has no dashboard, whose agent shows metrics")
         return
     named = {
         line.split("{")[0].removeprefix("ray_") for line in text.splitlines() if "finlora_" in line and line[0] != "#"

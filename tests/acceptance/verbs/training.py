@@ -1,4 +1,4 @@
-"""Steps of training: forecast, the main adapter, every bits with both optimisers, a run that is stopped and killed."""
+"""Steps of training: forecast, the main adapter, all bits with both optimisers, a run that is stopped and killed."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from acceptance.processes import Process
 from acceptance.walk import Tools
 
 ALONE = {"RAY_ADDRESS": None}
-"""Environment of commands that start a Ray of their own, as on a laptop."""
+"""Environment of commands that start their own Ray, as on a laptop."""
 _FIRST, _LAST = 6, 10
 DATA_FAULT = 3
-"""Exit code of errors of the data, in finlora/errors.py."""
+"""Exit code of data errors (finlora/errors.py)."""
 
 
 def doctor(tools: Tools) -> None:
-    """Nothing is at fault here, and a folder that is not there is named."""
+    """Run doctor: no faults here, and a missing folder is named."""
     walk, checks = tools.walk, tools.checks
     done = tools.finlora("doctor", "--config", walk.config)
     checks.contains("this machine and config", " 0 faults", done.text)
 
     nowhere = f"data.dir={walk.output / 'nowhere'}"
-    # Without the cluster, of whose nodes each would miss the folder too, which is a fault of the config.
+    # Without the cluster: each of its nodes would report the missing folder too, with a config error's code.
     faulty = tools.finlora("doctor", "--config", walk.config, nowhere, code=DATA_FAULT, environment=ALONE)
     checks.contains("no prepared data", "nowhere", faulty.text)
 
 
 def plan(tools: Tools) -> None:
-    """The forecast fits, does not fit a GPU of next to nothing, and names its cause."""
+    """Forecast a run: it fits, and a tiny GPU is refused with the reason."""
     walk, checks = tools.walk, tools.checks
     dry = tools.finlora("train", "--config", walk.config, "--dry-run")
     checks.contains("dry run", f"{walk.scale.num_train // 16} optimiser steps", dry.text)
     done = tools.finlora("plan", "--config", walk.config)
     checks.contains("verdict", "It fits", done.text)
     total = re.search(r"total\s+([\d.]+)", done.text)
-    # 135M weights at 4 bit and held unpacked in bfloat16 take 0.1 to 0.3 GiB.
+    # 135M weights at 4 bit, unpacked to bfloat16, take 0.1 to 0.3 GiB.
     checks.at_least("GiB of a worker", 0.05, float(total[1]) if total else 0.0)
     checks.at_most("GiB of a worker", 40.0, float(total[1]) if total else 999.0)
-    # On a GPU, CUDA's own 1.3 GiB come on top; less than that is refused as no GPU at all.
+    # On a GPU, CUDA's context takes 1.3 GiB more; a smaller GPU is refused as impossible.
     too_small, needed = ("1.35", "1.4") if walk.device == "cuda" else ("0.01", "0.1")
     done = tools.finlora("plan", "--config", walk.config, "--gpu-memory", too_small, code=5)
     checks.contains(f"a GPU of {too_small} GiB", f"It does not fit: {needed} GiB a worker", done.text)
@@ -51,14 +51,14 @@ def plan(tools: Tools) -> None:
 
 
 def train_main(tools: Tools) -> None:
-    """The adapter that other steps evaluate, ask and serve."""
+    """Train the adapter that other steps evaluate, ask and serve."""
     walk, checks = tools.walk, tools.checks
     steps = walk.scale.num_train // 16
     done = tools.finlora("train", "--config", walk.config)
     first, last = losses_told(done.text)
     checks.at_most("last loss, as a share of the first", 0.6, last / first)
     (record,) = tools.results("main")
-    checks.close("loss told is the record's", record["metrics"]["loss_last"], last, 5e-5)
+    checks.close("shown loss is the record's", record["metrics"]["loss_last"], last, 5e-5)
     checks.equal("points of the loss curve", steps, len(record["loss_curve"]))
     files = {path.name for path in (walk.runs / "main" / "adapter").iterdir()}
     expected = {"adapter_model.safetensors", "adapter_config.json", "config.yaml", "finlora.yaml"}
@@ -66,7 +66,7 @@ def train_main(tools: Tools) -> None:
 
 
 def train_again(tools: Tools) -> None:
-    """The command of a run that has ended trains nothing and tells the same."""
+    """Repeat the command of a finished run: it trains nothing and shows the same loss."""
     walk, checks = tools.walk, tools.checks
     before = curve(walk.runs / "main")
     again = tools.finlora("train", "--config", walk.config)
@@ -75,7 +75,7 @@ def train_again(tools: Tools) -> None:
 
 
 def short_run(bits: int, optimizer: str) -> Callable[[Tools], None]:
-    """Return a step that trains a few steps; 0/1 Adam, which is about communication, with two workers."""
+    """Return a step that trains a few steps; 0/1 Adam, which saves communication, with two workers."""
 
     def train(tools: Tools) -> None:
         walk, checks = tools.walk, tools.checks
@@ -91,7 +91,7 @@ def short_run(bits: int, optimizer: str) -> Callable[[Tools], None]:
         checks.at_most("its share of the first loss", 0.8, last / first)
         checks.equal("bits and workers of the record", (bits, workers), (record["bits"], len(record["wire"])))
         if workers > 1:
-            # What it saves comes with its longer intervals, which so few steps do not reach: at first it sends more than Adam.
+            # It saves traffic by longer intervals, which so few steps do not reach: at first it sends more than Adam.
             rounds = [each["rounds"] for each in record["wire"]]
             checks.equal("exchanges of both workers", (True, 1), (rounds[0] > 0, len(set(rounds))))
 
@@ -103,13 +103,13 @@ def run_name(bits: int, optimizer: str) -> str:
 
 
 def losses_told(text: str) -> tuple[float, float]:
-    """Read `loss 1.2345 -> 0.1234` out of what `train` says last; infinite where it does not say it."""
+    """Read `loss 1.2345 -> 0.1234` from the last line of `train`; infinite if it is missing."""
     found = re.search(r"loss ([\d.]+) -> ([\d.]+)", text)
     return (float(found[1]), float(found[2])) if found else (1.0, float("inf"))
 
 
 def undisturbed(tools: Tools) -> None:
-    """The run that the next step stops, undisturbed; with a Ray of its own, as on a laptop."""
+    """Train the next step's run undisturbed, with its own Ray, as on a laptop."""
     done = tools.end(_start_long(tools, "undisturbed", ALONE))
     total = tools.scale.num_long_steps
     tools.checks.equal(
@@ -119,7 +119,7 @@ def undisturbed(tools: Tools) -> None:
 
 
 def stop_and_resume(tools: Tools) -> None:
-    """Ctrl-C leaves a checkpoint; a driver that is killed leaves those before; the same command goes on behind each."""
+    """Interrupt a run by Ctrl-C, then kill its driver: the same command resumes from the last checkpoint each time."""
     checks, scale = tools.checks, tools.scale
     total, every = scale.num_long_steps, scale.checkpoint_steps
     stopped = tools.walk.runs / "stopped"
@@ -132,7 +132,7 @@ def stop_and_resume(tools: Tools) -> None:
     checks.equal("checkpoints of it", True, bool(list(stopped.glob("checkpoint_*"))))
     checks.at_most("step at which it stopped", total - 1, at)
     process = _start_long(tools, "stopped")
-    # Behind the next checkpoint, so that there is one of this attempt.
+    # After the next checkpoint, so that this attempt has one.
     tools.until(lambda: last_step(stopped) >= at + every + 1, process, "steps after the resumption")
     process.send(signal.SIGKILL)
     tools.end(process, code=-signal.SIGKILL)
@@ -140,13 +140,13 @@ def stop_and_resume(tools: Tools) -> None:
     tools.end(_start_long(tools, "stopped"))
     checks.equal("steps of its curve", list(range(1, total + 1)), [step for step, _ in curve(stopped)])
     written = progress_steps(stopped)
-    # The first step that was done twice: it stands behind the last checkpoint before the kill, not at the beginning.
+    # The first repeated step: it follows the last checkpoint before the kill, not the start.
     restart = next((after for before, after in pairwise(written) if after <= before), written[-1])
     checks.at_least("first step after the kill", at + 1, restart)
 
 
 def compare_curves(tools: Tools) -> None:
-    """The run that was stopped and killed, beside the undisturbed one."""
+    """Compare the stopped and killed run with the undisturbed one."""
     walk, checks = tools.walk, tools.checks
     one, other = dict(curve(walk.runs / "stopped")), dict(curve(walk.runs / "undisturbed"))
     checks.equal("steps", list(other), list(one))
@@ -154,8 +154,8 @@ def compare_curves(tools: Tools) -> None:
     if walk.device == "cpu":  # equal bit for bit
         checks.at_most("largest difference of a loss", 1e-3, max(differences))
         return
-    # Bit for bit on an H200 too. Only where a segment has more than 128 keys does FlashAttention add up the gradients of
-    # queries in no fixed order, which bfloat16 turns into a last bit here and there, from which runs drift apart.
+    # Bit for bit on an H200 too, unless a segment has more than 128 keys: then FlashAttention sums query gradients in no fixed
+    # order, which changes last bits in bfloat16, and the runs drift apart.
     checks.at_most(f"largest difference in the first {_FIRST} steps", 0.05, max(differences[:_FIRST]))
     last = [sum(list(losses.values())[-_LAST:]) / _LAST for losses in (one, other)]
     checks.close(f"mean loss of the last {_LAST} steps", last[1], last[0], 0.1)
@@ -171,7 +171,7 @@ def _start_long(tools: Tools, name: str, environment: dict[str, str | None] | No
 
 
 def progress_steps(run: Path) -> list[int]:
-    """Return the steps of progress.jsonl in the order in which they were written; of all attempts."""
+    """Return the steps of progress.jsonl of all attempts, in the order of writing."""
     return [record["step"] for record in _progress(run)]
 
 
@@ -180,7 +180,7 @@ def last_step(run: Path) -> int:
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
-    """Return step and loss; of a step done twice the later one."""
+    """Return step and loss; for a repeated step the later one."""
     return sorted({record["step"]: record["loss"] for record in _progress(run)}.items())
 
 

@@ -1,8 +1,8 @@
 """Generator of ARCHITECTURE.md's list of files and of the stair of rooms, from imports and docstrings.
 
-    python docs/architecture.py        # writes ARCHITECTURE.md and docs/pictures/stair.svg anew
+    python docs/architecture.py        # rewrites ARCHITECTURE.md and docs/pictures/stair.svg
 
-A room is a folder of finlora/, or a module that stands in none. tests/test_architecture_page.py compares both files with this.
+A room is a folder of finlora/, or a module outside any folder. tests/test_architecture_page.py compares both files with this.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def own_name(path: Path) -> str:
 
 
 def room_of(name: str) -> str:
-    """Return the folder of a module by its name without `finlora.`, or the name of one that stands in none."""
+    """Return the folder of a module by its name without `finlora.`, or its name if it is in none."""
     return name.rpartition(".")[0] or name
 
 
@@ -147,7 +147,7 @@ def list_files() -> str:
 
 
 def write_page(text: str) -> str:
-    """Return the page with its list of files made anew."""
+    """Return the page with an updated list of files."""
     before, _, rest = text.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:

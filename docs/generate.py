@@ -68,7 +68,7 @@ def texts_of(cls: type) -> dict[str, str]:
             found[field.target.id] = str(ast.literal_eval(text.value))
     sections = {field.name for field in dataclasses.fields(cls) if is_section(typing.get_type_hints(cls)[field.name])}
     if missing := {field.name for field in dataclasses.fields(cls)} - set(found) - sections:
-        raise LookupError(f"{cls.__name__}: no string stands under {', '.join(sorted(missing))}")
+        raise LookupError(f"{cls.__name__}: no string follows {', '.join(sorted(missing))}")
     return found
 
 
@@ -160,7 +160,7 @@ def make_serve_config() -> str:
     return page(
         "Server settings",
         "These settings are the `args` of the application in a Serve YAML (`serve_configs/`). `finlora serve` also takes them as "
-        "`key=value` words. Host, port and certificate of Ray Serve's proxy stand in the same file under `http_options`, the "
+        "`key=value` words. Host, port and certificate of Ray Serve's proxy are in the same file under `http_options`, the "
         "number of copies under `deployments`. `finlora serve --config FILE --dry-run` checks a file.",
         *settings_sections(ServeConfig),
     )

@@ -112,7 +112,7 @@ def _name(schema: Any) -> str:
 
 
 def _kind(schema: Any, objects: list[str]) -> str:
-    """Return a JSON schema's type in words; objects that it names are noted for a table of their own."""
+    """Return a JSON schema's type in words; collects objects that it names, for their own tables."""
     if "$ref" in schema:
         name = _name(schema)
         if name not in objects:

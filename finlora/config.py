@@ -1,4 +1,4 @@
-"""Every setting of FinLoRA: frozen, typed, one place. finlora/configfile.py reads them from YAML and overrides.
+"""All settings of FinLoRA, frozen and typed. finlora/configfile.py reads them from YAML and overrides.
 
 Order of authority: the default here < the YAML file < `section.key=value`. None always means one stated thing.
 Each class checks its own ranges; RunConfig checks relations between sections. Values that depend on the machine

@@ -138,7 +138,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the records of a file that were written to their end and not changed; a missing file has none."""
     if not path.is_file():
         return []
-    # Not splitlines: it also cuts at U+2028 and the like, which JSON texts hold unescaped.
+    # Not splitlines: it also splits at characters such as U+2028, which JSON strings may hold unescaped.
     return [record for line in path.read_bytes().split(b"\n") if (record := _read_line(line)) is not None]
 
 

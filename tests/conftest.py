@@ -1,6 +1,6 @@
-"""What all tests share: reference data when present, a tiny base, a prepared set, a base config and one local Ray.
+"""Fixtures of all tests: reference data if present, a tiny base, a prepared set, a config and one local Ray.
 
-Nothing here reaches a network or writes outside pytest's and Ray's temporary folders.
+They use no network and write only to pytest's and Ray's temporary folders.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["RAY_AUTH_MODE"] = "token"
-# Ray Train takes one report a worker at each look at its workers, every 2 s by default: a run with a checkpoint at each
-# second step would mostly wait for the next look. Who waits for whom stays as it is.
+# Ray Train takes one report a worker at each poll, every 2 s by default: a run with a checkpoint at each second step would
+# mostly wait for the next poll. The order of waits does not change.
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 
 
@@ -45,7 +45,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory) -> Path:
-    """Folder of a Llama of 2 layers, hidden 64, 4 heads on 2 key-value heads, with its own tokenizer; hardly trained."""
+    """Folder of a barely trained Llama (2 layers, hidden 64, 4 heads on 2 key-value heads) with its own tokenizer."""
     import torch
 
     from finlora.data.pretraining.generated_texts import pretraining_texts
@@ -68,7 +68,7 @@ def tiny_base(tmp_path_factory) -> Path:
 
 @pytest.fixture(params=[0o022, 0o027], ids=["umask 022", "umask 027"])
 def file_mode(request) -> Iterator[int]:
-    """Mode that a new file has under the umask of this test."""
+    """Mode of a new file under the umask of this test."""
     before = os.umask(request.param)
     yield 0o666 & ~request.param
     os.umask(before)
@@ -87,7 +87,7 @@ DATED_TEMPLATE = (
     "{% for message in messages %}[{{ message.role }}] {{ message.content | trim }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
-"""With the lines by which Llama 3.2's and 3.3's come by today's date.
+"""Chat template with the lines of Llama 3.2's and 3.3's that write today's date.
 Source: chat_template of https://huggingface.co/meta-llama/Llama-3.2-1B-Instruct, tokenizer_config.json."""
 
 
@@ -101,7 +101,7 @@ def dated_base(tiny_base, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def pretend_day(monkeypatch) -> Callable[[str], None]:
-    """Set the clock that transformers gives to chat templates to a day, as 2026-11-30."""
+    """Set the clock that transformers gives to chat templates to a date, such as 2026-11-30."""
     from datetime import datetime
 
     from transformers.utils import chat_template_utils
@@ -119,7 +119,7 @@ def pretend_day(monkeypatch) -> Callable[[str], None]:
 
 @pytest.fixture(scope="session")
 def prepared_synthetic(tmp_path_factory) -> Path:
-    """Folder of prepared tasks, with generated sentiment and generated XBRL questions in it."""
+    """Folder of prepared tasks: generated sentiment and generated XBRL questions."""
     from finlora.data.sets.prepare import prepare_task
 
     folder = tmp_path_factory.mktemp("prepared")
@@ -170,7 +170,7 @@ def make_config(tiny_base, prepared_synthetic, tmp_path) -> Callable[..., RunCon
 def call(monkeypatch, capsys):
     """Run the command line in this process; returns exit code, standard output and standard error."""
     for name in ("HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM", "RAY_USAGE_STATS_ENABLED"):
-        monkeypatch.setenv(name, "0")  # main sets them where they are not: afterwards they are as before
+        monkeypatch.setenv(name, "0")  # main sets them if unset; monkeypatch restores them
 
     from finlora.cli.main import main
 
@@ -185,7 +185,7 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def ray_instance() -> Iterator[None]:
-    """Start the one local Ray of all tests, with its token and all its files in a folder that goes with it."""
+    """Start the one local Ray of all tests, with its token and files in a folder that is deleted with it."""
     folder = Path(tempfile.mkdtemp(prefix="finlora-ray-"))
     (folder / "token").write_text(secrets.token_hex(32))
     (folder / "token").chmod(0o600)

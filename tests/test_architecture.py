@@ -1,4 +1,4 @@
-"""The stair: imports go down only, heavy packages stay in their rooms, files stay short. Read from the source by ast."""
+"""The import stair: imports go down only, heavy packages stay in their rooms, files stay short. Parses the source."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ PACKAGE = ROOT / "finlora"
 FILES = sorted(PACKAGE.rglob("*.py"))
 NAMES = {file: ".".join(file.relative_to(ROOT).with_suffix("").parts) for file in FILES}
 
-# Lowest first; a room is a folder, or a module that stands in none. A room may import the rooms before it and, without a circle,
-# itself. So neither files nor folders import each other in a circle.
+# Lowest first; a room is a folder, or a module outside any folder. A room may import the rooms before it and, without a
+# circle, itself. So neither files nor folders import each other in a circle.
 STAIR = (
     *(
         "errors",
@@ -30,7 +30,7 @@ STAIR = (
         "cluster",
     ),
     *("data", "data.raw", "data.taskfile", "data.tasks", "data.sets", "data.pretraining", "report", "terminal"),
-    "optim",  # below the models: the memory forecast asks an optimiser for its state
+    "optim",  # below the models: the memory forecast needs the size of an optimiser's state
     *("model.kernels", "model.memory", "model", "model.layers"),
     *("engine", "stage", "pipeline", "inference", "evaluate", "score"),
     *("train.steps", "train.run", "train", "train.search"),
@@ -38,16 +38,16 @@ STAIR = (
     *("reproduce", "doctor", "cli"),
 )
 
-# Where a heavy package may be imported at all: rooms, or modules of a room.
+# Rooms, or modules of a room, that may import a heavy package.
 HOMES = {
     "ray": {
-        "cluster",  # what training, search, stages and serving ask of a cluster alike
+        "cluster",  # cluster functions of training, search, stages and serving
         *("pipeline.pipeline", "pipeline.graph", "pipeline.ray_workarounds"),  # stages as actors
         *(
             "train.worker",
             "train.run.wait_for_gpus",
             "train.run.failure",
-        ),  # Ray Train, and callbacks that subclass its own
+        ),  # Ray Train and subclasses of its callbacks
         *("train.search.search", "train.search.run_trial", "train.search.asha"),  # Ray Tune
         *("serve.served_model", "serve.accounts.prometheus", "serve.deploy"),
         "score.pool",  # Ray Data
@@ -59,11 +59,11 @@ HOMES = {
     "typer": {"cli"},
 }
 
-# Files below 40 lines, each with its reason to stand alone.
+# Files below 40 lines, each with the reason for a separate file.
 CRUMBS = {
     "model.git_lfs": "the readers of weights and of tokenizers both need it, and neither imports the other",
     "model.memory.peak": "training and stages measure alike; forecasts import no torch",
-    "engine.interface": "evaluation imports what it asks of an engine, and no engine",
+    "engine.interface": "evaluation imports the engine's interface, but no engine",
     "data.example": "the record that every room passes on, without an import",
     "model.kernels.launch": "asked by layers, which import no kernel before they launch one",
     "model.kernels.rms_norm": "a kernel a file",
@@ -71,7 +71,7 @@ CRUMBS = {
     "cli.report_verbs": "a group of verbs a file",
 }
 
-# What help and mistakes must not wait for: these may not be imported while the module itself is.
+# Packages that would delay help and error messages: importing the module must not import them.
 SLOW = {
     "torch",
     "transformers",
@@ -91,7 +91,7 @@ def own_name(name):
 
 
 def room(name):
-    """Return the folder of a module, or its own name where it stands in none."""
+    """Return the folder of a module, or its name if it is in none."""
     return own_name(name).rpartition(".")[0] or own_name(name)
 
 
@@ -100,7 +100,7 @@ def is_for_types_only(node):
 
 
 def imports_of(file, *, at_import=False):
-    """Return the modules that a file imports; `at_import`: only those that importing the file imports."""
+    """Return the modules that a file imports; with `at_import` only those outside functions."""
     found = set()
     waiting = list(ast.parse(file.read_text(encoding="utf-8")).body)
     while waiting:
@@ -108,7 +108,7 @@ def imports_of(file, *, at_import=False):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: a relative import hides where it goes"
+            assert node.level == 0, f"{file}: a relative import hides its target"
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name for name in names if name in NAMES.values()} or {node.module}
         if at_import and (isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or is_for_types_only(node)):
@@ -124,7 +124,7 @@ GRAPH = {
 }
 
 
-def test_every_module_has_its_place_on_the_stair():
+def test_every_module_has_a_step_of_the_stair():
     assert {room(name) for name in GRAPH} <= set(STAIR)
     assert len(GRAPH) > 30
 
@@ -142,7 +142,7 @@ def test_no_imports_run_in_a_circle():
 
 
 def test_folders_of_the_package_do_not_import_one_another_in_a_circle():
-    """A folder with all that is in it is one room here: what model/ needs of train/ and train/ of model/ is a room of its own."""
+    """Here a folder with its subfolders is one room: code that both model/ and train/ need is a separate room."""
     graph = {}
     for name, others in GRAPH.items():
         own = own_name(name).split(".")[0]
@@ -213,13 +213,13 @@ def test_no_file_is_over_400_lines():
 
 
 def test_no_folder_holds_over_15_files():
-    """__init__.py counts. A folder is a room; what does not fit into one is two rooms."""
+    """__init__.py counts. A larger folder is split into two rooms."""
     folders = {file.parent for file in [*FILES, *(ROOT / "tests").rglob("*.py"), *(ROOT / "jobs").rglob("*.py")]}
     many = {str(folder.relative_to(ROOT)): n for folder in folders if (n := len([*folder.glob("*.*")])) > 15}
     assert many == {}
 
 
-def test_no_module_name_stands_twice_in_the_package():
+def test_no_module_name_occurs_twice_in_the_package():
     names = [file.stem for file in FILES if file.stem != "__init__"]
     assert [name for name in sorted(set(names)) if names.count(name) > 1] == []
 
@@ -246,13 +246,13 @@ def test_tests_mirror_the_package():
 
 
 def test_test_files_have_names_of_their_own():
-    """pytest imports a file by its module name: of two with one name, neither can be collected beside the other."""
+    """pytest imports a file by its module name, so two files of one name cannot be collected together."""
     names = [module_name(file) for file in (ROOT / "tests").rglob("*.py") if file.name != "conftest.py"]
     assert [name for name in sorted(set(names)) if names.count(name) > 1] == []
 
 
 def module_name(file: Path) -> str:
-    """Return the name under which pytest imports a file: its own, below those of the packages that hold it."""
+    """Return the name under which pytest imports a file: its own after those of its packages."""
     name = file.stem
     while (file.parent / "__init__.py").exists():
         file = file.parent

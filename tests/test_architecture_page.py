@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md names every module once and none that is gone; its picture shows the imports of today."""
+"""ARCHITECTURE.md lists every module once and no missing one; its picture shows the current imports."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MEND = "run .venv/bin/python docs/architecture.py"
+ADVICE = "run .venv/bin/python docs/architecture.py"
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +21,9 @@ def generator():
 
 
 def test_every_file_has_its_line_and_no_line_names_a_missing_file(generator):
-    """The list of files is the generator's, which names what stands in the tree."""
+    """The list of files is the generator's, which lists the tree."""
     text = generator.PAGE.read_text(encoding="utf-8")
-    assert text == generator.write_page(text), MEND
+    assert text == generator.write_page(text), ADVICE
     files = [str(path.relative_to(ROOT / "finlora")) for path in [*generator.MODULES, *generator.KERNELS]]
     listed = []
     for title, table in re.findall(r"^### (\S+)/\n\n((?:\|.*\n)+)", generator.list_files(), flags=re.MULTILINE):
@@ -47,7 +47,7 @@ def test_prose_names_modules_that_are_there(generator):
 
 
 def test_picture_shows_todays_imports(generator):
-    assert generator.STAIR.read_text(encoding="utf-8") == generator.draw_stair(), MEND
+    assert generator.STAIR.read_text(encoding="utf-8") == generator.draw_stair(), ADVICE
 
 
 def test_floors_follow_the_imports_and_a_circle_is_refused(generator):

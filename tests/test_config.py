@@ -1,4 +1,4 @@
-"""Settings: defaults < YAML < overrides; every fault in one error, each with a way to mend it."""
+"""Settings: defaults < YAML < overrides; one error lists every fault, each with its correction."""
 
 from __future__ import annotations
 
@@ -264,8 +264,8 @@ def test_config_is_frozen_and_checks_itself():
         LoraConfig(rank=0)
 
 
-def test_key_that_stands_twice_is_refused(tmp_path):
-    """PyYAML takes the last, so that a run would do something else than its first lines say."""
+def test_key_that_occurs_twice_is_refused(tmp_path):
+    """PyYAML takes the last, so a run would differ from its file's first lines."""
     (tmp_path / "x.yaml").write_text("train:\n  epochs: 1\n  num_workers: 2\n  epochs: 3\n")
     with pytest.raises(
         ConfigError, match=r"is not valid YAML: found the key 'epochs' twice: write it once, line 4, column 3"

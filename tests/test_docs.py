@@ -1,4 +1,4 @@
-"""The pages of docs/ and README: links lead somewhere, files are there, and quoted messages are ones that are raised."""
+"""The pages of docs/ and README: links and files exist, and the code raises the quoted messages."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT / "docs")): path for path in sorted((ROOT / "docs").rglob("*.md"))}
 ROOT_PAGES = {path.name: path for path in sorted(ROOT.glob("*.md"))}
 OUR_OWN = {"DS_ACCELERATOR", "LOCAL_RANK", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"}
-"""Variables that the code sets for libraries whatever the user has set."""
+"""Variables that the code sets for libraries, whatever the user has set."""
 SOURCE = "\n".join(path.read_text() for path in (ROOT / "finlora").rglob("*.py"))
-# Strings of the source that the formatter or the author cut into several are whole again.
+# Joins string literals that are split over lines.
 SOURCE = re.sub(r'"\s*\n\s*f?"', "", SOURCE)
 
 
 def anchors_of(path):
-    """Return the anchors of a page's headings, as Python-Markdown and GitHub make them of ASCII titles."""
+    """Return the anchors of a page's headings, as Python-Markdown and GitHub make them from ASCII titles."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
     plain = [re.sub(r"\]\([^)]*\)", "", title) for title in titles]
@@ -34,7 +34,7 @@ def anchors_of(path):
 
 
 def broken_links(path):
-    """Return the links of a page that lead to no file, or to no heading of one."""
+    """Return the links of a page to missing files or headings."""
     text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"^    .*$", "", text, flags=re.MULTILINE)
     broken = []
@@ -82,7 +82,7 @@ def test_reference_is_what_the_code_says(generator, monkeypatch, capsys):
     assert generator.main() == 0, capsys.readouterr().out + "run python docs/generate.py"
 
 
-def test_stale_page_is_named_with_the_command_and_written_anew(generator, tmp_path, monkeypatch, capsys):
+def test_stale_page_is_named_with_the_command_and_written_again(generator, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generator, "FOLDER", tmp_path)
     monkeypatch.setattr("sys.argv", ["generate.py", "--check"])
     assert generator.main() == 1
@@ -102,7 +102,7 @@ def test_setting_without_text_is_refused(generator):
         """A text."""
         untold: int = 2
 
-    with pytest.raises(LookupError, match=r"Bare: no string stands under untold$"):
+    with pytest.raises(LookupError, match=r"Bare: no string follows untold$"):
         generator.texts_of(Bare)
 
 

@@ -1,4 +1,4 @@
-"""Whole files, sealed records, and scratch folders that outlive nobody."""
+"""Atomic files, sealed records, and scratch folders that are deleted after their process."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def test_sealed_record_reads_back_and_each_flipped_bit_is_noticed():
         flipped[index // 8] ^= 1 << index % 8
         try:
             found = unseal(json.loads(flipped))
-        except ValueError:  # UnicodeDecodeError and JSONDecodeError are its kinds
+        except ValueError:  # includes UnicodeDecodeError and JSONDecodeError
             num_noticed += 1
         else:
-            # What is left is the name of the hash itself, which a reader of known fields refuses, or a space of the form.
+            # The only other bits are the hash's name, which a reader of known fields refuses, and white space.
             assert found == RECORD or found.keys() - RECORD.keys(), flipped
     assert num_noticed > 0.9 * 8 * len(text)
 

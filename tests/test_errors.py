@@ -1,4 +1,4 @@
-"""The error tree: what the docstring draws is what the classes are."""
+"""The error tree in the docstring of finlora/errors.py equals the classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = {name: cls for name, cls in inspect.getmembers(errors, inspect.isclass
 
 
 def read_drawn_tree() -> dict[str, tuple[str | None, int | None]]:
-    """Return class name -> (parent's name, exit code drawn or None) as the module's docstring draws them."""
+    """Return class name -> (parent's name, exit code or None) from the tree in the module's docstring."""
     drawn: dict[str, tuple[str | None, int | None]] = {}
     parents: list[tuple[int, str]] = []
     for line in errors.__doc__.splitlines():

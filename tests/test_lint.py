@@ -1,4 +1,4 @@
-"""`make lint`, which CI runs, and the hooks of .pre-commit-config.yaml are the same checks, and each finds what it is for."""
+"""`make lint`, which CI runs, and the hooks of .pre-commit-config.yaml make the same checks, and each finds its faults."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_lint_has_no_line_beside_the_hooks():
 
 
 def test_files_that_lint_looks_at_are_there():
-    """A wildcard of make leaves out, without a word, what was renamed."""
+    """A make wildcard silently omits renamed files."""
     tree = re.search(r"^TREE := \$\(wildcard (.*)\)$", MAKEFILE, flags=re.MULTILINE)[1].split()
     assert {"finlora", "tests", "benchmarks", "jobs", "docs", "cluster"} <= set(tree)
     assert [name for name in tree if not list(ROOT.glob(name))] == []

@@ -1,4 +1,4 @@
-"""What `auto` becomes on a GPU, on a processor with bfloat16 units and on one without, and in a run that has begun."""
+"""Resolution of `auto` on a GPU, on processors with and without bfloat16 units, and in a resumed run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 @pytest.fixture(params=["bfloat16", "float32"])
 def chosen(request, monkeypatch):
-    """What a pretended processor multiplies faster."""
+    """Type that a simulated processor multiplies faster."""
     monkeypatch.setattr("finlora.precision.choose_dtype", lambda: Choice(request.param, "it is pretended"))
     return request.param
 
@@ -90,7 +90,7 @@ def test_base_is_loaded_and_computes_in_the_chosen_type(chosen, make_config):
 
 
 def test_outcomes_of_a_reproduction_on_gpus_still_count():
-    """Their keys are those of configs in which bfloat16 was the default."""
+    """Their keys come from configs in which bfloat16 was the default."""
     explicit = load_config(None, ["model.compute_dtype=bfloat16", "train.precision=bf16"])
     keys = {
         Step(name="x", kind="train", config=config, of_adapter=True).key

@@ -1,4 +1,4 @@
-"""Results files: what goes in comes out, and a broken line is named."""
+"""Results files: an exact round trip, and refusal of a broken line by file and number."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_result_with_nan_and_line_separators_round_trips(tmp_path):
 
 def test_read_results_walks_folders_in_order(tmp_path):
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "progress.jsonl").write_text('{"step": 1}\n')  # a run's other records lie beside its results
+    (tmp_path / "a" / "progress.jsonl").write_text('{"step": 1}\n')  # another record in the folder of results
     append_result(tmp_path / "b" / "results.jsonl", make_result(task="second"))
     append_result(tmp_path / "a" / "results.jsonl", make_result(task="first"))
     assert [result.task for result in read_results(tmp_path)] == ["first", "second"]

@@ -1,4 +1,4 @@
-"""Every YAML that ships loads and does what its name says, and the paper's rows are all there."""
+"""Every shipped YAML loads and matches its name, and every row of the paper has one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TABLE_TASKS = {name: (name,) for name in ("fpb", "tfns", "nwgi", "headline", "ne
 }
 ROWS = [f"{family}-{task}" for family in FAMILIES for task in TABLE_TASKS]
 BEYOND = {f"{family}-formulas": f"{family}-fpb" for family in FAMILIES}
-"""Rows beyond the paper, and a row with the settings that they share but for name and task."""
+"""Rows beyond the paper, each with a paper's row that has the same settings except name and task."""
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ def test_config_has_the_papers_settings(name):
 
 @pytest.mark.parametrize("task", TABLE_TASKS)
 def test_rows_of_one_task_share_their_global_batch(task):
-    """So that their scores differ by base, bits and rank alone."""
+    """So that their scores differ only by base, bits and rank."""
     assert len({config_of(f"{family}-{task}").train.global_batch_size for family in FAMILIES}) == 1
 
 
@@ -136,7 +136,7 @@ def test_readme_names_only_files_that_are_there():
     ],
 )
 def test_make_keeps_the_build_of_torch_that_is_installed(tmp_path, installed, given, torch):
-    """`make demo` after `make setup TORCH=gpu` put the CPU build in its place."""
+    """Regression: `make demo` after `make setup TORCH=gpu` installed the CPU build."""
     for name in ("Makefile", "requirements", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / ".venv").mkdir()

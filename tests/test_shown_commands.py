@@ -1,4 +1,4 @@
-"""Every command that a document shows is one that its program takes: words, options, configs, overrides, files and targets."""
+"""Every command in a document is valid for its program: verbs, options, configs, overrides, files and targets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 def check_finlora(verb, *rest):
     values = VERBS[verb].make_context(verb, list(rest)).params  # raises on an unknown option or a missing argument
     config = values.get("config")
-    if config and not config.stem.isupper() and str(config) != "...":  # NAME stands for one of the reader's own
+    if config and not config.stem.isupper() and str(config) != "...":  # NAME is a placeholder of the reader's file
         is_server = verb == "serve" or config.parts[0] == "serve_configs"  # `doctor` takes both kinds
         load = read_deployment if is_server else load_search if verb == "tune" else load_config
         overrides = [text for text in values["overrides"] or [] if text != "name=SEARCH"]
@@ -74,7 +74,7 @@ CHECKS = {"finlora": check_finlora, "ray": check_ray, "serve": check_serve, "mak
 
 
 def parse(command, words):
-    """Return what click makes of words: the parameters of a group, then those of its command, down to the last."""
+    """Return click's parameters of words: a group's, then its command's, down to the last."""
     found = []
     while isinstance(command, click.Group):
         name, command, words = command.resolve_command(click.Context(command), words)

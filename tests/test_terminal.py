@@ -1,4 +1,4 @@
-"""What long work looks like in a job log, and how our errors are shown."""
+"""Progress of long work in a job log and on a terminal, and the display of our errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_error_shows_its_kind_and_its_words_unchanged(capsys):
 
 
 class Log:
-    """A job's log with bars of a pretended clock; time passes by ticks of a second, as the thread of open_bars has it."""
+    """A job's log with bars on a simulated clock, which ticks each second as the thread of open_bars does."""
 
     def __init__(self):
         self.now, self.stream = 1000.0, io.StringIO()
@@ -43,7 +43,7 @@ class Log:
             self.bars.tick()
 
     def take(self):
-        """Return the lines since the last time."""
+        """Return the lines since the last call."""
         lines = self.stream.getvalue().splitlines()
         self.stream.seek(0)
         self.stream.truncate()
@@ -73,7 +73,7 @@ def test_log_of_fast_steps_gets_the_first_the_last_and_one_each_ten_seconds(log)
         log.now += 0.25
         log.bars.tick()
     assert log.take() == ["fpb: 1/100  0:00", "fpb: 40/100  0:10", "fpb: 80/100  0:20", "fpb: 100/100  0:24"]
-    log.bars.update("fpb", 100, 100)  # a poll finds the same again
+    log.bars.update("fpb", 100, 100)  # a poll without progress
     log.wait(60)
     assert log.take() == []
     log.bars.update("ner", 5, 5)
@@ -131,7 +131,7 @@ def test_polling_calls_at_the_end_of_failed_work_too():
     assert calls == [1]
 
 
-def test_what_fails_while_polling_is_told_once_at_the_end():
+def test_what_fails_while_polling_is_reported_once_at_the_end():
     def fail():
         raise OSError("no room")
 
@@ -146,7 +146,7 @@ def test_output_that_nobody_reads_is_no_error(shell, code):
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
-def test_long_wait_is_told_and_a_short_one_not(capsys):
+def test_long_wait_is_reported_and_a_short_one_not(capsys):
     with saying_later("Waiting for an answer.", seconds=60):
         pass
     with saying_later("Waiting for an answer.", seconds=0):

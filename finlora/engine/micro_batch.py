@@ -44,7 +44,7 @@ class MicroBatch:
 
     number: int
     input_ids: list[int] = field(default_factory=list)
-    """-1 - D stands for the token of sample D of the micro-batch that this one follows."""
+    """-1 - D is a placeholder of sampled token D of the previous micro-batch."""
     follows: int | None = None
     """Number of a micro-batch in flight whose tokens are not known yet."""
     positions: list[int] = field(default_factory=list)

@@ -120,7 +120,7 @@ def run_evaluation(
 
 
 def name_run(adapter: Path) -> str:
-    """Return the name of the run that trained an adapter, from the config in its folder, wherever that was copied."""
+    """Return the name of the run that trained an adapter, from the config in its folder, even if that was copied."""
     try:
         return load_config(adapter / "config.yaml").name
     except ConfigError:  # of another version of FinLoRA, or missing

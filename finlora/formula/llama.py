@@ -2,7 +2,7 @@
 
 Packed training, stages, merge, the memory planner and the checks of bases and adapters read this record when a model is built.
 None of them names a projection or computes a width itself (tests/formula/test_llama.py). The forward passes of
-finlora/model/layers/packed_layer.py and finlora/stage/stage.py are the only other places that know the layer.
+finlora/model/layers/packed_layer.py and finlora/stage/stage.py are the only other code that knows the layer.
 
 Source: transformers' modeling_llama.
 """

@@ -106,5 +106,5 @@ class BatchEngine:
         self._num_losses += 1
         if self._renew is None or self._num_losses >= _MAX_LOSSES:
             raise error
-        _logger.warning("%s This evaluation does so by itself: it submits the unanswered prompts again.", error)
+        _logger.warning("%s This evaluation retries: it submits the unanswered prompts again.", error)
         self.core = self._renew()

@@ -17,7 +17,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """From the keyboard, from `kill` or `ray job stop`, from a terminal that closes."""
 
 
-def heeded_signals() -> tuple[signal.Signals, ...]:
+def handled_signals() -> tuple[signal.Signals, ...]:
     """Return the signals of ENDING that this process handles: all, except SIGHUP under `nohup`.
 
     SIGINT is handled even where it is ignored: a shell script ignores it for each `command &`, but `kill -INT` is meant.

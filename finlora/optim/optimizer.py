@@ -32,7 +32,7 @@ class OptimizerKind:
     build: Callable[[Sequence[torch.nn.Parameter], OptimConfig, int, WireClock | None], torch.optim.Optimizer]
     """Takes the adapter's parameters, the settings, the steps of the whole run, and the clock of its communication."""
     averages_gradients: bool
-    """True: it averages over the workers and clips by itself, counts its traffic (`SelfCounting`) and has `is_synchronised`.
+    """True: it averages over the workers, clips, counts its traffic (`SelfCounting`) and has `is_synchronised`.
     False: DeepSpeed averages the gradients and clips their mean."""
     saves: frozenset[str]
     """Names of the tensors in its state_dict: of one parameter, or of one flat vector of all."""

@@ -113,7 +113,7 @@ def leave_graph(graph: Any, actors: Sequence[Any], timeout_s: float, *, keeps_st
     for actor in actors:
         actor.stop_waiting.remote()
     loops = [graph.worker_task_refs[actor] for actor in actors]
-    # In a thread: Ray waits without limit for a stage that does not leave. After a crash it has started to by itself.
+    # In a thread: Ray waits without limit for a stage that does not leave. After a crash it already does.
     leaving = threading.Thread(target=graph.teardown, name="leave-graph", daemon=True)
     leaving.start()
     began, staying = time.monotonic(), loops

@@ -118,7 +118,7 @@ class SocketTokenLink:
         assert self._socket is not None, "join comes first"
         frame = _pack(ticket, output)
         if frame:
-            with suppress(OSError):  # the first stage is gone, which the driver notices by itself
+            with suppress(OSError):  # the first stage is gone, which the driver detects
                 self._socket.sendall(frame)
 
     def stop(self) -> None:

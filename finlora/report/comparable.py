@@ -1,4 +1,4 @@
-"""Comparability with the paper: which of our measurements stands beside each of its numbers, or why none does."""
+"""Comparability with the paper: our measurement for each of its numbers, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _Condition = tuple[Callable[[Result], bool], str]
 
 
 def find_ours(value: PaperValue, results: Sequence[Result]) -> Result | None:
-    """Return our newest measurement that may stand beside a number of the paper, or None.
+    """Return our newest measurement that is comparable with a number of the paper, or None.
 
     A Llama of the same size, variant and task is needed; inference memory also needs batch size 1, accuracies
     pretrained weights. A full measurement is preferred to a partial one, and of equal times the later line.

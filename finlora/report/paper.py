@@ -124,7 +124,7 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
     ),
     (
         "nwgi",
-        "Seven grades are answered and folded to three. The training rows are the hub's; they were not at hand when FinLoRA was "
+        "Seven grades are answered and folded to three. The training rows are the hub's; they were not available when FinLoRA was "
         "written.",
     ),
     (
@@ -139,7 +139,7 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
     ),
     (
         "xbrl_tags, xbrl_values",
-        "Other questions than the paper's, whose generator drew without a seed. Its 8B scores fit 160 and 152 of 164 and 154 "
+        "Other questions than the paper's, whose generator sampled without a seed. Its 8B scores fit 160 and 152 of 164 and 154 "
         "rows, as if the last partial batch had been dropped; here every row counts.",
     ),
     (

@@ -176,7 +176,7 @@ def _draw_memory(measured: Sequence[Kept]) -> Figure | None:
 
 
 def _group_memory(measured: Sequence[Kept]) -> dict[tuple[str, Run, int, str], list[Result]]:
-    """Put the evaluations of one run together, because its tasks differ little; each training stands alone."""
+    """Put the evaluations of one run together, because its tasks differ little; each training has its own bar."""
     groups: dict[tuple[str, Run, int, str], list[Result]] = {}
     for run, result in sorted(measured, key=lambda each: (each.result.kind, each.run.base, each.run.name)):
         subject = result.task if result.kind == "training" else ""

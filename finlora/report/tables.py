@@ -33,7 +33,7 @@ _QUANTITIES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TextTable:
-    """A table ready to draw; a cell may hold several lines. `notes` stand below it."""
+    """A table for rendering; a cell may hold several lines. `notes` are shown below it."""
 
     title: str
     header: tuple[str, ...]
@@ -68,7 +68,7 @@ def cost_table(paired: Paired) -> TextTable:
     )
     notes = [
         "GiB = 2**30 bytes, summed over workers; on CPU resident memory. At work: a training's attempts added up, without the "
-        "wait for room, which stands apart. GPU-hours are time at work x GPUs, none on CPU."
+        "wait for room, which is shown separately. GPU-hours are time at work x GPUs, none on CPU."
     ]
     if has_one_device:
         notes.append(f"Device: {devices[0]}.")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A figure as it stands in the page."""
+    """A figure of the page."""
 
     caption: str
     source: str

@@ -60,7 +60,7 @@ def render_report(
         results: of any number of runs.
         output: folder for report.html, which holds everything, and report.md with its PNG plots. None: print only.
         console: where the tables go.
-        first: tables to stand before all others.
+        first: tables before all others.
         searches: folders whose trials are not among the results, to be named.
 
     Raises:

@@ -26,7 +26,7 @@ from finlora.reproduce.paper_rows import Step
 
 
 class StepState(StrEnum):
-    """How a step stands, in the words of its record and of the table."""
+    """State of a step, in the words of its record and of the table."""
 
     DONE = "done"
     CANNOT_RUN = "cannot run"

@@ -1,7 +1,7 @@
 """Attention of a micro-batch's rows to the KV cache of a layer.
 
 FlashAttention reads contiguous keys. Rows whose keys lie in two ranges, as those of a question's scored answers do, attend to
-each range by itself (`attend_tails`). Without FlashAttention the rows of a request are one product with a mask.
+each range separately (`attend_tails`). Without FlashAttention the rows of a request are one product with a mask.
 
 Shapes: T rows of a micro-batch, R rows of the cache, h heads, g key-value heads of width d.
 """
@@ -48,7 +48,7 @@ def make_attention(
 
     Args:
         flashes: FlashAttention supports the queries (`can_flash`).
-        goes_alone: a long segment with few cached keys goes to cuDNN by itself (`can_attend_alone`).
+        goes_alone: a long segment with few cached keys goes to cuDNN alone (`can_attend_alone`).
     """
     if not segments:
         return lambda query, _keys, _values: query

@@ -64,7 +64,7 @@ def test_chosen_steps_bring_those_that_they_need():
         choose_steps(steps, ["fly", "ask"])
 
 
-def test_each_step_of_the_walk_stands_behind_those_that_it_needs():
+def test_each_step_of_the_walk_comes_after_those_that_it_needs():
     names = [step.name for step in STEPS]
     assert len(set(names)) == len(names)
     assert [step.name for step in STEPS if not set(step.needs) <= set(names[: names.index(step.name)])] == []

@@ -50,7 +50,7 @@ RESULTS = [
 RESULTS += [training(scored, [6.0, 0.4, 0.2, 0.1]) for scored in RESULTS if scored.variant != "base"]
 
 
-def test_adapters_stand_below_their_bases_with_intervals_and_cost():
+def test_adapters_come_below_their_bases_with_intervals_and_cost():
     text = comparison.compare_adapters(RESULTS, ["fpb"])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| fpb")]
     models = ["base, 16 bit", "base, 8 bit", "base, 4 bit", "16bit-r4", "8bit-r8", "4bit-r4"]
@@ -69,7 +69,7 @@ def test_checks_say_what_holds_and_what_does_not():
     assert all(line.startswith("- not measured: tfns") for line in comparison.check_adapters(RESULTS, ["tfns"]))
 
 
-def test_optimisers_stand_side_by_side_by_seed_and_in_the_mean():
+def test_optimisers_are_shown_side_by_side_by_seed_and_in_the_mean():
     text = comparison.compare_optimizers(RESULTS, ["fpb"])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| fpb")]
     assert [row[1:3] for row in rows] == [[t, s] for t in ("AdamW", "0/1 Adam") for s in ("0", "1", "mean")]

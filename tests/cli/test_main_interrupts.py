@@ -28,7 +28,7 @@ import finlora.cli.main
         (BrokenPipeError(32, "Broken pipe"), 141, ""),
     ],
 )
-def test_what_typer_would_end_without_a_word_is_told(tmp_path, monkeypatch, capsys, error, code, words):
+def test_what_typer_would_end_without_a_word_is_reported(tmp_path, monkeypatch, capsys, error, code, words):
     def fail(_path):
         raise error
 

@@ -80,7 +80,7 @@ def test_run_of_another_driver_is_refused(call, config_file, finished):
     assert "is in use by process " in " ".join(err.split())
 
 
-def test_finished_run_is_told_as_when_it_ended(call, config_file, finished):
+def test_finished_run_is_shown_as_when_it_ended(call, config_file, finished):
     code, out, err = call("train", "-c", config_file, "train.log_every_steps=3")  # a setting that may change
     assert (code, err) == (0, "")
     (line,) = out.splitlines()

@@ -48,7 +48,7 @@ def test_users_choice_of_authentication_is_kept(home, monkeypatch):
 
 
 def test_workers_of_a_running_cluster_get_the_cpu_environment(monkeypatch):
-    """They inherit that of `ray start`, which the command cannot change."""
+    """They inherit the environment of `ray start`, which the command cannot change."""
     asked = []
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")  # set by the user

@@ -8,7 +8,7 @@ import pytest
 
 from finlora.cluster.holdings import Holding, collect
 
-# In the form of Ray 2.60; the names of replicas are Ray Serve's.
+# As in Ray 2.60; the names of replicas are Ray Serve's.
 ANNA = SimpleNamespace(
     job_id="01000000", submission_id="raysubmit_x", entrypoint="python jobs/train.py", driver_info=None
 )

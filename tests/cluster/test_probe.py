@@ -26,7 +26,7 @@ def no_token(monkeypatch):
 
 
 class ControlStore(gcs_service_pb2_grpc.InternalKVGcsServiceServicer):
-    """Ray's control store as far as a probe asks it; `refusal` is what it answers instead."""
+    """The part of Ray's control store that a probe queries; `refusal` replaces its answer."""
 
     def __init__(self):
         self.value = {"ray_version": ray.__version__, "python_version": OWN_PYTHON}
@@ -77,7 +77,7 @@ def test_patch_release_of_python_may_differ_if_ray_is_set_so(store, monkeypatch)
     probe.require_same_versions(probe.probe_cluster(store.address))
 
 
-def test_machine_without_a_node_is_told_to_submit_a_job(monkeypatch):
+def test_machine_without_a_node_is_advised_to_submit_a_job(monkeypatch):
     monkeypatch.setattr("ray._private.services.find_node_ids", set)
     versions = probe.ClusterVersions(address="h:6379", ray="1", python="3")
     with pytest.raises(ResourceError, match=r"answers at h:6379, but this machine is no node of it.*ray job submit"):
@@ -137,7 +137,7 @@ def test_other_server_is_no_cluster():
     ],
 )
 def test_address_of_no_cluster_is_refused(monkeypatch, address, kind, words):
-    """By `connect`, so before Ray's own client begins its ten minutes."""
+    """By `connect`, before Ray's client starts its ten minutes of retries."""
     monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(kind, match=words):

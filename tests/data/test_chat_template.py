@@ -120,7 +120,7 @@ def test_of_several_templates_the_default_one_is_used_and_dated(make_tokenizer):
         ),
     ],
 )
-def test_template_that_cannot_be_used_is_refused_by_words(make_tokenizer, template, words):
+def test_template_that_cannot_be_used_is_refused_with_a_message(make_tokenizer, template, words):
     with pytest.raises(ModelError, match=words):
         choose_date(make_tokenizer(template), "chat", None)
 
@@ -133,6 +133,6 @@ def test_template_that_cannot_be_used_is_refused_by_words(make_tokenizer, templa
         ("{{ messages[0].content }}{{ messages[0].content }}", "writes a user's message 2 times: expected once"),
     ],
 )
-def test_template_that_takes_no_prompt_is_refused_by_words(make_tokenizer, template, words):
+def test_template_that_takes_no_prompt_is_refused_with_a_message(make_tokenizer, template, words):
     with pytest.raises(ModelError, match=words):
         encode_prompt("Profit rose", make_tokenizer(template), "chat")

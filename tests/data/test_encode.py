@@ -129,7 +129,7 @@ def test_chat_answer_ends_with_the_turn_and_raw_with_eos(chat_tokenizer, tokeniz
     assert end_token_id(tokenizer, "chat") == tokenizer.eos_token_id
 
 
-def test_chat_without_template_is_refused_by_words(tokenizer):
+def test_chat_without_template_is_refused_with_a_message(tokenizer):
     with pytest.raises(ModelError, match=r"model.template=chat, but the tokenizer has no chat template"):
         encode_prompt("profit", tokenizer, "chat")
 
@@ -177,12 +177,12 @@ def test_room_for_generation_counts_as_length(tokenizer):
         encode([example(1)], tokenizer, max_seq_len=size + 30, reserve=[31])
 
 
-def test_nothing_left_is_refused_by_words(tokenizer):
+def test_nothing_left_is_refused_with_a_message(tokenizer):
     with pytest.raises(DatasetError, match="none of 2 examples is left: every one is over max_seq_len=8"):
         encode([example(1), example(2)], tokenizer, max_seq_len=8, too_long="skip")
 
 
-def test_question_after_a_long_filing_stands_last_and_whole(tokenizer):
+def test_question_after_a_long_filing_comes_last_and_whole(tokenizer):
     fragment = "\n".join(f"<us-gaap:Cash{number}>{number}</>" for number in range(100))
     prompt = xbrl_prompt(fragment, "What is the value of Cash3?")
     (item,), _ = encode([example(1, prompt=prompt, answer="3")], tokenizer, max_seq_len=4096)

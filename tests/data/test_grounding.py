@@ -44,7 +44,7 @@ def quote(answer, context=FRAGMENT):
         ("net  revenues", "Net Revenues"),
     ],
 )
-def test_tag_stands_as_a_whole_in_any_case(answer, expected):
+def test_tag_occurs_as_a_whole_in_any_case(answer, expected):
     assert quote(answer) == expected
 
 
@@ -72,7 +72,7 @@ def test_tag_stands_as_a_whole_in_any_case(answer, expected):
         ("1100000", None),
     ],
 )
-def test_number_stands_as_a_whole_with_sign_and_unit(answer, expected):
+def test_number_occurs_as_a_whole_with_sign_and_unit(answer, expected):
     assert quote(answer) == expected
 
 
@@ -101,7 +101,7 @@ def test_what_does_not_stand_there_has_no_place(answer):
     assert find_quote(answer, "") is None
 
 
-def test_element_comes_before_other_places():
+def test_element_comes_before_other_occurrences():
     context = '<us-gaap:A decimals="7">6</><us-gaap:B > 7 </> Assets <us-gaap:Assets>8</>'
     assert find_quote("7", context) == (context.index("> 7 <") + 2, context.index("> 7 <") + 3)
     assert quote("assets", context) == "us-gaap:Assets"

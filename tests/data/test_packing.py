@@ -67,7 +67,7 @@ def test_positions_are_those_of_the_example(share_prefix):
     assert pack.positions.tolist() == [len(tokens) - 1 for tokens in seen]
 
 
-def test_shared_prefix_stands_once_and_the_end_token_is_left_out():
+def test_shared_prefix_occurs_once_and_the_end_token_is_left_out():
     items = make()
     plain, shared = pack_examples(items, share_prefix=False), pack_examples(items, share_prefix=True)
     assert len(plain.input_ids) == sum(item.num_tokens - 1 for item in items)

@@ -1,4 +1,4 @@
-"""The part of KubeRay's and Kubernetes' schemas that our manifests use, so that a misspelt or misplaced field is a fault.
+"""Schemas of the parts of KubeRay and Kubernetes that our manifests use, to find misspelt or misplaced fields.
 
 Sources: fields and allowed values of KubeRay's resources from its reference of v1.7.0,
 https://github.com/ray-project/kuberay/blob/97509c3a7216cf3440af381646560a1885afb53b/docs/reference/api.md; those of pods,
@@ -15,34 +15,34 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt,
 from pydantic.alias_generators import to_camel
 
 
-def check_kubernetes(kind, tree, place=""):
-    """Return the faults of a tree against a Kubernetes model that the model itself lets pass: unknown fields, other types.
+def check_kubernetes(kind, tree, path=""):
+    """Return the faults of a tree that its Kubernetes model accepts: unknown fields and wrong types.
 
     Args:
-        kind: the model's name as the client writes it, as `V1PodTemplateSpec`, `List[V1Container]` or `Dict[str, str]`.
-        tree: what YAML gave.
-        place: where it stands.
+        kind: the model's name in the client, such as `V1PodTemplateSpec`, `List[V1Container]` or `Dict[str, str]`.
+        tree: parsed YAML.
+        path: its path, for messages.
     """
     if inner := re.fullmatch(r"List\[(.+)\]", kind):
         if not isinstance(tree, list):
-            return [f"{place}: expected a list, found {tree!r}"]
-        return [fault for n, item in enumerate(tree) for fault in check_kubernetes(inner[1], item, f"{place}[{n}]")]
+            return [f"{path}: expected a list, found {tree!r}"]
+        return [fault for n, item in enumerate(tree) for fault in check_kubernetes(inner[1], item, f"{path}[{n}]")]
     if inner := re.fullmatch(r"Dict\[str, (.+)\]", kind):
         if not isinstance(tree, dict):
-            return [f"{place}: expected a map, found {tree!r}"]
-        return [fault for key, item in tree.items() for fault in check_kubernetes(inner[1], item, f"{place}.{key}")]
+            return [f"{path}: expected a map, found {tree!r}"]
+        return [fault for key, item in tree.items() for fault in check_kubernetes(inner[1], item, f"{path}.{key}")]
     plain = {"str": str, "int": int, "bool": bool, "float": float, "object": object, "datetime": str}
     if kind in plain:
         is_right = isinstance(tree, plain[kind]) and not (kind == "int" and isinstance(tree, bool))
-        return [] if is_right else [f"{place}: expected {kind}, found {tree!r}"]
+        return [] if is_right else [f"{path}: expected {kind}, found {tree!r}"]
     model = getattr(models, kind)
     if not isinstance(tree, dict):
-        return [f"{place}: expected {kind}, found {tree!r}"]
+        return [f"{path}: expected {kind}, found {tree!r}"]
     names = {written: attribute for attribute, written in model.attribute_map.items()}
-    faults = [f"{place}.{key}: not a field of {kind}" for key in tree if key not in names]
+    faults = [f"{path}.{key}: not a field of {kind}" for key in tree if key not in names]
     for key, value in tree.items():
         if key in names:
-            faults += check_kubernetes(model.openapi_types[names[key]], value, f"{place}.{key}")
+            faults += check_kubernetes(model.openapi_types[names[key]], value, f"{path}.{key}")
     return faults
 
 
@@ -59,7 +59,7 @@ def kubernetes(kind):
 
 
 class Strict(BaseModel):
-    """A part of a manifest in which every field is known and of its type, without conversion."""
+    """Part of a manifest that allows only known fields of the right type, without conversion."""
 
     model_config = ConfigDict(extra="forbid", strict=True, alias_generator=to_camel)
 

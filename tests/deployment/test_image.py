@@ -1,4 +1,4 @@
-"""The image holds what its users start: every path of the manifests, job scripts with their configs, and Serve configs."""
+"""The image contains all that its users start: paths of the manifests, job scripts with their configs, and Serve configs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HOME = PurePosixPath("/home/ray")
 
 
 class Image:
-    """What a Containerfile copies and makes, read line by line."""
+    """Files that a Containerfile copies and creates, read line by line."""
 
     def __init__(self, text: str) -> None:
         lines = [shlex.split(line) for line in text.splitlines() if line and not line.startswith("#")]
@@ -31,11 +31,11 @@ class Image:
         self.copied = {}
         for _, _, *sources, target in (words for words in lines if words[0] == "COPY"):
             for source in sources:
-                place = PurePosixPath(target) / Path(source).name if target == "./" else PurePosixPath(target)
-                self.copied[self.workdir / place] = ROOT / source
+                copied_to = PurePosixPath(target) / Path(source).name if target == "./" else PurePosixPath(target)
+                self.copied[self.workdir / copied_to] = ROOT / source
 
     def find(self, path: str, below: PurePosixPath | None = None) -> Path | None:
-        """Return the file of the checkout that a path of the image is a copy of; None where nothing was copied there."""
+        """Return the file of the checkout that was copied to a path of the image, or None."""
         whole = (below or self.workdir) / path
         for target, source in self.copied.items():
             if whole == target or target in whole.parents:
@@ -53,7 +53,7 @@ def groups_of(tree):
 
 
 def test_what_is_not_copied_is_not_found():
-    """So that the checks below can fail."""
+    """Proves that the checks below can fail."""
     assert IMAGE.find("jobs/train.py") == ROOT / "jobs" / "train.py"
     assert IMAGE.find("jobs/absent.py") is None
     assert IMAGE.find("benchmarks/memory.py") is None
@@ -93,10 +93,10 @@ def test_pods_mount_the_storage_at_a_folder_that_the_images_user_owns(name):
 
 def test_data_runs_and_adapters_lie_on_the_mounted_storage():
     """~ is the home folder of the image's user."""
-    places = [DataConfig().dir, RunConfig().output_dir]
+    paths = [DataConfig().dir, RunConfig().output_dir]
     for path in (ROOT / "serve_configs").glob("llama-*.yaml"):
         (application,) = yaml.safe_load(path.read_text())["applications"]
         assert IMAGE.find(f"{application['import_path'].partition(':')[0].replace('.', '/')}.py") is not None
-        places += [value for key, value in application["args"].items() if key.endswith(("_dir", "_file"))]
-    assert len(places) > 8
-    assert [place for place in places if not place.startswith("~/finlora/")] == []
+        paths += [value for key, value in application["args"].items() if key.endswith(("_dir", "_file"))]
+    assert len(paths) > 8
+    assert [copied_to for copied_to in paths if not copied_to.startswith("~/finlora/")] == []

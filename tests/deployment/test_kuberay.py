@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: every field is one that KubeRay and Kubernetes know, and the cluster is closed and sized as said."""
+"""The Kubernetes manifests: KubeRay and Kubernetes know every field, and the cluster is closed and has the documented size."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_manifest_is_of_the_real_schema(name):
     ],
 )
 def test_wrong_field_or_value_is_a_fault(path, value, words):
-    """So that the checks above can fail."""
+    """Proves that the checks above can fail."""
     tree = copy.deepcopy(TREES["raycluster"])
     *parents, last = path.split(".")
     part = tree
@@ -117,7 +117,7 @@ SERVE_CONFIGS = sorted((ROOT / "serve_configs").glob("*.yaml"))
 
 @pytest.fixture(scope="module", params=[None, *SERVE_CONFIGS], ids=lambda path: path.stem if path else "smallest")
 def serve_config(request, tmp_path_factory):
-    """Each Serve config that ships, and the smallest that there can be."""
+    """Each shipped Serve config, and the smallest possible one."""
     if request.param is not None:
         return request.param
     path = tmp_path_factory.mktemp("serve") / "smallest.yaml"

@@ -1,4 +1,4 @@
-"""Launcher files, systemd units and image: valid by Ray's and systemd's own checks, closed, and of files that are there."""
+"""Launcher files, systemd units and image: valid by Ray's and systemd's checks, closed, and with existing files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENVIRONMENT = (ROOT / "cluster" / "systemd" / "ray.env").read_text()
 
 
 def start_options(text):
-    """The `ray start` of a text, as options with their values."""
+    """Return the options and values of a text's `ray start`."""
     words = shlex.split(text[text.index("ray start") :].partition(";")[0])
     assert words[:2] == ["ray", "start"]
     return {name: value for name, _, value in (word.partition("=") for word in words[2:])}

@@ -1,4 +1,4 @@
-"""Findings from made facts: clusters of GPUs that no test machine has."""
+"""Findings from invented facts of GPU clusters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NODE = dataclasses.replace(HEAD, host="node", ray_gpus=2.0, skew_s=0.0)
 
 
 def look(*nodes, wanted=0.0):
-    """Return the lines of what is not well, and the exit code."""
+    """Return the lines of warnings and faults, and the exit code."""
     findings = list(check_nodes(nodes, gpus_wanted=wanted))
     lines = [f"{each.level} {each.check}: {each.found} -> {each.advice}" for each in findings if each.level != "ok"]
     return lines, exit_code(findings)
@@ -86,7 +86,7 @@ def test_good_cluster_has_no_findings():
         ({"missing": ("/data",)}, "fault", "files: node: /data is not there -> put it where every node sees it"),
     ],
 )
-def test_what_is_wrong_on_a_node_is_told_with_what_to_do(change, level, words):
+def test_what_is_wrong_on_a_node_is_reported_with_what_to_do(change, level, words):
     lines, code = look(HEAD, dataclasses.replace(NODE, **change), wanted=1.0)
     assert [line for line in lines if line.startswith(f"{level} ") and words in line]
     if level == "fault":
@@ -106,7 +106,7 @@ def test_gpus_that_are_not_there_are_a_fault_and_a_submitting_machine_without_an
 
 
 @pytest.mark.parametrize(("visible", "level"), [("", "fault"), ("-1", "fault"), ("0", "warning")])
-def test_hidden_gpus_are_told(visible, level):
+def test_hidden_gpus_are_reported(visible, level):
     lines, _ = look(dataclasses.replace(HEAD, visible=visible), wanted=1.0)
     assert lines[0].startswith(
         f"{level} GPUs: head: NVIDIA H200 140 GiB, NVIDIA H200 140 GiB; CUDA_VISIBLE_DEVICES={visible!r}"
@@ -127,7 +127,7 @@ def test_hidden_gpus_are_told(visible, level):
         ({"used_share": 0.97}, "warning", 0, "/runs has 900.0 GiB free, 97% used"),
     ],
 )
-def test_disk_without_room_is_told(disk, level, code, words):
+def test_disk_without_room_is_reported(disk, level, code, words):
     there = dataclasses.replace(HEAD.disks[0], **disk)
     lines, found = look(dataclasses.replace(HEAD, disks=(there,)))
     assert lines[0].startswith(level)

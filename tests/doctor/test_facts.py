@@ -77,6 +77,6 @@ def test_facts_of_this_machine_survive_json_and_another_version(tmp_path):
     assert facts.rebuild({}).host == ""
 
 
-def test_file_in_the_place_of_a_folder_is_named(tmp_path):
+def test_file_instead_of_a_folder_is_named(tmp_path):
     (tmp_path / "runs").write_text("")
     assert facts.look_at(tmp_path / "runs" / "x").problem == f"{tmp_path / 'runs'} is not a folder"

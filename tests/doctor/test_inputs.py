@@ -48,7 +48,7 @@ def test_rows_over_the_length_are_counted(make_config):
     assert inputs.check_lengths("fpb train", [ROW] * 3, tokenizer, skips, None).level == "warning"
 
 
-def test_a_part_of_many_rows_is_looked_at_and_said(make_config, monkeypatch):
+def test_a_part_of_many_rows_is_looked_at_and_reported(make_config, monkeypatch):
     monkeypatch.setattr(inputs, "MAX_ROWS", 4)
     config = make_config()
     tokenizer = load_tokenizer(find_source(config.model).tokenizer_path)

@@ -92,7 +92,7 @@ def test_bars_show_answer_and_share():
 @pytest.mark.parametrize(
     ("quote", "words"), [((1200, 1204), "at characters 1,200 to 1,204 of"), (None, "not found in")]
 )
-def test_answer_from_a_filing_says_where_it_stands(quote, words):
+def test_answer_from_a_filing_says_where_it_is(quote, words):
     console = Console(width=100, record=True, file=io.StringIO())
     show_reply({}, quote, console, is_quoted=True)
     assert f"Answer {words} the text asked about." in console.export_text()

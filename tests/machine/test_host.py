@@ -25,7 +25,7 @@ def test_argument_that_is_no_text_is_named():
         host.check_arguments([b"\xc3\xbc".decode("ascii", "surrogateescape")])
 
 
-def test_home_that_is_none_is_said(monkeypatch):
+def test_missing_home_is_reported(monkeypatch):
     monkeypatch.setenv("HOME", "")
     with pytest.raises(ConfigError, match=r"HOME='' is no absolute path: set HOME"):
         host.check_home()

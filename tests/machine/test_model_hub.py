@@ -63,11 +63,11 @@ class GatedRepoError(RepositoryNotFoundError):
         (ValueError("x"), "ValueError: copy the model to this machine"),
     ],
 )
-def test_error_of_the_hubs_client_is_told(error, words):
+def test_error_of_the_hubs_client_is_reported(error, words):
     assert words in model_hub.explain_hub(error)
 
 
-def test_cause_behind_an_error_is_told():
+def test_cause_behind_an_error_is_reported():
     error = OSError("not in the cache")
     error.__cause__ = GatedRepoError("403")
     assert model_hub.explain_hub(error).startswith("its terms")

@@ -14,7 +14,7 @@ from finlora.machine.signals import (
     ENDING,
     StoppedByError,
     end_in_order,
-    heeded_signals,
+    handled_signals,
     keep_sigterm,
     without_hangup_for_children,
 )
@@ -72,7 +72,7 @@ def test_ignored_hangup_stays_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with end_in_order():
-            assert heeded_signals() == ENDING[:2]
+            assert handled_signals() == ENDING[:2]
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -81,7 +81,7 @@ def test_ignored_hangup_stays_ignored():
 def test_interrupt_counts_in_a_background_command_of_a_script():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's shell starts each `command &`
     try:
-        assert heeded_signals() == ENDING
+        assert handled_signals() == ENDING
     finally:
         signal.signal(signal.SIGINT, before)
 

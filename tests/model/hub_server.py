@@ -1,4 +1,4 @@
-"""A hub of one model on the loopback interface: the requests that its client makes for a download, over real HTTP."""
+"""HTTP server of a hub with one model, on the loopback interface: answers the requests of a download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAME = "bank/tiny"
 
 
 def describe(folder, path, damaged):
-    """A file as the hub lists it: large ones by SHA-256, small ones by git's blob id."""
+    """Return a file's entry in the hub's list: large files with SHA-256, small ones with git's blob id."""
     content = path.read_bytes()
     listed = {
         "rfilename": path.relative_to(folder).as_posix(),
@@ -27,14 +27,14 @@ def describe(folder, path, damaged):
 
 
 def describe_entry(listed):
-    """The same as the hub's listing of a commit has it, which is asked for where a model is given by its hub id."""
+    """Return a file's entry in the hub's list of a commit, which a download by hub id requests."""
     lfs = listed.get("lfs")
     large = {"lfs": {"oid": lfs["sha256"], "size": lfs["size"], "pointerSize": 134}} if lfs else {}
     return {"type": "file", "path": listed["rfilename"], "size": listed["size"], "oid": listed["blobId"], **large}
 
 
 def serve(folder, damaged):
-    """Serve until killed; the port is printed once the socket listens."""
+    """Serve until killed; prints the port once the socket listens."""
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self):

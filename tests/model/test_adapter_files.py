@@ -1,4 +1,4 @@
-"""An adapter folder from someone who means harm does nothing but fail, wherever it is loaded."""
+"""An attacker's adapter folder is refused wherever it is loaded."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_what_is_no_safetensors_file_is_refused(folder, content):
 
 
 @pytest.mark.parametrize("name", [ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONTRACT_FILE])
-def test_links_pipes_and_folders_in_place_of_files_are_refused(folder, tmp_path, name):
+def test_links_pipes_and_folders_instead_of_files_are_refused(folder, tmp_path, name):
     def load():
         (read_contract if name == CONTRACT_FILE else check_adapter)(folder)
 
@@ -127,7 +127,7 @@ def test_links_pipes_and_folders_in_place_of_files_are_refused(folder, tmp_path,
 
 
 def test_links_within_a_folder_and_to_a_folder_are_followed(folder, tmp_path):
-    """As Kubernetes mounts files, and as an operator names a run's adapter."""
+    """As with files mounted by Kubernetes, and an operator's link to a run's adapter."""
     (folder / "data").mkdir()
     (folder / ADAPTER_CONFIG).rename(folder / "data" / "config")
     (folder / ADAPTER_CONFIG).symlink_to("data/config")

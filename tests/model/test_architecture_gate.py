@@ -1,4 +1,4 @@
-"""The one gate of bases: what some path would leave out is refused by name, what every path computes equals transformers."""
+"""Gate of bases: what some path would ignore is refused by name; what every path computes equals transformers."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def edit_tensors(folder, **changes):
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"auto_map": {"AutoModelForCausalLM": "own.Own"}}, "auto_map="),
-        # What relatives of Llama have: Granite, MiniCPM, Gemma 2, SmolLM3, OLMo 2 and mixtures of experts.
+        # Keys of Llama's relatives: Granite, MiniCPM, Gemma 2, SmolLM3, OLMo 2 and mixtures of experts.
         ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0. .* remove them from a copy"),
         ({"scale_emb": 12}, "scale_emb=12"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
@@ -80,7 +80,7 @@ def test_key_that_no_path_computes_is_refused_by_its_name_and_value(base, change
 
 
 def test_keys_that_change_no_number_are_taken(base):
-    """As they stand in configs on the hub: Llama 2 and 3, SmolLM2, unsloth's and mergekit's copies, and old versions' dumps."""
+    """Keys of configs on the hub: Llama 2 and 3, SmolLM2, unsloth's and mergekit's copies, and old versions' dumps."""
     edit_config(
         base,
         _name_or_path="bank/llama",
@@ -115,7 +115,7 @@ def test_keys_that_change_no_number_are_taken(base):
 
 
 def reference(folder, **settings):
-    """transformers' own reading of a folder, in float32."""
+    """Load a folder with transformers, in float32."""
     from transformers import LlamaForCausalLM
 
     return LlamaForCausalLM.from_pretrained(str(folder), dtype=torch.float32, **settings).eval()
@@ -140,7 +140,7 @@ ROPES = [
 
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: str(rope.get("rope_scaling", rope))[:30])
 def test_rotary_embedding_of_each_kind_and_spelling_equals_transformers(base, rope):
-    """Requests of several lengths in one micro-batch, some past the length that the angles were made for."""
+    """Requests of several lengths in one micro-batch, some longer than the base's context length."""
     edit_config(base, rope_scaling=None, rope_parameters=None, rope_theta=None)
     values = {key: value for key, value in json.loads((base / "config.json").read_text()).items() if value is not None}
     (base / "config.json").write_text(json.dumps(values | rope | {"max_position_embeddings": 64}))
@@ -161,7 +161,7 @@ def test_rotary_embedding_of_each_kind_and_spelling_equals_transformers(base, ro
 
 
 def score_next(executor, prompts):
-    """Return the log-probabilities of tokens 7 and 8 behind each prompt, all asked at once."""
+    """Return the log-probabilities of tokens 7 and 8 after each prompt, in one micro-batch."""
     from finlora.engine.engine import EngineCore
 
     limits = Limits(cache_rows=512, max_batch_tokens=512, max_in_flight=1)
@@ -251,7 +251,7 @@ def test_weights_of_another_type_are_refused(base):
         find(base)
 
 
-def test_tensors_under_other_names_are_told_with_what_is_missing(base):
+def test_tensors_under_other_names_are_reported_with_what_is_missing(base):
     file = base / "model.safetensors"
     save_file({name.removeprefix("model."): value for name, value in load_file(file).items()}, file)
     with pytest.raises(
@@ -277,7 +277,7 @@ def test_rotary_buffers_of_old_versions_are_taken(base, tiny_base):
 
 
 def test_file_that_transformers_reads_is_read(base, tiny_base):
-    """Beside shards with an index, transformers takes model.safetensors."""
+    """With both, transformers prefers model.safetensors to shards with an index."""
     shard = "model-00001-of-00001.safetensors"
     tensors = {name: value + 1 for name, value in load_file(base / "model.safetensors").items()}
     save_file(tensors, base / shard)
@@ -293,8 +293,8 @@ def test_shards_that_hold_one_tensor_twice_are_refused(base):
     (base / "model.safetensors").unlink()
     for name in ("a.safetensors", "b.safetensors"):
         save_file(tensors, base / name)
-    places = dict.fromkeys(tensors, "a.safetensors") | {EMBEDDING: "b.safetensors"}
-    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    files = dict.fromkeys(tensors, "a.safetensors") | {EMBEDDING: "b.safetensors"}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     with pytest.raises(
         ModelError, match=r"b.safetensors holds lm_head|b.safetensors holds model\S*, which a.safetensors"
     ):
@@ -303,7 +303,7 @@ def test_shards_that_hold_one_tensor_twice_are_refused(base):
 
 @pytest.fixture
 def own_head(base):
-    """The config says that the head is the embedding, and the file holds a head of its own."""
+    """A base whose config ties the head to the embedding, but whose file holds a separate head."""
     torch.manual_seed(0)
     edit_tensors(base, **{HEAD: (torch.randn(512, 64) * 0.3).bfloat16()})
     return base
@@ -322,7 +322,7 @@ def test_own_head_is_what_every_path_computes_with(own_head):
         whole = load_base(settings, 16, CPU, 0).model
         with torch.inference_mode():
             assert torch.equal(whole(IDS).logits, expected)
-        assert measure_weights(whole) == count_weight_bytes(source.shape, 16, 4)  # what the planner counts
+        assert measure_weights(whole) == count_weight_bytes(source.shape, 16, 4)  # as the planner counts
         packed = PackedLlama(attach_lora(whole, LoraConfig(dropout=0.0), str(own_head), 0), torch.float32)
         loss = packed(pack_examples([Encoded(prompt, (7, 8))], share_prefix=False)).item()
         spans = (range(1), range(1, 2))
@@ -357,6 +357,6 @@ def test_head_that_is_a_copy_of_the_embedding_is_tied_as_transformers_ties_it(ba
     assert net.lm_head.weight is net.model.embed_tokens.weight
     theirs = reference(base)
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
-    # One that is put in its place is looked at again.
+    # A replaced file is compared again.
     edit_tensors(base, **{HEAD: torch.zeros(512, 64, dtype=torch.bfloat16)})
     assert not find(base).shape.is_tied

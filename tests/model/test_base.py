@@ -1,4 +1,4 @@
-"""Loading tensor by tensor gives bit for bit what transformers' own loader with bitsandbytes gives."""
+"""Loading tensor by tensor equals transformers' loader with bitsandbytes, bit for bit."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ IDS = torch.arange(60).reshape(3, 20) + 5
 
 @pytest.fixture(scope="module")
 def bases(tiny_base, tmp_path_factory):
-    """The tiny base as one file with tied embeddings, an untied one in shards, as Llama 8B comes, and one whose config says that
-    they are tied where the file holds an output head of its own."""
+    """The tiny base as one file with tied embeddings, an untied one in shards like Llama 8B, and one whose config ties them while
+    the file holds a separate output head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sharded = tmp_path_factory.mktemp("models") / "untied"
@@ -109,7 +109,7 @@ def test_float32_keeps_the_stored_values(tiny_base):
 
 
 def test_weights_gib_counts_codes_and_scales(bases):
-    """By hand: hidden 64, intermediate 128, 2 layers, 512 tokens, head size 16 with 2 key-value heads."""
+    """Computed by hand: hidden 64, intermediate 128, 2 layers, 512 tokens, head size 16 with 2 key-value heads."""
     embedding, norms = 512 * 64, 64 * 5
     linear = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64)
     rows = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64)
@@ -150,7 +150,7 @@ def test_base_tells_hash_of_weights_and_tokenizer(bases):
     assert (tied.revision, tied.load_peak_gib) == (None, None)
 
 
-def test_missing_tensor_is_refused_by_words(tiny_base, tmp_path):
+def test_missing_tensor_is_refused_with_a_message(tiny_base, tmp_path):
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
@@ -159,7 +159,7 @@ def test_missing_tensor_is_refused_by_words(tiny_base, tmp_path):
         load(folder, 4)
 
 
-def test_tensor_of_another_shape_is_refused_by_words(tiny_base, tmp_path):
+def test_tensor_of_another_shape_is_refused_with_a_message(tiny_base, tmp_path):
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 256}))
@@ -167,7 +167,7 @@ def test_tensor_of_another_shape_is_refused_by_words(tiny_base, tmp_path):
         load(folder, 16)
 
 
-def test_tokenizer_larger_than_the_embedding_is_refused_by_words(tiny_base, tmp_path):
+def test_tokenizer_larger_than_the_embedding_is_refused_with_a_message(tiny_base, tmp_path):
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 500}))

@@ -1,4 +1,4 @@
-"""A base read from its cache is the base that was quantised, bit for bit; it is written once and never half."""
+"""A base read from the cache equals the quantised one, bit for bit; it is written once, and completely or not at all."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_cache_has_the_modes_of_the_umask(tiny_base, tmp_path, file_mode):
 
 
 def test_training_on_a_cached_base_is_the_same(tiny_base, tmp_path):
-    """The packed path joins the rows of quantised layers, whose parts come from the file here."""
+    """The packed path joins the rows of quantised layers, here read from the file."""
     from finlora.config import LoraConfig
     from finlora.data.encode import Encoded
     from finlora.data.packing import pack_examples
@@ -113,7 +113,7 @@ def test_span_of_layers_is_read_from_a_whole_cache_and_writes_none(tiny_base, tm
 
 
 def test_processes_at_once_quantise_once(tiny_base, tmp_path, loads, monkeypatch):
-    """Threads stand for processes: each opens the lock file anew, and flock counts by open file."""
+    """Threads instead of processes: each opens the lock file itself, and flock locks by open file."""
     await_cache, quantise = base_module.await_cache, base_module.quantise
     asking, all_ask, times = [], threading.Event(), []
 
@@ -123,7 +123,7 @@ def test_processes_at_once_quantise_once(tiny_base, tmp_path, loads, monkeypatch
             all_ask.set()
         return await_cache(cache)
 
-    def quantise_once_all_ask(*arguments):  # else a late thread would find the cache written, and wait for nobody
+    def quantise_once_all_ask(*arguments):  # else a late thread would find a finished cache and not wait
         assert all_ask.wait(300)
         times.append(time.monotonic())
         return quantise(*arguments)
@@ -161,7 +161,7 @@ def test_damaged_cache_is_refused_by_name(tiny_base, tmp_path):
     assert folder.is_dir()
 
 
-def test_flipped_bit_in_a_cache_is_refused_and_a_damaged_list_is_written_anew(tiny_base, tmp_path, loads):
+def test_flipped_bit_in_a_cache_is_refused_and_a_damaged_list_is_written_again(tiny_base, tmp_path, loads):
     load(tiny_base, 4, tmp_path)
     (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
     path = folder / "layer-1.safetensors"
@@ -195,7 +195,7 @@ def test_interrupted_write_leaves_nothing_that_is_read(tiny_base, tmp_path, monk
     assert len(loads) == 2 * 14
 
 
-def test_unusable_folder_is_refused_by_words(tiny_base, tmp_path):
+def test_unusable_folder_is_refused_with_a_message(tiny_base, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match=r"model.cache=.*file cannot be used .* or null"):
         load(tiny_base, 4, tmp_path / "file")

@@ -1,4 +1,4 @@
-"""finlora.yaml: an adapter goes on nothing but the base, tokenizer and template it was trained with."""
+"""finlora.yaml: an adapter loads only on the base, tokenizer and template of its training."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_other_base_tokenizer_or_template_is_refused_by_what_differs(
         (("notes.txt",), "", r"holds no finlora.yaml and no adapter_config.json: give the `adapter` folder of a"),
     ],
 )
-def test_what_is_not_a_finished_adapter_is_told_by_what_it_is(tmp_path, files, asked, words):
+def test_what_is_not_a_finished_adapter_is_reported_by_what_it_is(tmp_path, files, asked, words):
     for file in files:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
@@ -102,7 +102,7 @@ def test_what_is_not_a_finished_adapter_is_told_by_what_it_is(tmp_path, files, a
 
 
 @pytest.mark.parametrize("content", [b"base: x", b"[1]", b"a: b: c", b"\xff\xfe", b"", b"null"])
-def test_broken_contract_is_refused_by_words(tmp_path, content):
+def test_broken_contract_is_refused_with_a_message(tmp_path, content):
     (tmp_path / CONTRACT_FILE).write_bytes(content)
     with pytest.raises(AdapterError, match=r"is not an adapter contract (?s:.)*: train again or restore the file"):
         read_contract(tmp_path)
@@ -128,7 +128,7 @@ def test_text_that_could_change_what_a_terminal_shows_is_refused(contract, tmp_p
         read_contract(tmp_path)
 
 
-def test_newer_format_is_refused_by_words(contract, tmp_path):
+def test_newer_format_is_refused_with_a_message(contract, tmp_path):
     (tmp_path / CONTRACT_FILE).write_text(yaml.safe_dump(dataclasses.asdict(contract) | {"finlora": 5}))
     with pytest.raises(AdapterError, match=r"has format 5, this FinLoRA reads 4: update FinLoRA"):
         read_contract(tmp_path)
@@ -136,7 +136,7 @@ def test_newer_format_is_refused_by_words(contract, tmp_path):
 
 @pytest.fixture
 def folder(contract, tmp_path):
-    """A complete adapter folder, as far as its contract looks."""
+    """An adapter folder that is complete for its contract."""
     for name in ("adapter_model.safetensors", "adapter_config.json", "config.yaml"):
         (tmp_path / name).write_bytes(name.encode() * 50)
     write_contract(tmp_path, contract)
@@ -186,7 +186,7 @@ def test_adapter_of_the_first_format_loads_and_says_that_it_cannot_be_checked(fo
 
 
 def rewrite(folder, **changes):
-    """Change a contract as its own message says."""
+    """Change a contract as its error message says."""
     values = yaml.safe_load((folder / CONTRACT_FILE).read_text()) | changes
     del values["sha256"]
     (folder / CONTRACT_FILE).write_text(yaml.safe_dump(values))
@@ -207,7 +207,7 @@ def test_date_of_the_training_is_the_date_of_the_prompts(contract, tmp_path):
 
 
 def test_adapter_without_a_date_takes_none(contract, tmp_path, caplog):
-    """It was trained with the template's own: one that is set would be another."""
+    """It was trained with the template's own date, from which a set date would differ."""
     assert contract.choose_date(tmp_path, None) is None
     with pytest.raises(AdapterError, match=r"was trained with the date of the chat template itself in its prompts"):
         contract.choose_date(tmp_path, "2026-01-01", "2026-01-01")

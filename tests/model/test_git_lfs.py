@@ -1,4 +1,4 @@
-"""Files that a clone without git-lfs leaves in a model's folder, and models of llama.cpp, are told by name."""
+"""git-lfs pointers and llama.cpp models are refused by name."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab29
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
-def test_pointer_in_the_place_of_a_file_is_told(tiny_base, tmp_path, name):
+def test_pointer_instead_of_a_file_is_reported(tiny_base, tmp_path, name):
     base = shutil.copytree(tiny_base, tmp_path / "base")
     (base / name).write_text(POINTER)
     with pytest.raises(
@@ -24,7 +24,7 @@ def test_pointer_in_the_place_of_a_file_is_told(tiny_base, tmp_path, name):
         read_base_files(ModelConfig(base=str(base)))
 
 
-def test_models_of_llama_cpp_are_told(tiny_base, tmp_path):
+def test_models_of_llama_cpp_are_reported(tiny_base, tmp_path):
     base = shutil.copytree(tiny_base, tmp_path / "base")
     (base / "model.safetensors").rename(base / "model-q4.gguf")
     config = ModelConfig(base=str(base))

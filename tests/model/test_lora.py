@@ -27,7 +27,7 @@ def attach(net, seed=1, **settings):
 
 
 def fill(model, std=0.1):
-    """Give every B a value, as training would; values that bf16 holds exactly, so that saving loses nothing."""
+    """Give every B a value, as training does; bf16 holds the values exactly, so that saving loses nothing."""
     torch.manual_seed(7)
     for parameter in trainable_parameters(model).values():
         parameter.data = (torch.randn_like(parameter) * std).bfloat16().to(parameter.dtype)
@@ -35,7 +35,7 @@ def fill(model, std=0.1):
 
 @pytest.fixture
 def saved(tiny_base, tmp_path):
-    """A model with a filled adapter, and the folder it was saved to."""
+    """A model with a filled adapter, and its saved folder."""
     model = attach(load(tiny_base), rank=4).eval()
     fill(model)
     save_adapter(model, tmp_path / "adapter")
@@ -141,7 +141,7 @@ def test_loaded_adapter_is_frozen_and_of_the_bases_type(saved, tiny_base):
     ids=["8B-r4", "8B-r8", "70B-r4"],
 )
 def test_adapter_file_has_the_papers_size(tmp_path, layers, hidden, intermediate, heads, rank, mib):
-    """The true shapes of Llama 3.1; the base stays on the meta device, the adapter alone takes memory."""
+    """The true shapes of Llama 3.1; the base is on the meta device, so only the adapter takes memory."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -164,7 +164,7 @@ def test_adapter_file_has_the_papers_size(tmp_path, layers, hidden, intermediate
     assert size == pytest.approx(mib, abs=0.06)
 
 
-def test_missing_files_are_refused_by_words(saved, tiny_base, tmp_path):
+def test_missing_files_are_refused_with_a_message(saved, tiny_base, tmp_path):
     with pytest.raises(AdapterError, match=r"absent has no adapter_config.json: expected an adapter folder"):
         load_adapter(load(tiny_base), tmp_path / "absent")
     (saved[1] / "adapter_model.safetensors").unlink()
@@ -172,14 +172,14 @@ def test_missing_files_are_refused_by_words(saved, tiny_base, tmp_path):
         load_adapter(load(tiny_base), saved[1])
 
 
-def test_cut_weights_are_refused_by_words(saved, tiny_base):
+def test_cut_weights_are_refused_with_a_message(saved, tiny_base):
     path = saved[1] / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(AdapterError, match=r"is not a complete safetensors file"):
         load_adapter(load(tiny_base), saved[1])
 
 
-def test_base_of_another_width_is_refused_by_words(saved, tiny_base, tmp_path):
+def test_base_of_another_width_is_refused_with_a_message(saved, tiny_base, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig.from_pretrained(str(tiny_base), hidden_size=32, num_attention_heads=2)
@@ -189,10 +189,10 @@ def test_base_of_another_width_is_refused_by_words(saved, tiny_base, tmp_path):
         load_adapter(LlamaForCausalLM(config), saved[1])
 
 
-@pytest.mark.filterwarnings("ignore")  # pytest's own filter must not be what stops it
+@pytest.mark.filterwarnings("ignore")  # pytest's filter must not raise the error
 @pytest.mark.parametrize("lost", ["lora_A", "layers.1."])
-def test_weights_without_some_tensors_are_refused_by_words(saved, tiny_base, lost):
-    """PEFT fills what a file lacks with fresh values and warns: that would answer with another adapter."""
+def test_weights_without_some_tensors_are_refused_with_a_message(saved, tiny_base, lost):
+    """PEFT initialises missing tensors and only warns: that would be another adapter."""
     path = saved[1] / "adapter_model.safetensors"
     save_file({name: tensor for name, tensor in load_file(path).items() if lost not in name}, path)
     with pytest.raises(AdapterError, match=r"lacks 6 of the 12 tensors"):

@@ -1,4 +1,4 @@
-"""A merged model answers as base and adapter do, reads without FinLoRA, and is never half written."""
+"""A merged model answers like base and adapter, loads without FinLoRA, and is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def settings_of(folder, dtype="float32"):
 
 @pytest.fixture
 def make_adapter(tiny_base, tmp_path):
-    """Write an adapter folder with its contract, as a training at some bits would."""
+    """Write an adapter folder with its contract, as a training at the given bits does."""
 
     def make(bits=16, dtype="float32", lora=None, base_folder=tiny_base, template="raw", date=None):
         lora = lora or LoraConfig(rank=4)
@@ -53,7 +53,7 @@ def logits_of(net):
         return net(IDS).logits.float()
 
 
-# float32: rounding of the sums alone. bfloat16: W is rounded to 8 bits after the sum and carries on into the logits.
+# float32: only the sums are rounded. bfloat16: W is rounded to 8 bits after the sum, which propagates to the logits.
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.02)])
 @pytest.mark.parametrize("targets", [("q_proj", "k_proj", "v_proj"), ("o_proj", "down_proj")])
 def test_merged_logits_equal_adapter_logits(tiny_base, make_adapter, dtype, tolerance, targets):
@@ -64,7 +64,7 @@ def test_merged_logits_equal_adapter_logits(tiny_base, make_adapter, dtype, tole
     assert merge_lora(base, folder) == len(targets) * 2
     merged = logits_of(base.model)
     scale = expected.abs().max()
-    assert (expected - before).abs().max() > 0.05 * scale  # the adapter does something
+    assert (expected - before).abs().max() > 0.05 * scale  # the adapter has an effect
     assert (merged - expected).abs().max() < tolerance * scale
 
 
@@ -107,9 +107,9 @@ def test_folder_reads_as_a_plain_model_and_says_where_it_comes_from(tiny_base, m
     expected = logits_of(load_adapter(load_base(settings_of(tiny_base), 16, CPU, 0).model, folder))
     assert (
         AutoModelForCausalLM.from_pretrained(str(output)).dtype == torch.bfloat16
-    )  # though the run computes in float32
+    )  # although the run computes in float32
     plain = AutoModelForCausalLM.from_pretrained(str(output), dtype=torch.float32)
-    # The sum is rounded to bfloat16, once: that of the weights, 1 / 256, carries on into the logits.
+    # The sum is rounded to bfloat16 once; the weights' rounding, 1 / 256, propagates to the logits.
     assert (logits_of(plain) - expected).abs().max() < 0.02 * expected.abs().max()
     assert (logits_of(load_base(settings_of(output), 16, CPU, 0).model) - logits_of(plain)).abs().max() == 0
     assert len(AutoTokenizer.from_pretrained(str(output))) <= plain.config.vocab_size
@@ -121,7 +121,7 @@ def test_folder_reads_as_a_plain_model_and_says_where_it_comes_from(tiny_base, m
 
 
 def test_head_of_the_bases_own_is_in_the_merged_folder(tiny_base, make_adapter, tmp_path):
-    """The base's config ties head and embedding, its file does not; the merged folder says what it holds."""
+    """The base's config ties head and embedding, its file does not; the merged config follows the file."""
     from transformers import AutoModelForCausalLM
 
     base = shutil.copytree(tiny_base, tmp_path / "base")
@@ -145,7 +145,7 @@ def test_merged_folder_writes_the_date_of_the_training_for_any_reader(dated_base
     turns = [{"role": "user", "content": "Profit rose"}]
     text = AutoTokenizer.from_pretrained(str(tmp_path / "merged")).apply_chat_template(turns, tokenize=False)
     assert text == "<|begin_of_text|>Today Date: 09 Mar 2025\n\n[user] Profit rose\n"
-    # As a base it is as any other whose template writes no date of the clock's.
+    # As a base, its template no longer asks the clock.
     merged = read_base_files(dataclasses.replace(settings_of(tmp_path / "merged"), template="chat"))
     assert merged.template_date is None
     assert encode_prompt("Profit rose", merged.tokenizer, "chat") == encode_prompt(
@@ -163,7 +163,7 @@ def test_adapter_of_another_base_is_refused_before_the_base_is_loaded(dated_base
 
 
 def test_adapter_and_merged_model_have_the_modes_of_the_umask(tiny_base, make_adapter, tmp_path, file_mode):
-    """A server under another account reads a copy: the weights as well as the JSON beside them."""
+    """A server under another account must be able to read weights and JSON."""
     folder, output = make_adapter(), tmp_path / "merged"
     export_merged(settings_of(tiny_base), folder, output, CPU, allow_other_bits=False)
     modes = {path.name: path.stat().st_mode & 0o777 for parent in (folder, output) for path in parent.iterdir()}
@@ -175,7 +175,7 @@ def test_adapter_and_merged_model_have_the_modes_of_the_umask(tiny_base, make_ad
 def test_other_base_is_refused(tiny_base, make_adapter, tmp_path):
     folder = make_adapter()
     contract = yaml.safe_load((folder / "finlora.yaml").read_text()) | {"weights_hash": "f" * 16}
-    del contract["sha256"]  # as its message says to whoever changes one
+    del contract["sha256"]  # as the error message advises
     (folder / "finlora.yaml").write_text(yaml.safe_dump(contract))
     with pytest.raises(AdapterError, match=r"weights hash is .*, trained with ffff"):
         export_merged(settings_of(tiny_base), folder, tmp_path / "merged", CPU, allow_other_bits=False)

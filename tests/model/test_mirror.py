@@ -1,4 +1,4 @@
-"""Mirroring a model over HTTP from a hub on this machine: whole, checked, resumed, and refused by words when damaged."""
+"""Mirroring a model over HTTP from a hub on this machine: complete, checked, resumed, and refused if damaged."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def hub_of(folder, damaged="none"):
 
 
 def run_online(endpoint, *arguments, **settings):
-    """Run python in a process of its own: the hub's client reads its settings when it is imported."""
+    """Run python in its own process: the hub's client reads its settings at import."""
     environment = os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"} | settings
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -48,7 +48,7 @@ def prefetch(endpoint, *arguments):
 
 @pytest.fixture(scope="module")
 def published(tiny_base, tmp_path_factory):
-    """The tiny base as a hub would hold it: a licence, chat templates in files of their own, and files that are not wanted."""
+    """The tiny base as on a hub: with a licence, chat templates in separate files, and unneeded files."""
     folder = tmp_path_factory.mktemp("published") / "tiny"
     shutil.copytree(tiny_base, folder)
     (folder / "LICENSE").write_text("for tests")
@@ -62,7 +62,7 @@ def published(tiny_base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mirror(published, tmp_path_factory):
-    """A mirror of it, fetched and with a generated task beside it."""
+    """A downloaded mirror of it, with a generated task."""
     folder = tmp_path_factory.mktemp("mirror")
     with hub_of(published) as endpoint:
         done = prefetch(endpoint, "--models", NAME, "--tasks", "synthetic_sentiment", "--output", folder)
@@ -73,7 +73,7 @@ def mirror(published, tmp_path_factory):
 
 @pytest.fixture
 def copy(mirror, tmp_path):
-    """A copy of the mirror that a test may damage."""
+    """A copy of the mirror for a test to damage."""
     return Path(shutil.copytree(mirror, tmp_path / "mirror"))
 
 
@@ -98,7 +98,7 @@ def test_mirrored_base_and_task_train_without_a_hub(mirror, make_config):
 
 
 def test_chat_template_in_a_file_of_its_own_is_the_same_however_the_model_came(mirror, published, tmp_path):
-    """A hub id and a mirror leave none of a model's prompts behind, so their tokenizers hash as the published one."""
+    """A hub id and a mirror include all of a model's templates, so their tokenizers hash like the published one."""
     from finlora.model.tokenizer import hash_tokenizer, load_tokenizer
 
     script = tmp_path / "ask.py"
@@ -133,7 +133,7 @@ def test_check_needs_no_hub_and_names_each_damaged_file(copy):
         check_mirrored(folder, ignore)
 
 
-def test_prefetch_mends_what_is_damaged_and_keeps_the_rest(copy, published):
+def test_prefetch_repairs_what_is_damaged_and_keeps_the_rest(copy, published):
     folder = copy / "models" / NAME
     untouched = (folder / "tokenizer.json").stat().st_mtime_ns
     (folder / "model.safetensors").write_bytes(b"cut short")
@@ -152,7 +152,7 @@ def test_file_that_arrives_with_another_hash_is_removed_and_named(published, tmp
     assert not (tmp_path / "models" / NAME / "model.safetensors").exists()
 
 
-def test_unreachable_hub_and_unknown_model_are_said(published, tmp_path):
+def test_unreachable_hub_and_unknown_model_are_shown(published, tmp_path):
     with hub_of(published) as endpoint:
         done = prefetch(endpoint, "--models", "bank/other", "--output", tmp_path)
     assert done.returncode == 4

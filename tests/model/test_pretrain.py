@@ -1,4 +1,4 @@
-"""The small base that `finlora pretrain` makes: a plain, whole Hugging Face folder."""
+"""The small base of `finlora pretrain`: a complete Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_text_survives_encoding_and_decoding(tiny_base):
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
-def test_too_little_text_is_refused_by_words(tmp_path):
+def test_too_little_text_is_refused_with_a_message(tmp_path):
     with pytest.raises(DatasetError, match=r"1 texts give \d+ tokens: expected at least one block of 257"):
         pretrain_base(["few words"], PretrainConfig(), tmp_path / "x", torch.device("cpu"), lambda *_: None)
     assert not (tmp_path / "x").exists()

@@ -1,4 +1,4 @@
-"""The files of a base model: whatever is not a whole Llama in safetensors is refused by words, before it is loaded."""
+"""Files of a base model: anything but a complete Llama in safetensors is refused with a message before loading."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from finlora.model.source import find_source, fingerprint_weights
 
 @pytest.fixture
 def base(tiny_base, tmp_path):
-    """A copy of the tiny base to damage."""
+    """A copy of the tiny base for a test to damage."""
     return shutil.copytree(tiny_base, tmp_path / "base")
 
 
 @pytest.fixture
 def sharded(base):
-    """The same in two shards with an index."""
+    """The tiny base in two shards with an index."""
     tensors = load_file(base / "model.safetensors")
     (base / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -62,13 +62,13 @@ def test_random_weights_need_no_weight_file(base):
     assert fingerprint_weights(source) == "random"
 
 
-def test_other_architecture_is_refused_by_words(base):
+def test_other_architecture_is_refused_with_a_message(base):
     edit(base / "config.json", model_type="mistral")
     with pytest.raises(ModelError, match=r"is a 'mistral' model: FinLoRA runs the Llama family only"):
         find(base)
 
 
-def test_config_that_is_no_object_is_refused_by_words(base):
+def test_config_that_is_no_object_is_refused_with_a_message(base):
     (base / "config.json").write_text("[]")
     with pytest.raises(ModelError, match=r"is a None model: FinLoRA runs the Llama family only"):
         find(base)
@@ -77,26 +77,26 @@ def test_config_that_is_no_object_is_refused_by_words(base):
         find(base)
 
 
-def test_quantised_weights_are_refused_by_words(base):
+def test_quantised_weights_are_refused_with_a_message(base):
     edit(base / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     with pytest.raises(ModelError, match=r"already quantised: give the 16-bit model"):
         find(base)
 
 
-def test_pickled_weights_are_refused_by_words(base):
+def test_pickled_weights_are_refused_with_a_message(base):
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"only pickled weights \(pytorch_model.bin\), which can run code when read"):
         find(base)
 
 
-def test_missing_weights_are_refused_by_words(base):
+def test_missing_weights_are_refused_with_a_message(base):
     (base / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"holds no weights: FinLoRA reads model.safetensors or its shards"):
         find(base)
 
 
 @pytest.mark.parametrize("kept_share", [0.9, 0.0001, 0.0])
-def test_truncated_weights_are_refused_by_words(base, kept_share):
+def test_truncated_weights_are_refused_with_a_message(base, kept_share):
     path = base / "model.safetensors"
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * kept_share)])
     words = "it is truncated, copy it again" if kept_share == 0.9 else "unreadable header.: copy it again"
@@ -104,14 +104,14 @@ def test_truncated_weights_are_refused_by_words(base, kept_share):
         find(base)
 
 
-def test_truncated_shard_is_refused_by_words(sharded):
+def test_truncated_shard_is_refused_with_a_message(sharded):
     path = sharded / "model-00002-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ModelError, match=r"00002-of-00002.safetensors has \d+ bytes, its header says \d+"):
         find(sharded)
 
 
-def test_header_with_other_contents_is_refused_by_words(base):
+def test_header_with_other_contents_is_refused_with_a_message(base):
     for contents in ({"model.norm.weight": {"dtype": "BF16"}}, {}, {"__metadata__": {"format": "pt"}}, []):
         header = json.dumps(contents).encode()
         (base / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
@@ -119,7 +119,7 @@ def test_header_with_other_contents_is_refused_by_words(base):
             find(base)
 
 
-def test_missing_shard_is_refused_by_words(sharded):
+def test_missing_shard_is_refused_with_a_message(sharded):
     (sharded / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(
         ModelError, match=r"lacks 1 shards named by its index \(model-00002-of-00002.safetensors, ...\)"
@@ -127,14 +127,14 @@ def test_missing_shard_is_refused_by_words(sharded):
         find(sharded)
 
 
-def test_shard_of_another_model_is_refused_by_words(sharded):
+def test_shard_of_another_model_is_refused_with_a_message(sharded):
     shutil.copy(sharded / "model-00001-of-00002.safetensors", sharded / "model-00002-of-00002.safetensors")
     with pytest.raises(ModelError, match=r"00002-of-00002.safetensors lacks \d+ tensors that the index puts there"):
         find(sharded)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"model.norm.weight": 5}}'])
-def test_broken_index_is_refused_by_words(sharded, content):
+def test_broken_index_is_refused_with_a_message(sharded, content):
     (sharded / "model.safetensors.index.json").write_text(content)
     with pytest.raises(ModelError, match=r"index.json is not a safetensors index"):
         find(sharded)
@@ -153,13 +153,13 @@ def test_index_cannot_point_outside_its_folder(sharded, tmp_path):
         find(sharded)
 
 
-def test_missing_config_is_refused_by_words(base):
+def test_missing_config_is_refused_with_a_message(base):
     (base / "config.json").unlink()
     with pytest.raises(ModelError, match=r"has no config.json: expected a Hugging Face model folder"):
         find(base)
 
 
-def test_missing_folder_is_refused_by_words(tmp_path):
+def test_missing_folder_is_refused_with_a_message(tmp_path):
     with pytest.raises(ModelError, match=r"absent is neither a folder here nor a hub id \(owner/name\)"):
         find(tmp_path / "absent")
 
@@ -178,7 +178,7 @@ def test_fingerprint_is_stable_and_changes_with_any_tensor(base, tiny_base):
     assert fingerprint_weights(find(base)) != before
 
 
-def test_absent_gpu_is_refused_by_words_and_never_replaced(monkeypatch):
+def test_absent_gpu_is_refused_with_a_message_and_never_replaced(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ResourceError, match=r"asks for a GPU .*train.device=cpu eval.device=cpu"):
         check_device(torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""Tokenizers: Llama 3's own file gives Llama 3's ids, folders load, and what is not a tokenizer is named."""
+"""Tokenizers: Llama 3's file gives Llama 3's ids, folders load, and anything else is refused by name."""
 
 from __future__ import annotations
 
@@ -73,19 +73,19 @@ def test_cut_tiktoken_file_is_refused_instead_of_shifting_special_ids(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"\x00\xff\xfe no tokens", b"one_word_a_line\n", b"aGk= notanumber\n"])
-def test_file_that_is_no_tiktoken_file_is_refused_by_words(tmp_path, content):
+def test_file_that_is_no_tiktoken_file_is_refused_with_a_message(tmp_path, content):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=r"is not a tiktoken file .*expected lines of a base64 token and its rank"):
         load_tokenizer(path)
 
 
-def test_folder_without_tokenizer_is_refused_by_words(tmp_path):
+def test_folder_without_tokenizer_is_refused_with_a_message(tmp_path):
     with pytest.raises(ModelError, match=r"holds no tokenizer: expected tokenizer.json or Llama 3's tokenizer.model"):
         load_tokenizer(tmp_path)
 
 
-def test_tokenizer_without_bos_is_refused_by_words(tiny_base, tmp_path):
+def test_tokenizer_without_bos_is_refused_with_a_message(tiny_base, tmp_path):
     tokenizer = load_tokenizer(tiny_base)
     tokenizer.save_pretrained(str(tmp_path))
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -107,7 +107,9 @@ def test_missing_padding_token_is_taken_from_eos(tiny_base, tmp_path):
 def test_hash_survives_saving_and_changes_with_template(tiny_base, tmp_path):
     tokenizer = load_tokenizer(tiny_base)
     before = hash_tokenizer(tokenizer)
-    tokenizer("some text", padding="max_length", max_length=50, truncation=True)  # use leaves traces in the backend
+    tokenizer(
+        "some text", padding="max_length", max_length=50, truncation=True
+    )  # the backend keeps the settings of this call
     tokenizer.save_pretrained(str(tmp_path))
     assert hash_tokenizer(load_tokenizer(tmp_path)) == before
     assert len(before) == 16

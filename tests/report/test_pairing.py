@@ -50,7 +50,7 @@ def test_two_runs_of_one_task_stand_each_with_its_own():
     assert "Trained and not evaluated: second." in score_table(paired).notes
 
 
-def test_results_older_than_the_hashes_are_told_apart_by_their_folders():
+def test_results_older_than_the_hashes_are_distinguished_by_their_folders():
     def strip(result: Result) -> Result:
         return dataclasses.replace(result, run=None, adapter_hash=None, base_hash=None, config={"name": "any"})
 
@@ -146,12 +146,12 @@ def test_full_measurement_is_preferred_to_a_newer_partial_one():
     assert paired.left_out[0].why == f"partial, beside a full one of {OLD}"
 
 
-def test_measurements_of_other_kinds_stand_beside_each_other():
+def test_measurements_of_other_kinds_are_shown_beside_each_other():
     for change in ({"bits": 4}, {"method": "generate"}, {"task": "ner"}, {"variant": "base"}):
         assert len(pair_results([make_evaluation(), make_evaluation(**change)]).kept) == 2
 
 
-def test_names_that_are_equal_are_told_apart_by_their_folders():
+def test_names_that_are_equal_are_distinguished_by_their_folders():
     results = [make_evaluation(**make_run("x", folder=folder, digest=folder)) for folder in ("/a/runs", "/b/runs")]
     assert [each.run.name for each in pair_results(results).kept] == ["x (a/runs)", "x (b/runs)"]
 

@@ -82,7 +82,7 @@ def test_methods_and_test_splits_are_named_where_there_are_several():
 COUNTS = {"negative": {"neutral": 20}, "neutral": {"neutral": 60}, "positive": {"neutral": 20}}
 
 
-def test_majority_line_and_ties_are_said():
+def test_majority_line_and_ties_are_shown():
     results = [make_evaluation(0.60, counts=COUNTS), make_evaluation(0.61, variant="base", counts=COUNTS)]
     table = scores_of(*results)
     # Always `neutral`: accuracy 0.6; F1 of neutral 2 * 0.6 / 1.6 = 0.75, weighted by its share 0.45.
@@ -120,7 +120,7 @@ def make_wire(seconds: float, **changes: float) -> dict[str, float]:
     return {"rounds": 40, "bytes_sent": 2**20, "bytes_adam": 2**22, "seconds": seconds} | changes
 
 
-def test_communication_of_two_optimisers_stands_side_by_side():
+def test_communication_of_two_optimisers_is_shown_side_by_side():
     ours = make_training(
         wire=[make_wire(1.5), make_wire(0.25)],
         metrics={"loss_last": 0.125},
@@ -140,7 +140,7 @@ def test_communication_of_two_optimisers_stands_side_by_side():
     assert "Communication" not in print_report([make_training()])
 
 
-def test_paper_numbers_stand_beside_ours():
+def test_paper_numbers_are_shown_beside_ours():
     text = print_report([make_evaluation(0.85), make_training()])
     assert "Beside the paper: Fine-tuning cost" in text
     (row,) = [line for line in text.splitlines() if "fpb" in line and "86.30" in line]
@@ -152,7 +152,7 @@ def test_paper_numbers_stand_beside_ours():
     assert ("Inference speed", "1", "no Llama 70B in these results") in missing.rows
 
 
-def test_only_comparable_measurements_stand_beside_the_paper():
+def test_only_comparable_measurements_are_shown_beside_the_paper():
     paper = find_paper(quantity="accuracy", variant="4bit-r4", tasks=("fpb",))
     assert find_ours(paper, [make_evaluation()]) is not None
     others = [

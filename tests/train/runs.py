@@ -38,7 +38,7 @@ def losses_of(config):
 
 
 def checkpoints_of(config):
-    """Checkpoint folders, oldest first; a file beside them is Ray's own list of them."""
+    """Return checkpoint folders, oldest first, without Ray's list file."""
     return sorted(path for path in folder_of(config).root.glob("checkpoint_*") if path.is_dir())
 
 

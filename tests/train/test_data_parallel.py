@@ -1,4 +1,4 @@
-"""Collectives of the workers, and what DeepSpeed does for each optimiser."""
+"""Collectives of the workers, and DeepSpeed's settings for each optimiser."""
 
 from __future__ import annotations
 

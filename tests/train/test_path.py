@@ -72,7 +72,7 @@ def test_small_memory_makes_small_packs_that_fit(make_run):
     assert least.memory.train_peak_gib > 1e-9
 
 
-def test_reason_for_padded_rows_is_said_from_config_alone(make_config):
+def test_reason_for_padded_rows_is_shown_from_config_alone(make_config):
     assert refuse_packing(make_config()) is None
     assert refuse_packing(make_config("train.packing=false")) == "train.packing=false"
     words = "lora.target_modules has down_proj; packed training adapts q_proj, k_proj, v_proj"

@@ -68,7 +68,7 @@ CHECKPOINTED = "train.gradient_checkpointing=true"
 
 
 @pytest.mark.parametrize(
-    ("found", "mended", "settings"),
+    ("found", "remedies", "settings"),
     [
         (["train.micro_batch_size=16"], [CHECKPOINTED], (CHECKPOINTED,)),
         (
@@ -83,11 +83,11 @@ CHECKPOINTED = "train.gradient_checkpointing=true"
         ),
     ],
 )
-def test_first_setting_that_makes_it_fit_is_named(make_8b, found, mended, settings):
+def test_first_setting_that_makes_it_fit_is_named(make_8b, found, remedies, settings):
     if "model.bits=8" in found:
-        memory = memory_between(make_8b, mended, ["train.micro_batch_size=1", CHECKPOINTED, "model.bits=8"])
+        memory = memory_between(make_8b, remedies, ["train.micro_batch_size=1", CHECKPOINTED, "model.bits=8"])
     else:
-        memory = memory_between(make_8b, [*found, *mended], found)
+        memory = memory_between(make_8b, [*found, *remedies], found)
     verdict = plan_run(make_8b(*found), memory, 1)
     assert not verdict.fits
     assert verdict.settings == settings
@@ -166,7 +166,7 @@ def test_training_set_at_hand_is_not_read_again(make_8b, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "mend"),
+    ("overrides", "advice"),
     [
         (
             ["model.bits=8", "train.micro_batch_size=4"],
@@ -179,7 +179,7 @@ def test_training_set_at_hand_is_not_read_again(make_8b, monkeypatch):
         ),
     ],
 )
-def test_gpu_that_ran_out_of_memory_names_what_saves_some(make_8b, overrides, mend):
+def test_gpu_that_ran_out_of_memory_names_what_saves_some(make_8b, overrides, advice):
     found = (
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 47.40 GiB of which 1.00 GiB is free. "
         "Process 1 has 46.40 GiB memory in use. Of the allocated memory 45 GiB is allocated by PyTorch."
@@ -187,7 +187,7 @@ def test_gpu_that_ran_out_of_memory_names_what_saves_some(make_8b, overrides, me
     error = explain_out_of_memory(make_8b(*overrides), found, None)
     assert isinstance(error, ResourceError)
     assert (
-        f"Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 47.40 GiB of which 1.00 GiB is free): {mend}"
+        f"Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 47.40 GiB of which 1.00 GiB is free): {advice}"
         in str(error)
     )
 

@@ -51,7 +51,7 @@ def test_killed_worker_resumes_with_the_uninterrupted_numbers(uninterrupted, con
     result = worker.run_training(config)
     assert Path(marker).exists()
     lines = [json.loads(line)["step"] for line in folder_of(config).progress.read_text().splitlines()]
-    # Whether the checkpoint of step 4 was registered when the worker died is a race; that of step 2 was.
+    # The checkpoint of step 2 was registered when the worker crashed; that of step 4 may or may not have been.
     assert lines[:5] == [1, 2, 3, 4, 5]
     assert 3 <= lines[5] <= 5
     assert lines[5:] == list(range(lines[5], 7))
@@ -104,7 +104,7 @@ def test_zero_one_adam_stops_and_resumes_where_workers_agree(configure, ray_inst
     )
     result = worker.run_training(config)
     steps = [json.loads(line)["step"] for line in folder_of(config).progress.read_text().splitlines()]
-    # The checkpoint of step 26 counts only once both workers have reported it, which the kill may have forestalled.
+    # The checkpoint of step 26 counts only if both workers reported it before the kill.
     assert steps in ([*range(1, 28), *range(27, 31)], [*range(1, 28), *range(25, 31)])
     assert result.loss_curve == expected.loss_curve
     assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(config).items())
@@ -113,7 +113,7 @@ def test_zero_one_adam_stops_and_resumes_where_workers_agree(configure, ray_inst
 
 
 def test_damaged_checkpoint_is_refused_and_the_run_resumes_from_the_one_before(quantised, monkeypatch, tmp_path):
-    """An error of a worker comes back as it was raised there, without a second start; then its advice is followed."""
+    """A worker's error is raised unchanged, without a restart; then the test follows its advice."""
     from finlora.train import worker
 
     starts = str(tmp_path / "starts")
@@ -126,7 +126,7 @@ def test_damaged_checkpoint_is_refused_and_the_run_resumes_from_the_one_before(q
         return there._work(loop_config)
 
     whole, result = quantised
-    config = dataclasses.replace(whole, output_dir=str(tmp_path))  # other tests look at that run as it ended
+    config = dataclasses.replace(whole, output_dir=str(tmp_path))  # other tests use that run unchanged
     shutil.copytree(folder_of(whole).root, folder_of(config).root)
     newest = newest_checkpoint(config)
     path = newest / "optimizer-1.pt"

@@ -20,7 +20,7 @@ from finlora.configfile import describes_server
 from finlora.errors import ConfigError, ResourceError
 from finlora.machine.foreign_errors import shorten
 from finlora.machine.host import require_free_port
-from finlora.machine.signals import heeded_signals, leave_terminal
+from finlora.machine.signals import handled_signals, leave_terminal
 from finlora.model.base_files import BaseFiles
 from finlora.precision import describe_type, resolve_model
 from finlora.serve.accounts.keys import KeyRing
@@ -163,7 +163,7 @@ def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
             leave_terminal()
         stop.set()
 
-    previous = {number: signal.signal(number, end) for number in heeded_signals()}
+    previous = {number: signal.signal(number, end) for number in handled_signals()}
     try:
         remote: Any = ServerDeployment
         try:

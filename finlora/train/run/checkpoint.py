@@ -128,7 +128,7 @@ def read_info(folder: Path, run_hash: str, world_size: int) -> CheckpointInfo:
         if info.world_size != world_size:
             raise CheckpointError(
                 f"checkpoint {folder} was written by {info.world_size} workers, this run has {world_size}: set "
-                f"train.num_workers={info.world_size}, or choose another `name` to start anew."
+                f"train.num_workers={info.world_size}, or choose another `name` for a new run."
             )
         if info.run_hash != run_hash:
             raise CheckpointError(

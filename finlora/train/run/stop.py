@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from finlora.errors import StoppedError
-from finlora.machine.signals import heeded_signals, leave_terminal
+from finlora.machine.signals import handled_signals, leave_terminal
 
 _READ_EVERY_S = 0.5
 
@@ -69,7 +69,7 @@ def stop_on_signals(
             raise describe_stop(path, 0, 0)
         announce(f"{name}: stopping after a checkpoint of this step. Once more ends at once, without one.")
 
-    before = {number: signal.signal(number, ask) for number in heeded_signals()}
+    before = {number: signal.signal(number, ask) for number in handled_signals()}
     try:
         yield
     finally:

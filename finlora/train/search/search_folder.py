@@ -56,7 +56,7 @@ class TrialState(StrEnum):
 
 
 class Mark(StrEnum):
-    """File in a trial's folder by which its driver and the search's own process tell each other how it stands."""
+    """File in a trial's folder by which its driver and the search's process exchange its state."""
 
     BUSY = "busy"
     """Its driver works."""

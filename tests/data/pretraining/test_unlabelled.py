@@ -42,7 +42,7 @@ def test_input_is_the_text_of_a_completion_prompt():
     assert input_of(prompt) == prompt
 
 
-def test_each_input_stands_plain_and_in_its_questions():
+def test_each_input_occurs_plain_and_in_its_questions():
     texts = unlabelled_texts([*INPUTS, "", " "], seed=1)
     assert [texts.count(text) for text in INPUTS] == [1] * len(INPUTS)
     asked = [" ".join(own) for _, own, _ in questions()]

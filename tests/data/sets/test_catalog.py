@@ -49,7 +49,7 @@ def test_closed_tasks_have_choices_and_xbrl_is_free(task):
         (None, TEXT, "Brunholt", "which a plain prompt does not ask"),
     ],
 )
-def test_question_that_cannot_be_asked_is_refused_by_words(task, text, about, words):
+def test_question_that_cannot_be_asked_is_refused_with_a_message(task, text, about, words):
     with pytest.raises(DatasetError, match=words):
         make_question(task, text, about)
 

@@ -24,7 +24,7 @@ def test_missing_column_names_near_ones(write_rows, read_task):
     ]
 
 
-def test_undeclared_labels_are_told_with_their_rows(write_rows, read_task):
+def test_undeclared_labels_are_reported_with_their_rows(write_rows, read_task):
     rows = make_rows(12)
     for row in rows[:4]:
         row["label"] = "Good "
@@ -39,7 +39,7 @@ def test_undeclared_labels_are_told_with_their_rows(write_rows, read_task):
     assert "Left out 5 of 12 rows, whose label is not declared: 'Good ' 4, '-1' 1 (unlabelled: skip)." in splits.notes
 
 
-def test_empty_label_is_told_with_its_row(write_rows, read_task):
+def test_empty_label_is_reported_with_its_row(write_rows, read_task):
     rows = make_rows(10)
     rows[6]["label"] = ""
     write_rows(rows)
@@ -64,7 +64,7 @@ def test_repeated_identifiers_are_counted(write_rows, read_task):
         read_task(columns={"id": "letter_id"})
 
 
-def test_rows_of_one_label_and_labels_that_a_side_lacks_are_told(write_rows, read_task):
+def test_rows_of_one_label_and_labels_that_a_side_lacks_are_reported(write_rows, read_task):
     rows = make_rows(20)
     rows[3]["label"] = "rare"
     write_rows(rows)
@@ -141,7 +141,7 @@ def test_what_is_no_number_by_the_mark_is_refused(value):
         ([], "expected a list of messages"),
     ],
 )
-def test_conversation_that_cannot_be_learnt_is_told(write_rows, read_task, messages, words):
+def test_conversation_that_cannot_be_learnt_is_reported(write_rows, read_task, messages, words):
     write_rows([{"messages": messages}], "chats.jsonl")
     with pytest.raises(DatasetError, match=words):
         read_task(kind="chat", labels=None, prompt=None, source={"files": "chats.jsonl"})

@@ -59,12 +59,12 @@ def test_card_reads_back_equal(write_task):
         ),
     ],
 )
-def test_wrong_key_is_told_by_words(write_task, changes, words):
+def test_wrong_key_is_reported_with_a_message(write_task, changes, words):
     with pytest.raises(ConfigError, match=words):
         load_task_file(write_task(**changes))
 
 
-def test_faults_are_told_together(write_task):
+def test_faults_are_reported_together(write_task):
     with pytest.raises(ConfigError) as caught:
         load_task_file(write_task(labels=[True, "b"], columns={"tekst": "x"}, kind="choise"))
     assert len(caught.value.faults) == 3

@@ -39,7 +39,7 @@ def test_semicolons_of_a_spreadsheet_are_read(tmp_path):
         ("a.xlsx", b"PK", "expected one of .csv, .tsv"),
     ],
 )
-def test_damaged_table_is_told_with_its_line(tmp_path, name, raw, words):
+def test_damaged_table_is_reported_with_its_line(tmp_path, name, raw, words):
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(DatasetError, match=words):
         read_table(tmp_path / name)

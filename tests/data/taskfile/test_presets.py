@@ -105,7 +105,7 @@ def test_conversations_of_both_forms_are_equal(write_rows, read_task, preset):
     assert (example.turns[0][1] in TEXTS, example.answer, example.choices) == (True, "no", ())
 
 
-def test_row_of_another_form_is_told(write_rows, read_task):
+def test_row_of_another_form_is_reported(write_rows, read_task):
     write_rows(make_rows(3), "rows.json")
     with pytest.raises(
         DatasetError, match=r"rows.json:1: found text, label; preset label_studio has data and annotations too"

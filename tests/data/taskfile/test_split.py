@@ -83,7 +83,7 @@ def test_huge_group_does_not_become_the_test():
     assert len(parts.test) == 20
 
 
-def test_leaks_and_two_labels_are_told():
+def test_leaks_and_two_labels_are_reported():
     rows = [
         *make_rows(20, who=lambda row: f"c{row % 5}"),
         {"text": TEXTS[0], "label": "1", "who": "c9"},

@@ -108,7 +108,7 @@ def test_pretraining_texts_show_which_words_are_alike_and_never_the_pair():
         assert has_noun != has_verb, sentence
 
 
-def test_pretraining_asks_for_words_of_a_change_that_stand_in_the_input():
+def test_pretraining_asks_for_words_of_a_change_that_occur_in_the_input():
     asked = [text for text in pretraining_texts(7, 3000) if "Repeat what changed" in text or "of a change" in text]
     assert len(asked) > 200
     for text in asked:

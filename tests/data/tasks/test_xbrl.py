@@ -43,7 +43,7 @@ def test_missing_file_names_it(tmp_path, ask):
         read_xbrl_tags(ask(tmp_path))
 
 
-def test_hub_rows_are_told_apart_by_their_shot(fake_hub, ask):
+def test_hub_rows_are_distinguished_by_their_shot(fake_hub, ask):
     fake_hub({"train": [row("a"), row("b", VALUE_SHOT, "12")], "test": [row("c")]})
     splits = read_xbrl_tags(ask(None))
     assert (len(splits.train), len(splits.test)) == (1, 1)

@@ -33,7 +33,7 @@ def random_tensor(*shape, seed=0):
 
 
 def attend(query, key, value, ranges):
-    """As the engine calls it on a GPU."""
+    """Call attention as the engine does on a GPU."""
     if DEVICE == "cuda":
         return attend_cache(query, key, value, ranges)
     return kernels.decode_attention.attend_singly(query, key, value, ranges.starts, ranges.lengths)
@@ -57,7 +57,7 @@ def test_single_queries_see_the_keys_of_their_range(num_heads, num_groups, width
     ranges = lay_out(starts, lengths)
     wanted, wanted_sum = attend_cache(query.float().cpu(), key.float().cpu(), value.float().cpu(), ranges)
     for start, length in zip(starts, lengths, strict=True):
-        key[start + length : start + length + 8] = torch.nan  # nobody's
+        key[start + length : start + length + 8] = torch.nan  # rows of no request
         value[start + length : start + length + 8] = torch.nan
     on_device = KeyRanges(*(part.to(DEVICE) for part in ranges[:3]), 1)
     found, found_sum = attend(query, key, value, on_device)

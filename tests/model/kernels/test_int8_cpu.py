@@ -1,4 +1,4 @@
-"""int8 products on a CPU: exact whatever the processor multiplies, also where oneDNN saturates."""
+"""int8 products on a CPU: exact on every processor, also if oneDNN saturates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finlora.model.kernels import int8_cpu
 
 SIZES = [(32, 64, 64), (33, 40, 1500), (40, 8, 4096)]
 HELD = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-"""By which a processor with VNNI computes as one of 2013 would; oneDNN then saturates, and torch does not know."""
+"""Makes a processor with VNNI compute like one of 2013; oneDNN then saturates without torch's knowledge."""
 
 
 def draw_int8(*shape):
@@ -37,7 +37,7 @@ def test_product_is_exact(multiply, size):
     assert torch.equal(multiply(x, weight), (x.long() @ weight.long().t()).int())
 
 
-def test_processor_that_saturates_is_found_out_and_said_once(monkeypatch, caplog):
+def test_processor_that_saturates_is_detected_and_reported_once(monkeypatch, caplog):
     """As oneDNN's AVX2 kernels: x is shifted to 0 to 255, and pairs of products are added in int16."""
 
     def saturate(x, other):
@@ -55,14 +55,14 @@ def test_processor_that_saturates_is_found_out_and_said_once(monkeypatch, caplog
 
 
 def test_slow_exact_product_is_not_taken(monkeypatch):
-    """As torch's own loops where the processor has no VNNI."""
+    """As with torch's own loops on a processor without VNNI."""
     seconds = iter([2.0, 1.0])
     monkeypatch.setattr(int8_cpu, "_time", lambda run: next(seconds))
     assert not int8_cpu.has_exact_int8()
 
 
 def test_frozen_weight_is_the_same_on_a_processor_held_to_avx2():
-    """LLM.int8() in a process of its own: oneDNN reads its limit once."""
+    """LLM.int8() in its own process: oneDNN reads its limit once."""
     code = (
         "import torch; from finlora.model.layers.frozen_linear import Int8Weight;"
         "torch.manual_seed(0); x = torch.randn(40, 256); values = torch.randint(-127, 128, (96, 256), dtype=torch.int8);"

@@ -29,12 +29,11 @@ SIZES = [
     (64, 520, 768),
     (12, 40000, 2560),
 ]
-"""(rows, outputs, columns): tiles that are cut, blocks that begin in the middle of a row of tiles and go on in the next, one and
-several tiles of rows."""
+"""(rows, outputs, columns): partial tiles, blocks that continue in the next row of tiles, one and several tiles of rows."""
 KINDS = ["ordinary", "zeros", "outliers", "one huge", "subnormal"]
 
 
-def test_every_byte_stands_for_its_two_numbers():
+def test_every_byte_encodes_its_two_numbers():
     numbers = bnb.functional.get_4bit_type("nf4", device="cpu")
     pairs = pair_up(numbers)
     assert pairs.shape == (256,)
@@ -46,7 +45,7 @@ def test_every_byte_stands_for_its_two_numbers():
 
 
 def test_tiles_hold_each_number_where_the_kernels_look_for_it():
-    """As mma.m16n8k16 has its first operand (PTX ISA 8.5, 9.7.14.5.8), with columns in the order of a lane's bytes."""
+    """In the layout of mma.m16n8k16's first operand (PTX ISA 8.5, 9.7.14.5.8), with columns in the order of a lane's bytes."""
     num_out, num_in = 40, 512
     packed = torch.randint(0, 256, (num_out, num_in // 2), dtype=torch.uint8)
     levels = torch.randint(0, 256, (num_out, num_in // 64), dtype=torch.uint8)
@@ -82,14 +81,14 @@ def random_rows(*shape, seed=0):
 
 
 def assert_near(found, x, weight, residual=None):
-    """NF4's numbers, bitsandbytes' weights and the output are rounded: 2^-8 each."""
+    """Tolerance: NF4's numbers, bitsandbytes' weights and the output are rounded to 2^-8 each."""
     assert found.dtype == torch.bfloat16
     adversarial.assert_near(found, x, weight, residual, eps=3 * 2.0**-8)
 
 
 @pytest.fixture
 def shared_bytes(request, monkeypatch):
-    """The shared memory of a block and of a processor that the kernels are made for: this GPU's own, or another's."""
+    """Shared memory of a block and of a multiprocessor for which the kernels are compiled: this GPU's or another's."""
     from finlora.model.kernels import nf4_products
 
     if request.param is not None:
@@ -241,7 +240,7 @@ def test_norm_of_few_rows(num_rows, width, dtype):
 
 
 def describe_layer(num_out, num_in):
-    """As much of a 4-bit layer as says how its blocks lie."""
+    """Return a stand-in of a 4-bit layer with its shape and block size."""
     state = SimpleNamespace(
         nested=True, blocksize=64, state2=SimpleNamespace(blocksize=256), absmax=range(num_out * num_in // 64)
     )
@@ -268,7 +267,7 @@ def test_sizes_of_llamas_that_the_kernels_take(hidden, inner, key_value, tiled):
     }
     found = {name for name, shapes in products.items() if can_tile([describe_layer(*shape) for shape in shapes])}
     assert found == tiled
-    most_rows = choose_batch_rows(1) + 4096  # labels come on top
+    most_rows = choose_batch_rows(1) + 4096  # plus rows of labels
     for shapes in products.values():
         num_out, num_in = sum(out for out, _ in shapes), shapes[0][1]
         # Triton's kernels of 8 bit count the numbers of each of their tensors in 31 bits.

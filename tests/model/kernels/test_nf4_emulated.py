@@ -1,4 +1,4 @@
-"""The kernels for NF4 weights and how they are launched, without a GPU (emulated_gpu.cpp), against bitsandbytes on CPU."""
+"""NF4 kernels and their launches without a GPU (emulated_gpu.cpp), compared with bitsandbytes on CPU."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="the kernels are compiled for the processor by g++")
 NUM_PROCESSORS = 5
 SHARED_BYTES = {"whole steps of x": (232448, 233472), "halves": (101376, 102400)}
-"""Shared memory of a block and of a processor: an H200's and an A6000's."""
+"""Shared memory of a block and of a multiprocessor: H200 and A6000."""
 
 
 class EmulatedKernel:
-    """Stands for finlora.model.kernels.compile_cuda.CudaKernel."""
+    """Replacement of finlora.model.kernels.compile_cuda.CudaKernel."""
 
     def __init__(self, function):
         self._function, self.blocks_a_processor = function, 1
@@ -138,7 +138,7 @@ def test_unpacked_numbers_are_those_of_bitsandbytes(num_out, num_in, few):
 @pytest.mark.parametrize("few", ["whole steps of x"], indirect=True)
 @pytest.mark.parametrize("num_rows", [2, MAX_FEW_ROWS + 6])
 def test_frozen_projections_side_by_side_take_the_kernels(num_rows, few, monkeypatch):
-    """What `freeze` makes of 4-bit layers on a GPU: few rows at once, more with each projection unpacked."""
+    """The layers that `freeze` makes from 4-bit ones on a GPU: few rows together, more with each projection unpacked."""
     monkeypatch.setattr(launch, "takes_kernels", lambda _tensor: True)
     layers = [make_layer(num_out, 256) for num_out in (128, 64, 64)]
     plain = torch.cat([unpack_nf4(layer, torch.bfloat16) for layer in layers])

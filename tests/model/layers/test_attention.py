@@ -61,7 +61,7 @@ def test_long_segments_equal_flash_attention_and_float32(lengths, monkeypatch):
     def draw(heads):
         return torch.randn(num_rows, heads, 128, generator=generator, device="cuda", dtype=torch.bfloat16)
 
-    # As the layer has them: side by side, so a head's rows are not next to each other.
+    # As in the layer: heads side by side, so a head's rows are not contiguous.
     query, key, value = draw(16).split([8, 4, 4], 1)
     grad = draw(8)
     leaves = [tensor.float().requires_grad_() for tensor in (query, key, value)]
@@ -88,7 +88,7 @@ def test_long_segments_equal_flash_attention_and_float32(lengths, monkeypatch):
 @pytest.mark.parametrize("way", ["flash", "cudnn"])
 @pytest.mark.parametrize("lengths", [(40,), (17, 300, 5), (256, 257)])
 def test_attention_of_a_gpu_equals_the_plain_one(monkeypatch, way, lengths):
-    """Arguments given to FlashAttention and cuDNN, and use of their results; both are emulated."""
+    """Arguments of FlashAttention and cuDNN, and use of their results; both are emulated."""
     items = [Encoded(tuple(range(n, n + length)), (1, 2)) for n, length in enumerate(lengths)]
     segments = pack_examples(items, share_prefix=False).segments
     generator = torch.Generator().manual_seed(0)

@@ -100,7 +100,7 @@ def test_dropout_of_a_row_does_not_depend_on_the_rows_after_it():
 
 
 def arguments_of(rows):
-    """Name of each fused step and what it takes, in bfloat16 as on a GPU."""
+    """Return the arguments of each fused step by name, in bfloat16 as on a GPU."""
     x, weight, threshold = draw(rows, H).bfloat16(), draw(H).bfloat16(), drop_threshold(P)
     keep = draw_keep(seed_of(5), x, 3, threshold)
     head = draw(rows, 4, 8).bfloat16()
@@ -145,7 +145,7 @@ def test_every_compiled_step_is_tried():
 
 
 SUMS = ["normalise", "normalise_and_drop", "normalise_and_drop_backward", "normalise_backward"]
-"""Steps that add up rows, whose order of summation a compiler chooses."""
+"""Steps that sum over rows; the compiler chooses the order of summation."""
 
 
 def test_steps_that_sum_over_rows_are_known():
@@ -162,7 +162,7 @@ def step_source(name):
 @pytest.mark.parametrize("name", SUMS)
 @pytest.mark.parametrize("rows", [(40, 3, 1, 2100), (1, 3, 40)])
 def test_kernel_of_a_sum_does_not_depend_on_the_calls_before(name, rows, monkeypatch):
-    """One kernel for any number of rows from two on, laid out for the same number whatever call comes first."""
+    """One kernel for any number of rows from two on, with the same layout whatever the first call."""
     laid_out_for, compiles = [], []
     calls = [[copy.copy(value) for value in arguments_of(count)[name]] for count in rows]
     assert all(len({id(value) for value in arguments}) == len(arguments) for arguments in calls), (

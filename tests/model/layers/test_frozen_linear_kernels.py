@@ -20,7 +20,7 @@ else:
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 TOLERANCE = 0.01 if DEVICE == "cuda" else 1e-5
-"""Of the largest number: outputs are rounded to 8 bits of mantissa on a GPU, and NF4's numbers too."""
+"""Tolerance relative to the largest number: on a GPU outputs and NF4's numbers have 8 bits of mantissa."""
 SIZES = [(1, 192, 256), (5, 200, 512), (33, 128, 384), (3, 576, 1536)]
 
 

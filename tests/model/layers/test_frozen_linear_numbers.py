@@ -182,7 +182,7 @@ def test_row_that_is_not_finite_gives_nothing_finite_and_leaves_the_others(bits,
     assert back[others].isfinite().all()
 
 
-def test_weight_that_cannot_be_held_is_refused_by_words():
+def test_weight_that_cannot_be_held_is_refused_with_a_message():
     weight = torch.ones(4, 64)
     for bits in (16, 8, 4):
         require_range(weight, "q", bits)

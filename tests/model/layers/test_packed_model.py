@@ -113,7 +113,7 @@ def test_sum_over_packs_equals_one_pack(make_model):
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_8_bit_products_equal_bitsandbytes(make_model, scale):
-    """Scale 3 has outliers in nearly every column, as many as are held back; bitsandbytes' constant is off by 2e-5."""
+    """Scale 3 has outliers in nearly every column, all kept in 16 bit; bitsandbytes' constant is off by 2e-5."""
     mlp = make_model(8).get_base_model().model.layers[0].mlp
     x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)) * scale
     assert ((x.abs() >= 6).any(0).sum() > 20) == (scale == 3)
@@ -124,13 +124,13 @@ def test_8_bit_products_equal_bitsandbytes(make_model, scale):
     assert float((own - expected).norm() / expected.norm()) < 1e-4
     dense = weight.values.float() * weight.scales[:, None] / 127
     torch.testing.assert_close(weight.backward(own), own @ dense, rtol=1e-5, atol=1e-5)
-    with quiet_bitsandbytes():  # the layers go on working on the joined rows
+    with quiet_bitsandbytes():  # the layers still work, on the joined rows
         assert torch.equal(torch.cat([mlp.gate_proj(x.clone()), mlp.up_proj(x.clone())], 1), expected)
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
 def test_8_bit_pass_stays_within_its_own_rounding(make_model, recompute):
-    """A difference of 2e-5 turns some int8 roundings, which changes gradients by 0.1 % here."""
+    """A difference of 2e-5 flips some int8 roundings, which changes gradients by 0.1 % here."""
     model = make_model(8)
     expected = gradients_of(model, AnswerLoss(model), collate(EXAMPLES, 2))
     module = PackedLlama(model, torch.float32, recompute=recompute)

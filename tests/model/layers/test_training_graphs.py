@@ -1,4 +1,4 @@
-"""Captured passes against the same passes run eagerly: on a GPU, else with CUDA graphs and kernels emulated."""
+"""Captured passes compared with eager ones: on a GPU, or with emulated CUDA graphs and kernels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
-    """The GPU at hand, or an emulated one, of which the graphs are returned."""
+    """A real GPU (None), or an emulated one (its list of graphs)."""
     if DEVICE.type == "cuda":
         yield None
         return
@@ -39,7 +39,7 @@ def gpu(monkeypatch):
 
 
 def make_packs(count):
-    """Packs of two forms in turn, with tokens of their own."""
+    """Packs of two sizes in turn, each with other tokens."""
     for number in range(count):
         items = [
             Encoded(
@@ -79,7 +79,7 @@ def run(module, parameters, packs):
 def test_replay_equals_the_plain_pass_bit_for_bit(make_module, bits, gpu):
     expected = run(*make_module(bits, False), make_packs(8))
     own = run(*make_module(bits, True), make_packs(8))
-    if gpu is not None:  # two forms, each seen once and then replayed
+    if gpu is not None:  # two sizes, each seen once and then replayed
         assert [graph.num_replays for graph in gpu] == [3, 3]
     for (loss, gradients), (other_loss, others) in zip(own, expected, strict=True):
         assert torch.equal(loss, other_loss)
@@ -98,7 +98,7 @@ def test_graphs_share_their_outputs_and_are_bounded(make_module, monkeypatch):
 
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_any_packs_of_a_form_replay_as_they_are(make_module, share_prefix):
-    """Lengths, prefixes, labels and labelled rows differ within a form: none may be baked into a graph."""
+    """Lengths, prefixes, labels and label rows differ between packs of a size: none may be baked into a graph."""
     rng = random.Random(7)
     packs = []
     for _ in range(14):

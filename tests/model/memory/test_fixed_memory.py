@@ -39,7 +39,7 @@ from finlora.optim.optimizer import make_optimizer
 from finlora.train.steps.loop import AnswerLoss
 
 CPU = torch.device("cpu")
-# Llama's proportions in small: grouped queries, and an MLP of 3.5 times the width.
+# A small model with Llama's proportions: grouped queries, and an MLP of 3.5 times the width.
 SHAPE = LlamaShape(
     hidden_size=256, intermediate_size=896, num_layers=3, num_heads=8, num_kv_heads=2, head_dim=32, vocab_size=1000
 )
@@ -47,8 +47,8 @@ B, T, LABELS_A_ROW = 4, 64, 4
 
 
 class HeldBytes(TorchDispatchMode):
-    """Bytes of all storages made inside and still alive, and their highest sum. Saved-tensor hooks would miss what a
-    custom autograd function keeps on its node, as bitsandbytes' 8-bit matmul does."""
+    """Bytes of live storages created inside, and their peak. Saved-tensor hooks would miss tensors that a custom autograd
+    function keeps on its node, as bitsandbytes' 8-bit matmul does."""
 
     def __init__(self):
         super().__init__()

@@ -85,7 +85,7 @@ def test_attempts_are_added_up_and_a_killed_one_counts_to_its_last_record(folder
     assert all(each.started.endswith("+00:00") for each in read_attempts(folder))
 
 
-def test_run_begun_before_times_were_kept_counts_its_logged_steps(folder):
+def test_run_started_before_times_were_kept_counts_its_logged_steps(folder):
     log_steps(folder, 10, 20, 30)  # 16 examples a step at 4 examples a second
     clock = AttemptClock(folder, Time())
     assert [(each.seconds, each.waited) for each in clock.list()] == [(120.0, 0.0), (0.0, 0.0)]

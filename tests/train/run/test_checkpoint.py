@@ -94,7 +94,7 @@ def test_broken_manifest_is_refused_with_a_message(saved, content):
 
 @pytest.mark.parametrize("name", ["step", "world_size", "run_hash", "wire", "files"])
 def test_manifest_whose_bits_have_changed_is_refused(saved, name):
-    """A digit of the step would let the run go on at another place, with the optimiser of this one."""
+    """With a changed digit the run would resume at another step, with the optimiser state of this one."""
     path = saved / "manifest-1.json"
     manifest = json.loads(path.read_text())
     manifest[name] = {"step": 5, "world_size": 3, "run_hash": "abd", "wire": {"rounds": 9}, "files": {}}[name]

@@ -225,7 +225,7 @@ def test_prompts_have_one_date_on_any_day_and_it_goes_into_the_contract(make_con
 
 
 def test_setting_of_no_date_leaves_the_hash_of_runs_before_it(make_config, monkeypatch):
-    """Runs that were begun before there was model.template_date are resumed."""
+    """Runs that started before model.template_date existed can be resumed."""
     hashed = []
     monkeypatch.setattr(
         "finlora.train.run.run_folder.json.dumps", lambda value, **_settings: hashed.append(value) or ""

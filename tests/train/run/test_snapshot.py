@@ -62,7 +62,7 @@ def root(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     writer = manager(folder)
-    writer._notify = lambda: None  # there is no event loop, nor anybody to tell
+    writer._notify = lambda: None  # there is no event loop to notify
     for step in (2, 4):
         path = folder / write(folder, step)
         checkpoint = Checkpoint(path=str(path), filesystem=writer._storage_context.storage_filesystem)
@@ -130,7 +130,7 @@ def test_run_without_any_checkpoint_left_starts_from_its_first_step(root):
 
 
 def test_checkpoint_of_other_data_is_not_thrown_away_with_a_broken_list(root):
-    """It stays in the list, so that the workers refuse it by words."""
+    """It stays in the list, so that the workers refuse it with a message."""
     (root / SNAPSHOT).write_text("")
     for path in root.glob("checkpoint_*/manifest-*.json"):
         path.write_text(json.dumps(seal({**unseal(json.loads(path.read_text())), "run_hash": "xyz"})))

@@ -14,7 +14,7 @@ from finlora.errors import ConfigError
 from finlora.train.run.stall import EXIT_CODE, StallGuard
 
 
-def test_worker_that_does_nothing_is_ended_and_told():
+def test_worker_that_does_nothing_is_ended_and_reported():
     said, is_ended = [], threading.Event()
 
     def end(message):

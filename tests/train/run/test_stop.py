@@ -20,7 +20,7 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("number", ENDING)
 def test_first_signal_asks_the_workers_and_handlers_come_back(path, number):
-    path.write_text("SIGINT")  # left by the run before
+    path.write_text("SIGINT")  # from the run before
     before = [signal.getsignal(each) for each in ENDING]
     lines = []
     with stop_on_signals(path, lines.append):
@@ -56,7 +56,7 @@ def test_signal_before_the_first_step_ends_at_once(path, number):
     with pytest.raises(StoppedError, match=words) as stopped, stop_on_signals(path, lines.append, lambda: False):
         os.kill(os.getpid(), number)
     assert stopped.value.exit_code == 128 + number
-    assert path.read_text() == number.name  # workers that start meanwhile read it
+    assert path.read_text() == number.name  # for workers that are starting
     assert lines == []
     assert [signal.getsignal(each) for each in ENDING] == before
 
@@ -89,7 +89,7 @@ def test_file_is_read_twice_a_second_at_most(path, monkeypatch):
 
 
 @pytest.mark.parametrize(("text", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("by hand", 143)])
-def test_end_is_told_in_one_line_with_the_shells_code(path, text, code):
+def test_end_is_reported_in_one_line_with_the_shells_code(path, text, code):
     path.write_text(text)
     error = describe_stop(path, 1200, 4000)
     assert str(error) == f"Stopped by {text} at step 1,200 of 4,000, which is saved: the same command resumes there."

@@ -1,4 +1,4 @@
-"""A run that finds its cores taken: the holder's name, the end of the wait, a stop during it, and its own turn."""
+"""A run whose cores are taken: the holder's name, the end of the wait, a stop during it, and the start afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ray
 
 @contextmanager
 def every_core_taken():
-    """Hold all cores while inside; yields what gives them back before."""
+    """Hold all cores while inside; yields a function that releases them early."""
     import ray
 
     with ExitStack() as lease:
@@ -56,7 +56,7 @@ def test_wait_ends_with_the_holders_name_and_the_run_goes_on_later(configure, ra
     assert not folder_of(config).waiting.exists()
     group = folder_of(config).group.read_text()
     assert _internal_kv_get(group, namespace="finlora") == b"the training taken"  # for others that wait
-    # Waiting of both attempts, and the work of both, each apart.
+    # Waiting and work of both attempts, counted separately.
     both = read_attempts(folder_of(config))
     assert (result.attempts, result.waited_seconds) == (2, sum(each.waited for each in both))
     assert result.waited_seconds > refused.waited

@@ -33,9 +33,9 @@ def test_group_of_a_dead_driver_is_removed(ray_instance, tmp_path):
     assert placement_group_table(group)["state"] == "REMOVED"
     assert not folder.group.exists()
     folder.group.write_text(group.id.hex())
-    free_group(folder)  # once more does no harm, as after a run that removed its own
+    free_group(folder)  # a second call has no effect, as after a run that removed its group
     with (tmp_path / "lock").open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the look itself keeps no lock
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the check itself keeps no lock
 
 
 def test_group_of_a_dead_actor_is_removed_and_no_other(ray_instance):

@@ -38,7 +38,7 @@ def make_record(number, state="finished", cause="", **scores):
 RECORDS = [
     make_record(0, weighted_f1=0.80, peak_memory_gib=6.0, hours=1.0),
     make_record(1, weighted_f1=0.85, peak_memory_gib=9.0, hours=1.0),
-    make_record(2, weighted_f1=0.79, peak_memory_gib=6.0, hours=0.5),  # beaten by 0 where time does not count
+    make_record(2, weighted_f1=0.79, peak_memory_gib=6.0, hours=0.5),  # dominated by 0 if time does not count
     make_record(3, weighted_f1=0.85, peak_memory_gib=9.5, hours=2.0),
     make_record(4, "pruned", weighted_f1=0.99, peak_memory_gib=1.0, hours=0.1),
     make_record(5, "failed", "Resource: a worker's GPU ran out of memory"),
@@ -52,7 +52,7 @@ def names(records):
 def test_front_holds_what_no_other_finished_trial_beats():
     assert names(pareto_front(RECORDS, BOTH)) == ["000", "001"]
     assert names(pareto_front(RECORDS, (*BOTH, "hours"))) == ["000", "001", "002"]
-    assert names(pareto_front(RECORDS, ("weighted_f1",))) == ["001", "003"]  # equal ones all stay
+    assert names(pareto_front(RECORDS, ("weighted_f1",))) == ["001", "003"]  # all equal ones stay
     assert pareto_front([], BOTH) == []
 
 
@@ -68,7 +68,7 @@ def test_best_is_first_in_the_first_objective_then_in_the_next():
 
 
 def test_best_of_free_text_is_by_what_was_measured():
-    """Free text has no weighted F1; a search over it by the usual objectives must still find its best trial."""
+    """Free text has no weighted F1; a search with the default objectives must still find its best trial."""
     records = [make_record(n, accuracy=value, hours=1.0) for n, value in enumerate((0.2, 0.9, 0.5))]
     assert best_trial(records, ("weighted_f1", "accuracy", "hours")) is records[1]
     half = [make_record(7, weighted_f1=0.1, accuracy=0.1), make_record(8, accuracy=0.9)]
@@ -141,7 +141,7 @@ def test_best_trains_on_all_examples_whatever_part_the_search_had(tmp_path):
 def test_search_of_one_trial_draws_no_dot(tmp_path):
     folder, stream = SearchFolder(tmp_path), io.StringIO()
     folder.cache.mkdir()
-    (tmp_path / "front.png").touch()  # of an earlier end, with trials that retry_failed took away
+    (tmp_path / "front.png").touch()  # of an earlier end, with trials that retry_failed removed
     paths = write_summary(RunConfig(), SearchConfig(objectives=BOTH), folder, RECORDS[3:], Console(file=stream))
     assert [path.name for path in paths] == ["front.md", "best.yaml", "003.yaml"]
     assert not (tmp_path / "front.png").exists()

@@ -17,7 +17,7 @@ from finlora.train.search.space import SearchConfig, sample_trials
 
 @pytest.fixture
 def task(make_config):
-    """A trial that has reported twice, of a search whose stop file is empty as while it runs."""
+    """A trial that has reported twice, in a running search (its stop file is empty)."""
     config, search = make_config("name=s"), SearchConfig(num_trials=1)
     folder = open_search(config, search)
     folder.stop.touch()
@@ -31,7 +31,7 @@ def task(make_config):
 
 
 class Ended:
-    """A trial of Ray Tune as its callbacks see it."""
+    """A trial of Ray Tune, as its callbacks get it."""
 
     def __init__(self, task, error):
         self.config, self.get_error = {"trial": task.trial.name}, lambda: error
@@ -78,7 +78,7 @@ def test_driver_that_crashed_too_often_is_recorded_with_its_cause(task):
 
 
 def test_trial_that_ended_before_its_driver_crashed_keeps_its_record(task, monkeypatch):
-    """The node may go between the record and Ray Tune's hearing of it: started again or given up, nothing is done anew."""
+    """The node may crash after the record, before Ray Tune learns of it: restarted or given up, no work is repeated."""
     folder, run, own = task
     record = TrialRecord(trial=own.trial, state="finished", step=8, total_steps=8, held_out_loss=0.25, seconds=3.0)
     write_record(folder, record)

@@ -24,8 +24,8 @@ from finlora.train.search.space import SearchConfig, sample_trials
 
 pytestmark = pytest.mark.ray
 
-# One after the other: the config as it stands; one at 4 bit whose alpha is so large that its gradients are clipped to nothing,
-# which ASHA stops; one at 8 bit, which fails since its base in the cache is damaged.
+# In order: the unchanged config; one at 4 bit whose alpha is so large that its gradients are clipped to almost zero, which ASHA
+# stops; one at 8 bit, which fails because its base in the cache is damaged.
 SEARCH = SearchConfig(
     num_trials=3, rank=(2,), bits=(4, 8), alpha=(1e8,), grace_share=0.5, reduction_factor=2, max_concurrent=1
 )
@@ -91,7 +91,7 @@ def test_pruned_and_failed_trials_are_recorded_with_their_cause_while_the_search
     assert [(record.trial.bits, record.state) for record in records] == [(4, "finished"), (4, "pruned"), (8, "failed")]
     assert ended == records
     assert records[1].cause == "stopped by ASHA at step 2"
-    assert records[1].step in (2, 3, 4)  # its workers go on until they are ended
+    assert records[1].step in (2, 3, 4)  # its workers continue until they are killed
     assert records[1].held_out_loss > records[0].held_out_loss
     assert records[2].cause.startswith("Model: ")
     assert "layer-1.safetensors is missing or not of" in records[2].cause
@@ -99,7 +99,7 @@ def test_pruned_and_failed_trials_are_recorded_with_their_cause_while_the_search
 
 
 def test_search_frees_all_it_held(searched):
-    """Ray Train's own clean-up after a trial that ASHA ended fails where a machine runs several clusters, as this one may."""
+    """Ray Train's clean-up after a trial that ASHA stopped fails on a machine with several clusters, as this one may be."""
     import ray
 
     ended = time.monotonic() + 30
@@ -114,7 +114,7 @@ def test_trials_share_the_quantised_base(searched):
 
 
 def test_results_of_trials_do_not_pass_for_those_of_runs(searched):
-    """They are of held-out training examples; a report of all runs leaves them out, one of the search shows them."""
+    """They are scores on held-out training examples: a report of all runs omits them, a report of the search shows them."""
     from finlora.errors import ResultError
 
     config, _, _, _ = searched
@@ -134,7 +134,7 @@ def test_search_that_has_ended_starts_nothing(searched):
 
 
 def test_trial_killed_after_training_is_only_scored_again(searched):
-    """As if the driver had died between training and the trial's record; the first trial's training stands."""
+    """As if the driver had crashed between training and the trial's record; the first trial's training is kept."""
     from finlora.train.search.search import run_search
 
     config, (first, *_), _, _ = searched
@@ -149,7 +149,7 @@ def test_trial_killed_after_training_is_only_scored_again(searched):
 
 
 def test_failed_trials_run_again_only_when_asked(searched):
-    """The base in the cache is whole again: what is told of a failure goes with it."""
+    """The base in the cache is repaired, so the failure and its message disappear."""
     from finlora.train.search.search import run_search
 
     config, records, _, _ = searched
@@ -213,7 +213,7 @@ def test_more_than_the_cluster_has_is_refused_at_once(searched):
 
 
 def test_resumed_asha_knows_what_earlier_trials_reported(make_config, tmp_path):
-    """Ray Tune's own restore forgets the rungs; these come from the trials' folders."""
+    """Ray Tune's restore loses ASHA's rungs; these come from the trials' folders."""
     from finlora.train.search.asha import ResumedAsha
 
     folder = SearchFolder(tmp_path)
@@ -240,5 +240,5 @@ def test_resumed_asha_knows_what_earlier_trials_reported(make_config, tmp_path):
     assert not (folder.trials / trials[3].name / "pruned").exists()
     assert decide(trials[4].name, 0.41) == "STOP"
     assert (folder.trials / trials[4].name / "pruned").read_text() == "5"
-    assert decide(trials[0].name, 9.9) == "CONTINUE"  # the config as it stands goes on to its end
+    assert decide(trials[0].name, 9.9) == "CONTINUE"  # the unchanged config continues to its end
     assert json.loads((folder.trials / trials[0].name / "trial.json").read_text())["state"] == "finished"

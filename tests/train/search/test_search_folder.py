@@ -123,7 +123,7 @@ def test_record_comes_back_equal(make_config):
     write_record(folder, dataclasses.replace(record, state="failed", cause="Model: gone"))
     again = read_record(folder, trial)
     assert (again.state, again.cause) == (TrialState.FAILED, "Model: gone")
-    # The words stand in folders of earlier searches.
+    # Folders of earlier searches hold these words.
     assert [*TrialState, *Mark] == ["finished", "pruned", "failed", "busy", "unplaced", "pruned"]
 
 
@@ -138,7 +138,7 @@ def test_held_out_losses_come_back_in_step_order_without_a_broken_line(make_conf
         stream.write('{"step": 12, "held_o')
     found = [{"step": 4, "held_out_loss": 0.9}, {"step": 8, "held_out_loss": 0.5}]
     assert read_held_out(run) == found
-    append_held_out(run, 16, 0.25)  # by the worker that was started again: the broken line must not swallow it
+    append_held_out(run, 16, 0.25)  # by the restarted worker: it must not become part of the broken line
     assert read_held_out(run) == [*found, {"step": 16, "held_out_loss": 0.25}]
 
 

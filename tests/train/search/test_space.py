@@ -1,4 +1,4 @@
-"""Trials of a search: they depend on its config alone, cover the space evenly and are checked before anything starts."""
+"""Trials of a search: they depend only on its config, cover the space evenly and are checked before any starts."""
 
 from __future__ import annotations
 

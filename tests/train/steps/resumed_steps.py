@@ -23,11 +23,11 @@ from finlora.train.steps.loop import run_steps
 from finlora.train.steps.sampler import Sampler
 
 _TOTAL = 12
-"""Steps of the whole run, by which the learning rate goes."""
+"""Steps of the run, which set the learning rate schedule."""
 
 
 class Engine:
-    """What the loop needs, without DeepSpeed."""
+    """Engine for the loop without DeepSpeed."""
 
     def __init__(self, module, optimizer):
         self.module, self.optimizer = module, optimizer

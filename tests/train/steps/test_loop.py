@@ -26,7 +26,7 @@ EXAMPLES = [Encoded(tuple(range(3, 3 + 5 + 3 * number)), tuple(range(200, 202 + 
 
 
 class PlainEngine:
-    """What run_steps needs of an engine, in plain torch; keeps the gradients of each step."""
+    """Engine for run_steps in plain torch; keeps the gradients of each step."""
 
     def __init__(self, module, optimizer, is_frozen=False):
         self.module, self.optimizer, self.is_frozen = module, optimizer, is_frozen

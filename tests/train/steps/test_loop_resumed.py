@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def train(folder, start, stop, dropout):
-    """Return the losses of steps start + 1 to stop, run in a process of its own, and the adapter after them."""
+    """Return the losses of steps start + 1 to stop, run in a separate process, and the adapter after them."""
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(folder), str(start), str(stop), dropout],
         capture_output=True,
@@ -46,7 +46,7 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path, dropout):
     "name", ["normalise", "normalise_and_drop", "normalise_backward", "normalise_and_drop_backward"]
 )
 def test_sums_do_not_depend_on_the_calls_before(name, width):
-    """640 rows of a process that began with them, and of one that began with 32: one warp a row or eight, if chosen by them."""
+    """640 rows in a process that starts with them, and in one that starts with 32: the first call may choose warps a row."""
     draw = torch.Generator("cuda").manual_seed(0)
 
     def arguments_of(rows):

@@ -171,7 +171,7 @@ def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:
     """
     longest = min(batch_tokens, num_rows)
     sizes, label_counts = [size for size in PROMPT_SIZES if size < longest], (0, 1, FEW_TAILS + 1)
-    # Rows of labels come on top of the largest micro-batch, in any number: row counts that are no multiple of 16 would be compiled again.
+    # Rows of labels come on top of the largest micro-batch, in any number: counts that are no multiple of 16 are compiled again.
     whole = [(longest, 0), (longest // 2, 0), (longest, 0), (min(longest + _ODD, num_rows), FEW_TAILS + 1)]
     # The first run is eager, the second is captured: prompts alone, and with the last tokens of labels, a few and many.
     recorded = [(size, num_labels) for size, num_labels in product(sizes, label_counts) if num_labels < size]

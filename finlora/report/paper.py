@@ -124,8 +124,8 @@ DIFFERENCES: tuple[tuple[str, str], ...] = (
     ),
     (
         "nwgi",
-        "Seven grades are answered and folded to three. The training rows are the hub's; they were not available when FinLoRA was "
-        "written.",
+        "Seven grades are answered and folded to three. The training rows are the hub's; they were not available when FinLoRA "
+        "was written.",
     ),
     (
         "headline",

@@ -82,7 +82,7 @@ def require_node_here(cluster: ClusterVersions) -> None:
 
     if not find_node_ids():
         raise ResourceError(
-            f"a Ray cluster answers at {cluster.address}, but this machine is no node of it, and a command runs on a node: "
+            f"a Ray cluster answers at {cluster.address}, but this machine is not a node of it, and a command runs on a node: "
             f"submit it as a job (`ray job submit --address http://HEAD:8265 ...`), join with "
             f"`ray start --address={cluster.address}`, {_ALONE}."
         )

@@ -1,4 +1,4 @@
-"""Findings computed from facts of machines: pure functions, so that tests can pass facts of any GPU."""
+"""Findings from the facts of machines: pure functions, so that tests can pass facts of any GPU."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Level = Literal["ok", "warning", "fault"]
 
 _MIN_FREE_GIB, _LOW_FREE_GIB = 0.0625, 5.0
 _FULL_SHARE = 0.95
-"""Ray writes no objects to a fuller disk; source: RAY_local_fs_capacity_threshold."""
+"""Share of a disk above which Ray writes no objects; source: RAY_local_fs_capacity_threshold."""
 _MIN_SHM_GIB = 1.0
-"""Docker's default of 64 MiB ends workers with `Bus error`."""
+"""With Docker's default of 64 MiB workers are killed with `Bus error`."""
 _MIN_OPEN_FILES = 8192
-"""What Ray recommends; source: ray/_private/worker.py, `init`."""
+"""Ray's recommendation; source: ray/_private/worker.py, `init`."""
 _MAX_SKEW_S = 5.0
 _BUSY_GIB = 1.0
 
@@ -30,9 +30,9 @@ class Finding:
     level: Level
     found: str
     advice: str = ""
-    """What to do; empty where all is well."""
+    """Advice; empty if all is well."""
     code: int = 0
-    """Exit code of the fault's class; 0 where it is none."""
+    """Exit code of a fault's class, else 0."""
 
 
 def ok(check: str, found: str) -> Finding:
@@ -53,16 +53,16 @@ def from_error(check: str, error: FinloraError) -> Finding:
 
 
 def exit_code(findings: Sequence[Finding]) -> int:
-    """Return the code of the first fault; 0 where there is none."""
+    """Return the code of the first fault, or 0."""
     return next((finding.code for finding in findings if finding.level == "fault"), 0)
 
 
 def check_nodes(nodes: Sequence[NodeFacts], *, gpus_wanted: float) -> Iterator[Finding]:
-    """Look at all machines.
+    """Check all machines.
 
     Args:
         nodes: this machine first, then those of the cluster.
-        gpus_wanted: GPUs that the config asks for in all; 0: it runs on CPUs.
+        gpus_wanted: total GPUs of the config; 0: it runs on CPUs.
     """
     yield from check_versions(nodes)
     workers = nodes[1:] or nodes
@@ -77,7 +77,7 @@ def check_nodes(nodes: Sequence[NodeFacts], *, gpus_wanted: float) -> Iterator[F
         for path in node.missing:
             yield fault(
                 "files",
-                f"{node.host}: {path} is not there",
+                f"{node.host}: {path} does not exist",
                 "put it where every node sees it, under the same path",
                 ConfigError,
             )
@@ -113,7 +113,7 @@ def check_versions(nodes: Sequence[NodeFacts]) -> Iterator[Finding]:
 
 
 def check_gpus(nodes: Sequence[NodeFacts], wanted: float) -> Iterator[Finding]:
-    """Look at the GPUs of the nodes, which work, and of this machine, which may have none."""
+    """Check the GPUs of the nodes, which compute, and of this machine, which may have none."""
     workers = nodes[1:] or nodes
     total = 0.0
     for node in workers:
@@ -130,36 +130,36 @@ def check_gpus(nodes: Sequence[NodeFacts], wanted: float) -> Iterator[Finding]:
             yield make(
                 "GPUs",
                 f"{node.host}: {listed}; CUDA_VISIBLE_DEVICES={node.visible!r} {hidden}",
-                "unset it, since Ray deals GPUs to workers itself",
+                "unset it, since Ray assigns GPUs to workers itself",
             )
         elif node.ray_gpus is not None and node.ray_gpus != len(node.gpus):
             yield warn(
                 "GPUs",
                 f"{node.host}: the driver lists {len(node.gpus)} ({listed or 'none'}), Ray was told {node.ray_gpus:g}",
-                "start the node again without CUDA_VISIBLE_DEVICES, or with `ray start --num-gpus`, where that is not meant",
+                "unless intended, restart the node without CUDA_VISIBLE_DEVICES, or with `ray start --num-gpus`",
             )
         else:
             yield ok("GPUs", f"{node.host}: {listed or 'none'}")
         busy = [f"{gpu.index} ({gpu.used_gib:.1f} GiB)" for gpu in node.gpus if gpu.used_gib > _BUSY_GIB]
         if busy:
-            yield warn("GPUs", f"{node.host}: in use already: {', '.join(busy)}", "`nvidia-smi` shows by whom")
+            yield warn("GPUs", f"{node.host}: in use already: {', '.join(busy)}", "`nvidia-smi` shows the processes")
         if node.no_peer:
             yield warn(
                 "peer access",
                 f"{node.host}: GPUs {', '.join(node.no_peer)} do not reach each other's memory",
-                "stages and NCCL pass through the host there, which is right and slower; see docs/how-to/troubleshooting.md",
+                "stages and NCCL use the host's memory there, which works but is slower; see docs/how-to/troubleshooting.md",
             )
         elif len(node.gpus) > 1:
             yield ok("peer access", f"{node.host}: all GPUs reach each other")
     if wanted > total:
         yield fault(
             "GPUs",
-            f"the config asks for {wanted:g} GPUs, and {total:g} are there",
+            f"the config asks for {wanted:g} GPUs, but there are {total:g}",
             "set train.num_workers and eval.num_gpus lower, add nodes, or take train.device=cpu eval.device=cpu",
         )
     if len(nodes) > 1 and nodes[0].host not in {node.host for node in workers}:
         yield warn(
-            "GPUs", f"{nodes[0].host} is no node of the cluster", "submit commands as jobs, `ray job submit ...`"
+            "GPUs", f"{nodes[0].host} is not a node of the cluster", "submit commands as jobs, `ray job submit ...`"
         )
 
 
@@ -171,13 +171,13 @@ def check_cuda(node: NodeFacts, *, is_wanted: bool) -> Iterator[Finding]:
     if not node.torch_cuda:
         yield make(
             "CUDA",
-            f"{node.host}: torch {node.packages.get('torch', 'missing')} is a build for CPUs",
+            f"{node.host}: torch {node.packages.get('torch', 'missing')} is a CPU build",
             "install the CUDA build: `make setup TORCH=gpu`",
         )
         return
     if not node.driver_cuda:
         yield make(
-            "CUDA", f"{node.host}: libcuda.so.1 is not there", "install the GPU driver, or give the container the GPUs"
+            "CUDA", f"{node.host}: libcuda.so.1 is missing", "install the GPU driver, or give the container the GPUs"
         )
         return
     build, driver = _numbers(node.torch_cuda), _numbers(node.driver_cuda)
@@ -202,13 +202,13 @@ def check_cuda(node: NodeFacts, *, is_wanted: bool) -> Iterator[Finding]:
 
 
 def check_limits(node: NodeFacts) -> Iterator[Finding]:
-    """Look at shared memory and open files."""
+    """Check shared memory and open files."""
     if node.shm_gib is None or node.shm_gib < _MIN_SHM_GIB:
         size = "missing" if node.shm_gib is None else f"{node.shm_gib:.2f} GiB"
         yield warn(
             "/dev/shm",
             f"{node.host}: {size}",
-            "give the container more, as `--shm-size=8g`: Ray's objects and NCCL lie there",
+            "give the container more, for example `--shm-size=8g`: Ray's objects and NCCL use it",
         )
     else:
         yield ok("/dev/shm", f"{node.host}: {node.shm_gib:.1f} GiB")
@@ -222,7 +222,7 @@ def check_limits(node: NodeFacts) -> Iterator[Finding]:
 
 
 def check_clock(node: NodeFacts) -> Iterator[Finding]:
-    """Look at how far a node's clock is from this machine's."""
+    """Check the difference between a node's clock and this machine's."""
     if node.skew_s is None:
         return
     if abs(node.skew_s) > _MAX_SKEW_S:
@@ -235,15 +235,17 @@ def check_clock(node: NodeFacts) -> Iterator[Finding]:
 
 
 def check_disk(host: str, disk: Disk) -> Finding:
-    """Look at free space of a folder, and whether it can be written."""
+    """Check free space of a folder, and that it can be written."""
     words = f"{host}: {disk.path} has {disk.free_gib:.1f} GiB free"
     if disk.problem:
-        advice = "name another folder, or change its owner or mode"
+        advice = "give another folder, or change its owner or mode"
         return fault("disk", f"{host}: {disk.path} cannot be written ({disk.problem})", advice, ConfigError)
     if disk.free_gib < _MIN_FREE_GIB:
-        return fault("disk", words, "make room, or name a folder on another disk")
+        return fault("disk", words, "free disk space, or give a folder on another disk")
     if disk.free_gib < _LOW_FREE_GIB or disk.used_share > _FULL_SHARE:
-        return warn("disk", f"{words}, {disk.used_share:.0%} used", "make room: checkpoints and Ray's objects need it")
+        return warn(
+            "disk", f"{words}, {disk.used_share:.0%} used", "free disk space: checkpoints and Ray's objects need it"
+        )
     return ok("disk", words)
 
 

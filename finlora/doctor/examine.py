@@ -1,4 +1,4 @@
-"""The whole of `finlora doctor`, and the cheap part of it that verbs run before they start anything."""
+"""Checks of `finlora doctor`, and the cheap ones that verbs run before they start."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def examine(
     gpus_wanted: float,
     look_further: Callable[[BaseFiles | None], list[Finding]] = lambda _base: [],
 ) -> list[Finding]:
-    """Look at this machine, at the cluster of RAY_ADDRESS where it is set, and at what a config names.
+    """Check this machine, the cluster of RAY_ADDRESS if it is set, and the inputs of a config.
 
     Args:
-        config: of a run, with absolute paths; None: none was given.
-        model: the base that is wanted; None: none was given.
-        gpus_wanted: of all workers or stages together.
-        look_further: adds findings about what uses the base; gets it as resolved here, None where it is at fault.
+        config: of a run, with absolute paths; None: not given.
+        model: the base; None: not given.
+        gpus_wanted: total of all workers or stages.
+        look_further: adds findings about users of the base; gets the resolved base, None if it has a fault.
     """
     folders = _list_folders(config, model)
     inputs = list(_list_inputs(config, model))
@@ -54,18 +54,18 @@ def examine(
 
 
 def require_inputs(config: RunConfig, *, splits: tuple[SplitName, ...]) -> BaseFiles:
-    """Look, before Ray or a GPU, at what a run reads and where it writes.
+    """Check a run's inputs and output folder, before it uses Ray or a GPU.
 
     Args:
         config: with absolute paths.
-        splits: of each task, as `train`.
+        splits: needed of each task, such as `train`.
 
     Returns:
-        The base, resolved, for what follows in this process.
+        The resolved base, for later use in this process.
 
     Raises:
         ConfigError: the output folder cannot be written.
-        DatasetError: a prepared split is not there.
+        DatasetError: a prepared split is missing.
         ModelError: the base's files are not usable.
         ResourceError: the disk is full.
     """
@@ -80,7 +80,7 @@ def require_inputs(config: RunConfig, *, splits: tuple[SplitName, ...]) -> BaseF
 
 
 def require_output_folder(config: RunConfig) -> None:
-    """Look whether a run's folder can be written and its disk has room.
+    """Check that a run's folder can be written and its disk has space.
 
     Raises:
         ConfigError: the output folder cannot be written.
@@ -93,7 +93,7 @@ def require_output_folder(config: RunConfig) -> None:
 
 
 def count_wanted(config: RunConfig) -> float:
-    """Return the GPUs that a config asks for: of training or evaluation, whichever takes more."""
+    """Return the GPUs of a config: of training or evaluation, whichever takes more."""
     train, evaluation = config.train, config.eval
     return max(
         train.num_workers * train.gpus_per_worker if train.device == "cuda" else 0.0,
@@ -106,7 +106,7 @@ def _check_local() -> Finding:
         connect.prepare()
     except FinloraError as error:
         return from_error("Ray", error)
-    return ok("Ray", "RAY_ADDRESS is not set: each command starts a Ray of its own on this machine")
+    return ok("Ray", "RAY_ADDRESS is not set: each command starts its own Ray on this machine")
 
 
 def _ask_cluster(folders: list[str], inputs: list[str]) -> tuple[list[NodeFacts], list[Finding]]:
@@ -115,7 +115,7 @@ def _ask_cluster(folders: list[str], inputs: list[str]) -> tuple[list[NodeFacts]
         connect.connect(log_to_driver=False)
     except FinloraError as error:
         return [], [from_error("Ray", error)]
-    from finlora.doctor.nodes import gather_nodes  # imports Ray, which must come after the connection's settings
+    from finlora.doctor.nodes import gather_nodes  # imports Ray, which reads the connection's settings at import
 
     nodes, faults = gather_nodes(folders, inputs)
     if not nodes and not faults:

@@ -1,6 +1,6 @@
-"""Facts of one machine for `finlora doctor`: versions, GPUs, disks, limits. Gathered without Ray, torch or a CUDA context.
+"""Facts of one machine for `finlora doctor` (versions, GPUs, disks, limits), gathered without Ray, torch or a CUDA context.
 
-The same function runs in this process and in a task on each node of a cluster, so it imports the standard library alone.
+The same function runs in this process and as a task on each node of a cluster, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NAMES = re.compile(r"GPU\d+")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gpu:
-    """A GPU as its driver names it."""
+    """A GPU as its driver reports it."""
 
     index: int
     name: str
@@ -42,59 +42,59 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Disk:
-    """A folder, or the nearest one above it that is there."""
+    """A folder, or its nearest existing parent."""
 
     path: str
     free_gib: float
     used_share: float
     problem: str = ""
-    """Why no file can be made there; empty where one can."""
+    """Why no file can be made there; empty if one can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeFacts:
-    """What one machine says of itself. Every field has a default: a node may run another version of this file."""
+    """Facts of one machine. Every field has a default, since a node may run another version of this file."""
 
     host: str = ""
     python: str = ""
     packages: Mapping[str, str] = field(default_factory=dict)
-    """Name -> version; a package that is missing is left out."""
+    """Name -> version of each installed package."""
     torch_cuda: str = ""
-    """CUDA version of torch's build, as `12.8`; empty: a build for CPUs."""
+    """CUDA version of torch's build, such as `12.8`; empty: a CPU build."""
     driver: str = ""
     """Version of the GPU driver."""
     driver_cuda: str = ""
-    """Newest CUDA version that the driver runs."""
+    """Newest CUDA version that the driver supports."""
     gpus: tuple[Gpu, ...] = ()
     gpu_problem: str = ""
-    """Why GPUs could not be listed, where a driver seems to be there."""
+    """Why GPUs could not be listed although a driver seems to be installed."""
     no_peer: tuple[str, ...] = ()
-    """Pairs of GPUs that do not reach each other's memory, as `0-1`."""
+    """Pairs of GPUs without access to each other's memory, such as `0-1`."""
     visible: str | None = None
     """CUDA_VISIBLE_DEVICES; None: not set."""
     ray_gpus: float | None = None
-    """GPUs that the node registered with Ray; None: no cluster was asked."""
+    """GPUs that the node registered with Ray; None: no cluster."""
     bnb_binaries: tuple[str, ...] = ()
-    """CUDA versions that bitsandbytes has a binary for, as `128`."""
+    """CUDA versions of bitsandbytes' binaries, such as `128`."""
     shm_gib: float | None = None
     """Size of /dev/shm; None: there is none."""
     open_files: int = 0
     """Hard limit of open files; -1: none."""
     clock: float = 0.0
-    """Seconds since 1970 by the machine's own clock."""
+    """Seconds since 1970 by the machine's clock."""
     skew_s: float | None = None
-    """How far that clock is before this machine's; None: it is this machine."""
+    """Seconds by which that clock is ahead of this machine's; None: it is this machine."""
     disks: tuple[Disk, ...] = ()
     missing: tuple[str, ...] = ()
-    """Of the paths that the config names to read: those that are not there."""
+    """Input paths of the config that do not exist."""
 
 
 def gather(folders: Sequence[str] = (), inputs: Sequence[str] = ()) -> dict[str, Any]:
-    """Return NodeFacts of this machine as plain values, which pass between processes and versions.
+    """Return this machine's NodeFacts as plain values, to pass between processes and versions.
 
     Args:
-        folders: where runs, data or caches are or will be; the temporary folder is added.
-        inputs: files and folders that are read.
+        folders: of runs, data and caches, existing or not; the temporary folder is added.
+        inputs: files and folders to read.
     """
     gpus, driver, problem = _list_gpus()
     facts = NodeFacts(
@@ -119,7 +119,7 @@ def gather(folders: Sequence[str] = (), inputs: Sequence[str] = ()) -> dict[str,
 
 
 def rebuild(values: Mapping[str, Any]) -> NodeFacts:
-    """Return what another machine has gathered; what only its version knows is left out."""
+    """Return another machine's facts, without fields that only its version has."""
     names = {each.name for each in dataclasses.fields(NodeFacts)}
     known: dict[str, Any] = {name: value for name, value in values.items() if name in names}
     known["gpus"] = tuple(Gpu(**gpu) for gpu in known.get("gpus", ()))
@@ -128,7 +128,7 @@ def rebuild(values: Mapping[str, Any]) -> NodeFacts:
 
 
 def look_at(folder: Path) -> Disk:
-    """Return free space of a folder, and whether it can be written; of the nearest one above where it is not there yet."""
+    """Return free space of a folder or its nearest existing parent, and whether it can be written."""
     there = folder.expanduser().absolute()
     problem = find_output_problem(there)
     try:
@@ -146,18 +146,18 @@ def look_at(folder: Path) -> Disk:
 
 
 def parse_gpus(text: str) -> tuple[tuple[Gpu, ...], str]:
-    """Read `nvidia-smi --query-gpu` in CSV without units; returns the GPUs and the driver's version."""
+    """Parse `nvidia-smi --query-gpu` in CSV without units; returns the GPUs and the driver's version."""
     gpus, driver = [], ""
     for line in text.strip().splitlines():
         index, name, total, used, driver = (part.strip() for part in line.split(","))
-        # Cards that share the machine's memory say [N/A] here.
+        # [N/A] for GPUs that share the machine's memory.
         sizes = [float(size) / 1024 if size.replace(".", "").isdigit() else 0.0 for size in (total, used)]
         gpus.append(Gpu(index=int(index), name=name, total_gib=sizes[0], used_gib=sizes[1]))
     return tuple(gpus), driver
 
 
 def parse_no_peer(text: str) -> tuple[str, ...]:
-    """Read the matrix of `nvidia-smi topo -p2p r`: pairs of GPUs whose cell is not OK."""
+    """Parse the matrix of `nvidia-smi topo -p2p r`; returns the pairs of GPUs whose cell is not OK."""
     found = []
     for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
         name, *cells = line.split() or [""]
@@ -185,7 +185,7 @@ def _list_no_peer() -> tuple[str, ...]:
 
 
 def _ask_smi(*arguments: str) -> tuple[str | None, str]:
-    """Return what nvidia-smi prints, or None and why it prints nothing; no driver at all is no problem."""
+    """Return the output of nvidia-smi, or None and the reason; without a driver the reason is empty."""
     command = shutil.which("nvidia-smi")
     if command is None:
         return None, "there are /dev/nvidia* devices but no nvidia-smi" if Path("/dev/nvidiactl").exists() else ""
@@ -200,7 +200,7 @@ def _ask_smi(*arguments: str) -> tuple[str | None, str]:
 
 
 def _read_driver_cuda() -> str:
-    """Ask the driver's library, which needs no device for that."""
+    """Read the version from the driver's library, which needs no device."""
     version = ctypes.c_int(0)
     try:
         if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version)) != 0:
@@ -211,7 +211,7 @@ def _read_driver_cuda() -> str:
 
 
 def _read_torch_cuda() -> str:
-    """Read torch/version.py: importing torch would take seconds."""
+    """Parse torch/version.py: importing torch would take seconds."""
     found = importlib.util.find_spec("torch")
     if found is None or not found.submodule_search_locations:
         return ""

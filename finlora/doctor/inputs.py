@@ -1,4 +1,4 @@
-"""Findings about what a config names: base, template, prepared rows. Reads files of this machine; needs no GPU."""
+"""Findings about a config's inputs: base, template, prepared rows. Reads files of this machine; needs no GPU."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 _SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 MAX_ROWS = 2000
-"""Rows of a split that are encoded, evenly spread over it."""
+"""Rows of a split that are encoded, spread evenly."""
 
 
 def check_hub(model: ModelConfig | None) -> Iterator[Finding]:
-    """Check whether the hub is to be used and answers; a base in a folder needs none."""
+    """Check that the hub answers, unless it is not used."""
     if model is not None and Path(model.base).expanduser().is_dir():
         yield ok("hub", f"not needed: model.base={model.base} is a folder")
         return
     if is_offline():
-        yield ok("hub", "not asked, since HF_HUB_OFFLINE is set: bases come from folders and the local cache")
+        yield ok("hub", "not checked, since HF_HUB_OFFLINE is set: bases come from folders and the local cache")
     elif is_behind_proxy():
-        yield ok("hub", f"{hub_host()} is reached through the proxy of https_proxy, which was not asked")
+        yield ok("hub", f"{hub_host()} is behind the proxy of https_proxy, so it was not checked")
     elif problem := find_hub_problem():
         advice = "mirror bases where it does (`finlora prefetch`), and set HF_HUB_OFFLINE=1 here"
         yield warn("hub", problem, advice)
@@ -39,7 +39,7 @@ def check_hub(model: ModelConfig | None) -> Iterator[Finding]:
 
 
 def check_base(model: ModelConfig) -> tuple[list[Finding], BaseFiles | None]:
-    """Look at the files of the base, its tokenizer and its chat template; returns them too, None where they are at fault."""
+    """Check the files of the base, its tokenizer and its chat template; returns findings and the base, None if it has a fault."""
     from finlora.model.base_files import read_base_files
 
     try:
@@ -50,17 +50,17 @@ def check_base(model: ModelConfig) -> tuple[list[Finding], BaseFiles | None]:
     size = sum(path.stat().st_size for path in shards) / 2**30
     date = f", dated {base.template_date}" if base.template_date else ""
     found = [
-        ok("base", f"{model.base}: {len(shards)} files, {size:.2f} GiB, headers whole, with its tokenizer"),
+        ok("base", f"{model.base}: {len(shards)} files, {size:.2f} GiB, headers valid, with its tokenizer"),
         ok("template", f"chat, as the tokenizer has it{date}" if model.template == "chat" else "raw: none is needed"),
     ]
     return found, base
 
 
 def check_data(config: RunConfig, base: BaseFiles | None) -> Iterator[Finding]:
-    """Look at the prepared splits of the config's tasks: there, whole, with answers, within model.max_seq_len.
+    """Check the prepared splits of the config's tasks: complete, with answers, within model.max_seq_len.
 
     Args:
-        base: without it, lengths are not looked at.
+        base: None skips the check of lengths.
     """
     from finlora.data.sets.prepared import read_prepared
 
@@ -77,7 +77,7 @@ def check_data(config: RunConfig, base: BaseFiles | None) -> Iterator[Finding]:
 
 
 def check_rows(name: str, rows: Sequence[Example]) -> Iterator[Finding]:
-    """Look for rows without an answer, and so without a label token, or with one that is not allowed."""
+    """Find rows without an answer, and so without a label token, or with an answer that is not allowed."""
     empty = [row for row in rows if not row.answer.strip()]
     other = [row for row in rows if row.choices and row.answer.strip() and row.answer not in row.choices]
     if empty:
@@ -90,7 +90,7 @@ def check_rows(name: str, rows: Sequence[Example]) -> Iterator[Finding]:
     if other:
         yield fault(
             name,
-            f"{len(other):,} of {len(rows):,} rows have an answer that is none of their choices, first {other[0].id} "
+            f"{len(other):,} of {len(rows):,} rows have an answer that is not one of their choices, first {other[0].id} "
             f"({other[0].source})",
             "correct the raw file and prepare it again",
             DatasetError,
@@ -102,7 +102,7 @@ def check_rows(name: str, rows: Sequence[Example]) -> Iterator[Finding]:
 def check_lengths(
     name: str, rows: Sequence[Example], tokenizer: PreTrainedTokenizerFast, config: RunConfig, date: str | None
 ) -> Finding:
-    """Look for rows over model.max_seq_len, in all rows or in a part that is evenly spread over them."""
+    """Find rows over model.max_seq_len, among all rows or an evenly spread part."""
     from finlora.data.encode import encode_answer, encode_asked
 
     step = -(-len(rows) // MAX_ROWS)
@@ -118,5 +118,5 @@ def check_lengths(
         return ok(name, f"longest {max(lengths):,} of {limit:,} tokens ({part})")
     found = f"{over:,} rows are longer than model.max_seq_len={limit:,}, up to {max(lengths):,} tokens ({part})"
     if config.data.too_long == "skip":
-        return warn(name, found, "they are left out, as data.too_long=skip says")
+        return warn(name, found, "data.too_long=skip leaves them out")
     return fault(name, found, f"set model.max_seq_len={max(lengths)}, or data.too_long=skip", DatasetError)

@@ -1,4 +1,4 @@
-"""Facts of every node of a Ray cluster: a small task on each, bounded, beside whatever runs there."""
+"""Facts of every node of a Ray cluster, from a small task on each with a time limit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finlora.doctor.facts import NodeFacts, gather, rebuild
 from finlora.machine.foreign_errors import shorten
 
 ANSWER_S = 60.0
-"""Most seconds for all nodes; a worker process takes a few to start."""
+"""Time limit for all nodes in seconds; a worker process takes a few to start."""
 
 
 def gather_nodes(folders: Sequence[str], inputs: Sequence[str]) -> tuple[list[NodeFacts], list[Finding]]:
@@ -39,7 +39,7 @@ def gather_nodes(folders: Sequence[str], inputs: Sequence[str]) -> tuple[list[No
             where = nodes[waiting[reference]]
             try:
                 found.append(_read(ray.get(reference), where, asked, time.time()))
-            except Exception as error:  # as where FinLoRA is not installed there
+            except Exception as error:  # for example if FinLoRA is not installed there
                 faults.append(
                     fault(
                         "nodes",
@@ -58,6 +58,6 @@ def gather_nodes(folders: Sequence[str], inputs: Sequence[str]) -> tuple[list[No
 
 def _read(values: dict[str, Any], node: dict[str, Any], asked: float, answered: float) -> NodeFacts:
     facts = rebuild(values)
-    # The node read its clock between the two moments; a clock that is right cannot lie outside.
+    # The node read its clock between these two times, so a correct clock lies between them.
     skew = facts.clock - min(max(facts.clock, asked), answered)
     return dataclasses.replace(facts, ray_gpus=float(node["Resources"].get("GPU", 0.0)), skew_s=skew)

@@ -116,7 +116,7 @@ def hash_adapter(folder: Path) -> str:
     try:
         for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
             if (folder / name).exists() and not (folder / name).is_file():  # reading a pipe would not end
-                raise AdapterError(f"{folder / name} is no regular file: copy the adapter's own files.")
+                raise AdapterError(f"{folder / name} is not a regular file: copy the adapter's own files.")
             with (folder / name).open("rb") as stream:
                 hashlib.file_digest(stream, lambda: digest)
     except OSError as error:

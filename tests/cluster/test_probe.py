@@ -80,7 +80,7 @@ def test_patch_release_of_python_may_differ_if_ray_is_set_so(store, monkeypatch)
 def test_machine_without_a_node_is_advised_to_submit_a_job(monkeypatch):
     monkeypatch.setattr("ray._private.services.find_node_ids", set)
     versions = probe.ClusterVersions(address="h:6379", ray="1", python="3")
-    with pytest.raises(ResourceError, match=r"answers at h:6379, but this machine is no node of it.*ray job submit"):
+    with pytest.raises(ResourceError, match=r"answers at h:6379, but this machine is not a node of it.*ray job submit"):
         probe.require_node_here(versions)
 
 

@@ -53,9 +53,9 @@ def test_good_cluster_has_no_findings():
         (
             {"torch_cuda": ""},
             "fault",
-            "CUDA: node: torch 2.13.0 is a build for CPUs -> install the CUDA build: `make setup TO",
+            "CUDA: node: torch 2.13.0 is a CPU build -> install the CUDA build: `make setup TO",
         ),
-        ({"driver_cuda": ""}, "fault", "CUDA: node: libcuda.so.1 is not there"),
+        ({"driver_cuda": ""}, "fault", "CUDA: node: libcuda.so.1 is missing"),
         (
             {"driver_cuda": "11.8"},
             "fault",
@@ -75,7 +75,11 @@ def test_good_cluster_has_no_findings():
         ),
         ({"no_peer": ("0-1",)}, "warning", "peer access: node: GPUs 0-1 do not reach each other's memory"),
         ({"gpus": (dataclasses.replace(H200[0], used_gib=80.0), H200[1])}, "warning", "in use already: 0 (80.0 GiB)"),
-        ({"shm_gib": 0.0625}, "warning", "/dev/shm: node: 0.06 GiB -> give the container more, as `--shm-size=8g`"),
+        (
+            {"shm_gib": 0.0625},
+            "warning",
+            "/dev/shm: node: 0.06 GiB -> give the container more, for example `--shm-size=8g`",
+        ),
         ({"shm_gib": None}, "warning", "/dev/shm: node: missing"),
         (
             {"open_files": 1024},
@@ -83,7 +87,7 @@ def test_good_cluster_has_no_findings():
             "open files: node: at most 1024 -> raise the limit, for example `ulimit -n 65536`",
         ),
         ({"skew_s": -3600.0}, "warning", "clock: node: 3600 s behind -> run a time service"),
-        ({"missing": ("/data",)}, "fault", "files: node: /data is not there -> put it where every node sees it"),
+        ({"missing": ("/data",)}, "fault", "files: node: /data does not exist -> put it where every node sees it"),
     ],
 )
 def test_what_is_wrong_on_a_node_is_reported_with_what_to_do(change, level, words):
@@ -92,16 +96,18 @@ def test_what_is_wrong_on_a_node_is_reported_with_what_to_do(change, level, word
     if level == "fault":
         assert code in (2, 5)
     else:
-        assert (len(lines), code) == (1 + ("head is no node" in " ".join(lines)), 0)
+        assert (len(lines), code) == (1 + ("head is not a node" in " ".join(lines)), 0)
 
 
 def test_gpus_that_are_not_there_are_a_fault_and_a_submitting_machine_without_any_is_none():
     lines, code = look(HEAD, NODE, wanted=8.0)
-    assert "fault GPUs: the config asks for 8 GPUs, and 2 are there -> set train.num_workers" in "\n".join(lines)
+    assert "fault GPUs: the config asks for 8 GPUs, but there are 2 -> set train.num_workers" in "\n".join(lines)
     assert code == 5
     laptop = dataclasses.replace(HEAD, host="laptop", gpus=(), torch_cuda="", driver_cuda="", packages=VERSIONS)
     lines, code = look(laptop, NODE, wanted=2.0)
-    assert lines == ["warning GPUs: laptop is no node of the cluster -> submit commands as jobs, `ray job submit ...`"]
+    assert lines == [
+        "warning GPUs: laptop is not a node of the cluster -> submit commands as jobs, `ray job submit ...`"
+    ]
     assert code == 0
 
 
@@ -120,9 +126,9 @@ def test_hidden_gpus_are_reported(visible, level):
             {"problem": "Read-only file system"},
             "fault",
             2,
-            "/runs cannot be written (Read-only file system) -> name another",
+            "/runs cannot be written (Read-only file system) -> give another",
         ),
-        ({"free_gib": 0.01}, "fault", 5, "/runs has 0.0 GiB free -> make room"),
+        ({"free_gib": 0.01}, "fault", 5, "/runs has 0.0 GiB free -> free disk space"),
         ({"free_gib": 2.0}, "warning", 0, "/runs has 2.0 GiB free, 10% used"),
         ({"used_share": 0.97}, "warning", 0, "/runs has 900.0 GiB free, 97% used"),
     ],

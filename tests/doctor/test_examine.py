@@ -30,7 +30,7 @@ def test_good_config_has_no_fault(call, make_config, tmp_path):
     save_config(make_config(), tmp_path / "c.yaml")
     code, out = call("--config", tmp_path / "c.yaml")
     assert code == 0
-    assert "ok      Ray: RAY_ADDRESS is not set: each command starts a Ray of its own on this machine" in out
+    assert "ok      Ray: RAY_ADDRESS is not set: each command starts its own Ray on this machine" in out
     assert "rows, each with a label token" in out
     assert ", 0 faults.\n" in out
     assert not (tmp_path / "runs").exists()
@@ -71,7 +71,7 @@ def test_inputs_of_a_run_are_required_before_it_starts(make_config, tmp_path):
     with pytest.raises(DatasetError, match=r"train.parquet: not found. Run `finlora prepare synthetic_sentiment"):
         require_inputs(make_config(f"data.dir={tmp_path}"), splits=("train",))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"output_dir=.*file/x: .* is not a folder\): name another folder"):
+    with pytest.raises(ConfigError, match=r"output_dir=.*file/x: .* is not a folder\): give another folder"):
         require_inputs(make_config(f"output_dir={tmp_path / 'file' / 'x'}"), splits=("train",))
 
 

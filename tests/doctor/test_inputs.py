@@ -30,7 +30,7 @@ def test_row_without_a_label_token_is_named():
 
 def test_answer_that_is_no_choice_is_named():
     (found,) = inputs.check_rows("fpb train", [dataclasses.replace(ROW, answer="Positive")])
-    assert found.found == "1 of 1 rows have an answer that is none of their choices, first fpb-train-0 (a.csv:1)"
+    assert found.found == "1 of 1 rows have an answer that is not one of their choices, first fpb-train-0 (a.csv:1)"
     assert told(inputs.check_rows("x", [dataclasses.replace(ROW, choices=(), answer="any")]))[0][0] == "ok"
 
 
@@ -73,9 +73,9 @@ def test_missing_template_base_and_split_have_their_codes(make_config, tmp_path)
 @pytest.mark.parametrize(
     ("environment", "level", "words"),
     [
-        ({"HF_HUB_OFFLINE": "1"}, "ok", "not asked, since HF_HUB_OFFLINE is set"),
+        ({"HF_HUB_OFFLINE": "1"}, "ok", "not checked, since HF_HUB_OFFLINE is set"),
         ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "warning", "127.0.0.1 does not answer: Connection refused"),
-        ({"HF_ENDPOINT": "http://127.0.0.1:9", "https_proxy": "http://p:1"}, "ok", "through the proxy of https_proxy"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9", "https_proxy": "http://p:1"}, "ok", "behind the proxy of https_proxy"),
     ],
 )
 def test_hub_is_asked_where_it_is_meant(monkeypatch, environment, level, words):

@@ -309,7 +309,7 @@ def explain_full_disk(error: BaseException, folder: RunFolder) -> ResourceError 
     if getattr(error, "errno", None) not in _FULL and not any(text in str(error) for text in words):
         return None
     return ResourceError(
-        f"a file of the run could not be written ({error}): make room below {folder.root} and in the temporary folder of "
+        f"a file of the run could not be written ({error}): free disk space below {folder.root} and in the temporary folder of "
         "every node (TMPDIR). Earlier checkpoints are complete: the same command resumes from the last one."
     )
 

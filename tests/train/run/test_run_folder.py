@@ -293,7 +293,7 @@ def test_write_that_did_not_fit_is_explained_whoever_wrote(kind, tmp_path):
         writes[kind]()
     said = explain_full_disk(caught.value, RunFolder(tmp_path))
     assert isinstance(said, ResourceError)
-    assert f"make room below {tmp_path} and in the temporary folder" in str(said)
+    assert f"free disk space below {tmp_path} and in the temporary folder" in str(said)
     assert not (tmp_path / "c" / "manifest-0.json").exists()
 
 

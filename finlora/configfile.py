@@ -40,7 +40,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: YAML file with the sections of RunConfig; None starts from the defaults.
-        overrides: `section.key=value`: a text setting takes the value exactly as it stands (`output_dir=my runs #1`),
+        overrides: `section.key=value`: a text setting takes the value literally (`output_dir=my runs #1`),
             every other is read as YAML (`train.epochs=2`, `data.tasks=[fpb]`). `null` unsets what may be unset.
 
     Raises:

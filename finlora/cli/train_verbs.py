@@ -126,7 +126,7 @@ def merge(
         from finlora.model.contract import read_contract
 
         own = Path(adapter or "").expanduser().absolute()
-        read_contract(own)  # says what stands there instead of an adapter
+        read_contract(own)  # says what was found instead of an adapter
         config = own / "config.yaml"
     import torch
 

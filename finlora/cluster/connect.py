@@ -84,7 +84,7 @@ def connect(log_to_driver: bool) -> None:
 def _without_native_sigterm() -> Iterator[None]:
     """Keep Ray's native crash handler out of this process while it joins: after SIGTERM that prints a stack and aborts with 134.
 
-    Python's faulthandler still shows a real crash. The constant stands for RAY_DISABLE_FAILURE_SIGNAL_HANDLER, which Ray's
+    Python's faulthandler still shows a real crash. The constant replaces RAY_DISABLE_FAILURE_SIGNAL_HANDLER, which Ray's
     workers would inherit, and lose the stack of their crashes.
     """
     from ray._private import ray_constants

@@ -156,6 +156,6 @@ def _read_title(group_id: str) -> str:
 def _ask(list_states: Callable[..., list[Any]]) -> list[Any]:
     import ray
 
-    # Given explicitly: on a machine with several clusters Ray does not find one by itself.
+    # Given explicitly: on a machine with several clusters Ray does not find one.
     address = ray.get_runtime_context().gcs_address
     return list_states(address=address, detail=True, limit=_LIMIT, raise_on_missing_output=False)

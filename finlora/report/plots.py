@@ -25,12 +25,12 @@ _MAX_CURVES = 10
 def draw_overview(paired: Paired) -> dict[str, Figure]:
     """Return the figures accuracy, loss and memory, each only if something was measured for it."""
     kept = paired.kept
-    drawn = {
+    figures = {
         "accuracy": _draw_accuracy([each for each in kept if _has_accuracy(each.result)]),
         "loss": _draw_loss([each for each in kept if each.result.loss_curve]),
         "memory": _draw_memory([each for each in kept if each.result.peak_memory_gib is not None]),
     }
-    return {name: figure for name, figure in drawn.items() if figure is not None}
+    return {name: figure for name, figure in figures.items() if figure is not None}
 
 
 def _has_accuracy(result: Result) -> bool:

@@ -1,4 +1,4 @@
-"""The share of a step that workers compute, on lengths that can be dealt by hand."""
+"""Share of a step in which workers compute, on lengths that are shared by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_one_worker_never_waits():
 
 
 def test_long_example_is_left_as_alone_as_an_even_deal_allows():
-    """Two examples each: (90, 10) and (10, 10) however they are dealt, so (100 + 20) / 2 over 100."""
+    """Two examples each: (90, 10) and (10, 10) in any order, so (100 + 20) / 2 over 100."""
     assert [measure(LENGTHS, 2, 4, 3, deal) for deal in DEALS.values()] == pytest.approx([0.6, 0.6])
 
 

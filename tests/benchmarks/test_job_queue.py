@@ -1,4 +1,4 @@
-"""The queue of jobs, on a cluster that is played by a class."""
+"""Queue of jobs, on a simulated cluster."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 class Cluster:
-    """Answers as JobSubmissionClient does; a job ends at the second question, one named in `failing` badly."""
+    """Replacement of JobSubmissionClient; a job ends at the second poll, one named in `failing` with a failure."""
 
     def __init__(self, failing=(), hanging=()):
         self.failing, self.hanging = failing, hanging

@@ -123,7 +123,7 @@ def test_wrong_option_is_named(options, words, monkeypatch, capsys):
 
 
 def test_script_runs_by_itself_with_small_numbers(tmp_path):
-    """On a network of its own, as a user would try one."""
+    """On a user's own network."""
     small = ["--models", "8b:8:100", "--gpus", "1", "4", "8", "--steps", "20", "--network", "25GbE:2.9e9:10e-6"]
     command = [sys.executable, str(SCRIPT), "simulate", *small, "--plot", str(tmp_path / "plot.png")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

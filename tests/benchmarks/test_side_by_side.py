@@ -1,4 +1,4 @@
-"""The benchmarks that hold FinLoRA beside transformers: names of works, and a small run of both sides on CPU."""
+"""Benchmarks that compare FinLoRA with transformers: names of works, and a small run of both sides on CPU."""
 
 from __future__ import annotations
 

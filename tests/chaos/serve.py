@@ -160,7 +160,7 @@ def _judge(live: LiveCommands, answers: Answers) -> str:
             requests.append(entry["request_id"])
             outcomes.append(entry["output_hash"] is not None)
     if len(set(requests)) != len(requests):
-        wrong.append(f"{len(requests) - len(set(requests))} requests stand twice in the audit log")
+        wrong.append(f"{len(requests) - len(set(requests))} requests occur twice in the audit log")
     if sum(outcomes) < answers.num_right:
         wrong.append(f"{answers.num_right} answers arrived, the audit log holds {sum(outcomes)}")
     counts = {role: len(_find(live, role)) for role in TITLES}

@@ -1,6 +1,6 @@
 """Time budget of a long check: each part runs in its own processes, which are killed at its end.
 
-A part ends by itself, at its time limit, or at a signal to the check (SIGTERM, SIGINT, SIGHUP). No process stays
+A part ends when it is done, at its time limit, or at a signal to the check (SIGTERM, SIGINT, SIGHUP). No process stays
 behind: the check adopts orphans of its parts (PR_SET_CHILD_SUBREAPER), so that it finds and kills every process ever
 started below it.
 """

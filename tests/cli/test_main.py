@@ -1,4 +1,4 @@
-"""The command line: help at once, mistakes by words and exit code, dry runs that write nothing, and whole verbs."""
+"""Command line: fast help, mistakes by message and exit code, dry runs that write nothing, and complete verbs."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_each_verb_that_writes_is_among_those_whose_output_is_looked_at():
 
 @pytest.mark.parametrize("verb", OUTPUTS)
 def test_relative_output_in_a_ray_job_is_refused_with_a_message(call, tmp_path, monkeypatch, verb):
-    """It would lie in the job's temporary working directory, which Ray deletes."""
+    """It would be in the job's temporary working directory, which Ray deletes."""
     copy = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)

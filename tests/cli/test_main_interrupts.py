@@ -1,4 +1,4 @@
-"""Ctrl-C, a reader that goes away and an end of file, wherever a verb is: a sentence of ours and its exit code."""
+"""Ctrl-C, a closed pipe and an end of file at any point of a verb: our message and exit code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_what_typer_would_end_without_a_word_is_reported(tmp_path, monkeypatch, 
         raise error
 
     monkeypatch.setattr("finlora.results.read_results", fail)
-    monkeypatch.setattr("finlora.cli.app.leave_output", lambda: None)  # it is the test's own output
+    monkeypatch.setattr("finlora.cli.app.leave_output", lambda: None)  # this would redirect the test's output
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # an unexpected error's traceback goes there
     with pytest.raises(SystemExit) as ended:
         main(["report", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""Searches and reproductions on the command line: dry runs that start nothing, mistakes by words and exit code."""
+"""Searches and reproductions on the command line: dry runs that start nothing, mistakes by message and exit code."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_dry_reproduction_says_why_what_cannot_run(call, tiny_base, tmp_path):
 
 
 def test_dry_reproduction_names_what_waits_and_says_a_reason_once(call, tiny_base, prepared_fpb, tmp_path):
-    # The training split is away, so that what is to be scored cannot be trained; of the 70B base nothing is here.
+    # Without the training split the row cannot be trained, and the 70B base is missing.
     shutil.copytree(prepared_fpb, tmp_path / "data")
     (tmp_path / "data" / "fpb" / "train.parquet").unlink()
     code, out, _ = call(

@@ -1,4 +1,4 @@
-"""What `train` and `tune` refuse or have done already: told before any Ray starts or is connected."""
+"""Refusals and finished runs of `train` and `tune`, reported before Ray starts or is joined."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TINY_SEARCH = ("search.num_trials=3", "search.bits=[16]", "search.rank=[2,4]")
 
 @pytest.fixture(autouse=True)
 def no_ray(monkeypatch):
-    """Fail where a verb reaches for Ray."""
+    """Fail if a verb uses Ray."""
 
     def fail(**_settings):
         raise AssertionError("this verb starts Ray")

@@ -22,7 +22,7 @@ def ask() -> Callable[..., Request]:
 
 @pytest.fixture
 def fake_hub(monkeypatch) -> Callable[[dict[str, list[dict[str, object]]]], list[tuple[str, dict[str, object]]]]:
-    """Put tables in the place of the hub; returns the list of calls that reach it."""
+    """Replace the hub by tables; returns the list of calls to it."""
     datasets = pytest.importorskip("datasets")
 
     def install(tables: dict[str, list[dict[str, object]]]) -> list[tuple[str, dict[str, object]]]:

@@ -10,7 +10,7 @@ from finlora.errors import ModelError
 from finlora.model.tokenizer import LLAMA3_CHAT_TEMPLATE, load_tokenizer
 
 TURNS = [{"role": "user", "content": "Profit rose"}]
-# As Llama 3.1's: a date that stands in the template, unless the caller gives another one.
+# As in Llama 3.1: the template holds a date, which the caller may replace.
 OWN_DATE = (
     '{% if not date_string is defined %}{% set date_string = "26 Jul 2024" %}{% endif %}'
     "{{ date_string }} {{ messages[0].content }}"
@@ -39,7 +39,7 @@ def test_clock_is_not_asked(dated, pretend_day):
         own = dated.apply_chat_template(TURNS, tokenize=False)
         assert own.startswith(
             f"<|begin_of_text|>Today Date: {'30 Nov' if day.endswith('30') else '01 Dec'} 2026"
-        )  # the clock is pretended
+        )  # the clock is simulated
         date = choose_date(dated, "chat", None)
         found.append((date, render_turns(TURNS, dated, date), encode_prompt("Profit rose", dated, "chat", date)))
     assert found[0] == found[1]
@@ -67,7 +67,7 @@ def test_text_is_what_transformers_writes_on_that_day(make_tokenizer, dated, pre
     expected = tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=False)
     pretend_day("1999-01-01")
     assert render_turns(TURNS, tokenizer, "2025-03-09") == expected
-    # A folder that is written with the day says it to any program, and asks no clock any more.
+    # A folder that is written with the date gives it to any program, without a clock.
     fix_date(tokenizer, "2025-03-09")
     assert tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=False) == expected
     assert choose_date(tokenizer, "chat", None) is None

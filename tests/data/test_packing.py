@@ -1,4 +1,4 @@
-"""Packs: every example whole and by itself, the shared beginning once, and a padding that changes nothing."""
+"""Packs: every example complete and separate, the shared prefix once, and padding without effect."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_token_sees_what_it_sees_alone(share_prefix):
     start = len(SHARED) if share_prefix else 0
     expected = [seen for example in alone(items) for seen in example[start:]]
     assert visible_tokens(pack, pack.segments)[start:] == expected
-    # In the last layer only the places that predict an answer are queries.
+    # In the last layer only the label rows are queries.
     answers = [
         seen for item, example in zip(items, alone(items), strict=True) for seen in example[-len(item.answer_ids) :]
     ]

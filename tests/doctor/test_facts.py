@@ -1,4 +1,4 @@
-"""What `nvidia-smi` prints is read right; this machine's facts survive the way between processes and versions."""
+"""Parsing of `nvidia-smi`, and the round trip of a machine's facts between processes and versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a config names: base, template, hub and prepared rows."""
+"""Findings about a config's inputs: base, template, hub and prepared rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The record of Llama's layer against transformers' own model, and no second copy of its names."""
+"""Record of Llama's layer compared with transformers' model; no other module repeats its names."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_activation_is_the_one_of_transformers_by_each_of_its_names():
 
 
 def test_no_other_module_names_a_projection_or_a_tensor_of_lora():
-    """A path with names of its own would not follow the record. config.py has the default of lora.target_modules."""
+    """A path with its own names would not follow the record. config.py has the default of lora.target_modules."""
     copies = {}
     for file in PACKAGE.rglob("*.py"):
         if file.parent.name == "formula" or file == PACKAGE / "config.py":

@@ -1,4 +1,4 @@
-"""The record of LoRA against PEFT's own adapter: names, shapes, scale and settings."""
+"""Record of LoRA compared with PEFT's adapter: names, shapes, scale and settings."""
 
 from __future__ import annotations
 

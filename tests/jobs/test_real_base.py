@@ -1,4 +1,4 @@
-"""The real base: a GGUF file in a wheel becomes a folder that answers alike, or the user learns what is missing."""
+"""Real base: a GGUF file in a wheel becomes a folder with equal answers, or an error names what is missing."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_given_folder_is_linked_to(script, tmp_path):
     output = tmp_path / ".demo" / "real-base"
     assert script.make_real_base(tmp_path / "given", output) == output
     assert output.resolve() == tmp_path / "given"
-    shutil.move(tmp_path / "given", tmp_path / "moved")  # the link leads nowhere
+    shutil.move(tmp_path / "given", tmp_path / "moved")  # the link is dangling
     assert script.make_real_base(tmp_path / "moved", output).resolve() == tmp_path / "moved"
 
 

@@ -1,4 +1,4 @@
-"""The type that a processor gets, with its units pretended, and what Ray's workers are told."""
+"""Number type of simulated processors, and the environment of Ray's workers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": 
 
 @pytest.fixture
 def choose(monkeypatch):
-    """Choose anew for a processor of some flags, on which bfloat16 is so many times faster; None: it must not be measured."""
+    """Choose for a processor with these flags and this speed of bfloat16; None: it must not be measured."""
 
     def build(flags, ratio):
         def measure():
@@ -58,7 +58,7 @@ def test_type_follows_the_processors_units(choose, flags, ratio, dtype, reason):
 
 
 def test_measurement_compares_the_fastest_products(monkeypatch):
-    """One that another process held up counts for nothing."""
+    """A measurement that another process delayed is ignored."""
     seconds = iter([5.0, 2.0, 900.0, 3.0, 4.0, 0.25, 0.5, 0.75, 0.5, 800.0])
     products = []
 

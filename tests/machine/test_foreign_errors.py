@@ -1,4 +1,4 @@
-"""Whatever reaches the end of a command is one line with what to do, and an exit code."""
+"""Any error that ends a command becomes one line of advice and an exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a machine lacks is said before anything starts: text, home, temporary folder, ports."""
+"""Checks of the machine before a command starts: arguments, home, temporary folder, ports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_argument_that_is_no_text_is_named():
     host.check_arguments(["ask", "Gewinn stieg um 12 % \u20ac"])
     with pytest.raises(ConfigError, match=r"argument 2 is b'model.base=\\xff', which is not UTF-8: expected text"):
         host.check_arguments(["train", os.fsdecode(b"model.base=\xff")])
-    # In the C locale without Python's UTF-8 mode each byte of a valid text comes as half a character as well.
+    # In the C locale without Python's UTF-8 mode, bytes of valid text become surrogates too.
     with pytest.raises(
         ConfigError, match=r"argument 1 is b'\\xc3\\xbc', which is UTF-8, but this session's locale reads"
     ):
@@ -66,7 +66,7 @@ def test_output_that_cannot_be_written_is_refused_by_its_option(tmp_path, monkey
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(ConfigError, match=r"loop cannot be written"):
         host.require_output("--output ", tmp_path / "loop")
-    # A folder's mode does not bind root, who may run the tests.
+    # A folder's mode does not restrict root, who may run the tests.
     monkeypatch.setattr(host, "find_write_problem", lambda folder: None if folder == tmp_path / "own" else "Read-only")
     (tmp_path / "own").mkdir()
     assert host.require_output("--output ", tmp_path / "own") == tmp_path / "own"

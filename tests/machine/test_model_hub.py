@@ -1,4 +1,4 @@
-"""The hub is asked once, in seconds, and what its client's errors mean is told."""
+"""The hub is checked once, within seconds, and its client's errors are explained."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_hub_that_answers_anything_is_there(monkeypatch):
 
 
 def test_silent_hub_is_given_up(monkeypatch):
-    """As behind a firewall that accepts and drops."""
+    """As behind a firewall that drops packets."""
     monkeypatch.setattr(model_hub, "_ANSWER_S", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Signals that end a command: unwound with the shell's code; ignored ones stay so; what Ray starts outlives a hangup."""
+"""Signals that end a command: clean exit with the shell's code; ignored ones stay ignored; Ray's processes survive a hangup."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_signal_has_the_shells_code_during_and_after_what_sets_a_handler_of_its_
             leave(then)
         assert stop.value.explain().exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    with keep_sigterm():  # a program of the user's own that has no handler
+    with keep_sigterm():  # a user's program without a handler
         join()
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
     with pytest.raises(SystemExit, match="3"), end_in_order(), keep_sigterm():
@@ -79,7 +79,7 @@ def test_ignored_hangup_stays_ignored():
 
 
 def test_interrupt_counts_in_a_background_command_of_a_script():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's shell starts each `command &`
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a script's `command &`
     try:
         assert handled_signals() == ENDING
     finally:
@@ -95,7 +95,7 @@ def test_child_started_inside_does_not_hear_of_a_hangup():
 
 
 def test_hangup_leaves_the_terminal_so_that_printing_is_no_error():
-    """The other end of the terminal is closed, as by a window; what is a file or a pipe is left alone."""
+    """The terminal is closed, as with its window; files and pipes stay open."""
     master, terminal = pty.openpty()
     code = (
         "import os, sys\nfrom finlora.machine.signals import leave_terminal\nsys.stdin.readline()\n"

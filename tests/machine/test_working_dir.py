@@ -1,4 +1,4 @@
-"""What `ray job submit --working-dir .` uploads: small, whole, and without data, weights or the environment."""
+"""Upload of `ray job submit --working-dir .`: small, complete, and without data, weights or the environment."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEFT_BEHIND = (
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """The archive that Ray makes of a checkout in use, by Ray's own code."""
+    """Archive of a used checkout, made by Ray's code."""
     from ray._private.runtime_env.packaging import create_package
 
     folder = tmp_path_factory.mktemp("working-dir")
@@ -35,7 +35,7 @@ def package(tmp_path_factory):
         path = checkout / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(range(256)) * 40)
-    shutil.copy(ROOT / ".rayignore", checkout)  # without .gitignore, which Ray can be told not to read
+    shutil.copy(ROOT / ".rayignore", checkout)  # without .gitignore, which Ray can be set to ignore
     create_package(str(checkout), folder / "package.zip", include_gitignore=True, excludes=[])
     return folder / "package.zip"
 

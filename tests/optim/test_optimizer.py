@@ -1,4 +1,4 @@
-"""The learning rate against numbers by hand, and the registry of optimisers against what each really does."""
+"""Learning rate compared with numbers computed by hand, and the registry of optimisers with their behaviour."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Engine:
 
 
 class Counting(torch.optim.SGD):
-    """Communicates by itself, as ZeroOneAdam."""
+    """Optimiser that communicates itself, like ZeroOneAdam."""
 
     num_syncs, bytes_sent, bytes_adam = 3, 100, 400
 
@@ -77,7 +77,7 @@ def test_counts_go_on_after_a_resume():
 
 def test_seconds_on_a_gpu_are_read_from_pairs_of_events_once(monkeypatch):
     class Event:
-        """Stands for torch.cuda.Event, on a clock of its own in milliseconds."""
+        """Replacement of torch.cuda.Event on a simulated clock in milliseconds."""
 
         now = 0.0
 
@@ -109,7 +109,7 @@ def test_seconds_on_a_gpu_are_read_from_pairs_of_events_once(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_seconds_on_a_gpu_are_the_devices_not_the_hosts():
-    """Work queued in a moment takes the device far longer, and is counted in full once it is read."""
+    """Work is queued quickly but takes the device much longer; the full time is counted when it is read."""
     device = torch.device("cuda")
     clock, values = WireClock(device), torch.ones(8192, 8192, device=device)
     torch.cuda.synchronize()

@@ -24,7 +24,7 @@ STEPS, PEAK = 10_000, 0.01
 
 
 def gradient(_worker: int, step: int, _weights: torch.Tensor) -> torch.Tensor:
-    """Drift, noise, and now and then an outlier or nothing at all."""
+    """Drift, noise, and sometimes an outlier or zeros."""
     generator = torch.Generator().manual_seed(step)
     g = torch.randn(45, generator=generator) * torch.logspace(-3, 2, 45) + 0.3
     if step % 97 == 0:

@@ -133,7 +133,7 @@ def master_of(optimizer: ZeroOneAdam) -> Tensor:
 
 
 class SentBytes:
-    """Counts what this rank gives to collectives for the others, in bytes, by the tensors that it hands over."""
+    """Counts the bytes that this rank sends to others in collectives, by their tensors."""
 
     def __init__(self, world_size: int) -> None:
         self.total, self._world_size = 0, world_size
@@ -156,7 +156,7 @@ class SentBytes:
 
 
 def report_of_rank(rank: int, world_size: int, folder: str) -> None:
-    """What one process of a world does; its findings go to FOLDER/<rank>.pt."""
+    """Body of one process of a world; writes its report to FOLDER/<rank>.pt."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     report: dict[str, Any] = {}
@@ -180,7 +180,7 @@ def report_of_rank(rank: int, world_size: int, folder: str) -> None:
     optimizer.synchronise()
     report["forced"] = (before, optimizer.is_synchronised, flat_of(parameters))
 
-    # Rank 0's start must win: the others begin elsewhere.
+    # Rank 0's initial weights must be used: the others start with different ones.
     parameters = parameters_of(problem.start + rank)
     optimizer = make_optimizer(parameters)
     take_step(problem, optimizer, parameters, rank, 1, 0.01)

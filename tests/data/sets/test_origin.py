@@ -92,7 +92,7 @@ def test_generated_tasks_and_unknown_tables_are_not_compared():
         ("fpb", FPB.test_hash + "0" * 48, 100, True, True),
         ("fpb", "0" * 64, 1212, False, False),
         ("fpb", None, 1212, False, False),
-        ("headline", "0" * 64, 20_547, False, True),  # the full file was not at hand: by its number
+        ("headline", "0" * 64, 20_547, False, True),  # the full file was not available: compared by number
         ("headline", "0" * 64, 20_546, False, False),
         ("headline", "0" * 64, 20_547, True, False),
         ("ner", PUBLISHED["ner"][2].test_hash + "0" * 48, 3502, False, False),  # the corrected variant

@@ -47,7 +47,7 @@ def test_xbrl_answers_stand_once_in_a_short_context(made):
 
 
 def test_formula_answers_follow_from_the_figures_of_the_fragment(made):
-    """Worked out anew from the prompt alone, by Python's own arithmetic."""
+    """Recomputed from the prompt alone, with Python's arithmetic."""
     for item in (*made["synthetic_formulas"].train[:200], *made["synthetic_formulas"].test[:200]):
         values = {tag: int(value) for tag, value in re.findall(r"<us-gaap:(\w+)>(-?\d+)</>", item.prompt)}
         formula, _, rest = item.prompt.partition("by the formula ")[2].partition(", rounded to ")

@@ -39,7 +39,7 @@ _WITHOUT_HASHES = 1
 """Format of the first adapters, which list no files."""
 _MAX_BYTES = 2**16
 _MAX_TEXT = 1000
-_MAX_TASKS_BYTES = 2**22
+_MAX_TASKS_BYTES = 2**20
 _logger = logging.getLogger(__name__)
 QUANTISATION = {16: "none", 8: "LLM.int8", 4: "NF4, double quantisation"}
 

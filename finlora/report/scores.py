@@ -11,7 +11,7 @@ from finlora.report.pairing import Kept, Paired, short
 from finlora.report.tables import TextTable, format_number, format_score
 from finlora.results import Result
 
-_MAX_CLASSES = 12
+_MAX_CLASSES = 1000
 """Labels up to which a task counts as one of closed answers."""
 
 

@@ -34,7 +34,7 @@ def test_changed_prompt_in_the_way_names_both_hashes(prepare):
     prepare()
     code, _, said = prepare(prompt={"instruction": "What is the mood?"})
     assert code == 3
-    assert "holds another set than this one of letters (task hash " in said
+    assert "letters (task hash " in said
     assert prepare("--overwrite", prompt={"instruction": "What is the mood?"})[0] == 0
 
 

@@ -19,6 +19,8 @@ SIMILARITY = 0.8
 """Jaccard index of two texts' 5-grams from which they count as one."""
 _GRAM = 5
 _BANDS, _ROWS = 20, 5
+_MAX_PARTNERS = 20
+"""Texts of a bucket with which each other one is compared."""
 _BLOCK_GRAMS = 2**16
 """5-grams hashed at once: 512 KiB, which stays in a core's cache."""
 _DIGIT = re.compile(r"\d")
@@ -83,19 +85,22 @@ def _find_alike(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
     rng = np.random.default_rng(20_260_101)
     factors = rng.integers(1, 2**63, (_BANDS * _ROWS, 1), np.uint64) * np.uint64(2) + np.uint64(1)
     long = [index for index, text in enumerate(texts) if len(text) >= _GRAM]
-    found = Groups(len(texts))
-    buckets: list[dict[bytes, list[int]]] = [{} for _ in range(_BANDS)]
+    bands = []
     for block in _cut(long, texts):
         grams = [_hash_grams(texts[index]) for index in block]
         starts = np.cumsum([0, *(len(own) for own in grams[:-1])])
         whole = np.concatenate(grams)
-        signature = np.stack([np.minimum.reduceat(whole * factor, starts) for factor in factors], axis=1)
-        for index, own in zip(block, signature, strict=True):
-            for band in range(_BANDS):
-                bucket = buckets[band].setdefault(own[band * _ROWS : (band + 1) * _ROWS].tobytes(), [])
-                bucket.append(index)
+        band = np.zeros((len(block), _BANDS), np.uint64)
+        for number, factor in enumerate(factors):
+            least = np.minimum.reduceat(whole * factor, starts)
+            band[:, number // _ROWS] = _mix(band[:, number // _ROWS] ^ least)
+        bands.append(band)
+    if not bands:
+        return
+    found = Groups(len(texts))
     kept: dict[int, NDArray[np.uint64]] = {}
-    for index, other in sorted(_candidates(buckets)):
+    for row, other_row in _list_candidates(np.concatenate(bands)):
+        index, other = long[row], long[other_row]
         if found.find(index) != found.find(other):
             for each in (index, other):
                 if each not in kept:
@@ -105,14 +110,21 @@ def _find_alike(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
                 yield index, other
 
 
-def _candidates(buckets: Sequence[dict[bytes, list[int]]]) -> set[tuple[int, int]]:
-    """Return the pairs to check: of a large bucket each text with the first ones alone, which connect it."""
-    pairs: set[tuple[int, int]] = set()
-    for band in buckets:
-        for bucket in band.values():
-            for number, index in enumerate(bucket):
-                pairs.update((other, index) for other in bucket[: min(number, 20)])
-    return pairs
+def _list_candidates(bands: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
+    """Yield pairs of rows that agree in a band: of many that agree each with the first ones alone, which connect it.
+
+    Shapes: bands (rows, _BANDS), a hash of the signature's rows in each band.
+    """
+    import numpy as np
+
+    for band in bands.T:
+        order = np.argsort(band, kind="stable")
+        ends = np.flatnonzero(band[order][1:] != band[order][:-1]) + 1
+        for bucket in np.split(order, ends):
+            if len(bucket) > 1:
+                rows = bucket.tolist()
+                for number, row in enumerate(rows):
+                    yield from ((first, row) for first in rows[: min(number, _MAX_PARTNERS)])
 
 
 def _cut(indices: Sequence[int], texts: Sequence[str]) -> Iterator[list[int]]:

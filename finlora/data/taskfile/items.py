@@ -159,7 +159,7 @@ class _Reader:
             group=self._text(row, columns.group) if columns.group else None,
             time=time or None,
             weight=_read_weight(row, columns.weight) if columns.weight else 1.0,
-            segments=tuple(self._value(row, name) or NO_SEGMENT for name in columns.segments),
+            segments=tuple(make_printable(self._value(row, name) or NO_SEGMENT) for name in columns.segments),
             side=self._side(row),
         )
 
@@ -241,6 +241,11 @@ class _Reader:
                 f"{row.place}, column {column}: found {shorten(value or '')}, expected train or test (split by column)."
             )
         return value
+
+
+def make_printable(text: str) -> str:
+    """Return a text of the data as tables and terminals may show it."""
+    return text if text.isprintable() else "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
 
 
 def _read_turns(task: TaskFile, row: TableRow) -> tuple[Turn, ...]:

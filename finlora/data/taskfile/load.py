@@ -160,6 +160,10 @@ def _list_checks(task: TaskFile) -> list[tuple[bool, str]]:
             all(value.strip() == value and value for value in values),
             "labels: a value is empty or has white space at its start or end: put what the data has under `from`",
         ),
+        (
+            all(text.isprintable() for text in (*values, task.title, task.licence)),
+            "title, licence and labels stand in tables: expected no line breaks and control characters in them",
+        ),
         (task.separator != "", 'separator is empty: expected what stands between two labels, as "|"'),
         (
             (task.preset in CHAT_PRESETS) <= task.is_chat,

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from finlora.data.example import Example, Splits
 from finlora.data.task import Request, Task
 from finlora.data.taskfile.asking import make_form, render_prompt, write_turns
-from finlora.data.taskfile.items import Item, Turn, make_items
+from finlora.data.taskfile.items import Item, Turn, make_items, make_printable
 from finlora.data.taskfile.load import load_task_file
 from finlora.data.taskfile.own_tables import read_source
 from finlora.data.taskfile.presets import apply_preset
@@ -76,7 +76,7 @@ def read_splits(task: TaskFile, folder: Path) -> Splits:
     }
     notes += _list_dates(items, parts)
     notes += _list_labels(task, sides)
-    return Splits(train=sides["train"], test=sides["test"], notes=tuple(notes))
+    return Splits(train=sides["train"], test=sides["test"], notes=tuple(map(make_printable, notes)))
 
 
 def _build(side: str, task: TaskFile, items: Sequence[Item], rows: Sequence[int], parts: Parts) -> tuple[Example, ...]:

@@ -42,6 +42,7 @@ def test_card_reads_back_equal(write_task):
         ({"labels": ["one"]}, "labels holds 1: expected at least two for kind choice"),
         ({"labels": ["a", {"value": "b", "from": ["a"]}]}, "'a' stands for more than one label"),
         ({"labels": [" a", "b"]}, "white space at its start or end: put what the data has under `from`"),
+        ({"labels": ["a\nb", "c"]}, "labels stand in tables: expected no line breaks"),
         ({"source": {}}, "source: expected one of `files`"),
         ({"source": {"train": "a.csv"}}, "source names only one of `train` and `test`"),
         ({"source": {"hub": "a/b", "revision": "main"}}, "source.revision='main': expected the commit"),

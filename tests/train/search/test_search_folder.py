@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from letters import make_rows, prepare_letters
 
 from finlora.data.example import Splits
 from finlora.data.sets.catalog import task_named
@@ -145,3 +146,15 @@ def test_held_out_losses_come_back_in_step_order_without_a_broken_line(make_conf
 def test_grace_is_at_least_a_step():
     assert count_grace_steps(SearchConfig(grace_share=0.1), 194) == 20
     assert count_grace_steps(SearchConfig(grace_share=0.01), 5) == 1
+
+
+def test_task_split_by_time_holds_out_its_latest_examples(tmp_path):
+    rows = make_rows(40, when=lambda row: f"2024-{1 + row // 4:02}-0{1 + row % 4}")
+    source = prepare_letters(
+        tmp_path, rows=rows, columns={"time": "when"}, split={"by": "time", "test_from": "2024-10-01", "gap_days": 20}
+    )
+    split_examples(source, "letters", tmp_path / "search", 0.25, 0)
+    kept, held = (read_prepared(tmp_path / "search", "letters", part) for part in ("train", "test"))
+    assert (max(item.time for item in kept.examples)[:10], len(kept.examples)) == ("2024-06-04", 24)
+    assert (min(item.time for item in held.examples)[:10], len(held.examples)) == ("2024-07-04", 9)
+    assert held.card == read_prepared(source, "letters", "train").card

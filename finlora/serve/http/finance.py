@@ -16,6 +16,7 @@ from finlora.serve.accounts.ledger import Call
 from finlora.serve.failures import RefusedError
 from finlora.serve.http.completions import count_usage
 from finlora.serve.http.context import ANSWERING_ERRORS, LOOKING_ERRORS, gather_all, key_of, request_id_of, server_of
+from finlora.serve.http.server import Server
 from finlora.serve.protocol import (
     ClassifyRequest,
     ClassifyResponse,
@@ -72,7 +73,7 @@ async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
             "invalid_value",
             "texts",
         )
-    forms = _forms_of(call)
+    forms = _forms_of(server, call, body.task)
     questions = [_ask(forms, body.task, *pair) for pair in zip(body.all_texts, body.all_abouts, strict=True)]
     answers = await gather_all([server.choose(call, question, index) for index, question in enumerate(questions)])
     return ClassifyResponse(
@@ -89,7 +90,7 @@ async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
     """Answer a question from a text and say where in it the answer is. Check an answer yourself where `grounded` is false."""
     server = server_of(request)
     call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
-    forms = _forms_of(call)
+    forms = _forms_of(server, call, body.task)
     free = [name for name, form in forms.items() if not form.choices]
     if body.task not in free:
         raise RefusedError(
@@ -133,9 +134,23 @@ def _describe(name: str, form: Form) -> TaskFacts:
     )
 
 
-def _forms_of(call: Call) -> dict[str, Form]:
-    """Return the tasks that a call's model can be asked: the built-in ones and those that its adapter brings."""
-    return {**FORMS, **(call.adapter.forms if call.adapter else {})}
+def _forms_of(server: Server, call: Call, task: str) -> dict[str, Form]:
+    """Return the tasks that a call's model can be asked: the built-in ones and those that its adapter brings.
+
+    Raises:
+        RefusedError: another model brings the task.
+    """
+    forms = {**FORMS, **(call.adapter.forms if call.adapter else {})}
+    if task not in forms:
+        models = [name for own, models in server.list_own_tasks(call.key) if own.name == task for name in models]
+        if models:
+            raise RefusedError(
+                400,
+                f"task {task!r} comes with the model {' or '.join(models)}, and {call.model} was asked: ask that model.",
+                "invalid_value",
+                "task",
+            )
+    return forms
 
 
 def _ask(forms: Mapping[str, Form], task: str, text: str, about: str | None) -> Question:

@@ -140,10 +140,9 @@ def test_adapter_brings_its_task_to_the_server(live, post, letters):
     reply = post("/v1/classify", {"model": "tiny:letters", "task": "letters", "text": "Dear bank"})
     assert set(reply.body["results"][0]["probabilities"]) == {"bad", "good"}
     other = post("/v1/classify", {"task": "letters", "text": "Dear bank"})
-    assert (
-        other.status,
-        "task 'letters' has no labels here: expected one of fpb" in other.body["error"]["message"],
-    ) == (400, True)
+    words = "task 'letters' comes with the model tiny:letters, and tiny was asked: ask that model."
+    assert (other.status, other.body["error"]["message"]) == (400, words)
+    assert post("/v1/classify", {"model": "tiny:letters", "task": "leters", "text": "a"}).status == 400
 
 
 def test_text_of_an_adapters_task_is_written_and_not_quoted(post, letters):

@@ -1,16 +1,23 @@
-"""Nodes started by the commands of the systemd units: join by token, attribution of resources to jobs, kill and clean-up."""
+"""Nodes started by the commands of the systemd units: join, attribution of resources to jobs, kill and clean-up.
+
+That nobody joins without the token: tests/deployment/test_ray_token.py.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-import time
 
 import psutil
 
 from tests.chaos.nodes.local_nodes import LocalNodes
 
-NODES = "import ray; ray.init(logging_level='ERROR'); print(sorted(n['Alive'] for n in ray.nodes()), ray.cluster_resources())"
+# A driver that ends once the nodes' states and the cluster's CPUs are as expected.
+WAIT = (
+    "import ray, time; ray.init(logging_level='ERROR')\n"
+    "def look(): return sorted(n['Alive'] for n in ray.nodes()), ray.cluster_resources().get('CPU', 0)\n"
+    "while look() != {}: time.sleep(0.1)"
+)
 
 HOLD = (
     "import ray, time; from finlora.cluster.lease import take_lease; ray.init(); "
@@ -30,28 +37,20 @@ def test_units_make_a_cluster_that_a_node_joins_and_leaves():
     try:
         nodes.start_head()
         nodes.start_node("a", 3)
-        deadline = time.monotonic() + 60
-        here = {"env": nodes.environment | {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}, "cwd": nodes.folder}
-        while "'CPU': 3.0" not in (done := nodes.run(sys.executable, "-c", NODES, **here)).stdout:
-            assert time.monotonic() < deadline, done.stdout + done.stderr
-        assert done.stdout.startswith("[True, True]")
+        joined = {"RAY_ADDRESS": f"127.0.0.1:{nodes.port}"}
+        here = {"env": nodes.environment | joined, "cwd": nodes.folder, "timeout": 240}  # on a busy machine
+        both = nodes.run(sys.executable, "-c", WAIT.format(([True, True], 3.0)), **here)
+        assert both.returncode == 0, both.stderr
 
         options = ("--address", nodes.dashboard, "--submission-id", "of-anna", "--no-wait")
         submitted = nodes.run("ray", "job", "submit", *options, "--", "python", "-c", HOLD)
         assert submitted.returncode == 0, submitted.stderr
-        said = nodes.run(sys.executable, "-c", ASK, **here, timeout=60).stdout
+        said = nodes.run(sys.executable, "-c", ASK, **here).stdout
         assert "2 CPU wanted, 1 of 3 free; held: 2 by night-training (job of-anna: python -c " in said
 
-        (nodes.folder / "wrong").write_text("f" * 64)
-        stranger = {"env": nodes.environment | {"RAY_AUTH_TOKEN_PATH": str(nodes.folder / "wrong")}}
-        refused = nodes.run("ray", "job", "list", "--address", nodes.dashboard, **stranger)
-        assert refused.returncode != 0
-        assert "authentication" in (refused.stdout + refused.stderr).lower()
-
         assert nodes.kill_node("a") > 3
-        deadline = time.monotonic() + 60
-        while not (done := nodes.run(sys.executable, "-c", NODES, **here)).stdout.startswith("[False, True]"):
-            assert time.monotonic() < deadline, done.stdout + done.stderr
+        one = nodes.run(sys.executable, "-c", WAIT.format(([False, True], 0)), **here)
+        assert one.returncode == 0, one.stderr
     finally:
         nodes.close()
     assert not nodes.folder.exists()

@@ -7,6 +7,7 @@ an interrupted pretraining leaves a folder that loading refuses.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -138,23 +139,26 @@ def run_pretraining(
 
     Raises:
         ConfigError: `output` cannot be written.
-        ModelError: `output` holds a model of other settings.
+        ModelError: `output` holds a model of other settings or texts.
         DatasetError: a task is not prepared or has too little text.
         ResourceError: there is no such device.
     """
     device = torch.device(device_name)
     check_device(device)
     resolved = dataclasses.replace(settings, precision=resolve_precision(settings.precision, device.type))
-    stamp = {"settings": dataclasses.asdict(resolved), "tasks": list(tasks)}
+    is_there = (output / "config.json").is_file()
+    if not is_there:
+        require_output("--output ", output, is_new=True)
+    texts = [text for task in tasks for text in _texts_of(task, data, settings.seed)]
+    stamp = {"settings": dataclasses.asdict(resolved), "tasks": list(tasks), "texts": _hash_texts(texts)}
     stamp_file = output / "pretraining.json"
-    if (output / "config.json").is_file():
+    if is_there:
         if not _is_same(_read_stamp(stamp_file), stamp, any_precision=settings.precision == AUTO):
             raise ModelError(
-                f"{output} holds another model already: choose another --output, or delete that folder to train again."
+                f"{output} holds another model already, or one of other texts or settings: choose another --output, or delete "
+                "that folder to train again."
             )
         return f"{output} is complete already, kept."
-    require_output("--output ", output, is_new=True)
-    texts = [text for task in tasks for text in _texts_of(task, data, settings.seed)]
 
     def show(step: int, loss: float) -> None:
         on_step("pretraining", step, settings.num_steps, f"loss {loss:.3f}")
@@ -163,6 +167,10 @@ def run_pretraining(
     stamp_file.write_text(json.dumps(stamp, sort_keys=True), encoding="utf-8")
     seconds = pretrain_base(texts, resolved, output, device, show)
     return f"Base {output}: {len(texts):,} texts, {settings.num_steps} steps in {resolved.precision}, {seconds:.0f} s"
+
+
+def _hash_texts(texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 
 def _read_stamp(path: Path) -> dict[str, Any]:

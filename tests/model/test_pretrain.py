@@ -36,7 +36,7 @@ def test_too_little_text_is_refused_with_a_message(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_pretraining_happens_once_and_other_settings_are_refused(prepared_synthetic, tmp_path):
+def test_pretraining_happens_once_and_other_settings_or_texts_are_refused(prepared_synthetic, tmp_path, monkeypatch):
     notes = []
     shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_layers": 1, "context_length": 32}
     settings = PretrainConfig(**shape, batch_size=2, num_steps=12)
@@ -58,5 +58,10 @@ def test_pretraining_happens_once_and_other_settings_are_refused(prepared_synthe
     assert before.st_mode == (tmp_path / "base" / "config.json").stat().st_mode
     assert "is complete already, kept" in pretrain(settings)
     assert (tmp_path / "base" / "model.safetensors").stat() == before
-    with pytest.raises(ModelError, match=r"holds another model already: choose another --output"):
+    with pytest.raises(
+        ModelError, match=r"holds another model already, or one of other texts or settings: choose another --output"
+    ):
         pretrain(PretrainConfig(**shape, batch_size=2, num_steps=13))
+    monkeypatch.setattr("finlora.model.pretrain._texts_of", lambda *_: ["Profit rose."])
+    with pytest.raises(ModelError, match=r"or one of other texts or settings"):
+        pretrain(settings)

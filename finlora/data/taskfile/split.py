@@ -148,6 +148,8 @@ def _describe_duplicates(items: Sequence[Item], groups: Groups, is_kept: bool) -
     for root in groups.roots():
         sizes[root] = sizes.get(root, 0) + 1
     many = [size for size in sizes.values() if size > 1]
+    if not many:
+        return "Duplicates: no text is equal or nearly equal to another."
     kept = "kept on one side of the split" if is_kept else "not moved by this split"
     return (
         f"Duplicates: {num_equal:,} rows repeat a text; {sum(many):,} rows are in {len(many):,} groups of equal or nearly equal "

@@ -16,8 +16,9 @@ from finlora.data.task import Request
 def asked(examples):
     """Return the hash of all that a model sees and is judged by, without the task's name, and the groups of intervals."""
     fields = [(item.prompt, item.answer, item.label, item.choices) for item in examples]
-    groups = [item.group for item in examples]
-    return hashlib.sha256(repr(fields).encode()).hexdigest(), [groups.index(group) for group in groups], len(examples)
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(item.group, len(numbers)) for item in examples]
+    return hashlib.sha256(repr(fields).encode()).hexdigest(), groups, len(examples)
 
 
 def read_built_in(name, source):

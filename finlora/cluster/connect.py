@@ -16,7 +16,7 @@ from finlora.cluster.probe import probe_cluster, require_node_here, require_same
 from finlora.errors import ConfigError, FinloraError, ResourceError
 from finlora.machine.cpu import set_environment, worker_environment
 from finlora.machine.host import check_ray_temp, find_ray_temp
-from finlora.machine.signals import keep_sigterm, without_hangup_for_children
+from finlora.machine.signals import hold_sigterm, without_hangup_for_children
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -66,10 +66,10 @@ def connect(log_to_driver: bool) -> None:
         require_node_here(versions)
     try:
         if not is_local():
-            with keep_sigterm(), _without_native_sigterm():
+            with hold_sigterm() as is_held, _without_sigterm_of_ray(is_held):
                 ray.init(log_to_driver=log_to_driver, runtime_env={"env_vars": worker_environment()})
             return
-        with without_hangup_for_children(), keep_sigterm(), _without_native_sigterm():
+        with without_hangup_for_children(), hold_sigterm() as is_held, _without_sigterm_of_ray(is_held):
             ray.init(
                 address="local",
                 log_to_driver=log_to_driver,
@@ -81,20 +81,26 @@ def connect(log_to_driver: bool) -> None:
 
 
 @contextlib.contextmanager
-def _without_native_sigterm() -> Iterator[None]:
-    """Keep Ray's native crash handler out of this process while it joins: after SIGTERM that prints a stack and aborts with 134.
+def _without_sigterm_of_ray(is_held: bool) -> Iterator[None]:
+    """Keep Ray's handlers of SIGTERM out of this process while it joins.
 
-    Python's faulthandler still shows a real crash. The constant replaces RAY_DISABLE_FAILURE_SIGNAL_HANDLER, which Ray's
-    workers would inherit, and lose the stack of their crashes.
+    The native one prints a stack and aborts with 134. Its constant replaces RAY_DISABLE_FAILURE_SIGNAL_HANDLER, which Ray's
+    workers would inherit, and lose the stack of their crashes; Python's faulthandler still shows a real crash. Python's one
+    exits with 15.
+
+    Args:
+        is_held: SIGTERM is held back, so that Ray's Python handler is not needed.
     """
-    from ray._private import ray_constants
+    from ray._private import ray_constants, utils
 
-    before = ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
+    native, setter = ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER, utils.set_sigterm_handler
     ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+    if is_held:
+        utils.set_sigterm_handler = lambda _handler: None
     try:
         yield
     finally:
-        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = before
+        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER, utils.set_sigterm_handler = native, setter
 
 
 def is_local() -> bool:

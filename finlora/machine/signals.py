@@ -85,26 +85,30 @@ def end_in_order() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def keep_sigterm() -> Iterator[None]:
-    """Keep this process's handler of SIGTERM during `ray.init`, which sets its own: that exits with 15 without a message.
+def hold_sigterm() -> Iterator[bool]:
+    """Hold SIGTERM back until the end of `ray.init`: Ray's native code crashes where Python leaves it while it joins.
 
-    A process without a handler keeps Ray's.
+    Yields whether it is held back; a process without a handler keeps Ray's. What sets a handler inside is overruled at the end.
 
     Raises:
-        StoppedByError: SIGTERM came while Ray's handler was set.
+        StoppedByError: SIGTERM came meanwhile.
     """
     before = signal.getsignal(signal.SIGTERM)
     if before in (signal.SIG_DFL, None) or threading.current_thread() is not threading.main_thread():
-        yield
+        yield False
         return
+    came = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: came.set())
     try:
-        yield
+        yield True
     except SystemExit as error:
-        if error.code == signal.SIGTERM:
-            raise StoppedByError(signal.SIGTERM) from error
-        raise
+        if error.code != signal.SIGTERM:
+            raise
+        came.set()  # a handler that was set inside has answered it
     finally:
         signal.signal(signal.SIGTERM, before)
+        if came.is_set():
+            raise StoppedByError(signal.SIGTERM)
 
 
 class StoppedByError(BaseException):

@@ -15,7 +15,7 @@ from finlora.machine.signals import (
     StoppedByError,
     end_in_order,
     handled_signals,
-    keep_sigterm,
+    hold_sigterm,
     without_hangup_for_children,
 )
 
@@ -50,7 +50,7 @@ def test_signal_has_the_shells_code_during_and_after_what_sets_a_handler_of_its_
 
     def leave(then):
         with end_in_order():
-            with keep_sigterm():
+            with hold_sigterm():
                 join()
                 if then == "during":
                     os.kill(os.getpid(), signal.SIGTERM)
@@ -61,11 +61,26 @@ def test_signal_has_the_shells_code_during_and_after_what_sets_a_handler_of_its_
             leave(then)
         assert stop.value.explain().exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    with keep_sigterm():  # a user's program without a handler
+    with hold_sigterm():  # a user's program without a handler
         join()
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-    with pytest.raises(SystemExit, match="3"), end_in_order(), keep_sigterm():
+    with pytest.raises(SystemExit, match="3"), end_in_order(), hold_sigterm():
         sys.exit(3)
+
+
+def test_signal_that_comes_while_ray_joins_waits_for_its_end():
+    done = []
+
+    def join():
+        with end_in_order(), hold_sigterm() as is_held:
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append(is_held)
+
+    with pytest.raises(StoppedByError):
+        join()
+    assert done == [True]
+    with hold_sigterm() as is_held:  # a user's program without a handler
+        assert not is_held
 
 
 def test_ignored_hangup_stays_ignored():

@@ -14,6 +14,7 @@ from finlora.data.question import PLAIN, Form
 from finlora.data.sets.catalog import FORMS, task_named
 from finlora.durable import hash_file
 from finlora.errors import ConfigError
+from finlora.inference.ask import list_own_forms
 from finlora.model.adapter_files import ADAPTER_WEIGHTS
 from finlora.model.base_files import BaseFiles
 from finlora.model.contract import read_contract
@@ -39,6 +40,8 @@ class ScorePlan:
     """For the chat template, as in `encode_prompt`."""
     task: str | None
     """None: the text is the whole prompt."""
+    form: Form
+    """How it asks; also of a task file's task, which the adapter or the prepared data brings."""
     text: str
     """Column of the text."""
     about: str | None
@@ -52,10 +55,6 @@ class ScorePlan:
     """What two scorings must share for one to go on with the parts of the other."""
 
     @property
-    def form(self) -> Form:
-        return FORMS[self.task] if self.task else PLAIN
-
-    @property
     def columns(self) -> dict[str, ScoreColumn]:
         """Columns that are added, by their names, in their order."""
         if self.form.choices:
@@ -65,7 +64,7 @@ class ScorePlan:
             found += [ScoreColumn(f"p_{choice}", "number") for choice in self.form.choices]
         else:
             found = [ScoreColumn("answer", "text")]
-            if self.task:
+            if self.form.is_quoted:
                 found += [ScoreColumn("quote_start", "position"), ScoreColumn("quote_end", "position")]
         found.append(ScoreColumn("reason", "text"))
         return {f"{self.prefix}_{column.key}": column for column in found}
@@ -89,10 +88,11 @@ def make_plan(
         AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
     """
     config = resolve_evaluation(config)
-    if task is not None and task not in FORMS:
+    forms = {**FORMS, **list_own_forms(task, adapter, Path(config.data.dir))}
+    if task is not None and task not in forms:
         task_named(task)  # near names
-        raise ConfigError(f"task {task!r} cannot be asked: expected one of {', '.join(FORMS)}.")
-    form = FORMS[task] if task else PLAIN
+        raise ConfigError(f"task {task!r} cannot be asked: expected one of {', '.join(forms)}.")
+    form = forms[task] if task else PLAIN
     if threshold is not None and not form.choices:
         raise ConfigError(f"--threshold is for labels, and {task or 'a plain prompt'} is answered in free text.")
     if threshold is not None and not 0 < threshold < 1:
@@ -133,6 +133,7 @@ def make_plan(
         adapter=adapter,
         date=date,
         task=task,
+        form=form,
         text=column,
         about=about,
         threshold=threshold,

@@ -88,7 +88,7 @@ class Scorer:
             return results
         texts = self._engine.generate(prompts, self._plan.config.eval.max_new_tokens, _ignore)
         for index, text in zip(can, texts, strict=True):
-            quote = find_quote(text, asked[index].context) if self._plan.task else None
+            quote = find_quote(text, asked[index].context) if self._plan.form.is_quoted else None
             results[index]["answer"] = text
             if quote:
                 results[index] |= {"quote_start": quote[0], "quote_end": quote[1]}

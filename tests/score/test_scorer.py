@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
+
+import cloudpickle
 import pytest
+from letters import prepare_letters
 
 from finlora.data.encode import encode_choices, encode_prompt
 from finlora.data.sets.catalog import FORMS
@@ -91,6 +95,19 @@ def test_text_is_generated_and_quoted(plan_of, tmp_path):
     found = score(plan, tmp_path / "out.csv")
     assert all(isinstance(row["finlora_answer"], str) for row in found)
     assert "the text alone" in describe_plan(plan)
+
+
+def test_task_of_a_task_file_is_asked_and_passed_to_other_processes(make_config, tmp_path):
+    prepare_letters(tmp_path)
+    config = make_config("model.max_seq_len=256", f"data.dir={tmp_path / 'data'}")
+    base, table = read_base_files(config.model), open_table(write_table(tmp_path), 8)
+    plan = make_plan(config, base, None, table, task="letters", text="body", about=None, threshold=None)
+    found = score(pickle.loads(cloudpickle.dumps(plan)), tmp_path / "out.csv")
+    labels = list(plan.form.choices)
+    assert [*plan.columns] == [
+        f"letters_{key}" for key in ("label", "probability", *(f"p_{x}" for x in labels), "reason")
+    ]
+    assert {row["letters_label"] for row in found} <= set(labels)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ STEPS: tuple[Step, ...] = (
     _step("plan", training.plan, needs_ray=False),
     _step("doctor", training.doctor),
     _step("job", searching.submit_job),
+    _step("own-table", preparing.own_table, needs="", makes="own", needs_ray=False),
     _step("prefetch", preparing.prefetch, needs="", makes="mirror", needs_ray=False),
     _step("pretrain", preparing.pretrain, needs="", makes="pretrained", needs_ray=False),
     _step("report", searching.report, needs="evaluate", makes="report to-report", needs_ray=False),

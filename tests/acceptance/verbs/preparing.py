@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import re
 import sys
 
@@ -31,6 +33,27 @@ def prepare(tools: Tools) -> None:
     for task, number in (("xbrl_tags", 115), ("xbrl_values", 102)):
         done = tools.finlora("prepare", task, "--source", walk.data / "xbrl", "--output", walk.prepared)
         checks.equal(f"test examples of {task}", number, counts(done.text)[1])
+
+
+def own_table(tools: Tools) -> None:
+    """A table that nobody has described: `new-task` guesses its columns, and what it writes can be prepared."""
+    checks, folder = tools.checks, tools.walk.output / "own"
+    folder.mkdir()
+    things = ("profit", "loss", "turnover", "order book", "margin", "dividend", "debt", "capacity")
+    towns = ("Helsinki", "Espoo", "Oulu", "Turku", "Tampere", "Vantaa", "Lahti", "Pori")
+    with (folder / "letters.csv").open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("letter_id", "body", "tone"))
+        for number, (thing, town) in enumerate(itertools.product(things, towns)):
+            verb, tone = (("rose", "P+"), ("fell", "G-"))[number % 2]
+            writer.writerow(
+                (number, f"Our {thing} in {town} {verb} by {3 + number} %, says letter {37 * number}.", tone)
+            )
+    guessed = tools.finlora("new-task", folder / "letters.csv").text
+    for words in ("Guessed text: the longest texts", 'Guessed "P+": a code?'):
+        checks.contains("what it guessed", words, guessed)
+    done = tools.finlora("prepare", "--task-file", folder / "letters.yaml", "--output", folder / "data")
+    checks.equal("examples of both splits", 64, sum(counts(done.text)))
 
 
 def counts(text: str) -> tuple[int, int]:

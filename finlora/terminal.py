@@ -217,7 +217,7 @@ def show_preparation(report: PreparedReport, console: Console, is_dry: bool) -> 
     print_table(console, ("split", "examples", "labels", "duplicates", "prompt chars (median / max)", "sha256"), rows)
     console.print(
         f"Leaks from train into test: {report.prompt_leaks:,} equal prompts, {report.group_leaks:,} examples of a shared "
-        "source (sentence, headline, pair or filing)",
+        "source (sentence, headline, entity with its sentence, or filing)",
         highlight=False,
     )
     for note in report.notes:

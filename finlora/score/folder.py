@@ -66,19 +66,19 @@ class ScoreFolder:
         """Return the record of the same scoring, if it is finished.
 
         Raises:
-            ConfigError: the output is there and of another scoring, or nobody knows of what.
+            ConfigError: the output exists, and another scoring or something else wrote it.
         """
         record = self._read(self.manifest)
         if record is not None and self.out.exists():
             if difference := describe_difference(record["binding"], dict(binding)):
                 raise ConfigError(
-                    f"{self.out} is of another scoring ({difference}): choose another output, or remove it and "
+                    f"{self.out} was written by another scoring ({difference}): choose another output, or remove it and "
                     f"{self.manifest.name}."
                 )
             return record
         if self.out.exists() and not self.parts.exists():
             raise ConfigError(
-                f"{self.out} is there and was not written by a scoring: choose another output, or remove it."
+                f"{self.out} exists and was not written by `finlora score`: choose another output, or remove it."
             )
         return None
 

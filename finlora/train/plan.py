@@ -53,7 +53,7 @@ class Verdict:
         """Return one line on how the run trains."""
         way = "packed" if self.padded_because is None else f"on padded rows ({self.padded_because})"
         weights = f"; {_describe_weights(config, self)}" if self.packs is not None and self.packs.keep_unpacked else ""
-        return f"Training {way}: {_describe_batch(config, self)}{weights}; forecast {self.plan.train_peak_gib:.2f} GiB a worker"
+        return f"Training {way}: {_describe_batch(config, self)}{weights}; forecast {self.plan.train_peak_gib:.2f} GiB per worker"
 
     def require_fit(self) -> None:
         """Refuse a run that does not fit.
@@ -98,7 +98,7 @@ def plan_run(
 
     plan, packs = _forecast(config, shape, examples, budget, is_packed=refusal is None)
     verdict = functools.partial(Verdict, plan=plan, packs=packs, padded_because=refusal, gpu_memory_gib=budget)
-    found = f"{plan.total_gib:.1f} GiB a worker, {MARGIN:.0%} kept free of {budget:.1f} GiB"
+    found = f"{plan.total_gib:.1f} GiB per worker, {MARGIN:.0%} kept free of {budget:.1f} GiB"
     if train.device == "cuda" and train.num_workers * train.gpus_per_worker > num_gpus:
         most = max(1, int(num_gpus / train.gpus_per_worker))
         words = (
@@ -218,17 +218,17 @@ def print_plan(config: RunConfig, verdict: Verdict, console: Console) -> None:
 
 def _describe_weights(config: RunConfig, verdict: Verdict) -> str:
     is_dense = verdict.packs is not None and verdict.packs.keep_unpacked
-    return f"frozen base at {config.model.bits} bit" + (", unpacked once and kept" if is_dense else "")
+    return f"frozen base at {config.model.bits} bit" + (", held unpacked in memory" if is_dense else "")
 
 
 def _describe_batch(config: RunConfig, verdict: Verdict) -> str:
     if verdict.packs is not None:
         again = {"none": "", "mlp": ", gate and up projection recomputed", "layer": ", layers recomputed"}
-        return f"a pack of {verdict.packs.size.num_rows:,} tokens, the largest{again[verdict.packs.recompute]}"
+        return f"largest pack {verdict.packs.size.num_rows:,} tokens{again[verdict.packs.recompute]}"
     batch = verdict.plan.micro_batch
     assert batch is not None, "a padded plan has a batch"
     again_words = ", recomputed" if config.train.gradient_checkpointing else ""
-    return f"{batch.num_examples} x {batch.num_tokens:,} padded tokens, the longest{again_words}"
+    return f"{batch.num_examples} x {batch.num_tokens:,} padded tokens, the longest batch{again_words}"
 
 
 def _list_savings(config: RunConfig, longest: int, *, is_packed: bool) -> Iterator[tuple[tuple[str, ...], RunConfig]]:

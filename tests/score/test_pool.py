@@ -72,4 +72,4 @@ def test_killed_engine_changes_no_byte_and_the_same_command_goes_on(score, tmp_p
     assert "holds this very scoring already" in said
     code, _, error = score(tmp_path / "in.jsonl", folder.out, "--task", "tfns")
     assert code == 2
-    assert "is of another scoring (task fpb, now tfns" in error
+    assert "was written by another scoring (task fpb, now tfns" in error

@@ -131,12 +131,12 @@ def test_finished_output_is_recognised_and_a_strange_one_refused(tmp_path):
     folder = ScoreFolder(tmp_path / "out.csv")
     assert folder.find_finished({"task": "fpb"}) is None
     folder.out.write_text("text\n")
-    with pytest.raises(ConfigError, match="was not written by a scoring"):
+    with pytest.raises(ConfigError, match="was not written by `finlora score`"):
         folder.find_finished({"task": "fpb"})
     folder.parts.mkdir()
     folder.finish({"binding": {"task": "fpb"}, "rows": 0})
     assert folder.find_finished({"task": "fpb"})["rows"] == 0
-    with pytest.raises(ConfigError, match=r"is of another scoring \(task fpb, now tfns\)"):
+    with pytest.raises(ConfigError, match=r"was written by another scoring \(task fpb, now tfns\)"):
         folder.find_finished({"task": "tfns"})
     folder.manifest.write_text("{")
     with pytest.raises(ResultError, match="cannot be read"):

@@ -53,7 +53,7 @@ def test_run_that_fits_says_how_much_it_takes(make_8b):
     verdict = plan_run(make_8b("train.micro_batch_size=4"), 47.4, 1)
     assert verdict.fits
     assert verdict.settings == ()
-    assert verdict.words == f"It fits: {verdict.plan.total_gib:.1f} GiB a worker, 5% kept free of 47.4 GiB."
+    assert verdict.words == f"It fits: {verdict.plan.total_gib:.1f} GiB per worker, 5% kept free of 47.4 GiB."
     verdict.require_fit()
 
 
@@ -203,15 +203,15 @@ def test_packed_run_says_how_it_trains_and_that_it_fits(make_8b):
     assert verdict.padded_because is None
     rows = verdict.packs.size.num_rows
     expected = (
-        f"Training packed: a pack of {rows:,} tokens, the largest; frozen base at 4 bit, unpacked once and kept; "
-        f"forecast {verdict.plan.train_peak_gib:.2f} GiB a worker"
+        f"Training packed: largest pack {rows:,} tokens; frozen base at 4 bit, held unpacked in memory; "
+        f"forecast {verdict.plan.train_peak_gib:.2f} GiB per worker"
     )
     assert verdict.describe(config) == expected
     console = Console(width=130, record=True, file=io.StringIO())
     print_plan(config, verdict, console)
     text = console.export_text()
-    assert "unpacked once and kept" in text
-    assert f"a pack of {rows:,} tokens, the largest" in text
+    assert "held unpacked in memory" in text
+    assert f"largest pack {rows:,} tokens" in text
 
 
 def test_padded_run_says_why(make_8b):

@@ -65,7 +65,7 @@ class PreparedReport:
     duplicates: Mapping[str, int]
     """Examples whose prompt and answer occur earlier in the split."""
     group_leaks: int
-    """Test examples whose group (sentence, headline, pair or filing) is in train."""
+    """Test examples whose group (sentence, headline, entity with its sentence, or filing) is in train."""
     prompt_leaks: int
     """Test examples whose exact prompt is in train."""
     prompt_chars: Mapping[str, tuple[float, int]]

@@ -227,7 +227,7 @@ def score(tools: Tools) -> None:
     tools.finlora(*words, *adapter)
     checks.equal("the same command again writes it", False, out.stat().st_mtime_ns != written)
     refused = tools.finlora(*words, "--base", code=2)
-    checks.contains("without the adapter", "is of another scoring", refused.text)
+    checks.contains("without the adapter", "was written by another scoring", refused.text)
 
 
 def ask_text(tools: Tools) -> None:

@@ -45,7 +45,7 @@ def plan(tools: Tools) -> None:
     # On a GPU, CUDA's context takes 1.3 GiB more; a smaller GPU is refused as impossible.
     too_small, needed = ("1.35", "1.4") if walk.device == "cuda" else ("0.01", "0.1")
     done = tools.finlora("plan", "--config", walk.config, "--gpu-memory", too_small, code=5)
-    checks.contains(f"a GPU of {too_small} GiB", f"It does not fit: {needed} GiB a worker", done.text)
+    checks.contains(f"a GPU of {too_small} GiB", f"It does not fit: {needed} GiB per worker", done.text)
     done = tools.finlora("plan", "--config", walk.config, "model.bits=3", "train.epochs=0", code=2)
     checks.contains("two wrong settings at once", "2 settings are wrong", done.text)
 

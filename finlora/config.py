@@ -21,11 +21,11 @@ Bits = Literal[16, 8, 4]
 Transport = Literal["messages", "nccl", "gloo"]
 Template = Literal["raw", "chat"]
 MAX_NAME_BYTES = 128
-"""Of a run's name: a file system takes 255 bytes, and Ray makes longer names of it."""
+"""Longest name of a run: a file system allows 255 bytes, and Ray adds to the name."""
 
 
 def is_date(text: str) -> bool:
-    """Return whether a text is a day as 2024-07-26."""
+    """Return whether a text is a date such as 2024-07-26."""
     try:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
@@ -56,7 +56,7 @@ class ModelConfig:
     template: Template = "raw"
     """`raw`: plain completion as in the paper; `chat`: the tokenizer's chat template around the same prompt."""
     template_date: str | None = None
-    """Date (as 2024-07-26) that replaces today's date in prompts whose chat template writes it, so that answers do not
+    """Date (such as 2024-07-26) that replaces today's date in prompts whose chat template writes it, so that answers do not
     change with the day. None: the adapter's own; without an adapter, and in training, 2024-07-26, the default of Llama 3's
     template."""
     max_seq_len: int = 8192
@@ -75,11 +75,11 @@ class ModelConfig:
                 (self.max_seq_len >= 8, f"max_seq_len={self.max_seq_len}: expected at least 8 tokens"),
                 (
                     self.template_date is None or is_date(self.template_date),
-                    f"template_date={self.template_date}: expected a day as 2024-07-26",
+                    f"template_date={self.template_date}: expected a date such as 2024-07-26",
                 ),
                 (
                     self.template_date is None or self.template == "chat",
-                    f"template_date={self.template_date} is of no use with template=raw, which writes no date: leave it out",
+                    f"template_date={self.template_date} has no effect with template=raw, which writes no date: leave it out",
                 ),
             ],
         )
@@ -228,8 +228,8 @@ class TrainConfig:
     max_stall_s: float | None = 900.0
     """Seconds without a finished pass, step or checkpoint after which a worker counts as failed. None: no limit."""
     checkpoint_every_steps: int | None = 100
-    """Optimiser steps between checkpoints, besides one at the end of each epoch. None: that one only. 0/1 Adam writes it at
-    the next synchronisation."""
+    """Optimiser steps between checkpoints, besides one at the end of each epoch. None: only at the end of each epoch.
+    0/1 Adam writes them at the next synchronisation."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on disk. The adapter of the last step is always written beside them."""
     log_every_steps: int = 10

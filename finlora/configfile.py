@@ -134,7 +134,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = read_yaml(path)
     except FileNotFoundError:
         raise ConfigError(
-            f"config file {path} does not exist: see jobs/configs/ for one YAML a row of the paper."
+            f"config file {path} does not exist: see jobs/configs/, which has one YAML for each row of the paper."
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read ({error}): expected a UTF-8 YAML file.") from error

@@ -160,7 +160,7 @@ def _read_file(file: Path) -> list[Result]:
             results.append(Result(**unseal(json.loads(line))))
         except (ValueError, TypeError) as error:
             raise ResultError(
-                f"{file} line {number} is not a result ({error}): expected one JSON object a line as written by "
+                f"{file} line {number} is not a result ({error}): expected one JSON object per line, as written by "
                 "`finlora evaluate`. A crash cut the line short, or it was changed: remove it."
             ) from error
     return results

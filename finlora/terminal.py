@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from finlora.data.sets.prepared import PreparedReport
 
 _LOG_SECONDS = 10.0
-"""Between two lines of a log."""
+"""Seconds between two lines of a log."""
 _TICK_SECONDS = 1.0
 
 
@@ -88,7 +88,7 @@ class Bars:
     Until the first progress, as while a model loads, the lines name the current work.
 
     Args:
-        doing: the work before the first progress, as `loading the base`.
+        doing: the work before the first progress, such as `loading the base`.
         clock: seconds that only grow.
     """
 
@@ -225,7 +225,7 @@ def show_preparation(report: PreparedReport, console: Console, is_dry: bool) -> 
         console.print(words if note.startswith("Warning:") else f"Note: {escape(note)}", highlight=False)
     state = "Dry run: nothing was written" if is_dry else f"Written to {report.folder}"
     console.print(
-        state if report.is_written or is_dry else f"{report.folder} holds this very set already", highlight=False
+        state if report.is_written or is_dry else f"{report.folder} already holds the same set", highlight=False
     )
 
 

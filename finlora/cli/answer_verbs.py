@@ -81,7 +81,7 @@ def evaluate(
     try:
         for result in results:
             append_result(folder.results, result)
-    finally:  # scores that a full disk does not take are shown at least
+    finally:  # on a full disk the scores are at least shown
         show_results(results, console)
     say(f"Appended to {folder.results}")
 

@@ -68,7 +68,8 @@ class _OrderOfWork(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
         """Run a verb; terminal.exit_with reports what Typer would end silently.
 
-        It ends Ctrl-C with 130 and nothing, an EOFError with `Aborted!` and a reader that has gone with 1.
+        Typer would end with 130 and no message after Ctrl-C, with `Aborted!` after an EOFError, and with 1 when the reader of the
+        output has gone.
         """
         try:
             return super().invoke(ctx)

@@ -73,8 +73,10 @@ def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun
 def reproduce(
     overrides: Overrides = None,
     output: Annotated[Path, typer.Option(help="Folder of the reproduction.")] = Path("~/finlora/reproduce"),
-    configs: Annotated[Path, typer.Option(help="Folder with one YAML a row of the paper.")] = Path("jobs/configs"),
-    only: Annotated[str, typer.Option(help="Pattern of step names, as '*8b*ner*'.")] = "*",
+    configs: Annotated[Path, typer.Option(help="Folder with one YAML for each row of the paper.")] = Path(
+        "jobs/configs"
+    ),
+    only: Annotated[str, typer.Option(help="Pattern of step names, such as '*8b*ner*'.")] = "*",
     base_8b: Annotated[
         str | None, typer.Option("--base-8b", help="Folder of the 8B base. Default: the hub's model.")
     ] = None,

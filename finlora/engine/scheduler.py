@@ -1,8 +1,8 @@
 """Continuous batching with chunked prefill over a pipeline with several micro-batches in flight.
 
-Pure bookkeeping: no torch, no clock of its own. A request waits in its client's queue until the cache has all rows that it can
-need, has its prompt computed in chunks, and then decodes one token a micro-batch until it ends. K stages are kept busy by K
-micro-batches: tokens of different requests, or consecutive chunks of one prompt.
+Pure bookkeeping: no torch, no clock of its own. A request waits in its client's queue until the cache has room for the most
+rows that it can need. Then its prompt is computed in chunks, and it decodes one token per micro-batch until it ends. K stages
+are kept busy by K micro-batches: tokens of different requests, or consecutive chunks of one prompt.
 
 One more micro-batch may follow the oldest in flight before its tokens are known: the first stage gets them from the last as soon
 as they are sampled, without the scheduler. If one of them ends its request, its speculative row is discarded. Such a micro-batch

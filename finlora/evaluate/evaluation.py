@@ -75,7 +75,7 @@ def run_evaluation(
         config: with absolute paths. Test splits, adapter and lengths are checked before the model is loaded.
         adapter: adapter folder; None: the base alone.
         on_reading: gets the counters of the stages at the end; after the restart of a stage, those since then.
-        base: of the config, as this process has resolved it. None: it is resolved here.
+        base: files of the config's base, if this process has found and checked them already. None: it does so here.
 
     Raises:
         DatasetError: a test split is missing, damaged, or an example is too long.

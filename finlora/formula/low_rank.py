@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_RANK = 4096
-"""Larger ranks are refused, in settings and in adapter files: a file's rank decides how much memory is allocated."""
+"""Larger ranks are refused in settings and in adapter files, since a file's rank decides how much memory is allocated."""
 MAX_ALPHA = 1e9
-"""From here on alpha is refused, in settings and in adapter files: such an update leaves nothing of the base."""
+"""This alpha and larger ones are refused in settings and in adapter files: such an update would drown the base's weights."""
 _ADAPTER = "default"
 """PEFT's name of the only adapter of a model."""
 _PLAIN: dict[str, tuple[object, ...]] = {
@@ -42,13 +42,13 @@ _WITHOUT_EFFECT = {
     *("r", "lora_alpha", "target_modules", "lora_dropout", "inference_mode", "peft_version"),
     *("base_model_name_or_path", "revision", "megatron_core", "qalora_group_size"),
 }
-"""PEFT's settings that `LoraSettings` holds, and those read by nobody, or only beside a setting that must be empty. Every other
-setting changes the formula, so it must be empty."""
+"""PEFT's settings that `LoraSettings` holds, and those without effect: nothing reads them, or only together with a setting that
+must be empty. Every other setting changes the formula, so it must be empty."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraSettings:
-    """What decides the update of a projection, apart from its numbers."""
+    """What decides the update of a projection, apart from the values of A and B."""
 
     rank: int
     alpha: float

@@ -56,7 +56,7 @@ def ask(
         adapter: adapter folder; None: the base model alone.
         num_stages: 1: in this process; more: in that many Ray actors, Ray being connected.
         on_text: called with generated text as it is streamed.
-        base: of the config, as this process has resolved it. None: it is resolved here.
+        base: files of the config's base, if this process has found and checked them already. None: it does so here.
 
     Raises:
         AdapterError: the adapter is incomplete, or was trained for another base, tokenizer or template.

@@ -31,7 +31,7 @@ from finlora.stage.stage import Stage
 _ROOM_SHARE, _ROOM_BYTES = 0.05, 1.5 * GIB
 """Share of a GPU's memory, and bytes, kept free for the activations of a micro-batch."""
 _ODD = 37
-"""Rows above the largest micro-batch in the warm-up."""
+"""Rows beyond the largest micro-batch in the warm-up, so that a row count that is no multiple of 16 is compiled too."""
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def open_executor(
         if rows < least_rows:
             raise ResourceError(
                 f"the KV cache has room for {max(0, rows):,} tokens beside the base at {bits} bit and one request needs "
-                f"{least_rows:,}: take fewer bits (eval.bits), more stages, or a larger GPU."
+                f"{least_rows:,}: choose fewer bits (eval.bits), more stages (eval.num_stages), or a larger GPU."
             )
         yield InProcess([Stage(net, span, rows, dtype)]), rows
 

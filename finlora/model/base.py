@@ -85,7 +85,7 @@ def load_base(
         seed: for random weights (`model.weights=random`) only.
         span: decoder layers to load, with the embedding if it starts at 0, and norm and head if it ends at the last layer;
             everything else stays on the meta device. None: the whole model.
-        files: the base as this process has resolved it; it is not changed. None: it is resolved here.
+        files: of the base, if this process has found and checked them already; not changed. None: it does so here.
 
     Raises:
         ModelError: the files are not a complete Llama model, or a tensor is missing or has another shape.

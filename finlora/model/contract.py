@@ -312,7 +312,7 @@ def read_tasks(folder: Path, contract: Contract) -> dict[str, Task]:
             raise ValueError(f"it holds {show(trees)}")
         tasks = {name: make_task(task_file_from_tree(tree)) for name, tree in trees.items()}
     except (OSError, ValueError, yaml.YAMLError, ConfigError) as error:
-        raise AdapterError(f"{path} is no list of tasks ({error}): copy the adapter again.") from error
+        raise AdapterError(f"{path} does not hold a list of tasks ({error}): copy the adapter again.") from error
     found = {name: task.card_hash for name, task in tasks.items()}
     if found != contract.tasks or any(name != task.name for name, task in tasks.items()):
         raise AdapterError(f"{path} holds other tasks than the adapter was trained on: copy the adapter again.")

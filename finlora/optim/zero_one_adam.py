@@ -157,7 +157,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def synchronise(self) -> None:
-        """Make the weights equal on all ranks, as at t in T_u. Collective; does nothing where they are equal already."""
+        """Make the weights equal on all ranks, as at t in T_u. All ranks must call it; does nothing if they are equal already."""
         if self.is_synchronised or self._exchange is None:
             return
         buffers, denominator = self._buffers, self._denominator(is_floored=True)

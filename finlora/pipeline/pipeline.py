@@ -302,6 +302,6 @@ class Pipeline:
         for name, need in (("GPU", gpus * num_stages), ("CPU", cpus * num_stages)):
             if need > there.get(name, 0.0):
                 raise ResourceError(
-                    f"{num_stages} stages need {need:g} {name}s and the cluster has {there.get(name, 0.0):g}: take fewer stages, "
-                    f"a smaller share of {name}s for each, or add nodes."
+                    f"{num_stages} stages need {need:g} {name}s and the cluster has {there.get(name, 0.0):g}: choose fewer "
+                    f"stages, reserve fewer {name}s for each stage, or add nodes."
                 )

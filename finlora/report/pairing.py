@@ -53,7 +53,7 @@ class LeftOut(NamedTuple):
     result: Result
     why: str
     is_stale: bool
-    """Whether it is of an adapter that the run has no more."""
+    """Whether it measures an earlier adapter, which the run has since replaced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ class Paired:
 def pair_results(results: Sequence[Result]) -> Paired:
     """Sort results by run, in order of first appearance.
 
-    Of several measurements of one kind the newest full one counts, of equal times the later line; where a run was trained again,
-    those of its newest adapter.
+    Of several measurements of one kind the newest full one counts; of two with the same time, the later line. If a run was
+    trained again, only the results of its newest adapter count.
     """
     bases = _key_bases(results)
     keys = _key_runs(results, bases)

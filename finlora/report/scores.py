@@ -35,7 +35,7 @@ def find_majority(result: Result) -> Majority | None:
 
 
 def score_table(paired: Paired) -> TextTable:
-    """One row a run and task, beside the majority line of the task and the score of the run's base."""
+    """One row for each run and task, beside the majority line of the task and the score of the run's base."""
     evaluations = [each for each in paired.kept if each.result.kind == "evaluation"]
     all_results = [result for _, result in evaluations]
     groups: dict[str, list[Kept]] = {}
@@ -75,7 +75,7 @@ def score_table(paired: Paired) -> TextTable:
 
 
 def segment_table(paired: Paired) -> TextTable:
-    """One row a run, task and value of a segment column, for tasks of task files that name segments."""
+    """One row for each run, task and value of a segment column, for tasks of task files that name segments."""
     rows = []
     for each in paired.kept:
         run, result = each

@@ -113,13 +113,13 @@ def _name_device(result: Result) -> str:
 
 
 def wire_table(paired: Paired) -> TextTable:
-    """One row a run that counted its traffic: what a worker sent for the optimiser, and what Adam would have sent."""
+    """One row for each run that counted its traffic: what a worker sent for the optimiser, and what Adam would have sent."""
     return TextTable(
         title="Communication",
         header=("run", "optimiser", "workers", "rounds", "MiB sent", "of Adam's", "wire s", "last loss", "at work s"),
         rows=tuple(_wire_row(each) for each in paired.kept if each.result.wire),
         notes=(
-            "MiB = 2**20 bytes and seconds a worker, over the whole run. Of Adam's: share of what a float32 ring all-reduce of "
+            "MiB = 2**20 bytes and seconds per worker, over the whole run. Of Adam's: share of what a float32 ring all-reduce of "
             "the gradients at each step would have sent.",
             "Wire seconds, smallest and largest over workers: a fast worker's hold its wait for the slowest.",
         ),

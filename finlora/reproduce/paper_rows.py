@@ -67,7 +67,7 @@ def make_plan(
         configs: folder with one YAML for each row of the paper, as jobs/configs.
         output: folder of the reproduction; runs go below it.
         overrides: `key=value` texts for every row, as train.num_workers=1.
-        only: pattern of step names, as `*8b*ner*`.
+        only: pattern of step names, such as `*8b*ner*`.
         bases: size, `8b` or `70b`, -> model.base of its rows. Other sizes keep the base of their config.
 
     Raises:

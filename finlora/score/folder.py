@@ -92,7 +92,7 @@ class ScoreFolder:
         """Seal the results of a part: written under another name, then renamed.
 
         Args:
-            results: for each row a value a key; a missing one is null.
+            results: for each row a value for each key; a missing value becomes null.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq

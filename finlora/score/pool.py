@@ -1,4 +1,4 @@
-"""Engines of a scoring as a pool of Ray Data actors, one a GPU, or one a core's share on CPU, or one over pipeline stages."""
+"""Engines of a scoring as a pool of Ray Data actors: one per GPU or share of one, one core each on CPU, or one over stages."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class TableFile:
     size: int
     sha256: str
     columns: tuple[str, ...]
-    """Of JSON lines those of its first 100 rows."""
+    """For JSON lines: the columns of the first 100 rows."""
     num_rows: int
 
 
@@ -110,8 +110,8 @@ def read_rows(table: Table, part: Part, groups: RowGroups, columns: Sequence[str
     """Return the rows of a part.
 
     Args:
-        groups: holds the last row group that was read.
-        columns: of Parquet, those that are needed; None: all.
+        groups: cache of the last row group that was read.
+        columns: columns to read from Parquet; None: all.
     """
     file = table.files[part.file]
     if file.format == "parquet":
@@ -132,7 +132,7 @@ def read_rows(table: Table, part: Part, groups: RowGroups, columns: Sequence[str
 
 
 class RowGroups:
-    """The last row group that was read: the parts of one follow each other."""
+    """Cache of the last row group that was read: consecutive parts come from the same one."""
 
     def __init__(self) -> None:
         self._key: tuple[Path, int, tuple[str, ...] | None] | None = None
@@ -153,7 +153,7 @@ class RowGroups:
 
 
 def find_delimiter(path: Path) -> str:
-    """Return what separates the fields: a tab in .tsv; else of comma, semicolon, tab and bar what splits the header most."""
+    """Return the delimiter: a tab in .tsv; else whichever of comma, semicolon, tab and bar splits the header into most fields."""
     if path.suffix.lower() == ".tsv":
         return "\t"
     with path.open("rb") as stream:
@@ -165,13 +165,15 @@ def _find_files(root: Path) -> list[Path]:
     if root.is_file():
         paths = [root]
         if root.suffix.lower() not in FORMATS:
-            raise DatasetError(f"{root.name} is no table that can be scored: expected {', '.join(FORMATS)}.")
+            raise DatasetError(
+                f"{root.name} is not a table that can be scored: expected a file that ends in {', '.join(FORMATS)}."
+            )
     elif root.is_dir():
         paths = sorted(path for path in root.iterdir() if path.is_file() and path.suffix.lower() in FORMATS)
         if not paths:
             raise DatasetError(f"{root} holds no table: expected files that end in {', '.join(FORMATS)}.")
     else:
-        raise DatasetError(f"{root} is not there: expected a table ({', '.join(FORMATS)}), or a folder of tables.")
+        raise DatasetError(f"{root} does not exist: expected a table ({', '.join(FORMATS)}), or a folder of tables.")
     return paths
 
 
@@ -273,11 +275,11 @@ def _read_jsonl(lines: _Lines) -> tuple[list[str], Iterator[object]]:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise DatasetError(
-                    f"{lines.path.name}:{lines.number}: not valid JSON ({error}): expected one object a line."
+                    f"{lines.path.name}:{lines.number}: not valid JSON ({error}): expected one object per line."
                 ) from error
             if not isinstance(value, dict):
                 raise DatasetError(
-                    f"{lines.path.name}:{lines.number}: found {type(value).__name__}, expected one object a line."
+                    f"{lines.path.name}:{lines.number}: found {type(value).__name__}, expected one object per line."
                 )
             count += 1
             if count <= 100:

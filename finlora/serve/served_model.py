@@ -44,7 +44,7 @@ def read_base(config: ServeConfig, files: BaseFiles | None = None) -> ServedBase
     """Find a base model and read its tokenizer and hashes.
 
     Args:
-        files: of the base, as this process has resolved it. None: it is resolved here.
+        files: of the base, if this process has found and checked them already. None: it does so here.
 
     Raises:
         ModelError: the base's files are not usable.

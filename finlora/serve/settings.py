@@ -66,19 +66,19 @@ class LimitsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DirectConfig:
-    """Direct port of the server, past Ray Serve's proxy, at which its own HTTP processes answer.
+    """Direct port of the server: its own HTTP processes answer there, without Ray Serve's proxy.
 
-    A request costs a third of the processor time there, and the processes share the requests.
+    A request takes a third of the processor time there, and the requests are distributed over the processes.
     """
 
     port: int | None = None
-    """Port of the server's own HTTP processes, beside Ray Serve's proxy. All copies on a node share it. None: none."""
+    """Port of the server's own HTTP processes, beside Ray Serve's proxy. All copies on a node share it. None: no such port."""
     host: str | None = None
-    """Address to listen at. None: 127.0.0.1; with `finlora serve` the proxy's."""
+    """Address to listen at. None: 127.0.0.1; under `finlora serve` the proxy's address."""
     processes: int = 2
     """HTTP processes of each copy of the server."""
     ssl_certfile: str | None = None
-    """Certificate as a PEM file. None: plain HTTP; with `finlora serve` the proxy's certificate."""
+    """Certificate as a PEM file. None: plain HTTP; under `finlora serve` the proxy's certificate, if it has one."""
     ssl_keyfile: str | None = None
     """Private key as a PEM file without a password. None: plain HTTP."""
     keep_alive_timeout_s: int = 75

@@ -71,7 +71,7 @@ class Stage:
         self.layers = []
         for index in span:
             self.layers.append(read_layer(net.model.layers[index], self.shape, dtype, keep_unpacked, consumes=True))
-            # Memory of the weights before they were reordered fits no other layer's, and others share the GPU.
+            # Free the memory of the original weights: no later allocation would reuse it, and other processes may share the GPU.
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
         self.device = self.layers[0].first_norm.device
@@ -216,7 +216,7 @@ class Stage:
             read = [origins.get(row, row) for row in range(source, source + count)]
             origins.update(zip(range(target, target + count), read, strict=True))
         targets, sources = self._ids([*origins]), self._ids([*origins.values()])
-        # Keys or values of one layer at a time: copies of whole rows are many times faster.
+        # One layer's keys, then its values, and so on: there, index_copy_ copies whole rows, which is many times faster.
         for rows in self.cache.flatten(0, 1):
             rows.index_copy_(0, targets, rows.index_select(0, sources))
 

@@ -84,7 +84,8 @@ def run_training(
         config: with absolute paths (`resolve_paths`). Data, base files and the cluster's size are checked before any
             worker starts.
         announce: shows a line to the user.
-        base: of the config, as this process has resolved it. None: it is resolved here. Workers resolve their own.
+        base: files of the config's base, if this process has found and checked them already. None: it does so here. Each
+            worker does it again.
         callbacks: called at each checkpoint.
         holds_out: also measure the loss on a search's held-out examples at each checkpoint (finlora/train/held_out.py).
 
@@ -93,7 +94,7 @@ def run_training(
 
     Raises:
         StoppedError: a signal came, and the workers stopped at a checkpoint or before their first step.
-        FinloraError: of any kind; a worker's error is raised here as it was raised there.
+        FinloraError: of any kind; the error of a worker is raised here unchanged.
     """
     asked, config = config, resolve_training(config, RunFolder(Path(config.output_dir) / config.name).config)
     if said := describe_choice(asked, config):
@@ -289,7 +290,7 @@ class _TrainedState:
         require_finite(self._parameters, step)
 
     def resume(self) -> int:
-        """Restore the newest checkpoint; returns its step, or 0 where there is none."""
+        """Restore the newest checkpoint; returns its step, or 0 if there is none."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return 0
@@ -299,7 +300,7 @@ class _TrainedState:
         return step
 
     def report(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write this worker's part of a checkpoint and hand it to Ray Train. Collective."""
+        """Write this worker's part of a checkpoint and hand it to Ray Train. Collective: all workers must call it."""
         info = CheckpointInfo(step=step, world_size=self._world_size, run_hash=self._run_hash)
         # Most workers are killed while they write; the next one on the node removes their scratch folders.
         with scratch_folder(Path(tempfile.gettempdir()), "finlora-checkpoint-") as path:
@@ -320,7 +321,7 @@ class _AfterStep:
     stop: StopRequest
     guard: StallGuard
     mark: StepMark | None
-    """None: another worker keeps it."""
+    """None: another worker writes it."""
 
     def __call__(self, step: int) -> bool:
         is_agreed = self.state.is_synchronised

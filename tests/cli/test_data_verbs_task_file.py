@@ -25,9 +25,7 @@ def test_prepared_set_holds_its_task_file(prepare, tmp_path):
     assert "instruction: What is the tone?" in split.card
     assert {item.weight for item in split.examples} == {1.0, 2.0}
     assert {item.segments for item in split.examples} == {("N",), ("S",)}
-    assert (
-        "holds this very set already" in prepare(columns={"weight": "w", "segments": ["desk"]}, licence="internal")[1]
-    )
+    assert "already holds the same set" in prepare(columns={"weight": "w", "segments": ["desk"]}, licence="internal")[1]
 
 
 def test_changed_prompt_in_the_way_names_both_hashes(prepare):

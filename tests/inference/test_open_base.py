@@ -31,7 +31,9 @@ def test_cache_gets_the_rows_that_fit_and_needs_those_of_one_request(make_config
     with open_executor(config, base, 1, 500, 90) as (executor, rows):
         assert rows == 96
         assert executor.stages[0].cache.shape[2] == 97
-    words = r"the KV cache has room for 96 tokens beside the base at 16 bit and one request needs 112: take fewer bits"
+    words = (
+        r"the KV cache has room for 96 tokens beside the base at 16 bit and one request needs 112: choose fewer bits"
+    )
     with pytest.raises(ResourceError, match=words), open_executor(config, base, 1, 500, 100):
         pass
 

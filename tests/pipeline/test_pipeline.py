@@ -148,7 +148,7 @@ def test_cluster_that_is_too_small_is_refused(four_layers, ray_instance):
     from finlora.pipeline.pipeline import Pipeline, PipelineConfig
 
     config = PipelineConfig(num_stages=4, cache_rows=64, device="cuda")
-    with pytest.raises(ResourceError, match=r"4 stages need 4 GPUs and the cluster has 0: take fewer stages"):
+    with pytest.raises(ResourceError, match=r"4 stages need 4 GPUs and the cluster has 0: choose fewer stages"):
         Pipeline(four_layers, find_source(four_layers).shape, 4, config, seed=0)
 
 

@@ -86,10 +86,10 @@ def test_folder_is_its_files_by_name(tmp_path):
         ("t.csv", b"", r"t\.csv:1: found no header line"),
         ("t.csv", b"text\n", r"has no row to score"),
         ("t.csv", b"text\nM\xfcnchen\n", r"t\.csv:2: the bytes fc 6e 63 68 are not UTF-8: save the file as UTF-8"),
-        ("t.jsonl", b'{"text": "a"}\n["b"]\n', r"t\.jsonl:2: found list, expected one object a line"),
+        ("t.jsonl", b'{"text": "a"}\n["b"]\n', r"t\.jsonl:2: found list, expected one object per line"),
         ("t.jsonl", b'{"text": "a"\n', r"t\.jsonl:1: not valid JSON"),
         ("t.parquet", b"PAR1", r"t\.parquet is not readable Parquet"),
-        ("t.xlsx", b"", r"t\.xlsx is no table that can be scored: expected \.csv"),
+        ("t.xlsx", b"", r"t\.xlsx is not a table that can be scored: expected a file that ends in \.csv"),
     ],
 )
 def test_malformed_file_is_refused_by_its_line(tmp_path, name, content, message):
@@ -99,7 +99,7 @@ def test_malformed_file_is_refused_by_its_line(tmp_path, name, content, message)
 
 
 def test_folders_that_are_no_table_are_refused(tmp_path):
-    with pytest.raises(DatasetError, match="is not there"):
+    with pytest.raises(DatasetError, match="does not exist"):
         open_table(tmp_path / "no", 8)
     with pytest.raises(DatasetError, match="holds no table"):
         open_table(tmp_path, 8)

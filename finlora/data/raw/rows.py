@@ -33,7 +33,7 @@ _MISDECODED = re.compile(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One raw record: a value a column, and its source."""
+    """One raw record: a value for each column, and its source."""
 
     fields: Mapping[str, Any]
     source: str
@@ -240,7 +240,7 @@ def read_csv(
 
 
 def read_jsonl(path: Path, required: Sequence[str]) -> list[Row]:
-    """Read one JSON object a line, in UTF-8."""
+    """Read one JSON object per line, in UTF-8."""
     rows = []
     for number, line in enumerate(read_lines(path, "utf-8"), start=1):
         source = f"{path.name}:{number}"

@@ -49,7 +49,7 @@ class Item:
 
 
 def make_items(task: TaskFile, rows: Sequence[TableRow], notes: list[str]) -> list[Item]:
-    """Return an item a row, in order. Rows without a declared label are left out where the task says so, with a note.
+    """Return an item for each row, in order. Rows without a declared label are left out where the task says so, with a note.
 
     Raises:
         ConfigError: a column is missing; names near ones.
@@ -299,7 +299,7 @@ def read_number(task: TaskFile, value: Any, place: str) -> str:
     """Return a number as the model writes it: a point before its decimals, no separators of thousands.
 
     Raises:
-        DatasetError: it is none, by the task's decimal mark.
+        DatasetError: it is not a number with the task's decimal mark.
     """
     mark = task.number.decimal_mark
     other = "," if mark == "." else "."
@@ -354,7 +354,9 @@ def _explain_time(text: str, form: str | None) -> str:
             f'{text.strip()} is ambiguous, the day or the month could stand first: give time_format: "{day_first}" or '
             f'"{month_first}".'
         )
-    return f"found {shorten(text)}, expected a day as 2024-12-31: give time_format, as Python's strptime takes it."
+    return (
+        f"found {shorten(text)}, expected a date such as 2024-12-31: give time_format in the form of Python's strptime."
+    )
 
 
 def _read_weight(row: TableRow, column: str) -> float:

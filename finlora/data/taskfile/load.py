@@ -136,7 +136,7 @@ def _list_checks(task: TaskFile) -> list[tuple[bool, str]]:
         ),
         (
             sum(map(bool, files)) == 1,
-            "source: expected one of `files`, `train` with `test`, or `hub`, as `source: {files: letters.csv}`",
+            "source: expected one of `files`, `train` with `test`, or `hub`, for example `source: {files: letters.csv}`",
         ),
         (
             bool(task.source.train) == bool(task.source.test),
@@ -164,7 +164,7 @@ def _list_checks(task: TaskFile) -> list[tuple[bool, str]]:
             all(text.isprintable() for text in (*values, task.title, task.licence)),
             "title, licence and labels stand in tables: expected no line breaks and control characters in them",
         ),
-        (task.separator != "", 'separator is empty: expected what stands between two labels, as "|"'),
+        (task.separator != "", 'separator is empty: expected the text between two labels, such as "|"'),
         (
             (task.preset in CHAT_PRESETS) <= task.is_chat,
             f"preset {task.preset} is of kind chat, found kind {task.kind}",
@@ -221,7 +221,7 @@ def _list_split_checks(task: TaskFile) -> list[tuple[bool, str]]:
         ),
         (
             split.test_from is None or is_date(split.test_from),
-            f"split.test_from={show(split.test_from)}: expected a day as 2025-01-01",
+            f"split.test_from={show(split.test_from)}: expected a date such as 2025-01-01",
         ),
         (by != "group" or columns.group is not None, "split by group: expected columns.group"),
         (

@@ -168,7 +168,7 @@ def _read_json(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     values = _parse(_read_text(path), path.name)
     if not isinstance(values, list):
         raise DatasetError(
-            f"{path.name} holds {shorten(values)}: expected a list of objects, or one object a line as .jsonl."
+            f"{path.name} holds {shorten(values)}: expected a list of objects, or a .jsonl file with one object per line."
         )
     for number, item in enumerate(values, start=1):
         yield _check_object(item, f"{path.name}, item {number}"), f"{path.name}:{number}"
@@ -184,13 +184,13 @@ def _parse(text: str, place: str) -> Any:
             else "nested too deeply"
         )
         raise DatasetError(
-            f"{place}: not valid JSON ({what}). Expected one object a line; the file may be cut short."
+            f"{place}: not valid JSON ({what}). Expected one object per line; the file may be cut short."
         ) from error
 
 
 def _check_object(value: Any, place: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise DatasetError(f"{place}: found {shorten(value)}, expected an object with a value a column.")
+        raise DatasetError(f"{place}: found {shorten(value)}, expected an object with a value for each column.")
     return value
 
 

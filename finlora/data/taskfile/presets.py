@@ -18,7 +18,7 @@ from finlora.errors import DatasetError
 
 
 class Applied(NamedTuple):
-    """Rows of a preset, with a value a column that `columns` names."""
+    """Rows of a preset, with a value for each column that `columns` names."""
 
     rows: list[TableRow]
     notes: list[str]

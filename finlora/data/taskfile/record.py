@@ -57,7 +57,7 @@ class Columns:
     group: str | None = None
     """Column whose rows belong together, such as the customer: scores are clustered by it, and a split can keep it whole."""
     time: str | None = None
-    """Date or time of the row, as 2024-12-31 or in `time_format`."""
+    """Date or time of the row, such as 2024-12-31, or in `time_format`."""
     weight: str | None = None
     """Number that scales the loss of the row in training."""
     segments: tuple[str, ...] = ()
@@ -159,7 +159,7 @@ class TaskFile:
     separator: str = "|"
     """Kind multi: what stands between two labels."""
     time_format: str | None = None
-    """How `columns.time` writes a time, as %d/%m/%Y. null: as 2024-12-31, with or without a time of day."""
+    """Form of the times in `columns.time`, such as %d/%m/%Y. null: such as 2024-12-31, with or without a time of day."""
     number: Number = dataclasses.field(default_factory=Number)
     roles: Roles = dataclasses.field(default_factory=Roles)
     train_on: Literal["last", "all_assistant"] = "last"

@@ -87,8 +87,8 @@ def _split_by_share(task: TaskFile, groups: Groups) -> tuple[tuple[int, ...], tu
 def _split_by_time(
     task: TaskFile, items: Sequence[Item], groups: Groups, notes: list[str]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Put each group on the side of its last date. Of a test group the rows before the test are left out, so that no test row is
-    older than a training row."""
+    """Put each group into the split of its last date. A test group loses its rows from before the test's first day, so that no
+    test row is older than a training row."""
     if task.split.keep_together == "group":
         groups.join_equal(item.group for item in items)
     start = datetime.fromisoformat(task.split.test_from or "")
@@ -105,7 +105,7 @@ def _split_by_time(
         notes.append(f"Left out {num_gap:,} rows of the {task.split.gap_days} days before {task.split.test_from}.")
     if num_old:
         notes.append(
-            f"Left out {num_old:,} rows before {task.split.test_from} whose group or equal text goes on after it, and tests."
+            f"Left out {num_old:,} rows from before {task.split.test_from}: their group, or a nearly equal text, is in the test."
         )
     return train, test
 
@@ -113,13 +113,13 @@ def _split_by_time(
 def hold_out_latest(
     times: Sequence[str], groups: Sequence[str], share: float, gap_days: int
 ) -> tuple[list[int], list[int]]:
-    """Return the rows that a search keeps and holds out of a task that is split by time, by the rule of that split.
+    """Return the rows that a search keeps and those that it holds out, for a task split by time, by the rule of that split.
 
-    The latest groups are held out, about a share of all rows; of the others those stay that end `gap_days` before.
+    The latest groups are held out, about `share` of all rows. Other groups are kept if they end `gap_days` before.
 
     Args:
-        times: ISO 8601, one a row.
-        groups: one a row.
+        times: ISO 8601, one per row.
+        groups: one per row.
     """
     last: dict[str, str] = {}
     sizes: dict[str, int] = {}

@@ -1,6 +1,6 @@
 """LLM.int8() on a GPU: a product on the int8 tensor cores that also rescales and adds the 16-bit product and the residual.
 
-Shapes: T rows, K in, N out, R held-back columns. Source: arXiv:2208.07339, section 3.
+Shapes: T rows, K in, N out, R columns kept in 16 bit (held back). Source: arXiv:2208.07339, section 3.
 
 Imported only for CUDA tensors: the CPU build of torch has no Triton.
 """

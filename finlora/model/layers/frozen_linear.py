@@ -237,7 +237,7 @@ def _find_outliers(x: Tensor) -> Tensor:
 
 @fused
 def _quantise_rows(x: Tensor, held_back: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 rows and their largest magnitudes. Held-back columns become 0, and their outliers do not count."""
+    """Return int8 rows and their largest magnitudes. Held-back columns (kept in 16 bit) become 0; their outliers do not count."""
     half = x.to(torch.float16)
     half = torch.where((half.abs() >= OUTLIER_THRESHOLD) & held_back, 0.0, half)
     scales = half.abs().amax(1).float()

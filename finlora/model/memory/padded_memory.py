@@ -157,7 +157,7 @@ def count_step_peak_bytes(shape: LlamaShape, config: RunConfig, batch: PaddedBat
     - final norm: five float32 tensors of H n besides its kept input;
     - MLP of the last layer: a gradient of H n, and either three of I n (silu, gate, up) or the input's gradient of I n
       beside the base weight that the matmul unpacks (bits < 16). With checkpointing this layer was just recomputed.
-    Attention needs less at its moment: the MLP's tensors are freed by then, and I is more than 2 Q in Llama.
+    The backward pass of attention needs less: the MLP's tensors are freed by then, and I is more than 2 Q in Llama.
     """
     hidden, inner = shape.hidden_size, shape.intermediate_size
     n = batch.num_examples * batch.num_tokens

@@ -105,7 +105,7 @@ def check_server(
         host: address of the proxy. None: the YAML's, or 127.0.0.1.
         port: port of the proxy. None: the YAML's, or 8000.
         is_here: whether the proxy will run on this machine, so that its port must be free here.
-        files: of the base, as this process has resolved it. None: it is resolved here.
+        files: of the base, if this process has found and checked them already. None: it does so here.
 
     Returns:
         The deployment with absolute paths and the proxy's address.

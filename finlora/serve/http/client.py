@@ -112,7 +112,7 @@ def read_pieces(blocks: Iterable[bytes], address: str) -> Iterator[str]:
     """Yield the texts of a streamed answer, however its bytes are cut into blocks.
 
     Raises:
-        ResourceError: the server reports an error, the connection was cut, or the bytes are no stream of a FinLoRA server.
+        ResourceError: the server reports an error, the connection was cut, or the reply is not a stream of a FinLoRA server.
     """
     until = time.monotonic() + TIMEOUT_S
     rest = b""

@@ -74,7 +74,7 @@ class TrainingSet:
     num_skipped: int
     """Examples longer than model.max_seq_len, left out by data.too_long=skip."""
     cards: dict[str, str]
-    """Task of a task file -> that file, as YAML."""
+    """Name of a task that a task file defines -> that file, as YAML."""
     card_hashes: dict[str, str]
     """Task of a task file -> hash of what it asks."""
     base: BaseFiles = field(compare=False)
@@ -186,7 +186,7 @@ def load_training_set(config: RunConfig, base: BaseFiles | None = None) -> Train
     """Read the prepared train splits, keep a seeded sample of data.max_train_examples, and encode it.
 
     Args:
-        base: as this process has resolved it. None: it is resolved here.
+        base: files of the base, if this process has found and checked them already. None: it does so here.
 
     Raises:
         DatasetError: a split is missing, damaged, or an example is too long.

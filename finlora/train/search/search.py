@@ -75,7 +75,8 @@ def run_search(
         config: with absolute paths (`resolve_paths`). Data, base and cluster are checked before any trial starts.
         announce: shows the user a line.
         on_record: called with each trial as it ends.
-        base: of the config, as this process has resolved it. None: it is resolved here. Trials resolve their own.
+        base: files of the config's base, if this process has found and checked them already. None: it does so here. Each
+            trial does it again.
 
     Returns:
         The record of each trial, in the trials' order.

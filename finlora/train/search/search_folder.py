@@ -187,8 +187,8 @@ def _refuse_other_search(folder: SearchFolder, config: RunConfig, search: Search
 
 
 def split_examples(source: Path, task: str, target: Path, share: float, seed: int) -> None:
-    """Hold out a share of a task's training examples, in whole groups, and write both parts as a prepared set. Of a task that is
-    split by time the latest groups are held out.
+    """Hold out a share of a task's training examples, in whole groups, and write both parts as a prepared set. If a task is split
+    by time, the latest groups are held out.
 
     The held-out part is written as HELD_OUT_SPLIT, so that training and evaluation read it as any other set.
 
@@ -219,7 +219,7 @@ def split_examples(source: Path, task: str, target: Path, share: float, seed: in
     parts = Splits(
         train=tuple(train),
         test=tuple(held),  # HELD_OUT_SPLIT
-        notes=(f"Parted from the train split for a search: {note}.",),
+        notes=(f"Split off from the train split for a search: {note}.",),
     )
     write_prepared(
         task_named(task) if own is None else make_task(own),

@@ -21,7 +21,7 @@ def prepare(tools: Tools) -> None:
         done = tools.finlora("prepare", task, "--output", walk.prepared)
         checks.equal(f"examples of {task}", (2400, 600), counts(done.text))
     again = tools.finlora("prepare", GENERATED[0], "--output", walk.prepared)
-    checks.contains("prepared a second time", "holds this very set already", again.text)
+    checks.contains("prepared a second time", "already holds the same set", again.text)
     if walk.data is None:
         checks.skip("fpb, xbrl_tags, xbrl_values", "no --data with their raw files")
         return

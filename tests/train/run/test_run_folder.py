@@ -242,9 +242,9 @@ def test_setting_of_no_date_leaves_the_hash_of_runs_before_it(make_config, monke
     [
         (
             ["model.template_date=yesterday", "model.template=chat"],
-            r"template_date=yesterday: expected a day as 2024-07-26",
+            r"template_date=yesterday: expected a date such as 2024-07-26",
         ),
-        (["model.template_date=2024-07-26"], r"template_date=2024-07-26 is of no use with template=raw"),
+        (["model.template_date=2024-07-26"], r"template_date=2024-07-26 has no effect with template=raw"),
     ],
 )
 def test_date_that_is_none_is_refused(make_config, settings, words):

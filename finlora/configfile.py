@@ -182,7 +182,7 @@ def _apply_override(
 
 
 def _hint_of(cls: type, more: Mapping[str, type], names: Sequence[str]) -> Any:
-    """Return the type of a setting, a section's class for a section, and None for what is no setting."""
+    """Return the type of a setting, a section's class for a section, and None for a key that is not a setting."""
     hint: Any = cls
     for depth, name in enumerate(names):
         if depth == 0 and name in more:

@@ -34,7 +34,7 @@ def unseal(record: Any) -> dict[str, Any]:
     """Return a record without its hash, after comparing it; one without a hash is returned as it is.
 
     Raises:
-        ValueError: it is no record, or was changed since it was sealed.
+        ValueError: it is not a record, or was changed since it was sealed.
     """
     if not isinstance(record, dict):
         raise ValueError(f"it is {type(record).__name__}, expected a record")

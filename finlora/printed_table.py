@@ -73,7 +73,7 @@ def _unbroken(word: str) -> int:
 
 
 def _frame(num_columns: int, gap: int) -> int:
-    """Return the characters of a table that are no cells: Rich's edges and the gaps."""
+    """Return the characters of a table that are outside its cells: Rich's edges and the gaps."""
     return num_columns * gap + 1
 
 

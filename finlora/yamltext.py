@@ -58,7 +58,7 @@ class _PlainLoader(yaml.SafeLoader):
         except yaml.YAMLError:
             raise
         except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError):
-            raise _fault(f"found a text that is no {node.tag.rpartition(':')[2]}", node.start_mark) from None
+            raise _fault(f"found a text that is not a valid {node.tag.rpartition(':')[2]}", node.start_mark) from None
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise _fault("found an integer of more than 64 bits", node.start_mark)
         return value

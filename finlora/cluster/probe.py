@@ -112,7 +112,7 @@ def _read_address(address: str) -> tuple[str, int]:
     host, colon, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
-        raise ConfigError(f"RAY_ADDRESS={address} is no address: {_EXPECTED}, {_ALONE}.")
+        raise ConfigError(f"RAY_ADDRESS={address} is not an address: {_EXPECTED}, {_ALONE}.")
     return host, int(port)
 
 

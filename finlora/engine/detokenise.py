@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _UNFINISHED = "\ufffd"
-"""What a tokenizer returns for bytes that are no character yet."""
+"""What a tokenizer returns for bytes that are not a whole character yet."""
 
 
 class Detokeniser:

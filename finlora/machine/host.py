@@ -62,7 +62,7 @@ def check_home() -> None:
                 "HOME is not set and the account has no home folder: set HOME to a folder that can be written."
             ) from None
     elif not Path(home).is_absolute():
-        raise ConfigError(f"HOME={home!r} is no absolute path: set HOME to a folder that can be written.")
+        raise ConfigError(f"HOME={home!r} is not an absolute path: set HOME to a folder that can be written.")
 
 
 def find_ray_temp() -> Path:
@@ -79,7 +79,9 @@ def check_ray_temp() -> None:
     folder = find_ray_temp()
     name = "RAY_TMPDIR" if "RAY_TMPDIR" in os.environ else "TMPDIR"
     if not folder.is_absolute():
-        raise ConfigError(f"{name}={os.environ[name]!r} is no absolute path: set it to a folder that can be written.")
+        raise ConfigError(
+            f"{name}={os.environ[name]!r} is not an absolute path: set it to a folder that can be written."
+        )
     longest = len(os.fsencode(folder / _SESSION.format(pid=os.getpid())))
     if longest > MAX_SOCKET_PATH:
         most = MAX_SOCKET_PATH - (longest - len(os.fsencode(folder)))

@@ -43,7 +43,7 @@ class ScoreFolder:
         """Hold the folder while inside; made where it is missing.
 
         Raises:
-            ConfigError: another process scores into it, or its parts are of another scoring.
+            ConfigError: another process scores into it, or its parts belong to another scoring.
         """
         self.parts.mkdir(parents=True, exist_ok=True)
         with (self.parts / "lock").open("w") as stream:

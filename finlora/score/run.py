@@ -39,7 +39,7 @@ def run_scoring(
         announce: shows a line while the engines wait for GPUs or cores.
 
     Raises:
-        ConfigError: the output is of another scoring, or another process writes it.
+        ConfigError: another scoring wrote the output, or another process is writing it.
         ResourceError: the cluster has too little room.
     """
     folder, table = ScoreFolder(out), plan.table

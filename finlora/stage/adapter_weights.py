@@ -131,7 +131,7 @@ def read_adapter(folder: Path, shape: LlamaShape, span: range, dtype: torch.dtyp
     """Read an adapter's tensors for a span of layers.
 
     Raises:
-        AdapterError: files are missing, it is no plain LoRA that fits a model of that shape, or not all numbers are finite.
+        AdapterError: files are missing, it is not a plain LoRA that fits a model of that shape, or not all numbers are finite.
     """
     settings = read_lora_settings(folder)
     adapter: dict[tuple[int, Product], list[Update]] = {}

@@ -317,7 +317,7 @@ class _AfterStep:
     schedule: CheckpointSchedule
     record: Recorder
     measure: Callable[[int], float] | None
-    """Returns the loss on a search's held-out examples. None: the run is no trial."""
+    """Returns the loss on a search's held-out examples. None: the run is not a trial."""
     stop: StopRequest
     guard: StallGuard
     mark: StepMark | None

@@ -132,8 +132,8 @@ def test_other_server_is_no_cluster():
         ("nosuch.invalid:6379", ResourceError, r"\(the name nosuch.invalid cannot be resolved\)"),
         ("http://head:8265", ConfigError, r"is a dashboard's address: expected HOST:PORT"),
         ("ray://head:10001", ConfigError, r"is Ray Client's address: expected HOST:PORT"),
-        ("head", ConfigError, r"RAY_ADDRESS=head is no address: expected HOST:PORT"),
-        ("head:99999", ConfigError, r"RAY_ADDRESS=head:99999 is no address"),
+        ("head", ConfigError, r"RAY_ADDRESS=head is not an address: expected HOST:PORT"),
+        ("head:99999", ConfigError, r"RAY_ADDRESS=head:99999 is not an address"),
     ],
 )
 def test_address_of_no_cluster_is_refused(monkeypatch, address, kind, words):

@@ -27,7 +27,7 @@ def test_argument_that_is_no_text_is_named():
 
 def test_missing_home_is_reported(monkeypatch):
     monkeypatch.setenv("HOME", "")
-    with pytest.raises(ConfigError, match=r"HOME='' is no absolute path: set HOME"):
+    with pytest.raises(ConfigError, match=r"HOME='' is not an absolute path: set HOME"):
         host.check_home()
     monkeypatch.delenv("HOME")
     host.check_home()
@@ -92,7 +92,7 @@ def test_temporary_folder_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TMPDIR", "relative")
-    with pytest.raises(ConfigError, match=r"TMPDIR='relative' is no absolute path"):
+    with pytest.raises(ConfigError, match=r"TMPDIR='relative' is not an absolute path"):
         host.check_ray_temp()
     monkeypatch.setattr(host, "MAX_SOCKET_PATH", 10_000)
     monkeypatch.setenv("TMPDIR", str(tmp_path / "file"))

@@ -98,7 +98,7 @@ def _make_example(row: dict[str, Any]) -> Example:
         row["segments"] = tuple(row["segments"])
         texts += (*flat, *row["segments"])
         if not (isinstance(row["weight"], float) and math.isfinite(row["weight"]) and row["weight"] > 0):
-            raise ValueError("an example's weight is no number of more than 0")
+            raise ValueError("an example's weight is not a number above 0")
     if not all(isinstance(value, str) for value in texts):
         raise TypeError("an example is not whole")
     return Example(**row)

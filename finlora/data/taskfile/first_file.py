@@ -294,7 +294,7 @@ def _explain_kind(kind: Kind, label: _Column | None, answer: _Column | None) -> 
 
 
 def _find_time(columns: Mapping[str, _Column]) -> tuple[_Column | None, str | None]:
-    """Return a column of times and its format; None for ISO 8601. Days of which day or month could stand first are no times."""
+    """Return a column of times and its format; None for ISO 8601. Columns in which day or month could come first are left out."""
     for column in columns.values():
         if not column.has_name("time") or len(column.values) < column.num_rows:
             continue

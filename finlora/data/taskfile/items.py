@@ -252,7 +252,7 @@ def _read_turns(task: TaskFile, row: TableRow) -> tuple[Turn, ...]:
     """Return a conversation's turns.
 
     Raises:
-        DatasetError: it is no list of messages, has an unknown role, or does not end with the assistant.
+        DatasetError: it is not a list of messages, has an unknown role, or does not end with the assistant.
     """
     raw, column = get(row.fields, task.columns.messages), task.columns.messages
     names = ("from", "value") if task.preset == "sharegpt" else ("role", "content")

@@ -154,7 +154,7 @@ def _list_checks(task: TaskFile) -> list[tuple[bool, str]]:
         ),
         (len(values) <= MAX_LABELS, f"labels holds {len(values):,}: expected at most {MAX_LABELS:,}"),
         (task.kind != "yes_no" or len(values) == 2, f"labels holds {len(values)}: expected two for kind yes_no"),
-        (with_labels or not values, f"labels is of no use for kind {task.kind}: leave it out"),
+        (with_labels or not values, f"labels has no effect for kind {task.kind}: leave it out"),
         (not repeated, f"labels: {', '.join(map(show, repeated))} stands for more than one label: write it once"),
         (
             all(value.strip() == value and value for value in values),
@@ -193,7 +193,7 @@ def _list_checks(task: TaskFile) -> list[tuple[bool, str]]:
         ),
         (
             task.prompt.example is None or not task.is_chat,
-            "prompt.example is of no use for kind chat: put the example into prompt.system",
+            "prompt.example has no effect for kind chat: put the example into prompt.system",
         ),
         (
             task.prompt.example is None or bool(task.prompt.example.question) == (task.columns.question is not None),

@@ -24,7 +24,7 @@ class Parts:
     train: tuple[int, ...]
     test: tuple[int, ...]
     groups: tuple[int, ...]
-    """First row of each row's group of equal or nearly equal texts, which are no independent measurements."""
+    """First row of each row's group of equal or nearly equal texts, which are not independent measurements."""
     notes: tuple[str, ...]
 
 

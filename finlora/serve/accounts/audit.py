@@ -199,7 +199,7 @@ def _follow(raw: bytes, head: str, where: str) -> str:
         previous, _ = values.pop("previous"), values.pop("hash")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ResultError(
-            f"{where} is no entry of an audit log ({type(error).__name__}): expected a line of JSON as the server wrote it. "
+            f"{where} is not an entry of an audit log ({type(error).__name__}): expected a line of JSON as the server wrote it. "
             "Compare with a copy of the log; what follows that line is not checked."
         ) from error
     expected, digest = _seal(values, head)

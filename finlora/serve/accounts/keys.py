@@ -143,7 +143,7 @@ def read_keys(file: Path) -> list[KeyRecord]:
     if mode:
         raise ConfigError(f"others than its owner may read or write {file} (mode {mode:03o}): run `chmod 600 {file}`.")
     if not isinstance(tree, list) or not all(isinstance(entry, dict) for entry in tree):
-        raise ConfigError(f"{file} is no list of keys: expected the file that `finlora key` writes.")
+        raise ConfigError(f"{file} does not hold a list of keys: expected the file that `finlora key` writes.")
     records = [settings_from_tree(KeyRecord, entry) for entry in tree]
     ids = [record.id for record in records]
     if doubled := {name for name in ids if ids.count(name) > 1}:

@@ -55,7 +55,7 @@ def read_deployment(path: Path, overrides: Sequence[str] = ()) -> Deployment:
     """Read a Serve YAML; `overrides` such as `stages.num=4` change its `args`.
 
     Raises:
-        ConfigError: it is no Serve YAML, its settings are wrong, or it holds other applications than FinLoRA's.
+        ConfigError: it is not a Serve YAML, its settings are wrong, or it holds other applications than FinLoRA's.
     """
     from pydantic import ValidationError
     from ray.serve.schema import ServeDeploySchema

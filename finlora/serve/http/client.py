@@ -137,7 +137,7 @@ def read_pieces(blocks: Iterable[bytes], address: str) -> Iterator[str]:
 
 
 def read_extract(raw: bytes, address: str) -> tuple[str, tuple[int, int] | None]:
-    """Return an answer and its position in the text. Raises ResourceError if the reply is no extraction."""
+    """Return an answer and its position in the text. Raises ResourceError if the reply is not an extraction."""
     answer = _parse(raw, address)
     quote = answer.get("quote")
     if quote is None:
@@ -147,7 +147,7 @@ def read_extract(raw: bytes, address: str) -> tuple[str, tuple[int, int] | None]
 
 
 def read_probabilities(raw: bytes, address: str) -> dict[str, float]:
-    """Return the probability of each label. Raises ResourceError if the reply is no classification of one text."""
+    """Return the probability of each label. Raises ResourceError if the reply is not a classification of one text."""
     results = _take(_parse(raw, address), "results", list, address)
     if len(results) != 1:
         raise _strange(address, f"{len(results)} results for one text")

@@ -76,11 +76,11 @@ def reseal(lines):
         (lambda lines: lines[1:], "line 1 does not follow"),
         (lambda lines: [*lines[:2], *lines[3:]], "line 3 does not follow"),
         (lambda lines: [lines[1], lines[0], *lines[2:]], "line 1 does not follow"),
-        (lambda lines: [*lines[:4], lines[4][:-9]], "line 5 is no entry"),
-        (lambda lines: [*lines, "{}"], "line 6 is no entry"),
-        (lambda lines: [*lines, "[1]"], "line 6 is no entry"),
-        (lambda lines: [*lines, "[" * 100_000], "line 6 is no entry"),
-        (lambda lines: [*lines, "é"], "line 6 is no entry"),
+        (lambda lines: [*lines[:4], lines[4][:-9]], "line 5 is not an entry"),
+        (lambda lines: [*lines, "{}"], "line 6 is not an entry"),
+        (lambda lines: [*lines, "[1]"], "line 6 is not an entry"),
+        (lambda lines: [*lines, "[" * 100_000], "line 6 is not an entry"),
+        (lambda lines: [*lines, "é"], "line 6 is not an entry"),
         (lambda lines: [*lines[:4], " " + lines[4]], "line 5 was changed"),
         (lambda lines: [*lines[:4], lines[4].replace("{", '{"key_id": "boss", ', 1)], "line 5 was changed"),
         (lambda lines: [*lines[:4], lines[4], lines[4]], "line 6 does not follow"),
@@ -123,7 +123,7 @@ def test_empty_and_foreign_files_are_reported(tmp_path, capsys):
     assert "audit-a.jsonl: empty. No question was logged yet, or all lines were cut off" in capsys.readouterr().out
     (tmp_path / "audit-a.jsonl").write_bytes(b"PK\x03\x04\xff\n")
     with pytest.raises(
-        ResultError, match=r"line 1 is no entry .*: expected a line of JSON as the server wrote it\. Compare"
+        ResultError, match=r"line 1 is not an entry .*: expected a line of JSON as the server wrote it\. Compare"
     ):
         verify_audit(tmp_path / "audit-a.jsonl")
 

@@ -100,7 +100,7 @@ def test_server_without_any_key_does_not_start():
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: b", "is no list of keys"),
+        ("a: b", "does not hold a list of keys"),
         ("[{id: desk}]", r"desk.hash has 0 characters"),
         ("- {id: a, salt: s, hash: abc}", "expected 64 hex digits"),
         ("[", "cannot be read"),

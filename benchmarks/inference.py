@@ -198,9 +198,9 @@ def measure_finlora(work: Work, config: Any, questions: Questions, options: argp
             while not core.is_idle:
                 ended = core.step()
                 if prefilled is None and not core.scheduler.num_waiting:
-                    first = core.meter.totals() if core.scheduler.num_prefilled == len(asked) else None
-                elif first is not None and steady is None and ended:
-                    steady = core.meter.read(first)
+                    prefilled = core.meter.totals() if core.scheduler.num_prefilled == len(asked) else None
+                elif prefilled is not None and steady is None and ended:
+                    steady = core.meter.read(prefilled)
             return core.meter.read(), steady
 
         run(requests)  # warm-up: compiles kernels and runs each size of pass once

@@ -42,7 +42,7 @@ ORDER = (
 
 OTHER_WORDS = {
     **dict.fromkeys(("fit", "finetune", "fine-tune"), "train"),
-    **dict.fromkeys(("eval", "score", "test"), "evaluate"),
+    **dict.fromkeys(("eval", "test"), "evaluate"),
     **dict.fromkeys(("infer", "predict", "generate", "chat", "classify"), "ask"),
     **dict.fromkeys(("deploy", "server", "start"), "serve"),
     **dict.fromkeys(("download", "mirror", "fetch"), "prefetch"),

@@ -15,7 +15,7 @@ from finlora.cli.app import ORDER, OTHER_WORDS, say
 from finlora.cli.main import app
 from finlora.results import read_results
 
-VERBS = sorted(command.callback.__name__ for command in app.registered_commands)
+VERBS = sorted(command.callback.__name__.replace("_", "-") for command in app.registered_commands)
 HEAVY = (
     "torch",
     "ray",
@@ -149,6 +149,7 @@ def test_missing_results_have_exit_code_7(call, tmp_path):
 
 OUTPUTS = {
     "prefetch": ("--check", "--output"),
+    "new-task": ("/srv/letters.csv", "--output"),
     "prepare": ("synthetic", "--output"),
     "pretrain": ("--tasks", "synthetic", "--output"),
     "merge": ("--adapter", "/srv/adapter", "--output"),

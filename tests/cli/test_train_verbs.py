@@ -108,7 +108,9 @@ def test_search_with_other_settings_or_another_driver_is_refused(call, config_fi
     folder = open_search(make_config("name=cli"), search)
     code, out, err = call("tune", "-c", config_file, *TINY_SEARCH, "search.rank=[2,8]")
     assert (code, out) == (2, "")
-    assert "already holds a search with other settings than these" in " ".join(err.split())
+    assert "already holds a search with other settings (search.rank: [2, 4] there, [2, 8] here)" in " ".join(
+        err.split()
+    )
     with claim_run(RunFolder(folder.root)):
         code, _, err = call("tune", "-c", config_file, *TINY_SEARCH)
     assert code == 5

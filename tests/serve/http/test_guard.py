@@ -11,6 +11,7 @@ import pytest
 from live_server import ADMIN
 from wire import send
 
+from finlora.data.sets.catalog import FORMS
 from finlora.serve.accounts.audit import hash_text, verify_audit
 from finlora.serve.http.finance import _ask
 
@@ -148,7 +149,7 @@ def test_audit_log_holds_the_hashes_of_each_answer(live):
     assert (line["key_id"], line["model"], line["path"]) == ("desk", "tiny:good", "/v1/classify")
     assert line["base_hash"] == live.server.base.weights_hash
     assert line["adapter_hash"] == live.server.shelf.find("good").hash
-    assert line["prompt_hash"] == hash_text(_ask("fpb", ASK["text"], None).prompt)
+    assert line["prompt_hash"] == hash_text(_ask(FORMS, "fpb", ASK["text"], None).prompt)
     assert line["output_hash"] == hash_text(reply.body["results"][0]["label"])
     assert "Profit" not in log.path.read_text()
     assert verify_audit(log.path).head == log.head

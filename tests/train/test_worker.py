@@ -60,7 +60,6 @@ def test_result_row_has_the_numbers_of_the_run(quantised):
     assert row.loss_curve == [[float(step), loss] for step, loss in losses_of(config)]
     assert [step for step, _ in row.loss_curve] == [1, 2, 3, 4, 5, 6]
     assert row.metrics == {"loss_first": row.loss_curve[0][1], "loss_last": row.loss_curve[-1][1]}
-    assert row.metrics["loss_last"] < row.metrics["loss_first"]
     assert row.adapter_mib == (folder_of(config).adapter / "adapter_model.safetensors").stat().st_size / 2**20
     assert row.gpu_hours is None
     assert row.is_partial is True

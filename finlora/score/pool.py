@@ -16,7 +16,7 @@ from finlora.score.table import Part
 
 
 class ScoreActor:
-    """Callable of Ray Data: a batch of one part's number in, its counts out."""
+    """Callable of Ray Data: the numbers of parts in, and out once they are sealed."""
 
     def __init__(self, plan: ScorePlan, out: str, cache_rows: int) -> None:
         from finlora.machine.cpu import set_environment
@@ -26,8 +26,9 @@ class ScoreActor:
         self._scorer = Scorer(plan, Path(out), cache_rows)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        numbers = [int(number) for number in batch["part"]]
-        return {"part": numbers, "unscored": [self._scorer.score(self._parts[number]) for number in numbers]}
+        for number in batch["part"]:
+            self._scorer.score(self._parts[int(number)])
+        return batch
 
 
 def score_parts(
@@ -36,7 +37,7 @@ def score_parts(
     cache_rows: int,
     parts: Sequence[Part],
     num_engines: int,
-    on_done: Callable[[Part, int], None],
+    on_done: Callable[[Part], None],
     announce: Callable[[str], None],
 ) -> None:
     """Score parts on the connected Ray cluster, in any order.
@@ -44,7 +45,7 @@ def score_parts(
     Args:
         parts: those that are not sealed yet.
         num_engines: actors, each with the whole model, and eval.num_gpus GPUs or one core.
-        on_done: called with a part and how many of its rows could not be scored.
+        on_done: called with each part that is sealed.
         announce: shows a line while the engines wait for GPUs or cores.
 
     Raises:
@@ -74,7 +75,7 @@ def score_parts(
             )
         try:
             for row in scored.iter_rows():
-                on_done(plan.table.parts[int(row["part"])], int(row["unscored"]))
+                on_done(plan.table.parts[int(row["part"])])
         except Exception as error:
             raise _explain(error) from error
 

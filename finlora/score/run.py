@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from finlora.cluster import connect
+from finlora.configfile import config_to_tree
 from finlora.durable import hash_file
-from finlora.errors import ConfigError
 from finlora.model.base_files import BaseFiles
 from finlora.results import describe_environment
 from finlora.score.folder import ScoreFolder
 from finlora.score.pool import count_engines, find_bundle, score_parts
-from finlora.score.score_plan import ScorePlan, config_record
+from finlora.score.score_plan import ScorePlan
 from finlora.score.scored_table import write_output
 from finlora.score.scorer import plan_cache
 from finlora.score.table import Part
@@ -61,7 +61,7 @@ def run_scoring(
             "seconds": seconds,
             **count_results(plan, folder),
             "adapter": str(plan.adapter) if plan.adapter else None,
-            "config": config_record(plan),
+            "config": config_to_tree(plan.config),
             "environment": describe_environment(),
             "output": {path.name: hash_file(path) for path in _list_files(out)},
         }
@@ -105,13 +105,11 @@ def _score(
     bundle = find_bundle(plan)
     connect.require(engines, bundle["CPU"], bundle.get("GPU", 0.0))
 
-    def count(part: Part, _unscored: int) -> None:
+    def count(part: Part) -> None:
         nonlocal done
         done += part.num_rows
         on_progress("rows", done, total)
 
-    if engines < 1:
-        raise ConfigError(f"found {engines} engines: expected 1 or more.")
     score_parts(plan, out, cache_rows, left, engines, count, announce)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from finlora.config import RunConfig
-from finlora.configfile import config_to_tree
 from finlora.data.question import PLAIN, Form
 from finlora.data.sets.catalog import FORMS, task_named
 from finlora.durable import hash_file
@@ -53,6 +52,11 @@ class ScorePlan:
     table: Table
     binding: dict[str, Any]
     """What two scorings must share for one to go on with the parts of the other."""
+
+    @property
+    def read_columns(self) -> list[str]:
+        """Columns of the table that a question is made of."""
+        return [self.text, *([self.about] if self.about else [])]
 
     @property
     def columns(self) -> dict[str, ScoreColumn]:
@@ -165,11 +169,6 @@ def describe_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | 
     """Return in what two bindings differ; None: in nothing."""
     names = [name for name in wanted if json.dumps(found.get(name)) != json.dumps(wanted[name])]
     return "; ".join(f"{name} {_shorten(found.get(name))}, now {_shorten(wanted[name])}" for name in names) or None
-
-
-def config_record(plan: ScorePlan) -> dict[str, Any]:
-    """Return the settings as they are recorded beside the result."""
-    return config_to_tree(plan.config)
 
 
 def _choose_text(table: Table, text: str | None) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from finlora.errors import ConfigError
 from finlora.score.folder import ScoreFolder, find_arrow_type
 from finlora.score.score_plan import ScorePlan
-from finlora.score.table import FORMATS, Part, RowGroups, Table, TableFile, find_delimiter, read_rows
+from finlora.score.table import FORMATS, Part, RowGroups, Table, TableFile, read_lines, read_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -77,10 +77,9 @@ def _write_text(plan: ScorePlan, folder: ScoreFolder, file: TableFile, parts: li
     if file.format == "jsonl":
         for part in parts:
             results = folder.read_part(part.number, part.num_rows).to_pylist()
-            yield "".join(map(_join_json, _read_lines(file.path, part), results))
+            yield "".join(map(_join_json, read_lines(file.path, part), results))
         return
-    delimiter = find_delimiter(file.path)
-    yield _join_fields([[*file.columns, *plan.columns]], delimiter)
+    yield _join_fields([[*file.columns, *plan.columns]], file.delimiter)
     groups = RowGroups()
     for part in parts:
         rows = read_rows(plan.table, part, groups)
@@ -90,20 +89,12 @@ def _write_text(plan: ScorePlan, folder: ScoreFolder, file: TableFile, parts: li
                 [*row.values(), *(_as_field(result[name]) for name in plan.columns)]
                 for row, result in zip(rows, results, strict=True)
             ),
-            delimiter,
+            file.delimiter,
         )
 
 
-def _read_lines(path: Path, part: Part) -> list[str]:
-    """Return the lines of a part as they are: numbers keep their digits, keys their order."""
-    with path.open("rb") as stream:
-        stream.seek(part.start)
-        text = stream.read(part.stop - part.start).decode("utf-8-sig" if part.start == 0 else "utf-8")
-    return [line.strip() for line in text.split("\n") if line.strip()]
-
-
 def _join_json(line: str, result: dict[str, Any]) -> str:
-    """Return an object's text with more keys."""
+    """Return an object's text with more keys: numbers keep their digits, keys their order."""
     body = line[:-1].rstrip()
     separator = "" if body == "{" else ", "
     return f"{body}{separator}{json.dumps(result, ensure_ascii=False)[1:]}\n"

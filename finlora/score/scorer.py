@@ -56,14 +56,10 @@ class Scorer:
         )
         self._engine = BatchEngine(opened.core, ADAPTER if plan.adapter else None, opened.renew)
 
-    def score(self, part: Part) -> int:
-        """Seal a part's results, unless they are; returns how many of its rows could not be scored."""
+    def score(self, part: Part) -> None:
+        """Seal a part's results, unless they are."""
         if not self._folder.is_sealed(part.number):
-            results = self._answer(self._ask(part))
-            self._folder.write_part(part.number, self._plan.columns, results)
-            return sum(result["reason"] is not None for result in results)
-        reasons = self._folder.read_part(part.number, part.num_rows).column(f"{self._plan.prefix}_reason")
-        return int(len(reasons) - reasons.null_count)
+            self._folder.write_part(part.number, self._plan.columns, self._answer(self._ask(part)))
 
     def close(self) -> None:
         """Free the model and its stages."""
@@ -71,8 +67,7 @@ class Scorer:
 
     def _ask(self, part: Part) -> list[Asked]:
         plan = self._plan
-        columns = [plan.text, *([plan.about] if plan.about else [])]
-        rows = read_rows(plan.table, part, self._groups, columns)
+        rows = read_rows(plan.table, part, self._groups, plan.read_columns)
         return [ask_row(plan, row, self._tokenizer, self._longest, self._choices) for row in rows]
 
     def _answer(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
@@ -122,7 +117,7 @@ def ask_row(
     except DatasetError as error:
         return Asked("", (), str(error))
     ids = encode_prompt(question.prompt, tokenizer, plan.config.model.template, plan.date)
-    room = sum(map(len, choices)) if choices else plan.config.eval.max_new_tokens
+    room = _count_answer_tokens(plan, choices)
     if len(ids) + room > longest:
         return Asked("", (), f"too long: {len(ids):,} tokens and {room:,} for the answer, the model takes {longest:,}")
     return Asked(question.context, ids, None)
@@ -131,11 +126,10 @@ def ask_row(
 def plan_cache(plan: ScorePlan, base: BaseFiles) -> int:
     """Return the cache rows that any eval.batch_size requests as long as the first part's need, and one as long as may be."""
     choices = encode_choices(plan.form.choices, base.tokenizer, plan.config.model.template)
-    columns = [plan.text, *([plan.about] if plan.about else [])]
     longest = find_longest(plan, base)
-    rows = read_rows(plan.table, plan.table.parts[0], RowGroups(), columns)
+    rows = read_rows(plan.table, plan.table.parts[0], RowGroups(), plan.read_columns)
     asked = [ask_row(plan, row, base.tokenizer, longest, choices) for row in rows]
-    room = sum(map(len, choices)) if choices else plan.config.eval.max_new_tokens
+    room = _count_answer_tokens(plan, choices)
     sizes = sorted((len(row.prompt_ids) + room for row in asked if row.reason is None), reverse=True)
     return max(count_rows(sizes, plan.config.eval.batch_size) if sizes else 0, count_rows([longest], 1))
 
@@ -143,6 +137,10 @@ def plan_cache(plan: ScorePlan, base: BaseFiles) -> int:
 def find_longest(plan: ScorePlan, base: BaseFiles) -> int:
     """Return the most tokens of a request, its answer included."""
     return min(plan.config.model.max_seq_len, base.context_length)
+
+
+def _count_answer_tokens(plan: ScorePlan, choices: Sequence[Sequence[int]]) -> int:
+    return sum(map(len, choices)) if choices else plan.config.eval.max_new_tokens
 
 
 def _as_text(value: Any) -> str | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from finlora.data.taskfile.own_tables import large_fields
 from finlora.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 PART_ROWS = {"cuda": 2048, "cpu": 256}
 """Rows of a part by device: enough to fill micro-batches, few enough that a crash costs a minute at most."""
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
-_MAX_FIELD = 2**27
-"""Longest CSV field in characters: a whole filing."""
 Row = Mapping[str, Any]
 
 
@@ -50,11 +49,12 @@ class TableFile:
     path: Path
     format: str
     """A value of FORMATS."""
-    size: int
     sha256: str
     columns: tuple[str, ...]
     """For JSON lines: the columns of the first 100 rows."""
     num_rows: int
+    delimiter: str = ""
+    """Of CSV."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +117,23 @@ def read_rows(table: Table, part: Part, groups: RowGroups, columns: Sequence[str
     if file.format == "parquet":
         rows: list[Row] = groups.read(file.path, part, columns).to_pylist()
         return rows
-    with file.path.open("rb") as stream:
-        stream.seek(part.start)
-        text = stream.read(part.stop - part.start).decode("utf-8-sig" if part.start == 0 else "utf-8")
     if file.format == "jsonl":
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    before = csv.field_size_limit(_MAX_FIELD)
-    try:
-        lines = (line + "\n" for line in text.split("\n"))
-        records = csv.reader(lines, delimiter=find_delimiter(file.path), strict=True)
+        return [json.loads(line) for line in read_lines(file.path, part)]
+    with large_fields():
+        lines = (line + "\n" for line in _read_text(file.path, part).split("\n"))
+        records = csv.reader(lines, delimiter=file.delimiter, strict=True)
         return [dict(zip(file.columns, record, strict=True)) for record in records if record]
-    finally:
-        csv.field_size_limit(before)
+
+
+def read_lines(path: Path, part: Part) -> list[str]:
+    """Return the lines of a part of a JSON lines file as they are, without empty ones."""
+    return [line.strip() for line in _read_text(path, part).split("\n") if line.strip()]
+
+
+def _read_text(path: Path, part: Part) -> str:
+    with path.open("rb") as stream:
+        stream.seek(part.start)
+        return stream.read(part.stop - part.start).decode("utf-8-sig" if part.start == 0 else "utf-8")
 
 
 class RowGroups:
@@ -152,7 +157,7 @@ class RowGroups:
         return self._table.slice(part.start, part.num_rows)
 
 
-def find_delimiter(path: Path) -> str:
+def _find_delimiter(path: Path) -> str:
     """Return the delimiter: a tab in .tsv; else whichever of comma, semicolon, tab and bar splits the header into most fields."""
     if path.suffix.lower() == ".tsv":
         return "\t"
@@ -181,9 +186,10 @@ def _scan(path: Path, index: int, first_number: int, part_rows: int) -> tuple[Ta
     form = FORMATS[path.suffix.lower()]
     if form == "parquet":
         return _scan_parquet(path, index, first_number, part_rows)
+    delimiter = _find_delimiter(path) if form == "csv" else ""
     lines = _Lines(path)
     with lines:
-        columns, records = _read_csv(lines) if form == "csv" else _read_jsonl(lines)
+        columns, records = _read_csv(lines, delimiter) if form == "csv" else _read_jsonl(lines)
         parts: list[Part] = []
         start, first_row, num_rows = lines.offset, 0, 0
         for _record in records:
@@ -193,8 +199,7 @@ def _scan(path: Path, index: int, first_number: int, part_rows: int) -> tuple[Ta
                 start, first_row = lines.offset, num_rows
         if num_rows > first_row:
             parts.append(Part(first_number + len(parts), index, num_rows - first_row, first_row, start, lines.offset))
-    file = TableFile(path, form, lines.offset, lines.hash.hexdigest(), tuple(columns), num_rows)
-    return file, parts
+    return TableFile(path, form, lines.hash.hexdigest(), tuple(columns), num_rows, delimiter), parts
 
 
 class _Lines:
@@ -230,34 +235,31 @@ class _Lines:
         return text
 
 
-def _read_csv(lines: _Lines) -> tuple[list[str], Iterator[object]]:
-    name, delimiter = lines.path.name, find_delimiter(lines.path)
+def _read_csv(lines: _Lines, delimiter: str) -> tuple[list[str], Iterator[object]]:
+    name = lines.path.name
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    before = csv.field_size_limit(_MAX_FIELD)
-    header = next(reader, [])
-    csv.field_size_limit(before)
+    with large_fields():
+        header = next(reader, [])
     repeated = {column for column in header if header.count(column) > 1}
     if not header or repeated:
         what = f"two columns {min(repeated)!r}" if repeated else "no header line"
         raise DatasetError(f"{name}:1: found {what}: expected a line that names each column once.")
 
     def records() -> Iterator[object]:
-        before = csv.field_size_limit(_MAX_FIELD)
         first = lines.number + 1
         try:
-            for record in reader:
-                if record and len(record) != len(header):
-                    raise DatasetError(
-                        f"{name}:{first}: found {len(record)} fields, expected {len(header)} ({', '.join(header[:20])}): put "
-                        f"quotes around a field that holds {delimiter!r} or a line break."
-                    )
-                first = lines.number + 1
-                if record:
-                    yield record
+            with large_fields():
+                for record in reader:
+                    if record and len(record) != len(header):
+                        raise DatasetError(
+                            f"{name}:{first}: found {len(record)} fields, expected {len(header)} ({', '.join(header[:20])}): "
+                            f"put quotes around a field that holds {delimiter!r} or a line break."
+                        )
+                    first = lines.number + 1
+                    if record:
+                        yield record
         except csv.Error as error:
             raise DatasetError(f"{name}:{first}: not valid CSV ({error}): double the quotes inside a field.") from error
-        finally:
-            csv.field_size_limit(before)
 
     return header, records()
 
@@ -311,4 +313,4 @@ def _scan_parquet(path: Path, index: int, first_number: int, part_rows: int) -> 
     repeated = {column for column in columns if columns.count(column) > 1}
     if repeated:
         raise DatasetError(f"{path.name} has two columns {min(repeated)!r}: give each a name of its own.")
-    return TableFile(path, "parquet", path.stat().st_size, hash_file(path), columns, first_row), parts
+    return TableFile(path, "parquet", hash_file(path), columns, first_row), parts

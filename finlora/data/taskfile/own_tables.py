@@ -119,7 +119,7 @@ def _read_csv(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
     text = _read_text(path)
     first = text.partition("\n")[0]
     delimiter = "\t" if path.suffix.lower() == ".tsv" else max(_DELIMITERS, key=first.count)
-    with _large_fields():
+    with large_fields():
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header: list[str] = []
         line = 1
@@ -142,7 +142,7 @@ def _read_csv(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
 
 
 @contextlib.contextmanager
-def _large_fields() -> Iterator[None]:
+def large_fields() -> Iterator[None]:
     """Let a field hold a whole document: csv takes 128 KiB by default."""
     before = csv.field_size_limit(_MAX_FIELD)
     try:

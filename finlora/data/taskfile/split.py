@@ -7,6 +7,7 @@ rows of numpy's permutation test.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -65,9 +66,7 @@ def _split_by_share(task: TaskFile, groups: Groups) -> tuple[tuple[int, ...], tu
     roots = groups.roots()
     order = [int(row) for row in np.random.default_rng(task.split.seed).permutation(len(roots))]
     wanted = math.ceil(task.split.test_share * len(roots))
-    sizes: dict[int, int] = {}
-    for root in roots:
-        sizes[root] = sizes.get(root, 0) + 1
+    sizes = Counter(roots)
     chosen: set[int] = set()
     num_test = 0
     for row in order:
@@ -122,10 +121,9 @@ def hold_out_latest(
         groups: one per row.
     """
     last: dict[str, str] = {}
-    sizes: dict[str, int] = {}
+    sizes = Counter(groups)
     for time, group in zip(times, groups, strict=True):
         last[group] = max(last.get(group, ""), time)
-        sizes[group] = sizes.get(group, 0) + 1
     start, num_held = "", 0
     for group in sorted(last, key=lambda name: last[name], reverse=True):
         if num_held >= share * len(times) and last[group] < start:
@@ -144,10 +142,7 @@ def _time_of(item: Item) -> datetime:
 
 def _describe_duplicates(items: Sequence[Item], groups: Groups, is_kept: bool) -> str:
     num_equal = len(items) - len({(item.text, item.about) for item in items})
-    sizes: dict[int, int] = {}
-    for root in groups.roots():
-        sizes[root] = sizes.get(root, 0) + 1
-    many = [size for size in sizes.values() if size > 1]
+    many = [size for size in Counter(groups.roots()).values() if size > 1]
     if not many:
         return "Duplicates: no text is equal or nearly equal to another."
     kept = "kept on one side of the split" if is_kept else "not moved by this split"

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 SEAL = "sha256"
 _YOUNG_S = 60.0
@@ -151,6 +151,20 @@ def read_last_line(path: Path, num_bytes: int = 8192) -> dict[str, Any] | None:
         stream.seek(max(0, size - num_bytes))
         lines = stream.read().split(b"\n")
     return next((record for line in reversed(lines) if (record := _read_line(line)) is not None), None)
+
+
+def try_lock(stream: IO[Any]) -> bool:
+    """Lock an open file until it is closed or its process ends; returns whether no other process holds it.
+
+    Some NFS mounts have no locks: there another process is not noticed.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _is_free(folder: Path) -> bool:

@@ -10,7 +10,6 @@ Afterwards OUT, and OUT.manifest.json with the binding, the counts and the hash 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finlora.durable import seal, unseal, write_whole
+from finlora.durable import seal, try_lock, unseal, write_whole
 from finlora.errors import ConfigError, ResultError
 from finlora.score.score_plan import ScoreColumn, describe_difference
 
@@ -47,12 +46,8 @@ class ScoreFolder:
         """
         self.parts.mkdir(parents=True, exist_ok=True)
         with (self.parts / "lock").open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ConfigError(
-                    f"another process scores into {self.out}: wait for it, or choose another output."
-                ) from error
+            if not try_lock(stream):
+                raise ConfigError(f"another process scores into {self.out}: wait for it, or choose another output.")
             begun = self._read(self.parts / "manifest.json")
             if begun is None:
                 write_whole(self.parts / "manifest.json", json.dumps(seal({"binding": binding}), indent=2) + "\n")

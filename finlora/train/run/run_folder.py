@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -36,6 +35,7 @@ from finlora.config import RunConfig
 from finlora.configfile import config_to_tree, load_config, save_config
 from finlora.data.encode import Encoded, encode_examples
 from finlora.data.sets.prepared import read_prepared
+from finlora.durable import try_lock
 from finlora.errors import ConfigError, ResourceError
 from finlora.machine.working_dir import describe_lost
 from finlora.model.base_files import BaseFiles, read_base_files
@@ -322,16 +322,12 @@ def claim_run(folder: RunFolder) -> Iterator[None]:
         ResourceError: another driver works in the folder; names its process and machine.
     """
     with folder.lock.open("a+", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(stream):
             stream.seek(0)
             raise ResourceError(
                 f"{folder.root} is in use by {stream.read().strip()}: wait for that run to end or to stop, or choose another "
                 "`name`."
-            ) from None
-        except OSError:
-            pass  # Some NFS mounts have no locks: there a second driver is not noticed.
+            )
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}")
         stream.flush()

@@ -7,7 +7,6 @@ what a controller prints reaches no user.
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback, Worker
 
 from finlora.cluster.holdings import note_title
 from finlora.cluster.lease import Bundle, Patience, wait_for_room
+from finlora.durable import try_lock
 from finlora.train.run.progress import clear_step
 from finlora.train.run.run_folder import RunFolder
 from finlora.train.run.stop import describe_stop
@@ -82,12 +82,8 @@ def free_group(folder: RunFolder) -> None:
     if not folder.group.is_file():
         return
     with folder.lock.open("a") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(stream):
             return
-        except OSError:
-            pass  # a file system without locks
     group = PlacementGroupID(bytes.fromhex(folder.group.read_text(encoding="utf-8")))
     remove_placement_group(PlacementGroup(group))
     folder.group.unlink()

@@ -13,7 +13,7 @@ import torch
 from finlora.machine import cpu
 
 AVX2 = {"avx", "avx2", "fma"}
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "5000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
 
 
 @pytest.fixture
@@ -72,16 +72,29 @@ def test_measurement_compares_the_fastest_products(monkeypatch):
 
 
 def test_environment_is_set_but_for_what_the_user_has_set(monkeypatch):
-    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    cpu.set_environment()
+    assert {name: os.environ[name] for name in ENVIRONMENT} == {**ENVIRONMENT, "GOMP_SPINCOUNT": "7"}
+    assert cpu.missing_environment() == {}
+    assert cpu.worker_environment() == {**ENVIRONMENT, "GOMP_SPINCOUNT": "7"}
+
+
+def test_users_policy_of_waiting_is_not_overruled_by_a_spin_count(monkeypatch):
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     cpu.set_environment()
-    assert {name: os.environ[name] for name in ENVIRONMENT} == {**ENVIRONMENT, "OMP_WAIT_POLICY": "active"}
+    assert "GOMP_SPINCOUNT" not in os.environ
     assert cpu.missing_environment() == {}
-    assert cpu.worker_environment()["OMP_WAIT_POLICY"] == "active"
+    own = {"OMP_WAIT_POLICY": "active", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32"}
+    assert cpu.worker_environment() == own
 
 
 def test_workers_of_a_job_get_what_the_job_does_not_bring_itself(monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY")
+    for name in ENVIRONMENT:
+        monkeypatch.delenv(name, raising=False)
     assert cpu.worker_environment() == ENVIRONMENT
     job = {"runtime_env": {"working_dir": "gcs://x.zip", "env_vars": {"OMP_WAIT_POLICY": "active"}}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))

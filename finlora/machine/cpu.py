@@ -70,7 +70,7 @@ def worker_environment() -> dict[str, str]:
 
 
 def missing_environment() -> dict[str, str]:
-    """Return the variables of ENVIRONMENT that this process lacks; who has set a policy of waiting has chosen it without spins."""
+    """Return the variables of ENVIRONMENT that this process lacks, without the spin where the user has set a policy."""
     unset = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
     if _POLICY in os.environ:
         unset.pop(_SPIN, None)

@@ -1,4 +1,4 @@
-"""The verb that scores a whole table."""
+"""Command `finlora score`: labels or texts for each row of a table."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def score(
     task: Annotated[
         str | None, typer.Option(help="Task whose prompt to use. Default: the text alone is the prompt.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Column of the text. Default: `text`, or the only one.")] = None,
+    text: Annotated[str | None, typer.Option(help="Column of the text. Default: `text`, or the only column.")] = None,
     about: Annotated[
-        str | None, typer.Option(help="Column of what the task asks about the text: an entity or a question.")
+        str | None, typer.Option(help="Column of the entity or question that the task asks about.")
     ] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Least probability of a label; below it the row abstains.")
@@ -47,11 +47,11 @@ def score(
     adapter: AdapterPath = None,
     base: BaseAlone = False,
     engines: Annotated[
-        int | None, typer.Option(min=1, help="Models at work at once. Default: one for each GPU, on CPU one.")
+        int | None, typer.Option(min=1, help="Number of engines, each with the whole model. Default: one per GPU, on CPU one.")
     ] = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Score each row of a table: label and probabilities, or text. Adds columns. Killed, the same command goes on."""
+    """Score each row of a table: adds columns with label and probabilities, or text. The same command resumes after a crash."""
     from finlora.model.base_files import read_base_files
     from finlora.score.score_plan import describe_plan, make_plan
     from finlora.score.scored_table import check_output
@@ -60,10 +60,10 @@ def score(
     settings = load_settings(config, overrides)
     chosen = choose_adapter(settings, adapter, base)
     source, output = source.expanduser().absolute(), resolve_output("", output)
+    check_output(source, output)
     resolved = read_base_files(settings.model)
     with open_bars(console, "reading the table") as bars:
         table = open_table(source, PART_ROWS[settings.eval.device])
-        check_output(table, output)
         plan = make_plan(settings, resolved, chosen, table, task=task, text=text, about=about, threshold=threshold)
         bars.do(None)
     say(describe_plan(plan))

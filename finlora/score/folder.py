@@ -1,10 +1,10 @@
 """Folder of a scoring in progress: its sealed parts, and the record that binds them to inputs, adapter and settings.
 
-Beside OUT while it lasts:
+Beside OUT during a scoring:
     OUT.parts/manifest.json     the binding; another adapter, task or input is refused
     OUT.parts/part-000000.parquet   results of a part's rows, in their order; complete as soon as it has this name
     OUT.parts/lock              held by the process that scores
-Afterwards OUT, and OUT.manifest.json with the binding, the counts and the hash of what was written.
+After it: OUT, and OUT.manifest.json with the binding, the counts and the hashes of the written files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ScoreFolder:
     """Paths of one scoring.
 
     Args:
-        out: file or folder that it makes.
+        out: output file or folder.
     """
 
     def __init__(self, out: Path) -> None:
@@ -39,7 +39,7 @@ class ScoreFolder:
 
     @contextlib.contextmanager
     def locked(self, binding: Mapping[str, Any]) -> Iterator[None]:
-        """Hold the folder while inside; made where it is missing.
+        """Hold the lock of the folder, which is made if it is missing.
 
         Raises:
             ConfigError: another process scores into it, or its parts belong to another scoring.
@@ -48,14 +48,25 @@ class ScoreFolder:
         with (self.parts / "lock").open("w") as stream:
             if not try_lock(stream):
                 raise ConfigError(f"another process scores into {self.out}: wait for it, or choose another output.")
-            begun = self._read(self.parts / "manifest.json")
-            if begun is None:
+            record = self._read(self.parts / "manifest.json")
+            if record is None:
                 write_whole(self.parts / "manifest.json", json.dumps(seal({"binding": binding}), indent=2) + "\n")
-            elif difference := describe_difference(begun["binding"], dict(binding)):
+            elif difference := describe_difference(record["binding"], dict(binding)):
                 raise ConfigError(
                     f"{self.parts} holds parts of another scoring ({difference}): choose another output, or remove that folder."
                 )
             yield
+
+    def refuse_foreign(self) -> None:
+        """Refuse an output that no scoring wrote.
+
+        Raises:
+            ConfigError: it exists.
+        """
+        if self.out.exists() and not self.manifest.exists() and not self.parts.exists():
+            raise ConfigError(
+                f"{self.out} exists and was not written by `finlora score`: choose another output, or remove it."
+            )
 
     def find_finished(self, binding: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the record of the same scoring, if it is finished.
@@ -63,19 +74,16 @@ class ScoreFolder:
         Raises:
             ConfigError: the output exists, and another scoring or something else wrote it.
         """
+        self.refuse_foreign()
         record = self._read(self.manifest)
-        if record is not None and self.out.exists():
-            if difference := describe_difference(record["binding"], dict(binding)):
-                raise ConfigError(
-                    f"{self.out} was written by another scoring ({difference}): choose another output, or remove it and "
-                    f"{self.manifest.name}."
-                )
-            return record
-        if self.out.exists() and not self.parts.exists():
+        if record is None or not self.out.exists():
+            return None
+        if difference := describe_difference(record["binding"], dict(binding)):
             raise ConfigError(
-                f"{self.out} exists and was not written by `finlora score`: choose another output, or remove it."
+                f"{self.out} was written by another scoring ({difference}): choose another output, or remove it and "
+                f"{self.manifest.name}."
             )
-        return None
+        return record
 
     def is_sealed(self, number: int) -> bool:
         return self.path(number).exists()
@@ -84,10 +92,10 @@ class ScoreFolder:
         return self.parts / f"part-{number:06d}.parquet"
 
     def write_part(self, number: int, columns: Mapping[str, ScoreColumn], results: Sequence[Mapping[str, Any]]) -> None:
-        """Seal the results of a part: written under another name, then renamed.
+        """Seal the results of a part: written under a temporary name, then renamed.
 
         Args:
-            results: for each row a value for each key; a missing value becomes null.
+            results: for each row its values by key; a missing value becomes null.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -109,7 +117,7 @@ class ScoreFolder:
         """Return the results of a sealed part.
 
         Raises:
-            ResultError: the file was changed since.
+            ResultError: the file was changed after it was sealed.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq

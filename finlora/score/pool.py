@@ -1,4 +1,4 @@
-"""Engines of a scoring as a pool of Ray Data actors: one per GPU or share of one, one core each on CPU, or one over stages."""
+"""Ray Data actor pool of a scoring's engines: one per GPU or share of one, one per core on CPU, or one over several stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finlora.score.table import Part
 
 
 class ScoreActor:
-    """Callable of Ray Data: the numbers of parts in, and out once they are sealed."""
+    """Ray Data actor with an engine: takes a batch of part numbers, and returns it when the parts are sealed."""
 
     def __init__(self, plan: ScorePlan, out: str, cache_rows: int) -> None:
         from finlora.machine.cpu import set_environment
@@ -43,26 +43,26 @@ def score_parts(
     """Score parts on the connected Ray cluster, in any order.
 
     Args:
-        parts: those that are not sealed yet.
+        parts: the parts that are not sealed yet.
         num_engines: actors, each with the whole model, and eval.num_gpus GPUs or one core.
-        on_done: called with each part that is sealed.
+        on_done: called with each part when it is sealed.
         announce: shows a line while the engines wait for GPUs or cores.
 
     Raises:
-        ResourceError: the cluster has too little room, or an engine's actor crashed again and again.
+        ResourceError: the cluster has too few GPUs or cores, or Ray gave up restarting an engine.
     """
     import ray.data
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     bundle = find_bundle(plan)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # plans and progress of its own, which ours says
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it logs its plan and progress; ours are shown instead
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     title = f"the scoring of {out.name}"
     with take_lease([bundle] * num_engines, plan.config.max_wait_s, announce, name=title) as group:
         numbers = ray.data.from_items([{"part": part.number} for part in parts], override_num_blocks=len(parts))
         with warnings.catch_warnings():
-            # Ray Data 2.60 names no other way into a placement group than the one that 2.64 is to drop.
+            # Ray Data 2.60 has no other way to use a placement group; 2.64 is to drop this one.
             warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")
             scored = numbers.map_batches(
                 ScoreActor,
@@ -81,7 +81,7 @@ def score_parts(
 
 
 def find_bundle(plan: ScorePlan) -> dict[str, float]:
-    """Return what an engine takes; one over stages takes nothing itself, its stages do."""
+    """Return the resources of an engine's actor. Over stages it needs almost none: the stages have their own."""
     config = plan.config.eval
     if config.num_stages > 1:
         return {"CPU": 0.01}
@@ -89,7 +89,7 @@ def find_bundle(plan: ScorePlan) -> dict[str, float]:
 
 
 def count_engines(plan: ScorePlan, wanted: int | None) -> int:
-    """Return how many engines score: those asked for, else one for each eval.num_gpus of the cluster's GPUs, one on CPU."""
+    """Return the number of engines: `wanted`, else one for each eval.num_gpus of the cluster's GPUs, one on CPU."""
     import ray
 
     if wanted is not None:
@@ -101,7 +101,7 @@ def count_engines(plan: ScorePlan, wanted: int | None) -> int:
 
 
 def _explain(error: Exception) -> Exception:
-    """Return our own error that Ray has wrapped, or one that says what happened."""
+    """Return our own error if Ray has wrapped one, else an error about the crash."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, FinloraError):
@@ -109,6 +109,6 @@ def _explain(error: Exception) -> Exception:
         cause = getattr(cause, "cause", None) or cause.__cause__
     lines = str(error).strip().splitlines()
     return StageLostError(
-        f"an engine crashed ({type(error).__name__}: {lines[-1] if lines else ''}): the parts that are done stay; "
+        f"an engine crashed ({type(error).__name__}: {lines[-1] if lines else ''}): finished parts are kept; "
         "run the same command again."
     )

@@ -1,4 +1,4 @@
-"""Scoring of a table from its first row to the written output; the same command goes on where one was killed."""
+"""Scoring of a table, from its first row to the written output; the same command resumes it after a crash."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def run_scoring(
     """Score all parts that are not sealed, write the output, and return its record.
 
     Args:
-        num_engines: actors with the whole model; None: as many as the cluster's GPUs hold, on CPU one.
+        num_engines: actors, each with the whole model; None: as many as fit on the cluster's GPUs, on CPU one.
         on_progress: called with a name, the rows done and their total.
         announce: shows a line while the engines wait for GPUs or cores.
 
     Raises:
         ConfigError: another scoring wrote the output, or another process is writing it.
-        ResourceError: the cluster has too little room.
+        ResourceError: the cluster has too few GPUs or cores.
     """
     folder, table = ScoreFolder(out), plan.table
     if record := folder.find_finished(plan.binding):
-        announce(f"{out} holds this very scoring already.")
+        announce(f"{out} is complete: an earlier run wrote it with the same table, adapter and settings.")
         return record
     started = time.perf_counter()
     with folder.locked(plan.binding):
@@ -70,7 +70,7 @@ def run_scoring(
 
 
 def count_results(plan: ScorePlan, folder: ScoreFolder) -> dict[str, Any]:
-    """Return how often each label was chosen, how many rows abstain, and for what reasons rows were not scored."""
+    """Return the rows of each label, the number of rows that abstain, and the rows not scored by reason."""
     labels: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     abstained = 0
@@ -98,7 +98,7 @@ def _score(
 ) -> None:
     total = plan.table.num_rows
     if done:
-        announce(f"{done:,} of {total:,} rows are scored already; going on with the rest.")
+        announce(f"{done:,} of {total:,} rows are scored already; scoring the rest.")
     cache_rows = plan_cache(plan, base)
     connect.connect(log_to_driver=False)
     engines = min(count_engines(plan, num_engines), len(left))

@@ -1,4 +1,4 @@
-"""Plan of a scoring: all that an engine needs to score any part, and the record that binds the parts to it."""
+"""Plan of a scoring: all that an engine needs to score a part, and the binding of the parts to inputs and settings."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ class ScoreColumn(NamedTuple):
     """A column that is added to the table."""
 
     key: str
-    """Of a result; the column's name is the task and this."""
+    """Key of the value in a result. The column's name is the plan's prefix and this key."""
     kind: Literal["text", "number", "position", "flag"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScorePlan:
-    """What is asked about each row, of which model."""
+    """Question about each row, and the model that answers it."""
 
     config: RunConfig
     adapter: Path | None
     date: str | None
-    """For the chat template, as in `encode_prompt`."""
+    """Date for the chat template, as in `encode_prompt`."""
     task: str | None
     """None: the text is the whole prompt."""
     form: Form
-    """How it asks; also of a task file's task, which the adapter or the prepared data brings."""
+    """Form of the task's prompt. Adapters and prepared data bring the forms of task files."""
     text: str
     """Column of the text."""
     about: str | None
-    """Column of what the task asks about the text."""
+    """Column of the entity or question that the task asks about."""
     threshold: float | None
-    """Least probability of a label; below it the row abstains. None: none does."""
+    """Least probability of a label; below it the row abstains. None: no row does."""
     prefix: str
-    """Of the columns that are added."""
+    """Prefix of the added columns' names."""
     table: Table
     binding: dict[str, Any]
-    """What two scorings must share for one to go on with the parts of the other."""
+    """Inputs and settings that must be equal for a run to resume from the parts of an earlier one."""
 
     @property
     def read_columns(self) -> list[str]:
-        """Columns of the table that a question is made of."""
+        """Columns of the table that the prompt needs."""
         return [self.text, *([self.about] if self.about else [])]
 
     @property
     def columns(self) -> dict[str, ScoreColumn]:
-        """Columns that are added, by their names, in their order."""
+        """Added columns by name, in their order."""
         if self.form.choices:
             found = [ScoreColumn("label", "text"), ScoreColumn("probability", "number")]
             if self.threshold is not None:
@@ -85,16 +85,16 @@ def make_plan(
     about: str | None,
     threshold: float | None,
 ) -> ScorePlan:
-    """Check a task, columns and adapter against the table and the base; takes no GPU.
+    """Return the plan, with task, columns and adapter checked against the table and the base. Needs no GPU.
 
     Raises:
-        ConfigError: the task cannot be asked, a column is missing, or an added one would have a name of the table's.
+        ConfigError: the task cannot be asked, a column is missing, or the table has a column with the name of an added one.
         AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
     """
     config = resolve_evaluation(config)
     forms = {**FORMS, **list_own_forms(task, adapter, Path(config.data.dir))}
     if task is not None and task not in forms:
-        task_named(task)  # near names
+        task_named(task)  # raises with similar names
         raise ConfigError(f"task {task!r} cannot be asked: expected one of {', '.join(forms)}.")
     form = forms[task] if task else PLAIN
     if threshold is not None and not form.choices:
@@ -166,7 +166,7 @@ def describe_plan(plan: ScorePlan) -> str:
 
 
 def describe_difference(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
-    """Return in what two bindings differ; None: in nothing."""
+    """Return the settings in which two bindings differ, with both values; None: they are equal."""
     names = [name for name in wanted if json.dumps(found.get(name)) != json.dumps(wanted[name])]
     return "; ".join(f"{name} {_shorten(found.get(name))}, now {_shorten(wanted[name])}" for name in names) or None
 
@@ -186,7 +186,7 @@ def _choose_text(table: Table, text: str | None) -> str:
 
 
 def _hash_prompt(form: Form) -> str:
-    """Return the hash of the prompt's words, by which a changed instruction or label is seen."""
+    """Return a hash that changes with the instruction and the labels."""
     about = form.about_values[0] if form.about_values else "ABOUT"
     words = json.dumps([form.render("TEXT", "" if form.about == "none" else about), form.choices])
     return hashlib.sha256(words.encode()).hexdigest()

@@ -1,6 +1,6 @@
-"""Output table of a scoring: the input's files again, row for row, with the results' columns behind their own.
+"""Output table of a scoring: the input's files, row for row, with the result columns added after their own.
 
-Written part by part under another name, then renamed: memory holds one part, or one row group.
+It is written part by part under a temporary name, then renamed. Memory holds one part, or one row group.
 """
 
 from __future__ import annotations
@@ -16,33 +16,37 @@ from typing import TYPE_CHECKING, Any
 from finlora.errors import ConfigError
 from finlora.score.folder import ScoreFolder, find_arrow_type
 from finlora.score.score_plan import ScorePlan
-from finlora.score.table import FORMATS, Part, RowGroups, Table, TableFile, read_lines, read_rows
+from finlora.score.table import FORMATS, Part, RowGroups, TableFile, find_tables, read_lines, read_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def check_output(table: Table, out: Path) -> None:
-    """Check that the output's name fits the input's format.
+def check_output(source: Path, out: Path) -> None:
+    """Check an output's name against the input's before the input is read.
 
     Raises:
-        ConfigError: it does not, or it is the input.
+        DatasetError: the input is not a table or a folder of tables.
+        ConfigError: the output is the input or inside it, has another format, or exists and no scoring wrote it.
     """
-    if out.resolve() == table.root.resolve():
+    find_tables(source)
+    if out.resolve() == source.resolve():
         raise ConfigError(f"{out} is the input: choose another output.")
-    if table.root.is_dir():
+    if source.is_dir():
         if out.suffix.lower() in FORMATS:
-            raise ConfigError(f"{table.root} is a folder, so the output is one too: {out.name} names a file.")
-        if out.resolve().is_relative_to(table.root.resolve()):
-            raise ConfigError(f"{out} is inside the input folder: choose another place.")
-        return
-    allowed = [table.root.suffix.lower(), *([".parquet"] if table.format == "csv" else [])]
-    if out.suffix.lower() not in allowed:
-        raise ConfigError(f"{out.name}: expected a name that ends in {' or '.join(allowed)}, as the input does.")
+            raise ConfigError(f"{source} is a folder, so the output is one too: {out.name} names a file.")
+        if out.resolve().is_relative_to(source.resolve()):
+            raise ConfigError(f"{out} is inside the input folder: choose an output outside it.")
+    else:
+        suffix = source.suffix.lower()
+        allowed = [suffix, *([".parquet"] if FORMATS[suffix] == "csv" else [])]
+        if out.suffix.lower() not in allowed:
+            raise ConfigError(f"{out.name}: expected a name that ends in {' or '.join(allowed)}, as the input does.")
+    ScoreFolder(out).refuse_foreign()
 
 
 def write_output(plan: ScorePlan, folder: ScoreFolder) -> None:
-    """Write the output from the sealed parts, and put it in its place."""
+    """Write the output from the sealed parts under a temporary name, then rename it."""
     table, out = plan.table, folder.out
     temporary = out.with_name(f".{out.name}.writing")
     if temporary.is_dir():
@@ -54,7 +58,7 @@ def write_output(plan: ScorePlan, folder: ScoreFolder) -> None:
         temporary.mkdir()
         for index, file in enumerate(table.files):
             _write_file(plan, folder, index, temporary / file.path.name, file.path.suffix.lower())
-        if out.is_dir():  # of this scoring, which was killed before it had removed its parts
+        if out.is_dir():  # this scoring was killed after it wrote its output, before it removed its parts
             shutil.rmtree(out)
     temporary.replace(out)
 
@@ -73,7 +77,7 @@ def _write_file(plan: ScorePlan, folder: ScoreFolder, index: int, path: Path, su
 
 
 def _write_text(plan: ScorePlan, folder: ScoreFolder, file: TableFile, parts: list[Part]) -> Iterator[str]:
-    """Return the output's text, a part at a time."""
+    """Yield the output's text, one part at a time."""
     if file.format == "jsonl":
         for part in parts:
             results = folder.read_part(part.number, part.num_rows).to_pylist()
@@ -94,20 +98,20 @@ def _write_text(plan: ScorePlan, folder: ScoreFolder, file: TableFile, parts: li
 
 
 def _join_json(line: str, result: dict[str, Any]) -> str:
-    """Return an object's text with more keys: numbers keep their digits, keys their order."""
+    """Return a JSON object's text with keys added: numbers keep their digits, keys their order."""
     body = line[:-1].rstrip()
     separator = "" if body == "{" else ", "
     return f"{body}{separator}{json.dumps(result, ensure_ascii=False)[1:]}\n"
 
 
 def _join_fields(records: Iterable[Iterable[str]], delimiter: str) -> str:
-    """Return records as CSV. Python's writer leaves a lone carriage return without quotes, which its reader then refuses."""
+    """Return records as CSV. Python's csv writer does not quote a lone carriage return, and its reader then refuses it."""
     special = re.compile(f'["\r\n{re.escape(delimiter)}]')
 
     def quote(field: str) -> str:
         return '"' + field.replace('"', '""') + '"' if special.search(field) else field
 
-    # One empty field needs quotes: an empty line is no record.
+    # A record of one empty field needs quotes: readers skip an empty line.
     return "".join((delimiter.join(map(quote, record)) or '""') + "\n" for record in records)
 
 
@@ -120,7 +124,7 @@ def _as_field(value: Any) -> str:
 
 
 def _write_parquet(plan: ScorePlan, folder: ScoreFolder, file: TableFile, parts: list[Part], path: Path) -> None:
-    """Write Parquet: a row group a part; fields of CSV as text."""
+    """Write Parquet, one row group per part; CSV fields become text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,7 +1,7 @@
-"""Engine that scores parts: reads a part's rows, asks its questions in one batch, seals the results.
+"""Engine that scores parts: reads a part's rows, runs its prompts as one batch, seals the results.
 
-Each part begins with an empty prefix cache, so its results depend on its rows alone: whoever scores it, after whatever crash,
-writes the same bytes.
+Each part begins with an empty prefix cache, so its results depend on its rows alone: every engine writes the same bytes, also
+after a crash.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _DIGITS = 6
 
 
 class Asked(NamedTuple):
-    """A row as the engine is asked about it."""
+    """Encoded prompt of a row."""
 
     context: str
     prompt_ids: tuple[int, ...]
@@ -42,7 +42,7 @@ class Scorer:
     """A loaded model that scores the parts of a plan, one after the other.
 
     Args:
-        cache_rows: tokens that the KV cache should hold, by `plan_cache`.
+        cache_rows: rows of the KV cache, from `plan_cache`.
     """
 
     def __init__(self, plan: ScorePlan, out: Path, cache_rows: int, base: BaseFiles | None = None) -> None:
@@ -57,7 +57,7 @@ class Scorer:
         self._engine = BatchEngine(opened.core, ADAPTER if plan.adapter else None, opened.renew)
 
     def score(self, part: Part) -> None:
-        """Seal a part's results, unless they are."""
+        """Score a part and seal its results, unless it is sealed already."""
         if not self._folder.is_sealed(part.number):
             self._folder.write_part(part.number, self._plan.columns, self._answer(self._ask(part)))
 
@@ -72,17 +72,17 @@ class Scorer:
 
     def _answer(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = [{"reason": row.reason} for row in asked]
-        can = [index for index, row in enumerate(asked) if row.reason is None]
+        scorable = [index for index, row in enumerate(asked) if row.reason is None]
         self._engine.core.scheduler.forget_prefixes()
-        prompts = [asked[index].prompt_ids for index in can]
+        prompts = [asked[index].prompt_ids for index in scorable]
         choices = self._plan.form.choices
         if choices:
-            scores = self._engine.score_choices(prompts, [self._choices] * len(can), _ignore)
-            for index, shares in zip(can, scores, strict=True):
+            scores = self._engine.score_choices(prompts, [self._choices] * len(scorable), _ignore)
+            for index, shares in zip(scorable, scores, strict=True):
                 results[index] |= self._choose(shares)
             return results
         texts = self._engine.generate(prompts, self._plan.config.eval.max_new_tokens, _ignore)
-        for index, text in zip(can, texts, strict=True):
+        for index, text in zip(scorable, texts, strict=True):
             quote = find_quote(text, asked[index].context) if self._plan.form.is_quoted else None
             results[index]["answer"] = text
             if quote:
@@ -91,7 +91,7 @@ class Scorer:
 
     def _choose(self, shares: Sequence[float]) -> dict[str, Any]:
         choices, threshold = self._plan.form.choices, self._plan.threshold
-        best = max(range(len(shares)), key=shares.__getitem__)  # the first of equal ones
+        best = max(range(len(shares)), key=shares.__getitem__)  # at a tie, the first one
         found: dict[str, Any] = {"label": choices[best], "probability": round(shares[best], _DIGITS)}
         if threshold is not None:
             found["abstained"] = shares[best] < threshold
@@ -101,10 +101,10 @@ class Scorer:
 def ask_row(
     plan: ScorePlan, row: Row, tokenizer: PreTrainedTokenizerFast, longest: int, choices: Sequence[Sequence[int]]
 ) -> Asked:
-    """Encode the question about a row, or say why there is none.
+    """Encode the prompt of a row, or give the reason why it cannot be scored.
 
     Args:
-        longest: most tokens of a request.
+        longest: most tokens of a request, its answer included.
         choices: tokens of the allowed answers.
     """
     text, about = (_as_text(row.get(column)) if column else None for column in (plan.text, plan.about))
@@ -124,7 +124,8 @@ def ask_row(
 
 
 def plan_cache(plan: ScorePlan, base: BaseFiles) -> int:
-    """Return the cache rows that any eval.batch_size requests as long as the first part's need, and one as long as may be."""
+    """Return the KV cache's rows: for the eval.batch_size longest requests of the first part, or for one request of
+    `find_longest` tokens if that needs more."""
     choices = encode_choices(plan.form.choices, base.tokenizer, plan.config.model.template)
     longest = find_longest(plan, base)
     rows = read_rows(plan.table, plan.table.parts[0], RowGroups(), plan.read_columns)

@@ -1,7 +1,7 @@
 """Input table of a scoring as deterministic parts: byte ranges of a text file, row ranges within a Parquet row group.
 
-The same files give the same parts on every machine, so a part that was scored is never scored again. Files are read once to
-find the parts, checked to their last row and hashed; then each part is read by itself. Memory holds one part, or one row group.
+The same files give the same parts on every machine, so a scored part is never scored again. Each file is read once to find its
+parts, check all rows and hash it. Later each part is read by itself: memory holds one part, or one row group.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finlora.data.taskfile.own_tables import large_fields
+from finlora.data.taskfile.own_tables import find_delimiter, large_fields
 from finlora.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Part(NamedTuple):
     """Consecutive rows of one file."""
 
     number: int
-    """Over all files, from 0."""
+    """Counts over all files, from 0."""
     file: int
     """Index of the file."""
     num_rows: int
@@ -39,7 +39,7 @@ class Part(NamedTuple):
     start: int
     """Text: first byte. Parquet: row within the row group."""
     stop: int
-    """Text: the byte behind the last one. Parquet: index of the row group."""
+    """Text: the byte after the last one. Parquet: index of the row group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class TableFile:
     """For JSON lines: the columns of the first 100 rows."""
     num_rows: int
     delimiter: str = ""
-    """Of CSV."""
+    """CSV only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +80,12 @@ class Table:
 
 
 def open_table(root: Path, part_rows: int) -> Table:
-    """Read a file, or all files of a folder, once: their parts, hashes and columns.
+    """Read a file, or all files of a folder, once, and return their parts, hashes and columns.
 
     Raises:
-        DatasetError: there is no table, files of two formats, a malformed row, columns that differ, or no row.
+        DatasetError: there is no table or no row, files differ in format or columns, or a row is malformed.
     """
-    paths = _find_files(root)
+    paths = find_tables(root)
     files: list[TableFile] = []
     parts: list[Part] = []
     for index, path in enumerate(paths):
@@ -110,7 +110,7 @@ def read_rows(table: Table, part: Part, groups: RowGroups, columns: Sequence[str
     """Return the rows of a part.
 
     Args:
-        groups: cache of the last row group that was read.
+        groups: cache of the last row group.
         columns: columns to read from Parquet; None: all.
     """
     file = table.files[part.file]
@@ -126,7 +126,7 @@ def read_rows(table: Table, part: Part, groups: RowGroups, columns: Sequence[str
 
 
 def read_lines(path: Path, part: Part) -> list[str]:
-    """Return the lines of a part of a JSON lines file as they are, without empty ones."""
+    """Return the lines of a part of a JSON lines file, without empty ones."""
     return [line.strip() for line in _read_text(path, part).split("\n") if line.strip()]
 
 
@@ -157,16 +157,12 @@ class RowGroups:
         return self._table.slice(part.start, part.num_rows)
 
 
-def _find_delimiter(path: Path) -> str:
-    """Return the delimiter: a tab in .tsv; else whichever of comma, semicolon, tab and bar splits the header into most fields."""
-    if path.suffix.lower() == ".tsv":
-        return "\t"
-    with path.open("rb") as stream:
-        header = stream.readline(2**20).decode("utf-8-sig", "replace")
-    return max(",;\t|", key=lambda mark: len(next(csv.reader([header], delimiter=mark))))
+def find_tables(root: Path) -> list[Path]:
+    """Return the file, or all tables of a folder, by name.
 
-
-def _find_files(root: Path) -> list[Path]:
+    Raises:
+        DatasetError: there is none.
+    """
     if root.is_file():
         paths = [root]
         if root.suffix.lower() not in FORMATS:
@@ -186,7 +182,7 @@ def _scan(path: Path, index: int, first_number: int, part_rows: int) -> tuple[Ta
     form = FORMATS[path.suffix.lower()]
     if form == "parquet":
         return _scan_parquet(path, index, first_number, part_rows)
-    delimiter = _find_delimiter(path) if form == "csv" else ""
+    delimiter = find_delimiter(path) if form == "csv" else ""
     lines = _Lines(path)
     with lines:
         columns, records = _read_csv(lines, delimiter) if form == "csv" else _read_jsonl(lines)
@@ -203,7 +199,7 @@ def _scan(path: Path, index: int, first_number: int, part_rows: int) -> tuple[Ta
 
 
 class _Lines:
-    """Lines of a text file as text, with the bytes read so far and their hash."""
+    """Decoded lines of a text file, with the number of bytes read so far and their hash."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.offset, self.hash, self.number = path, 0, hashlib.sha256(), 0
@@ -238,8 +234,17 @@ class _Lines:
 def _read_csv(lines: _Lines, delimiter: str) -> tuple[list[str], Iterator[object]]:
     name = lines.path.name
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    with large_fields():
-        header = next(reader, [])
+
+    def explain(line: int, error: csv.Error) -> DatasetError:
+        return DatasetError(
+            f"{name}:{line}: not valid CSV ({error}): double the quotes inside a field, and end lines with LF or CRLF."
+        )
+
+    try:
+        with large_fields():
+            header = next(reader, [])
+    except csv.Error as error:
+        raise explain(1, error) from error
     repeated = {column for column in header if header.count(column) > 1}
     if not header or repeated:
         what = f"two columns {min(repeated)!r}" if repeated else "no header line"
@@ -259,13 +264,13 @@ def _read_csv(lines: _Lines, delimiter: str) -> tuple[list[str], Iterator[object
                     if record:
                         yield record
         except csv.Error as error:
-            raise DatasetError(f"{name}:{first}: not valid CSV ({error}): double the quotes inside a field.") from error
+            raise explain(first, error) from error
 
     return header, records()
 
 
 def _read_jsonl(lines: _Lines) -> tuple[list[str], Iterator[object]]:
-    """Return the columns of the first rows, which fill while the records are read, and the records."""
+    """Return the columns, filled in while the first 100 records are read, and the records."""
     columns: list[str] = []
 
     def records() -> Iterator[object]:

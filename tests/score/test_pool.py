@@ -1,4 +1,4 @@
-"""`finlora score` as a user types it: engines on Ray, one killed at work, the same command again, another one refused."""
+"""`finlora score` as a user types it: engines on Ray, a killed one, the same command again, and another task refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def score(call, tiny_base, tmp_path, ray_instance):
 
 
 def find_engine():
-    """Return the process id of the actor that scores, once there is one."""
+    """Wait for the actor that scores and return its process id."""
     from ray.util.state import list_actors
 
     for _ in range(600):
@@ -40,10 +40,10 @@ def find_engine():
         if found and found[0]:
             return found[0]
         time.sleep(0.1)
-    raise AssertionError("no engine came up")
+    raise AssertionError("no engine started")
 
 
-def test_killed_engine_changes_no_byte_and_the_same_command_goes_on(score, tmp_path, monkeypatch):
+def test_killed_engine_changes_no_byte_and_a_second_run_does_nothing(score, tmp_path, monkeypatch):
     monkeypatch.setattr("finlora.score.table.PART_ROWS", {"cpu": 16})
     write_table(tmp_path / "in.jsonl", 160)
     code, said, _ = score(tmp_path / "in.jsonl", tmp_path / "whole.jsonl", "--task", "fpb")
@@ -69,7 +69,7 @@ def test_killed_engine_changes_no_byte_and_the_same_command_goes_on(score, tmp_p
     written = folder.out.stat().st_mtime_ns
     code, said, _ = score(tmp_path / "in.jsonl", folder.out, "--task", "fpb")
     assert (code, folder.out.stat().st_mtime_ns) == (0, written)
-    assert "holds this very scoring already" in said
+    assert "is complete: an earlier run wrote it with the same table" in said
     code, _, error = score(tmp_path / "in.jsonl", folder.out, "--task", "tfns")
     assert code == 2
     assert "was written by another scoring (task fpb, now tfns" in error

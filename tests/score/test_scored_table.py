@@ -1,4 +1,4 @@
-"""Output of a scoring: the input's rows and values unchanged, results behind them, in each format."""
+"""Output of a scoring: rows and values of the input unchanged, result columns after them, in each format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finlora.errors import ConfigError, ResultError
+from finlora.errors import ConfigError, DatasetError, ResultError
 from finlora.score.folder import ScoreFolder
 from finlora.score.score_plan import ScoreColumn
 from finlora.score.scored_table import check_output, write_output
@@ -92,7 +92,7 @@ def test_csv_becomes_parquet_of_text(tmp_path):
     ]
 
 
-def test_folder_becomes_a_folder_and_nothing_else_is_left(tmp_path):
+def test_folder_becomes_a_folder_and_no_other_file_is_left(tmp_path):
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     for name in ("a", "b"):
@@ -102,21 +102,28 @@ def test_folder_becomes_a_folder_and_nothing_else_is_left(tmp_path):
     assert json.loads((out / "b.jsonl").read_text())["text"] == "b"
 
 
-def test_output_must_fit_the_input(tmp_path):
-    (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
-    table = open_table(tmp_path / "in.jsonl", 8)
-    with pytest.raises(ConfigError, match=r"out\.csv: expected a name that ends in \.jsonl"):
-        check_output(table, tmp_path / "out.csv")
+def test_output_is_refused_before_the_input_is_read(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text("not a table: its content is not read\n")
+    check_output(source, tmp_path / "out.jsonl")
+    with pytest.raises(ConfigError, match=r"out\.csv: expected a name that ends in \.jsonl, as"):
+        check_output(source, tmp_path / "out.csv")
     with pytest.raises(ConfigError, match="is the input"):
-        check_output(table, tmp_path / "in.jsonl")
-    folder = open_table(tmp_path, 8)
+        check_output(source, source)
     with pytest.raises(ConfigError, match=r"so the output is one too: out\.jsonl names a file"):
-        check_output(folder, tmp_path / "out.jsonl")
+        check_output(tmp_path, tmp_path / "out.jsonl")
     with pytest.raises(ConfigError, match="is inside the input folder"):
-        check_output(folder, tmp_path / "out")
+        check_output(tmp_path, tmp_path / "out")
+    (tmp_path / "there.jsonl").write_text("")
+    with pytest.raises(ConfigError, match=r"there\.jsonl exists and was not written by `finlora score`"):
+        check_output(source, tmp_path / "there.jsonl")
+    with pytest.raises(DatasetError, match=r"in\.xlsx does not exist: expected a table"):
+        check_output(tmp_path / "in.xlsx", tmp_path / "out.xlsx")
+    (tmp_path / "in.csv").write_text("text\n")
+    check_output(tmp_path / "in.csv", tmp_path / "out.parquet")
 
 
-def test_parts_of_another_scoring_are_refused_by_what_differs(tmp_path):
+def test_parts_of_another_scoring_are_refused_with_the_difference(tmp_path):
     folder = ScoreFolder(tmp_path / "out.csv")
     with folder.locked({"adapter": "a" * 64, "task": "fpb"}):
         other = ScoreFolder(tmp_path / "out.csv")
@@ -127,7 +134,7 @@ def test_parts_of_another_scoring_are_refused_by_what_differs(tmp_path):
         pass
 
 
-def test_finished_output_is_recognised_and_a_strange_one_refused(tmp_path):
+def test_finished_output_is_recognised_and_a_foreign_one_refused(tmp_path):
     folder = ScoreFolder(tmp_path / "out.csv")
     assert folder.find_finished({"task": "fpb"}) is None
     folder.out.write_text("text\n")

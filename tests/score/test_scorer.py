@@ -1,4 +1,4 @@
-"""Results of a scoring: those of the engine alone, whatever was scored before, and a reason where there is none."""
+"""Results of a scoring: equal to the engine's, independent of earlier parts, and a reason for each row without one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def plan_of(make_config, tmp_path):
 
 
 def score(plan, out, order=None):
-    """Score all parts in some order; returns the results of all rows, in theirs."""
+    """Score all parts in `order`; returns the results in the order of the rows."""
     base, folder = read_base_files(plan.config.model), ScoreFolder(out)
     with folder.locked(plan.binding):
         scorer = Scorer(plan, out, plan_cache(plan, base), base)
@@ -53,7 +53,7 @@ def score(plan, out, order=None):
         return [row for part in parts for row in folder.read_part(part.number, part.num_rows).to_pylist()]
 
 
-def test_probabilities_are_those_of_the_engine(plan_of, tmp_path):
+def test_probabilities_equal_the_engines(plan_of, tmp_path):
     plan = plan_of(threshold=0.4)
     found = score(plan, tmp_path / "out.csv")
     config, base = plan.config, read_base_files(plan.config.model)
@@ -70,7 +70,7 @@ def test_probabilities_are_those_of_the_engine(plan_of, tmp_path):
         assert row["fpb_reason"] is None
 
 
-def test_parts_are_equal_byte_for_byte_whatever_was_scored_before(plan_of, tmp_path):
+def test_parts_are_equal_byte_for_byte_in_any_order(plan_of, tmp_path):
     plan = plan_of()
     assert len(plan.table.parts) == 3
     files = []
@@ -80,7 +80,7 @@ def test_parts_are_equal_byte_for_byte_whatever_was_scored_before(plan_of, tmp_p
     assert files[0] == files[1]
 
 
-def test_rows_that_cannot_be_asked_say_why(plan_of, tmp_path):
+def test_rows_that_cannot_be_scored_have_a_reason(plan_of, tmp_path):
     plan = plan_of(texts=["Profit rose", "  ", "word " * 400, "Profit fell"])
     found = score(plan, tmp_path / "out.csv")
     assert [row["fpb_label"] is None for row in found] == [False, True, True, False]
@@ -97,7 +97,7 @@ def test_text_is_generated_and_quoted(plan_of, tmp_path):
     assert "the text alone" in describe_plan(plan)
 
 
-def test_task_of_a_task_file_is_asked_and_passed_to_other_processes(make_config, tmp_path):
+def test_task_of_a_task_file_is_scored_in_another_process(make_config, tmp_path):
     prepare_letters(tmp_path)
     config = make_config("model.max_seq_len=256", f"data.dir={tmp_path / 'data'}")
     base, table = read_base_files(config.model), open_table(write_table(tmp_path), 8)
@@ -124,13 +124,13 @@ def test_task_of_a_task_file_is_asked_and_passed_to_other_processes(make_config,
         ({"task": "synthetic_mix"}, "cannot be asked|is not a task"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_the_model_is_loaded(plan_of, options, message):
+def test_wrong_options_are_refused_before_the_model_is_loaded(plan_of, options, message):
     with pytest.raises(Exception, match=message) as found:
         plan_of(**options)
     assert found.value.exit_code in (2, 3)
 
 
-def test_column_of_the_scores_may_not_be_the_tables(make_config, tmp_path):
+def test_added_column_must_not_exist_in_the_table(make_config, tmp_path):
     config = make_config()
     (tmp_path / "in.csv").write_text("text,fpb_label\na,b\n")
     table = open_table(tmp_path / "in.csv", 8)

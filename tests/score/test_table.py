@@ -1,4 +1,4 @@
-"""Parts of a table: together they are its rows in their order, whatever their size; malformed files are refused."""
+"""Parts of a table: of any size, together they are its rows in order; malformed files are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finlora.durable import hash_file
 from finlora.errors import DatasetError
 from finlora.score.table import RowGroups, open_table, read_rows
 
-# What text files are broken by: quotes, separators, line ends of all kinds, and characters outside ASCII.
+# Characters that break readers of text files: quotes, separators, all line ends, and some outside ASCII.
 CELLS = st.text(alphabet=st.sampled_from([*'ab",;\t\r\n|€𝄞 \u2028']), max_size=8)
 ROWS = st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=40)
 
@@ -39,7 +39,7 @@ def check_parts(table, expected, part_rows):
 @given(rows=ROWS, part_rows=st.integers(1, 9), delimiter=st.sampled_from(",;\t"), ends=st.sampled_from(["\n", "\r\n"]))
 def test_parts_of_csv_are_its_rows(tmp_path, rows, part_rows, delimiter, ends):
     stream = io.StringIO()
-    # The writer does not put quotes around a lone carriage return by itself.
+    # The writer does not quote a lone carriage return.
     quoting = csv.QUOTE_ALL if any("\r" in cell for row in rows for cell in row) else csv.QUOTE_MINIMAL
     writer = csv.writer(stream, delimiter=delimiter, lineterminator=ends, quoting=quoting)
     writer.writerows([("id", "text"), *rows])
@@ -82,6 +82,8 @@ def test_folder_is_its_files_by_name(tmp_path):
     [
         ("t.csv", b"id,text\n1,a\n2\n", r"t\.csv:3: found 1 fields, expected 2 \(id, text\): put quotes"),
         ("t.csv", b'id,text\n1,"a\n', r"t\.csv:2: not valid CSV"),
+        ("t.csv", b'"id,text\n1,a\n', r"t\.csv:1: not valid CSV .*: double the quotes"),
+        ("t.csv", b"id,text\r1,a\r", r"t\.csv:1: not valid CSV .* and end lines with LF or CRLF"),
         ("t.csv", b"text,text\na,b\n", r"t\.csv:1: found two columns 'text'"),
         ("t.csv", b"", r"t\.csv:1: found no header line"),
         ("t.csv", b"text\n", r"has no row to score"),
@@ -92,13 +94,13 @@ def test_folder_is_its_files_by_name(tmp_path):
         ("t.xlsx", b"", r"t\.xlsx is not a table that can be scored: expected a file that ends in \.csv"),
     ],
 )
-def test_malformed_file_is_refused_by_its_line(tmp_path, name, content, message):
+def test_malformed_file_is_refused_with_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DatasetError, match=message):
         open_table(tmp_path / name, 8)
 
 
-def test_folders_that_are_no_table_are_refused(tmp_path):
+def test_folder_that_is_not_a_table_is_refused(tmp_path):
     with pytest.raises(DatasetError, match="does not exist"):
         open_table(tmp_path / "no", 8)
     with pytest.raises(DatasetError, match="holds no table"):

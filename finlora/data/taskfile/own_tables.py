@@ -1,6 +1,6 @@
 """Readers of a user's own tables: CSV, TSV, JSON, JSON lines, Parquet, Arrow and hub datasets, each row with its file and line.
 
-Every value stays as the file has it: a CSV cell is text, so that `NA` and `007` are values; an absent JSON value is None.
+Every value stays as in the file: a CSV cell is text, so `NA` and `007` are values; a missing JSON value is None.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ from finlora.errors import DatasetError
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".arrow")
 _DELIMITERS = ",;\t|"
 _MAX_FIELD = 2**27
+"""Most characters of a CSV field."""
+_MAX_HEADER = 2**20
+"""Most bytes of a header."""
 
 
 class TableRow(NamedTuple):
     """One row of a user's table."""
 
     fields: Mapping[str, Any]
-    place: str
-    """`file:line` of a text file, `file:row` of another."""
+    source: str
+    """`file:line` of a text file, `file:row` of any other."""
     side: str
-    """`train` or `test` where the source says so; empty: the split does."""
+    """`train` or `test` if the source says so; empty: the task's split decides."""
 
 
 def read_source(source: Source, folder: Path, has_sides: bool) -> list[TableRow]:
@@ -42,10 +45,10 @@ def read_source(source: Source, folder: Path, has_sides: bool) -> list[TableRow]
 
     Args:
         folder: of the task file; paths are relative to it.
-        has_sides: of a hub dataset, read its splits train and test, not train alone.
+        has_sides: read the splits train and test of a hub dataset, not train alone.
 
     Raises:
-        DatasetError: no such file, another kind of file, a malformed row, or no row.
+        DatasetError: there is no such file, its format is unknown, a row is malformed, or there is no row.
     """
     rows: list[TableRow] = []
     if source.hub is not None:
@@ -55,7 +58,7 @@ def read_source(source: Source, folder: Path, has_sides: bool) -> list[TableRow]
     sides = {"train": source.train, "test": source.test} if source.train else {"": source.files}
     for side, pattern in sides.items():
         for path in find_files(pattern or "", folder):
-            rows += [TableRow(fields, place, side) for fields, place in read_table(path)]
+            rows += [TableRow(fields, line, side) for fields, line in read_table(path)]
     return rows
 
 
@@ -79,7 +82,7 @@ def find_files(pattern: str, folder: Path) -> list[Path]:
 
 
 def read_table(path: Path) -> list[tuple[Mapping[str, Any], str]]:
-    """Return the rows of one file, each with its place.
+    """Return the rows of one file, each with its source.
 
     Raises:
         DatasetError: as `read_source`.
@@ -116,9 +119,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
-    text = _read_text(path)
-    first = text.partition("\n")[0]
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else max(_DELIMITERS, key=first.count)
+    text, delimiter = _read_text(path), find_delimiter(path)
     with large_fields():
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         header: list[str] = []
@@ -141,6 +142,21 @@ def _read_csv(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
             ) from error
 
 
+def find_delimiter(path: Path) -> str:
+    """Return a CSV file's delimiter: a tab in .tsv; else the one of comma, semicolon, tab and bar that gives most columns."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    with path.open("rb") as stream:
+        start = stream.read(_MAX_HEADER).decode("utf-8-sig", "replace")
+
+    def count_fields(delimiter: str) -> int:
+        records = csv.reader(io.StringIO(start, newline=""), delimiter=delimiter)
+        return len(next(filter(None, records), []))
+
+    with large_fields():
+        return max(_DELIMITERS, key=count_fields)
+
+
 @contextlib.contextmanager
 def large_fields() -> Iterator[None]:
     """Let a field hold a whole document: csv takes 128 KiB by default."""
@@ -151,10 +167,10 @@ def large_fields() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _check_header(names: list[str], place: str) -> list[str]:
+def _check_header(names: list[str], source: str) -> list[str]:
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
-        raise DatasetError(f"{place}:1: found two columns {min(repeated)!r}: give each column a name of its own.")
+        raise DatasetError(f"{source}:1: found two columns {min(repeated)!r}: give each column a name of its own.")
     return names
 
 
@@ -174,7 +190,7 @@ def _read_json(path: Path) -> Iterator[tuple[Mapping[str, Any], str]]:
         yield _check_object(item, f"{path.name}, item {number}"), f"{path.name}:{number}"
 
 
-def _parse(text: str, place: str) -> Any:
+def _parse(text: str, source: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -184,13 +200,13 @@ def _parse(text: str, place: str) -> Any:
             else "nested too deeply"
         )
         raise DatasetError(
-            f"{place}: not valid JSON ({what}). Expected one object per line; the file may be cut short."
+            f"{source}: not valid JSON ({what}). Expected one object per line; the file may be cut short."
         ) from error
 
 
-def _check_object(value: Any, place: str) -> Mapping[str, Any]:
+def _check_object(value: Any, source: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise DatasetError(f"{place}: found {shorten(value)}, expected an object with a value for each column.")
+        raise DatasetError(f"{source}: found {shorten(value)}, expected an object with a value for each column.")
     return value
 
 
@@ -243,7 +259,7 @@ def _read_hub(hub_id: str, split: str, revision: str, side: str) -> list[TableRo
 
 
 def get(fields: Mapping[str, Any], column: str) -> Any:
-    """Return a column's value; dots lead into nested objects, where no column has the whole name. None: it is not there."""
+    """Return a column's value; dots lead into nested objects, unless a column has the whole name. None: it is missing."""
     if column in fields:
         return fields[column]
     value: Any = fields
@@ -253,7 +269,7 @@ def get(fields: Mapping[str, Any], column: str) -> Any:
 
 
 def as_text(value: Any) -> str | None:
-    """Return a value as text, as a label or identifier is compared: 1 and 1.0 are `1`, True is `true`; None: it is missing.
+    """Return a value as text, by which labels and identifiers are compared: 1 and 1.0 are `1`, True is `true`. None: missing.
 
     Raises:
         TypeError: it is a list or an object.

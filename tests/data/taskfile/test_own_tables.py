@@ -1,21 +1,38 @@
-"""Tables of every form give the same rows, and a damaged one is told with its line."""
+"""Tables of every format have the same rows, and a damaged one is refused with its line."""
 
 from __future__ import annotations
 
 import pytest
 from letters import make_rows
 
-from finlora.data.taskfile.own_tables import as_text, find_files, get, read_source, read_table
+from finlora.data.taskfile.own_tables import as_text, find_delimiter, find_files, get, read_source, read_table
 from finlora.data.taskfile.record import Source
 from finlora.errors import DatasetError
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.parquet", "a.arrow"])
-def test_every_form_has_the_same_rows(write_rows, name):
+def test_every_format_has_the_same_rows(write_rows, name):
     rows = [*make_rows(3), {"text": 'two\nlines, "quoted"', "label": "NA"}]
     found = read_table(write_rows(rows, name))
     assert [dict(fields) for fields, _ in found] == rows
     assert found[0][1] == ("a.csv:2" if name == "a.csv" else "a.tsv:2" if name == "a.tsv" else f"{name}:1")
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "delimiter"),
+    [
+        ("a.csv", 'id;"text, in, any, language";label', ";"),
+        ("a.csv", 'id,"a;b;c"', ","),
+        ("a.csv", '"text,\nof, two, lines"|label', "|"),
+        ("a.csv", "\n\nid\ttext", "\t"),
+        ("a.csv", "text", ","),
+        ("a.csv", "id;text\rone,,two;three", ";"),
+        ("a.tsv", "a,b,c", "\t"),
+    ],
+)
+def test_delimiter_is_the_one_that_gives_most_columns(tmp_path, name, header, delimiter):
+    (tmp_path / name).write_bytes(f"{header}\none,,two\n".encode("utf-8-sig"))
+    assert find_delimiter(tmp_path / name) == delimiter
 
 
 def test_semicolons_of_a_spreadsheet_are_read(tmp_path):
@@ -39,7 +56,7 @@ def test_semicolons_of_a_spreadsheet_are_read(tmp_path):
         ("a.xlsx", b"PK", "expected one of .csv, .tsv"),
     ],
 )
-def test_damaged_table_is_reported_with_its_line(tmp_path, name, raw, words):
+def test_damaged_table_is_refused_with_its_line(tmp_path, name, raw, words):
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(DatasetError, match=words):
         read_table(tmp_path / name)

@@ -12,7 +12,7 @@ _MULTI_INSTRUCTION = "Does this text belong to: {label}?"
 
 
 def make_form(task: TaskFile) -> Form:
-    """Return how a user asks the task."""
+    """Return the task's form: prompt, allowed answers, and what a request names beside the text."""
     asks_question = task.columns.question is not None
     values: tuple[str, ...] = ()
     if task.kind == "multi":
@@ -35,7 +35,7 @@ def render_prompt(task: TaskFile, text: str, about: str) -> str:
     """Return the prompt of one question.
 
     Args:
-        about: the row's question; for kind multi the label that is asked; empty where the task asks nothing beside the text.
+        about: the row's question; for kind multi the label asked about; empty if the task needs only the text.
     """
     if task.is_chat:
         return text
@@ -53,7 +53,7 @@ def render_prompt(task: TaskFile, text: str, about: str) -> str:
 
 
 def _instruct(task: TaskFile, about: str | None) -> str | None:
-    """Return the instruction with what may be answered; None: the text is the whole prompt."""
+    """Return the instruction with the allowed answers; None: the text is the whole prompt."""
     if task.kind == "multi":
         form = task.prompt.instruction or _MULTI_INSTRUCTION
         means = next((label.means for label in task.labels if label.value == about), None)
@@ -73,12 +73,12 @@ def _instruct(task: TaskFile, about: str | None) -> str | None:
 
 
 def _choose(choices: Sequence[str]) -> str:
-    """Name the allowed answers as the built-in tasks do; where one of them holds a slash, as a list in quotes."""
+    """List the allowed answers as the built-in tasks do; if one of them has a slash, in quotes."""
     if any("/" in choice for choice in choices):
         return "Please choose an answer from: " + ", ".join(f'"{choice}"' for choice in choices) + "."
     return choose(choices)
 
 
 def write_turns(turns: Sequence[tuple[str, str]]) -> str:
-    """Return a conversation as text, for those who read it; a model gets it through its chat template."""
+    """Return a conversation as text for a reader. A model gets it through its chat template."""
     return "\n".join(f"{role}: {content}" for role, content in turns)

@@ -1,8 +1,8 @@
 """Groups of equal and nearly equal texts: banded MinHash of character 5-grams, each candidate checked by its Jaccard index.
 
-Own numpy and not datasketch: that hashes each 5-gram in a Python call, and normalisation, exact check and groups would stand
-here all the same. Source of the method: Broder 1997, doi 10.1109/SEQUEN.1997.666900; banding: Leskovec, Rajaraman, Ullman,
-Mining of Massive Datasets, section 3.4. With 20 bands of 5 rows a pair of index 0.8 is found with probability 0.9996.
+Written in numpy: datasketch hashes each 5-gram in a Python call, and normalisation, exact check and groups would be needed
+beside it. Source of the method: Broder 1997, doi 10.1109/SEQUEN.1997.666900; banding: Leskovec, Rajaraman, Ullman, Mining of
+Massive Datasets, section 3.4. With 20 bands of 5 rows, a pair of Jaccard index 0.8 is found with probability 0.9996.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SIMILARITY = 0.8
-"""Jaccard index of two texts' 5-grams from which they count as one."""
+"""Least Jaccard index of the 5-grams of two texts that are nearly equal."""
 _GRAM = 5
 _BANDS, _ROWS = 20, 5
 _MAX_PARTNERS = 20
-"""Texts of a bucket with which each other one is compared."""
+"""First texts of a bucket, with which each later one is compared."""
 _BLOCK_GRAMS = 2**16
-"""5-grams hashed at once: 512 KiB, which stays in a core's cache."""
+"""5-grams hashed at once: 512 KiB, which fit in a core's cache."""
 _DIGIT = re.compile(r"\d")
 
 
@@ -62,12 +62,12 @@ class Groups:
 
 
 def normalise(text: str) -> str:
-    """Return a text as near duplicates are compared: lower case, each digit a 0, white space as one blank."""
+    """Return a text in the form that is compared: lower case, each digit a 0, white space as one blank."""
     return _DIGIT.sub("0", " ".join(text.lower().split()))
 
 
 def group_duplicates(texts: Sequence[str]) -> Groups:
-    """Return groups of texts whose normalised forms are equal, or alike by SIMILARITY, directly or through others."""
+    """Return groups of texts that are equal or nearly equal after normalisation, directly or through other texts."""
     groups = Groups(len(texts))
     distinct: dict[str, int] = {}
     for row, text in enumerate(texts):
@@ -79,7 +79,7 @@ def group_duplicates(texts: Sequence[str]) -> Groups:
 
 
 def _find_alike(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Yield pairs of indices whose texts are alike; not every pair of a group, but enough to connect it."""
+    """Yield pairs of indices of nearly equal texts: not every pair of a group, but enough to connect it."""
     import numpy as np
 
     rng = np.random.default_rng(20_260_101)
@@ -111,9 +111,9 @@ def _find_alike(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
 
 
 def _list_candidates(bands: NDArray[np.uint64]) -> Iterator[tuple[int, int]]:
-    """Yield pairs of rows that agree in a band: of many that agree each with the first ones alone, which connect it.
+    """Yield pairs of rows with an equal hash in some band. In a large bucket, each row is paired with the first ones only.
 
-    Shapes: bands (rows, _BANDS), a hash of the signature's rows in each band.
+    Shapes: bands (rows, _BANDS), each a hash of the signature's values in that band.
     """
     import numpy as np
 

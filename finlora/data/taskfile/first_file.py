@@ -1,4 +1,4 @@
-"""First task file for a table that nobody has described: what was found in it, and what was guessed, marked as such."""
+"""First task file of a table: what its columns hold, with every guess marked as one."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _NUMBER = re.compile(r"[-\u2212]?[\d., ]*\d")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Column:
-    """What a column holds."""
+    """Content of a column."""
 
     name: str
     values: Sequence[str]
-    """Those that are there and not empty."""
+    """All but missing and empty ones."""
     counts: Counter[str]
     num_rows: int
 
@@ -81,11 +81,11 @@ class FirstFile:
 
 
 def write_first_file(table: Path, folder: Path, taken: Sequence[str]) -> FirstFile:
-    """Look at a table and return its first task file.
+    """Return the first task file of a table.
 
     Args:
-        folder: in which the task file will lie.
-        taken: names that the task may not have.
+        folder: of the task file; the table's path is relative to it.
+        taken: names of other tasks.
 
     Raises:
         DatasetError: the table cannot be read, or has nothing to learn: no text column, or no labels and no answers.
@@ -110,7 +110,7 @@ def write_first_file(table: Path, folder: Path, taken: Sequence[str]) -> FirstFi
 
 
 def _find_preset(row: Mapping[str, Any]) -> Preset | None:
-    """Return the tool whose export a row is by its keys."""
+    """Return the tool whose exports have the row's keys."""
     if isinstance(row.get("conversations"), list):
         return "sharegpt"
     if isinstance(row.get("messages"), list):
@@ -133,7 +133,7 @@ def _describe_preset(file: FirstFile, preset: Preset, rows: Sequence[Mapping[str
     labels = Counter(_list_preset_labels(preset, rows)) if kind == "choice" else Counter()
     if kind == "choice" and any(len(set(found)) > 1 for found in _label_sets(preset, rows)):
         kind = "multi"
-    file.add(f"kind: {kind}", _GUESS + f"as exports of {preset} are")
+    file.add(f"kind: {kind}", _GUESS + f"usual in exports of {preset}")
     file.add(f"source: {{files: {_quote(source)}}}")
     file.add(f"preset: {preset}", _GUESS + f"its keys are {', '.join(list(rows[0])[:6])}")
     if columns := _name_export_columns(rows[0], kind):
@@ -147,7 +147,7 @@ def _describe_preset(file: FirstFile, preset: Preset, rows: Sequence[Mapping[str
         _add_labels(file, labels)
         if kind == "choice":
             file.add('prompt: {instruction: "Which label fits this text?"}', _GUESS + "write the question")
-    file.add("split: {by: share, test_share: 0.2, seed: 1}", _GUESS + "a fifth of the rows test")
+    file.add("split: {by: share, test_share: 0.2, seed: 1}", _GUESS + "a fifth of the rows is the test")
 
 
 def _name_export_columns(row: Mapping[str, Any], kind: Kind) -> dict[str, str]:
@@ -228,10 +228,10 @@ def _describe_columns(file: FirstFile, table: Path, rows: Sequence[Mapping[str, 
         if column is not None:
             file.add(
                 f"  {key}: {_quote(column.name)}",
-                _GUESS + f"{len(column.counts):,} values, as {_quote(column.values[0][:40])}",
+                _GUESS + f"{len(column.counts):,} values, such as {_quote(column.values[0][:40])}",
             )
     if segments:
-        file.add(f"  segments: [{', '.join(map(_quote, segments))}]", _GUESS + "scores are reported by each value too")
+        file.add(f"  segments: [{', '.join(map(_quote, segments))}]", _GUESS + "each value also gets its own score")
     if form is not None:
         file.add(f"time_format: {_quote(form)}", "found: no other order of day and month fits all rows")
     if separator is not None:
@@ -294,7 +294,7 @@ def _explain_kind(kind: Kind, label: _Column | None, answer: _Column | None) -> 
 
 
 def _find_time(columns: Mapping[str, _Column]) -> tuple[_Column | None, str | None]:
-    """Return a column of times and its format; None for ISO 8601. Columns in which day or month could come first are left out."""
+    """Return a column of times and its format, None for ISO 8601. A column in which day or month could come first is skipped."""
     for column in columns.values():
         if not column.has_name("time") or len(column.values) < column.num_rows:
             continue
@@ -316,7 +316,7 @@ def _find_time(columns: Mapping[str, _Column]) -> tuple[_Column | None, str | No
 
 
 def _add_labels(file: FirstFile, counts: Mapping[str, int]) -> None:
-    file.add("labels:", "found; the order is that of the prompt, and `value` is what the model answers")
+    file.add("labels:", "found; in the order of the prompt; `value` is what the model answers")
     for raw in sorted(counts):
         value = raw.strip()
         is_code = not re.search(r"[^\W\d_]{2}", value)
@@ -345,12 +345,12 @@ def _add_split(file: FirstFile, time: _Column | None, form: str | None, group: _
         later = days[int(0.8 * (len(days) - 1))]
         if later > days[0]:
             keep = ", keep_together: group" if group is not None else ""
-            file.add(f'split: {{by: time, test_from: "{later}"{keep}}}', _GUESS + "the latest fifth of the rows tests")
+            file.add(f'split: {{by: time, test_from: "{later}"{keep}}}', _GUESS + "the latest fifth of the rows is the test")
             return
     if group is not None:
-        file.add("split: {by: group, test_share: 0.2, seed: 1}", _GUESS + f"no {group.name} is on both sides")
+        file.add("split: {by: group, test_share: 0.2, seed: 1}", _GUESS + f"no {group.name} is in both train and test")
         return
-    file.add("split: {by: share, test_share: 0.2, seed: 1}", _GUESS + "a fifth of the rows tests")
+    file.add("split: {by: share, test_share: 0.2, seed: 1}", _GUESS + "a fifth of the rows is the test")
 
 
 def _quote(text: str) -> str:

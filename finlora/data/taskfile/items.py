@@ -1,4 +1,4 @@
-"""Rows of a task file as checked items: labels mapped, numbers and dates read, conversations taken apart."""
+"""Checked rows of a task file: labels mapped, numbers and dates parsed, conversations as turns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finlora.data.taskfile.record import CHAT_PRESETS, TaskFile
 from finlora.errors import ConfigError, DatasetError
 
 Turn = tuple[str, str]
-"""Role, one of system, user and assistant, and content."""
+"""Role (system, user or assistant) and content."""
 NO_SEGMENT = "(none)"
 _AMBIGUOUS_DAY = re.compile(r"\s*(\d{1,2})([./-])(\d{1,2})\2(\d{4}|\d{2})\b")
 _MAX_SHOWN = 12
@@ -26,35 +26,35 @@ _MAX_SHOWN = 12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Item:
-    """One row, before it becomes an example (kind multi and chat: several)."""
+    """One row. It becomes one example, or several for kinds multi and chat."""
 
-    place: str
+    source: str
     """`file:line` of the row."""
     id: str | None
     text: str
     about: str
-    """The row's question; empty where the task asks each text the same."""
+    """The row's question; empty if the task asks the same of each text."""
     answer: str
-    """Declared label, number or text; for kind multi the labels, joined; empty for kind chat."""
+    """Declared label, number or text; the joined labels for kind multi; empty for kind chat."""
     labels: frozenset[str] = frozenset()
-    """Kind multi: those that hold."""
+    """Kind multi: the row's labels."""
     turns: tuple[Turn, ...] = ()
-    """Kind chat: the conversation, with the task's system message where it has none."""
+    """Kind chat: the conversation, with the task's system message if it has none of its own."""
     group: str | None = None
     time: datetime | None = None
     weight: float = 1.0
     segments: tuple[str, ...] = ()
     side: str = ""
-    """`train` or `test` where the data says so."""
+    """`train` or `test` if the data says so, else empty."""
 
 
 def make_items(task: TaskFile, rows: Sequence[TableRow], notes: list[str]) -> list[Item]:
-    """Return an item for each row, in order. Rows without a declared label are left out where the task says so, with a note.
+    """Return an item for each row, in order. With `unlabelled: skip`, rows without a declared label are left out, with a note.
 
     Raises:
-        ConfigError: a column is missing; names near ones.
-        DatasetError: labels that are not declared, with their numbers of rows; or the first row that is empty, no number, no
-            date, or no conversation.
+        ConfigError: a column is missing; suggests similar names.
+        DatasetError: labels are not declared (with their numbers of rows), an identifier repeats, or a value is empty or is not
+            the number, date or conversation it should be (its first row).
     """
     _require_columns(task, rows)
     reader = _Reader(task)
@@ -69,7 +69,7 @@ def make_items(task: TaskFile, rows: Sequence[TableRow], notes: list[str]) -> li
 
 
 def list_needed(task: TaskFile) -> dict[str, str]:
-    """Return the columns that the task reads: key of the task file -> name in the data."""
+    """Return the columns that the task reads: key in the task file -> name in the data."""
     columns = task.columns
     own = {
         "choice": ("text", "label"),
@@ -101,7 +101,7 @@ def _require_columns(task: TaskFile, rows: Sequence[TableRow]) -> None:
         if key == "columns.messages" and "conversations" in there:
             hint = "use preset: sharegpt, which reads `conversations`."
         faults.append(
-            f"{key} is {name!r}, a column that {rows[0].place.rpartition(':')[0]} does not have: found {found}; {hint}"
+            f"{key} is {name!r}, a column that {rows[0].source.rpartition(':')[0]} does not have: found {found}; {hint}"
         )
     if faults:
         raise ConfigError(faults)
@@ -125,7 +125,7 @@ class _Reader:
         self._empty: list[str] = []
 
     def read(self, row: TableRow) -> Item | None:
-        """Return the item of a row; None: it has no declared label, which is counted."""
+        """Return the item of a row. None: it has no declared label, and is counted."""
         task, columns = self._task, self._task.columns
         turns: tuple[Turn, ...] = ()
         if task.is_chat:
@@ -142,14 +142,14 @@ class _Reader:
             found = self._labels(row)
             labels, answer = found or frozenset(), None if found is None else "|".join(sorted(found))
         elif task.kind == "number":
-            answer = read_number(task, get(row.fields, columns.answer), row.place)
+            answer = read_number(task, get(row.fields, columns.answer), row.source)
         elif task.kind == "text":
             answer = self._text(row, columns.answer)
         if answer is None:
             return None
-        time = columns.time and read_time(get(row.fields, columns.time), task.time_format, row.place, columns.time)
+        time = columns.time and read_time(get(row.fields, columns.time), task.time_format, row.source, columns.time)
         return Item(
-            place=row.place,
+            source=row.source,
             id=self._text(row, columns.id) if columns.id else None,
             text=text,
             about=about,
@@ -202,7 +202,7 @@ class _Reader:
         if value in self._meanings:  # an empty text can be declared too
             return self._meanings[value or ""]
         if value is None or not value.strip():
-            self._empty.append(row.place)
+            self._empty.append(row.source)
         else:
             self._unknown[value] += 1
         return None
@@ -221,13 +221,13 @@ class _Reader:
         try:
             return as_text(get(row.fields, column))
         except TypeError as error:
-            raise DatasetError(f"{row.place}, column {column}: found {error}, expected a text or a number.") from None
+            raise DatasetError(f"{row.source}, column {column}: found {error}, expected a text or a number.") from None
 
     def _text(self, row: TableRow, column: str) -> str:
         value = self._value(row, column)
         if value is None or not value.strip():
             raise DatasetError(
-                f"{row.place}, column {column}: it is empty, expected a text. Fill it in, or take the row out."
+                f"{row.source}, column {column}: it is empty, expected a text. Fill it in, or take the row out."
             )
         return value
 
@@ -238,13 +238,13 @@ class _Reader:
         value = self._value(row, column)
         if value not in ("train", "test"):
             raise DatasetError(
-                f"{row.place}, column {column}: found {shorten(value or '')}, expected train or test (split by column)."
+                f"{row.source}, column {column}: found {shorten(value or '')}, expected train or test (split by column)."
             )
         return value
 
 
 def make_printable(text: str) -> str:
-    """Return a text of the data as tables and terminals may show it."""
+    """Return a text without control characters, safe for tables and terminals."""
     return text if text.isprintable() else "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
 
 
@@ -258,30 +258,30 @@ def _read_turns(task: TaskFile, row: TableRow) -> tuple[Turn, ...]:
     names = ("from", "value") if task.preset == "sharegpt" else ("role", "content")
     roles = {name: role for role in ("user", "assistant", "system") for name in getattr(task.roles, role)}
     if not isinstance(raw, list | tuple) or not raw:
-        raise DatasetError(f"{row.place}, column {column}: found {shorten(raw)}, expected a list of messages.")
+        raise DatasetError(f"{row.source}, column {column}: found {shorten(raw)}, expected a list of messages.")
     turns: list[Turn] = []
     for number, message in enumerate(raw, start=1):
         if not isinstance(message, Mapping) or not set(names) <= set(message):
             keys = ", ".join(map(str, message)) if isinstance(message, Mapping) else shorten(message)
             hint = _advise_preset(message, names) if isinstance(message, Mapping) else ""
             raise DatasetError(
-                f"{row.place}, message {number}: found {keys}, expected an object with {' and '.join(names)}. {hint}".rstrip()
+                f"{row.source}, message {number}: found {keys}, expected an object with {' and '.join(names)}. {hint}".rstrip()
             )
         role, content = roles.get(str(message[names[0]])), message[names[1]]
         if role is None:
             raise DatasetError(
-                f"{row.place}, message {number}: found the role {shorten(message[names[0]])}, expected one of "
+                f"{row.source}, message {number}: found the role {shorten(message[names[0]])}, expected one of "
                 f"{', '.join(roles)}. Name it under `roles`."
             )
         if not isinstance(content, str) or not content.strip():
-            raise DatasetError(f"{row.place}, message {number}: found {shorten(content)}, expected a text.")
+            raise DatasetError(f"{row.source}, message {number}: found {shorten(content)}, expected a text.")
         turns.append((role, content))
     if turns[-1][0] != "assistant":
         raise DatasetError(
-            f"{row.place} ends with a {turns[-1][0]} turn: expected the assistant's answer last. Take the turn or the row out."
+            f"{row.source} ends with a {turns[-1][0]} turn: expected the assistant's answer last. Take the turn or the row out."
         )
     if not any(role == "user" for role, _ in turns):
-        raise DatasetError(f"{row.place} has no user turn: expected one before the assistant's.")
+        raise DatasetError(f"{row.source} has no user turn: expected one before the assistant's.")
     if task.prompt.system and turns[0][0] != "system":
         turns.insert(0, ("system", task.prompt.system))
     return tuple(turns)
@@ -295,8 +295,11 @@ def _advise_preset(message: Mapping[str, Any], names: Sequence[str]) -> str:
     return f"Rename the keys, or choose a preset ({', '.join(CHAT_PRESETS)})." if names else ""
 
 
-def read_number(task: TaskFile, value: Any, place: str) -> str:
-    """Return a number as the model writes it: a point before its decimals, no separators of thousands.
+def read_number(task: TaskFile, value: Any, source: str) -> str:
+    """Return a number in the form that the model answers: a point before the decimals, no separators of thousands.
+
+    Args:
+        source: `file:line` for messages.
 
     Raises:
         DatasetError: it is not a number with the task's decimal mark.
@@ -313,45 +316,46 @@ def read_number(task: TaskFile, value: Any, place: str) -> str:
             number = Decimal(text.replace(other, "").replace(" ", "").replace(mark, "."))
     if number is None:
         raise DatasetError(
-            f"{place}, column {task.columns.answer}: found {shorten(value)}, expected a number with {mark!r} before its decimals "
-            f"and at most {other!r} between thousands (number.decimal_mark), without unit or sign of a currency."
+            f"{source}, column {task.columns.answer}: found {shorten(value)}, expected a number with {mark!r} before its "
+            f"decimals and at most {other!r} between thousands (number.decimal_mark), without a unit or currency sign."
         )
     if task.number.decimals is not None:
         number = number.quantize(Decimal(1).scaleb(-task.number.decimals), ROUND_HALF_EVEN)
     return f"{number:f}"
 
 
-def read_time(value: Any, form: str | None, place: str, column: str) -> datetime:
-    """Return a time without a zone, in UTC where it had one.
+def read_time(value: Any, form: str | None, source: str, column: str) -> datetime:
+    """Return a time without a time zone, converted to UTC if it had one.
 
     Args:
-        form: as strptime takes it; None: ISO 8601.
+        form: format of strptime; None: ISO 8601.
+        source: `file:line` for messages.
 
     Raises:
-        DatasetError: it is none; for 03/04/2024 says what it could be.
+        DatasetError: it is not a time of that format. For 03/04/2024, suggests the two formats it could have.
     """
     text = as_text(value) or ""
     read: Callable[[str], datetime] = datetime.fromisoformat
     if form is not None:
-        read = lambda own: datetime.strptime(own, form)  # noqa: E731
+        read = lambda raw: datetime.strptime(raw, form)  # noqa: E731
     try:
-        if text.isdigit() and form is None:  # 2024 or 20240403 could be a year, a day or seconds
+        if text.isdigit() and form is None:  # 2024 or 20240403 could be a year, a date or seconds
             raise ValueError
         time = read(text.strip())
     except ValueError:
-        raise DatasetError(f"{place}, column {column}: {_explain_time(text, form)}") from None
+        raise DatasetError(f"{source}, column {column}: {_explain_time(text, form)}") from None
     return time if time.tzinfo is None else time.astimezone(UTC).replace(tzinfo=None)
 
 
 def _explain_time(text: str, form: str | None) -> str:
     if form is not None:
-        return f"found {shorten(text)}, expected a time as time_format={form!r} writes it."
+        return f"found {shorten(text)}, expected a time of the format time_format={form!r}."
     if found := _AMBIGUOUS_DAY.match(text):
         sign = found[2]
         year = "%Y" if len(found[4]) == 4 else "%y"
         day_first, month_first = f"%d{sign}%m{sign}{year}", f"%m{sign}%d{sign}{year}"
         return (
-            f'{text.strip()} is ambiguous, the day or the month could stand first: give time_format: "{day_first}" or '
+            f'{text.strip()} is ambiguous, the day or the month could come first: give time_format: "{day_first}" or '
             f'"{month_first}".'
         )
     return (
@@ -366,5 +370,5 @@ def _read_weight(row: TableRow, column: str) -> float:
     except (TypeError, ValueError):
         weight = math.nan
     if not (math.isfinite(weight) and weight > 0):
-        raise DatasetError(f"{row.place}, column {column}: found {shorten(value)}, expected a weight of more than 0.")
+        raise DatasetError(f"{row.source}, column {column}: found {shorten(value)}, expected a weight of more than 0.")
     return weight

@@ -1,7 +1,6 @@
 """Reader of task files: YAML to the typed record, with every unknown key, wrong type and contradiction in one error.
 
-The project's own reader of settings reads the keys and not pydantic: it tells all faults of a file together and which keys are
-near, and the package has one reader.
+The keys are read by configfile.py, as run settings are, and not by pydantic: it also suggests similar keys.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def load_task_file(path: Path) -> TaskFile:
     """Read a task file.
 
     Raises:
-        ConfigError: it cannot be read; or every unknown key, wrong type and contradiction of it, all in one error.
+        ConfigError: it cannot be read; or it has unknown keys, wrong types or contradictions, all listed in one error.
     """
     try:
         tree = read_yaml(path)
@@ -47,7 +46,7 @@ def load_task_file(path: Path) -> TaskFile:
 
 
 def task_file_from_tree(tree: Mapping[str, Any]) -> TaskFile:
-    """Build a task file from plain dicts and lists, as YAML holds them.
+    """Build a task file from the dicts and lists of its YAML.
 
     Raises:
         ConfigError: as `load_task_file`.
@@ -65,10 +64,10 @@ def task_file_from_tree(tree: Mapping[str, Any]) -> TaskFile:
 
 
 def read_card(card: str) -> TaskFile:
-    """Return the task file of a card.
+    """Return the task file of a card (see `render_card`).
 
     Raises:
-        ConfigError: it is not one.
+        ConfigError: it is not a card.
     """
     try:
         tree = parse_yaml(card)
@@ -109,13 +108,13 @@ def _normalise_label(label: Any, name: str, faults: list[str]) -> Any:
 
 
 def _as_text(value: Any, name: str, faults: list[str]) -> Any:
-    """Return a number as the text that stands in the file; say what true, false and null were."""
+    """Return a number as its text; report true, false and null, which YAML made of unquoted words."""
     if isinstance(value, bool):
         written = "Yes" if value else "No"
         faults.append(
             f'{name} is {str(value).lower()}, not a text: {_YAML_BOOLEANS}. Write "{written}" in quotes, as the data has it.'
         )
-        return "?" + name  # a fault of its own would only repeat this one
+        return "?" + name  # unique and not empty, so that no other check reports the same value again
     if value is None:
         faults.append(f'{name} is null, not a text: write "null" or "" in quotes if the data has that.')
         return "?" + name
@@ -123,7 +122,7 @@ def _as_text(value: Any, name: str, faults: list[str]) -> Any:
 
 
 def _list_checks(task: TaskFile) -> list[tuple[bool, str]]:
-    """Return what must hold between the keys, each with the message where it does not."""
+    """Return the conditions on the keys, each with the error message if it does not hold."""
     values = [label.value for label in task.labels]
     sources = [text for label in task.labels for text in dict.fromkeys((label.value, *label.from_))]
     repeated = sorted({text for text in sources if sources.count(text) > 1})
@@ -147,7 +146,7 @@ def _list_checks(task: TaskFile) -> list[tuple[bool, str]]:
             f"source.revision={show(task.source.revision)}: expected the commit of the hub dataset, 40 hex digits, since a "
             "branch or tag can move to other rows",
         ),
-        (bool(task.source.hub) or task.source.revision is None, "source.revision is of `hub` alone: leave it out"),
+        (bool(task.source.hub) or task.source.revision is None, "source.revision is only for `hub`: leave it out"),
         (
             not with_labels or len(values) >= (1 if task.kind == "multi" else 2),
             f"labels holds {len(values)}: expected at least two for kind {task.kind}; `finlora new-task DATA` lists a file's",
@@ -162,20 +161,20 @@ def _list_checks(task: TaskFile) -> list[tuple[bool, str]]:
         ),
         (
             all(text.isprintable() for text in (*values, task.title, task.licence)),
-            "title, licence and labels stand in tables: expected no line breaks and control characters in them",
+            "title, licence and labels are shown in tables: expected no line breaks and control characters in them",
         ),
         (task.separator != "", 'separator is empty: expected the text between two labels, such as "|"'),
         (
             (task.preset in CHAT_PRESETS) <= task.is_chat,
-            f"preset {task.preset} is of kind chat, found kind {task.kind}",
+            f"preset {task.preset} needs kind chat, found kind {task.kind}",
         ),
         (
             task.preset != "alpaca" or task.kind == "text",
-            f"preset alpaca is of kind text, found kind {task.kind}",
+            f"preset alpaca needs kind text, found kind {task.kind}",
         ),
         (
             task.preset not in ("label_studio", "prodigy", "doccano", "argilla") or task.kind in ("choice", "multi"),
-            f"preset {task.preset} is of kind choice or multi, found kind {task.kind}",
+            f"preset {task.preset} needs kind choice or multi, found kind {task.kind}",
         ),
         (
             task.kind in ("multi", "text", "chat") or bool(task.prompt.instruction or task.columns.question),
@@ -184,7 +183,7 @@ def _list_checks(task: TaskFile) -> list[tuple[bool, str]]:
         ),
         (
             task.columns.question is None or task.kind in ("yes_no", "number"),
-            f"columns.question is of kinds yes_no and number, found kind {task.kind}: leave it out",
+            f"columns.question is for kinds yes_no and number, found kind {task.kind}: leave it out",
         ),
         (
             task.prompt.example is None or not task.choices or task.prompt.example.label in task.choices,
@@ -217,7 +216,7 @@ def _list_split_checks(task: TaskFile) -> list[tuple[bool, str]]:
         (split.gap_days >= 0, f"split.gap_days={split.gap_days}: expected at least 0"),
         (
             by != "time" or (columns.time is not None and split.test_from is not None),
-            'split by time: expected columns.time and split.test_from, as test_from: "2025-01-01"',
+            'split by time: expected columns.time and split.test_from, such as test_from: "2025-01-01"',
         ),
         (
             split.test_from is None or is_date(split.test_from),

@@ -1,6 +1,6 @@
-"""Exports of annotation tools and of instruction sets, made into plain rows before columns are looked at.
+"""Readers of annotation tools' exports and of instruction sets: each row gets the columns that the task file names.
 
-Forms, as their makers publish them: Label Studio (labelstud.io/guide/export#JSON), Prodigy (prodi.gy/docs/api-interfaces),
+Formats, as their makers publish them: Label Studio (labelstud.io/guide/export#JSON), Prodigy (prodi.gy/docs/api-interfaces),
 doccano (github.com/doccano/doccano, backend/data_export), Argilla 2 (docs.argilla.io, `Records.to_dict`), alpaca
 (github.com/tatsu-lab/stanford_alpaca), sharegpt and OpenAI (`messages`).
 """
@@ -18,18 +18,18 @@ from finlora.errors import DatasetError
 
 
 class Applied(NamedTuple):
-    """Rows of a preset, with a value for each column that `columns` names."""
+    """Rows with a value for each column that `columns` names."""
 
     rows: list[TableRow]
     notes: list[str]
-    """What was left out, a sentence each."""
+    """How many rows were left out and why, a sentence for each reason."""
 
 
 def apply_preset(task: TaskFile, rows: Sequence[TableRow]) -> Applied:
-    """Return the rows with the text and labels of the tool's export under the names of the task's columns.
+    """Return the rows with the export's text and labels under the names of the task's columns.
 
     Raises:
-        DatasetError: a row has not the preset's form; says what it has.
+        DatasetError: a row lacks keys of the preset; lists those it has.
     """
     if task.preset is None or task.preset in ("sharegpt", "openai"):
         return Applied(list(rows), [])
@@ -67,7 +67,7 @@ def _read_label_studio(row: TableRow, task: TaskFile) -> dict[str, Any] | str:
     _require(row, "label_studio", "data", "annotations")
     kept = [item for item in _objects(row.fields["annotations"]) if not item.get("was_cancelled")]
     if not kept:
-        return "no annotation, or cancelled ones alone"
+        return "no annotation, or only cancelled ones"
     names = [
         tuple(
             str(choice)
@@ -121,7 +121,7 @@ def _read_argilla(row: TableRow, task: TaskFile) -> dict[str, Any] | str:
 
 
 def _agree(answers: Sequence[tuple[str, ...]], others: dict[str, Any]) -> dict[str, Any] | str:
-    """Return the answer of most annotators with the other columns; where two are as frequent, say so."""
+    """Return the most frequent answer of the annotators with the other columns; at a tie, why the row is left out."""
     ranked = Counter(answers).most_common(2)
     if len(ranked) == 2 and ranked[0][1] == ranked[1][1]:
         return "its annotators disagree"
@@ -132,7 +132,7 @@ def _require(row: TableRow, preset: str, *names: str) -> None:
     missing = [name for name in names if name not in row.fields]
     if missing:
         raise DatasetError(
-            f"{row.place}: found {', '.join(list(row.fields)[:20])}; preset {preset} has {' and '.join(missing)} too. Correct "
+            f"{row.source}: found {', '.join(list(row.fields)[:20])}; preset {preset} needs {' and '.join(missing)}. Correct "
             "`preset`, or leave it out and name the columns."
         )
 

@@ -1,4 +1,4 @@
-"""Reader of a task file's data: rows to items, split, and items to examples, with what a user should know of them."""
+"""Reader of a task file's data: rows to items, split, items to examples, with notes on duplicates, leaks, dates and labels."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finlora.data.taskfile.split import Parts, split_items
 
 
 def open_task_file(path: Path) -> Task:
-    """Return the task of a file: a record as the built-in tasks have it.
+    """Return the task of a file, the same record as a built-in task's.
 
     Raises:
         ConfigError: as `load_task_file`.
@@ -32,11 +32,11 @@ def make_task(task: TaskFile, read: Callable[[Request], Splits] | None = None) -
     """Return the record of a task file.
 
     Args:
-        read: reads its rows. None: they are not at hand, as of a task that an adapter brought.
+        read: reader of its rows. None: there are no rows, only a question, as for a task that an adapter brought.
     """
 
     def refuse(_request: Request) -> Splits:
-        raise AssertionError("a task without its file is asked, not read")
+        raise AssertionError("a task without its file has no rows to read")
 
     return Task(
         name=task.name,
@@ -95,7 +95,7 @@ def _build(side: str, task: TaskFile, items: Sequence[Item], rows: Sequence[int]
                     answer=question.answer,
                     label=question.answer,
                     choices=task.choices,
-                    source=item.place,
+                    source=item.source,
                     group=group,
                     time=item.time.isoformat() if item.time else "",
                     weight=item.weight,
@@ -112,11 +112,11 @@ class _Question(NamedTuple):
     turns: tuple[Turn, ...] = ()
     """Kind chat: the turns before the answer, unless they are one user message, which needs no chat template."""
     name: str = ""
-    """Kind multi: the label that is asked."""
+    """Kind multi: the label asked about."""
 
 
 def _list_questions(task: TaskFile, item: Item) -> Iterator[_Question]:
-    """Yield what a row asks: kind multi each label, kind chat each answer that is learnt, else one question."""
+    """Yield a row's questions: one for each label of kind multi, one for each trained answer of kind chat, else one."""
     if task.kind == "multi":
         for label in task.labels:
             prompt = render_prompt(task, item.text, label.value)
@@ -142,7 +142,7 @@ def _list_dates(items: Sequence[Item], parts: Parts) -> list[str]:
 
 
 def _list_labels(task: TaskFile, sides: dict[str, tuple[Example, ...]]) -> list[str]:
-    """Return the shares of the labels, the rarest of each side, and those that a side lacks."""
+    """Return each split's shares of the labels and its rarest one, with warnings for labels of no row or one."""
     if not task.choices:
         return []
     notes = []
@@ -150,7 +150,7 @@ def _list_labels(task: TaskFile, sides: dict[str, tuple[Example, ...]]) -> list[
         counts = Counter(example.label for example in examples)
         names = [label.value for label in task.labels]
         total = len(examples)
-        if task.kind == "multi":  # each row asks all labels in their order
+        if task.kind == "multi":  # one example for each label of a row, in the labels' order
             total //= len(names)
             held = (name for example, name in zip(examples, names * total, strict=True) if example.label == YES_NO[0])
             counts = Counter(held)

@@ -1,6 +1,6 @@
-"""Task file: a user's own data and question, as typed keys, and the hash of what it asks.
+"""Typed keys of a task file, which describes a user's own data and question, and the hash of the question.
 
-The keys are fixed, so that a file outlives versions of FinLoRA. load.py reads and checks them.
+The keys stay as they are, so that a file works with later versions of FinLoRA. load.py reads and checks them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ MAX_LABELS = 1000
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
     files: str | None = None
-    """One file or a glob, from the task file's folder: csv, tsv, jsonl, json, parquet or arrow."""
+    """One file or a glob, relative to the task file's folder: csv, tsv, jsonl, json, parquet or arrow."""
     train: str | None = None
-    """File or glob of the training rows, with `test` beside it."""
+    """File or glob of the training rows; needs `test` too."""
     test: str | None = None
     """File or glob of the test rows."""
     hub: str | None = None
@@ -41,27 +41,28 @@ class Columns:
     """A nested value of JSON or Parquet is named with dots: `data.text`."""
 
     id: str | None = None
-    """Identifier of the row, each one once. null: rows are numbered."""
+    """Unique identifier of the row. null: rows are numbered."""
     text: str = "text"
-    """Text that is asked about; for kind text the prompt."""
+    """Text that the question is about; for kind text the prompt."""
     label: str = "label"
     """Label of kinds choice and yes_no."""
     labels: str = "labels"
-    """Labels of kind multi: a list, or a text with `separator` between them; empty: none of them."""
+    """Labels of kind multi: a list, or a text with `separator` between them; empty: no label."""
     question: str | None = None
-    """What is asked about the text, kinds yes_no and number. null: `prompt.instruction` asks each text the same."""
+    """The row's own question, for kinds yes_no and number. null: `prompt.instruction` is the question to each text."""
     answer: str = "answer"
     """Answer of kinds number and text."""
     messages: str = "messages"
     """Messages of kind chat: a list of objects with `role` and `content`."""
     group: str | None = None
-    """Column whose rows belong together, such as the customer: scores are clustered by it, and a split can keep it whole."""
+    """Column whose equal values belong together, such as a customer: intervals of scores are clustered by it, and a split can
+    keep such rows together."""
     time: str | None = None
-    """Date or time of the row, such as 2024-12-31, or in `time_format`."""
+    """Date or time of the row, such as 2024-12-31 or in `time_format`."""
     weight: str | None = None
     """Number that scales the loss of the row in training."""
     segments: tuple[str, ...] = ()
-    """Columns by which scores are reported too, such as desk and country."""
+    """Columns such as desk and country, each value of which also gets its own score."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,9 +70,9 @@ class Label:
     value: str
     """What the model answers."""
     from_: tuple[str, ...] = ()
-    """What the column may hold for it, beside the value itself. Each is compared character by character."""
+    """Other texts in the column that mean this label. They must match exactly."""
     means: str | None = None
-    """What the label means, in the prompt's words. null: the prompt has its value alone."""
+    """Meaning of the label, added to the prompt. null: the prompt has its value alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +82,7 @@ class Shot:
     label: str
     """Its answer."""
     question: str | None = None
-    """Its question, where each row has its own."""
+    """Its question, if each row has its own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,30 +90,31 @@ class Prompt:
     system: str | None = None
     """Text before the instruction; for kind chat the system message of a conversation without one."""
     instruction: str | None = None
-    """Question to each text. Kind multi: `{label}` stands for the label that is asked."""
+    """Question to each text. Kind multi: `{label}` stands for the label asked about."""
     example: Shot | None = None
-    """One answered example in the prompt. It is never taken from the data."""
+    """One answered example in the prompt, not taken from the data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
     by: Literal["share", "group", "time", "column", "files"] | None = None
-    """How rows become train or test. null: `files` where `source` names both, else `share`."""
+    """How rows become train or test. null: `files` if `source` has `train` and `test`, else `share`."""
     test_share: float = 0.2
-    """by share or group: share of the rows that test, more than 0 and less than 1."""
+    """by share or group: share of the test rows, more than 0 and less than 1."""
     seed: int = 1
     """by share or group: seed of the permutation of the rows."""
     test_from: str | None = None
-    """by time: first day of the test rows, as 2025-01-01."""
+    """by time: first day of the test rows, such as 2025-01-01."""
     gap_days: int = 0
     """by time: days before `test_from` whose rows are left out."""
     keep_together: Literal["group"] | None = None
-    """by time: `group` keeps the rows of a group on the side of its last date; its rows before the test are left out."""
+    """by time: `group` puts all rows of a group into the split of its last date. If that is the test, its rows before `test_from`
+    are left out."""
     column: str | None = None
     """by column: column that holds `train` or `test`."""
     duplicates: Literal["together", "apart"] = "together"
-    """by share, group or time: `together` keeps equal and nearly equal texts on one side; `apart` splits row by row, as published
-    benchmarks do."""
+    """by share, group or time: `together` keeps equal and nearly equal texts in the same split; `apart` splits row by row, as
+    published benchmarks do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,50 +122,50 @@ class Number:
     unit: str | None = None
     """Unit that the prompt names. null: none."""
     decimals: int | None = None
-    """Decimals of the answer, to which the column's numbers are rounded. null: as the column writes them."""
+    """Decimals of the answer, to which the column's numbers are rounded. null: those of the column."""
     tolerance: float = 0.01
-    """Relative distance within which a number counts as right, at least 0 and less than 1."""
+    """Largest relative error of a right answer, at least 0 and less than 1."""
     decimal_mark: Literal[".", ","] = "."
-    """Mark before the decimals in the column; the other one separates thousands. The model answers with a point."""
+    """Decimal mark in the column; the other one separates thousands. The model answers with a point."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Roles:
     user: tuple[str, ...] = ("user", "human")
-    """Roles of the data that are the user."""
+    """Names of the user's role in the data."""
     assistant: tuple[str, ...] = ("assistant", "gpt")
-    """Roles of the data that are the model."""
+    """Names of the model's role in the data."""
     system: tuple[str, ...] = ("system", "developer")
-    """Roles of the data that are the system message."""
+    """Names of the system message's role in the data."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskFile:
     name: str
-    """Name of the task in every verb: a to z, 0 to 9 and _, first a letter; not that of a built-in task."""
+    """Name of the task in all commands: a to z, 0 to 9 and _, first a letter; not that of a built-in task."""
     kind: Kind
-    """`choice`: one of the labels. `yes_no`: one of two. `multi`: a Yes/No question for each label. `number`: a number read from
-    the text. `text`: free text. `chat`: a conversation."""
+    """`choice`: one of the labels. `yes_no`: one of two. `multi`: a Yes/No question for each label. `number`: a number from the
+    text. `text`: free text. `chat`: a conversation."""
     title: str = ""
-    """What the task is, in a line."""
+    """Short description, one line."""
     licence: str = "not stated"
     """Licence of the data."""
     source: Source = dataclasses.field(default_factory=Source)
     preset: Preset | None = None
-    """Form in which a tool exports: sets columns, and for alpaca, sharegpt and openai the messages. null: `columns` says."""
+    """Tool or data format whose rows are converted to `columns`. null: the table has these columns."""
     columns: Columns = dataclasses.field(default_factory=Columns)
     labels: tuple[Label, ...] = ()
-    """Labels in the order of the prompt, of tables and at ties."""
+    """Labels, in the order in which prompt and tables list them; at a tie the first one wins."""
     unlabelled: Literal["error", "skip"] = "error"
-    """What happens to a row without a declared label: `skip` leaves it out and counts it."""
+    """Treatment of a row without a declared label: `skip` leaves it out and counts it."""
     separator: str = "|"
-    """Kind multi: what stands between two labels."""
+    """Kind multi: text between two labels."""
     time_format: str | None = None
-    """Form of the times in `columns.time`, such as %d/%m/%Y. null: such as 2024-12-31, with or without a time of day."""
+    """Format of `columns.time`, such as %d/%m/%Y. null: ISO 8601, such as 2024-12-31, with or without a time of day."""
     number: Number = dataclasses.field(default_factory=Number)
     roles: Roles = dataclasses.field(default_factory=Roles)
     train_on: Literal["last", "all_assistant"] = "last"
-    """Kind chat: the assistant's messages that are learnt; `all_assistant` makes an example of each."""
+    """Kind chat: the assistant's messages to train on; `all_assistant` makes an example of each."""
     prompt: Prompt = dataclasses.field(default_factory=Prompt)
     split: Split = dataclasses.field(default_factory=Split)
 
@@ -180,24 +182,24 @@ class TaskFile:
 
     @property
     def split_by(self) -> str:
-        """How rows become train or test, the default filled in."""
+        """`split.by` with its default filled in."""
         return self.split.by or ("files" if self.source.train or self.source.test else "share")
 
 
 def to_tree(task: TaskFile) -> dict[str, Any]:
-    """Return plain dicts, lists and scalars, defaults included; `task_file_from_tree` reads them back equal."""
+    """Return the keys and defaults as dicts, lists and scalars, from which `task_file_from_tree` builds an equal record."""
     return _plain(dataclasses.asdict(task))  # type: ignore[no-any-return]
 
 
 def render_card(task: TaskFile) -> str:
-    """Return the task file as YAML with its defaults filled in, as prepared data and adapters carry it."""
+    """Return the task file's card: YAML with the defaults filled in, part of prepared data and adapters."""
     return yaml.safe_dump(to_tree(task), sort_keys=False, allow_unicode=True)
 
 
 def hash_question(task: TaskFile) -> str:
-    """Return the SHA-256 of what a model is asked and may answer: two files of one hash ask the same. 64 hex digits.
+    """Return the SHA-256, in 64 hex digits, of what a model is asked and may answer.
 
-    Where the rows come from, how they are split and what the column calls a label take no part.
+    It does not cover the rows' source, their split and the column's names for a label.
     """
     tree = to_tree(task)
     asked = {key: tree[key] for key in ("kind", "prompt", "number", "train_on")}

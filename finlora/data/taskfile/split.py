@@ -1,7 +1,7 @@
-"""Split of a task's rows into train and test: by share, group, time, column or files, with duplicates grouped before.
+"""Split of a task's rows into train and test: by share, group, time, column or files, after duplicates are grouped.
 
-`by share` with `duplicates: apart` is `train_test_split` of the hub's library, by which published benchmarks are split: the first
-rows of numpy's permutation test.
+`by share` with `duplicates: apart` equals `train_test_split` of Hugging Face datasets, which splits published benchmarks: the test
+is the first rows of numpy's permutation.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from finlora.errors import DatasetError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parts:
-    """Row indices of both sides in their order, and the group of each row."""
+    """Row indices of both splits in their order, and the group of each row."""
 
     train: tuple[int, ...]
     test: tuple[int, ...]
     groups: tuple[int, ...]
-    """First row of each row's group of equal or nearly equal texts, which are not independent measurements."""
+    """For each row, the first row of its group of equal or nearly equal texts, which are not independent measurements."""
     notes: tuple[str, ...]
 
 
@@ -33,7 +33,7 @@ def split_items(task: TaskFile, items: Sequence[Item]) -> Parts:
     """Split rows by the task's rule.
 
     Raises:
-        DatasetError: a side is empty.
+        DatasetError: train or test is empty.
     """
     duplicates = group_duplicates([item.text for item in items])
     together, by = task.split.duplicates == "together", task.split_by
@@ -60,7 +60,7 @@ def split_items(task: TaskFile, items: Sequence[Item]) -> Parts:
 
 
 def _split_by_share(task: TaskFile, groups: Groups) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Go through a permutation of the rows and put each one's whole group into the test, until that has its share."""
+    """Go through a permutation of the rows and put each one's whole group into the test, until the test has its share."""
     import numpy as np
 
     roots = groups.roots()
@@ -71,7 +71,7 @@ def _split_by_share(task: TaskFile, groups: Groups) -> tuple[tuple[int, ...], tu
     num_test = 0
     for row in order:
         size = sizes[roots[row]]
-        # A group is taken where that brings the test nearer to its share: a huge one must not become the test.
+        # A group is taken only if the test comes nearer to its share: a huge one must not become the test.
         if roots[row] not in chosen and num_test + size - wanted <= wanted - num_test and num_test < wanted:
             chosen.add(roots[row])
             num_test += size
@@ -86,8 +86,8 @@ def _split_by_share(task: TaskFile, groups: Groups) -> tuple[tuple[int, ...], tu
 def _split_by_time(
     task: TaskFile, items: Sequence[Item], groups: Groups, notes: list[str]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Put each group into the split of its last date. A test group loses its rows from before the test's first day, so that no
-    test row is older than a training row."""
+    """Put each group into the split of its last date. In the test, rows before its first day are left out: no test row is older
+    than a training row."""
     if task.split.keep_together == "group":
         groups.join_equal(item.group for item in items)
     start = datetime.fromisoformat(task.split.test_from or "")
@@ -112,7 +112,7 @@ def _split_by_time(
 def hold_out_latest(
     times: Sequence[str], groups: Sequence[str], share: float, gap_days: int
 ) -> tuple[list[int], list[int]]:
-    """Return the rows that a search keeps and those that it holds out, for a task split by time, by the rule of that split.
+    """Return the training rows that a search keeps and those that it holds out, by the rule of a split by time.
 
     The latest groups are held out, about `share` of all rows. Other groups are kept if they end `gap_days` before.
 
@@ -136,7 +136,7 @@ def hold_out_latest(
 
 
 def _time_of(item: Item) -> datetime:
-    assert item.time is not None  # split by time needs columns.time, and items hold a time then
+    assert item.time is not None  # a split by time requires columns.time
     return item.time
 
 
@@ -145,7 +145,7 @@ def _describe_duplicates(items: Sequence[Item], groups: Groups, is_kept: bool) -
     many = [size for size in Counter(groups.roots()).values() if size > 1]
     if not many:
         return "Duplicates: no text is equal or nearly equal to another."
-    kept = "kept on one side of the split" if is_kept else "not moved by this split"
+    kept = "each kept in one split" if is_kept else "not moved by this split"
     return (
         f"Duplicates: {num_equal:,} rows repeat a text; {sum(many):,} rows are in {len(many):,} groups of equal or nearly equal "
         f"texts, {kept}."
@@ -158,7 +158,7 @@ def _list_two_labels(items: Sequence[Item]) -> list[str]:
         if not item.turns:
             found.setdefault((item.text, item.about), set()).add(item.answer)
     num = sum(len(answers) > 1 for answers in found.values())
-    return [f"{num:,} texts carry more than one label or answer: no model can be right on all of them."] if num else []
+    return [f"{num:,} texts have more than one label or answer: no model can be right on all of them."] if num else []
 
 
 def _list_leaks(

@@ -18,7 +18,7 @@ from finlora.data.taskfile.read import open_task_file
 
 @pytest.fixture
 def write_rows(tmp_path) -> Callable[..., Path]:
-    """Write rows as a table, whose form its name says."""
+    """Write rows as a table, in the format of the name's suffix."""
 
     def write(rows: list[dict[str, Any]], name: str = "rows.csv") -> Path:
         path = tmp_path / name
@@ -48,7 +48,7 @@ def write_rows(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def write_task(tmp_path) -> Callable[..., Path]:
-    """Write a task file: LETTERS with keys changed, or taken out by None."""
+    """Write a task file: LETTERS with changed keys; None removes a key."""
 
     def write(**changes: Any) -> Path:
         tree = {key: value for key, value in {**LETTERS, **changes}.items() if value is not None}
@@ -61,7 +61,7 @@ def write_task(tmp_path) -> Callable[..., Path]:
 
 @pytest.fixture
 def read_task(write_task) -> Callable[..., Any]:
-    """Return the splits of LETTERS with keys changed."""
+    """Return the splits of LETTERS with changed keys."""
 
     def read(**changes: Any) -> Any:
         return read_all(open_task_file(write_task(**changes)))

@@ -1,4 +1,4 @@
-"""Near duplicates: what the banded MinHash groups is what a comparison of all pairs groups."""
+"""Near duplicates: banded MinHash finds the same groups as a comparison of all pairs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_groups_equal_those_of_all_pairs():
     assert group_duplicates(texts).roots() == expected.roots()
 
 
-def test_digits_case_and_blanks_do_not_part_texts():
+def test_digits_case_and_blanks_make_no_difference():
     texts = ["Paid EUR 12 on 3 May", "paid  eur 47 on 9 may", "Refused the loan", "x", "X", ""]
     assert group_duplicates(texts).roots() == [0, 0, 2, 3, 3, 5]
 

@@ -1,4 +1,4 @@
-"""First task file of an undescribed table: it is read back, its guesses are marked, and preparing it works."""
+"""First task file of a table: it can be read and prepared, and its guesses are marked."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_kind_follows_from_what_the_columns_hold(guess, change, kind):
         ),
     ],
 )
-def test_exports_are_known_by_their_keys(guess, row, preset, kind):
+def test_exports_are_recognised_by_their_keys(guess, row, preset, kind):
     task, _ = guess([row, json.loads(json.dumps(row).replace('"x"', '"y"'))], "rows.jsonl")
     assert (task.preset, task.kind) == (preset, kind)
 
@@ -99,7 +99,7 @@ def test_table_with_nothing_to_learn_is_refused(guess):
         guess([{"text": row["text"], "note": row["text"][::-1]} for row in make_rows(20)])
 
 
-def test_empty_labels_and_blanks_are_kept_as_they_stand(guess):
+def test_labels_with_blanks_are_mapped_and_empty_ones_skipped(guess):
     rows = make_rows(20)
     rows[3]["label"], rows[5]["label"], rows[7]["label"] = "", " good", " good"
     task, _ = guess(rows)

@@ -1,4 +1,4 @@
-"""Rows of a user's table: what is wrong is told with its row and what to do, and nothing is left out without a word."""
+"""Rows of a user's table: an error names the row and what to do, and rows that are left out are counted."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_repeated_identifiers_are_counted(write_rows, read_task):
         read_task(columns={"id": "letter_id"})
 
 
-def test_rows_of_one_label_and_labels_that_a_side_lacks_are_reported(write_rows, read_task):
+def test_labels_of_one_row_or_none_are_reported(write_rows, read_task):
     rows = make_rows(20)
     rows[3]["label"] = "rare"
     write_rows(rows)
@@ -80,15 +80,15 @@ def test_rows_of_one_label_and_labels_that_a_side_lacks_are_reported(write_rows,
         (
             "03/04/2024",
             None,
-            'ambiguous, the day or the month could stand first: give time_format: "%d/%m/%Y" or "%m/%d/%Y"',
+            'ambiguous, the day or the month could come first: give time_format: "%d/%m/%Y" or "%m/%d/%Y"',
         ),
         ("13.04.24", None, 'give time_format: "%d.%m.%y" or "%m.%d.%y"'),
         ("2024", None, "found '2024', expected a date such as 2024-12-31: give time_format"),
         ("", None, "found '', expected a date"),
-        ("2024-04-03", "%d/%m/%Y", "found '2024-04-03', expected a time as time_format='%d/%m/%Y' writes it"),
+        ("2024-04-03", "%d/%m/%Y", "found '2024-04-03', expected a time of the format time_format='%d/%m/%Y'"),
     ],
 )
-def test_time_that_cannot_be_read_for_sure_is_refused(text, form, words):
+def test_ambiguous_or_malformed_time_is_refused(text, form, words):
     with pytest.raises(DatasetError) as caught:
         read_time(text, form, "rows.csv:2", "when")
     assert str(caught.value).startswith("rows.csv:2, column when: ")
@@ -117,7 +117,7 @@ def test_numbers_are_written_with_a_point(value, number, expected):
 
 
 @pytest.mark.parametrize("value", ["1.234,5", "12 m", "$5", "", None, True, float("nan"), "1,23"])
-def test_what_is_no_number_by_the_mark_is_refused(value):
+def test_value_that_is_not_a_number_is_refused(value):
     with pytest.raises(
         DatasetError, match=r"a:1, column answer: found .*expected a number with '.' before its decimals"
     ):
@@ -141,7 +141,7 @@ def test_what_is_no_number_by_the_mark_is_refused(value):
         ([], "expected a list of messages"),
     ],
 )
-def test_conversation_that_cannot_be_learnt_is_reported(write_rows, read_task, messages, words):
+def test_malformed_conversation_is_refused(write_rows, read_task, messages, words):
     write_rows([{"messages": messages}], "chats.jsonl")
     with pytest.raises(DatasetError, match=words):
         read_task(kind="chat", labels=None, prompt=None, source={"files": "chats.jsonl"})
@@ -153,7 +153,7 @@ def test_sharegpt_without_its_preset_names_it(write_rows, read_task):
         read_task(kind="chat", labels=None, prompt=None, source={"files": "chats.jsonl"})
 
 
-def test_weight_must_be_more_than_nothing(write_rows, read_task):
+def test_weight_must_be_positive(write_rows, read_task):
     write_rows(make_rows(10, w=lambda row: row))
     with pytest.raises(DatasetError, match=r"rows.csv:2, column w: found '0', expected a weight of more than 0"):
         read_task(columns={"weight": "w"})

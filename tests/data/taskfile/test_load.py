@@ -1,4 +1,4 @@
-"""Task files: keys that are wrong are named with near ones, and contradictions between keys are told together."""
+"""Task files: wrong keys are named with similar ones, and all faults of a file are in one error."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def test_card_reads_back_equal(write_task):
         ({"labels": ["one"]}, "labels holds 1: expected at least two for kind choice"),
         ({"labels": ["a", {"value": "b", "from": ["a"]}]}, "'a' stands for more than one label"),
         ({"labels": [" a", "b"]}, "white space at its start or end: put what the data has under `from`"),
-        ({"labels": ["a\nb", "c"]}, "labels stand in tables: expected no line breaks"),
+        ({"labels": ["a\nb", "c"]}, "labels are shown in tables: expected no line breaks"),
         ({"source": {}}, "source: expected one of `files`"),
         ({"source": {"train": "a.csv"}}, "source names only one of `train` and `test`"),
         ({"source": {"hub": "a/b", "revision": "main"}}, "source.revision='main': expected the commit"),
         ({"prompt": None}, "prompt.instruction is missing"),
         ({"prompt": {"instruction": "?", "example": {"text": "a", "label": "x"}}}, "expected one of bad, good"),
-        ({"preset": "openai"}, "preset openai is of kind chat, found kind choice"),
+        ({"preset": "openai"}, "preset openai needs kind chat, found kind choice"),
         ({"split": {"by": "time"}}, "split by time: expected columns.time and split.test_from"),
         ({"split": {"by": "group"}}, "split by group: expected columns.group"),
         ({"split": {"by": "files"}}, "split by files: expected source: {train: FILE, test: FILE}"),
@@ -60,7 +60,7 @@ def test_card_reads_back_equal(write_task):
         ),
     ],
 )
-def test_wrong_key_is_reported_with_a_message(write_task, changes, words):
+def test_wrong_key_is_named_in_the_error(write_task, changes, words):
     with pytest.raises(ConfigError, match=words):
         load_task_file(write_task(**changes))
 
@@ -73,7 +73,7 @@ def test_faults_are_reported_together(write_task):
 
 
 @pytest.mark.parametrize(("text", "words"), [("[", "not valid YAML"), ("- a", "expected keys like `name:`")])
-def test_file_that_is_no_mapping_is_refused(tmp_path, text, words):
+def test_file_that_is_not_a_mapping_is_refused(tmp_path, text, words):
     (tmp_path / "t.yaml").write_text(text)
     with pytest.raises(ConfigError, match=words):
         load_task_file(tmp_path / "t.yaml")
@@ -100,7 +100,7 @@ def test_short_forms_are_written_out():
         ({"labels": [{"value": "bad", "means": "worse off"}, "good"]}, False),
     ],
 )
-def test_hash_follows_what_is_asked_alone(changes, is_same):
+def test_hash_covers_only_what_is_asked(changes, is_same):
     one = task_file_from_tree(yaml.safe_load(yaml.safe_dump(LETTERS)))
     assert (hash_question(task_file_from_tree({**LETTERS, **changes})) == hash_question(one)) is is_same
 

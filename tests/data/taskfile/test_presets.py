@@ -1,4 +1,4 @@
-"""Exports of annotation tools: the forms that their makers publish, with what is left out counted."""
+"""Exports of annotation tools in their published formats; rows that are left out are counted."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_labels_of_an_export(write_rows, read_task, preset):
     assert (
         left_out
         == {
-            "label_studio": ["Left out 1 of 10 rows of label_studio: no annotation, or cancelled ones alone."],
+            "label_studio": ["Left out 1 of 10 rows of label_studio: no annotation, or only cancelled ones."],
             "prodigy": ["Left out 1 of 10 rows of prodigy: answer is reject."],
             "doccano": [],
             "argilla": [
@@ -105,11 +105,11 @@ def test_conversations_of_both_forms_are_equal(write_rows, read_task, preset):
     assert (example.turns[0][1] in TEXTS, example.answer, example.choices) == (True, "no", ())
 
 
-def test_row_of_another_form_is_reported(write_rows, read_task):
+def test_row_of_another_format_is_refused(write_rows, read_task):
     write_rows(make_rows(3), "rows.json")
     with pytest.raises(
-        DatasetError, match=r"rows.json:1: found text, label; preset label_studio has data and annotations too"
+        DatasetError, match=r"rows.json:1: found text, label; preset label_studio needs data and annotations"
     ):
         read_task(preset="label_studio", source={"files": "rows.json"})
-    with pytest.raises(DatasetError, match="preset argilla has responses too"):
+    with pytest.raises(DatasetError, match="preset argilla needs responses"):
         read_task(preset="argilla", source={"files": "rows.json"})

@@ -1,4 +1,4 @@
-"""Task files of every kind, and three published sets as plain CSV, which give the built-in tasks' examples."""
+"""Task files of every kind. Three published sets as plain CSV give the built-in tasks' examples."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finlora.data.task import Request
 
 
 def asked(examples):
-    """Return the hash of all that a model sees and is judged by, without the task's name, and the groups of intervals."""
+    """Return the hash of what a model is asked and judged by, without the task's name; the groups; the number of examples."""
     fields = [(item.prompt, item.answer, item.label, item.choices) for item in examples]
     numbers: dict[str, int] = {}
     groups = [numbers.setdefault(item.group, len(numbers)) for item in examples]
@@ -62,7 +62,7 @@ def test_tfns_as_csv_is_the_built_in_task(shared_data, read_task):
 
 @pytest.mark.shared_data
 def test_headline_as_csv_is_the_built_in_task(shared_data, write_rows, read_task):
-    """One row a question, as the built-in reader asks them of the published table."""
+    """One row per question, as the built-in reader makes them of the published table."""
     published = read_built_in("headline", shared_data / "headline")
     rows = []
     for split in ("train", "test"):
@@ -140,7 +140,7 @@ def test_number_asks_its_question_and_names_the_unit(write_rows, read_task):
     assert item.answer.endswith(".50")
 
 
-def test_chat_learns_the_last_answer_or_each(write_rows, read_task):
+def test_chat_trains_on_the_last_answer_or_each(write_rows, read_task):
     turns = [("user", "a {}"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     rows = [
         {"messages": [{"role": role, "content": text.format(row["text"])} for role, text in turns]}
@@ -161,11 +161,11 @@ def test_weights_segments_and_times_reach_the_examples(write_rows, read_task):
         10,
         w=lambda row: row + 0.5,
         desk=lambda row: "NS"[row % 2],
-        land=lambda _row: "",
+        country=lambda _row: "",
         when=lambda _row: "2024-05-06",
     )
     write_rows(rows)
-    splits = read_task(columns={"weight": "w", "segments": ["desk", "land"], "time": "when"})
+    splits = read_task(columns={"weight": "w", "segments": ["desk", "country"], "time": "when"})
     by_text = {item.group: item for item in (*splits.train, *splits.test)}
     item = by_text[rows[3]["text"]]
     assert (item.weight, item.segments, item.time) == (3.5, ("S", "(none)"), "2024-05-06T00:00:00")

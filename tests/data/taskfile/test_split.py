@@ -1,4 +1,4 @@
-"""Splits: no group on both sides, no test date before a training date, duplicates together, and the published permutation."""
+"""Splits: no group in both, no test date before a training date, duplicates together, and the published permutation."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ def split(rows, rule, **columns):
     return split_items(task, items)
 
 
-def tabulate(drawn):
+def tabulate(values):
     start = date(2024, 1, 1)
     return [
         {"text": TEXTS[text], "label": "1", "who": f"c{who}", "when": (start + timedelta(days=day)).isoformat()}
-        for who, day, text in drawn
+        for who, day, text in values
     ]
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(ROW, min_size=2, max_size=40), st.integers(0, 60), st.booleans())
-def test_time_split_tests_the_later_rows_of_whole_groups(drawn, gap, keeps):
-    rows = tabulate(drawn)
+def test_time_split_tests_the_later_rows_of_whole_groups(values, gap, keeps):
+    rows = tabulate(values)
     rule = {"by": "time", "test_from": "2024-08-01", "gap_days": gap}
     if keeps:
         rule["keep_together"] = "group"
     try:
         parts = split(rows, rule, time="when", group="who")
-    except DatasetError:  # one side is empty
+    except DatasetError:  # train or test is empty
         reject()
     train, test = [rows[row] for row in parts.train], [rows[row] for row in parts.test]
     latest, earliest = max(row["when"] for row in train), min(row["when"] for row in test)
@@ -59,8 +59,8 @@ def test_time_split_tests_the_later_rows_of_whole_groups(drawn, gap, keeps):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(ROW, min_size=2, max_size=40), st.floats(0.05, 0.9), st.integers(0, 5))
-def test_group_split_parts_no_group_and_loses_no_row(drawn, share, seed):
-    rows = tabulate(drawn)
+def test_group_split_keeps_groups_whole_and_loses_no_row(values, share, seed):
+    rows = tabulate(values)
     try:
         parts = split(rows, {"by": "group", "test_share": share, "seed": seed}, group="who")
     except DatasetError:  # all rows are in one group
@@ -92,7 +92,7 @@ def test_leaks_and_two_labels_are_reported():
     parts = split(rows, {"by": "share", "duplicates": "apart", "seed": 3}, group="who")
     notes = "\n".join(parts.notes)
     assert "2 rows repeat a text; 4 rows are in 2 groups" in notes
-    assert "1 texts carry more than one label" in notes
+    assert "1 texts have more than one label" in notes
     assert "test rows share `who` with train, so scores can be too good. Keep them apart by split: {by: group}" in notes
 
 
@@ -108,7 +108,7 @@ def test_leaks_and_two_labels_are_reported():
         ({"by": "column", "column": "label"}, {}, "found '0', expected train or test"),
     ],
 )
-def test_empty_side_is_an_error(rule, columns, words):
+def test_empty_split_is_refused(rule, columns, words):
     rows = make_rows(4, when=lambda row: f"2024-05-0{row + 1}")
     with pytest.raises(DatasetError, match=words):
         split(rows, rule, **columns)

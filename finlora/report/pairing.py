@@ -189,8 +189,8 @@ def _key_runs(results: Sequence[Result], bases: Sequence[Hashable]) -> list[Hash
         folder = _folder_of(result)
         # An adapter that was copied elsewhere is still that of its run.
         folders = trained.get(result.adapter_hash or "", [])
-        place = folder if folder in folders or not folders else folders[0]
-        return "run", place, "" if place else (result.variant, base)
+        run = folder if folder in folders or not folders else folders[0]
+        return "run", run, "" if run else (result.variant, base)
 
     return [key(result, base) for result, base in zip(results, bases, strict=True)]
 

@@ -96,7 +96,7 @@ def test_borders_of_numbers(answer, context, expected):
 
 
 @pytest.mark.parametrize("answer", ["", " ", ".", "us-gaap:", "$", "-", "nothing of the kind", "(.*"])
-def test_what_does_not_stand_there_has_no_place(answer):
+def test_answer_that_is_not_in_the_context_has_no_quote(answer):
     assert find_quote(answer, FRAGMENT) is None
     assert find_quote(answer, "") is None
 
@@ -107,8 +107,8 @@ def test_element_comes_before_other_occurrences():
     assert quote("assets", context) == "us-gaap:Assets"
 
 
-def test_places_are_those_of_the_context_as_it_is():
-    """Lower-casing İ makes two characters of it."""
+def test_positions_are_those_of_the_context_before_lower_casing():
+    """Lower case İ has two characters."""
     assert "İ".lower() != "i"
     assert quote("us-gaap:Assets", "İİİ <us-gaap:Assets>") == "us-gaap:Assets"
 

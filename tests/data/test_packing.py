@@ -32,14 +32,14 @@ def visible_tokens(pack, segments):
     keys = pack.input_ids if segments.key_rows is None else pack.input_ids[segments.key_rows]
     seen = []
     for length, own in zip(segments.query_lengths, keys.split(segments.key_lengths), strict=True):
-        seen += [own[: len(own) - length + place + 1].tolist() for place in range(length)]
+        seen += [own[: len(own) - length + position + 1].tolist() for position in range(length)]
     return seen
 
 
 def alone(items):
     """For each example, what each of its tokens but the last sees."""
     return [
-        [list((item.prompt_ids + item.answer_ids)[: place + 1]) for place in range(item.num_tokens - 1)]
+        [list((item.prompt_ids + item.answer_ids)[: position + 1]) for position in range(item.num_tokens - 1)]
         for item in items
     ]
 

@@ -13,12 +13,12 @@
 using std::min;
 struct uint4 { unsigned x, y, z, w; };
 struct float4 { float x, y, z, w; };
-struct Place3 { unsigned x, y, z; };
+struct Index3 { unsigned x, y, z; };
 uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-thread_local Place3 threadIdx, blockIdx;
-Place3 blockDim = {256, 1, 1};
+thread_local Index3 threadIdx, blockIdx;
+Index3 blockDim = {256, 1, 1};
 uint4 memory[1 << 14];
 
 struct Warp {
@@ -31,8 +31,8 @@ Warp& own_warp() { return warps[threadIdx.x / 32]; }
 void __syncthreads() { block.arrive_and_wait(); }
 void __syncwarp() { own_warp().all.arrive_and_wait(); }
 
-template <class T> T __ldg(const T* place) { return *place; }
-template <class T> T __ldcs(const T* place) { return *place; }
+template <class T> T __ldg(const T* from) { return *from; }
+template <class T> T __ldcs(const T* from) { return *from; }
 template <class T> T read_lane(T value, int lane) {
     Warp& warp = own_warp();
     std::memcpy(warp.words[threadIdx.x % 32], &value, 4);

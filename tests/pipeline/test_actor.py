@@ -1,4 +1,4 @@
-"""Stage actors passing messages in one process; parcels stand for hidden states in shared GPU memory."""
+"""Stage actors that pass messages in one process, with a fake link in place of shared GPU memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INFO = StageInfo(0, 1, 0, torch.float32, CPU, "127.0.0.1")
 
 
 class PretendStamps:
-    """Begin and end of each stage, on a simulated clock."""
+    """Start and end of each stage, on a simulated clock."""
 
     def __init__(self, times=()):
         self.times = dict(times)
@@ -41,34 +41,34 @@ class PretendStamps:
 
 
 class PretendGpu:
-    """Memory that two stages share, by send buffer; stands for GpuLink in both of them."""
+    """Fake GpuLink of two stages: the memory that they share, by send buffer."""
 
     runs_ahead, held_gib = True, 0.0
 
     def __init__(self, stage):
-        self.stage, self.rooms = stage, {}
+        self.stage, self.buffers = stage, {}
 
     def reserve(self, message, stamps):
         own = PretendStamps(stamps.times if stamps else ())
-        self.rooms[message.buffer] = (message.work.num_rows, own)
+        self.buffers[message.buffer] = (message.work.num_rows, own)
         return own
 
     def send(self, message, hidden):
-        num_rows, stamps = self.rooms[message.buffer]
+        num_rows, stamps = self.buffers[message.buffer]
         assert len(hidden) == num_rows
         stamps.end(self.stage)
-        self.rooms[message.buffer] = (hidden.clone(), stamps)
+        self.buffers[message.buffer] = (hidden.clone(), stamps)
         self.ticket = message.ticket
         return Parcel(bytes([message.buffer]), 0, num_rows)
 
     def receive(self, message):
-        hidden, stamps = self.rooms[message.state.memory[0]]
-        self.coming = torch.full_like(hidden, float("nan"))  # not there yet
-        return self.coming, stamps
+        hidden, stamps = self.buffers[message.state.memory[0]]
+        self.received = torch.full_like(hidden, float("nan"))  # until `wait`
+        return self.received, stamps
 
     def wait(self, message):
         assert message.ticket <= self.ticket
-        self.coming.copy_(self.rooms[message.state.memory[0]][0])
+        self.received.copy_(self.buffers[message.state.memory[0]][0])
 
 
 def make_batch(number, ids, first_row):
@@ -80,7 +80,7 @@ def make_batch(number, ids, first_row):
 
 BATCHES = [make_batch(0, [5, 9, 2], 0), make_batch(1, [7, 3], 10), make_batch(2, [11, 4, 8, 6], 20)]
 FOLLOWING = MicroBatch(3, adapters=[(None, 1)], follows=2)
-"""The token after the last of those."""
+"""Decode step of the last of BATCHES."""
 FOLLOWING.add([-1], 4, [24], [(20, 5)])
 FOLLOWING.samples.append(Sample(0, 0.0, 1.0, 0, 1))
 
@@ -115,22 +115,22 @@ def actors(four_layers):
     found = [make(number, span) for number, span in enumerate(SPANS)]
     yield found
     for actor in reversed(found):
-        actor._quiet.__exit__(None, None, None)  # elsewhere it ends with the stage's process
+        actor._quiet.__exit__(None, None, None)  # outside tests it ends with the stage's process
 
 
 def share_memory(actors, *numbers):
-    """Join stages to the next ones by shared memory."""
+    """Link each of these stages to the next one by shared memory."""
     for number in numbers:
         actors[number].outgoing = actors[number + 1].incoming = PretendGpu(number)
 
 
 @pytest.mark.parametrize("sharing", [(), (0,), (1,), (0, 1)], ids=["none", "first two", "last two", "all"])
-def test_micro_batches_keep_their_states_and_their_seconds(sharing, actors, expected):
+def test_micro_batches_keep_their_hidden_states_and_times(sharing, actors, expected):
     share_memory(actors, *sharing)
     messages = [
         Message(batch, buffer=buffer, ticket=batch.number + 5) for batch, buffer in zip(BATCHES, (0, 1, 0), strict=True)
     ]
-    # Two are in flight at once; the third one has the first one's send buffer, and starts when that is free.
+    # Two micro-batches are in flight; the third uses the first one's send buffer and starts when that is free.
     waiting = [actors[0].run(message) for message in messages[:2]]
     waiting = [actors[1].run(message) for message in waiting]
     outputs = [actors[2].run(waiting[0])]
@@ -144,7 +144,7 @@ def test_micro_batches_keep_their_states_and_their_seconds(sharing, actors, expe
         assert found == [token for token, _ in expected[number]]
         assert len(message.seconds) == 3
         if sharing == (0, 1):
-            assert message.seconds == (1.0, 2.0, 3.0)  # as stamped by each stage
+            assert message.seconds == (1.0, 2.0, 3.0)  # from the stamps of each stage
 
 
 def test_late_read_returns_each_answer_with_the_next_message(actors, expected):
@@ -171,7 +171,7 @@ def test_late_read_returns_each_answer_with_the_next_message(actors, expected):
     assert actors[2].reader.take(Message(None)).is_empty  # the unread answer was dropped
 
 
-def test_first_stage_that_waits_returns_the_seconds_of_all(actors):
+def test_message_carries_the_times_of_stages_that_share_memory(actors):
     share_memory(actors, 0)
     first = actors[0].run(Message(BATCHES[0]))
     assert isinstance(first.state, Parcel)
@@ -179,7 +179,7 @@ def test_first_stage_that_waits_returns_the_seconds_of_all(actors):
     assert actors[1].run(first).seconds == (1.0, 2.0)
 
 
-def test_stage_that_was_reset_joins_by_another_transport(actors):
+def test_stage_joins_by_another_transport_after_a_reset(actors):
     share_memory(actors, 0)
     for number in (0, 1):
         actors[number].reset()
@@ -192,7 +192,7 @@ def test_stage_that_was_reset_joins_by_another_transport(actors):
 
 
 class LoggedLink(LocalTokenLink):
-    """Both ends of a token link, and what was sent and received."""
+    """Both ends of a token link, with a log of what was sent and received."""
 
     def __init__(self):
         super().__init__(INFO)
@@ -207,7 +207,7 @@ class LoggedLink(LocalTokenLink):
         super().send_read(ticket, output)
 
 
-def test_first_stage_starts_with_tokens_that_the_last_has_sampled(actors, expected):
+def test_first_stage_starts_from_the_last_stages_sampled_tokens(actors, expected):
     link = actors[0].sampled_in = actors[2].sampled_out = LoggedLink()
     answers = []
     for message in (Message(BATCHES[2], ticket=7), Message(FOLLOWING, ticket=8, follows=7)):
@@ -218,7 +218,7 @@ def test_first_stage_starts_with_tokens_that_the_last_has_sampled(actors, expect
     assert link.log == [("send", 7, answers[0]), ("receive", 7), ("send", 8, answers[1])]
 
 
-def test_wait_for_tokens_does_not_count_as_computing(actors):
+def test_wait_for_tokens_does_not_count_as_compute_time(actors):
     class Slow(LocalTokenLink):
         def receive(self, ticket):
             time.sleep(0.5)
@@ -241,7 +241,7 @@ def test_failure_before_the_last_stage_is_sent_to_the_first(actors):
     assert link.log == [("send", 7, None), ("receive", 7)]
 
 
-def test_one_stage_alone_follows_itself(four_layers, expected):
+def test_single_stage_starts_from_its_own_sampled_tokens(four_layers, expected):
     actor = StageActor(
         dataclasses.asdict(four_layers), 16, (0, 4), 0, device="cpu", cache_rows=ROWS, keep_unpacked=False
     )

@@ -1,4 +1,4 @@
-"""GPU memory shared by two processes: hidden states and tokens announced ahead arrive whole, and no wait outlives a crash."""
+"""GPU memory shared by two processes: hidden states and tokens announced ahead of time arrive, and a crash ends all waits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finlora.errors import ResourceError
 
 HIDDEN, BUSY_S = 64, 0.02
 SENT = [(0, 3), (1, 500), (0, 1), (0, 900), (1, 2), (0, 900)]
-"""(send buffer, rows): buffers that are used again, outgrown, and larger than what they hold."""
+"""(send buffer, rows): buffers that are reused, that must grow, and that are larger than their content."""
 
 
 def make_states(number, num_rows):
@@ -36,7 +36,7 @@ def make_message(ticket, buffer=0, num_rows=1):
 
 
 def start_sender(send):
-    """Return a process that runs `send` with a pipe, and the pipe's end here."""
+    """Return a process that runs `send` with a pipe, and this end of the pipe."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=send, args=(there,))
@@ -46,7 +46,7 @@ def start_sender(send):
 
 
 def send_all(pipe):
-    """Stage 1 of 3; it computes for a while, and its messages are sent before that is over."""
+    """Stage 1 of 3: it computes for BUSY_S and sends its messages before it has finished."""
     from finlora.pipeline.hidden_states_gpu import GpuLink, GpuStamps
 
     device = torch.device("cuda")
@@ -61,23 +61,23 @@ def send_all(pipe):
         torch.cuda.synchronize()
         started = time.perf_counter()
         sender.reserve(message, before).begin(1)
-        torch.cuda._sleep(int(BUSY_S * 2.0e9))  # cycles of a clock of 2 GHz at most
+        torch.cuda._sleep(int(BUSY_S * 2.0e9))  # in cycles; the clock has at most 2 GHz
         message = dataclasses.replace(message, state=sender.send(message, states))
         pipe.send((message, time.perf_counter() - started))
         pipe.recv()
     pipe.close()
-    os._exit(0)  # what the other has mapped stays until it closes it
+    os._exit(0)  # mapped memory stays until the other process closes it
 
 
 @pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
-def test_states_arrive_though_their_message_comes_before_them(_gpu):
+def test_states_arrive_after_their_message(_gpu):
     from finlora.pipeline.hidden_states_gpu import GpuLink, GpuStamps
 
     other, here = start_sender(send_all)
     receiver = GpuLink(make_info(2, 3))
     receiver.join(here.recv(), 1, 2)
     here.send(None)
-    # Kernels are loaded before their time is taken.
+    # Load the kernels before they are timed.
     make_states(0, 1).cuda() * 2
     first = GpuStamps(torch.zeros(6, dtype=torch.int64, device="cuda"))
     first.begin(2)
@@ -95,7 +95,7 @@ def test_states_arrive_though_their_message_comes_before_them(_gpu):
         assert torch.equal(doubled.cpu(), make_states(ticket, num_rows) * 2)
         assert before == pytest.approx(3e-3)
         assert own > 0.8 * BUSY_S
-        assert 0 <= mine < BUSY_S  # the wait for the stage before does not count
+        assert 0 <= mine < BUSY_S  # the wait for the previous stage does not count
         here.send(None)
     other.join(30)
     assert other.exitcode == 0
@@ -104,7 +104,7 @@ def test_states_arrive_though_their_message_comes_before_them(_gpu):
 
 
 def send_trials(pipe):
-    """Stage 0 of 2, and the last one: a trial, states that nobody knows, and token memory without its mark."""
+    """Stages 0 and 1 of 2: send a trial, unexpected states, and token memory without its mark."""
     from finlora.pipeline.gpu_memory import LEAST_BYTES, allocate
     from finlora.pipeline.hidden_states_gpu import GpuLink
 
@@ -121,8 +121,8 @@ def send_trials(pipe):
 
 
 @pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
-def test_trial_finds_out_whether_states_arrive(_gpu, monkeypatch):
-    """Behind some bridges a GPU reads something else than another one wrote."""
+def test_trial_detects_states_that_do_not_arrive(_gpu, monkeypatch):
+    """Behind some PCIe bridges, a GPU does not read what another one wrote."""
     from finlora.pipeline import hidden_states_gpu
     from finlora.pipeline.sampled_tokens_gpu import GpuTokenLink
 
@@ -146,7 +146,7 @@ def test_trial_finds_out_whether_states_arrive(_gpu, monkeypatch):
     assert other.exitcode == 0
 
 
-def send_and_die(pipe):
+def send_and_crash(pipe):
     """Stage 0 of 2, killed while it computes the states of its second message."""
     from finlora.pipeline.hidden_states_gpu import GpuLink
 
@@ -163,10 +163,10 @@ def send_and_die(pipe):
 
 
 @pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
-def test_stop_ends_the_wait_for_states_of_a_dead_stage(_gpu):
+def test_stop_ends_the_wait_for_states_of_a_crashed_stage(_gpu):
     from finlora.pipeline.hidden_states_gpu import GpuLink
 
-    other, here = start_sender(send_and_die)
+    other, here = start_sender(send_and_crash)
     receiver = GpuLink(make_info(1, 2))
     receiver.join(here.recv(), 1, 2)
     here.send(None)
@@ -194,11 +194,11 @@ def test_stop_ends_the_wait_for_states_of_a_dead_stage(_gpu):
     with pytest.raises(RuntimeError, match="the stages were stopped: the data that this one waits for will not arrive"):
         receiver.wait(dataclasses.replace(message, ticket=10))
     receiver.close()
-    assert (torch.ones(2, device="cuda") * 2).tolist() == [2, 2]  # this process goes on
+    assert (torch.ones(2, device="cuda") * 2).tolist() == [2, 2]  # the GPU still works in this process
 
 
 def send_tokens(pipe):
-    """The last stage; each micro-batch takes it a while."""
+    """Last stage, with slow micro-batches."""
     from finlora.pipeline.sampled_tokens_gpu import GpuTokenLink
 
     device = torch.device("cuda")
@@ -218,7 +218,7 @@ def send_tokens(pipe):
 
 
 @pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
-def test_sampled_tokens_come_back_before_the_host_has_read_them(_gpu):
+def test_sampled_tokens_reach_the_first_stage_before_the_host_reads_them(_gpu):
     from finlora.pipeline.sampled_tokens_gpu import GpuTokenLink
     from finlora.stage.upload import fill_sampled
 

@@ -1,4 +1,4 @@
-"""Stages of one process joined by GPU links, with CUDA and Ray's calls emulated: the same answers as one stage."""
+"""Stages in one process, joined by GPU links with CUDA and Ray calls emulated: the same answers as one stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finlora.pipeline import graph
 
 
 class Ref:
-    """Result of a call of an actor, or the error that it raised."""
+    """Result of an actor's call, or the error that it raised."""
 
     def __init__(self, call, arguments):
         try:
@@ -31,7 +31,7 @@ def get(refs):
 
 
 class Handle:
-    """Handle of an actor on a machine with a GPU, whose calls run at once."""
+    """Handle of an actor on a machine with a GPU; calls run immediately."""
 
     def __init__(self, actor):
         self._actor = actor
@@ -44,7 +44,7 @@ class Handle:
 
 
 def ask(stages, ticket):
-    """Return the tokens of a micro-batch and of the one that follows it; each answer comes with the next message."""
+    """Return the tokens of a micro-batch and of the one that follows it. Each answer comes with the next message."""
     messages = [Message(BATCHES[2], ticket=ticket), Message(FOLLOWING, buffer=1, ticket=ticket + 1, follows=ticket)]
     answers = []
     for message in (*messages, Message(None)):
@@ -57,7 +57,7 @@ def ask(stages, ticket):
 
 
 @pytest.mark.usefixtures("gpu")
-def test_stages_that_share_memory_answer_as_one_and_join_again(actors, expected, monkeypatch):  # noqa: F811
+def test_stages_with_shared_memory_answer_like_one_stage_and_can_rejoin(actors, expected, monkeypatch):  # noqa: F811
     monkeypatch.setattr(graph, "ray", types.SimpleNamespace(get=get))
     wanted = [[token for token, _ in tokens] for tokens in expected[2:4]]
     handles = [Handle(actor) for actor in actors]

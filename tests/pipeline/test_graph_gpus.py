@@ -1,4 +1,4 @@
-"""Stages on GPUs of their own, and two on each of two GPUs: the same answers as one process, also after a crash."""
+"""Stages on one GPU each, and two on each of two GPUs: the same answers as in one process, also after a crash."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pipeline(request, four_layers, ray_instance):
     pipeline.close()
 
 
-def test_stages_on_several_gpus_answer_as_one(pipeline, expected, four_layers, adapter_folders):  # noqa: F811
+def test_stages_on_several_gpus_answer_like_one_stage(pipeline, expected, four_layers, adapter_folders):  # noqa: F811
     gpus = look(pipeline, lambda self: str(torch.cuda.get_device_properties(self.device).uuid))
     assert len(set(gpus)) == int(NUM_STAGES * pipeline._config.gpus_per_stage)
     shares_memory = pipeline._config.transport == "messages"
@@ -45,14 +45,14 @@ def test_stages_on_several_gpus_answer_as_one(pipeline, expected, four_layers, a
         assert ask_all(pipeline, four_layers, adapter_folders, in_flight)[0] == expected
 
 
-@pytest.mark.parametrize("dying", [1, 3])
-def test_dead_stage_on_its_own_gpu_joins_the_others_again(
-    dying,
+@pytest.mark.parametrize("victim", [1, 3])
+def test_restarted_stage_on_its_own_gpu_rejoins_the_others(
+    victim,
     pipeline,
     expected,  # noqa: F811
     four_layers,
     adapter_folders,
 ):
-    lose_in_flight(pipeline, four_layers, dying)
-    assert dying in pipeline.repair()
+    lose_in_flight(pipeline, four_layers, victim)
+    assert victim in pipeline.repair()
     assert ask_all(pipeline, four_layers, adapter_folders, NUM_STAGES)[0] == expected

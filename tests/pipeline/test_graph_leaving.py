@@ -1,4 +1,4 @@
-"""Filter of Ray's log about stages that leave a graph."""
+"""Filter of Ray's log for stages that leave a graph."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import finlora.pipeline.graph  # noqa: F401  (it adds the filter)
 @pytest.mark.parametrize(
     ("error", "is_shown"), [(ActorDiedError(), False), (GetTimeoutError("30 s"), True), (None, True)]
 )
-def test_traceback_of_a_dead_stage_is_not_shown(error, is_shown):
+def test_traceback_of_a_crashed_stage_is_not_shown(error, is_shown):
     shown = []
     logger, handler = ray.dag.compiled_dag_node.logger, logging.Handler()
     handler.emit = shown.append

@@ -1,4 +1,4 @@
-"""Pipeline whose stages share one GPU and its memory: the same answers as one process, also after a crash."""
+"""Pipeline whose stages share one GPU and its memory: the same answers as in one process, also after a crash."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def open_core(executor, base, in_flight):
 
 
 def ask_all(executor, base, adapter_folders, in_flight):
-    """Return all answers' tokens, and the meter's reading."""
+    """Return the tokens of all answers, and the meter's reading."""
     core = open_core(executor, base, in_flight)
     core.load_adapter("all", adapter_folders["all"])
     requests = make_requests(count=6)
@@ -41,7 +41,7 @@ def ask_all(executor, base, adapter_folders, in_flight):
 
 
 def look(pipeline, at):
-    """Return the result of a function of a stage's actor from each stage."""
+    """Run a function of the actor in each stage and return the results."""
     import ray
 
     return ray.get([actor.__ray_call__.remote(at) for actor in pipeline.actors])
@@ -52,16 +52,16 @@ def name_outgoing(pipeline):
     return look(pipeline, lambda self: type(self.outgoing).__name__)
 
 
-def lose_in_flight(pipeline, base, dying):
-    """Kill one of four stages while micro-batches are in flight; returns the process ids of all."""
+def lose_in_flight(pipeline, base, victim):
+    """Kill one of four stages while micro-batches are in flight; returns the process ids of all stages before."""
     before = look(pipeline, lambda _stage: os.getpid())
-    kill_in_flight(pipeline, open_core(pipeline, base, 4), dying, num_steps=9)
+    kill_in_flight(pipeline, open_core(pipeline, base, 4), victim, num_steps=9)
     return before
 
 
 @pytest.fixture(scope="module")
 def expected(four_layers, adapter_folders):
-    """Tokens of one stage in this process, on the same device: random weights differ on CPU."""
+    """Tokens of one stage in this process, on the same device: on a CPU the random weights differ."""
     with quiet_bitsandbytes():
         base = load_base(four_layers, 16, torch.device(DEVICE), 0)
         alone = InProcess([Stage(base.model, range(4), ROWS, torch.float32)])
@@ -79,7 +79,7 @@ def pipeline(four_layers, ray_instance):
 
 
 @pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
-def test_four_stages_on_one_gpu_answer_as_one(_gpu, pipeline, expected, four_layers, adapter_folders):
+def test_four_stages_on_one_gpu_answer_like_one_stage(_gpu, pipeline, expected, four_layers, adapter_folders):
     assert name_outgoing(pipeline) == ["GpuLink", "GpuLink", "GpuLink", "NoneType"]
     assert look(pipeline, lambda self: type(self.sampled_in).__name__)[0] == "GpuTokenLink"
     assert look(pipeline, lambda self: type(self.sampled_out).__name__)[3] == "GpuTokenLink"
@@ -87,17 +87,17 @@ def test_four_stages_on_one_gpu_answer_as_one(_gpu, pipeline, expected, four_lay
     assert found == expected
     assert len(reading.busy) == 4
     assert all(0 < share < 1 for share in reading.busy)
-    assert pipeline.peak_memory_gib() > 4 * 2 / 1024  # a parcel's memory each, beside the weights
+    assert pipeline.peak_memory_gib() > 4 * 2 / 1024  # 2 MiB of a parcel per stage, beside the weights
 
 
 @pytest.mark.parametrize("_gpu", [pytest.param(None, marks=ON_GPU)])
-@pytest.mark.parametrize("dying", [0, 1, 3])
-def test_dead_stage_is_restarted_and_shares_memory_again(_gpu, dying, pipeline, expected, four_layers, adapter_folders):
-    """Work that the others have queued waits for it on the GPU."""
-    before = lose_in_flight(pipeline, four_layers, dying)
-    assert pipeline.repair() == [dying]
+@pytest.mark.parametrize("victim", [0, 1, 3])
+def test_crashed_stage_restarts_and_shares_memory_again(_gpu, victim, pipeline, expected, four_layers, adapter_folders):
+    """Work that the other stages have queued waits for it on the GPU."""
+    before = lose_in_flight(pipeline, four_layers, victim)
+    assert pipeline.repair() == [victim]
     after = look(pipeline, lambda _stage: os.getpid())
-    assert [number for number in range(4) if after[number] != before[number]] == [dying]
+    assert [number for number in range(4) if after[number] != before[number]] == [victim]
     assert ask_all(pipeline, four_layers, adapter_folders, 4)[0] == expected
 
 
@@ -107,7 +107,7 @@ def test_stages_that_cannot_share_memory_use_messages_and_say_why(failing, ray_i
 
     @ray.remote(num_cpus=0)
     class Pretending:
-        """A stage on one of two machines, of which one has trouble with CUDA."""
+        """Stage on one of two machines; CUDA fails on one of them."""
 
         def __init__(self, number):
             self.number, self.outgoing = number, None
@@ -142,7 +142,7 @@ def test_stages_that_cannot_share_memory_use_messages_and_say_why(failing, ray_i
                 raise RuntimeError("CUDA: cudaErrorMapBufferObjectFailed")
 
     actors = [Pretending.remote(number) for number in range(4)]
-    assert not join_stages(actors, "messages", 7)  # answers come at once
+    assert not join_stages(actors, "messages", 7)  # answers are not read late
     outgoing = ray.get([actor.__ray_call__.remote(lambda self: self.outgoing) for actor in actors])
     assert outgoing == ["gpu", "gpu" if failing is None else "messages", "messages", None]
     said = "Stages 1 and 2 do not reach each other's GPU memory (RuntimeError: CUDA: cudaErrorMapBufferObjectFailed): their"

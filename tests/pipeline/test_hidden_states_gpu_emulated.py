@@ -21,7 +21,7 @@ CPU, HIDDEN, STAGES = torch.device("cpu"), 48, 3
 
 
 class Gate:
-    """Stands for finlora.pipeline.gpu_memory.Gate; what would wait for ever fails at once."""
+    """Fake of finlora.pipeline.gpu_memory.Gate: a wait that would never end fails at once."""
 
     def __init__(self, _device):
         self.is_stopped = False
@@ -29,7 +29,7 @@ class Gate:
     def wait(self, flag, number):
         if self.is_stopped:
             raise RuntimeError("the stages were stopped")
-        assert int(flag) >= number, f"waits for {number} for ever: {int(flag)} was written"
+        assert int(flag) >= number, f"a wait for {number} would never end: {int(flag)} was written"
 
     def stop(self):
         self.is_stopped = True
@@ -40,7 +40,7 @@ class Gate:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Modules of both links, and the memories by handle."""
+    """Modules of both links, and the allocated memory by handle."""
     memories, numbers = {}, count()
     fake = types.ModuleType("finlora.pipeline.gpu_memory")
 
@@ -79,7 +79,7 @@ def make_info(number, num_stages, hidden_size=HIDDEN, dtype=torch.bfloat16):
     return StageInfo(number, num_stages, hidden_size, dtype, CPU, "127.0.0.1")
 
 
-def test_states_and_stamps_arrive_from_each_buffer_also_where_it_has_grown(gpu):
+def test_states_and_stamps_arrive_from_each_buffer_also_after_it_grew(gpu):
     sender, receiver = gpu.states.GpuLink(make_info(1, STAGES)), gpu.states.GpuLink(make_info(2, STAGES))
     receiver.join(sender.offer(0), 1, 2)
     before = gpu.states.GpuStamps(torch.tensor([1_000, 3_001_000, 0, 0, 0, 0]))
@@ -97,20 +97,20 @@ def test_states_and_stamps_arrive_from_each_buffer_also_where_it_has_grown(gpu):
         assert first == pytest.approx(3e-3)
         assert own > 0
         assert last >= 0
-    # Buffer 0 was outgrown; its memory stays, since the next stage may have it mapped.
+    # Buffer 0 had to grow; its old memory stays, since the next stage may have it mapped.
     assert len(gpu.memories) == 4
     assert sender.held_gib == sum(map(len, gpu.memories.values())) / 2**30
     assert receiver.held_gib == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_trial_finds_out_what_arrives(gpu, monkeypatch, dtype):
+def test_trial_detects_states_that_differ_or_do_not_arrive(gpu, monkeypatch, dtype):
     sender, receiver = (gpu.states.GpuLink(make_info(number, 2, 600, dtype)) for number in (0, 1))
     offer = sender.offer(5)
     sender.join(offer, 0, 2)
     receiver.join(offer, 1, 2)
     memory = gpu.memories[offer.state.memory]
-    memory[-1000:] = 0  # behind the states
+    memory[-1000:] = 0  # after the states: not compared
     receiver.join(offer, 1, 2)
     memory[256:300] = 1
     with pytest.raises(RuntimeError, match="the hidden states that arrived differ from those that were sent"):
@@ -123,10 +123,10 @@ def test_trial_finds_out_what_arrives(gpu, monkeypatch, dtype):
         receiver.wait(offer)
     receiver.close()
     gpu.event.query = lambda: True
-    receiver.join(sender.offer(6), 1, 2)  # it waits again
+    receiver.join(sender.offer(6), 1, 2)  # the gate is open again
 
 
-def test_tokens_of_many_micro_batches_come_back_each_in_its_slot(gpu):
+def test_tokens_of_many_micro_batches_are_read_from_their_slots(gpu):
     def join():
         first = gpu.tokens.GpuTokenLink(make_info(0, STAGES))
         assert first.offer() is None

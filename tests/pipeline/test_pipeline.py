@@ -1,4 +1,4 @@
-"""Stages in Ray actors: the same answers, adapters in order, and resources that are freed."""
+"""Stages in Ray actors: the same answers as transformers, adapters loaded in order, and resources freed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_tokens_equal_transformers(core, plain):
 
 
 def test_late_read_changes_no_answer(pipeline, four_layers, adapter_folders, plain):
-    """As with links that run ahead."""
+    """Links that run ahead read late too."""
 
     def read(is_late):
         def change(stage):
@@ -72,7 +72,7 @@ def test_late_read_changes_no_answer(pipeline, four_layers, adapter_folders, pla
         pipeline._answers_come_late = is_late
 
     read(is_late=True)
-    # These stages return tokens through the host, which reads them late too: no micro-batch may follow another.
+    # These stages return tokens through the host, which reads them late: no micro-batch may follow another.
     limits = Limits(cache_rows=ROWS, max_in_flight=2)
     core = EngineCore(pipeline, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(four_layers.base)))
     core.load_adapter("few", adapter_folders["few"])
@@ -90,8 +90,8 @@ def test_late_read_changes_no_answer(pipeline, four_layers, adapter_folders, pla
     assert tokens_of(answers["new"]) == generate_alone(plain(adapter="all"), RAGGED[2], 4)
 
 
-def test_waiting_stages_take_hardly_any_cpu_time(pipeline):
-    """Ray's own reads take a whole core for each stage."""
+def test_waiting_stages_use_little_cpu_time(pipeline):
+    """Ray's own reads would use a whole core for each stage."""
 
     def look():
         return ray.get([actor.__ray_call__.remote(lambda _stage: time.process_time()) for actor in pipeline.actors])
@@ -102,17 +102,17 @@ def test_waiting_stages_take_hardly_any_cpu_time(pipeline):
     assert all(new - old < 0.3 * passed for old, new in zip(before, after, strict=True))
 
 
-def test_both_stages_are_kept_busy(core):
+def test_two_micro_batches_are_in_flight(core):
     for request in make_requests(count=6):
         core.submit(request)
     seen = []
     while not core.is_idle:
         core.step()
         seen.append(core.scheduler.num_in_flight)
-    assert max(seen) == 2  # one was collected; the other and the next one are in flight
+    assert max(seen) == 2  # after one was collected, the other and the next one
 
 
-def test_adapter_is_loaded_between_micro_batches_of_others(core, plain, adapter_folders):
+def test_adapter_is_loaded_between_micro_batches_of_other_requests(core, plain, adapter_folders):
     for request in make_requests(count=10):
         core.submit(request)
     answers = [*core.step(), *core.step()]
@@ -125,7 +125,7 @@ def test_adapter_is_loaded_between_micro_batches_of_others(core, plain, adapter_
     assert tokens_of(by_name["r4"]) == generate_alone(plain(), RAGGED[4], 10)
 
 
-def test_error_of_a_stage_is_raised_and_the_pipeline_goes_on(core, plain, tmp_path):
+def test_error_of_a_stage_is_raised_and_the_pipeline_still_works(core, plain, tmp_path):
     with pytest.raises(AdapterError, match=r"adapter_model.safetensors is missing or cannot be read"):
         core.load_adapter("broken", tmp_path)
     answers, _ = run(core, make_requests(RAGGED[:2], 3))
@@ -152,12 +152,12 @@ def test_cluster_that_is_too_small_is_refused(four_layers, ray_instance):
         Pipeline(four_layers, find_source(four_layers).shape, 4, config, seed=0)
 
 
-def test_stage_that_cannot_load_says_why_in_a_line(tiny_base, tmp_path, ray_instance):
+def test_stage_that_cannot_load_gives_the_reason_in_one_line(tiny_base, tmp_path, ray_instance):
     from finlora.pipeline.pipeline import Pipeline, PipelineConfig
 
     folder = shutil.copytree(tiny_base, tmp_path / "base")
     tensors = load_file(folder / "model.safetensors")
-    # Only the stage that reads it notices; faults in the files' headers are refused before any stage starts.
+    # Only the stage that reads this tensor notices it; faulty file headers are refused before any stage starts.
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
     save_file(tensors, folder / "model.safetensors")
     free = ray.available_resources()["CPU"]
@@ -183,7 +183,7 @@ def test_stage_that_cannot_load_says_why_in_a_line(tiny_base, tmp_path, ray_inst
         (AdapterError("no adapter"), AdapterError, "no adapter"),
     ],
 )
-def test_errors_of_a_stage_become_ours(ray_instance, raised, expected, words):
+def test_errors_of_a_stage_are_translated(ray_instance, raised, expected, words):
     from finlora.pipeline.ray_workarounds import translate_ray_errors
 
     @ray.remote(num_cpus=0, max_retries=0)
@@ -194,7 +194,7 @@ def test_errors_of_a_stage_become_ours(ray_instance, raised, expected, words):
         ray.get(fail.remote())
 
 
-def test_stages_start_all_or_none_and_the_holder_is_named(four_layers, ray_instance, caplog):
+def test_no_stage_starts_without_room_for_all_and_the_holder_is_named(four_layers, ray_instance, caplog):
     import ray
 
     from finlora.cluster.lease import list_holdings, take_lease
@@ -202,7 +202,7 @@ def test_stages_start_all_or_none_and_the_holder_is_named(four_layers, ray_insta
 
     cores = ray.cluster_resources()["CPU"]
     free = ray.available_resources()["CPU"]
-    # Room for one of the two stages. The first look at the cluster may take seconds on a busy machine, and announces the wait.
+    # Room for one of the two stages. On a busy machine, the first look at the cluster can take seconds; it announces the wait.
     with take_lease([{"CPU": free - cores / 4}], 30.0, lambda _line: None, name="night-training"):
         config = PipelineConfig(num_stages=2, cache_rows=64, device="cpu", cpus_per_stage=cores / 4, wait_s=6.0)
         with pytest.raises(ResourceError, match=r"by night-training \(job .*Waited \d+ s"):

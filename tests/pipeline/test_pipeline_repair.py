@@ -1,4 +1,4 @@
-"""Repair of a pipeline: only dead stages restart, the others keep process, weights and adapters, and answers stay the same."""
+"""Repair of a pipeline: only crashed stages restart, the others keep process, weights and adapters, and answers are the same."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def pipeline(four_layers, ray_instance):
 
 @pytest.fixture(scope="module")
 def own_adapters(adapter_folders, tmp_path_factory):
-    """Copies that a test may change."""
+    """Copies of the adapters, which tests may change."""
     folder = tmp_path_factory.mktemp("own")
     for name, source in adapter_folders.items():
         shutil.copytree(source, folder / name)
@@ -56,7 +56,7 @@ def make_core(pipeline, model):
 
 
 def look_at(pipeline):
-    """Process id of each stage, and the address of its weights."""
+    """Return each stage's process id and the address of its weights."""
     import ray
 
     def look(actor):
@@ -91,7 +91,7 @@ def check_answers(core, plain, adapter=None):
 
 
 @pytest.mark.parametrize("victim", [1, 0, 2])
-def test_dead_stage_is_restarted_alone(pipeline, four_layers, plain, own_adapters, victim):
+def test_only_the_crashed_stage_restarts(pipeline, four_layers, plain, own_adapters, victim):
     core = make_core(pipeline, four_layers)
     if victim == 1:
         core.load_adapter("all", own_adapters / "all")
@@ -107,7 +107,7 @@ def test_dead_stage_is_restarted_alone(pipeline, four_layers, plain, own_adapter
     assert len(core.meter.read().busy) == STAGES
 
 
-def test_adapter_whose_files_changed_is_unloaded_everywhere(pipeline, four_layers, plain, own_adapters, caplog):
+def test_adapter_with_changed_files_is_unloaded_from_all_stages(pipeline, four_layers, plain, own_adapters, caplog):
     core = make_core(pipeline, four_layers)
     core.load_adapter("changing", own_adapters / "few")
     for file in (own_adapters / "all").iterdir():
@@ -124,7 +124,7 @@ def test_adapter_whose_files_changed_is_unloaded_everywhere(pipeline, four_layer
     assert tokens_of(answers["r2"]) == generate_alone(plain(adapter="all"), RAGGED[2], 4)
 
 
-def test_dead_stage_joins_a_new_process_group(four_layers, ray_instance, plain, adapter_folders):
+def test_restarted_stage_joins_a_new_process_group(four_layers, ray_instance, plain, adapter_folders):
     pipeline = open_pipeline(four_layers, "gloo")
     try:
         core = make_core(pipeline, four_layers)
@@ -142,7 +142,7 @@ def test_dead_stage_joins_a_new_process_group(four_layers, ray_instance, plain, 
 
 
 def test_stage_that_does_not_leave_the_graph_is_replaced(pipeline, four_layers, plain, monkeypatch, tmp_path):
-    """Ray's graph does so now and then; here a stage is made to block."""
+    """Ray's graph sometimes does this; here a stage is made to block."""
     import ray
 
     from finlora.pipeline import pipeline as module
@@ -168,10 +168,10 @@ def test_stage_that_does_not_leave_the_graph_is_replaced(pipeline, four_layers, 
     check_answers(make_core(pipeline, four_layers), plain, "all")
 
 
-def test_idle_stage_that_stays_in_the_graph_is_killed_before_one_that_computes(
+def test_idle_stage_that_stays_in_the_graph_is_killed_early(
     pipeline, four_layers, plain, monkeypatch, caplog
 ):
-    """Its loop still reads a channel that Ray has closed; here a read is made to block."""
+    """Its loop still reads a channel that Ray closed; here a read is made to block."""
     import ray
 
     from finlora.pipeline import graph
@@ -202,7 +202,7 @@ def test_idle_stage_that_stays_in_the_graph_is_killed_before_one_that_computes(
     core = make_core(pipeline, four_layers)
     for request in make_requests(count=2):
         core.submit(request)
-    core.step()  # one message is computed, and the next read blocks
+    core.step()  # the stage computes one message, and its next read blocks
     os.kill(before[0][0], signal.SIGKILL)
     assert pipeline.repair() == [0, 1]
     said = re.search(r"Stage 1 did not leave the graph in (\d+) s and is ended by force", caplog.text)

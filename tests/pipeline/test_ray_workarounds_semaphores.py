@@ -1,4 +1,4 @@
-"""Removal of semaphores that dead node processes left."""
+"""Removal of semaphores left behind by ended Ray processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from finlora.pipeline.ray_workarounds import remove_left_semaphores
 
 
-def test_only_old_ones_of_dead_processes_are_removed(tmp_path):
+def test_only_old_semaphores_of_ended_processes_are_removed(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     dead, alive = process.pid, os.getpid()

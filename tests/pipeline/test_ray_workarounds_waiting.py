@@ -11,7 +11,7 @@ from finlora.pipeline.ray_workarounds import EAGER_S, wait_with_pauses
 
 
 class Channel:
-    """Has its message from a given time on; records the timeout of each read."""
+    """Channel whose message is ready at a given time; records the timeout of each read."""
 
     def __init__(self, ready_at):
         self.ready_at, self.asked = ready_at, []
@@ -19,7 +19,7 @@ class Channel:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes only in waits."""
+    """Fake clock that advances only during waits."""
 
     class Clock:
         def __init__(self):
@@ -50,7 +50,7 @@ def make_read(clock):
     return lambda eager_s: ray_workarounds._pausing(plain, eager_s, 1e-3)
 
 
-def test_a_message_that_comes_soon_is_read_without_pause(make_read, clock):
+def test_message_that_comes_soon_is_read_without_pauses(make_read, clock):
     assert make_read(0.25)(Channel(clock.now + 0.2), -1) == "message"
     assert clock.pauses == []
 
@@ -64,8 +64,8 @@ def test_pauses_are_a_tenth_of_the_wait_and_bounded(make_read, clock, wait, most
     assert clock.now - ready_at <= min(0.1 * wait, 0.001) + 5e-5
 
 
-def test_a_wait_in_slices_is_one_wait(make_read, clock):
-    """Ray asks for a tenth of a second at a time; only the first quarter of a second goes without pauses."""
+def test_consecutive_timeouts_count_as_one_wait(make_read, clock):
+    """Ray reads with a timeout of 0.1 s, again and again; only the first 0.25 s are without pauses."""
     read, channel = make_read(0.25), Channel(clock.now + 0.65)
     for _ in range(6):
         with pytest.raises(RayChannelTimeoutError):
@@ -77,14 +77,14 @@ def test_a_wait_in_slices_is_one_wait(make_read, clock):
     assert channel.asked == [0.25]
 
 
-def test_a_time_limit_holds(make_read, clock):
+def test_timeout_is_kept(make_read, clock):
     until = clock.now + 0.3
     with pytest.raises(RayChannelTimeoutError):
         make_read(0.0)(Channel(until + 1), 0.3)
     assert until <= clock.now <= until + 0.001
 
 
-def test_a_second_call_replaces_the_first(monkeypatch):
+def test_second_call_replaces_the_first(monkeypatch):
     plain = getattr(CompositeChannel.read, "__wrapped__", CompositeChannel.read)
     monkeypatch.setattr(CompositeChannel, "read", CompositeChannel.read)
     for device in EAGER_S:

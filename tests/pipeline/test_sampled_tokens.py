@@ -1,4 +1,4 @@
-"""Sampled tokens on a TCP connection from the last stage to the first, and the end of all waits where one is gone."""
+"""Sampled tokens on a TCP connection from the last stage to the first; all waits end after a crash."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_output(tokens):
 
 
 def join(first, last):
-    """Join both at once, as stages do."""
+    """Join both ends concurrently, as stages do."""
     address = first.offer()
     assert last.offer() is None
     with ThreadPoolExecutor(1) as pool:
@@ -58,7 +58,7 @@ def test_tokens_arrive_when_they_are_sampled(ends):
         timer.join()
 
 
-def test_last_stage_never_blocks_on_a_first_stage_that_only_drains(ends):
+def test_last_stage_never_blocks_if_the_first_only_drains(ends):
     first, last = ends
     for ticket in range(20_000):
         last.send_read(ticket, make_output([ticket] * 16))
@@ -85,7 +85,7 @@ def test_waits_end_after_a_crash_and_after_stop(ends, why):
     with pytest.raises(RuntimeError, match="the last stage has crashed, or this one was stopped"):
         first.receive(0)
     timer.join()
-    last.send_read(1, make_output([4]))  # no error, though the first stage is gone
+    last.send_read(1, make_output([4]))  # no error, even without the first stage
 
 
 def test_connection_without_the_key_is_closed():
@@ -103,7 +103,7 @@ def test_connection_without_the_key_is_closed():
     last.close()
 
 
-def test_link_that_was_closed_joins_again(ends):
+def test_closed_link_can_join_again(ends):
     first, last = ends
     last.send_read(0, make_output([9]))
     assert first.receive(0).tolist() == [9]
@@ -111,13 +111,13 @@ def test_link_that_was_closed_joins_again(ends):
     first.close()
     last.close()
     join(first, last)
-    last.send_read(1, make_output([]))  # no frame
+    last.send_read(1, make_output([]))  # sends no frame
     last.send_read(2, make_output([4, 5]))
     assert first.receive(2).tolist() == [4, 5]
     assert list(first._arrived.tokens) == [2]
 
 
-def test_stages_that_do_not_meet_say_what_to_do(monkeypatch):
+def test_stages_that_cannot_connect_say_what_to_do(monkeypatch):
     monkeypatch.setattr(sampled_tokens, "_JOIN_S", 0.1)
     first, last = make_link(0), make_link(1)
     address = first.offer()

@@ -1,4 +1,4 @@
-"""Stages of equal cost, the output head counted."""
+"""Split of layers into stages of equal cost, including the output head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_spans_hold_every_layer_once_and_in_order(shape, bits, num_stages):
 
 
 def test_last_stage_has_fewer_layers_for_its_head():
-    """At 16 bit the head weighs 2.4 layers of 8B: 9, 9, 8 and 6 make the slowest 9, where four times 8 would make it 10.4."""
+    """At 16 bit the head of 8B costs 2.4 layers: with 9, 9, 8 and 6 layers the slowest stage costs 9, with 8 each 10.4."""
     assert pytest.approx(2.41, abs=0.01) == HEAD_8B / LAYER_8B
     assert [len(span) for span in split_layers(LLAMA_8B, 16, 4)] == [9, 9, 8, 6]
     assert [len(span) for span in split_layers(LLAMA_8B, 16, 1)] == [32]
@@ -31,8 +31,8 @@ def test_last_stage_has_fewer_layers_for_its_head():
 
 
 def test_quantised_layers_are_not_lighter_on_a_cpu():
-    """SmolLM2-135M's head has the weights of 8 layers. By the bytes of 4 bit the first stage of a CPU got 29 of 30 layers, and
-    took 1.7 times as long as with these 17: a head was 1.6 to 7 layers by measure."""
+    """SmolLM2-135M's head has the weights of 8 layers. A split by bytes at 4 bit would give the first stage 29 of 30 layers; on a
+    CPU it took 1.7 times as long as with these 17. The measured cost of the head was 1.6 to 7 layers."""
     shape = LlamaShape(
         hidden_size=576,
         intermediate_size=1536,
@@ -49,7 +49,7 @@ def test_quantised_layers_are_not_lighter_on_a_cpu():
     assert split_layers(shape, 16, 2, "cpu") == split_layers(shape, 16, 2)
 
 
-def test_every_layer_a_stage():
+def test_one_layer_per_stage():
     assert [len(span) for span in split_layers(LLAMA_8B, 16, 32)] == [1] * 32
 
 

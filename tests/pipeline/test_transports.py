@@ -1,4 +1,4 @@
-"""Choice of transports by where the stages run."""
+"""Choice of transports by the machines of the stages."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ def test_hidden_states_share_gpu_memory_within_a_machine(transport, machines, ex
         (["a", "a", "b"], ((0, 2), ["socket"])),
     ],
 )
-def test_tokens_share_gpu_memory_where_both_ends_are_on_one_machine(machines, expected):
+def test_tokens_share_gpu_memory_if_both_ends_are_on_one_machine(machines, expected):
     assert choose_token_link(machines) == expected

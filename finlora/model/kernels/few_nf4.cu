@@ -66,13 +66,13 @@ __device__ unsigned look_up(const char* pairs, unsigned word, int byte, unsigned
 // them in this order, of x and of W.
 __device__ void add_half(float (&total)[OUT_TILES][ROW_TILES][4], const Half& half, const float4* scales, const bf16* x,
                          const char* pairs, int first_group) {
-    const int lane = threadIdx.x % LANES, place = lane >> 2, quad = lane & 3;
+    const int lane = threadIdx.x % LANES, lane_row = lane >> 2, quad = lane & 3;
 #pragma unroll
     for (int group = 0; group < HALF_GROUPS; group++) {
         uint4 columns[ROW_TILES][2];
 #pragma unroll
         for (int n = 0; n < ROW_TILES; n++) {
-            const uint4* from = reinterpret_cast<const uint4*>(x + (n * 8 + place) * X_STRIDE + group * 64 + quad * 16);
+            const uint4* from = reinterpret_cast<const uint4*>(x + (n * 8 + lane_row) * X_STRIDE + group * 64 + quad * 16);
             columns[n][0] = from[0];
             columns[n][1] = from[1];
         }
@@ -96,7 +96,7 @@ __device__ void add_half(float (&total)[OUT_TILES][ROW_TILES][4], const Half& ha
             float scale[2];
 #pragma unroll
             for (int eight = 0; eight < 2; eight++)
-                scale[eight] = reinterpret_cast<const float*>(scales + m * 16 + eight * 8 + place)[first_group + group];
+                scale[eight] = reinterpret_cast<const float*>(scales + m * 16 + eight * 8 + lane_row)[first_group + group];
 #pragma unroll
             for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
@@ -107,7 +107,7 @@ __device__ void add_half(float (&total)[OUT_TILES][ROW_TILES][4], const Half& ha
 
 // Writes a block's partial sums and resets them.
 __device__ void store_part(float (&total)[OUT_TILES][ROW_TILES][4], float* part, int num_rows) {
-    const int lane = threadIdx.x % LANES, quad = lane & 3, place = lane >> 2;
+    const int lane = threadIdx.x % LANES, quad = lane & 3, lane_row = lane >> 2;
 #pragma unroll
     for (int m = 0; m < OUT_TILES; m++)
 #pragma unroll
@@ -115,7 +115,7 @@ __device__ void store_part(float (&total)[OUT_TILES][ROW_TILES][4], float* part,
 #pragma unroll
             for (int index = 0; index < 4; index++) {
                 const int row = n * 8 + quad * 2 + (index & 1);
-                const int out = threadIdx.x / LANES * OUTS + m * 16 + (index >> 1) * 8 + place;
+                const int out = threadIdx.x / LANES * OUTS + m * 16 + (index >> 1) * 8 + lane_row;
                 if (row < num_rows) part[row * HEIGHT + out] = total[m][n][index];
                 total[m][n][index] = 0;
             }
@@ -201,9 +201,9 @@ extern "C" __global__ void add_parts(const float* parts, const bf16* residual, b
     wait_for_kernel_before();
     const int out = blockIdx.x * blockDim.x + threadIdx.x, row = blockIdx.y;
     if (out >= num_out) return;
-    const long long place = static_cast<long long>(row) * num_out + out;
+    const long long index = static_cast<long long>(row) * num_out + out;
     const float sum = sum_parts(parts, row, out, num_rows, num_columns, steps_a_block);
-    target[place] = to_bf16(residual ? sum + to_float(residual[place]) : sum);
+    target[index] = to_bf16(residual ? sum + to_float(residual[index]) : sum);
 }
 
 // As add_parts, for a gate and an up projection of num_out outputs each: writes silu(gate) * up, both rounded to bfloat16 first.

@@ -7,7 +7,7 @@
 constexpr int LANES = 32;
 constexpr int OUT_TILES = 2, OUTS = OUT_TILES * 16, GROUPS = 4, COLUMNS = GROUPS * 64;  // of a tile
 constexpr int HALVES = 2, HALF_GROUPS = GROUPS / HALVES, HALF_BYTES = OUTS * HALF_GROUPS * 32;
-constexpr int LEVEL_PLACE = HALVES * HALF_BYTES, TILE_STRIDE = LEVEL_PLACE + OUTS * GROUPS;
+constexpr int LEVEL_OFFSET = HALVES * HALF_BYTES, TILE_STRIDE = LEVEL_OFFSET + OUTS * GROUPS;
 constexpr int PAIRS = 256, NESTED = 64 * 256;  // weights that share a level's scale
 
 // One lane's part of half a tile: operands for products of 16 outputs and 64 columns each.
@@ -26,5 +26,5 @@ __device__ void load_half(Half& half, const unsigned char* from) {
 
 // Returns the levels of the lane's output.
 __device__ unsigned load_levels(const unsigned char* tile) {
-    return __ldcs(reinterpret_cast<const unsigned*>(tile + LEVEL_PLACE) + threadIdx.x % LANES);
+    return __ldcs(reinterpret_cast<const unsigned*>(tile + LEVEL_OFFSET) + threadIdx.x % LANES);
 }

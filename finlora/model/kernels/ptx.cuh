@@ -19,8 +19,8 @@ __device__ unsigned round_two(float low, float high) {
 
 // Starts an asynchronous copy of 16 bytes to shared memory, zeros unless `is_there`.
 __device__ void copy_16_bytes(void* to, const void* from, bool is_there) {
-    const unsigned place = static_cast<unsigned>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(place), "l"(from), "r"(is_there ? 16 : 0) : "memory");
+    const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(is_there ? 16 : 0) : "memory");
 }
 
 __device__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -30,8 +30,8 @@ unpack_nf4(const unsigned char* tiles, const float* level_code, const float* lev
         for (int group = 0; group < GROUPS; group++)
 #pragma unroll
             for (int eight = 0; eight < 2; eight++) {
-                const int place = m * 16 + eight * 8 + (lane >> 2), out = strip * OUTS + place;
-                const float scale = __shfl_sync(0xffffffff, scales[group], place);
+                const int row = m * 16 + eight * 8 + (lane >> 2), out = strip * OUTS + row;
+                const float scale = __shfl_sync(0xffffffff, scales[group], row);
                 const uint4 four = halves[group / HALF_GROUPS].bytes[m][group % HALF_GROUPS];
                 const unsigned words[4] = {four.x, four.y, four.z, four.w};
                 unsigned found[8];

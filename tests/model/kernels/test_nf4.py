@@ -52,14 +52,14 @@ def test_tiles_hold_each_number_where_the_kernels_look_for_it():
     tiles = lay_tiles(packed, levels)
     assert tiles.shape == (2, 2, 4224)
     for out in range(64):
-        strip, m, eight, place = out // 32, out % 32 // 16, out % 16 // 8, out % 8
+        strip, m, eight, row = out // 32, out % 32 // 16, out % 16 // 8, out % 8
         for byte in range(num_in // 2):
             tile, half, group, quad = byte // 128, byte % 128 // 64, byte % 64 // 32, byte % 32 // 8
             step, side = byte % 8 // 2, byte % 2
             found = tiles[
                 strip,
                 tile,
-                half * 2048 + m * 1024 + group * 512 + (place * 4 + quad) * 16 + step * 4 + side * 2 + eight,
+                half * 2048 + m * 1024 + group * 512 + (row * 4 + quad) * 16 + step * 4 + side * 2 + eight,
             ]
             assert found == (packed[out, byte] if out < num_out else 0)
         for block in range(num_in // 64):

@@ -1,4 +1,4 @@
-"""Evaluation from files to Result on the tiny base, by labels and by generation, and the refusals before it."""
+"""Evaluation from files to Result on the tiny base, by label scoring and by generation, and what is refused before it."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ CPU = torch.device("cpu")
 
 
 def quiet(*_progress):
-    """Progress that nobody watches."""
+    """Discard progress."""
 
 
 @pytest.fixture
 def adapter(make_config, tmp_path):
-    """A folder with an adapter that changes the answers, and its contract."""
+    """Folder with an adapter that changes the answers, and its contract."""
     config = make_config()
     base = load_base(config.model, 16, CPU, 0)
     lora = LoraConfig()
@@ -86,7 +86,7 @@ def test_base_result_holds_scores_counts_and_origin(make_config, prepared_synthe
     assert seen[-1] == ("synthetic_sentiment", 30, 30)
 
 
-def test_result_tells_whose_adapter_it_scored(make_config, adapter, tmp_path):
+def test_result_names_the_run_of_its_adapter(make_config, adapter, tmp_path):
     config = make_config("data.max_test_examples=3")
     (base,) = run_evaluation(config, None, quiet)
     assert (base.run, base.adapter, base.adapter_hash) == (None, None, None)
@@ -95,8 +95,8 @@ def test_result_tells_whose_adapter_it_scored(make_config, adapter, tmp_path):
     (result,) = run_evaluation(config, adapter, quiet)
     digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert (result.adapter, result.adapter_hash, result.base_hash) == (str(adapter), digest, base.base_hash)
-    assert result.run == tmp_path.name  # the folder's, as no config lies beside it
-    # A copy is still of the run whose config lies beside its weights.
+    assert result.run == tmp_path.name  # the folder's name, since no config is beside it
+    # A copy belongs to the run whose config is beside its weights.
     copy = tmp_path / "desk"
     shutil.copytree(adapter, copy)
     save_config(dataclasses.replace(config, name="my run #2"), copy / "config.yaml")
@@ -133,7 +133,7 @@ def test_free_generation_reports_its_method_and_answers(make_config):
     assert result.metrics["unparsable"] >= 0
 
 
-def test_free_text_is_generated_whatever_the_method(make_config):
+def test_free_text_is_generated_with_every_method(make_config):
     results = run_evaluation(
         make_config(
             "data.tasks=[synthetic_sentiment, synthetic_xbrl]", "data.max_test_examples=4", "eval.max_new_tokens=3"
@@ -147,8 +147,8 @@ def test_free_text_is_generated_whatever_the_method(make_config):
     ]
 
 
-def test_room_for_generated_text_is_kept_under_label_scoring_too(make_config, prepared_synthetic):
-    """A free-text question that fits only without its answer's room is too long, whatever eval.method says."""
+def test_free_text_needs_room_for_its_answer_under_label_scoring_too(make_config, prepared_synthetic):
+    """A free-text question that fits only without its answer is too long, for every eval.method."""
     config = make_config("data.tasks=[synthetic_xbrl]")
     examples = read_prepared(prepared_synthetic, "synthetic_xbrl", "test").examples[:4]
     tokenizer = load_base(config.model, 16, CPU, 0).tokenizer
@@ -165,7 +165,7 @@ def test_room_for_generated_text_is_kept_under_label_scoring_too(make_config, pr
 
 
 def test_answers_belong_to_their_examples_and_progress_counts_both_kinds(make_config):
-    """An engine that repeats its prompt's length, and likes each second choice best."""
+    """The fake engine answers with the prompt's length, and prefers each second choice."""
     task = ["data.tasks=[synthetic_sentiment, synthetic_xbrl]", "data.max_test_examples=4"]
     config = make_config(*task)
     tokenizer = load_tokenizer(find_source(config.model).tokenizer_path)
@@ -216,7 +216,7 @@ def test_adapter_is_scored_under_its_own_name(make_config, adapter, monkeypatch)
 
 
 @pytest.mark.ray
-def test_stages_change_no_answer_and_say_what_they_did(make_config, adapter, ray_instance):
+def test_stages_change_no_answer_and_report_their_load(make_config, adapter, ray_instance):
     limits = ["data.max_test_examples=12", "eval.num_gpus=1"]
     readings = []
     (alone,) = run_evaluation(make_config(*limits), adapter, quiet)
@@ -230,7 +230,7 @@ def test_stages_change_no_answer_and_say_what_they_did(make_config, adapter, ray
 
 
 @pytest.mark.ray
-def test_evaluation_outlives_a_stage_that_dies(make_config, adapter, ray_instance, monkeypatch, caplog):
+def test_evaluation_continues_after_a_stage_crash(make_config, adapter, ray_instance, monkeypatch, caplog):
     import ray
 
     from finlora.pipeline.pipeline import Pipeline
@@ -252,14 +252,14 @@ def test_evaluation_outlives_a_stage_that_dies(make_config, adapter, ray_instanc
     (alone,) = run_evaluation(make_config(*limits), adapter, quiet)
     (spread,) = run_evaluation(make_config(*limits, "eval.num_stages=2"), adapter, kill_at_first)
     assert (spread.metrics, spread.counts) == (alone.metrics, alone.counts)
-    assert len(pipelines) == 2  # joined again
+    assert len(pipelines) == 2  # started, and joined again
     assert re.search(
         r"a stage of the model was lost \(.*died.*\): ask again; .*it submits the unanswered prompts again", caplog.text
     )
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_bits_of_the_evaluation_decide_over_those_of_training(make_config, adapter, bits):
+def test_bits_of_the_evaluation_override_those_of_training(make_config, adapter, bits):
     (result,) = run_evaluation(make_config("data.max_test_examples=4", f"eval.bits={bits}"), adapter, quiet)
     assert result.bits == bits
 
@@ -287,7 +287,7 @@ def test_missing_or_unfinished_adapter_is_refused_with_a_message(make_config, ad
     with pytest.raises(AdapterError, match=r"absent does not exist: run `finlora train`"):
         check(make_config(), tmp_path / "absent")
     (adapter / CONTRACT_FILE).unlink()
-    (adapter.parent / "config.yaml").touch()  # of the run that was to fill it
+    (adapter.parent / "config.yaml").touch()  # of the unfinished run
     with pytest.raises(AdapterError, match=r"so its training did not finish"):
         run_evaluation(make_config(), adapter, quiet)
 
@@ -308,8 +308,8 @@ def test_absent_gpu_is_refused_with_a_message(make_config, monkeypatch):
         run_evaluation(make_config("eval.device=cuda"), None, quiet)
 
 
-def test_text_of_a_whole_split_is_the_same_as_a_gpu_computes_it(make_config, adapter, monkeypatch):
-    """`finlora evaluate` of XBRL at the default batch size, by filled passes and FlashAttention, which is emulated."""
+def test_text_of_a_whole_split_is_the_same_on_the_gpu_path(make_config, adapter, monkeypatch):
+    """`finlora evaluate` of XBRL at the default batch size, by padded passes and emulated FlashAttention."""
     config = make_config("data.tasks=[synthetic_xbrl]", "data.max_test_examples=150", "eval.max_new_tokens=6")
     (plain,) = run_evaluation(config, adapter, quiet)
     forms, lay_out = set(), StageGraphs._lay_out
@@ -319,10 +319,10 @@ def test_text_of_a_whole_split_is_the_same_as_a_gpu_computes_it(make_config, ada
         "_lay_out",
         lambda self, batch, taken, *rest: forms.add(taken.form) or lay_out(self, batch, taken, *rest),
     )
-    (filled,) = run_evaluation(config, adapter, quiet)
-    assert plain.method == filled.method == "generate"
-    assert filled.metrics == pytest.approx(plain.metrics)
-    assert filled.counts == plain.counts
+    (padded,) = run_evaluation(config, adapter, quiet)
+    assert plain.method == padded.method == "generate"
+    assert padded.metrics == pytest.approx(plain.metrics)
+    assert padded.counts == plain.counts
     assert any(form.num_segments == 128 for form in forms)
 
 
@@ -337,7 +337,7 @@ def test_gpu_hours_count_shares_of_gpus(make_config, device, num_stages, num_gpu
 
 @pytest.fixture
 def letters_adapter(adapter, tmp_path):
-    """The adapter with a task of a task file in its contract."""
+    """The adapter with a task file's task in its contract."""
     data = prepare_letters(tmp_path, columns={"segments": ["desk"]})
     split = read_prepared(data, "letters", "train")
     write_tasks(adapter, {"letters": split.card})

@@ -76,7 +76,7 @@ def test_parse_label_prefers_longest_choice():
     assert parse_label("mildly positive, or even positive", choices) is None
 
 
-def test_parse_label_takes_choices_with_signs_literally():
+def test_parse_label_matches_signs_in_choices_literally():
     assert parse_label("it went up (a lot).", ("up (a lot)", "down")) == "up (a lot)"
     assert parse_label("the U.S. market", ("U.S.", "U.K.")) == "U.S."
     assert parse_label("anything", ("", "x")) is None
@@ -95,7 +95,7 @@ def test_strict_accuracy_counts_unparsable_as_wrong():
 
 
 def test_weighted_f1_equals_hand_computed_case():
-    # truth a,a,a,b: a has TP 2 of 2 predicted, FN 1 (unparsable): F1 0.8; b is found and nothing else called b: F1 1.
+    # Truth a, a, a, b. For a: 2 true positives, 0 false ones, 1 missed (unparsable), F1 0.8. For b: all right, F1 1.
     assert weighted_f1(["a", "a", None, "b"], ["a", "a", "a", "b"], ["a", "b"]) == pytest.approx(
         0.75 * 0.8 + 0.25 * 1.0
     )
@@ -144,7 +144,7 @@ def test_accuracy_interval_of_single_items_is_wilson():
 
 
 def test_accuracy_interval_of_clusters_is_wider():
-    # 50 groups of 17 copies: the true sample size is 50, so the interval is that of 50 items, not of 850.
+    # 50 groups of 17 copies: the true sample size is 50, so the interval must be that of 50 items, not of 850.
     flags = [number < 35 for number in range(50) for _ in range(17)]
     groups = [str(number) for number in range(50) for _ in range(17)]
     low, high = accuracy_interval(flags, groups)
@@ -205,7 +205,7 @@ def test_normalise_free_text_normalises_numbers_and_tags(text, normal):
     assert normalise_free_text(text) == normal
 
 
-def test_score_answers_brings_the_documented_keys():
+def test_score_answers_returns_the_documented_keys():
     examples = [make_example(0, "positive"), make_example(1, "negative"), make_example(2, "neutral")]
     metrics, counts = score_answers(["Positive", "positive or negative", "neutral."], examples)
     scores = ("accuracy", "strict_accuracy", "weighted_f1")
@@ -250,7 +250,7 @@ def test_score_answers_refuses_missing_answers():
         score_answers([], [])
 
 
-def test_score_answers_of_mixed_set_scores_classes_alone_by_f1():
+def test_score_answers_of_a_mixed_set_has_f1_of_the_classes_only():
     examples = [make_example(0, "positive"), make_example(1, "1,234", ()), make_example(2, "negative")]
     metrics, counts = score_answers(["positive", "$1234", "none"], examples)
     assert metrics["strict_accuracy"] == pytest.approx(2 / 3)
@@ -288,7 +288,7 @@ def test_labels_that_are_numbers():
     ] * 3
 
 
-def test_numeric_accuracy_is_over_the_numbers_alone():
+def test_numeric_accuracy_is_over_the_numbers_only():
     examples = [make_example(n, label, ()) for n, label in enumerate(["100", "us-gaap:Assets", "200"])]
     examples.append(make_example(3, "positive"))
     metrics, _ = score_answers(["100.9", "Assets", "250", "positive"], examples)
@@ -304,7 +304,7 @@ def test_number_is_judged_by_the_tasks_own_tolerance():
         assert scores.metrics["numeric_accuracy"] == right
 
 
-def test_own_label_is_not_right_because_another_contains_it():
+def test_label_that_contains_another_is_not_that_label():
     """Without `is_exact` NWGI's "mildly positive" counts for "positive"."""
     parts = {"task": "t", "prompt": "p", "source": "s", "choices": ("bad", "very bad")}
     examples = [Example(id=str(n), answer="bad", label="bad", group=str(n), **parts) for n in range(2)]

@@ -37,13 +37,13 @@ class PlainEngine:
         """Score every token of every choice in one forward pass.
 
         A row holds the prompt followed by all its choices. A choice attends to the prompt and itself, not to other
-        choices, and its positions start where the prompt ends, so each scores as if alone.
+        choices, and its positions start at the prompt's end, so each choice has the score that it would have alone.
         """
         lengths = [len(p) + sum(len(c) for c in own) for p, own in zip(prompts, choices, strict=True)]
         num_rows, longest = len(prompts), max(lengths)
         input_ids = torch.zeros((num_rows, longest), dtype=torch.long)
         positions = torch.zeros((num_rows, longest), dtype=torch.long)
-        visible = torch.eye(longest, dtype=torch.bool).repeat(num_rows, 1, 1)  # padding sees itself: no empty softmax
+        visible = torch.eye(longest, dtype=torch.bool).repeat(num_rows, 1, 1)  # padding attends to itself: no empty softmax
         rows, columns, targets, owners = [], [], [], []
         for row, (prompt, own) in enumerate(zip(prompts, choices, strict=True)):
             size = len(prompt)

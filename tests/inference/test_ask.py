@@ -1,4 +1,4 @@
-"""`finlora ask` from question to reply on the tiny base: adapters, contract checks, and equal replies from stages."""
+"""`finlora ask` from question to reply on the tiny base: adapters, contract checks, and the same replies from stages."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_stage_actors_give_the_same_probabilities(make_config, adapter, ray_inst
     assert one.probabilities == pytest.approx(two.probabilities, rel=1e-5)
 
 
-def test_adapter_of_another_template_or_base_is_refused_before_anything_loads(
+def test_adapter_of_another_template_or_base_is_refused_before_the_base_loads(
     make_config, dated_base, adapter, monkeypatch
 ):
     monkeypatch.setattr("finlora.inference.open_base.open_executor", None)
@@ -77,7 +77,7 @@ def test_adapter_of_another_template_or_base_is_refused_before_anything_loads(
         ask(make_config(), adapter.parent / "absent", QUESTION, SAMPLING, 1, ignore)
 
 
-def test_likeliest_choice_comes_first_also_for_large_negative_sums():
+def test_likeliest_choice_comes_first_even_for_large_negative_sums():
     assert rank_choices(["a", "b"], [-1000.0, -999.0]) == pytest.approx({"b": 0.7311, "a": 0.2689}, abs=1e-4)
 
 
@@ -92,7 +92,7 @@ def test_bars_show_answer_and_share():
 @pytest.mark.parametrize(
     ("quote", "words"), [((1200, 1204), "at characters 1,200 to 1,204 of"), (None, "not found in")]
 )
-def test_answer_from_a_filing_says_where_it_is(quote, words):
+def test_answer_from_a_filing_shows_its_position(quote, words):
     console = Console(width=100, record=True, file=io.StringIO())
     show_reply({}, quote, console, is_quoted=True)
     assert f"Answer {words} the text asked about." in console.export_text()

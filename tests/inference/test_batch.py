@@ -81,7 +81,7 @@ def test_generated_text_equals_the_plain_engine_in_any_order(make_core, plain, t
     assert any(texts)
 
 
-def test_more_prompts_than_the_queue_holds_are_all_answered(make_core, prompts, choices):
+def test_all_prompts_are_answered_even_if_they_exceed_the_queue(make_core, prompts, choices):
     core = make_core(cache_rows=512, max_waiting=70)
     engine = BatchEngine(core, None)
     many = [prompts[number % 5] for number in range(200)]
@@ -91,17 +91,17 @@ def test_more_prompts_than_the_queue_holds_are_all_answered(make_core, prompts, 
     assert core.is_idle
 
 
-def test_a_common_prefix_is_computed_once(make_core, prompts, choices):
+def test_common_prefix_is_computed_once(make_core, prompts, choices):
     core = make_core()
     BatchEngine(core, None).score_choices([prompts[2]] * 20, [choices[2]] * 20, ignore)
     rows = core.meter.totals().num_rows
     own = sum(len(choice) - 1 for choice in choices[2])
-    # The first prompt is computed in full, of the others only the last token and the choices.
+    # The first prompt is computed in full; of each other one, only the last token and the choices.
     assert rows == len(prompts[2]) + own + 19 * (1 + own)
 
 
 class Losing:
-    """Stages of this process, of which one is lost after given numbers of micro-batches."""
+    """Stages in this process that raise a stage loss at given numbers of micro-batches."""
 
     def __init__(self, executor, losses):
         self.executor, self.losses, self.can_follow = executor, losses, False
@@ -117,7 +117,7 @@ class Losing:
 
 
 def make_losing(core, losses):
-    """Return an engine, and the numbers of micro-batches at which it recovered."""
+    """Return an engine, and the list of the micro-batches at which it recovers."""
     executor, renewed = Losing(core.executor, losses), []
 
     def renew():
@@ -139,13 +139,13 @@ def test_unanswered_prompts_are_submitted_again_after_a_stage_loss(make_core, pl
     engine, renewed = make_losing(make_core(), {1, 9})
     seen = []
     assert engine.generate(prompts, 12, seen.append) == expected.generate(prompts, 12)
-    assert renewed == [1, 9]  # in the middle of texts
+    assert renewed == [1, 9]  # before the texts are complete
     assert seen[-1] == len(prompts)
     engine, renewed = make_losing(make_core(), {2, 4})
     many = engine.score_choices(prompts * 8, choices * 8, ignore)
     assert renewed == [2, 4]
     wanted = expected.score_choices(prompts, choices)
-    for start in range(0, 40, 5):  # probabilities, to 1e-5: the CPU's products sum in another order in larger batches
+    for start in range(0, 40, 5):  # to 1e-5, since a CPU's matrix product sums in another order in larger batches
         assert flatten(many[start : start + 5]) == pytest.approx(flatten(wanted), rel=0, abs=1e-5)
 
 

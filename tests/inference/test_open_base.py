@@ -1,4 +1,4 @@
-"""Warm-up, which changes no answer, and the size of the KV cache."""
+"""Warm-up, which must not change any answer, and the size of the KV cache."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finlora.model.base_files import read_base_files
 
 
 @pytest.mark.parametrize("num_stages", [1, 2])
-def test_answers_after_a_warm_up_are_the_same(make_core, plain, num_stages):
+def test_warm_up_changes_no_answer(make_core, plain, num_stages):
     core = make_core(num_stages)
     warm_up(core.executor, 1024, 300)
     answers, _ = run(core, make_requests(count=5))
@@ -24,7 +24,7 @@ def test_answers_after_a_warm_up_are_the_same(make_core, plain, num_stages):
         assert tokens_of(answers[f"r{number}"]) == generate_alone(plain(), prompt, 5)
 
 
-def test_cache_gets_the_rows_that_fit_and_needs_those_of_one_request(make_config, monkeypatch):
+def test_cache_takes_the_rows_that_fit_and_must_hold_one_request(make_config, monkeypatch):
     monkeypatch.setattr(open_base, "count_fitting_rows", lambda _device, _row_bytes: 96)
     config = make_config()
     base = read_base_files(config.model)
@@ -39,7 +39,7 @@ def test_cache_gets_the_rows_that_fit_and_needs_those_of_one_request(make_config
 
 
 def test_cache_on_a_gpu_leaves_room_for_activations(monkeypatch):
-    """A twentieth of the GPU and 1.5 GiB stay free; rows are whole blocks, and negative if less is free."""
+    """A twentieth of the GPU's memory and 1.5 GiB stay free. Rows are whole blocks; their number is negative if less is free."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (10 * 2**30, 40 * 2**30))
     rows = count_fitting_rows(torch.device("cuda"), 100_000)
     assert rows % 16 == 0
@@ -53,8 +53,8 @@ def test_rows_are_counted_in_blocks():
     assert count_fitting_rows(torch.device("cpu"), 10) >= 10**9
 
 
-def test_counted_rows_fit_any_of_the_requests_at_once():
-    """Each takes whole blocks; the last block is almost empty here."""
+def test_counted_rows_hold_any_of_the_requests_concurrently():
+    """Each request takes whole blocks; here its last block is almost empty."""
     requests = [
         Request(id=str(n), prompt_ids=(n,) * (16 * n + 12), sampling=Sampling(max_tokens=5)) for n in range(1, 9)
     ]

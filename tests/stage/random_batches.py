@@ -1,4 +1,4 @@
-"""Random micro-batches of every composition and size, for hypothesis: laid out in a cache as the scheduler lays out requests."""
+"""Random micro-batches of every composition and size for hypothesis, with the scheduler's cache layout."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ KINDS = ("token", "chunk", "short", "labels", "answers alone", "long answers")
 
 
 def add_request(batch, kind, start, cached, size, answers):
-    """Append the rows of one request whose cache rows begin at `start`; returns how many cache rows it has.
+    """Append the rows of one request whose cache rows begin at `start`; returns its number of cache rows.
 
     Args:
-        cached: tokens computed before.
+        cached: tokens in the cache already.
         size: rows of its prompt in this micro-batch.
-        answers: lengths of its label answers, the first tokens left out.
+        answers: lengths of its label answers without their first tokens.
     """
 
     def ids(count):
@@ -42,7 +42,7 @@ def add_request(batch, kind, start, cached, size, answers):
     for length in answers:
         keys = [(start, end), (position, length)]
         if position == start + end and kind != "answers alone":
-            keys = [(start, end + length)]  # the first answer's rows lie behind the prompt's
+            keys = [(start, end + length)]  # the first answer's rows follow the prompt's
         row = batch.add(ids(length), end, range(position, position + length), keys)
         batch.scores += [Score(row + number, 5 + number) for number in range(length)]
         position += length
@@ -51,7 +51,7 @@ def add_request(batch, kind, start, cached, size, answers):
 
 @st.composite
 def micro_batches(draw, cache_rows):
-    """A micro-batch in a cache of so many rows, its adapters side by side, the base first."""
+    """Draw a micro-batch for a cache of `cache_rows`; its requests are sorted by adapter, those without one first."""
     kinds = sorted(draw(st.sets(st.sampled_from(KINDS), min_size=1, max_size=3)))
     adapters = draw(st.sampled_from([(None,), ("all",), ADAPTERS]))
     most_requests = draw(st.sampled_from([1, 2, 4, 12, 40, 70, 100, 140]))

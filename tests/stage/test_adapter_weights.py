@@ -1,4 +1,4 @@
-"""Adapters of a stage: its own layers alone, and refusal of files that are not plain LoRA of this base."""
+"""Adapters of a stage: only its own layers are read, and files that are not plain LoRA of this base are refused."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(four_layers):
 
 @pytest.fixture
 def copy(adapter_folders, tmp_path):
-    """A copy of an adapter's folder, to be damaged."""
+    """Copy an adapter's folder, for a test to damage."""
     return lambda name: shutil.copytree(adapter_folders[name], tmp_path / name)
 
 
@@ -49,7 +49,7 @@ def test_updates_equal_the_tensors_of_the_file(read, adapter_folders):
     }
 
 
-def test_stage_reads_its_own_layers_alone(read, adapter_folders):
+def test_stage_reads_only_its_own_layers(read, adapter_folders):
     assert sorted({layer for layer, _ in read(adapter_folders["few"], range(1, 3))}) == [1, 2]
     assert {product for _, product in read(adapter_folders["few"])} == {"qkv"}
 
@@ -78,7 +78,7 @@ def test_adapter_of_another_base_is_refused(read, copy):
         (lambda tensors, more: more, r"2 tensors that no layer of the base takes, such as .*o_proj"),
         (lambda *_: {}, r"lacks 24 of the 24 tensors"),
     ],
-    ids=["too few", "too many", "others", "none"],
+    ids=["too few", "too many", "other tensors", "none"],
 )
 def test_stage_merge_and_peft_refuse_the_same_files(read, copy, four_layers, change, words):
     folder = copy("few")
@@ -117,7 +117,7 @@ def test_damaged_or_missing_files_are_refused(read, copy, tmp_path):
         read(folder)
 
 
-def test_bank_has_a_row_for_each_adapter_also_where_it_changes_nothing(read, adapter_folders):
+def test_bank_has_a_row_for_each_adapter_even_without_an_update(read, adapter_folders):
     bank, sizes = Bank(), {"qkv": 128, "out": 64, "gate_up": 256, "down": 64}
     for number, name in enumerate(("all", "few", "few", "few", "few"), start=1):
         bank.add(f"a{number}", read(adapter_folders[name]), sizes)

@@ -1,4 +1,4 @@
-"""Attention of a micro-batch: wanted rows alone and long segments alone get what all rows together get."""
+"""Attention of a micro-batch: the same results for wanted rows only, for long segments alone and for all rows together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SEGMENTS = [
     (8, [(0, 10)]),
     (8, [(0, 11)]),
 ]
-"""(rows, keys) of segments: alone, after a cached prefix, one token, two contiguous ones, after a short and a longer prefix."""
+"""(rows, keys) of segments: a whole prompt, one after a cached prefix, one token, two adjacent ones, two with longer prefixes."""
 
 
 def make_batch(layout, adapters=()):
@@ -40,7 +40,7 @@ def random_tensors(num_rows, seed=0):
     return query, *(torch.randn(64, 2, 8, generator=generator) for _ in range(2))
 
 
-def test_wanted_rows_see_the_keys_up_to_their_own():
+def test_wanted_rows_attend_to_keys_up_to_their_own():
     batch = make_batch([(4, [(20, 3), (50, 4)]), (2, [(0, 2)]), (1, [(7, 9)])], [(None, 4), ("a", 3)])
     segments, adapters = narrow(batch, [0, 1, 3, 5, 6])
     assert [segment.num_rows for segment in segments] == [1] * 5
@@ -56,7 +56,7 @@ def test_wanted_rows_see_the_keys_up_to_their_own():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_wanted_rows_attend_as_they_do_among_all(seed):
+def test_wanted_rows_have_the_same_attention_as_among_all_rows(seed):
     rng = random.Random(seed)
     layout = [(8, [(20, 3), (50, 7)]), *SEGMENTS]
     total = sum(num_rows for num_rows, _ in layout)
@@ -69,7 +69,7 @@ def test_wanted_rows_attend_as_they_do_among_all(seed):
     torch.testing.assert_close(narrowed, everything[wanted], rtol=1e-6, atol=1e-6)
 
 
-def test_long_segments_go_alone_and_the_others_together(monkeypatch):
+def test_long_segments_run_alone_and_the_others_together(monkeypatch):
     query, keys, values = random_tensors(sum(num_rows for num_rows, _ in SEGMENTS))
     batch = make_batch(SEGMENTS)
     expected = make_attention(batch.segments, CPU)(query, keys, values)
@@ -96,7 +96,7 @@ def test_long_segments_go_alone_and_the_others_together(monkeypatch):
 
 
 def test_rows_with_keys_in_two_ranges_attend_to_all_of_them(monkeypatch):
-    """Against softmax over the same keys, contiguous; one by one, joined, and wanted rows alone."""
+    """Against softmax over the same keys in contiguous memory: for all rows, and for wanted rows only."""
     layout = [(6, [(4, 9)]), (2, [(4, 9), (13, 2)]), (1, [(4, 9), (15, 1)]), (3, [(4, 9), (16, 3)]), *SEGMENTS]
     total = sum(num_rows for num_rows, _ in layout)
     query, keys, values = random_tensors(total)
@@ -142,7 +142,7 @@ def test_rows_with_keys_in_two_ranges_on_a_gpu():
 
 
 @pytest.mark.parametrize("wanted", [[], [3], [0, 10, 11, 20]])
-def test_wanted_rows_alone_give_the_same_states_and_cache_as_all_rows(make_core, wanted):
+def test_wanted_rows_only_give_the_same_states_and_cache_as_all_rows(make_core, wanted):
     states, caches = [], []
     for rows in (None, wanted):
         core = make_core(1, cache_rows=256)
@@ -171,12 +171,12 @@ def test_wanted_rows_alone_give_the_same_states_and_cache_as_all_rows(make_core,
         (4, 2.0, 4),
     ],
 )
-def test_as_many_micro_batches_are_under_way_as_gpus_compute(num_stages, gpus_per_stage, expected):
+def test_one_micro_batch_per_gpu_is_in_flight(num_stages, gpus_per_stage, expected):
     device = "cpu" if gpus_per_stage is None else "cuda"
     assert choose_in_flight(num_stages, device, gpus_per_stage or 1.0) == expected
 
 
-def test_one_micro_batch_at_work_is_larger():
+def test_single_micro_batch_in_flight_is_larger():
     assert choose_batch_rows(1) == 6 * choose_batch_rows(2) == 6 * choose_batch_rows(4)
 
 

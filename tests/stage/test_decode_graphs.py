@@ -1,4 +1,4 @@
-"""Passes padded to captured sizes give the same answers as passes without padding."""
+"""Forward passes padded to captured sizes give the same answers as passes without padding."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def passes():
 
 
 def make_batch(*segments, adapters=None):
-    """(rows, first key row, keys) of each segment."""
+    """Return a micro-batch; each segment is given as (rows, first key row, keys)."""
     batch = MicroBatch(0, adapters=adapters or [(None, sum(count for count, *_ in segments))])
     for count, start, num_keys in segments:
         own = range(start + num_keys - count, start + num_keys)
@@ -48,7 +48,7 @@ def lay_out(passes, batch, adapters=None):
     return taken.form, found[0]
 
 
-def test_a_prompt_is_padded_with_its_own_first_rows(passes):
+def test_prompt_is_padded_with_its_own_first_rows(passes):
     form, rows = lay_out(passes, make_batch((100, 16, 120), adapters=[("a", 100)]), {"a": 3})
     assert form == Form(128, 4, 0, 128, False, True)
     assert rows.ids.tolist() == [*range(7, 107), *range(7, 35)]
@@ -56,11 +56,11 @@ def test_a_prompt_is_padded_with_its_own_first_rows(passes):
     assert rows.slots.tolist() == [*range(36, 136)] + [SPARE] * 28
     assert rows.adapters.tolist() == [3] * 128
     assert rows.ranges.cumulative_queries.tolist() == [0, 100, 128, 128, 128]
-    # The repeated 28 see the 20 keys before the segment and their own.
+    # The 28 repeated rows attend to the 20 keys before the segment and to their own.
     assert (rows.ranges.starts.tolist()[:2], rows.ranges.lengths.tolist()[:2]) == ([16, 16], [120, 48])
 
 
-def test_the_longest_segments_are_repeated_and_again_where_they_are_too_short(passes):
+def test_longest_segments_are_repeated_several_times_if_they_are_short(passes):
     form, rows = lay_out(passes, make_batch((3, 0, 3), (65, 16, 65), (1, 96, 9)))
     assert (form.num_rows, form.num_segments) == (128, 4)
     assert rows.ranges.cumulative_queries.tolist() == [0, 3, 68, 69, 128]
@@ -70,7 +70,7 @@ def test_the_longest_segments_are_repeated_and_again_where_they_are_too_short(pa
     assert rows.ranges.cumulative_queries.tolist()[-1] == 16
 
 
-def test_next_tokens_are_padded_with_rows_that_see_one_key(passes):
+def test_decode_rows_are_padded_with_rows_of_one_key(passes):
     form, rows = lay_out(passes, make_batch((1, 0, 30), (1, 48, 20), (1, 96, 9)))
     assert form == Form(4, 4, 0, 1, True, False)
     assert (rows.slots.tolist(), rows.ranges.lengths.tolist()) == ([29, 67, 104, SPARE], [30, 20, 9, 1])
@@ -83,16 +83,16 @@ def test_next_tokens_are_padded_with_rows_that_see_one_key(passes):
         make_batch(*((2, 16 * index, 2) for index in range(max(most for most, _ in PART_SIZES) + 1))),
     ],
 )
-def test_a_pass_without_a_size_runs_as_it_is(passes, batch):
+def test_pass_larger_than_every_size_is_not_padded(passes, batch):
     assert passes.take(batch) is None
 
 
-def test_rows_with_a_second_range_are_padded_with_the_first_of_them(passes):
+def test_rows_with_a_second_range_are_padded_with_the_first_such_row(passes):
     batch = make_batch((4, 0, 4), adapters=[(None, 6)])
     batch.add([5, 6], 4, [20, 21], [(0, 4), (20, 2)])
     form, rows = lay_out(passes, batch)
     assert form == Form(16, 24, 16, 16, False, False)
-    # Both rows see the four keys before them, and by themselves their own; what fills up are rows of the first four.
+    # Both rows attend to the four keys before them, and in a second range to their own; the padding repeats the first four rows.
     assert rows.ranges.cumulative_queries.tolist()[:4] == [0, 4, 5, 6]
     assert (rows.ranges.starts.tolist()[:3], rows.ranges.lengths.tolist()[:4]) == ([0, 0, 0], [4, 4, 4, 4])
     assert rows.tails.rows.tolist() == [4, 5, *[4] * 14]
@@ -101,7 +101,7 @@ def test_rows_with_a_second_range_are_padded_with_the_first_of_them(passes):
     assert (rows.tails.first.starts.tolist()[:3], rows.tails.first.lengths.tolist()[:3]) == ([0, 0, SPARE], [4, 4, 1])
 
 
-def test_answers_that_follow_their_prompt_are_one_segment_with_it(passes):
+def test_answers_after_their_prompt_form_one_segment_with_it(passes):
     batch = make_batch((4, 16, 24), adapters=[(None, 8)])
     batch.add([5], 24, [40], [(16, 25)])
     batch.add([6, 7], 24, [41, 42], [(16, 24), (41, 2)])
@@ -115,7 +115,7 @@ def test_answers_that_follow_their_prompt_are_one_segment_with_it(passes):
     assert rows.tails.first.cumulative_queries.tolist()[:3] == [0, 3, 16]
 
 
-def test_a_prompt_that_is_long_with_its_answers_alone_gets_all_its_programs(passes):
+def test_prompt_that_is_long_only_with_its_answers_gets_all_its_programs(passes):
     batch = MicroBatch(0, adapters=[(None, 30 * 130)])
     for start in range(0, 30 * 256, 256):
         batch.add([7] * 60, 0, range(start, start + 60), [(start, 60)])
@@ -130,13 +130,13 @@ def test_a_prompt_that_is_long_with_its_answers_alone_gets_all_its_programs(pass
     assert passes.take(batch).form.max_queries == passes.take(batch).form.num_rows  # 129 queries in one segment
 
 
-def test_long_answers_run_as_they_are(passes):
+def test_long_answers_are_not_padded(passes):
     batch = make_batch((4, 16, 24), adapters=[(None, 13)])
     batch.add([5] * 9, 24, range(60, 69), [(16, 24), (60, 9)])
     assert passes.take(batch) is None
 
 
-def test_only_few_segments_pay_for_programs_that_long_ones_need(passes):
+def test_programs_for_long_segments_are_launched_only_with_few_segments(passes):
     sizes = {}
     for count, length in ((3, 200), (30, 20), (30, 4), (3, 20)):
         form = passes.take(make_batch(*((length, 256 * index, length) for index in range(count)))).form
@@ -146,7 +146,7 @@ def test_only_few_segments_pay_for_programs_that_long_ones_need(passes):
     assert passes.take(make_batch(*mixed)).form == Form(512, 64, 0, 512, False, False)
 
 
-def test_every_number_of_rows_has_the_next_size(passes):
+def test_every_number_of_rows_is_padded_to_the_next_size(passes):
     for count in range(1, PROMPT_SIZES[-1] + 1):
         form, _, _, filling = passes.take(make_batch((count, 0, count)))
         sizes = DECODE_SIZES if count == 1 else PROMPT_SIZES
@@ -155,7 +155,7 @@ def test_every_number_of_rows_has_the_next_size(passes):
 
 
 def make_mixed():
-    """Adapters and the base in one batch, a shared prefix, choices of one token and of several, and generated text."""
+    """Return requests of adapters and the base, with a shared prefix, choices of one token and of several, and generated text."""
     shared = RAGGED[3][:32]
     return [
         Request(id="a", prompt_ids=(*shared, 5), choices=((9,), (10,)), adapter="all"),
@@ -173,7 +173,7 @@ def test_padded_passes_give_the_same_answers(make_core, num_stages, bits):
     stage = cores[0].executor.stages[-1]
     compute = stage.passes._run
     stage.passes._run = lambda rows, hidden: forms.append(rows.form) or compute(rows, hidden)
-    # Attention adds in another order, and rounding to int8 can make a step of 1/127 of a difference in the last digit.
+    # Attention sums in another order; rounding to int8 can turn a difference in the last digit into a step of 1/127.
     rel = 5e-3 if bits == 8 else 1e-5
     for requests in (make_mixed(), make_requests(RAGGED[2:3])):
         (filled, _), (bare, _) = (run(core, requests) for core in cores)
@@ -186,8 +186,8 @@ def test_padded_passes_give_the_same_answers(make_core, num_stages, bits):
     }
 
 
-def test_a_label_whose_last_chunk_is_one_token_is_scored(make_core):
-    """Such a chunk looks like a generated token, which has no label to score."""
+def test_label_is_scored_if_the_prompts_last_chunk_is_one_token(make_core):
+    """Such a chunk looks like a generated token, for which no label is scored."""
     request = Request(id="l", prompt_ids=RAGGED[2], choices=((9,), (10,)))
     whole, cut = (run(make_core(max_batch_tokens=rows), [request])[0]["l"] for rows in (64, 32))
     assert list(cut.log_probs) == pytest.approx(list(whole.log_probs), rel=1e-5)
@@ -196,8 +196,8 @@ def test_a_label_whose_last_chunk_is_one_token_is_scored(make_core):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("batch_tokens", [2048, 12288])
-def test_text_of_many_requests_at_once_on_a_gpu(mild, batch_tokens):
-    """150 requests, so that passes have 65 to 128 segments and no second ranges; against the same passes without padding."""
+def test_text_of_many_concurrent_requests_on_a_gpu(mild, batch_tokens):
+    """150 requests make passes of 65 to 128 segments without second ranges. Compared with the same passes without padding."""
     rng = random.Random(5)
     requests = [
         Request(id=str(number), prompt_ids=tuple(rng.choices(range(3, 500), k=rng.randint(1, 60))), adapter=adapter)
@@ -218,12 +218,12 @@ def test_text_of_many_requests_at_once_on_a_gpu(mild, batch_tokens):
         for own, right in zip(answers[0][name].tokens, bare.tokens, strict=False):
             assert own.log_prob == pytest.approx(right.log_prob, abs=0.1)
             if own.id != right.id:
-                break  # two tokens were about equally likely: from here on the texts are others
+                break  # two tokens were about equally likely: from here on the texts differ
 
 
 @pytest.fixture(scope="module")
 def mild(four_layers, adapter_folders, tmp_path_factory):
-    """The same base and adapters with smaller numbers, which 16-bit rounding changes little."""
+    """The base and adapters with smaller weights, whose results 16-bit rounding changes little."""
     folder = shutil.copytree(four_layers.base, tmp_path_factory.mktemp("mild") / "base")
     values = json.loads((folder / "config.json").read_text()) | {"initializer_range": 0.05}
     (folder / "config.json").write_text(json.dumps(values))
@@ -239,7 +239,7 @@ def mild(four_layers, adapter_folders, tmp_path_factory):
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("adapters", [[(None, 133)], [(None, 1), ("all", 100), ("few", 32)]])
 def test_padded_passes_in_16_bit(mild, device, bits, adapters):
-    """No further from float32 than eager passes without padding; on a GPU first eager, then captured, then replayed."""
+    """Errors are like those of eager passes without padding. On a GPU the passes are eager, then captured, then replayed."""
     batch = make_batch((1, 0, 30), (100, 48, 120), (32, 176, 32), adapters=adapters)
     states = {}
     for dtype, fills in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):

@@ -1,4 +1,4 @@
-"""Any micro-batch, padded to a captured size, captured and replayed, gives its eager results; emulated on CPU."""
+"""Random micro-batches, padded to a captured size, captured and replayed, give their eager results; emulated on CPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def stage(request, four_layers, adapter_folders):
 
 
 def run(stage, batch):
-    """Run a micro-batch on a cache of random numbers; returns copies of the result and of the cache."""
+    """Run a micro-batch on a cache of random values; returns copies of the result and of the cache."""
     generator = torch.Generator().manual_seed(0)
     stage.cache.copy_(torch.randn(stage.cache.shape, generator=generator))
     hidden = None if stage.is_first else torch.randn(batch.num_rows, 64, generator=generator) + batch.input_ids[0] / 500
@@ -54,7 +54,7 @@ def run(stage, batch):
 
 
 def lay_out(batch):
-    """Return what a graph reads, and its form; None where the micro-batch is not captured."""
+    """Return the input of a graph, with its form; None if the micro-batch is not captured."""
     passes, found = StageGraphs(lambda *_: torch.zeros(0), CACHE_ROWS, CPU, fills=True), []
     taken = passes.take(batch)
     if taken is None:
@@ -66,7 +66,7 @@ def lay_out(batch):
 
 @BOUNDED
 @given(batch=micro_batches(USED_ROWS))
-def test_every_lay_out_holds_together(batch):
+def test_every_layout_is_consistent(batch):
     rows = lay_out(batch)
     if rows is None:
         return
@@ -112,8 +112,8 @@ def test_padded_passes_equal_passes_without_padding(stage, batch):
 
 @settings(BOUNDED, max_examples=12)
 @given(batch=micro_batches(USED_ROWS), others=st.lists(st.integers(0, 2**32), min_size=2, max_size=2))
-def test_a_replay_equals_the_pass_as_it_is_with_other_numbers_each_time(stage, batch, others):
-    """Tokens, adapters, cache rows and keys of the second and third run are not those that were captured."""
+def test_replays_with_new_inputs_equal_eager_passes(stage, batch, others):
+    """Tokens, adapters, cache rows and keys of the second and third run differ from the captured ones."""
     twins = [batch, *(move(batch, seed) for seed in others)]
     expected, found = [], []
     stage.passes.fills = False
@@ -125,7 +125,7 @@ def test_a_replay_equals_the_pass_as_it_is_with_other_numbers_each_time(stage, b
         patch.setattr(stage, "passes", passes)
         graphs = emulate_graphs(patch)
         emulate_flash(patch)
-        run(stage, batch)  # seen for the first time
+        run(stage, batch)  # the first pass of a form is not captured
         for twin in twins:
             found.append(run(stage, twin))
     if passes.take(batch) is not None:
@@ -135,7 +135,7 @@ def test_a_replay_equals_the_pass_as_it_is_with_other_numbers_each_time(stage, b
 
 
 def move(batch, seed):
-    """Return a micro-batch of the same form elsewhere in the cache, with other tokens and adapters."""
+    """Return a micro-batch of the same form with other cache rows, tokens and adapters."""
     rng = random.Random(seed)
     shift = 16 * rng.randint(1, 40)
     names = [name for name in ADAPTERS if name is not None]
@@ -159,7 +159,7 @@ def close(found, expected):
 
 
 def make_tails(num_segments, num_tails):
-    """A prompt with so many answers of a token, one a range of its own, among prompts of 2 tokens each."""
+    """Return a prompt with `num_tails` answers of one token in a second range each, and prompts of 2 tokens."""
     batch, start = MicroBatch(0), 0
     if num_tails:
         add_request(batch, "labels", start, 0, 20, [1] * (num_tails + 1))
@@ -174,7 +174,7 @@ def make_tails(num_segments, num_tails):
 @pytest.mark.parametrize("most", PART_SIZES)
 @pytest.mark.parametrize("more", [(-1, -1), (0, 0), (1, 0), (2, 0), (0, 1)])
 def test_passes_at_the_bounds_of_each_size(stage, most, more):
-    num_segments, num_tails = most[0] + more[0] - 1, max(0, most[1] + more[1])  # one or more segments fill it up
+    num_segments, num_tails = most[0] + more[0] - 1, max(0, most[1] + more[1])  # padding adds at least one segment
     batch = make_tails(num_segments, num_tails)
     assert len(split_tails(batch.segments)[0]) == num_segments
     results = []
@@ -183,7 +183,7 @@ def test_passes_at_the_bounds_of_each_size(stage, most, more):
     close(results[1], results[0])
 
 
-def test_passes_without_answers_get_no_form_for_them():
+def test_passes_without_answers_have_a_form_without_tails():
     assert [find_parts(count, 0) for count in (1, 4, 5, 64, 65, 96, 97, 128, 129)] == [
         (4, 0), (4, 0), (64, 0), (64, 0), (128, 0), (128, 0), (128, 0), (128, 0), None,
     ]  # fmt: skip
@@ -193,7 +193,7 @@ def test_passes_without_answers_get_no_form_for_them():
 
 
 @pytest.mark.parametrize("count", [65, 80, 96, 97, 128])
-def test_next_tokens_of_more_requests_than_a_decode_size_are_captured_too(count):
+def test_decode_rows_beyond_the_largest_decode_size_are_captured_too(count):
     batch = MicroBatch(0, adapters=[(None, count)])
     for number in range(count):
         add_request(batch, "token", 16 * number, 5, 1, [])
@@ -201,18 +201,18 @@ def test_next_tokens_of_more_requests_than_a_decode_size_are_captured_too(count)
     assert (form.num_rows, form.num_segments, form.num_tails, form.is_decode) == (128, 128, 0, False)
 
 
-def test_nothing_to_repeat_or_nothing_at_all_runs_as_it_is():
+def test_empty_batch_and_batch_without_rows_to_repeat_are_not_padded():
     passes = StageGraphs(lambda *_: torch.zeros(0), CACHE_ROWS, CPU, fills=True)
     assert passes.take(MicroBatch(0)) is None
     alone = MicroBatch(0, adapters=[(None, 3)])
     alone.add([5, 6, 7], 4, [8, 9, 10], [(0, 4), (8, 3)])
     assert passes.take(alone) is None
     alone.segments = [Segment(3, ((0, 4), (8, 3)))] * 6
-    assert passes.take(replace(alone, input_ids=[5] * 16)) is not None  # nothing is missing
+    assert passes.take(replace(alone, input_ids=[5] * 16)) is not None  # 16 rows need no padding
 
 
 def make_requests(count, method, adapters):
-    """Text, labels or both, of several adapters, with common prefixes."""
+    """Return requests for text, labels or both, of several adapters, with common prefixes."""
     rng = random.Random(count)
     shared = [tuple(rng.choices(range(3, VOCABULARY), k=40)) for _ in range(3)]
     requests = []
@@ -234,7 +234,7 @@ def make_requests(count, method, adapters):
 
 @pytest.fixture(scope="module")
 def engines(four_layers, adapter_folders):
-    """Four layers as one stage and as two, and their tokenizer."""
+    """Four layers as one stage and as two stages, by number of stages, each with the tokenizer."""
     made = {}
     for spans in ([range(4)], [range(2), range(2, 4)]):
         bases = [load_base(four_layers, 16, CPU, 0, span) for span in spans]
@@ -260,7 +260,7 @@ def engines(four_layers, adapter_folders):
 def test_answers_are_the_same_with_captured_passes(
     engines, count, method, adapters, batch_tokens, num_stages, num_segments
 ):
-    """Passes as the scheduler makes them of many requests; those of 65 to 128 segments without second ranges among them."""
+    """Passes that the scheduler makes of many requests, some of them with 65 to 128 segments without second ranges."""
     requests = make_requests(count, method, adapters)
     stages, tokenizer = engines[num_stages]
     limits = Limits(cache_rows=64 * 80, max_batch_tokens=batch_tokens, max_in_flight=num_stages, follows=True)
@@ -283,16 +283,16 @@ def test_answers_are_the_same_with_captured_passes(
             patch.setattr(each, "passes", StageGraphs(each._run_rows, CACHE_ROWS, CPU, fills=True))
             each.passes.captures = True
             patch.setattr(each, "_flashes", True)
-        recorded = ask()
+        captured = ask()
         forms = set(stages[0].passes._seen)
     assert num_segments in {form.num_segments for form in forms}
     assert any(form.is_decode for form in forms) == (method != "labels")
-    assert recorded.keys() == plain.keys() == {request.id for request in requests}
+    assert captured.keys() == plain.keys() == {request.id for request in requests}
     for name, answer in plain.items():
-        found = recorded[name]
+        found = captured[name]
         assert list(found.log_probs) == pytest.approx(list(answer.log_probs), rel=1e-4, abs=1e-3)
         assert found.finish == answer.finish
         for own, right in zip(found.tokens, answer.tokens, strict=True):
             assert own.log_prob == pytest.approx(right.log_prob, abs=2e-3)
             if own.id != right.id:
-                break  # two tokens were equally likely: from here on the texts are others
+                break  # two tokens were equally likely: from here on the texts differ

@@ -1,4 +1,4 @@
-"""Sampling against the definition of nucleus sampling, by hand and by frequency; each row independent of its batch."""
+"""Sampling against hand-computed nucleus probabilities, by frequency; each row is independent of its batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def make_sample(temperature=1.0, top_p=1.0, seed=0, position=0):
 
 
 def pairs(logits, samples):
-    """Each row's token and its log-probability."""
+    """Return each row's token and its log-probability."""
     tokens, log_probs = sample(logits, samples)
     return list(zip(tokens.tolist(), log_probs.tolist(), strict=True))
 
@@ -32,7 +32,7 @@ def frequencies(logits, count=4000, **settings):
     return {token: number / count for token, number in counts.items()}
 
 
-def test_greedy_takes_the_likeliest_and_gives_its_probability():
+def test_greedy_takes_the_likeliest_token_and_returns_its_log_probability():
     (token, log_prob), *_ = pairs(logits_of(0.2, 0.5, 0.3), [make_sample(temperature=0.0)])
     assert (token, log_prob) == (1, pytest.approx(math.log(0.5), abs=1e-6))
 
@@ -41,16 +41,16 @@ def test_greedy_takes_the_likeliest_and_gives_its_probability():
     ("settings", "expected"),
     [
         ({}, {0: 0.2, 1: 0.5, 2: 0.25, 3: 0.05}),
-        # p^2 over its sum, 0.355
+        # p^2, divided by the sum 0.355
         ({"temperature": 0.5}, {0: 0.04 / 0.355, 1: 0.25 / 0.355, 2: 0.0625 / 0.355, 3: 0.0025 / 0.355}),
-        # 0.5 + 0.25 is under 0.8, so token 0 belongs to it as well
+        # 0.5 + 0.25 is below 0.8, so token 0 is in the nucleus too
         ({"top_p": 0.8}, {0: 0.2 / 0.95, 1: 0.5 / 0.95, 2: 0.25 / 0.95}),
         ({"top_p": 0.6}, {1: 0.5 / 0.75, 2: 0.25 / 0.75}),
         ({"top_p": 0.01}, {1: 1.0}),
     ],
 )
-def test_tokens_come_as_often_as_they_should(settings, expected):
-    """Four standard errors of 4,000 samples are 0.032 at most."""
+def test_frequencies_equal_the_probabilities(settings, expected):
+    """Four standard errors of 4,000 samples are at most 0.032."""
     found = frequencies(logits_of(0.2, 0.5, 0.25, 0.05), **settings)
     assert found.keys() == expected.keys()
     assert found == pytest.approx(expected, abs=0.032)
@@ -66,7 +66,7 @@ def test_row_samples_the_same_token_in_any_batch():
     assert backwards[::-1] == together
 
 
-def test_seed_and_position_decide():
+def test_sample_depends_on_seed_and_position():
     logits = torch.zeros(1, 1000)
     first = pairs(logits, [make_sample(seed=1)])
     assert pairs(logits, [make_sample(seed=1)]) == first
@@ -74,7 +74,7 @@ def test_seed_and_position_decide():
     assert pairs(logits, [make_sample(seed=1, position=1)]) != first
 
 
-def test_log_probability_is_the_models_own_before_temperature_and_top_p():
+def test_log_probability_ignores_temperature_and_top_p():
     ((token, log_prob),) = pairs(logits_of(0.9, 0.1), [make_sample(temperature=0.1, top_p=0.5)])
     assert (token, log_prob) == (0, pytest.approx(math.log(0.9), abs=1e-6))
 

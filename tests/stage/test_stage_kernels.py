@@ -1,4 +1,4 @@
-"""A whole stage with all of its GPU kernels, emulated on CPU: padded, captured, replayed; against float32."""
+"""A whole stage with all of its GPU kernels emulated on CPU: padded, captured and replayed passes against float32."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from finlora.stage.stage import Stage
 
 CPU = torch.device("cpu")
 SHAPES = {
-    # SmolLM2-135M: no multiple of 128 but the MLP's 1,536, three query heads a key-value head
+    # SmolLM2-135M: only the MLP's 1,536 is a multiple of 128; three query heads per key-value head
     "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
     "by 128": {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 1},
     "narrow heads": {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 12, "num_key_value_heads": 4},
@@ -33,7 +33,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def make_stage(tiny_base, tmp_path_factory):
-    """Build one layer, first and last, of a shape; all weights are random."""
+    """Factory of one-layer stages of a shape, first and last in one; all weights are random."""
 
     def build(shape, bits, dtype, cache_rows=512):
         folder = tmp_path_factory.mktemp("shape") / "base"
@@ -65,7 +65,7 @@ def make_batches():
 
 
 def run(stage, batch):
-    stage.is_last = False  # hidden states come back
+    stage.is_last = False  # it returns hidden states
     generator = torch.Generator().manual_seed(0)
     stage.cache.copy_(torch.randn(stage.cache.shape, generator=generator))
     return stage.run(batch, None).float().clone()
@@ -74,11 +74,11 @@ def run(stage, batch):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_stage_by_kernels_equals_the_plain_one(make_stage, monkeypatch, shape, bits, dtype):
+def test_stage_with_kernels_equals_the_plain_one(make_stage, monkeypatch, shape, bits, dtype):
     batches = make_batches()
     plain = make_stage(shape, bits, torch.float32)
     truth = {name: run(plain, batch) for name, batch in batches.items()}
-    # At 8 bit the plain product rounds its input to int8, and that of few rows does not.
+    # At 8 bit the plain product rounds its input to int8; the kernel for few rows does not.
     most = 0.05 if bits == 8 else 0.02 if dtype == torch.bfloat16 else 1e-5
     emulate_graphs(monkeypatch)
     emulate_flash(monkeypatch, is_whole=False)
@@ -88,10 +88,10 @@ def test_stage_by_kernels_equals_the_plain_one(make_stage, monkeypatch, shape, b
         assert stage.passes.fills == (dtype == torch.bfloat16)  # FlashAttention takes no float32
         stage.passes.captures = True
         for name, batch in batches.items():
-            for time in ("seen", "captured", "replayed"):
+            for way in ("eager", "captured", "replayed"):
                 found = run(stage, batch)
                 error = float((found - truth[name]).norm() / truth[name].norm())
-                assert error < most, (name, time)
+                assert error < most, (name, way)
         assert len(stage.passes._graphs) == (3 if stage.passes.fills else 0)
         launched = {name for name in vars(kernels) for kernel in vars(vars(kernels)[name]).values() if is_used(kernel)}
     width = stage.layers[0].heads[2]
@@ -104,8 +104,8 @@ def test_stage_by_kernels_equals_the_plain_one(make_stage, monkeypatch, shape, b
 
 
 @pytest.mark.parametrize(("cache_rows", "batch_tokens"), [(64, 16), (512, 300)])
-def test_warm_up_records_all_that_requests_without_adapters_bring(make_stage, monkeypatch, cache_rows, batch_tokens):
-    """As on a GPU, with any cache that is allowed and any number of rows a micro-batch."""
+def test_warm_up_captures_every_form_of_requests_without_adapters(make_stage, monkeypatch, cache_rows, batch_tokens):
+    """As on a GPU, for the smallest allowed cache and for a larger one."""
     emulate_graphs(monkeypatch)
     emulate_flash(monkeypatch, is_whole=False)
     monkeypatch.setattr(launch, "takes_kernels", lambda _tensor: True)
@@ -113,18 +113,18 @@ def test_warm_up_records_all_that_requests_without_adapters_bring(make_stage, mo
         stage = make_stage("narrow heads", 16, torch.bfloat16, cache_rows)
         stage.passes.captures = True
         warm_up(InProcess([stage]), cache_rows, batch_tokens)
-    recorded = set(stage.passes._graphs)
+    captured = set(stage.passes._graphs)
     for count in (1, 3, 24, 64):
         batch = MicroBatch(0, adapters=[(None, count)])
         for number in range(count):
             add_request(batch, "token", number, 0, 1, [])
-        assert stage.passes.take(batch).form in recorded
+        assert stage.passes.take(batch).form in captured
     sizes = [size for size in PROMPT_SIZES if size < min(cache_rows, batch_tokens)]
     for num_rows, answers in product(sizes, ([], [1], [1] * 4)):
         batch = MicroBatch(0)
         add_request(batch, "labels", 0, 0, num_rows - sum(answers), answers)
         batch.adapters.append((None, batch.num_rows))
-        assert stage.passes.take(batch).form in recorded, (num_rows, answers)
+        assert stage.passes.take(batch).form in captured, (num_rows, answers)
 
 
 def is_used(kernel):

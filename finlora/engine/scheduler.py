@@ -1,12 +1,12 @@
 """Continuous batching with chunked prefill over a pipeline with several micro-batches in flight.
 
-Pure bookkeeping: no torch, no clock of its own. A request waits in its client's queue until the cache has room for the most
-rows that it can need. Then its prompt is computed in chunks, and it decodes one token per micro-batch until it ends. K stages
-are kept busy by K micro-batches: tokens of different requests, or consecutive chunks of one prompt.
+Pure bookkeeping: no torch, no clock of its own. A request waits in its client's queue until the cache has room for all rows that
+the request may need. Then its prompt is computed in chunks, and it decodes one token per micro-batch until it ends. K stages are
+kept busy by K micro-batches: tokens of different requests, or consecutive chunks of one prompt.
 
 One more micro-batch may follow the oldest in flight before its tokens are known: the first stage gets them from the last as soon
-as they are sampled, without the scheduler. If one of them ends its request, its speculative row is discarded. Such a micro-batch
-would delay new prompts, so none is made while there are any.
+as they are sampled, without the scheduler. If such a token ends its request, the request's speculative row is discarded. A
+following micro-batch would delay new prompts, so none is made while there are any.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Scheduler:
             raise ConfigError(f"request {request.id}: a request with this id is waiting or active, expected a new id")
         if request.num_tokens > self.pool.num_rows:
             raise ConfigError(
-                f"request {request.id} can need {request.num_tokens:,} tokens of cache, {self.pool.num_rows:,} are there: "
+                f"request {request.id} can need {request.num_tokens:,} tokens of cache, which has {self.pool.num_rows:,}: "
                 "shorten the prompt, lower max_tokens, or give the engine a larger cache"
             )
         if self.num_waiting >= self.limits.max_waiting:
@@ -89,11 +89,11 @@ class Scheduler:
         for queue in self._queues.values():
             for request in queue:
                 if request.id == request_id:
-                    self._has_room = True  # another one is next
+                    self._has_room = True  # the client's next request may fit
                     queue.remove(request)
                     return Answer(request_id=request_id, finish=finish)
         work = self._active.get(request_id)
-        # Its rows in flight are computed before those of whoever gets its extent (finlora/engine/kv_cache.py).
+        # Its rows in flight are computed before those of the next owner of its extent (finlora/engine/kv_cache.py).
         return None if work is None else self._finish(work, finish)
 
     def uses_adapter(self, name: str) -> bool:
@@ -101,7 +101,7 @@ class Scheduler:
         return any(request.adapter == name for request in self._requests())
 
     def forget_prefixes(self) -> None:
-        """Drop all kept prefixes: what follows does not depend on what came before."""
+        """Drop all kept prefixes, so that later answers do not depend on earlier requests."""
         self.pool.forget_all()
 
     def forget_adapter(self, name: str) -> None:
@@ -119,11 +119,11 @@ class Scheduler:
         followers = self._find_followers()
         if is_full and not followers and not self._may_go_ahead():
             return None
-        # With stages free, requests whose tokens are known come first: behind followers they would wait for those tokens too.
+        # If a stage is free, requests with known tokens come first: after followers they would also wait for the followed tokens.
         chosen = self._choose(followers if is_full else {}) or (self._choose(followers) if followers else [])
         if not chosen:
             return None
-        # Copies in the order of admission: one may read rows that the next overwrites.
+        # Copies stay in the order of admission: one may read rows that the next one overwrites.
         batch, self._copies = MicroBatch(self._number, copies=self._copies), []
         if any(work in followers for work, _ in chosen):
             batch.follows = next(iter(self._in_flight))
@@ -193,7 +193,7 @@ class Scheduler:
         )
 
     def _find_followers(self) -> dict[Work, int]:
-        """Return requests whose next token can follow one that the oldest micro-batch samples, and the index of that sample."""
+        """Return the requests that can follow a token that the oldest micro-batch samples, with the index of that sample."""
         is_open = self.limits.follows and 0 < self.num_in_flight <= self.limits.max_in_flight
         has_prompts = self._with_prompts or (self._has_room and self.num_waiting)
         if not is_open or has_prompts or self.num_prefilled < self.num_active:
@@ -212,7 +212,7 @@ class Scheduler:
         chosen, budget = list[tuple[Work, int]](), self.limits.max_batch_tokens
         active = self._active.values()
         ready = [work for work in active if work in followers or (work.is_prefilled and not work.in_flight)]
-        # Split evenly over the micro-batches in flight: if the first took all, the other stages would idle.
+        # Split evenly over the micro-batches in flight: if the first one took all, the other stages would idle.
         share = -(-self.num_prefilled // self.limits.max_in_flight)
         for work in ready[: min(share, budget)]:
             chosen.append((work, 0))
@@ -228,7 +228,7 @@ class Scheduler:
         return chosen
 
     def _may_go_ahead(self) -> bool:
-        """Return whether a micro-batch may wait before the first stage: it has many rows and delays no next token."""
+        """Return whether a micro-batch may queue at the first stage: it has many rows and delays no decode step."""
         is_free = len(self._in_flight) <= self.limits.max_in_flight and not self.is_decoding
         return is_free and self._count_prompt_tokens(MIN_CHUNK, attrgetter("num_computed")) >= MIN_CHUNK
 
@@ -262,7 +262,7 @@ class Scheduler:
         return rest
 
     def _take_prompt(self, chosen: list[tuple[Work, int]], prefixes: Prefixes, work: Work, budget: int) -> int:
-        """Add as much of a prompt as the budget allows, and return what is left; choices come with its last chunk, uncounted."""
+        """Add as much of a prompt as the budget allows; return the rest of the budget. Choices join the last chunk, uncounted."""
         count = min(budget, len(work.request.prompt_ids) - work.num_computed)
         if count > 0:
             chosen.append((work, count))
@@ -270,7 +270,7 @@ class Scheduler:
         return budget - count
 
     def _admit(self, prefixes: Prefixes, budget: int, whole: int) -> Work | None:
-        """Admit the next client's first request; None: no request, no room, or the next micro-batch suits it better."""
+        """Admit the next client's first request; None: no request, no room, or it should wait for the next micro-batch."""
         while self._queues and not next(iter(self._queues.values())):
             self._queues.popitem(last=False)
         if not self._queues:
@@ -279,12 +279,12 @@ class Scheduler:
         request = queue[0]
         source, length = self.pool.find(request.adapter, request.prompt_ids)
         if self.limits.keeps_prefixes and prefixes.has(request, length + MIN_PREFIX):
-            return None  # it can copy them with the next micro-batch
+            return None  # a prompt of this micro-batch has its prefix; the next micro-batch can copy those rows
         # Attention over chunks runs at half the speed, and one stage alone gains nothing from chunks.
         if self.limits.max_in_flight == 1 and budget < len(request.prompt_ids) - length <= whole >= 2 * budget:
             return None
         extent = self.pool.allocate(request.adapter, request.prompt_ids, request.num_tokens, source)
-        if extent is None and not self._active:  # the prefix itself is in the way, and no request will free rows
+        if extent is None and not self._active:  # the kept prefix takes the room, and no request will free rows
             source, length = None, 0
             extent = self.pool.allocate(request.adapter, request.prompt_ids, request.num_tokens, None)
         if extent is None:

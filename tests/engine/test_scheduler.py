@@ -211,7 +211,7 @@ def test_deadline_ends_waiting_and_active_requests():
 
 def test_impossible_requests_and_limits_are_refused():
     scheduler = make_scheduler(cache_rows=64, max_waiting=1)
-    with pytest.raises(ConfigError, match=r"r can need 101 tokens of cache, 64 are there: shorten the prompt"):
+    with pytest.raises(ConfigError, match=r"r can need 101 tokens of cache, which has 64: shorten the prompt"):
         scheduler.submit(make_request("r", [1], 100))
     with pytest.raises(ConfigError, match=r"expected at least one token in its prompt"):
         scheduler.submit(make_request("r", []))

@@ -196,7 +196,7 @@ def freeze(modules: Sequence[Any], dtype: torch.dtype, *, consumes: bool = False
     Args:
         modules: nn.Linear or bitsandbytes layers, all of one kind.
         dtype: type of the activations.
-        consumes: the layers need not keep working: on a GPU, 4-bit weights are reordered into tiles.
+        consumes: the layers may stop working: on a GPU, 4-bit weights are then reordered into tiles.
     """
     if all(type(module) is nn.Linear for module in modules):
         weights = [module.weight for module in modules]

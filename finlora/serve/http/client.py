@@ -178,7 +178,7 @@ def _take(values: Any, name: str, kind: type[_Kind], address: str) -> _Kind:
 
 
 def _strange(address: str, found: str) -> ResourceError:
-    return ResourceError(f"{address} answers with {found}, which no FinLoRA server sends: correct --server.")
+    return ResourceError(f"{address} answers with {found}, which is not FinLoRA's format: correct --server.")
 
 
 def _plain(text: str) -> str:
@@ -216,7 +216,8 @@ def _open(address: str, path: str, key: str, body: dict[str, Any] | None) -> Ite
             kind = ResourceError if error.code >= 500 or error.code in _RETRIABLE else ConfigError
             if message is None:
                 raise kind(
-                    f"the server at {address} answers {error.code}, not as a FinLoRA server does: correct --server."
+                    f"the server at {address} answers {error.code} without FinLoRA's error format: ask again, or correct "
+                    "--server if it is another server."
                 ) from None
             raise kind(f"the server answers {error.code}: {message}") from None
     with reply:
@@ -281,7 +282,7 @@ def _failures_named(address: str, proxies: Mapping[str, str] = MappingProxyType(
         elif isinstance(reason, ssl.SSLError):
             what = f"it does not speak TLS, {reason.reason}): use http:// if the server has no certificate"
         elif isinstance(error, http.client.HTTPException | ConnectionResetError) and address.startswith("http://"):
-            what = f"it hangs up, {type(error).__name__}): use https:// if the server has a certificate"
+            what = f"it closes the connection, {type(error).__name__}): use https:// if the server has a certificate"
         else:
             what = f"{reason}): start one with `finlora serve`, or correct --server"
         through = f" through the proxy {_shorten_proxy(proxies)}" if proxies else ""

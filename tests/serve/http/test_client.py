@@ -148,5 +148,6 @@ def test_server_without_tls_or_of_another_kind_is_an_error(ask, live):
         server.shutdown()
     assert (code, err) == (
         2,
-        f"Config error: the server at {address} answers 404, not as a FinLoRA server does: correct --server.\n",
+        f"Config error: the server at {address} answers 404 without FinLoRA's error format: ask again, or correct --server if it "
+        "is another server.\n",
     )

@@ -57,7 +57,7 @@ def test_key_does_not_follow_a_redirect(status):
         server(200, {}, b"{}") as (elsewhere, stolen),
         server(status, {"Location": f"{elsewhere}/v1/x"}, b"") as (address, seen),
     ):
-        with pytest.raises(ConfigError, match=f"answers {status}, not as a FinLoRA server does"):
+        with pytest.raises(ConfigError, match=f"answers {status} without FinLoRA's error format"):
             ask(address, "fpb")
         assert seen == [f"Bearer {KEY}"]
         assert stolen == []
@@ -67,12 +67,12 @@ def test_key_does_not_follow_a_redirect(status):
     ("body", "words"),
     [
         (b"", "was cut before the answer was complete"),
-        (b"data: {\n\n", "which no FinLoRA server sends"),
-        (b"data: []\n\n", "which no FinLoRA server sends"),
-        (b"data: \xff\n\n", "which no FinLoRA server sends"),
+        (b"data: {\n\n", "is not FinLoRA's format"),
+        (b"data: []\n\n", "is not FinLoRA's format"),
+        (b"data: \xff\n\n", "is not FinLoRA's format"),
         (b'data: {"choices": [1]}\n\n', "delta=None"),
         (b'data: {"error": 3}\n\n', "does not say why"),
-        (b"data: " + b"[" * 100_000 + b"\n\n", "which no FinLoRA server sends"),
+        (b"data: " + b"[" * 100_000 + b"\n\n", "is not FinLoRA's format"),
         (b"x" * (2**24 + 2), "a stream without an end"),
     ],
 )
@@ -83,11 +83,11 @@ def test_malformed_stream_is_a_finlora_error(body, words):
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"{}", b'{"results": []}', b'{"results": [{"probabilities": {"a": 2}}]}'])
 def test_malformed_classification_is_a_finlora_error(raw):
-    with server(200, {}, raw) as (address, _), pytest.raises(ResourceError, match="which no FinLoRA server sends"):
+    with server(200, {}, raw) as (address, _), pytest.raises(ResourceError, match="is not FinLoRA's format"):
         ask(address, "fpb")
-    with pytest.raises(ResourceError, match="which no FinLoRA server sends"):
+    with pytest.raises(ResourceError, match="is not FinLoRA's format"):
         read_probabilities(raw, "here")
-    with pytest.raises(ResourceError, match="which no FinLoRA server sends"):
+    with pytest.raises(ResourceError, match="is not FinLoRA's format"):
         read_extract(raw, "here")
 
 

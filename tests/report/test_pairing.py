@@ -1,4 +1,4 @@
-"""Results stand with the run they are of: no figure of a report is another run's, and what is left out is named."""
+"""Pairing of results with their runs: each number of a report is its own run's, and results left out are named."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OLD, NEW = "2026-01-01T00:00:00+00:00", "2026-02-01T00:00:00+00:00"
 
 
 def make_run(name, *, digest=None, folder="/runs", created=OLD, base="/models/base", base_hash="b" * 16, **changes):
-    """The fields by which a result tells its run."""
+    """Return the fields by which a result's run is recognised."""
     return {
         "run": name,
         "adapter": f"{folder}/{name}/adapter",
@@ -32,7 +32,7 @@ def names_of(paired):
     return [(each.run.name, each.result.kind) for each in paired.kept]
 
 
-def test_two_runs_of_one_task_stand_each_with_its_own():
+def test_two_runs_of_one_task_keep_their_own_results():
     """One was trained and scored, the other trained later and not scored."""
     results = [
         make_training(**make_run("first", wall_seconds=10.0)),
@@ -66,7 +66,7 @@ def test_results_older_than_the_hashes_are_distinguished_by_their_folders():
     assert (first.name, second.name) == ("any (first)", "any (second)")
 
 
-def test_bases_of_one_folder_name_are_two(tmp_path):
+def test_bases_in_folders_of_the_same_name_are_distinguished(tmp_path):
     results = [
         make_evaluation(0.3, variant="base", base="/a/base", base_hash="1" * 16),
         make_evaluation(0.6, variant="base", base="/b/base", base_hash="2" * 16),
@@ -76,10 +76,10 @@ def test_bases_of_one_folder_name_are_two(tmp_path):
     assert [each.run.name for each in paired.kept] == ["base base (a/base)", "base base (b/base)", "x"]
     (row,) = [row for row in score_table(paired).rows if row[1] == "x"]
     assert row[2] == "base (b/base), 4bit-r4"
-    assert row[-1] == "+30.0"  # beside its own base
+    assert row[-1] == "+30.0"  # against its own base
 
 
-def test_base_replaced_in_its_folder_is_another():
+def test_base_replaced_in_its_folder_is_another_base():
     results = [
         make_evaluation(0.3, variant="base", base="/a/base", base_hash="1" * 16, created=OLD),
         make_evaluation(0.6, variant="base", base="/a/base", base_hash="2" * 16, created=NEW),
@@ -98,7 +98,7 @@ def test_one_base_under_two_names_is_one():
     assert [each.why for each in paired.left_out] == [f"superseded by that of {NEW}"]
 
 
-def test_prompts_of_another_template_make_another_base():
+def test_base_with_another_template_is_another_base():
     plain = make_evaluation(0.3, variant="base")
     chat = make_evaluation(0.6, variant="base", config={"model": {"template": "chat"}})
     assert [each.run.name.rpartition(", ")[2] for each in pair_results([plain, chat]).kept] == [
@@ -107,7 +107,7 @@ def test_prompts_of_another_template_make_another_base():
     ]
 
 
-def test_copied_adapter_is_still_that_of_its_run():
+def test_copied_adapter_belongs_to_its_run():
     results = [
         make_training(**make_run("mine", digest="d")),
         make_evaluation(**make_run("mine", digest="d", adapter="/served/desk")),
@@ -129,7 +129,7 @@ def test_scores_of_an_earlier_adapter_are_left_out_and_named():
     assert [(each.result, each.why) for each in paired.left_out] == [(results[0], why), (results[1], why)]
 
 
-def test_newest_of_one_measurement_counts_and_the_others_are_named():
+def test_newest_result_of_a_measurement_counts_and_older_ones_are_named():
     results = [make_evaluation(0.9, **make_run("mine", created=NEW)), make_evaluation(0.1, **make_run("mine"))]
     paired = pair_results(results)
     assert [each.result for each in paired.kept] == results[:1]
@@ -146,12 +146,12 @@ def test_full_measurement_is_preferred_to_a_newer_partial_one():
     assert paired.left_out[0].why == f"partial, beside a full one of {OLD}"
 
 
-def test_measurements_of_other_kinds_are_shown_beside_each_other():
+def test_measurements_of_different_kinds_are_all_shown():
     for change in ({"bits": 4}, {"method": "generate"}, {"task": "ner"}, {"variant": "base"}):
         assert len(pair_results([make_evaluation(), make_evaluation(**change)]).kept) == 2
 
 
-def test_names_that_are_equal_are_distinguished_by_their_folders():
+def test_equal_names_are_distinguished_by_their_folders():
     results = [make_evaluation(**make_run("x", folder=folder, digest=folder)) for folder in ("/a/runs", "/b/runs")]
     assert [each.run.name for each in pair_results(results).kept] == ["x (a/runs)", "x (b/runs)"]
 

@@ -1,4 +1,4 @@
-"""The HTML report holds all that was measured, loads nothing, and reads no name as markup."""
+"""HTML report: it has every measurement, loads nothing, and shows names as text, never as markup."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CALIBRATION = [
 
 
 class _Page(HTMLParser):
-    """Collects what a page loads, its headings and the texts of its cells."""
+    """Parser that collects what a page loads, its headings and the texts of its cells."""
 
     def __init__(self, text):
         super().__init__()
@@ -39,7 +39,7 @@ class _Page(HTMLParser):
             self.cells.append(data)
 
 
-def test_html_report_holds_everything_and_loads_nothing(tmp_path):
+def test_html_report_has_everything_and_loads_nothing(tmp_path):
     metrics = {"accuracy": 0.95, "calibration_error": 0.03}
     results = [
         make_evaluation(counts=COUNTS, calibration=CALIBRATION, metrics=metrics, seconds_per_example=0.1),
@@ -62,7 +62,7 @@ def test_html_report_holds_everything_and_loads_nothing(tmp_path):
         assert f"({name}.png)" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-def test_equal_results_make_the_equal_html(tmp_path):
+def test_equal_results_give_equal_html(tmp_path):
     results = [make_evaluation(counts=COUNTS, calibration=CALIBRATION)]
     for name in ("one", "two"):
         print_report(results, tmp_path / name)
@@ -77,7 +77,7 @@ def test_names_are_never_read_as_markup(tmp_path):
     assert "&lt;script&gt;" in text
 
 
-def test_svg_keeps_the_numbers_of_a_matrix_and_of_a_diagram():
+def test_charts_show_the_numbers_of_confusions_and_calibration():
     matrix, curve = make_evaluation(counts=COUNTS), make_evaluation(calibration=CALIBRATION)
     texts = [text.get_text() for text in draw_confusion(matrix).axes[0].texts]
     assert texts == ["30", "0", "2", "1", "40", "0"]
@@ -87,8 +87,8 @@ def test_svg_keeps_the_numbers_of_a_matrix_and_of_a_diagram():
     assert not has_matrix(make_evaluation(counts={str(n): {"0": 1} for n in range(40)}))
 
 
-def test_legend_of_a_diagram_lies_inside_it():
-    """Three entries side by side were wider than the picture, which cut the last one."""
+def test_legend_fits_into_the_chart():
+    """Three entries side by side would be wider than the chart, which would cut the last one."""
     figure = draw_reliability(make_evaluation(calibration=CALIBRATION))
     figure.canvas.draw()
     (legend,) = figure.legends

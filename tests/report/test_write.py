@@ -1,4 +1,4 @@
-"""The report says what was measured, and says so where nothing was."""
+"""Report in terminal and Markdown: measured values with their notes, and a word where nothing was measured."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def scores_of(*results):
     return score_table(pair_results(results))
 
 
-def test_score_row_holds_accuracy_f1_and_strict_beside_its_base():
+def test_score_row_has_accuracy_f1_strict_and_the_gain_over_its_base():
     table = scores_of(make_evaluation(), make_evaluation(0.687, variant="base", is_partial=True))
     assert table.header == ("task", "run", "model", "bits", "accuracy", "weighted F1", "strict", "against base")
     base, adapter = table.rows
@@ -55,7 +55,7 @@ def test_score_row_holds_accuracy_f1_and_strict_beside_its_base():
     assert table.notes[-1].startswith("* Partial")
 
 
-def test_score_of_numbers_says_how_many_come_near():
+def test_score_of_numbers_has_the_share_within_the_tolerance():
     result = make_evaluation()
     ends = {f"numeric_accuracy{end}": value for end, value in (("", 0.5), ("_low", 0.4), ("_high", 0.6))}
     table = scores_of(dataclasses.replace(result, metrics=result.metrics | ends))
@@ -70,13 +70,13 @@ def test_score_of_free_text_has_no_f1():
     assert scores_of(make_evaluation(metrics={})).rows[0][5] == "not measured"
 
 
-def test_methods_and_test_splits_are_named_where_there_are_several():
+def test_methods_and_test_splits_are_named_if_there_are_several():
     both = scores_of(make_evaluation(), make_evaluation(method="generate"))
     assert [row[0] for row in both.rows] == ["fpb (labels)", "fpb (generate)"]
     base = make_evaluation(variant="base", data_hash="b" * 64)
     table = scores_of(make_evaluation(data_hash="a" * 64), base)
     assert {row[0] for row in table.rows} == {f"fpb (test split {'a' * 12})", f"fpb (test split {'b' * 12})"}
-    assert [row[-1] for row in table.rows] == ["not run", ""]  # the base's score is on other questions
+    assert [row[-1] for row in table.rows] == ["not run", ""]  # the base's score is on another test split
 
 
 COUNTS = {"negative": {"neutral": 20}, "neutral": {"neutral": 60}, "positive": {"neutral": 20}}
@@ -88,9 +88,9 @@ def test_majority_line_and_ties_are_shown():
     # Always `neutral`: accuracy 0.6; F1 of neutral 2 * 0.6 / 1.6 = 0.75, weighted by its share 0.45.
     assert table.rows[0] == ("fpb", "majority class", "always neutral", "", "60.0", "45.0", "", "")
     assert table.rows[2][-1] == "-1.0, intervals overlap"
-    told = "\n".join(table.notes)
-    assert "fpb: 4bit-r4 and its base tie, as their intervals overlap: 60.0 (58.0–61.0) and 61.0 (59.0–62.0)." in told
-    assert "fpb: 4bit-r4 is not above the majority class: 60.0 (58.0–61.0), where always answering neutral" in told
+    notes = "\n".join(table.notes)
+    assert "fpb: 4bit-r4 and its base tie, as their intervals overlap: 60.0 (58.0–61.0) and 61.0 (59.0–62.0)." in notes
+    assert "fpb: 4bit-r4 is not above the majority class: 60.0 (58.0–61.0), where always answering neutral" in notes
     mixed = scores_of(make_evaluation(0.60, counts=COUNTS, num_examples=150))  # a third of them free text
     assert [row[1] for row in mixed.rows] == ["4bit-r4"]
     clear = scores_of(make_evaluation(0.9, counts=COUNTS), make_evaluation(0.7, variant="base", counts=COUNTS))
@@ -184,7 +184,7 @@ def test_only_comparable_measurements_are_shown_beside_the_paper():
         ({"quantity": "accuracy"}, [make_evaluation(data_hash="0" * 64)], "not on the published test split"),
     ],
 )
-def test_cell_that_was_not_run_says_why(wanted, results, reason):
+def test_cell_without_a_measurement_gives_the_reason(wanted, results, reason):
     paper = find_paper(**wanted, variant="4bit-r4", tasks=("fpb",))
     assert explain_missing(paper, results) == reason
     assert find_ours(paper, results) is None
@@ -227,7 +227,7 @@ def test_report_writes_markdown_and_plots(tmp_path):
     assert min(widths) >= 3
 
 
-def test_report_without_anything_to_draw_writes_no_plot(tmp_path):
+def test_report_without_data_to_draw_writes_no_plot(tmp_path):
     print_report([make_evaluation(metrics={})], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.md"]
 
@@ -243,8 +243,8 @@ def test_report_names_what_is_left_out(tmp_path):
     assert "2 left out, listed below with the reason" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_names_stay_whole_where_the_terminal_has_room():
-    """`synthetic_sentimen` with its `t` below, beside columns that had room to spare."""
+def test_names_stay_whole_if_the_terminal_has_room():
+    """A table must not break `synthetic_sentiment` while other columns have room to spare."""
     results = [make_evaluation(task="synthetic_sentiment", run="demo-real-4bit-r4", is_partial=True, metrics=METRICS)]
     for width, name in ((140, "synthetic_sentiment "), (60, "task: synthetic_sentiment")):
         stream = io.StringIO()
@@ -258,7 +258,7 @@ def test_markup_in_names_is_printed_literally():
     assert "[red]odd[/]" in print_report([make_evaluation(task="[red]odd[/]")])
 
 
-def test_report_refuses_nothing_and_unwritable_folder(tmp_path):
+def test_report_without_results_or_with_an_unwritable_folder_is_refused(tmp_path):
     with pytest.raises(ResultError, match="no results to report"):
         print_report([])
     (tmp_path / "file").write_text("")

@@ -22,8 +22,8 @@ _MAX_FAILURES = 10
 _FORM = "%(levelname)s %(asctime)s %(name)s -- %(message)s"
 
 
-class FrontActor:
-    """One HTTP process."""
+class HttpProcess:
+    """Ray actor with one HTTP process."""
 
     def __init__(self, args: dict[str, Any], hub: str) -> None:
         # Ray writes each actor's stderr to its own log file.
@@ -45,8 +45,8 @@ class FrontActor:
         self._closing.set()
 
 
-class Fronts:
-    """Pool of a replica's HTTP processes; lives in the replica's process.
+class HttpPool:
+    """Pool of a replica's HTTP processes.
 
     Args:
         hub: socket of the engine's hub.
@@ -59,7 +59,7 @@ class Fronts:
     def __init__(self, config: ServeConfig, hub: Path) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # They reserve no core, like Ray Serve's own proxy.
-        actor = ray.remote(FrontActor).options(
+        actor = ray.remote(HttpProcess).options(
             num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
         )
         self._actors = [actor.remote(to_args(config), str(hub)) for _ in range(config.direct.processes)]
@@ -72,7 +72,7 @@ class Fronts:
                 if done in self._runs:
                     ray.get(done)  # raises the error of a process that failed
                     raise ResourceError(
-                        f"nothing answers at direct.port={config.direct.port}: see the log of FrontActor."
+                        f"nothing answers at direct.port={config.direct.port}: see the log of HttpProcess."
                     )
                 waits.remove(done)
         except BaseException:
@@ -92,7 +92,7 @@ class Fronts:
             self._num_failures[index] += 1
             if self._num_failures[index] >= _MAX_FAILURES:
                 raise RuntimeError(
-                    f"a process of the direct port ended {_MAX_FAILURES} times: see the log of FrontActor"
+                    f"a process of the direct port ended {_MAX_FAILURES} times: see the log of HttpProcess"
                 )
             _logger.error("A process of the direct port ended and restarts: %s", _why(run))
             self._runs[index] = self._actors[index].run.remote()

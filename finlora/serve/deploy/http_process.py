@@ -62,7 +62,7 @@ async def answer_http(
         while not web.started:
             if serving.done():
                 await serving  # raises the error that kept it from listening
-                raise ResourceError(f"nothing listens at direct.port={config.direct.port}: see the log of FrontActor.")
+                raise ResourceError(f"nothing listens at direct.port={config.direct.port}: see the log of HttpProcess.")
             await asyncio.sleep(_POLL_S)
         opened.set()
         ends = [serving, following, asyncio.ensure_future(closing.wait())]

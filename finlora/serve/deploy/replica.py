@@ -47,7 +47,7 @@ class ServerDeployment:
         from finlora.serve.accounts.prometheus import Measures
         from finlora.serve.accounts.quota import Quota
         from finlora.serve.deploy.direct_port import check_certificate, listen_shared
-        from finlora.serve.deploy.http_pool import Fronts
+        from finlora.serve.deploy.http_pool import HttpPool
         from finlora.serve.http.server import Server
         from finlora.serve.live.engine_hub import Hub
         from finlora.serve.live.engine_thread import AsyncEngine
@@ -72,15 +72,15 @@ class ServerDeployment:
         self._server = Server(config, base, self._engine, keys, Measures(), audit, quota)
         self._engine.start()
         self._closers.callback(self._engine.close)
-        self._fronts: Fronts | None = None
+        self._http_pool: HttpPool | None = None
         if config.direct.port is not None:
             # A private folder: in Ray's own, another user could replace the socket.
             folder = self._closers.enter_context(tempfile.TemporaryDirectory(prefix="finlora-"))
             hub = Hub(self._engine, quota, Path(folder) / "hub")
             hub.start()
             self._closers.callback(hub.close)
-            self._fronts = Fronts(config, hub.path)
-            self._closers.callback(self._fronts.close)
+            self._http_pool = HttpPool(config, hub.path)
+            self._closers.callback(self._http_pool.close)
 
     def __serve_build_asgi_app__(self) -> Any:
         from finlora.serve.http.asgi import make_app
@@ -91,8 +91,8 @@ class ServerDeployment:
         """Raise if the engine has ended, so that Ray Serve restarts the replica. The engine itself recovers stage crashes."""
         if not self._engine.is_alive:
             raise RuntimeError("the engine's thread has ended")
-        if self._fronts is not None:
-            self._fronts.check()
+        if self._http_pool is not None:
+            self._http_pool.check()
 
     def __del__(self) -> None:
         if hasattr(self, "_closers"):

@@ -37,7 +37,7 @@ def find_processes(home):
     found = []
     for each in psutil.process_iter():
         with contextlib.suppress(psutil.Error, IndexError):
-            if each.cmdline()[0].startswith("ray::FrontActor") and each.environ()["HOME"] == str(home):
+            if each.cmdline()[0].startswith("ray::HttpProcess") and each.environ()["HOME"] == str(home):
                 found.append(each)
     return found
 
@@ -159,7 +159,7 @@ def test_failed_process_restarts_and_repeated_failures_raise(monkeypatch, caplog
     ended = {"first"}
     monkeypatch.setattr(http_pool.ray, "wait", lambda runs, timeout: ([run for run in runs if run in ended], []))
     monkeypatch.setattr(http_pool.ray, "get", get)
-    group = object.__new__(http_pool.Fronts)
+    group = object.__new__(http_pool.HttpPool)
     group._actors, group._runs, group._num_failures = [Actor(), Actor()], ["first", "second"], [0, 0]
     group.check()
     assert group._runs == ["run 1", "second"]

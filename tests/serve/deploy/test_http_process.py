@@ -37,7 +37,7 @@ def hub(make_engine):
 
 
 @pytest.fixture
-def open_front(hub, tiny_base, tmp_path, monkeypatch):
+def open_http_process(hub, tiny_base, tmp_path, monkeypatch):
     """Factory of HTTP processes at a direct port; each call returns the address and a function that ends it."""
     monkeypatch.setenv("FINLORA_API_KEY", ADMIN)
     with contextlib.ExitStack() as stack:
@@ -72,8 +72,8 @@ def vars_of(settings):
     return {name: getattr(settings, name) for name in settings.__slots__}
 
 
-def test_process_answers_until_it_is_closed(open_front):
-    address, close = open_front()
+def test_process_answers_until_it_is_closed(open_http_process):
+    address, close = open_http_process()
     reply = send(address, "/v1/classify", ADMIN, {"model": "tiny", "task": "fpb", "text": "Profit rose 12 %"})
     assert reply.status == 200
     assert len(reply.body["results"][0]["probabilities"]) == 3
@@ -83,9 +83,9 @@ def test_process_answers_until_it_is_closed(open_front):
         send(address, "/healthz", None)
 
 
-def test_silent_connections_are_closed(open_front, monkeypatch):
+def test_silent_connections_are_closed(open_http_process, monkeypatch):
     monkeypatch.setattr(http_process, "_SILENCE_CHECK_S", 0.1)
-    address, _ = open_front(keep_alive_timeout_s=1)
+    address, _ = open_http_process(keep_alive_timeout_s=1)
     port = int(address.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port)) as silent, socket.create_connection(("127.0.0.1", port)) as half:
         half.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n")
@@ -97,9 +97,9 @@ def test_silent_connections_are_closed(open_front, monkeypatch):
     assert send(address, "/healthz", None).status == 200
 
 
-def test_shutdown_cuts_a_slow_answer_off_and_logs_it(open_front, opened, monkeypatch, tmp_path):
+def test_shutdown_cuts_a_slow_answer_off_and_logs_it(open_http_process, opened, monkeypatch, tmp_path):
     monkeypatch.setattr(http_process, "_ANSWER_S", 1)
-    address, close = open_front()
+    address, close = open_http_process()
     body = {"model": "tiny", "prompt": "Profit", "max_tokens": 900, "stream": True}
     headers = {"Authorization": f"Bearer {ADMIN}", "Content-Type": "application/json"}
     request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode(), headers)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from live_server import Live, live_server, make_adapter, make_settings
-from mortal_stages import make_engine_of
+from crashing_stages import make_engine_of
 from pretend_server import KEY, Script, serving
 
 if TYPE_CHECKING:

@@ -65,7 +65,7 @@ class Script:
     go: threading.Event = field(default_factory=threading.Event)
     asked: list[tuple[str, dict]] = field(default_factory=list)
     num_polls: int = 0
-    is_hung_up: threading.Event = field(default_factory=threading.Event)
+    is_disconnected: threading.Event = field(default_factory=threading.Event)
 
 
 def make_app(script: Script) -> FastAPI:
@@ -130,7 +130,7 @@ def make_app(script: Script) -> FastAPI:
                     yield f"data: {json.dumps(event)}\n\n"
             yield script.last_event
         except asyncio.CancelledError:
-            script.is_hung_up.set()
+            script.is_disconnected.set()
             raise
 
     return app

@@ -115,15 +115,15 @@ def find_file(source: Path, names: Sequence[str], task: str) -> Path:
 def read_text(path: Path, encoding: Encoding) -> str:
     """Return a file's text without its byte order mark.
 
-        UTF-8 is tried first, whatever the published encoding: its byte sequences do not occur by chance. Latin-1 accepts any
-        byte, so the text is searched for signs of another encoding.
+    UTF-8 is tried first, whatever the published encoding: its byte sequences do not occur by chance. Latin-1 accepts any byte,
+    so the text is searched for signs of another encoding.
 
-        Args:
-            path: the file.
-            encoding: of the published file.
+    Args:
+        path: the file.
+        encoding: of the published file.
 
     Raises:
-    DatasetError: the file cannot be read, is empty, or is in another encoding; names line and byte.
+        DatasetError: the file cannot be read, is empty, or is in another encoding; names line and byte.
     """
     try:
         with path.open("rb") as stream:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from live_server import ADMIN, CountingMeter, make_settings
-from mortal_stages import wait_for
+from crashing_stages import wait_for
 from test_direct_port import find_free_port
 from wire import send
 

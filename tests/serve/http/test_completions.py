@@ -81,7 +81,7 @@ def test_stream_joins_to_the_whole_answer_and_reports_usage(client):
 @pytest.mark.parametrize("stops", [False, True])
 def test_streamed_log_probabilities_equal_the_whole_ones(client, live, stops):
     text = answer_alone(live, "Profit", 12)
-    # Words that the answer holds only further on: so small a base repeats itself.
+    # Words that occur only later in the answer: the small base repeats itself.
     late = (text[at : at + size] for size in range(4, len(text)) for at in range(5, len(text) - size))
     stop = next(words for words in late if text.find(words) >= 5)
     asked = {"model": "tiny", "max_tokens": 12, "stop": [stop] if stops else None}
@@ -108,7 +108,7 @@ def test_streamed_log_probabilities_equal_the_whole_ones(client, live, stops):
     assert all(event.logprobs.content for event in events if event.delta.content)
 
 
-def test_stream_holds_no_log_probabilities_unless_asked(client):
+def test_stream_has_no_log_probabilities_by_default(client):
     events = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=3, stream=True)
     assert {event.choices[0].logprobs for event in events} == {None}
 

@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from mortal_stages import collect, make_request, wait_for
+from crashing_stages import collect, make_request, wait_for
 
 from finlora.errors import (
     AdapterError,
@@ -122,7 +122,7 @@ def test_crash_ends_requests_in_flight_and_restarted_stages_answer(make_engine, 
         async with connected(hub) as remote:
             task = asyncio.ensure_future(collect(remote, make_request(0, 900)))
             await asyncio.sleep(0.2)
-            opened[0].executor.is_dead.set()
+            opened[0].executor.has_crashed.set()
             with pytest.raises(StageLostError, match="crashed before the answer was complete"):
                 await task
             async with asyncio.timeout(10):

@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from mortal_stages import collect, make_request, wait_for
+from crashing_stages import collect, make_request, wait_for
 
 from finlora.engine.admission import Limits
 from finlora.engine.engine import EngineCore
@@ -161,7 +161,7 @@ def test_requests_that_cannot_start_do_not_spin_the_engine(make_engine, opened, 
         return num_steps, (await waiting)[1].finish
 
     num_steps, finish = asyncio.run(wait())
-    assert num_steps <= 1.0 / 0.05 + 4  # one a health check, and one a call
+    assert num_steps <= 1.0 / 0.05 + 4  # one per health check, and one per call
     assert finish == "length"
 
 

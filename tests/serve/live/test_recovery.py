@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from mortal_stages import collect, make_request, wait_for
+from crashing_stages import collect, make_request, wait_for
 
 from finlora.errors import ModelError, StageLostError
 from finlora.serve.stage_states import AdapterRef
@@ -20,7 +20,7 @@ def test_crashed_stages_end_each_request_with_a_retriable_error_and_restart(make
     async def lose():
         tasks = [asyncio.ensure_future(collect(engine, make_request(n, 500))) for n in range(4)]
         await asyncio.sleep(0.2)
-        opened[0].executor.is_dead.set()
+        opened[0].executor.has_crashed.set()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     errors = asyncio.run(lose())
@@ -35,7 +35,7 @@ def test_crashed_stages_end_each_request_with_a_retriable_error_and_restart(make
 def test_crash_of_an_idle_stage_is_noticed_and_requests_are_refused_at_once(make_engine, opened):
     wait = threading.Event()
     engine = make_engine(fail=lambda number: wait.wait(20) if number else None)
-    opened[0].executor.is_dead.set()
+    opened[0].executor.has_crashed.set()
     wait_for(lambda: not engine.stages)
     started = time.monotonic()
     with pytest.raises(StageLostError, match=r"is being restarted: ask again in a few seconds"):
@@ -53,7 +53,7 @@ def test_snapshot_shows_no_work_while_stages_restart(make_engine, opened):
         task = asyncio.ensure_future(collect(engine, make_request(0, 900)))
         while not (engine.snapshot.active and sum(engine.snapshot.busy)):
             await asyncio.sleep(0.02)
-        opened[0].executor.is_dead.set()
+        opened[0].executor.has_crashed.set()
         with pytest.raises(StageLostError):
             await task
 
@@ -88,7 +88,7 @@ def test_failed_restart_is_retried(make_engine, opened):
             raise ModelError("the disk is gone")
 
     engine = make_engine(fail=fail)
-    opened[0].executor.is_dead.set()
+    opened[0].executor.has_crashed.set()
     wait_for(lambda: attempts)
     with pytest.raises(StageLostError, match=r"could not be restarted \(the disk is gone\)|is being restarted"):
         asyncio.run(collect(engine, make_request(0)))
@@ -99,7 +99,7 @@ def test_failed_restart_is_retried(make_engine, opened):
 def lose(engine, opened):
     """Kill the stages of an idle server, and wait until they run again."""
     num_cores = len(opened)
-    opened[-1].executor.is_dead.set()
+    opened[-1].executor.has_crashed.set()
     wait_for(lambda: len(opened) > num_cores and engine.stages)
 
 
@@ -112,7 +112,7 @@ def test_repair_restarts_only_crashed_stages_and_keeps_adapters(make_engine, ope
     async def ask_and_lose():
         tasks = [asyncio.ensure_future(collect(engine, make_request(n, 500))) for n in range(4)]
         await asyncio.sleep(0.2)
-        opened[0].executor.is_dead.set()
+        opened[0].executor.has_crashed.set()
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     assert [type(error) for error in asyncio.run(ask_and_lose())] == [StageLostError] * 4

@@ -107,16 +107,16 @@ def test_escape_cancels_the_request_and_keeps_the_text(desk, script):
     desk.keyboard.press("Escape")
     expect(desk.locator("#answer")).to_contain_text("Stopped.")
     expect(desk.locator(".stream")).to_have_text("Half an ans")
-    assert script.is_hung_up.wait(10), "the connection to the server was not closed"
+    assert script.is_disconnected.wait(10), "the connection to the server was not closed"
     expect(desk.get_by_role("button", name="Stop")).to_be_hidden()
 
 
-@pytest.mark.parametrize("last", ["", 'data: {"error": {"message": "stage 2 died"}}\n\n'])
+@pytest.mark.parametrize("last", ["", 'data: {"error": {"message": "stage 2 crashed"}}\n\n'])
 def test_incomplete_stream_is_an_error(desk, script, last):
     script.pieces, script.last_event = ["Half an ans"], last
     ask(desk, "Explain.", task="")
     expect(desk.locator(".failure")).to_contain_text("The answer is incomplete.")
-    expect(desk.locator(".failure")).to_contain_text("stage 2 died" if last else "Ask again")
+    expect(desk.locator(".failure")).to_contain_text("stage 2 crashed" if last else "Ask again")
     expect(desk.locator(".stream")).to_have_text("Half an ans")
 
 

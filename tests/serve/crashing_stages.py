@@ -1,4 +1,4 @@
-"""Stages of this process that crash when a test says so, and requests for them."""
+"""Stages in this process that crash when a test says so, and requests for them."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from finlora.serve.served_model import make_scheduler, read_base
 PROMPTS = [tuple(range(3 + n, 20 + 3 * n)) for n in range(8)]
 
 
-class Mortal(InProcess):
-    """Stages of this process that crash or hang when a test sets an event."""
+class CrashingStages(InProcess):
+    """Stages in this process that crash or hang when a test sets an event."""
 
     def __init__(self, stages) -> None:
         super().__init__(stages)
-        self.is_dead, self.is_stuck = threading.Event(), threading.Event()
+        self.has_crashed, self.is_stuck = threading.Event(), threading.Event()
 
     def collect(self):
         while self.is_stuck.is_set():
             time.sleep(0.02)
-        if self.is_dead.is_set():
+        if self.has_crashed.is_set():
             raise OSError("the process of the stage is gone")
         return super().collect()
 
     def check(self) -> None:
-        if self.is_dead.is_set():
+        if self.has_crashed.is_set():
             raise OSError("the process of the stage is gone")
 
 
-def open_mortal(config, opened, repair=None):
+def open_crashing(config, opened, repair=None):
     """Open a core and append it to `opened`; `repair` is called before a repair, which makes a new core over the same stages."""
-    found = open_in_process(config, Mortal)
+    found = open_in_process(config, CrashingStages)
 
     def describe(core):
         opened.append(core)
@@ -46,7 +46,7 @@ def open_mortal(config, opened, repair=None):
 
     def restart():
         repair()
-        old, executor = opened[-1], Mortal(found.core.executor.stages)
+        old, executor = opened[-1], CrashingStages(found.core.executor.stages)
         core = EngineCore(executor, make_scheduler(config, read_base(config), 2, follows=True), old.tokenizer)
         core.adapters |= old.adapters
         return describe(core)
@@ -55,12 +55,12 @@ def open_mortal(config, opened, repair=None):
 
 
 def make_engine_of(tiny_base, opened, max_adapters=2, fail=lambda _number: None, repair=None, **stages):
-    """Start an engine over mortal stages; `fail` gets the number of cores opened so far, before each new one."""
+    """Start an engine over such stages; `fail` gets the number of cores opened so far, before each new one."""
     config = make_settings(tiny_base, stages={"num": 2, "device": "cpu", "cache_rows": 1024} | stages)
 
     def open_core():
         fail(len(opened))
-        return open_mortal(config, opened, repair)
+        return open_crashing(config, opened, repair)
 
     engine = AsyncEngine(open_core, max_adapters, 0.05)
     engine.start()

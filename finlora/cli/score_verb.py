@@ -47,7 +47,8 @@ def score(
     adapter: AdapterPath = None,
     base: BaseAlone = False,
     engines: Annotated[
-        int | None, typer.Option(min=1, help="Number of engines, each with the whole model. Default: one per GPU, on CPU one.")
+        int | None,
+        typer.Option(min=1, help="Number of engines, each with the whole model. Default: one per GPU, on CPU one."),
     ] = None,
     dry_run: DryRun = False,
 ) -> None:

@@ -43,7 +43,9 @@ class PlainEngine:
         num_rows, longest = len(prompts), max(lengths)
         input_ids = torch.zeros((num_rows, longest), dtype=torch.long)
         positions = torch.zeros((num_rows, longest), dtype=torch.long)
-        visible = torch.eye(longest, dtype=torch.bool).repeat(num_rows, 1, 1)  # padding attends to itself: no empty softmax
+        visible = torch.eye(longest, dtype=torch.bool).repeat(
+            num_rows, 1, 1
+        )  # padding attends to itself: no empty softmax
         rows, columns, targets, owners = [], [], [], []
         for row, (prompt, own) in enumerate(zip(prompts, choices, strict=True)):
             size = len(prompt)

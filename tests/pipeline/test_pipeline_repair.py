@@ -168,9 +168,7 @@ def test_stage_that_does_not_leave_the_graph_is_replaced(pipeline, four_layers, 
     check_answers(make_core(pipeline, four_layers), plain, "all")
 
 
-def test_idle_stage_that_stays_in_the_graph_is_killed_early(
-    pipeline, four_layers, plain, monkeypatch, caplog
-):
+def test_idle_stage_that_stays_in_the_graph_is_killed_early(pipeline, four_layers, plain, monkeypatch, caplog):
     """Its loop still reads a channel that Ray closed; here a read is made to block."""
     import ray
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from live_server import Live, live_server, make_adapter, make_settings
 from crashing_stages import make_engine_of
+from live_server import Live, live_server, make_adapter, make_settings
 from pretend_server import KEY, Script, serving
 
 if TYPE_CHECKING:

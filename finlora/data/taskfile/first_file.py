@@ -345,7 +345,9 @@ def _add_split(file: FirstFile, time: _Column | None, form: str | None, group: _
         later = days[int(0.8 * (len(days) - 1))]
         if later > days[0]:
             keep = ", keep_together: group" if group is not None else ""
-            file.add(f'split: {{by: time, test_from: "{later}"{keep}}}', _GUESS + "the latest fifth of the rows is the test")
+            file.add(
+                f'split: {{by: time, test_from: "{later}"{keep}}}', _GUESS + "the latest fifth of the rows is the test"
+            )
             return
     if group is not None:
         file.add("split: {by: group, test_share: 0.2, seed: 1}", _GUESS + f"no {group.name} is in both train and test")

@@ -1,7 +1,7 @@
 """Split of a task's rows into train and test: by share, group, time, column or files, after duplicates are grouped.
 
-`by share` with `duplicates: apart` equals `train_test_split` of Hugging Face datasets, which splits published benchmarks: the test
-is the first rows of numpy's permutation.
+`by share` with `duplicates: apart` equals `train_test_split` of Hugging Face datasets, by which published benchmarks are split:
+the test is the first rows of numpy's permutation.
 """
 
 from __future__ import annotations

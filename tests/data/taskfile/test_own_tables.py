@@ -22,6 +22,9 @@ def test_every_format_has_the_same_rows(write_rows, name):
     ("name", "header", "delimiter"),
     [
         ("a.csv", 'id;"text, in, any, language";label', ";"),
+        ("a.csv", '"said ""a, b, c"" aloud, twice";label', ";"),
+        ("a.csv", '5" pipe;width', ";"),
+        ("a.csv", '"text', ","),
         ("a.csv", 'id,"a;b;c"', ","),
         ("a.csv", '"text,\nof, two, lines"|label', "|"),
         ("a.csv", "\n\nid\ttext", "\t"),
@@ -30,7 +33,7 @@ def test_every_format_has_the_same_rows(write_rows, name):
         ("a.tsv", "a,b,c", "\t"),
     ],
 )
-def test_delimiter_is_the_one_that_gives_most_columns(tmp_path, name, header, delimiter):
+def test_delimiter_is_the_most_frequent_one_outside_quotes(tmp_path, name, header, delimiter):
     (tmp_path / name).write_bytes(f"{header}\none,,two\n".encode("utf-8-sig"))
     assert find_delimiter(tmp_path / name) == delimiter
 

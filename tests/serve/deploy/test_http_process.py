@@ -14,8 +14,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from live_server import ADMIN, CountingMeter, make_settings
 from crashing_stages import wait_for
+from live_server import ADMIN, CountingMeter, make_settings
 from test_direct_port import find_free_port
 from wire import send
 

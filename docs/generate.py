@@ -319,6 +319,10 @@ def make_errors() -> str:
                     "129, 130, 143",
                     "A signal ended the command: a closed terminal, Ctrl-C, SIGTERM. A training leaves a checkpoint.",
                 ),
+                (
+                    "75",
+                    "The time of `finlora reproduce --minutes` was over before its plan was done: the same command goes on.",
+                ),
                 ("141", "The program that reads the output ended early, as `head` does."),
             ),
         ),
@@ -369,13 +373,14 @@ PAGES: dict[str, Callable[[], str]] = {
 
 def main() -> int:
     """Write the pages, or compare them."""
+    from generate_deviations import make_deviations
     from generate_http import make_http
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page is out of date")
     is_check = parser.parse_args().check
     stale = []
-    for name, make in (PAGES | {"http-api.md": make_http}).items():
+    for name, make in (PAGES | {"http-api.md": make_http, "deviations.md": make_deviations}).items():
         path, text = FOLDER / name, make()
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(name)

@@ -51,6 +51,7 @@ HOMES = {
         *("train.search.search", "train.search.run_trial", "train.search.asha"),  # Ray Tune
         *("serve.served_model", "serve.accounts.prometheus", "serve.deploy"),
         "score.pool",  # Ray Data
+        "reproduce.at_once",  # steps as actors
         "doctor.nodes",
     },
     "deepspeed": {"train.data_parallel"},

@@ -24,6 +24,13 @@ TABLE_TASKS = {name: (name,) for name in ("fpb", "tfns", "nwgi", "headline", "ne
 ROWS = [f"{family}-{task}" for family in FAMILIES for task in TABLE_TASKS]
 BEYOND = {f"{family}-formulas": f"{family}-fpb" for family in FAMILIES}
 """Rows beyond the paper, each with a paper's row that has the same settings except name and task."""
+PUBLIC = {
+    **{f"smollm2-135m-4bit-r4-{task}": tasks for task, tasks in TABLE_TASKS.items() if task != "nwgi"},
+    "smollm2-135m-4bit-r4-fiqa-clean": ("fiqa",),
+    "smollm2-135m-4bit-r4-formulas": ("synthetic_formulas",),
+    "smollm2-135m-4bit-r4-classification": ("fpb", "fiqa_paper", "tfns", "headline", "ner"),
+}
+"""Row on the public base -> its tasks. NWGI has no training rows here."""
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -44,7 +51,9 @@ def test_config_loads_under_its_own_name(path):
 
 
 def test_each_row_of_the_paper_has_its_config():
-    assert sorted([*ROWS, *BEYOND, "demo-4bit-r4", "demo-real-4bit-r4"]) == [path.stem for path in CONFIGS]
+    assert sorted([*ROWS, *BEYOND, *PUBLIC, "demo-4bit-r4", "demo-real-4bit-r4"]) == sorted(
+        path.stem for path in CONFIGS
+    )
 
 
 @pytest.mark.parametrize(("name", "like"), BEYOND.items())
@@ -79,6 +88,16 @@ def test_config_has_the_papers_settings(name):
     assert config.data.max_train_examples is None
     assert config.eval.bits == (4 if is_large else 8)  # 70B at 8 bit fits no single GPU of the reference machine
     assert config.model.max_seq_len == (8192 if is_xbrl else 1024)
+
+
+@pytest.mark.parametrize(("name", "tasks"), PUBLIC.items())
+def test_row_on_the_public_base_trains_on_one_gpu_and_scores_as_the_paper(name, tasks):
+    config, demo = config_of(name), config_of("demo-real-4bit-r4")
+    assert config.data.tasks == tasks
+    assert config.model.base == demo.model.base
+    assert (config.model.bits, config.lora.rank, config.lora.alpha, config.eval.bits) == (4, 4, 32.0, 8)
+    assert (config.train.num_workers, config.train.device, config.train.gpus_per_worker) == (1, "cuda", 1.0)
+    assert config.train.epochs <= 6
 
 
 @pytest.mark.parametrize("task", TABLE_TASKS)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from finlora.cli.app import ConfigPath, DryRun, Overrides, app, console, resolve_run, say
-from finlora.errors import FinloraError
+from finlora.errors import ConfigError, FinloraError
 from finlora.machine.host import require_output
 from finlora.machine.working_dir import resolve_output
 from finlora.terminal import describe_duration, open_bars, polling
@@ -68,7 +69,8 @@ def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun
 
 @app.command(
     epilog="Examples:\n\n  finlora reproduce --output /mnt/reproduce --dry-run\n\n"
-    "  finlora reproduce --output /mnt/reproduce --only '*8b*' data.dir=/mnt/data train.num_workers=1"
+    "  finlora reproduce --output /mnt/reproduce --only '*8b*' data.dir=/mnt/data train.num_workers=1\n\n"
+    "  finlora reproduce --output /mnt/reproduce --base-135m .demo/real-base --seeds 0,1,2 --at-once 8 --minutes 50"
 )
 def reproduce(
     overrides: Overrides = None,
@@ -77,39 +79,62 @@ def reproduce(
         "jobs/configs"
     ),
     only: Annotated[str, typer.Option(help="Pattern of step names, such as '*8b*ner*'.")] = "*",
+    base_135m: Annotated[
+        str | None,
+        typer.Option(
+            "--base-135m",
+            help="Folder of SmolLM2-135M-Instruct (jobs/bases/real_base.py). Plans the rows of this public base, and those of a "
+            "Llama only with its own option.",
+        ),
+    ] = None,
     base_8b: Annotated[
         str | None, typer.Option("--base-8b", help="Folder of the 8B base. Default: the hub's model.")
     ] = None,
     base_70b: Annotated[
         str | None, typer.Option("--base-70b", help="Folder of the 70B base. Default: the hub's model.")
     ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Seeds of each adapter row, such as 0,1,2: a run for each. Default: one, the config's."),
+    ] = None,
+    at_once: Annotated[
+        int, typer.Option(min=1, help="Most steps that run at the same time; they share the GPUs evenly.")
+    ] = 1,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Stop after so many minutes, trainings at a checkpoint, with exit code 75. Default: no limit."
+        ),
+    ] = None,
+    drop_weights: Annotated[
+        bool, typer.Option("--drop-weights", help="Delete adapters and checkpoints once they are scored.")
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Run every row of the paper's tables that is not done yet, and report. Says why a row cannot run here."""
     from finlora.report.write import draw_table, render_report
-    from finlora.reproduce.outcomes import StepState, foresee, outcome_table
+    from finlora.reproduce.outcomes import StepState, delete_weights, foresee, outcome_table, read_outcomes
     from finlora.reproduce.paper_rows import make_plan
     from finlora.results import read_results
 
+    started = time.monotonic()
     folder = (resolve_output if dry_run else require_output)("--output ", output)
-    bases = {size: base for size, base in (("8b", base_8b), ("70b", base_70b)) if base is not None}
-    steps = make_plan(configs.expanduser(), folder, overrides or [], only, bases)
+    named = {"135m": base_135m, "8b": base_8b, "70b": base_70b}
+    bases = {size: base for size, base in named.items() if base is not None}
+    steps = make_plan(configs.expanduser(), folder, overrides or [], only, bases, _read_seeds(seeds))
     if dry_run:
         draw_table(outcome_table(foresee(steps, folder)), console)
         return
-    from finlora.cluster import connect
-
-    connect.connect(log_to_driver=False)
-    from finlora.reproduce.run_rows import run_plan  # imports Ray, which must come after the connection's settings
-
-    with open_bars(console, "starting") as bars:
-
-        def tell(line: str) -> None:
-            say(line)
-            bars.do(line if line.startswith("[") else None)
-
-        outcomes = run_plan(steps, folder, tell)
+    outcomes = list(read_outcomes(folder, steps).values())
+    stop = None
+    if any(outcome.state != StepState.DONE for outcome in outcomes):
+        outcomes, stop = _run_steps(steps, folder, at_once, None if minutes is None else started + 60 * minutes)
+    if drop_weights:
+        delete_weights(steps, {outcome.name: outcome for outcome in outcomes})
     steps_table = outcome_table(outcomes)
+    if stop is not None:
+        draw_table(steps_table, console)
+        raise stop
     if any(outcome.state == StepState.DONE for outcome in outcomes):
         render_report(read_results(folder / "runs"), folder / "report", console, [steps_table])
     else:
@@ -119,3 +144,35 @@ def reproduce(
         raise FinloraError(
             f"{len(failed)} steps failed ({', '.join(failed[:3])}): the table says why. The same command goes on."
         )
+
+
+def _run_steps(steps: Any, folder: Path, at_once: int, deadline: float | None) -> tuple[list[Any], Any]:
+    """Run the plan on the cluster; return the outcomes, and the error of a stop or None."""
+    from finlora.cluster import connect
+    from finlora.reproduce.step import share_gpus
+
+    connect.connect(log_to_driver=False)
+    from finlora.reproduce.at_once import run_plan
+
+    with open_bars(console, "starting") as bars:
+        ended = run_plan(
+            share_gpus(steps, at_once, connect.count_gpus()),
+            folder,
+            say,
+            at_once=at_once,
+            deadline=deadline,
+            on_progress=lambda done, total, note: bars.update("steps", done, total, note),
+        )
+    return ended.outcomes, ended.stop
+
+
+def _read_seeds(text: str | None) -> tuple[int, ...]:
+    """Return the seeds of an option such as 0,1,2.
+
+    Raises:
+        ConfigError: it is no list of different whole numbers.
+    """
+    parts = [] if text is None else text.split(",")
+    if not all(part.strip().isdecimal() for part in parts) or len({int(part) for part in parts}) < len(parts):
+        raise ConfigError(f"--seeds {text}: expected different whole numbers with commas between them, such as 0,1,2.")
+    return tuple(int(part) for part in parts)

@@ -133,6 +133,13 @@ def _explain_start(error: Exception, address: str) -> ResourceError:
     )
 
 
+def count_gpus() -> float:
+    """Return the GPUs of the connected cluster, used or free."""
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0.0))
+
+
 def require(num_workers: int, cpus: float, gpus: float) -> None:
     """Check that the whole cluster is large enough for the workers, before a wait that could not end.
 

@@ -31,6 +31,22 @@ def explain_missing(value: PaperValue, results: Sequence[Result]) -> str:
     raise ValueError("found a measurement, expected none")
 
 
+def is_like(value: PaperValue, result: Result, *, on_any_test: bool = False) -> bool:
+    """Return whether a measurement is of the same kind as a number of the paper, whatever its base.
+
+    Args:
+        on_any_test: an accuracy may be on another test split than the paper's.
+    """
+    _, *conditions = _conditions(value)
+    return all(meets(result) for meets, _ in conditions if not (on_any_test and meets is _is_on_papers_test))
+
+
+def is_llama(result: Result, size: str) -> bool:
+    """Return whether the base is the paper's of a size, by its name."""
+    base = result.base.lower()
+    return "llama" in base and f"-{size.lower()}" in base.replace("_", "-")
+
+
 def has_random_weights(result: Result) -> bool:
     """Return whether the weights are random: speed and memory are real, scores mean nothing."""
     model = result.config.get("model")
@@ -38,7 +54,7 @@ def has_random_weights(result: Result) -> bool:
 
 
 def _conditions(value: PaperValue) -> Iterator[_Condition]:
-    yield lambda result: _is_llama(result, value.size), f"no Llama {value.size} in these results"
+    yield lambda result: is_llama(result, value.size), f"no Llama {value.size} in these results"
     if value.variant is not None:
         yield lambda result: result.variant == value.variant, f"no {value.variant} of it"
     if value.tasks:
@@ -69,11 +85,6 @@ def _conditions(value: PaperValue) -> Iterator[_Condition]:
 
 def _is_on_papers_test(result: Result) -> bool:
     return is_papers_test(result.task, result.data_hash, result.num_examples, result.is_partial)
-
-
-def _is_llama(result: Result, size: str) -> bool:
-    base = result.base.lower()
-    return "llama" in base and f"-{size.lower()}" in base.replace("_", "-")
 
 
 def _has_one_example(result: Result) -> bool:

@@ -102,6 +102,30 @@ PAPER: tuple[PaperValue, ...] = (
     _speed("8B", _XBRL, 1.9),
 )
 
+PAPER_SETTINGS: dict[str, list[object]] = {
+    "model.base": ["Llama-3.1-8B-Instruct", "Llama-3.1-70B-Instruct"],
+    "model.template": ["raw"],
+    "lora.alpha": [32.0, 32],
+    "lora.dropout": [0.1],
+    "lora.target_modules": [["q_proj", "k_proj", "v_proj"]],
+    "data.max_train_examples": [None],
+    "data.max_test_examples": [None],
+    "optim.name": ["zero_one_adam"],
+    "optim.learning_rate": [1e-4],
+    "train.num_workers": [4],
+    "train.global_batch_size": [64],
+    "train.epochs": [4],
+    "eval.bits": [8],
+    "eval.method": ["generate"],
+}
+"""Setting -> values that are the paper's, the first one as it is told."""
+XBRL_SETTINGS: dict[str, list[object]] = {
+    "train.global_batch_size": [16],
+    "train.epochs": [1],
+    "eval.method": ["generate", "labels"],  # free text is generated in any case
+}
+"""What differs from them for XBRL."""
+
 # Caveats of a comparison with the paper; the task pages of docs/ have more.
 DIFFERENCES: tuple[tuple[str, str], ...] = (
     (

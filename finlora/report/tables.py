@@ -21,7 +21,7 @@ from finlora.results import Result
 NOT_MEASURED = "not measured"
 NOT_RUN = "not run"
 _PAPER_HEADER = ("model", "variant", "task", "quantity", "paper", "ours", "run")
-_QUANTITIES = {
+QUANTITIES = {
     "accuracy": "accuracy %",
     "adapter_mib": "adapter, MiB",
     "inference_memory_gib": "memory at batch 1, GiB",
@@ -109,7 +109,16 @@ def _name_row(each: Kept) -> str:
 
 
 def _name_device(result: Result) -> str:
-    return result.environment.get("device", "not recorded")
+    device, share = result.environment.get("device", "not recorded"), _share_of(result)
+    return f"{device}, {share:g} of it" if share < 1 and result.gpu_hours is not None else device
+
+
+def _share_of(result: Result) -> float:
+    """Return the GPUs of a worker or a stage, below 1 where others used the same."""
+    name, key = ("train", "gpus_per_worker") if result.kind == "training" else ("eval", "num_gpus")
+    section = result.config.get(name)
+    share = section.get(key) if isinstance(section, dict) else None
+    return float(share) if isinstance(share, int | float) else 1.0
 
 
 def wire_table(paired: Paired) -> TextTable:
@@ -207,7 +216,7 @@ def _paper_row(value: PaperValue, ours: Result, run: str) -> tuple[str, ...]:
         f"Llama 3.1 {value.size}",
         value.variant or (f"{value.bits} bit" if value.bits else "any"),
         " / ".join(value.tasks[:1] if "+" in "".join(value.tasks) else value.tasks) or "any task",
-        _QUANTITIES[value.quantity],
+        QUANTITIES[value.quantity],
         f"{100 * value.value if value.quantity == 'accuracy' else value.value:.{digits}f}",
         _our_cell(value, ours),
         run,

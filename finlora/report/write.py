@@ -11,8 +11,11 @@ from rich.text import Text
 from finlora.durable import write_whole
 from finlora.errors import ResultError
 from finlora.printed_table import print_table
+from finlora.report.deviations import deviation_table
+from finlora.report.other_base import other_base_tables
 from finlora.report.pairing import Paired, pair_results
 from finlora.report.scores import score_table, segment_table
+from finlora.report.seeds import group_by_seed, seed_table
 from finlora.report.tables import (
     NOT_MEASURED,
     NOT_RUN,
@@ -42,7 +45,13 @@ def show_results(results: Sequence[Result], console: Console) -> None:
 
 
 def _show(paired: Paired, console: Console) -> None:
-    for table in (score_table(paired), segment_table(paired), cost_table(paired), wire_table(paired)):
+    for table in (
+        score_table(paired),
+        seed_table(paired),
+        segment_table(paired),
+        cost_table(paired),
+        wire_table(paired),
+    ):
         if table.rows:
             draw_table(table, console)
 
@@ -73,7 +82,7 @@ def render_report(
     for table in first:
         draw_table(table, console)
     _show(paired, console)
-    beside = paper_tables(paired)
+    beside = [*other_base_tables(paired), *paper_tables(paired)]
     for table in (*beside, *([left_out] if left_out.rows else [])):
         draw_table(table, console)
     if output is None:
@@ -101,15 +110,19 @@ def _write(
     for kind in ("training", "evaluation"):
         if figure := draw_times(paired.kept, kind):
             figures[f"{kind}-time"] = figure
-    matrices = [(describe(each), draw_confusion(each.result)) for each in paired.kept if has_matrix(each.result)]
-    curves = [(describe(each), draw_reliability(each.result)) for each in paired.kept if each.result.calibration]
+    others = {id(each.result) for group in group_by_seed(paired.kept) for each in group[1:]}
+    drawn_once = [each for each in paired.kept if id(each.result) not in others]  # of several seeds the first
+    matrices = [(describe(each), draw_confusion(each.result)) for each in drawn_once if has_matrix(each.result)]
+    curves = [(describe(each), draw_reliability(each.result)) for each in drawn_once if each.result.calibration]
     tables = [
         *first,
         score_table(paired),
         cost_table(paired),
+        seed_table(paired),
         segment_table(paired),
         wire_table(paired),
         *beside,
+        deviation_table(paired),
         differences_table(),
     ]
     tables += [left_out, provenance_table(paired), environment_table(paired)]

@@ -2,16 +2,22 @@
 
 Layout of OUTPUT:
     steps/NAME.json    one Outcome, written atomically when a step has ended
+    steps/NAME.log     what the step said when it last ran
     runs/              run folders with their results.jsonl
     report/            report.html, report.md and plots of all results
+    lock               locked by the command while it runs
+    stop               empty; a signal's name in it asks the command to stop
+
+The outcomes and the results.jsonl are enough to go on elsewhere: a training whose adapter was scored needs no adapter any more.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +28,7 @@ from finlora.errors import FinloraError, ResultError
 from finlora.model.contract import CONTRACT_FILE
 from finlora.model.source import find_source
 from finlora.report.tables import TextTable
-from finlora.reproduce.paper_rows import Step
+from finlora.reproduce.step import Step
 
 
 class StepState(StrEnum):
@@ -44,7 +50,7 @@ class Outcome:
     """Step.key: an outcome under other settings does not count."""
     state: StepState
     cause: str = ""
-    """Reason why it did not run or failed."""
+    """Reason why it did not run, stopped or failed."""
     seconds: float = 0.0
     """Work; of a training, all its attempts together."""
     waited: float = 0.0
@@ -59,7 +65,7 @@ def write_outcome(output: Path, outcome: Outcome) -> None:
 
 
 def read_outcome(output: Path, step: Step) -> Outcome:
-    """Return the outcome of a step under its present settings; `to do` where there is none.
+    """Return the recorded outcome of a step under its present settings; `to do` where there is none.
 
     Raises:
         ResultError: the record is damaged.
@@ -73,10 +79,33 @@ def read_outcome(output: Path, step: Step) -> Outcome:
             raise ResultError(
                 f"{path} is damaged and no longer says how the step ended ({error}): delete that file to repeat the step."
             ) from error
-        is_there = step.kind == "evaluate" or (step.adapter is not None and (step.adapter / CONTRACT_FILE).is_file())
-        if outcome.key == step.key and is_there:
+        if outcome.key == step.key:
             return outcome
-    return Outcome(name=step.name, key=step.key, state=StepState.TO_DO)
+    return to_do(step)
+
+
+def read_outcomes(output: Path, steps: Sequence[Step]) -> dict[str, Outcome]:
+    """Return the outcome of each step by name. A training is to do again if an evaluation still needs its lost adapter.
+
+    Raises:
+        ResultError: as `read_outcome`.
+    """
+    found = {step.name: read_outcome(output, step) for step in steps}
+    for step in steps:
+        if step.kind == "train" and found[step.name].state == StepState.DONE and lacks_adapter(step):
+            needs = [found[other.name].state != StepState.DONE for other in _evaluations_of(step, steps)]
+            if any(needs) or not needs:
+                found[step.name] = to_do(step)
+    return found
+
+
+def to_do(step: Step, cause: str = "") -> Outcome:
+    """Return the outcome of a step that has not ended."""
+    return Outcome(name=step.name, key=step.key, state=StepState.TO_DO, cause=cause)
+
+
+def _evaluations_of(training: Step, steps: Sequence[Step]) -> list[Step]:
+    return [step for step in steps if step.kind == "evaluate" and step.adapter == training.adapter]
 
 
 def find_obstacle(step: Step, found: set[tuple[str, str | None, str]] | None = None) -> str | None:
@@ -99,27 +128,42 @@ def find_obstacle(step: Step, found: set[tuple[str, str | None, str]] | None = N
 
 
 def lacks_adapter(step: Step) -> bool:
-    """Return whether a step scores an adapter that is not trained yet."""
-    return step.kind == "evaluate" and step.adapter is not None and not (step.adapter / CONTRACT_FILE).is_file()
+    """Return whether the adapter that a step trains or scores is not there."""
+    return step.adapter is not None and not (step.adapter / CONTRACT_FILE).is_file()
 
 
 def foresee(steps: Sequence[Step], output: Path) -> list[Outcome]:
     """Return the expected outcome of each step without running any."""
+    known = read_outcomes(output, steps)
     outcomes: list[Outcome] = []
     trainable: set[Path | None] = set()
     bases: set[tuple[str, str | None, str]] = set()
     for step in steps:
-        outcome = read_outcome(output, step)
+        outcome = known[step.name]
         if outcome.state != StepState.DONE:
-            outcome = Outcome(name=step.name, key=step.key, state=StepState.TO_DO)
+            outcome = to_do(step)
             if obstacle := find_obstacle(step, bases):
                 outcome = dataclasses.replace(outcome, state=StepState.CANNOT_RUN, cause=obstacle)
-            elif lacks_adapter(step) and step.adapter not in trainable:
-                outcome = dataclasses.replace(outcome, state=StepState.WAITS)
             elif step.kind == "train":
                 trainable.add(step.adapter)
+            elif lacks_adapter(step) and step.adapter not in trainable:
+                outcome = dataclasses.replace(outcome, state=StepState.WAITS)
         outcomes.append(outcome)
     return outcomes
+
+
+def delete_weights(steps: Sequence[Step], outcomes: Mapping[str, Outcome]) -> None:
+    """Delete adapters and checkpoints of the trainings all of whose evaluations are done; results and logs stay."""
+    from finlora.train.run.snapshot import SNAPSHOT  # imports torch
+
+    for step in steps:
+        own = [step, *_evaluations_of(step, steps)]
+        if step.kind != "train" or len(own) == 1 or any(outcomes[each.name].state != StepState.DONE for each in own):
+            continue
+        root = step.run.root
+        for folder in (step.run.adapter, *root.glob("checkpoint_*")):
+            shutil.rmtree(folder, ignore_errors=True)
+        (root / SNAPSHOT).unlink(missing_ok=True)
 
 
 def outcome_table(outcomes: Sequence[Outcome]) -> TextTable:

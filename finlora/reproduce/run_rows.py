@@ -1,77 +1,58 @@
-"""Runner of a reproduction's steps, one by one on the connected cluster. Each step can resume, and none stops the others."""
+"""Execution of one step of a reproduction on the connected cluster. It raises nothing: every end is an Outcome."""
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+import traceback
+from collections.abc import Callable
 
 from finlora.cluster import connect
 from finlora.cluster.lease import seconds_waited
 from finlora.errors import ConfigError, DatasetError, ModelError, ResourceError, StoppedError
-from finlora.reproduce.outcomes import Outcome, StepState, find_obstacle, lacks_adapter, read_outcome, write_outcome
-from finlora.reproduce.paper_rows import Step
+from finlora.reproduce.outcomes import Outcome, StepState, find_obstacle, lacks_adapter, to_do
+from finlora.reproduce.step import Step
 from finlora.results import Result, append_result
-from finlora.train.run.run_folder import RunFolder
-
-_logger = logging.getLogger(__name__)
+from finlora.train.run.run_folder import examine_run
+from finlora.train.run.summary import find_finished
 
 _CANNOT = (ConfigError, DatasetError, ModelError, ResourceError)
 """Errors that name a missing or unfitting input; any other error is a failure."""
 
 
-def run_plan(steps: Sequence[Step], output: Path, announce: Callable[[str], None] = _logger.warning) -> list[Outcome]:
-    """Run each step that is not done.
+def run_step(step: Step, announce: Callable[[str], None]) -> Outcome:
+    """Run a step to its end. A training that has ended before is not repeated.
 
     Args:
-        output: folder of the reproduction.
         announce: shows the user a line.
 
     Returns:
-        The outcome of each step.
-
-    Raises:
-        StoppedError: a signal came; the current training stopped at a checkpoint or before its first step.
+        Its outcome; `to do` where the training was told to stop, by its run's `stop` file.
     """
-    outcomes = []
-    for number, step in enumerate(steps, start=1):
-        outcome = read_outcome(output, step)
-        if outcome.state != StepState.DONE:
-            announce(f"[{number}/{len(steps)}] {step.name}")
-            outcome = _run(step, announce)
-            write_outcome(output, outcome)
-            words = f": {outcome.cause}" if outcome.cause else ""
-            words = f" in {outcome.seconds:.0f} s" if outcome.state == StepState.DONE else words
-            announce(f"[{number}/{len(steps)}] {step.name}: {outcome.state}{words}")
-        outcomes.append(outcome)
-    return outcomes
 
-
-def _run(step: Step, announce: Callable[[str], None]) -> Outcome:
     def end(state: StepState, cause: str = "", seconds: float = 0.0, waited: float = 0.0) -> Outcome:
         return Outcome(name=step.name, key=step.key, state=state, cause=cause, seconds=seconds, waited=waited)
 
-    if obstacle := find_obstacle(step):
-        return end(StepState.CANNOT_RUN, obstacle)
-    if lacks_adapter(step):
-        return end(StepState.WAITS)
     try:
+        if obstacle := find_obstacle(step):
+            return end(StepState.CANNOT_RUN, obstacle)
         if step.kind == "train":
             from finlora.train.worker import run_training
 
-            trained = run_training(step.config, announce)
+            trained = find_finished(examine_run(step.config)) or run_training(step.config, announce)
             return end(StepState.DONE, "", trained.wall_seconds or 0.0, trained.waited_seconds or 0.0)
+        if lacks_adapter(step):
+            return end(StepState.WAITS)
         started, before = time.monotonic(), seconds_waited()
         results = _evaluate(step, announce)
         # The evaluation waits here for its own room, and its stages wait there for theirs.
         waited = seconds_waited() - before + max((result.waited_seconds or 0.0 for result in results), default=0.0)
         return end(StepState.DONE, "", time.monotonic() - started - waited, waited)
-    except StoppedError:
-        raise
+    except StoppedError as stop:
+        return to_do(step, str(stop))
     except _CANNOT as error:
         return end(StepState.CANNOT_RUN, str(error))
     except Exception as error:  # a failed step must not stop the others; its cause is kept
+        announce(traceback.format_exc())
         return end(StepState.FAILED, f"{type(error).__name__}: {error}")
 
 
@@ -89,9 +70,8 @@ def _evaluate(step: Step, announce: Callable[[str], None]) -> list[Result]:
         announce=announce,
         title=f"the evaluation of {config.name}",
     )
-    folder = RunFolder(Path(config.output_dir) / config.name)
     for result in results:
-        append_result(folder.results, result)
+        append_result(step.run.results, result)
     return results
 
 

@@ -81,3 +81,43 @@ def test_reproduction_without_its_rows_is_refused(call, tmp_path):
     code, _, err = call("reproduce", "--configs", tmp_path, "--output", tmp_path / "out", "--dry-run")
     assert code == 2
     assert "lacks 24 of 24 rows" in err
+
+
+def test_dry_reproduction_on_the_public_base_plans_its_rows_and_seeds(call, tiny_base, prepared_fpb, tmp_path):
+    code, out, _ = call(
+        *("reproduce", "--configs", CONFIGS, "--output", tmp_path / "out", "--only", "*-fpb-*", "--dry-run"),
+        *("--base-135m", tiny_base, "--seeds", "0,1", f"data.dir={prepared_fpb}", "model.template=raw"),
+    )
+    assert code == 0
+    text = " ".join(out.split())
+    assert "15 to do." in text  # the base at 16, 8 and 4 bit; three adapters of two seeds, trained and scored
+    assert "smollm2-135m-8bit-r8-fpb-seed1-evaluate" in text
+    assert "llama" not in text
+
+
+@pytest.mark.parametrize("seeds", ["a", "0,", "1,1", "-1", "0 1"])
+def test_seeds_that_are_no_list_are_refused(call, tmp_path, seeds):
+    code, _, err = call("reproduce", "--configs", CONFIGS, "--output", tmp_path, f"--seeds={seeds}", "--dry-run")
+    assert code == 2
+    assert "expected different whole numbers with commas between them, such as 0,1,2" in " ".join(err.split())
+
+
+def test_reproduction_that_is_done_reports_and_starts_no_ray(call, tiny_base, prepared_fpb, tmp_path, monkeypatch):
+    from made_results import make_evaluation
+
+    from finlora.reproduce.outcomes import Outcome, StepState, write_outcome
+    from finlora.reproduce.paper_rows import make_plan
+    from finlora.results import append_result
+
+    row, output = "llama-8b-base-fpb-evaluate", tmp_path / "out"
+    (step,) = make_plan(CONFIGS, output, [f"data.dir={prepared_fpb}"], row, {"8b": str(tiny_base)})
+    write_outcome(output, Outcome(name=row, key=step.key, state=StepState.DONE))
+    append_result(output / "runs" / "llama-8b-base-fpb" / "results.jsonl", make_evaluation(variant="base"))
+    monkeypatch.setattr("finlora.cluster.connect.connect", lambda **_: pytest.fail("Ray was started"))
+    code, out, _ = call(
+        *("reproduce", "--configs", CONFIGS, "--output", output, "--only", row, "--base-8b", tiny_base),
+        *(f"data.dir={prepared_fpb}", "--minutes", "0"),
+    )
+    assert code == 0
+    assert "1 done." in out
+    assert (output / "report" / "report.html").is_file()

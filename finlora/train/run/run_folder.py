@@ -47,7 +47,7 @@ _FREE_SETTINGS = {
     "": ("output_dir", "eval", "max_wait_s"),
     "model": ("cache",),
     "data": ("dir", "max_test_examples"),
-    # The last four change only the memory layout: sums round in another order, dropout samples other masks.
+    # A share of a GPU and the last four change only the memory layout: sums round in another order, dropout samples other masks.
     "train": (
         *(
             "max_failures",
@@ -56,6 +56,7 @@ _FREE_SETTINGS = {
             "checkpoint_every_steps",
             "log_every_steps",
             "cpus_per_worker",
+            "gpus_per_worker",
         ),
         *("memory_gib", "max_pack_tokens", "recompute", "unpack_weights"),
     ),
@@ -250,6 +251,7 @@ def hash_run(config: RunConfig, hashes: dict[str, str]) -> str:
     for section, keys in _FREE_SETTINGS.items():
         for key in keys:
             (tree[section] if section else tree).pop(key)
+    tree["train"]["gpus_per_worker"] = 1.0  # runs from before it was free have it in their hash
     if tree["model"]["template_date"] is None:  # runs from before this setting have no such key
         del tree["model"]["template_date"]
     text = json.dumps([tree, hashes], sort_keys=True)

@@ -81,6 +81,7 @@ def test_same_name_with_other_settings_is_refused_by_what_differs(make_config):
         "train.checkpoint_every_steps=3",
         "train.log_every_steps=1",
         "train.cpus_per_worker=0.5",
+        "train.gpus_per_worker=0.5",
         "train.memory_gib=9",
         "train.recompute=layer",
         "eval.batch_size=3",

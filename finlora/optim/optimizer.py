@@ -153,7 +153,7 @@ OPTIMIZERS = {
             name="zero_one_adam",
             build=_build_zero_one_adam,
             averages_gradients=True,
-            saves=frozenset({"m", "v", "u", "last_synced", "weights", "worker_error", "server_error"}),
+            saves=frozenset({"m", "v", "u", "last_synced", "norm_ratio", "weights", "worker_error", "server_error"}),
             reads=_ADAM | {"freeze_ratio", "max_local_steps", "max_grad_norm"},
             count_state_bytes=_count_zero_one_bytes,
         ),

@@ -28,7 +28,9 @@ and tutorial (DeepSpeed 0.19.6, runtime/fp16/onebit/zoadam.py), called the code 
  9. T_v and T_u are scaled to the run's length: `Schedule`.
 10. Decoupled weight decay, on x between synchronisations and on x_t' at them. A step with lr = 0 outside T_v changes nothing.
 11. Gradients are clipped here, without a round of communication: their exact mean in T_v, as for AdamW, and each rank's own
-    gradient elsewhere.
+    gradient elsewhere. A rank's own has more noise and so a larger norm: clipped to the mean's bound it would keep less of
+    what the ranks have in common, where v comes from clipped means, and steps would be up to sqrt(n) times too short. Its
+    bound is larger by the ratio of the two norms in T_v, as a moving average between 1 and sqrt(n).
 12. With one rank nothing is sent or compressed; all else is the same.
 """
 
@@ -46,6 +48,8 @@ from finlora.optim.onebit import FlatLayout, OneBitExchange, Schedule, floor_by_
 from finlora.optim.traffic import WireClock
 
 _COUNTS = ("_num_variance_updates", "_steps_since_sync", "_rate_sum", "_decay")
+_NORM_WEIGHT = 0.1
+"""Of the newest ratio of norms in its moving average."""
 _EXCHANGE_COUNTS = ("bytes_sent", "num_compressed", "num_exact")
 
 
@@ -173,7 +177,9 @@ class ZeroOneAdam(torch.optim.Optimizer):
         """Take a step of T_v: Adam with the exact mean gradient, the same on every rank."""
         assert self._exchange is not None and self.is_synchronised, "T_v ends before local steps begin"  # noqa: PT018
         (beta1, beta2), buffers = self._group()["betas"], self._buffers
-        mean = self._clip(self._exchange.average_exact(gradient))
+        exact = self._exchange.average_exact(gradient)
+        self._compare_norms(gradient, exact)
+        mean = self._clip(exact, self._max_grad_norm)
         self._num_variance_updates += 1
         buffers["m"].mul_(beta1).add_(mean, alpha=1 - beta1)
         buffers["v"].mul_(beta2).addcmul_(mean, mean, value=1 - beta2)
@@ -189,7 +195,8 @@ class ZeroOneAdam(torch.optim.Optimizer):
             return  # Otherwise the momentum recovered from u is 0 / 0, and a step of T_v starts with unequal momenta.
         beta1, buffers = self._group()["betas"][0], self._buffers
         denominator = self._denominator(is_floored=True)
-        buffers["m"].mul_(beta1).add_(self._clip(gradient), alpha=1 - beta1)
+        limit = self._max_grad_norm * buffers["norm_ratio"].sqrt()
+        buffers["m"].mul_(beta1).add_(self._clip(gradient, limit), alpha=1 - beta1)
         self._bound_momentum(denominator)
         weights = self._read_weights().mul_(decay)
         weights.addcdiv_(buffers["m"], denominator, value=-rate)
@@ -205,11 +212,19 @@ class ZeroOneAdam(torch.optim.Optimizer):
         limit = denominator * max(1.0, (1 - beta1) / (1 - beta2) ** 0.5)
         torch.clamp(self._buffers["m"], -limit, limit, out=self._buffers["m"])
 
-    def _clip(self, gradient: Tensor) -> Tensor:
-        """Clip a gradient: deviation 11."""
+    def _compare_norms(self, own: Tensor, mean: Tensor) -> None:
+        """Note how much larger a rank's own gradient is than the mean: deviation 11."""
+        assert self._exchange is not None
+        if self._max_grad_norm == 0 or self._exchange.world_size == 1:
+            return
+        squares = (own.square().sum() / mean.square().sum().clamp_(min=1e-30)).clamp_(1.0, self._exchange.world_size)
+        self._buffers["norm_ratio"].lerp_(squares, _NORM_WEIGHT if self._num_variance_updates else 1.0)
+
+    def _clip(self, gradient: Tensor, limit: float | Tensor) -> Tensor:
+        """Clip a gradient to a norm: deviation 11."""
         if self._max_grad_norm == 0:
             return gradient
-        return gradient.mul((self._max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1.0))
+        return gradient.mul((limit / (gradient.norm() + 1e-6)).clamp(max=1.0))
 
     def _rate_and_decay(self) -> tuple[float, float]:
         group = self._group()
@@ -245,6 +260,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         self._exchange = OneBitExchange(self._layout.is_real, self._block_size, self._process_group, self._clock)
         weights = self._layout.gather(self._parameters())
         self._buffers = {name: torch.zeros_like(weights) for name in ("m", "v", "u")} | {"last_synced": weights}
+        self._buffers["norm_ratio"] = torch.ones((), device=weights.device)  # its square, as a moving average
         if any(parameter.dtype != torch.float32 for parameter in self._parameters()):
             self._buffers["master"] = weights.clone()
 

@@ -19,6 +19,7 @@ from zero_one_adam_world import (
     CONVERGENCE_SEEDS,
     CONVERGENCE_STEPS,
     FREEZE_RATIO,
+    MAX_GRAD_NORM,
     MAX_LOCAL_STEPS,
     STEPS,
     TOLERANCE,
@@ -76,6 +77,17 @@ def test_trajectory_equals_reference(reports) -> None:
         worker = torch.stack([weights[rank] for weights in expected])
         assert (report["weights"] - worker).abs().max() <= TOLERANCE
     assert (worker[-1] - Regression(seed=0).start).abs().max() > 0.1
+
+
+def test_own_gradients_are_clipped_less_than_their_mean(reports) -> None:
+    """A rank's own gradient has more noise: clipped to the same norm, steps would be too short where v is of clipped means."""
+    expected = expected_weights(reports, max_grad_norm=MAX_GRAD_NORM)
+    for rank, report in enumerate(reports):
+        worker = torch.stack([weights[rank] for weights in expected])
+        assert (report["clipped"] - worker).abs().max() <= TOLERANCE
+        assert (report["clipped"] - report["weights"]).abs().max() > 0.01  # it was clipped
+        is_alone = len(reports) == 1
+        assert report["norm_ratio"] == 1.0 if is_alone else 1.0 < report["norm_ratio"] < len(reports)
 
 
 def test_ranks_agree_at_synchronisations_and_differ_between(reports) -> None:

@@ -46,6 +46,7 @@ def run(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    max_grad_norm: float = 0.0,
     paper_compressor: bool = False,
 ) -> list[list[Tensor]]:
     """Return every worker's weights after every step: result[step - 1][worker].
@@ -66,6 +67,7 @@ def run(
     v, num_variance_updates = torch.zeros_like(start), 0
     last_synced, rate_sum, decay, since = start.clone(), 0.0, 1.0, 0
     t_v = variance_steps(freeze_steps)
+    ratio = [1.0 for _ in workers]  # [11]: squares of the norms' ratios
     history = []
 
     for t, learning_rate in enumerate(learning_rates, start=1):
@@ -74,9 +76,17 @@ def run(
         shrink = 1 - learning_rate * weight_decay  # [10]
         if t in t_v:  # before the model moves [3]
             g_mean = sum(g[1:], g[0]) / num_workers
+            if max_grad_norm:  # [11]
+                for i in workers:
+                    newest = min(max(float(g[i].norm() / g_mean.norm()) ** 2, 1.0), num_workers)
+                    ratio[i] = newest if num_variance_updates == 0 else 0.9 * ratio[i] + 0.1 * newest
+                g_mean = g_mean * min(1.0, max_grad_norm / (float(g_mean.norm()) + 1e-6))
             v = beta2 * v + (1 - beta2) * g_mean * g_mean
             num_variance_updates += 1
             g = [g_mean for _ in workers]  # [4]
+        elif max_grad_norm:  # [11]
+            limits = [max_grad_norm * ratio[i] ** 0.5 for i in workers]
+            g = [g[i] * min(1.0, limits[i] / (float(g[i].norm()) + 1e-6)) for i in workers]
         v_hat = v / (1 - beta2**num_variance_updates)  # [2]
         if t not in t_v:  # [7]
             for block in blocks:
@@ -101,7 +111,7 @@ def run(
         elif since >= sync_interval(t):  # t in T_u [9]
             weight = torch.ones_like(d) if paper_compressor else d  # [5]
             if num_workers == 1:
-                u_bar = u[0]  # [11]
+                u_bar = u[0]  # [12]
             else:  # 1bit-AllReduce, in the two stages of 1-bit Adam [6]
                 total = torch.zeros_like(start)
                 for i in workers:

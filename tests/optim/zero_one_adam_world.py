@@ -19,6 +19,8 @@ INPUTS, OUTPUTS, RANK = 10, 5, 3
 # A has 30 elements and B 15, so that both end in a block with padding.
 BLOCKS = [slice(0, 8), slice(8, 16), slice(16, 24), slice(24, 30), slice(30, 38), slice(38, 45)]
 TOLERANCE = 1e-6
+MAX_GRAD_NORM = 0.5
+"""Bites at most steps."""
 CONVERGENCE_STEPS, CONVERGENCE_PEAK = 500, 0.03
 CONVERGENCE_SEEDS = {1: (0, 1, 2), 2: (0, 1, 2), 4: (0,)}
 """By world size. Four ranks on two cores take three times as long a step as two."""
@@ -185,6 +187,10 @@ def report_of_rank(rank: int, world_size: int, folder: str) -> None:
     optimizer = make_optimizer(parameters)
     take_step(problem, optimizer, parameters, rank, 1, 0.01)
     report["after_unequal_start"] = flat_of(parameters)
+
+    weights, _, optimizer, _ = train(problem, rank, rates, max_grad_norm=MAX_GRAD_NORM)
+    report["clipped"] = torch.stack(weights)
+    report["norm_ratio"] = float(optimizer.state_dict()["zero_one_adam"]["tensors"]["norm_ratio"])
 
     weights, flags, optimizer, states = train(problem, rank, rates, torch.bfloat16)
     tensors = optimizer.state_dict()["zero_one_adam"]["tensors"]

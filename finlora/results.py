@@ -58,6 +58,10 @@ class Result:
     """Answers chosen among labels, binned by their probability: low, high, count, confidence, accuracy a bin."""
     segments: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """Scores by a task file's segments: column -> value -> the metrics above, with the number of examples as count."""
+    answers: str | None = None
+    """Name of the table of its answers in the folder `answers` beside this file (finlora/evaluate/answer_table.py)."""
+    answers_hash: str | None = None
+    """SHA-256 of that table in hex."""
     loss_curve: list[list[float]] = field(default_factory=list)
     """Training: [step, mean loss] points."""
     wire: list[dict[str, float]] = field(default_factory=list)
@@ -123,6 +127,20 @@ def append_result(path: Path, result: Result) -> None:
         ) from error
 
 
+def list_result_files(path: Path) -> list[Path]:
+    """Return a results file, or all results*.jsonl files below a folder without those of searches.
+
+    Raises:
+        ResultError: the path is missing.
+    """
+    if path.is_dir():
+        searches = set(list_searches(path))
+        return [file for file in sorted(path.rglob("results*.jsonl")) if not searches & set(file.parents)]
+    if path.is_file():
+        return [path]
+    raise ResultError(f"{path} does not exist: give a results file, or a folder that `finlora evaluate` wrote to.")
+
+
 def read_results(path: Path) -> list[Result]:
     """Read every Result of a file, or of all results*.jsonl files below a folder, in file and line order.
 
@@ -132,14 +150,7 @@ def read_results(path: Path) -> list[Result]:
     Raises:
         ResultError: the path is missing or has no results, or a line is not a Result; names file and line.
     """
-    if path.is_dir():
-        searches = set(list_searches(path))
-        files = [file for file in sorted(path.rglob("results*.jsonl")) if not searches & set(file.parents)]
-    elif path.is_file():
-        files = [path]
-    else:
-        raise ResultError(f"{path} does not exist: give a results file, or a folder that `finlora evaluate` wrote to.")
-    results = [result for file in files for result in _read_file(file)]
+    results = [result for file in list_result_files(path) for result in _read_file(file)]
     if not results:
         raise ResultError(f"{path} holds no results: run `finlora train` or `finlora evaluate` first.")
     return results

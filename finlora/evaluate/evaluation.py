@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ from finlora.engine.interface import Engine
 from finlora.engine.meter import Reading
 from finlora.engine.request import ADAPTER
 from finlora.errors import ConfigError
+from finlora.evaluate.answer_table import AnswerTable, make_answer_table, write_answer_table
 from finlora.evaluate.calibration import bin_confidences, calibration_error
-from finlora.evaluate.metrics import NUMERIC_TOLERANCE, score_answers, score_segments
+from finlora.evaluate.metrics import NUMERIC_TOLERANCE, judge_answers, score_answers, score_segments
 from finlora.inference.batch import BatchEngine
 from finlora.inference.open_base import count_rows, open_engine
 from finlora.model.adapter_files import ADAPTER_WEIGHTS
@@ -37,6 +39,8 @@ from finlora.results import Result, describe_environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+_logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the task, the examples done and their total."""
@@ -68,6 +72,7 @@ def run_evaluation(
     on_progress: OnProgress,
     on_reading: OnReading = ignore_reading,
     base: BaseFiles | None = None,
+    answers: Path | None = None,
 ) -> list[Result]:
     """Evaluate every task of the config, in this process or over eval.num_stages Ray actors.
 
@@ -76,6 +81,7 @@ def run_evaluation(
         adapter: adapter folder; None: the base alone.
         on_reading: gets the counters of the stages at the end; after the restart of a stage, those since then.
         base: files of the config's base, if this process has found and checked them already. None: it does so here.
+        answers: folder for a table of the answers a task (answer_table.py). None: they are not kept.
 
     Raises:
         DatasetError: a test split is missing, damaged, or an example is too long.
@@ -101,9 +107,11 @@ def run_evaluation(
     wanted = count_rows(sizes, config.eval.batch_size)
     with open_engine(config, base, adapter, config.eval.num_stages, wanted, sizes[0]) as opened:
         engine = BatchEngine(opened.core, ADAPTER if adapter else None, opened.renew)
-        results = [
-            dataclasses.replace(
-                _evaluate_task(config, engine, work, on_progress),
+        results = []
+        for work in works:
+            result, table = _evaluate_task(config, engine, work, on_progress)
+            result = dataclasses.replace(
+                result,
                 variant=contract.variant if contract else "base",
                 base_hash=base.weights_hash,
                 run=name_run(adapter) if adapter else None,
@@ -113,10 +121,22 @@ def run_evaluation(
                 peak_memory_gib=engine.core.executor.peak_memory_gib(),
                 waited_seconds=seconds_waited() - waited,
             )
-            for work in works
-        ]
+            results.append(_keep_answers(result, table, answers) if answers else result)
         on_reading(engine.core.meter.read())
         return results
+
+
+def _keep_answers(result: Result, table: AnswerTable, folder: Path) -> Result:
+    """Write a task's answers, and return its Result with the file's name and hash. A full disk costs them, not the scores."""
+    whose = (result.adapter_hash or "base")[:12]
+    parts = (result.task, whose, f"{result.bits}bit", result.method, (result.data_hash or "")[:12], result.num_examples)
+    path = folder / f"{'-'.join(map(str, parts))}.parquet"
+    try:
+        digest = write_answer_table(table, path)
+    except OSError as error:
+        _logger.warning("%s: the answers could not be written (%s). Their scores are kept.", path, error)
+        return result
+    return dataclasses.replace(result, answers=path.name, answers_hash=digest)
 
 
 def name_run(adapter: Path) -> str:
@@ -231,7 +251,9 @@ def encode_split(
     return Work(task=task, split=split, examples=examples, encoded=encoded, choice_ids=choice_ids, sizes=sizes)
 
 
-def _evaluate_task(config: RunConfig, engine: BatchEngine, work: Work, on_progress: OnProgress) -> Result:
+def _evaluate_task(
+    config: RunConfig, engine: BatchEngine, work: Work, on_progress: OnProgress
+) -> tuple[Result, AnswerTable]:
     examples, split = work.examples, work.split
     started = time.perf_counter()
     answers, method, confidences = answer_examples(
@@ -242,11 +264,14 @@ def _evaluate_task(config: RunConfig, engine: BatchEngine, work: Work, on_progre
     tolerance = NUMERIC_TOLERANCE if own is None else Decimal(str(own.number.tolerance))
     scores = score_answers(answers, examples, seed=config.seed, tolerance=tolerance, is_exact=own is not None)
     names = own.columns.segments if own else ()
+    table = make_answer_table(
+        answers, examples, judge_answers(answers, examples, is_exact=own is not None), confidences
+    )
     is_right = [answers[index] == examples[index].answer for index in confidences]
     calibration = bin_confidences(list(confidences.values()), is_right)
     error = {"calibration_error": calibration_error(calibration)} if calibration else {}
     num_tokens = sum(len(item.prompt_ids) for item in work.encoded)
-    return Result(
+    result = Result(
         kind="evaluation",
         task=work.task,
         variant="base",
@@ -267,6 +292,7 @@ def _evaluate_task(config: RunConfig, engine: BatchEngine, work: Work, on_progre
         config=config_to_tree(config),
         environment=describe_environment(),
     )
+    return result, table
 
 
 def count_gpu_hours(config: RunConfig, seconds: float) -> float | None:

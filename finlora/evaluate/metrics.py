@@ -201,10 +201,7 @@ def score_answers(
             truths.append(normalise_free_text(example.label))
     groups = [example.group for example in examples]
     labels = [example.label for example in examples]
-    contained = [
-        answer == example.label if is_exact and answer in example.choices else is_contained(answer, example.label)
-        for answer, example in zip(answers, examples, strict=True)
-    ]
+    contained = judge_answers(answers, examples, is_exact=is_exact)
     strict = [prediction == truth for prediction, truth in zip(predictions, truths, strict=True)]
     metrics: dict[str, float] = {"unparsable": float(predictions.count(None))}
     _put(metrics, "accuracy", _mean(contained), accuracy_interval(contained, groups, seed=seed))
@@ -223,6 +220,18 @@ def score_answers(
     interval = weighted_f1_interval(predictions, truths, groups, seed=seed)
     _put(metrics, "weighted_f1", weighted_f1(predictions, truths), interval)
     return Scores(metrics, confusion(predictions, truths))
+
+
+def judge_answers(answers: Sequence[str], examples: Sequence[Example], *, is_exact: bool = False) -> list[bool]:
+    """Return whether each answer counts as right for the paper's accuracy: it contains the truth.
+
+    Args:
+        is_exact: as in `score_answers`.
+    """
+    return [
+        answer == example.label if is_exact and answer in example.choices else is_contained(answer, example.label)
+        for answer, example in zip(answers, examples, strict=True)
+    ]
 
 
 def score_segments(

@@ -5,6 +5,7 @@
     ├── DatasetError        (3)   raw data, a prepared set or an example does not fit its task; names file, line, column
     ├── ModelError          (4)   a base model, its tokenizer or its weights cannot be used as asked
     │   └── AdapterError          an adapter folder is missing, incomplete or belongs to another base
+    │       └── ApprovalError     an adapter is not approved as it is now, on a server that requires it
     ├── ResourceError       (5)   GPUs, memory, disk or a port that the command needs are not there
     │   ├── NoRoomError           others held the GPUs or cores for longer than max_wait_s; can succeed later
     │   ├── QueueFullError        the server's queue is full; can succeed later
@@ -64,6 +65,10 @@ class ModelError(FinloraError):
 
 class AdapterError(ModelError):
     """An adapter folder is missing, incomplete or belongs to another base, tokenizer or template."""
+
+
+class ApprovalError(AdapterError):
+    """An adapter is not approved as it is now, and the server serves approved adapters alone."""
 
 
 class ResourceError(FinloraError):

@@ -9,6 +9,7 @@ Shapes: rank r, in K, out N of a projection.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import stat
 from collections.abc import Iterator, Mapping, Set
@@ -108,6 +109,27 @@ def open_weights(folder: Path, settings: LoraSettings) -> Iterator[tuple[Any, Ma
             yield file, {name: _check_tensor(path, name, file.get_slice(name), settings) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise AdapterError(f"{path} is not a complete safetensors file ({error}): copy the adapter again.") from error
+
+
+def hash_weights_and_settings(folder: Path) -> str:
+    """Return the SHA-256 over an adapter's weights and settings in hex.
+
+    Raises:
+        AdapterError: one of them is missing.
+    """
+    digest = hashlib.sha256()
+    try:
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            if (folder / name).exists() and not (folder / name).is_file():  # reading a pipe would not end
+                raise AdapterError(f"{folder / name} is not a regular file: copy the adapter's own files.")
+            with (folder / name).open("rb") as stream:
+                hashlib.file_digest(stream, lambda: digest)
+    except OSError as error:
+        raise AdapterError(
+            f"{error.filename} is missing or cannot be read ({error.strerror}): expected an adapter folder as `finlora train` "
+            "writes it."
+        ) from error
+    return digest.hexdigest()
 
 
 def check_adapter(folder: Path) -> LoraSettings:

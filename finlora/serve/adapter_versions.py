@@ -5,21 +5,25 @@ Layout of DIR:
     NAME/v1/ NAME/v2/ ...        an adapter's versions; the newest complete one is served
     NAME/current                 name of a version, written by a roll-back: this version is served instead
 
+Where approval is required, a version whose files are not approved is passed over, and an adapter without another one is refused.
+
 The folder is the only state and is read for each request. So every replica serves an adapter as soon as it is copied in, and
 a roll-back survives a restart. A folder without finlora.yaml is incomplete and is not served.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from finlora.card.approvals import APPROVALS_FILE, judge_approvals
 from finlora.data.question import Form
 from finlora.data.task import Task
-from finlora.errors import AdapterError
+from finlora.errors import AdapterError, ApprovalError
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_file
 from finlora.model.contract import CONTRACT_FILE, Contract, read_contract, read_tasks
 from finlora.serve.served_model import ServedBase
@@ -29,6 +33,7 @@ CURRENT_FILE = "current"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VERSION = re.compile(r"v(\d{1,9})", re.ASCII)
 _MAX_CURRENT_BYTES = 64
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,10 +68,11 @@ class AdapterShelf:
 
     Args:
         folder: DIR; None: no adapters.
+        require_approval: whether an adapter needs an approval that holds for its files (finlora/card/approvals.py).
     """
 
-    def __init__(self, folder: Path | None, base: ServedBase) -> None:
-        self._folder, self._base = folder, base
+    def __init__(self, folder: Path | None, base: ServedBase, *, require_approval: bool = False) -> None:
+        self._folder, self._base, self._require_approval = folder, base, require_approval
         # Folder -> stamp of its files, and the adapter or refusal read then: hashing 21 MiB for each request is too slow.
         self._known: dict[Path, tuple[tuple[int, ...], ServedAdapter | AdapterError]] = {}
 
@@ -93,12 +99,28 @@ class AdapterShelf:
                     found.append(str(error))
         return found
 
+    def list_unapproved(self, name: str) -> dict[str | None, str]:
+        """Return the versions of an adapter that are not served because they lack an approval -> the reason.
+
+        None stands for an adapter without versions. Empty where approval is not required.
+        """
+        found: dict[str | None, str] = {}
+        versions: Sequence[str | None] = _list_versions(self._find(name)) or [None]
+        for version in versions if self._require_approval else ():
+            try:
+                self.find(name, version)
+            except ApprovalError as error:
+                found[version] = str(error)
+            except AdapterError:  # another reason, which a request is told
+                continue
+        return found
+
     def list_versions(self, name: str) -> list[str]:
         """Return the complete versions of an adapter, oldest first; empty for one without versions."""
         return _list_versions(self._find(name))
 
     def current_version(self, name: str) -> str | None:
-        """Return the version that is served: the one set by a roll-back, else the newest.
+        """Return the version that is served: the one set by a roll-back, else the newest, where required the newest approved one.
 
         Raises:
             AdapterError: there is no such adapter, or the version set by a roll-back is missing.
@@ -108,7 +130,7 @@ class AdapterShelf:
         if not versions:
             return None
         if not os.path.lexists(home / CURRENT_FILE):
-            return versions[-1]
+            return self._find_newest(name, versions)
         try:
             check_file(home / CURRENT_FILE, _MAX_CURRENT_BYTES)
             pinned = (home / CURRENT_FILE).read_text(encoding="utf-8").strip()
@@ -121,11 +143,24 @@ class AdapterShelf:
             )
         return pinned
 
+    def _find_newest(self, name: str, versions: list[str]) -> str:
+        """Return the newest version, where approval is required the newest approved one; the newest where none is."""
+        for version in reversed(versions) if self._require_approval else ():
+            try:
+                self.find(name, version)
+            except ApprovalError:
+                continue
+            except AdapterError:  # approved and refused for another reason, which the request is told
+                return version
+            return version
+        return versions[-1]
+
     def find(self, name: str, version: str | None = None) -> ServedAdapter:
         """Return a version of an adapter; None: the current one.
 
         Raises:
             AdapterError: it is missing, incomplete, or made for another base, tokenizer or template.
+            ApprovalError: it is not approved as it is now, and has to be.
         """
         home = self._find(name)
         versions = _list_versions(home)
@@ -136,6 +171,8 @@ class AdapterShelf:
             raise AdapterError(f"adapter {name!r} has no version {version!r}: expected one of {there}.")
         folder = home / version if version else home
         files = [folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG, folder / CONTRACT_FILE]
+        if self._require_approval and (folder / APPROVALS_FILE).exists():
+            files.append(folder / APPROVALS_FILE)
         try:
             stats = [file.stat() for file in files]
         except OSError as error:
@@ -144,6 +181,8 @@ class AdapterShelf:
         known = self._known.get(folder)
         if known is None or known[0] != stamp:
             known = self._known[folder] = (stamp, self._read(name, version, folder))
+            if isinstance(known[1], ApprovalError):  # once for each state of its files
+                _logger.warning("Not served: %s", known[1])
         if isinstance(known[1], AdapterError):
             raise known[1].with_traceback(None)
         return known[1]
@@ -152,6 +191,9 @@ class AdapterShelf:
         """Read and check an adapter. A refusal is returned, not raised, so that it is cached like a good adapter."""
         try:
             contract = read_contract(folder)
+            if self._require_approval and (refusal := judge_approvals(folder).refusal):
+                which = f"{name!r}, version {version}," if version else repr(name)
+                raise ApprovalError(f"adapter {which} is not approved, and this server requires it: {refusal}")
             contract.check(folder, self._base, self._base.template)
             check_adapter(folder)
             digest = hash_adapter(folder)
@@ -175,7 +217,7 @@ class AdapterShelf:
             raise AdapterError(
                 f"adapter {name!r} has no versions: expected folders {name}/v1, {name}/v2; there is nothing to choose."
             )
-        adapter = self.find(name, version or versions[-1])
+        adapter = self.find(name, version or self._find_newest(name, versions))
         if version is None:
             (home / CURRENT_FILE).unlink(missing_ok=True)
         else:

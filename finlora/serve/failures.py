@@ -8,6 +8,7 @@ from starlette.exceptions import HTTPException
 
 from finlora.errors import (
     AdapterError,
+    ApprovalError,
     ConfigError,
     DatasetError,
     FinloraError,
@@ -23,6 +24,7 @@ _TABLE: tuple[tuple[type[FinloraError], int, str, str, int], ...] = (
     (QuotaError, 429, "rate_limit_error", "rate_limit_exceeded", 1),
     (QueueFullError, 429, "rate_limit_error", "queue_full", 1),
     (StageLostError, 503, "service_unavailable_error", "stage_lost", 5),
+    (ApprovalError, 422, "invalid_request_error", "adapter_not_approved", 0),
     (AdapterError, 422, "invalid_request_error", "adapter_refused", 0),
     (ModelError, 422, "invalid_request_error", "model_refused", 0),
     (ConfigError, 400, "invalid_request_error", "invalid_value", 0),

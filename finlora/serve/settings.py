@@ -97,6 +97,9 @@ class ServeConfig:
     adapters_dir: str | None = None
     """Folder of adapters. `DIR/NAME` is an adapter, or holds its versions `DIR/NAME/v1`, `v2` and so on. None: the base
     alone."""
+    require_approval: bool = False
+    """Serve only adapters that `finlora approve` has approved as their files are now. Of an adapter with versions, the newest
+    approved one is served."""
     max_adapters: int = 16
     """Adapters held in memory at once; the least recently used one is dropped."""
     keys_file: str | None = None

@@ -5,20 +5,17 @@ Shapes: rank r, in K, out N of a projection.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from finlora.errors import AdapterError
 from finlora.formula.llama import LlamaShape, Product
 from finlora.formula.low_rank import Update
 from finlora.model.adapter_files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     find_sites,
+    hash_weights_and_settings,
     open_weights,
     read_lora_settings,
     require_finite,
@@ -112,19 +109,7 @@ def hash_adapter(folder: Path) -> str:
     Raises:
         AdapterError: one of them is missing.
     """
-    digest = hashlib.sha256()
-    try:
-        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-            if (folder / name).exists() and not (folder / name).is_file():  # reading a pipe would not end
-                raise AdapterError(f"{folder / name} is not a regular file: copy the adapter's own files.")
-            with (folder / name).open("rb") as stream:
-                hashlib.file_digest(stream, lambda: digest)
-    except OSError as error:
-        raise AdapterError(
-            f"{error.filename} is missing or cannot be read ({error.strerror}): expected an adapter folder as `finlora train` "
-            "writes it."
-        ) from error
-    return digest.hexdigest()[:16]
+    return hash_weights_and_settings(folder)[:16]
 
 
 def read_adapter(folder: Path, shape: LlamaShape, span: range, dtype: torch.dtype, device: torch.device) -> Adapter:

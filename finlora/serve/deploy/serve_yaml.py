@@ -127,8 +127,11 @@ def check_server(
     if settings.adapters_folder is not None and settings.adapters_folder.is_file():
         raise ConfigError(f"adapters_dir={settings.adapters_folder} is a file: expected the folder of adapters.")
     base = read_base(settings, files)
-    for reason in AdapterShelf(settings.adapters_folder, base).describe_unserved():
+    shelf = AdapterShelf(settings.adapters_folder, base, require_approval=settings.require_approval)
+    for reason in shelf.describe_unserved():
         _logger.warning("Not served: %s", reason)
+    for name in shelf.list_names():
+        shelf.list_unapproved(name)  # logs each
     return dataclasses.replace(deployment, settings=settings, http=http)
 
 

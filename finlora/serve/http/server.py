@@ -54,7 +54,7 @@ class Server:
             meter,
             audit,
         )
-        self.shelf = AdapterShelf(config.adapters_folder, base)
+        self.shelf = AdapterShelf(config.adapters_folder, base, require_approval=config.require_approval)
         self.quota = Quota(time.monotonic) if quota is None else quota
         # Each question of a task has the same few labels.
         self._encode_choices = functools.lru_cache(256)(
@@ -275,6 +275,8 @@ class Server:
     def describe_adapter(self, name: str) -> dict[str, object]:
         """Return the facts of an adapter, with the reason if it is refused."""
         facts: dict[str, object] = {"name": name, "versions": self.shelf.list_versions(name)}
+        if self.config.require_approval:
+            facts["unapproved"] = [version for version in self.shelf.list_unapproved(name) if version]
         try:
             adapter = self.shelf.find(name)
         except AdapterError as error:

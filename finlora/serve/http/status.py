@@ -31,6 +31,9 @@ class ModelList(BaseModel):
 class AdapterFacts(BaseModel):
     name: str = Field(description="Name of its folder. `base:name` is its model.")
     versions: list[str] = Field(description="Names of its versions; empty where the folder is the adapter itself.")
+    unapproved: list[str] = Field(
+        [], description="Versions that are not served because they lack an approval. Only with `require_approval`."
+    )
     refused: str = Field("", description="Why it cannot be served. Only then, and without the fields below.")
     current: str | None = Field(
         None, description="Version that is served; null where the folder is the adapter itself."

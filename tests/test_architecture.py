@@ -32,7 +32,7 @@ STAIR = (
     *("data", "data.raw", "data.taskfile", "data.tasks", "data.sets", "data.pretraining", "report", "terminal"),
     "optim",  # below the models: the memory forecast needs the size of an optimiser's state
     *("model.kernels", "model.memory", "model", "model.layers"),
-    *("engine", "stage", "pipeline", "inference", "evaluate", "score"),
+    *("engine", "stage", "pipeline", "inference", "evaluate", "score", "card"),
     *("train.steps", "train.run", "train", "train.search"),
     *("serve", "serve.accounts", "serve.live", "serve.http", "serve.deploy"),
     *("reproduce", "doctor", "cli"),
@@ -262,6 +262,7 @@ def module_name(file: Path) -> str:
 
 
 WALL_CLOCK = {
+    "finlora/card/approvals.py": "date of an approval",
     "finlora/doctor/facts.py": "compares the clocks of nodes",
     "finlora/doctor/nodes.py": "compares the clocks of nodes",
     "finlora/durable.py": "age of a file, whose lock decides",

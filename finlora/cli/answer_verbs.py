@@ -66,7 +66,7 @@ def evaluate(
         gpus = settings.eval.num_gpus if settings.eval.device == "cuda" and not is_spread else 0.0
         results = connect.call(
             _evaluate_as_task,
-            *(settings, chosen),
+            *(settings, chosen, folder.answers),
             num_cpus=1.0,
             num_gpus=gpus,
             wait_s=settings.max_wait_s,
@@ -75,7 +75,7 @@ def evaluate(
         )
     else:
         with open_bars(console, _LOADING) as bars:
-            results = run_evaluation(settings, chosen, bars.update, _print_reading, resolved)
+            results = run_evaluation(settings, chosen, bars.update, _print_reading, resolved, folder.answers)
     from finlora.report.write import show_results
 
     try:
@@ -84,6 +84,8 @@ def evaluate(
     finally:  # on a full disk the scores are at least shown
         show_results(results, console)
     say(f"Appended to {folder.results}")
+    if chosen is not None:
+        _update_readme(chosen, folder.results)
 
 
 @app.command(
@@ -176,14 +178,28 @@ def _ask_server(
     show_reply(reply.probabilities, reply.quote, console, is_quoted=reply.is_quoted)
 
 
+def _update_readme(adapter: Path, results: Path) -> None:
+    """Put all scores of an adapter into its README; a folder that cannot be written keeps the old one, and the user is told."""
+    from finlora.card.hub_readme import README, update_scores
+    from finlora.durable import hash_file
+    from finlora.model.adapter_files import ADAPTER_WEIGHTS
+    from finlora.results import read_results
+
+    try:
+        if update_scores(adapter, read_results(results), hash_file(adapter / ADAPTER_WEIGHTS)):
+            say(f"Scores written to {adapter / README}")
+    except OSError as error:
+        say(f"{adapter / README} keeps its old scores: it cannot be written ({error.strerror}).")
+
+
 def _print_reading(reading: Any) -> None:
     sys.stdout.write(reading.describe() + "\n")
     sys.stdout.flush()
 
 
-def _evaluate_as_task(settings: Any, chosen: Path | None) -> Any:
+def _evaluate_as_task(settings: Any, chosen: Path | None, answers: Path) -> Any:
     """Evaluate in a Ray task, whose output Ray shows in the driver's log."""
     from finlora.evaluate.evaluation import run_evaluation
 
     with open_bars(console, _LOADING) as bars:
-        return run_evaluation(settings, chosen, bars.update, _print_reading)
+        return run_evaluation(settings, chosen, bars.update, _print_reading, None, answers)

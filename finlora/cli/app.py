@@ -37,6 +37,8 @@ ORDER = (
     "audit",
     "reproduce",
     "report",
+    "card",
+    "approve",
 )
 
 

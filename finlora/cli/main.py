@@ -13,6 +13,7 @@ from typing import NoReturn
 try:
     from finlora.cli import (
         answer_verbs,
+        card_verbs,
         data_verbs,
         doctor_verb,
         report_verbs,
@@ -31,7 +32,17 @@ except KeyboardInterrupt:  # Ctrl-C while packages are read: a slow disk takes s
     raise SystemExit(130) from None
 
 # Importing a group registers its verbs.
-GROUPS = (doctor_verb, data_verbs, train_verbs, search_verbs, answer_verbs, score_verb, serve_verbs, report_verbs)
+GROUPS = (
+    doctor_verb,
+    data_verbs,
+    train_verbs,
+    search_verbs,
+    answer_verbs,
+    score_verb,
+    serve_verbs,
+    report_verbs,
+    card_verbs,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import TYPE_CHECKING
 
 from finlora.report.tables import NOT_MEASURED, NOT_RUN, TextTable
@@ -45,8 +44,25 @@ def embed(figure: Figure, caption: str) -> Image:
 
 def render_page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """Return the page. Names and texts of results are shown as they are, never read as markup."""
-    from jinja2 import Environment, StrictUndefined
+    return render_template(
+        "finlora.report",
+        "report.html",
+        title=title,
+        subtitle=subtitle,
+        sections=sections,
+        missing=(NOT_MEASURED, NOT_RUN),
+    )
 
-    source = resources.files("finlora.report").joinpath("templates/report.html").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
-    return template.render(title=title, subtitle=subtitle, sections=sections, missing=(NOT_MEASURED, NOT_RUN))
+
+def render_template(package: str, name: str, **values: object) -> str:
+    """Return a page from a template of a package. It may include the report's own templates, such as style.css.
+
+    Args:
+        package: with a folder `templates`.
+        values: texts in them are escaped.
+    """
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
+    loader = ChoiceLoader([PackageLoader(package), PackageLoader("finlora.report")])
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.get_template(name).render(**values)

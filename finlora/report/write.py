@@ -185,13 +185,17 @@ def render_markdown(title: str, tables: Sequence[TextTable], plots: Sequence[Pat
     for table in tables:
         if not table.rows:
             continue
-        lines = [f"## {table.title}\n", _markdown_row(table.header), _markdown_row(["---"] * len(table.header))]
-        parts.append("\n".join([*lines, *map(_markdown_row, table.rows)]) + "\n")
+        parts.append("\n".join([f"## {table.title}\n", *list_markdown_rows(table)]) + "\n")
         parts.extend(note.replace("*", "\\*") + "\n" for note in table.notes)
     if plots:
         parts.append("## Plots\n")
         parts.extend(f"![{plot.stem}]({plot.name})\n" for plot in plots)
     return "\n".join(parts)
+
+
+def list_markdown_rows(table: TextTable) -> list[str]:
+    """Return a table's header and rows as lines of Markdown."""
+    return [_markdown_row(table.header), _markdown_row(["---"] * len(table.header)), *map(_markdown_row, table.rows)]
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

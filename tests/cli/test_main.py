@@ -156,6 +156,7 @@ OUTPUTS = {
     "key": ("desk", "--file"),
     "reproduce": ("--dry-run", "--output"),
     "report": ("/srv/runs", "--output"),
+    "card": ("/srv/adapter", "--output"),
 }
 
 

@@ -29,13 +29,15 @@ pytestmark = pytest.mark.ray
 
 
 def test_adapter_folder_explains_itself_and_opens_in_peft(quantised):
+    from huggingface_hub import ModelCard
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     config, _ = quantised
     folder = folder_of(config).adapter
     names = {path.name for path in folder.iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "config.yaml", "finlora.yaml"}
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors", "config.yaml", "finlora.yaml"}
+    assert ModelCard.load(folder / "README.md").data.library_name == "peft"
     contract = read_contract(folder)
     assert (contract.variant, contract.template, contract.num_train_examples) == (
         "4bit-r4",

@@ -282,7 +282,7 @@ def _report(
     is_written: bool,
 ) -> PreparedReport:
     train, test = parts.get("train", ()), parts["test"]
-    groups, prompts = {item.group for item in train}, {item.prompt for item in train}
+    group_leaks, prompt_leaks = count_leaks(train, test)
     lengths = {split: [len(item.prompt) for item in examples] for split, examples in parts.items()}
     return PreparedReport(
         task=task.name,
@@ -291,16 +291,23 @@ def _report(
         is_written=is_written,
         counts={split: len(examples) for split, examples in parts.items()},
         hashes=dict(hashes),
-        labels={split: _label_counts(examples) for split, examples in parts.items()},
+        labels={split: count_labels(examples) for split, examples in parts.items()},
         duplicates={
             split: len(items) - len({(item.prompt, item.answer) for item in items}) for split, items in parts.items()
         },
-        group_leaks=sum(item.group in groups for item in test),
-        prompt_leaks=sum(item.prompt in prompts for item in test),
+        group_leaks=group_leaks,
+        prompt_leaks=prompt_leaks,
         prompt_chars={split: (median(values), max(values)) for split, values in lengths.items()},
         notes=notes,
     )
 
 
-def _label_counts(examples: Sequence[Example]) -> dict[str, int]:
+def count_leaks(train: Sequence[Example], test: Sequence[Example]) -> tuple[int, int]:
+    """Return how many test examples have a group that is in train, and how many have their exact prompt there."""
+    groups, prompts = {item.group for item in train}, {item.prompt for item in train}
+    return sum(item.group in groups for item in test), sum(item.prompt in prompts for item in test)
+
+
+def count_labels(examples: Sequence[Example]) -> dict[str, int]:
+    """Return label -> examples, the most frequent first; free text has none."""
     return dict(Counter(item.label for item in examples if item.choices).most_common())

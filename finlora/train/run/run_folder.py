@@ -12,7 +12,8 @@ Layout of OUTPUT_DIR/NAME:
     attempts.json      seconds of work and of waiting for each start of the driver (finlora/train/run/attempts.py)
     stop               empty; a signal's name in it asks the workers to stop (finlora/train/run/stop.py)
     adapter/           PEFT's two files and config.yaml; finlora.yaml is written last and marks the run as finished
-    results.jsonl      one Result of this training
+    results.jsonl      one Result of this training, and one for each evaluation
+    answers/           the answers of each evaluation (finlora/evaluate/answer_table.py)
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ class TrainingSet:
     """Name of a task that a task file defines -> that file, as YAML."""
     card_hashes: dict[str, str]
     """Task of a task file -> hash of what it asks."""
+    licences: dict[str, str]
+    """Task -> licence of its data."""
     base: BaseFiles = field(compare=False)
     """The base that they were encoded for; two sets are compared by what they hold."""
 
@@ -121,6 +124,10 @@ class RunFolder:
     @property
     def results(self) -> Path:
         return self.root / "results.jsonl"
+
+    @property
+    def answers(self) -> Path:
+        return self.root / "answers"
 
     @property
     def stop(self) -> Path:
@@ -218,6 +225,7 @@ def load_training_set(config: RunConfig, base: BaseFiles | None = None) -> Train
         num_skipped=len(examples) - len(kept),
         cards={task: split.card for task, split in pairs if split.card},
         card_hashes={task: split.card_hash for task, split in pairs if split.card_hash},
+        licences={task: split.licence for task, split in pairs},
         base=base,
     )
 

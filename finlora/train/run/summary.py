@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from finlora.card.hub_readme import write_readme
 from finlora.config import RunConfig
 from finlora.configfile import config_to_tree, save_config
 from finlora.errors import FinloraError
@@ -37,6 +38,7 @@ def export_adapter(
         training_set.card_hashes,
     )
     write_tasks(folder.adapter, training_set.cards)
+    write_readme(folder.adapter, config, contract, training_set.licences, training_set.cards)
     write_contract(folder.adapter, contract)
 
 

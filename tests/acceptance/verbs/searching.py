@@ -85,6 +85,29 @@ def report(tools: Tools) -> None:
     checks.equal("report.md beside it", True, (output / "report.md").is_file())
 
 
+def card(tools: Tools) -> None:
+    """Write the card of the main adapter, approve it, and write it again: the approval stands in it."""
+    walk, checks = tools.walk, tools.checks
+    adapter, output = walk.runs / "main" / "adapter", walk.output / "card"
+    words = ("card", adapter, "--output", output, "--results", walk.runs / "base", "--results", walk.runs / "main")
+    first = tools.finlora(*words)
+    accuracy = recorded(tools, "main")["metrics"]["accuracy"]
+    checks.contains("verdict", f"right in {100 * accuracy:.1f} %", first.text)
+    checks.contains("verdict against the base", "its base (", first.text)
+    page = (output / "card.html").read_text(encoding="utf-8")
+    checks.contains("an adapter that nobody has approved", "nobody has approved it", page)
+    checks.equal("addresses that the page loads from", [], re.findall(r'(?:src|href)="(https?://[^"]+)"', page))
+    done = tools.finlora(
+        "approve", adapter, "--by", "A. Validator", "--decision", "approved", "--card", output / "card.html"
+    )
+    (digest,) = re.findall(r"\b[0-9a-f]{64}\b", done.text)
+    tools.finlora(*words)
+    checks.contains("the approval in the card", digest, (output / "card.md").read_text(encoding="utf-8"))
+    checks.contains(
+        "scores in the adapter's README", f"{100 * accuracy:.1f} (", (adapter / "README.md").read_text(encoding="utf-8")
+    )
+
+
 def submit_job(tools: Tools) -> None:
     """Submit a verb as a Ray job, if this Ray has its dashboard."""
     walk, checks = tools.walk, tools.checks

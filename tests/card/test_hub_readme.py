@@ -1,0 +1,140 @@
+"""README of an adapter: the hub's library reads it, its code loads the adapter with PEFT, and scores come in later."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import re
+
+import pytest
+import torch
+import yaml
+from carded import make_run
+from huggingface_hub import ModelCard
+from made_results import make_evaluation
+
+from finlora.card.hub_readme import BEGIN, END, README, update_scores, write_readme
+from finlora.config import LoraConfig
+from finlora.configfile import config_from_tree, save_config
+from finlora.data.sets.catalog import TASKS
+from finlora.durable import hash_file
+from finlora.model.adapter_files import hash_weights_and_settings
+from finlora.model.base import load_base
+from finlora.model.contract import make_contract, read_contract, write_contract
+from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
+
+HUB = "meta-llama/Llama-3.1-8B-Instruct"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def adapter(tiny_base, tmp_path):
+    """An adapter as a training writes it, on the tiny base, for the task fpb."""
+    config = config_from_tree(
+        {"name": "tone", "model": {"base": str(tiny_base), "bits": 16, "compute_dtype": "float32"}}
+    )
+    base = load_base(config.model, 16, CPU, 0)
+    net = attach_lora(base.model, LoraConfig(), config.model.base, 1)
+    torch.manual_seed(4)
+    for parameter in trainable_parameters(net).values():
+        parameter.data = torch.randn_like(parameter)
+    folder = tmp_path / "adapter"
+    size = save_adapter(net, folder)
+    save_config(config, folder / "config.yaml")
+    contract = make_contract(
+        base, config.model.base, LoraConfig(), "raw", {"fpb": "d" * 64}, 5, size, {"loss_last": 0.5}
+    )
+    write_readme(folder, config, contract, {"fpb": "CC BY-NC-SA 3.0"}, {})
+    write_contract(folder, contract)
+    return folder
+
+
+def load_card(folder):
+    return ModelCard.load(folder / README)
+
+
+def test_hub_library_reads_the_front_matter(adapter, tiny_base):
+    data = load_card(adapter).data
+    assert (data.library_name, data.license, data.license_name) == ("peft", "other", "as-base-and-data")
+    assert (data.datasets, data.metrics) == ([TASKS["fpb"].hub_id], ["accuracy", "f1"])
+    assert {"lora", "finlora"} <= set(data.tags)
+    assert data.base_model is None  # a local folder has no hub id, and none is guessed
+    text = (adapter / README).read_text()
+    assert "# base_model: OWNER/NAME" in text
+    assert str(tiny_base.parent) not in text  # no path of this machine
+
+
+def test_base_of_the_hub_is_named_with_its_commit(adapter):
+    contract = dataclasses.replace(
+        read_contract(adapter), base=HUB, revision="a" * 40, template="chat", template_date="2024-07-26"
+    )
+    config = config_from_tree({"name": "tone", "model": {"base": HUB}})
+    write_readme(adapter, config, contract, {"fpb": "x"}, {})
+    data = load_card(adapter).data
+    assert data.base_model == HUB
+    assert f"base_model:adapter:{HUB}" in data.tags
+    text = (adapter / README).read_text()
+    assert f'from_pretrained("{HUB}", revision="{"a" * 40}")' in text
+    assert 'date_string="26 Jul 2024"' in text
+
+
+def test_shown_code_loads_the_adapter_with_plain_peft(adapter, tiny_base, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (adapter / README).read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(adapter)
+    shown = io.StringIO()
+    values = {}
+    with contextlib.redirect_stdout(shown):
+        exec(code.replace('"BASE"', repr(str(tiny_base))), values)
+    assert "positive" in values["prompt"]
+    assert values["ids"][0] == values["tokenizer"].bos_token_id
+    assert values["output"].shape[1] > len(values["ids"])
+    assert type(values["model"]).__name__.startswith("Peft")
+
+
+def test_scores_come_between_the_marks_and_change_no_hash(adapter):
+    weights = hash_file(adapter / "adapter_model.safetensors")
+    before = hash_weights_and_settings(adapter), read_contract(adapter)
+    path = adapter / README
+    path.write_text(
+        path.read_text().replace("## Scores", "My own words.\n\n## Scores").replace("tags:", "language: en\ntags:")
+    )
+    results = [
+        make_evaluation(0.863, adapter_hash=weights, counts={"a": {"a": 3}, "b": {"a": 1}}, num_examples=4),
+        make_evaluation(0.5, adapter_hash="another"),
+        make_evaluation(0.4, variant="base"),
+    ]
+    assert update_scores(adapter, results, weights)
+    once = path.read_text()
+    assert "My own words." in once
+    assert "| fpb, 8 bit, by labels | 4 | 86.3 (84.3–87.3) |" in once.partition(BEGIN)[2].partition(END)[0]
+    data = load_card(adapter).data
+    assert data.language == "en"
+    scored = {(each.metric_type, each.metric_value) for each in data.eval_results}
+    assert scored == {("accuracy", 0.863), ("f1", 0.863)}
+    assert update_scores(adapter, results, weights)
+    assert path.read_text() == once  # the same scores again change nothing
+    assert (hash_weights_and_settings(adapter), read_contract(adapter)) == before
+    read_contract(adapter).check_files(adapter)
+
+
+@pytest.mark.parametrize("text", ["My own card.\n", f"---\nlicense: mit\n---\n{BEGIN}\n", ""])
+def test_readme_without_the_marks_is_left_alone(tmp_path, text):
+    (tmp_path / README).write_text(text)
+    assert not update_scores(tmp_path, [make_evaluation(adapter_hash="w")], "w")
+    assert (tmp_path / README).read_text() == text
+    (tmp_path / README).unlink()
+    assert not update_scores(tmp_path, [make_evaluation(adapter_hash="w")], "w")
+    assert not (tmp_path / README).exists()
+
+
+def test_own_task_shows_its_own_prompt(tmp_path):
+    adapter = make_run(tmp_path)
+    contract = read_contract(adapter)
+    config = config_from_tree({"name": "tone"})
+    trees = yaml.safe_load((adapter / "tasks.yaml").read_text())
+    write_readme(adapter, config, contract, {"letters": "internal"}, {"letters": yaml.safe_dump(trees["letters"])})
+    text = (adapter / README).read_text()
+    assert "What is the tone?" in text
+    assert "| data letters | internal |" in text
+    assert "--task letters" in text

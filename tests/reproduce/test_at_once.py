@@ -1,4 +1,4 @@
-"""The plan at once: order, stops and what goes on, with invented steps and with real ones on the tiny base."""
+"""Several steps at once: order, stops and resumption, with invented steps and with real ones on the tiny base."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def reproduced(ray_instance, tiny_base, prepared_fpb, tmp_path_factory):
 
 
 @pytest.mark.ray
-def test_stopped_plan_goes_on_to_its_end(reproduced):
+def test_stopped_plan_resumes_and_completes(reproduced):
     output, steps, stopped, ended, lines, _ = reproduced
     assert stopped.stop.exit_code == 75
     assert {outcome.state for outcome in stopped.outcomes} == {"to do"}

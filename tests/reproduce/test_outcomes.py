@@ -1,4 +1,4 @@
-"""Records of steps: what counts, what is wanted again, and what is foreseen."""
+"""Records of steps: which ones count, which steps run again, and the forecast of a plan."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def states(outcomes):
     return [outcome.state for outcome in (outcomes.values() if isinstance(outcomes, dict) else outcomes)]
 
 
-def test_other_settings_make_a_step_to_do(plan, tmp_path):
+def test_step_with_other_settings_runs_again(plan, tmp_path):
     _, evaluate = plan()
     end(tmp_path, evaluate)
     assert read_outcome(tmp_path, evaluate).seconds == 3.0
     assert read_outcome(tmp_path, plan("data.max_test_examples=3")[1]).state == "to do"
 
 
-def test_lost_adapter_is_trained_again_only_where_a_score_wants_it(plan, tmp_path):
+def test_lost_adapter_is_trained_again_only_if_a_score_needs_it(plan, tmp_path):
     steps = plan()
     end(tmp_path, steps[0])
     assert states(read_outcomes(tmp_path, steps)) == ["to do", "to do"]
@@ -93,7 +93,7 @@ def test_damaged_record_is_refused_by_name(plan, tmp_path):
         read_outcomes(tmp_path, plan())
 
 
-def test_table_gathers_what_has_one_state_and_cause(plan, tmp_path):
+def test_table_groups_steps_of_equal_state_and_cause(plan, tmp_path):
     end(tmp_path, plan()[0], state=StepState.CANNOT_RUN)
     end(tmp_path, plan()[1], state=StepState.CANNOT_RUN)
     table = outcome_table(list(read_outcomes(tmp_path, plan()).values()))

@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
 
 
 def results_of(step):
-    """What a step would bring on a GPU."""
+    """Return the results that a step would have on a GPU."""
     config = step.config
     variant = f"{config.model.bits}bit-r{config.lora.rank}" if step.kind == "train" or step.of_adapter else "base"
     shared = {
@@ -52,13 +52,13 @@ def results_of(step):
     ]
 
 
-def test_plan_brings_every_number_of_the_paper(tmp_path):
+def test_plan_covers_every_number_of_the_paper(tmp_path):
     results = [result for step in make_plan(CONFIGS, tmp_path, []) for result in results_of(step)]
     for value in PAPER:
         assert find_ours(value, results) is not None, explain_missing(value, results)
 
 
-def test_steps_have_names_of_their_own_and_trainings_come_first(tmp_path):
+def test_step_names_are_unique_and_trainings_come_first(tmp_path):
     steps = make_plan(CONFIGS, tmp_path, [])
     names = [step.name for step in steps]
     assert len(set(names)) == len(names) == 78
@@ -96,21 +96,21 @@ def test_rows_beyond_the_paper_train_and_score_their_tasks(tmp_path, row, tasks)
         assert set(tasks) <= set(TASKS)
 
 
-def test_base_answers_formulas_too_so_that_the_adapter_has_something_to_beat(tmp_path):
+def test_base_is_scored_on_formulas_too(tmp_path):
     assert [step.config.data.tasks for step in make_plan(CONFIGS, tmp_path, [], "*-base-formulas-*")] == [
         ("synthetic_formulas",),
         ("synthetic_formulas",),
     ]
 
 
-def test_sizes_have_bases_of_their_own_and_overrides_hold_for_all(tmp_path):
+def test_each_size_has_its_base_and_overrides_apply_to_all(tmp_path):
     plan = make_plan(CONFIGS, tmp_path, ["train.num_workers=1"], bases={"8b": "/mirror/small"})
     assert {step.config.train.num_workers for step in plan} == {1}
     bases = {step.name.split("-")[1]: step.config.model.base for step in plan}
     assert bases == {"8b": "/mirror/small", "70b": "meta-llama/Llama-3.1-70B-Instruct"}
 
 
-def test_key_changes_with_what_decides_the_outcome(tmp_path):
+def test_key_changes_with_settings_that_affect_the_outcome(tmp_path):
     def key(*overrides):
         return make_plan(CONFIGS, tmp_path, overrides, "llama-8b-base-fpb-evaluate")[0].key
 

@@ -1,4 +1,4 @@
-"""One step: what it raises becomes its outcome, and a training that has ended is not repeated."""
+"""One step: its error becomes its outcome, and a finished training is not repeated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def steps(tiny_base, prepared_fpb, tmp_path):
     ]
 
 
-def test_step_that_breaks_is_failed_and_its_log_has_the_traceback(steps, monkeypatch):
+def test_failed_step_is_recorded_and_its_log_has_the_traceback(steps, monkeypatch):
     def explode(*_arguments):
         raise RuntimeError("the cable was pulled")
 
@@ -35,7 +35,7 @@ def test_step_that_breaks_is_failed_and_its_log_has_the_traceback(steps, monkeyp
     assert run_rows.run_step(steps[1], lines.append).state == "waits for its training"
 
 
-def test_training_that_was_told_to_stop_is_left_to_do(steps, monkeypatch):
+def test_stopped_training_is_left_to_do(steps, monkeypatch):
     from finlora.train import worker
 
     def stop(*_arguments):

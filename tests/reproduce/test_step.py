@@ -1,4 +1,4 @@
-"""A step's key tells what decides its outcome; shares of GPUs let several steps fit."""
+"""Key of a step, which covers all that affects its outcome, and shares of GPUs with which several steps fit."""
 
 from __future__ import annotations
 

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Literal
 
 from finlora.data.sets.prepared import read_prepared
 from finlora.durable import seal, unseal, write_whole
@@ -108,20 +109,23 @@ def _evaluations_of(training: Step, steps: Sequence[Step]) -> list[Step]:
     return [step for step in steps if step.kind == "evaluate" and step.adapter == training.adapter]
 
 
-def find_obstacle(step: Step, found: set[tuple[str, str | None, str]] | None = None) -> str | None:
+def find_obstacle(step: Step, found: set[tuple[str | None, ...]] | None = None) -> str | None:
     """Return why a step cannot run here, from its files alone; None where no obstacle is found.
 
     Args:
-        found: bases whose files were usable before, and are not checked again; this step's is added.
+        found: bases and splits that were usable before, and are not read again; this step's are added.
     """
-    model, found = step.config.model, set() if found is None else found
+    model, data, found = step.config.model, step.config.data, set() if found is None else found
     base = (model.base, model.revision, model.weights)
+    split: Literal["train", "test"] = "train" if step.kind == "train" else "test"
     try:
         if base not in found:
             find_source(model)
             found.add(base)
-        for task in step.config.data.tasks:
-            read_prepared(Path(step.config.data.dir), task, "train" if step.kind == "train" else "test")
+        for task in data.tasks:
+            if (data.dir, task, split) not in found:
+                read_prepared(Path(data.dir), task, split)
+                found.add((data.dir, task, split))
     except FinloraError as error:
         return str(error)
     return None
@@ -137,12 +141,12 @@ def foresee(steps: Sequence[Step], output: Path) -> list[Outcome]:
     known = read_outcomes(output, steps)
     outcomes: list[Outcome] = []
     trainable: set[Path | None] = set()
-    bases: set[tuple[str, str | None, str]] = set()
+    found: set[tuple[str | None, ...]] = set()
     for step in steps:
         outcome = known[step.name]
         if outcome.state != StepState.DONE:
             outcome = to_do(step)
-            if obstacle := find_obstacle(step, bases):
+            if obstacle := find_obstacle(step, found):
                 outcome = dataclasses.replace(outcome, state=StepState.CANNOT_RUN, cause=obstacle)
             elif step.kind == "train":
                 trainable.add(step.adapter)

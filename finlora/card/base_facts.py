@@ -64,14 +64,13 @@ def find_base_facts(contract: Contract, model: ModelConfig | None) -> BaseFacts:
     folder = _find_folder(contract)
     hub_id = find_hub_id(contract.base)
     files, why = _read_files(folder, model, contract)
-    day = _CUTOFFS.get((hub_id or "").removesuffix("-Instruct"))
     return BaseFacts(
         hub_id=hub_id,
         folder=folder,
         files=files,
         why_no_files=why,
         licence=find_licence(folder) if folder else None,
-        cutoff=(day, "Meta's model card of that base, which names a month: its last day") if day else None,
+        cutoff=find_cutoff(hub_id),
     )
 
 
@@ -85,6 +84,12 @@ def find_hub_id(base: str) -> str | None:
     except (OSError, ValueError):
         return None
     return repository if isinstance(repository, str) else None
+
+
+def find_cutoff(hub_id: str | None) -> tuple[str, str] | None:
+    """Return the last day of a base's training data, and the source; None: not known."""
+    day = _CUTOFFS.get((hub_id or "").removesuffix("-Instruct"))
+    return (day, "Meta's model card of that base, which names a month: its last day") if day else None
 
 
 def find_licence(folder: Path) -> tuple[str, str] | None:

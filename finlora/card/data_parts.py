@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from finlora.card.evidence import Evidence, TaskData
+from finlora.card.evidence import LICENCE_FIELD, Evidence, TaskData
 from finlora.card.part import Block, Code, Part, list_facts, make_part
+from finlora.card.profile import FIELDS_FILE
 from finlora.data.encode import encode_answer, encode_asked
 from finlora.data.example import Example
 from finlora.data.sets.catalog import TASKS
@@ -92,11 +93,14 @@ def describe_licences(evidence: Evidence) -> Part:
             gaps.append(f"{task.name}: licence of the data: {'; '.join(task.why_not)}")
         if split is not None and split.licence == "not stated":
             gaps.append(f"{task.name}: licence of the data: its task file does not state it (licence:)")
-    licence = evidence.base.licence
+    licence = evidence.licence
     if licence is None:
         where = evidence.base.folder or "its folder, which is not on this machine,"
         rows.append(("base", None, where))
-        gaps.append(f"licence of the base: {where} has no README.md with `license` and no LICENSE file")
+        gaps.append(
+            f"licence of the base: {where} has no README.md with `license` and no LICENSE file. Write it into {FIELDS_FILE} as "
+            f"{LICENCE_FIELD}"
+        )
     else:
         rows.append(("base", *licence))
     return make_part("licences", "Licences", [list_facts(rows)], [], gaps)

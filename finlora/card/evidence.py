@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finlora.card.approvals import ApprovalState, hash_bound_files, judge_approvals
-from finlora.card.base_facts import BaseFacts, find_base_facts
+from finlora.card.base_facts import BaseFacts, find_base_facts, find_cutoff
 from finlora.config import RunConfig, is_date
 from finlora.configfile import load_config, show
 from finlora.data.sets.prepared import PreparedSplit, SplitName, read_prepared
@@ -15,11 +15,12 @@ from finlora.durable import hash_file
 from finlora.errors import ConfigError, FinloraError, ResultError
 from finlora.evaluate.answer_table import AnswerTable, read_answer_table
 from finlora.model.adapter_files import ADAPTER_WEIGHTS
-from finlora.model.contract import Contract, read_contract, read_tasks
+from finlora.model.contract import CONTRACT_FILE, Contract, read_contract, read_tasks
 from finlora.report.pairing import pair_results
 from finlora.results import Result, list_result_files, read_results
 
-CUTOFF_FIELD = "base_training_cutoff"
+CUTOFF_FIELD, LICENCE_FIELD, HUB_FIELD = "base_training_cutoff", "base_licence", "base_hub_id"
+"""Fields whose answers are figures of the card too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +91,26 @@ class Evidence:
         """Last day of the base's training data with its source; None: not known."""
         if day := self.fields.get(CUTOFF_FIELD):
             return day, f"fields.yaml, {CUTOFF_FIELD}"
-        return self.base.cutoff
+        return self.base.cutoff or find_cutoff(self.fields.get(HUB_FIELD))
+
+    @property
+    def hub_id(self) -> tuple[str, str] | None:
+        """Hub id of the base with its source; None: not known."""
+        if name := self.base.hub_id:
+            return name, f"{CONTRACT_FILE}, or mirror.json of its folder"
+        return (name, f"fields.yaml, {HUB_FIELD}") if (name := self.fields.get(HUB_FIELD)) else None
+
+    @property
+    def licence(self) -> tuple[str, str] | None:
+        """Licence of the base with its source; None: not known."""
+        if text := self.fields.get(LICENCE_FIELD):
+            return text, f"fields.yaml, {LICENCE_FIELD}"
+        return self.base.licence
+
+    def count_test_rows(self, scored: Scored) -> int | None:
+        """Return the rows of the whole test split of an evaluation; None: its data is not here."""
+        test = self.data_of(scored.result.task).test
+        return len(test.examples) if test is not None else None
 
     def data_of(self, task: str) -> TaskData:
         return next(each for each in self.tasks if each.name == task)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from finlora.card.approvals import APPROVALS_FILE
-from finlora.card.evidence import Evidence
+from finlora.card.evidence import HUB_FIELD, Evidence
 from finlora.card.part import UNKNOWN, Block, Code, Part, Picture, list_facts, make_part
+from finlora.card.profile import FIELDS_FILE
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from finlora.model.contract import CONTRACT_FILE
 from finlora.report.tables import TextTable, format_number
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
 def describe_adapter(evidence: Evidence) -> Part:
     """Name, base and LoRA settings."""
-    contract, base = evidence.contract, evidence.base
+    contract = evidence.contract
     rows = [
         ("name of the run", evidence.config.name if evidence.config else None, "config.yaml"),
         ("base", contract.base, CONTRACT_FILE),
-        ("base on the hub", base.hub_id, "its name, or mirror.json of its folder"),
-        ("commit of the base", contract.revision, CONTRACT_FILE),
+        ("base on the hub", *(evidence.hub_id or (None, "no mirror.json in its folder"))),
+        ("commit of the base", contract.revision or "none: a local folder", CONTRACT_FILE),
         ("bits of the base in training", f"{contract.bits} ({contract.quantisation})", CONTRACT_FILE),
         ("LoRA rank, alpha", f"{contract.rank}, {contract.alpha:g}", CONTRACT_FILE),
         ("projections", ", ".join(contract.target_modules), CONTRACT_FILE),
@@ -36,10 +37,11 @@ def describe_adapter(evidence: Evidence) -> Part:
         ("hash on a server", evidence.adapter_hash[:16], f"{ADAPTER_WEIGHTS}, {ADAPTER_CONFIG}"),
     ]
     gaps = []
-    if base.hub_id is None:
-        gaps.append(f"the hub id of the base: {contract.base} is a folder that no mirror.json names")
-    if contract.revision is None and base.hub_id is None:
-        gaps.append("the commit of the base: a local folder has none; its weights are known by their hash")
+    if evidence.hub_id is None:
+        gaps.append(
+            f"where the base comes from: {contract.base} is a folder that no mirror.json names, known by the hash of its weights "
+            f"alone. Write its hub id into {FIELDS_FILE} as {HUB_FIELD}"
+        )
     return make_part("adapter", "Adapter", [list_facts(rows)], [evidence.folder], gaps)
 
 

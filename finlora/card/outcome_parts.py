@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from finlora.card.curves import Slice, make_abstention_curve, slice_by_cutoff, slice_by_length, trace_abstention
@@ -45,6 +45,12 @@ def describe_scores(evidence: Evidence) -> Part:
         else:
             rows.append(_score_row(scored.name, "base", scored.base))
         rows.append(_score_row(scored.name, "adapter", result))
+        if result.is_partial:
+            total = evidence.count_test_rows(scored)
+            of = f"of {total:,} " if total else ""
+            gaps.append(
+                f"{scored.name}: the whole test split: only {result.num_examples:,} {of}test examples were scored"
+            )
     gains = [
         (scored.name, *_gain_cells(gain))
         for scored in evidence.scored
@@ -77,7 +83,7 @@ def describe_scores(evidence: Evidence) -> Part:
         name="scores",
         title="Scores against base and majority",
         blocks=tuple(table for table in tables if table.rows),
-        sources=_sources(evidence),
+        sources=_list_sources(evidence, has_tables=True, has_base=True),
         gaps=tuple(gaps) if evidence.scored else (_NOT_SCORED,),
     )
 
@@ -228,23 +234,27 @@ def _part(name: PartName, title: str, evidence: Evidence, blocks: Sequence[Block
         name=name,
         title=title,
         blocks=tuple(blocks),
-        sources=_sources(evidence),
+        sources=_list_sources(evidence, has_tables=name not in ("confusion", "calibration")),
         gaps=tuple(gaps) if evidence.scored else (_NOT_SCORED,),
     )
 
 
-def _sources(evidence: Evidence) -> tuple[str, ...]:
-    """Return the files behind all evaluations: results, and tables of answers."""
-    return tuple(dict.fromkeys(_list_sources(evidence)))
+def _list_sources(evidence: Evidence, *, has_tables: bool, has_base: bool = False) -> tuple[str, ...]:
+    """Return the files behind the evaluations.
 
-
-def _list_sources(evidence: Evidence) -> Iterator[str]:
-    for scored in evidence.scored:
-        for result, source in ((scored.result, scored.source), (scored.base, scored.base_source)):
-            if result is not None and source is not None:
-                yield str(source)
-                if result.answers:
-                    yield str(source.parent / "answers" / result.answers)
+    Args:
+        has_tables: with the tables of answers.
+        has_base: with those of the base.
+    """
+    pairs = [(scored.result, scored.source) for scored in evidence.scored]
+    if has_base:
+        pairs += [(scored.base, scored.base_source) for scored in evidence.scored if scored.base and scored.base_source]
+    found = []
+    for result, source in pairs:
+        found.append(str(source))
+        if has_tables and result.answers:
+            found.append(str(source.parent / "answers" / result.answers))
+    return tuple(dict.fromkeys(found))
 
 
 def _score_row(name: str, whose: str, result: Result) -> tuple[str, ...]:

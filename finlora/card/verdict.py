@@ -105,17 +105,18 @@ def write_verdict(evidence: Evidence) -> list[str]:
             f"Not evaluated: {where} holds no score of exactly these weights. Run `finlora evaluate`, or name its results "
             "with --results."
         ]
-    return [_write_sentence(scored) for scored in evidence.scored]
+    return [_write_sentence(scored, evidence.count_test_rows(scored)) for scored in evidence.scored]
 
 
-def _write_sentence(scored: Scored) -> str:
+def _write_sentence(scored: Scored, total: int | None) -> str:
     result, seed = scored.result, seed_of(scored.result)
     if not _has_accuracy(result):
         return f"{scored.name}: evaluated without an accuracy."
     low, high = _ends(result)
-    part = " (only a part of the test split)" if result.is_partial else ""
+    whole = f" of {total:,}" if result.is_partial and total else ""
+    part = ", only a part of the test split," if result.is_partial and not total else ""
     parts = [
-        f"right in {100 * _accuracy(result):.1f} % of {result.num_examples:,} test examples{part} (95 % interval "
+        f"right in {100 * _accuracy(result):.1f} % of {result.num_examples:,}{whole} test examples{part} (95 % interval "
         f"{100 * low:.1f} to {100 * high:.1f})"
     ]
     base, majority = compare_with_base(scored, seed), compare_with_majority(scored, seed)

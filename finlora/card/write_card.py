@@ -68,10 +68,16 @@ class Card:
     title: str
     subtitle: str
     verdict: tuple[str, ...]
-    open_points: tuple[str, ...]
-    """Required fields that are empty, and what is unknown in required parts."""
+    unknown: tuple[str, ...]
+    """What is unknown in required parts."""
+    unanswered: tuple[str, ...]
+    """Required fields that are empty."""
     profile: Profile
     sections: tuple[Section, ...]
+
+    @property
+    def open_points(self) -> tuple[str, ...]:
+        return self.unknown + self.unanswered
 
 
 def build_card(evidence: Evidence, profile: Profile, *, has_texts: bool = True) -> Card:
@@ -84,19 +90,20 @@ def build_card(evidence: Evidence, profile: Profile, *, has_texts: bool = True) 
     def build(name: PartName) -> Part:
         return data_parts.describe_prompt(evidence, has_texts=has_texts) if name == "prompt" else PARTS[name](evidence)
 
-    open_points: list[str] = []
+    unknown: list[str] = []
+    unanswered: list[str] = []
     sections = []
     for section in profile.sections:
         fields = tuple(Answered(field=field, answer=evidence.fields.get(field.name)) for field in section.fields)
-        open_points += [
-            f"{section.title}: fill in `{each.field.name}`: {each.field.ask}"
+        unanswered += [
+            f"{section.title}: {each.field.ask} ({each.field.name})"
             for each in fields
             if each.field.required and each.answer is None
         ]
         parts = tuple(build(part.name) for part in section.parts)
         for part, wanted in zip(parts, section.parts, strict=True):
             if wanted.required:
-                open_points += [f"{section.title}: unknown: {gap}" for gap in part.gaps]
+                unknown += [f"{part.title}: {gap}" for gap in part.gaps]
         sections.append(Section(title=section.title, refers=section.refers, fields=fields, parts=parts))
     asked = {part.name for section in profile.sections for part in section.parts}
     if rest := [name for name in PARTS if name not in asked]:
@@ -106,7 +113,8 @@ def build_card(evidence: Evidence, profile: Profile, *, has_texts: bool = True) 
         title=f"{profile.title}: {evidence.name}",
         subtitle=f"Adapter {evidence.adapter_hash[:16]}, {evidence.contract.variant} on {evidence.contract.base}",
         verdict=tuple(write_verdict(evidence)),
-        open_points=tuple(dict.fromkeys(open_points)),
+        unknown=tuple(dict.fromkeys(unknown)),
+        unanswered=tuple(unanswered),
         profile=profile,
         sections=tuple(sections),
     )
@@ -152,12 +160,13 @@ def render_markdown(card: Card, pictures: Mapping[int, str]) -> str:
     lines = [f"# {card.title}", "", card.subtitle, "", "## Verdict", ""]
     lines += [f"- {sentence}" for sentence in card.verdict]
     lines += ["", f"## Open points ({len(card.open_points)})", ""]
-    lines += [f"- {_on_one_line(point)}" for point in card.open_points] or ["None."]
-    lines += ["", f"Profile: {card.profile.name}. {card.profile.source}.", ""]
+    for title, points in (("Unknown figures", card.unknown), ("Questions without an answer", card.unanswered)):
+        lines += [f"{title}: {len(points)}.", "", *(f"- {_on_one_line(point)}" for point in points), ""]
+    lines += [f"Profile: {card.profile.name}. {card.profile.source}.", ""]
     lines += [card.profile.note, ""] if card.profile.note else []
     for section in card.sections:
         lines += [f"## {section.title}", ""]
-        lines += [f"Answers: {section.refers}", ""] if section.refers else []
+        lines += [f"Refers to: {section.refers}", ""] if section.refers else []
         for each in section.fields:
             state = "open" if each.field.required else "not answered"
             lines += [f"**{each.field.ask}** (`{each.field.name}`)", "", each.answer or f"_{state}_", ""]

@@ -58,10 +58,14 @@ def test_verdict_stands_first_and_open_points_behind_it(written):
 
 def test_empty_required_field_and_unknown_figure_are_open_points(written):
     points = written.partition("## Open points")[2].partition("\n## ")[0]
-    assert "- Model and purpose: fill in `limits`: For what must the adapter not be used" in points
-    assert "`purpose`" not in points
-    assert "`alternatives`" not in points  # not required
-    assert "- Data: unknown: licence of the base: its folder, which is not on this machine, has no README.md" in points
+    assert (
+        "- Model and purpose: For what must the adapter not be used, and where is it known to be weak? (limits)"
+        in points
+    )
+    assert "(purpose)" not in points
+    assert "(alternatives)" not in points  # not required
+    assert "- Licences: licence of the base: its folder, which is not on this machine, has no README.md" in points
+    assert points.index("Unknown figures: ") < points.index("Questions without an answer: ")
     assert "nobody has approved it" in points
     assert "base's training cut-off" not in points  # its part is not required
     assert "Unknown: the base's training cut-off: no file of" in part_of(
@@ -149,6 +153,32 @@ def test_cutoff_of_the_fields_tells_old_rows_from_new_ones(trained):
         collect_evidence(trained, fields={"base_training_cutoff": "Dec 2023"})
 
 
+def test_answers_about_the_base_close_gaps_and_name_their_source(trained):
+    fields = {"base_licence": "llama3.1", "base_hub_id": "meta-llama/Llama-3.1-8B-Instruct"}
+    evidence = collect_evidence(trained, fields=fields)
+    assert evidence.cutoff == ("2023-12-31", "Meta's model card of that base, which names a month: its last day")
+    card = build_card(evidence, load_profile("sr-26-2"))
+    text = render_markdown(card, dict.fromkeys(map(id, pictures_of(card)), "p"))
+    assert "| base | llama3.1 | fields.yaml, base_licence |" in part_of(text, "Licences")
+    assert "| base on the hub | meta-llama/Llama-3.1-8B-Instruct | fields.yaml, base_hub_id |" in part_of(
+        text, "Adapter"
+    )
+    assert not any("licence of the base" in point or "where the base comes from" in point for point in card.open_points)
+
+
+def test_part_of_the_test_split_is_an_open_point(trained, tmp_path):
+    copy = shutil.copytree(trained.parent, tmp_path / "tone")
+    path = copy / "results.jsonl"
+    results = read_results(path)
+    path.unlink()
+    for result in results:
+        is_own = result.kind == "evaluation" and result.variant != "base"
+        append_result(path, dataclasses.replace(result, is_partial=is_own, num_examples=30) if is_own else result)
+    card = build_card(collect_evidence(copy / "adapter"), load_profile("sr-26-2"))
+    assert "right in 75.0 % of 30 of 40 test examples (95 %" in card.verdict[0]
+    assert any("the whole test split: only 30 of 40 test examples were scored" in point for point in card.unknown)
+
+
 def test_equal_evidence_makes_equal_bytes_and_approvals_are_shown(trained, tmp_path):
     copy = shutil.copytree(trained.parent, tmp_path / "tone")
     adapter = copy / "adapter"
@@ -207,7 +237,7 @@ def test_changed_answers_and_other_data_are_gaps_by_name(trained, tmp_path):
     card = build_card(evidence, load_profile("sr-26-2"))
     points = "\n".join(card.open_points)
     assert "letters-4bit-r4.parquet was changed after its evaluation" in points
-    assert "Data: unknown: letters: train split: " in points
+    assert "Data: letters: train split: " in points
     text = render_markdown(card, dict.fromkeys(map(id, pictures_of(card)), "p"))
     assert "| letters, 8 bit, by labels | its base | +25.0 (+3.8 to +43.3) | better than | unpaired |" in text
     assert "by: column" in part_of(text, "Data")  # from the adapter's own tasks.yaml

@@ -114,7 +114,7 @@ def update_scores(folder: Path, results: Iterable[Result], weights_hash: str) ->
         EvalResult(
             task_type="text-generation",
             dataset_type=(TASKS[result.task].hub_id if result.task in TASKS else None) or result.task,
-            dataset_name=f"{result.task}, {result.bits} bit, by {result.method}",
+            dataset_name=f"{result.task}, {result.bits} bit, by {result.method}{_name_part(result)}",
             dataset_split="test",
             metric_type=kind,
             metric_name=f"{name}, 95 % interval {result.metrics[f'{key}_low']:.4f} to {result.metrics[f'{key}_high']:.4f}",
@@ -136,6 +136,10 @@ def update_scores(folder: Path, results: Iterable[Result], weights_hash: str) ->
     return True
 
 
+def _name_part(result: Result) -> str:
+    return f", {result.num_examples:,} examples alone" if result.is_partial else ""
+
+
 def _write_code(config: RunConfig, contract: Contract, hub_id: str | None, cards: Mapping[str, str]) -> str:
     base = hub_id or "BASE"
     revision = f', revision="{contract.revision}"' if hub_id and contract.revision else ""
@@ -143,7 +147,7 @@ def _write_code(config: RunConfig, contract: Contract, hub_id: str | None, cards
         date = datetime.fromisoformat(contract.template_date) if contract.template_date else None
         given = f', date_string="{date:%d %b %Y}"' if date else ""
         encode = (
-            'messages = [{"role": "user", "content": prompt}]\n'
+            'messages = [{"role": "user", "content": prompt.strip()}]\n'
             f"text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True{given})\n"
             'ids = tokenizer(text, add_special_tokens=False)["input_ids"]'
         )

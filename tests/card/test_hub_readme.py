@@ -100,18 +100,21 @@ def test_scores_come_between_the_marks_and_change_no_hash(adapter):
         path.read_text().replace("## Scores", "My own words.\n\n## Scores").replace("tags:", "language: en\ntags:")
     )
     results = [
-        make_evaluation(0.863, adapter_hash=weights, counts={"a": {"a": 3}, "b": {"a": 1}}, num_examples=4),
+        make_evaluation(
+            0.863, adapter_hash=weights, counts={"a": {"a": 3}, "b": {"a": 1}}, num_examples=4, is_partial=True
+        ),
         make_evaluation(0.5, adapter_hash="another"),
         make_evaluation(0.4, variant="base"),
     ]
     assert update_scores(adapter, results, weights)
     once = path.read_text()
     assert "My own words." in once
-    assert "| fpb, 8 bit, by labels | 4 | 86.3 (84.3–87.3) |" in once.partition(BEGIN)[2].partition(END)[0]
+    assert "| fpb, 8 bit, by labels | 4\\* | 86.3 (84.3–87.3) |" in once.partition(BEGIN)[2].partition(END)[0]
     data = load_card(adapter).data
     assert data.language == "en"
     scored = {(each.metric_type, each.metric_value) for each in data.eval_results}
     assert scored == {("accuracy", 0.863), ("f1", 0.863)}
+    assert {each.dataset_name for each in data.eval_results} == {"fpb, 8 bit, by labels, 4 examples alone"}
     assert update_scores(adapter, results, weights)
     assert path.read_text() == once  # the same scores again change nothing
     assert (hash_weights_and_settings(adapter), read_contract(adapter)) == before

@@ -51,7 +51,7 @@ def serve(
             f"{settings.stages.cache_rows:,} tokens of cache"
         )
         return
-    # A machine at work takes longer to start Ray Serve's HTTP proxy than the 5 s that Ray gives it.
+    # A busy machine takes longer to start Ray Serve's HTTP proxy than the 5 s that Ray allows.
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "120")
     connect.prepare()
     from finlora.serve.deploy.serve_yaml import (

@@ -97,7 +97,7 @@ def logged_heads(caplog):
 
 
 def test_heads_in_the_servers_log_reveal_truncation_and_rewriting(tmp_path, caplog):
-    """The chain alone cannot: whoever may write the file can recompute it. The heads are in another log."""
+    """The chain alone does not: anyone who can write the file can recompute it. The heads are in another log."""
     log = AuditLog(tmp_path, head_every_s=0.0)
     for _ in range(3):
         log.append(AuditEntry(**FIELDS))

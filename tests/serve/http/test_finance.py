@@ -119,7 +119,7 @@ def test_invalid_question_is_refused_with_a_message(post, live, path, body, word
 
 @pytest.fixture
 def letters(adapters, tiny_base, tmp_path):
-    """An adapter `letters` in the served folder, which brings a task of labels and one of text that the server has no file of."""
+    """An adapter `letters` in the served folder with a label task and a text task, whose task files the server does not have."""
     home = adapters / "letters"
     make_adapter(make_settings(tiny_base).model, home, 7)
     tasks = {
@@ -145,7 +145,7 @@ def test_adapter_brings_its_task_to_the_server(live, post, letters):
     assert post("/v1/classify", {"model": "tiny:letters", "task": "leters", "text": "a"}).status == 400
 
 
-def test_text_of_an_adapters_task_is_written_and_not_quoted(post, letters):
+def test_text_of_an_adapters_task_is_generated_and_not_quoted(post, letters):
     asked = {"model": "tiny:letters", "task": "notes", "context": "Say a word", "max_tokens": 3}
     reply = post("/v1/extract", asked).body
     assert (reply["quote"], reply["grounded"], reply["usage"]["completion_tokens"] <= 3) == (None, False, True)

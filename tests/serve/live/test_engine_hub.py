@@ -100,8 +100,8 @@ def test_cancelled_requests_and_closed_links_free_their_cache_rows(make_engine, 
 
     async def leave():
         async with connected(hub) as staying:
-            async with connected(hub) as dying:
-                left = asyncio.ensure_future(collect(dying, make_request(1, 800)))
+            async with connected(hub) as leaving:
+                left = asyncio.ensure_future(collect(leaving, make_request(1, 800)))
                 async with contextlib.aclosing(staying.ask(make_request(0, 800))) as events:
                     await anext(events)
             with pytest.raises(StageLostError, match="the process that runs the model is gone: ask again"):

@@ -178,7 +178,7 @@ def make_task_file() -> str:
         'something else need quotes: `"Yes"`, `"No"`, `"null"`, dates.',
         *settings_sections(TaskFile),
         "## labels[]",
-        'A label alone stands for its value: `labels: ["up", "down"]`.',
+        'A label can be written as its value alone: `labels: ["up", "down"]`.',
         settings_table(Label, "labels[]."),
         "## prompt.example",
         settings_table(Shot, "prompt.example."),

@@ -20,6 +20,8 @@ from finlora.formula.low_rank import MAX_ALPHA, MAX_RANK
 Bits = Literal[16, 8, 4]
 Transport = Literal["messages", "nccl", "gloo"]
 Template = Literal["raw", "chat"]
+SQLITE = "sqlite:///"
+_SERVER = ("https://", "http://")
 MAX_NAME_BYTES = 128
 """Longest name of a run: a file system allows 255 bytes, and Ray adds to the name."""
 
@@ -305,6 +307,47 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrackingConfig:
+    tensorboard: bool = True
+    """Write the loss and the speed as TensorBoard events into the folder of the run."""
+    mlflow: str | None = None
+    """MLflow store of settings, loss, scores and files: `sqlite:////PATH/mlflow.db`, a file, or the `https://` address of a
+    server. None: no MLflow."""
+    wandb: str | None = None
+    """Weights & Biases: `offline` writes files into the folder of the run, and `wandb sync` sends them where you want; or the
+    `https://` address of a server. None: no W&B."""
+    project: str = "finlora"
+    """Name of MLflow's experiment and of W&B's project."""
+    adapter: bool = True
+    """Copy the finished adapter into the tracking system, too. false: its settings, scores and hashes only."""
+
+    def __post_init__(self) -> None:
+        servers = [address for address in (self.mlflow, self.wandb) if (address or "").startswith(_SERVER)]
+        _refuse(
+            "tracking",
+            [
+                (
+                    self.mlflow in (None, *servers) or (str(self.mlflow).startswith(SQLITE) and self.mlflow != SQLITE),
+                    f"mlflow={self.mlflow}: expected sqlite:///PATH (four slashes before an absolute path) or http(s)://HOST",
+                ),
+                (
+                    self.wandb in (None, "offline", *servers),
+                    f"wandb={self.wandb}: expected offline or http(s)://HOST",
+                ),
+                (
+                    not any("@" in str(address) for address in servers),
+                    "mlflow and tracking.wandb are written into the folder of the run: expected addresses without a password; "
+                    "MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD and WANDB_API_KEY hold it",
+                ),
+                (
+                    bool(self.project.strip()) and "/" not in self.project,
+                    f"project={self.project!r}: expected a name without a slash",
+                ),
+            ],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     name: str = "run"
     """Name of the run: its folder under output_dir, and its name in Ray's dashboard."""
@@ -321,6 +364,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         train = self.train

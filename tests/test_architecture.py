@@ -33,7 +33,7 @@ STAIR = (
     "optim",  # below the models: the memory forecast needs the size of an optimiser's state
     *("model.kernels", "model.memory", "model", "model.layers"),
     *("engine", "stage", "pipeline", "inference", "evaluate", "score", "card"),
-    *("train.steps", "train.run", "train", "train.search"),
+    *("train.steps", "train.run", "train.tracking", "train", "train.search"),
     *("serve", "serve.accounts", "serve.live", "serve.http", "serve.deploy"),
     *("reproduce", "doctor", "cli"),
 )
@@ -58,6 +58,8 @@ HOMES = {
     "bitsandbytes": {"model.base", "model.kernels.nf4", "model.quantised"},
     "cuda": {"model.kernels.compile_cuda"},
     "typer": {"cli"},
+    "mlflow": {"train.tracking.mlflow_tracker"},
+    "wandb": {"train.tracking.wandb_tracker"},
 }
 
 # Files below 40 lines, each with the reason for a separate file.
@@ -69,7 +71,7 @@ CRUMBS = {
     "model.kernels.launch": "asked by layers, which import no kernel before they launch one",
     "model.kernels.rms_norm": "a kernel a file",
     "train.run.failure": "raised by workers and read by drivers",
-    "cli.report_verbs": "a group of verbs a file",
+    "train.tracking.tensorboard_tracker": "a tracking system a file",
 }
 
 # Packages that would delay help and error messages: importing the module must not import them.

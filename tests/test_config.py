@@ -280,3 +280,28 @@ def test_key_that_occurs_twice_is_refused(tmp_path):
 def test_name_that_no_folder_should_have_is_refused(name, words):
     with pytest.raises(ConfigError, match=words):
         RunConfig(name=name)
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("tracking.mlflow=mlflow.db", "tracking.mlflow=mlflow.db: expected sqlite:///PATH (four slashes before an"),
+        ("tracking.mlflow=sqlite:///", "tracking.mlflow=sqlite:///: expected sqlite:///PATH"),
+        ("tracking.mlflow=offline", "tracking.mlflow=offline: expected sqlite:///PATH"),
+        ("tracking.wandb=true", "tracking.wandb=true: expected offline or http(s)://HOST"),
+        (
+            "tracking.wandb=https://me:word@host",
+            "tracking.mlflow and tracking.wandb are written into the folder of the run",
+        ),
+        ("tracking.project=a/b", "tracking.project='a/b': expected a name without a slash"),
+    ],
+)
+def test_tracking_takes_addresses_without_passwords(override, fault):
+    (found,) = faults_of(override)
+    assert found.startswith(fault)
+    assert "word@" not in found
+
+
+@pytest.mark.parametrize("address", ["sqlite:////m/a@b.db", "http://h:5000", "https://h/path"])
+def test_tracking_takes_a_file_and_a_server(address):
+    assert load_config(None, [f"tracking.mlflow={address}"]).tracking.mlflow == address

@@ -18,7 +18,10 @@ from finlora.train.run import run_folder
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = {str(path.relative_to(ROOT / "docs")): path for path in sorted((ROOT / "docs").rglob("*.md"))}
 ROOT_PAGES = {path.name: path for path in sorted(ROOT.glob("*.md"))}
-OUR_OWN = {"DS_ACCELERATOR", "LOCAL_RANK", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"}
+OUR_OWN = {
+    *("DS_ACCELERATOR", "LOCAL_RANK", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"),
+    *("MLFLOW_DISABLE_TELEMETRY", "WANDB_ERROR_REPORTING", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"),
+}
 """Variables that the code sets for libraries, whatever the user has set."""
 SOURCE = "\n".join(path.read_text() for path in (ROOT / "finlora").rglob("*.py"))
 # Joins string literals that are split over lines.
@@ -123,7 +126,9 @@ def test_files_of_a_run_and_keys_of_a_contract_are_in_the_reference():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_settings_that_a_page_names_exist(page):
-    named = re.findall(r"`((?:model|lora|data|optim|train|eval)\.\w+|max_wait_s)\b(?!/)", PAGES[page].read_text())
+    named = re.findall(
+        r"`((?:model|lora|data|optim|train|eval|tracking)\.\w+|max_wait_s)\b(?!/)", PAGES[page].read_text()
+    )
     known = load_config(None, [])
     for name in named:
         part = known

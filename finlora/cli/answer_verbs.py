@@ -86,6 +86,9 @@ def evaluate(
     say(f"Appended to {folder.results}")
     if chosen is not None:
         _update_readme(chosen, folder.results)
+    from finlora.train.tracking.following import track_results
+
+    track_results(settings, folder, say)
 
 
 @app.command(

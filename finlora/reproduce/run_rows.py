@@ -14,6 +14,7 @@ from finlora.reproduce.step import Step
 from finlora.results import Result, append_result
 from finlora.train.run.run_folder import examine_run
 from finlora.train.run.summary import find_finished
+from finlora.train.tracking.following import track_results
 
 _CANNOT = (ConfigError, DatasetError, ModelError, ResourceError)
 """Errors that name a missing or unfitting input; any other error is a failure."""
@@ -72,6 +73,7 @@ def _evaluate(step: Step, announce: Callable[[str], None]) -> list[Result]:
     )
     for result in results:
         append_result(step.run.results, result)
+    track_results(config, step.run, announce)
     return results
 
 

@@ -18,7 +18,7 @@ from finlora.model.source import find_source, fingerprint_weights
 from finlora.train.run.run_folder import RunFolder
 
 _ELSEWHERE = {
-    "": ("output_dir", "max_wait_s"),
+    "": ("output_dir", "max_wait_s", "tracking"),
     "model": ("base", "cache"),
     "data": ("dir",),
     "train": ("gpus_per_worker", "cpus_per_worker"),

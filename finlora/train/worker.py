@@ -66,6 +66,7 @@ from finlora.train.run.stop import StopRequest, describe_stop, stop_on_signals
 from finlora.train.run.summary import export_adapter, summarise_run
 from finlora.train.run.wait_for_gpus import AwaitRoom, WaitingWords
 from finlora.train.steps.loop import count_steps, run_steps
+from finlora.train.tracking.following import track_training
 
 _logger = logging.getLogger(__name__)
 
@@ -111,16 +112,18 @@ def run_training(
         for line in repair_snapshot(folder.root):
             announce(line)
         clock = AttemptClock(folder)
-        try:
-            trainer = _make_trainer(config, folder, callbacks, holds_out)
-            outcome = _fit(trainer, WaitingWords(folder.waiting, announce), clock)
-        except ray.train.TrainingFailedError as error:
-            raise own_error(error, folder) from error
-        step, total_steps = outcome.return_value
-        if step < total_steps:
-            raise describe_stop(folder.stop, step, total_steps)
-        result = summarise_run(config, folder, training_set, clock.list(), outcome.metrics or {})
-        append_result(folder.results, result)
+        clock.save()  # trackers read the start of the run from it
+        with track_training(config, folder, announce):
+            try:
+                trainer = _make_trainer(config, folder, callbacks, holds_out)
+                outcome = _fit(trainer, WaitingWords(folder.waiting, announce), clock)
+            except ray.train.TrainingFailedError as error:
+                raise own_error(error, folder) from error
+            step, total_steps = outcome.return_value
+            if step < total_steps:
+                raise describe_stop(folder.stop, step, total_steps)
+            result = summarise_run(config, folder, training_set, clock.list(), outcome.metrics or {})
+            append_result(folder.results, result)
     return result
 
 
@@ -255,7 +258,6 @@ def _train(
                 on_step_end=after_step,
                 on_pass=guard.tick,
             )
-        record.close()
         if worker == 0 and done == total_steps:
             export_adapter(config, folder, base, model, training_set)
     return done, total_steps

@@ -114,7 +114,7 @@ def test_key_changes_with_settings_that_affect_the_outcome(tmp_path):
     def key(*overrides):
         return make_plan(CONFIGS, tmp_path, overrides, "llama-8b-base-fpb-evaluate")[0].key
 
-    assert key() == key("max_wait_s=5")
+    assert key() == key("max_wait_s=5") == key("tracking.wandb=offline")
     assert key() != key("data.max_test_examples=5")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +19,24 @@ from safetensors.torch import load_file
 from finlora.errors import CheckpointError, StoppedError
 
 pytestmark = pytest.mark.ray
+HAS_MLFLOW = importlib.util.find_spec("mlflow") is not None
+
+
+def read_mlflow(store):
+    """Return what MLflow holds of the only run in a store."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=store)
+    (run,) = client.search_runs([client.get_experiment_by_name("finlora").experiment_id])
+    loss = client.get_metric_history(run.info.run_id, "train/loss")
+    return {
+        "id": run.info.run_id,
+        "status": run.info.status,
+        "params": run.data.params,
+        "metrics": run.data.metrics,
+        "loss": sorted((point.step, point.value) for point in loss),
+        "files": sorted(file.path for file in client.list_artifacts(run.info.run_id)),
+    }
 
 
 def act_once(at_step, marker, act):
@@ -47,8 +66,13 @@ def test_killed_worker_resumes_with_the_uninterrupted_numbers(uninterrupted, con
 
     marker = str(tmp_path / "was-killed")
     monkeypatch.setattr(worker, "_work", act_once(5, marker, lambda: os.kill(os.getpid(), signal.SIGKILL)))
-    config = configure("name=killed", *EXACT)
-    result = worker.run_training(config)
+    config, said = configure("name=killed", "tracking.mlflow=sqlite:////dev/null/m.db", *EXACT), []
+    result = worker.run_training(config, said.append)
+    assert [line for line in said if "MLflow" in line] == [  # a store that cannot be written ends no training
+        "Warning: MLflow (sqlite:////dev/null/m.db) does not take the run: /dev/null/m.db cannot be written "
+        "([Errno 17] File exists: '/dev/null'). The run goes on without it; `finlora export mlflow "
+        f"{folder_of(config).root}` logs later what is missing."
+    ]
     assert Path(marker).exists()
     lines = [json.loads(line)["step"] for line in folder_of(config).progress.read_text().splitlines()]
     # The checkpoint of step 2 was registered when the worker crashed; that of step 4 may or may not have been.
@@ -76,7 +100,9 @@ def test_zero_one_adam_stops_and_resumes_where_workers_agree(configure, ray_inst
         "train.epochs=10",
         "train.keep_checkpoints=20",
     ]
-    whole, config = configure("name=zero-one-whole", *settings), configure("name=zero-one", *settings)
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    whole = configure("name=zero-one-whole", *settings)
+    config = configure("name=zero-one", *settings, *([f"tracking.mlflow={store}"] if HAS_MLFLOW else []))
     expected = worker.run_training(whole)
     # Due at each second step and at the ends of epochs of 3 steps; those of 21 and 27 wait for 22 and 28.
     due = [2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16, 18, 20, 22, 24, 26, 28, 30]
@@ -97,6 +123,7 @@ def test_zero_one_adam_stops_and_resumes_where_workers_agree(configure, ray_inst
     assert stopped.value.exit_code == 130
     assert [line.partition(":")[0] for line in lines] == ["SIGINT"]
     assert steps_of(newest_checkpoint(config)) == 24
+    first = HAS_MLFLOW and read_mlflow(store)
     assert not folder_of(config).adapter.exists()
 
     monkeypatch.setattr(
@@ -110,6 +137,14 @@ def test_zero_one_adam_stops_and_resumes_where_workers_agree(configure, ray_inst
     assert all(torch.equal(tensor, weights_of(whole)[name]) for name, tensor in weights_of(config).items())
     for ours, theirs in zip(result.wire, expected.wire, strict=True):
         assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+    if HAS_MLFLOW:
+        second = read_mlflow(store)
+        assert (first["id"], first["status"], second["status"]) == (second["id"], "KILLED", "FINISHED")
+        assert [step for step, _ in first["loss"]] == [*range(1, 25)]
+        assert second["loss"] == losses_of(whole)
+        assert second["params"]["optim.name"] == "zero_one_adam"
+        assert second["metrics"]["run/attempts"] == 2
+        assert second["files"] == ["adapter", "config.yaml", "plan.txt", "results.jsonl"]
 
 
 def test_damaged_checkpoint_is_refused_and_the_run_resumes_from_the_one_before(quantised, monkeypatch, tmp_path):

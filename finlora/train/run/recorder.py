@@ -1,4 +1,4 @@
-"""Recorder of a running training: progress records, TensorBoard events and published metrics. No Ray here."""
+"""Recorder of a running training: progress records and published metrics. No Ray here."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PUBLISHED = {
 
 
 class Recorder:
-    """Sends each Progress to the run folder and TensorBoard (worker 0) and to `publish` (all workers).
+    """Sends each Progress to the run folder (worker 0) and to `publish` (all workers).
 
     Args:
         num_workers: world size. One small all-reduce shares memory and traffic of all workers.
@@ -44,11 +44,6 @@ class Recorder:
         self.folder, self.worker, self.num_workers = folder, worker, num_workers
         self.read_wire, self.publish = read_wire, publish
         self.metrics: dict[str, Any] = {}
-        self.writer: Any = None
-        if worker == 0:
-            from tensorboardX import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder.root / "tensorboard"))
 
     def __call__(self, progress: Progress) -> None:
         values = dataclasses.asdict(progress)
@@ -68,12 +63,6 @@ class Recorder:
         }
         if self.worker == 0:
             append_progress(self.folder, dataclasses.replace(progress, memory_gib=self.metrics["memory_gib"]))
-            for name in PUBLISHED:
-                self.writer.add_scalar(f"train/{name}", self.metrics[name], progress.step)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
 
 
 def reduce_sum(values: torch.Tensor) -> torch.Tensor:

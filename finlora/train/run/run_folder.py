@@ -14,6 +14,8 @@ Layout of OUTPUT_DIR/NAME:
     adapter/           PEFT's two files and config.yaml; finlora.yaml is written last and marks the run as finished
     results.jsonl      one Result of this training, and one for each evaluation
     answers/           the answers of each evaluation (finlora/evaluate/answer_table.py)
+    tracking/          the run's id in each tracking system, and what is logged there (finlora/train/tracking/tracked.py)
+    wandb/             files of W&B for `wandb sync`, with tracking.wandb=offline
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from typing import Any
 
 import yaml
 
-from finlora.config import RunConfig
+from finlora.config import SQLITE, RunConfig
 from finlora.configfile import config_to_tree, load_config, save_config
 from finlora.data.encode import Encoded, encode_examples
 from finlora.data.sets.prepared import read_prepared
@@ -45,7 +47,7 @@ from finlora.results import SEARCH_MARK
 
 # Settings that may differ when a run resumes: they change paths, intervals and memory, not what is computed.
 _FREE_SETTINGS = {
-    "": ("output_dir", "eval", "max_wait_s"),
+    "": ("output_dir", "eval", "max_wait_s", "tracking"),
     "model": ("cache",),
     "data": ("dir", "max_test_examples"),
     # A share of a GPU and the last four change only the memory layout: sums round in another order, dropout samples other masks.
@@ -63,6 +65,8 @@ _FREE_SETTINGS = {
     ),
 }
 
+_WRITTEN = ("output_dir", "model.cache", "tracking.mlflow")
+"""Settings of paths that a run writes to."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -130,6 +134,10 @@ class RunFolder:
         return self.root / "answers"
 
     @property
+    def tracking(self) -> Path:
+        return self.root / "tracking"
+
+    @property
     def stop(self) -> Path:
         return self.root / "stop"
 
@@ -166,14 +174,15 @@ def resolve_paths(config: RunConfig) -> RunConfig:
     """
     faults: list[str] = []
 
-    def resolve(key: str, value: str) -> str:
+    def resolve(key: str, value: str, start: str = "") -> str:
         path = Path(value).expanduser()
         # A job's copy of the working directory can be read; what is written there is lost.
-        if (key in ("output_dir", "model.cache") or not path.exists()) and (lost := describe_lost(f"{key}=", value)):
+        if (key in _WRITTEN or not path.exists()) and (lost := describe_lost(f"{key}={start}", value)):
             faults.append(lost)
-        return str(path.absolute())
+        return f"{start}{path.absolute()}"
 
     is_local_base = Path(config.model.base).expanduser().exists()
+    store = config.tracking.mlflow or ""
     resolved = dataclasses.replace(
         config,
         output_dir=resolve("output_dir", config.output_dir),
@@ -183,6 +192,12 @@ def resolve_paths(config: RunConfig) -> RunConfig:
             base=resolve("model.base", config.model.base) if is_local_base else config.model.base,
             tokenizer=config.model.tokenizer and resolve("model.tokenizer", config.model.tokenizer),
             cache=config.model.cache and resolve("model.cache", config.model.cache),
+        ),
+        tracking=dataclasses.replace(
+            config.tracking,
+            mlflow=resolve("tracking.mlflow", store.removeprefix(SQLITE), SQLITE)
+            if store.startswith(SQLITE)
+            else config.tracking.mlflow,
         ),
     )
     if faults:

@@ -156,6 +156,20 @@ def open_search(config: RunConfig, search: SearchConfig) -> SearchFolder:
     return folder
 
 
+def read_settings(folder: SearchFolder) -> tuple[RunConfig, SearchConfig]:
+    """Return the settings of a search, as its folder holds them.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    tree = _read_tree(folder.config)
+    tree.pop(_HASH, None)
+    section = tree.pop("search", None) or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{folder.config} is damaged: expected keys below search, found {section!r}.")
+    return settings_from_tree(RunConfig, tree), settings_from_tree(SearchConfig, section)
+
+
 def read_ended(folder: SearchFolder, search: SearchConfig, trials: Sequence[Trial]) -> list[TrialRecord] | None:
     """Return the records of a search in which no trial is left to run, in the trials' order; None where one is left.
 
@@ -247,6 +261,8 @@ def trial_config(config: RunConfig, search: SearchConfig, folder: SearchFolder, 
         model=dataclasses.replace(applied.model, cache=applied.model.cache or str(folder.cache)),
         data=dataclasses.replace(applied.data, dir=str(folder.data)),
         train=dataclasses.replace(applied.train, checkpoint_every_steps=steps),
+        # The search's own process tracks its trials (finlora/train/search/track_search.py).
+        tracking=dataclasses.replace(applied.tracking, mlflow=None, wandb=None),
     )
 
 

@@ -36,7 +36,7 @@ _BITS = (16, 8, 4)
 
 
 FREE_SETTINGS = {
-    "": ("output_dir", "max_wait_s", "name"),
+    "": ("output_dir", "max_wait_s", "name", "tracking"),
     "search": ("num_trials", "objectives", "max_concurrent", "retry_failed"),
 }
 """Settings that may differ when a search resumes, by section."""

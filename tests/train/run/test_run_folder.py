@@ -86,6 +86,7 @@ def test_same_name_with_other_settings_is_refused_by_what_differs(make_config):
         "train.recompute=layer",
         "eval.batch_size=3",
         "data.max_test_examples=3",
+        "tracking.mlflow=sqlite:////m.db",
     ],
 )
 def test_settings_that_change_no_number_may_change_on_a_resume(make_config, override):
@@ -112,6 +113,13 @@ def test_local_paths_become_absolute_and_a_hub_id_stays(tmp_path, monkeypatch):
     assert (resolved.model.base, resolved.data.dir) == (str(tmp_path / "base"), str(tmp_path / "data"))
     assert resolved.output_dir.startswith("/")
     assert "~" not in resolved.output_dir
+    stores = {
+        "sqlite:///m.db": f"sqlite:///{tmp_path}/m.db",
+        "sqlite:////x/m.db": "sqlite:////x/m.db",
+        "http://h:5000": "http://h:5000",
+    }
+    for named, store in stores.items():
+        assert resolve_paths(load_config(None, [f"tracking.mlflow={named}"])).tracking.mlflow == store
     hub = resolve_paths(load_config(None, ["model.base=owner/name"]))
     assert (hub.model.base, hub.model.tokenizer) == ("owner/name", None)
 
@@ -120,11 +128,12 @@ def test_relative_paths_in_a_jobs_copy_are_refused_with_a_message(tmp_path, monk
     copy = tmp_path / "runtime_resources" / "working_dir_files" / "pkg"
     copy.mkdir(parents=True)
     monkeypatch.chdir(copy)
-    with pytest.raises(ConfigError, match=r"2 settings are wrong") as caught:
-        resolve_paths(load_config(None, ["output_dir=runs", "data.dir=data"]))
+    with pytest.raises(ConfigError, match=r"3 settings are wrong") as caught:
+        resolve_paths(load_config(None, ["output_dir=runs", "data.dir=data", "tracking.mlflow=sqlite:///m.db"]))
     assert [fault.partition(",")[0] for fault in caught.value.faults] == [
         "output_dir=runs is relative",
         "data.dir=data is relative",
+        "tracking.mlflow=sqlite:///m.db is relative",
     ]
     assert "temporary copy of your folder" in caught.value.faults[0]
     assert resolve_paths(load_config(None, ["output_dir=/x/runs", "data.dir=~/data"])).output_dir == "/x/runs"

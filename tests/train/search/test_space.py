@@ -106,6 +106,8 @@ def test_search_may_be_widened_but_not_changed():
     same = hash_search(config, search)
     for free in ({"num_trials": 99}, {"retry_failed": True}, {"max_concurrent": 2}, {"objectives": ("accuracy",)}):
         assert hash_search(config, dataclasses.replace(search, **free)) == same
+    tracked = dataclasses.replace(config, tracking=dataclasses.replace(config.tracking, wandb="offline"))
+    assert hash_search(tracked, search) == same
     assert hash_search(config, dataclasses.replace(search, rank=(4,))) != same
     assert hash_search(dataclasses.replace(config, seed=1), search) != same
 

@@ -39,6 +39,7 @@ ORDER = (
     "report",
     "card",
     "approve",
+    "export",
 )
 
 
@@ -50,7 +51,6 @@ OTHER_WORDS = {
     **dict.fromkeys(("download", "mirror", "fetch"), "prefetch"),
     **dict.fromkeys(("search", "sweep"), "tune"),
     **dict.fromkeys(("check", "diagnose"), "doctor"),
-    "export": "merge",
 }
 """What other programs call a verb."""
 _LEAST_COLUMNS = 60

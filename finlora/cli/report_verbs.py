@@ -1,13 +1,13 @@
-"""Verbs that show what was measured."""
+"""Verbs that show what was measured, here or in a tracking system."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from finlora.cli.app import app, console
+from finlora.cli.app import app, console, say
 from finlora.machine.host import require_output
 
 
@@ -26,3 +26,26 @@ def report(
     folder = require_output("--output ", output) if output else None
     source = results.expanduser()
     render_report(read_results(source), folder, console, searches=list_searches(source))
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora export mlflow ~/finlora/runs/llama-8b-4bit-r4-fpb\n\n"
+    "  finlora export mlflow ~/finlora/runs/search-fpb --to sqlite:////mnt/mlflow.db\n\n"
+    "  finlora export wandb ~/finlora/runs/llama-8b-4bit-r4-fpb"
+)
+def export(
+    system: Annotated[Literal["mlflow", "wandb"], typer.Argument(metavar="SYSTEM", help="Tracking system.")],
+    run: Annotated[Path, typer.Argument(help="Folder of a run or of a search.")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="sqlite:///PATH, `offline` for W&B, or a server's address. Default: that of the run's settings, else mlflow.db "
+            "beside the run, or `offline`."
+        ),
+    ] = None,
+) -> None:
+    """Log a run to MLflow or W&B that was not tracked there, or what is missing there: settings, loss, scores, files."""
+    from finlora.train.search.track_search import export_folder
+
+    store, run_id = export_folder(run.expanduser().absolute(), system, to)
+    say(f"{store.title}: run {run_id} of {store.project}")

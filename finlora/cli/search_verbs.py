@@ -53,6 +53,7 @@ def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun
     connect.connect(log_to_driver=False)
     from finlora.train.search.follow import SearchFollower
     from finlora.train.search.search import run_search  # imports Ray, which must come after the connection's settings
+    from finlora.train.search.track_search import track_search
 
     def tell(record: Any) -> None:
         scores = ", ".join(f"{name} {value:.4g}" for name, value in record.scores.items())
@@ -63,8 +64,9 @@ def tune(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRun
         polling(SearchFollower(folder, trials, settings.name, bars.update)),
     ):
         records = run_search(settings, search, say, tell, base)
-    for path in write_summary(settings, search, folder, records, console):
-        say(f"Written: {path}")
+    with track_search(settings, search, folder, say):
+        for path in write_summary(settings, search, folder, records, console):
+            say(f"Written: {path}")
 
 
 @app.command(

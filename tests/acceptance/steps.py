@@ -56,5 +56,6 @@ STEPS: tuple[Step, ...] = (
     _step("pretrain", preparing.pretrain, needs="", makes="pretrained", needs_ray=False),
     _step("report", searching.report, needs="evaluate", makes="report to-report", needs_ray=False),
     _step("card", searching.card, needs="evaluate", makes="card", needs_ray=False),
+    _step("export", searching.export, needs="evaluate", makes="export", needs_ray=False),
     _step("curves", training.compare_curves, needs="stop-resume undisturbed", needs_ray=False),
 )

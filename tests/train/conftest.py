@@ -5,7 +5,12 @@ Each fit takes about 15 s, nearly all of it the start of two worker processes; s
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+from made_run import add_evaluation, add_training, make_run
 from runs import EXACT
 
 from finlora.configfile import load_config
@@ -66,3 +71,29 @@ def uninterrupted(configure, ray_instance):
 
     config = configure("name=whole", *EXACT)
     return config, run_training(config)
+
+
+@pytest.fixture(scope="session")
+def offline_export(tmp_path_factory):
+    """A made run, exported to a new SQLite file of MLflow in a process tree that can open no internet socket.
+
+    Returns:
+        Its folder, the ended process, and the file, with MLflow's tables; making them takes seconds, so tests copy it.
+    """
+    pytest.importorskip("mlflow", reason="needs the extra mlflow")
+    return export_without_network("mlflow", tmp_path_factory.mktemp("mlflow"))
+
+
+def export_without_network(system, root):
+    folder = make_run(root / "runs")
+    add_training(folder)
+    add_evaluation(folder)
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "tracking" / "without_network.py", "export", system, folder.root],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(root / "home"), "PYTHONPATH": ":".join(sys.path)},
+    )
+    return folder, done, root / "runs" / "mlflow.db"

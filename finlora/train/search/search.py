@@ -12,6 +12,7 @@ resumes the others from their last checkpoints.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import threading
@@ -52,6 +53,7 @@ from finlora.train.search.search_folder import (
     trial_config,
 )
 from finlora.train.search.space import SearchConfig, Trial, sample_trials
+from finlora.train.search.track_search import track_search
 from finlora.train.steps.loop import count_steps
 
 _logger = logging.getLogger(__name__)
@@ -107,11 +109,18 @@ def run_search(
     with claim_run(RunFolder(folder.root)), stop_on_signals(folder.stop, announce, has_begun):
         if to_do:
             wait_for_room(bundles, Patience(config.max_wait_s, announce), lambda: _raise_when_stopped(folder, 0, 0))
-            _run_trials(config, search, folder, to_do, done, announce, on_record, base)
-        found = [record for trial in trials if (record := read_record(folder, trial)) is not None]
-        if len(found) < len(trials):
-            _raise_when_stopped(folder, len(found), len(trials))
-            raise NoRoomError(_explain_unplaced(folder, trials))
+            with track_search(config, search, folder, announce):
+                _run_trials(config, search, folder, to_do, done, announce, on_record, base)
+                return _collect(folder, trials)
+        return _collect(folder, trials)
+
+
+def _collect(folder: SearchFolder, trials: Sequence[Trial]) -> list[TrialRecord]:
+    """Return the record of each trial, or raise why one has none."""
+    found = [record for trial in trials if (record := read_record(folder, trial)) is not None]
+    if len(found) < len(trials):
+        _raise_when_stopped(folder, len(found), len(trials))
+        raise NoRoomError(_explain_unplaced(folder, trials))
     return found
 
 
@@ -154,7 +163,7 @@ def _run_trials(
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(drive_trial, tasks=tasks), {"cpu": _DRIVER_CPUS}),
-        param_space={"trial": tune.grid_search([trial.name for trial in to_do])},
+        param_space={"trial": tune.grid_search([trial.name for trial in to_do]), **_settings_of(to_do)},
         tune_config=tune.TuneConfig(
             scheduler=_choose_scheduler(folder, search, total_steps, grace, done),
             max_concurrent_trials=at_once,
@@ -172,6 +181,13 @@ def _run_trials(
         ),
     )
     _fit(tuner, folder, to_do)
+
+
+def _settings_of(trials: Sequence[Trial]) -> dict[str, Any]:
+    """Return what Ray Tune shows of a trial in its own files and tables; its driver goes by the name alone."""
+    known = {trial.name: dataclasses.asdict(trial) for trial in trials}
+    keys = [field.name for field in dataclasses.fields(Trial) if field.name != "name"]
+    return {key: tune.sample_from(lambda spec, key=key: known[spec.config.trial][key]) for key in keys}
 
 
 def _choose_scheduler(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
+import importlib.util
 import json
 import re
 import shutil
+import sqlite3
 import sys
 
 import yaml
@@ -106,6 +109,28 @@ def card(tools: Tools) -> None:
     checks.contains(
         "scores in the adapter's README", f"{100 * accuracy:.1f} (", (adapter / "README.md").read_text(encoding="utf-8")
     )
+
+
+def export(tools: Tools) -> None:
+    """Log a run to an MLflow file, twice: one run there, with the loss and the score of results.jsonl."""
+    walk, checks = tools.walk, tools.checks
+    database = walk.output / "export" / "mlflow.db"
+    words = ("export", "mlflow", walk.runs / "main", "--to", f"sqlite:///{database}")
+    if importlib.util.find_spec("mlflow") is None:
+        refused = tools.finlora(*words, code=2)
+        checks.contains("the package that it needs", "pip install 'finlora[mlflow]'", refused.text)
+        checks.skip("runs in MLflow", "the extra mlflow is not installed")
+        return
+    first, again = tools.finlora(*words), tools.finlora(*words)
+    checks.equal("the run that the second export names", first.text.split()[-3:], again.text.split()[-3:])
+    with contextlib.closing(sqlite3.connect(database)) as connection:
+        runs = connection.execute("SELECT name, status FROM runs").fetchall()
+        numbers = dict(connection.execute("SELECT key, value FROM latest_metrics").fetchall())
+    checks.equal("runs in MLflow", [("main", "FINISHED")], runs)
+    loss = next(record for record in tools.results("main") if record["kind"] == "training")["metrics"]["loss_last"]
+    checks.close("last loss in MLflow", loss, numbers["train/loss"], 1e-9)
+    accuracy = recorded(tools, "main")["metrics"]["accuracy"]
+    checks.close("accuracy in MLflow", accuracy, numbers[f"test/{walk.task}/accuracy"], 1e-9)
 
 
 def submit_job(tools: Tools) -> None:

@@ -11,7 +11,8 @@ from finlora.card.part import Block, Code, Part, list_facts, make_part
 from finlora.card.profile import FIELDS_FILE
 from finlora.data.encode import encode_answer, encode_asked
 from finlora.data.example import Example
-from finlora.data.sets.catalog import TASKS
+from finlora.data.question import Form
+from finlora.data.sets.catalog import FORMS, TASKS
 from finlora.data.sets.prepared import PreparedSplit, count_labels, count_leaks
 from finlora.data.taskfile.duplicates import group_duplicates
 from finlora.data.taskfile.load import read_card
@@ -57,10 +58,10 @@ def describe_leaks(evidence: Evidence) -> Part:
             (task.name, "their whole prompt is in train too", _count(same, num_test), str(task.folder)),
         ]
         if task.test.card is None:
-            alike = count_alike(task.train.examples, task.test.examples)
+            alike = count_alike(task.train.examples, task.test.examples, FORMS.get(task.name))
             if alike is None:
                 gaps.append(
-                    f"{task.name}: nearly equal texts in train and test: its rows hold no short text to compare"
+                    f"{task.name}: nearly equal texts in train and test: not looked for, its rows do not hold the text by itself"
                 )
             else:
                 rows.append((task.name, "a nearly equal text is in train", _count(alike, num_test), str(task.folder)))
@@ -126,18 +127,29 @@ def describe_prompt(evidence: Evidence, *, has_texts: bool = True) -> Part:
     return make_part("prompt", "Prompt", blocks, [], gaps)
 
 
-def count_alike(train: Sequence[Example], test: Sequence[Example]) -> int | None:
+def count_alike(train: Sequence[Example], test: Sequence[Example], form: Form | None) -> int | None:
     """Return how many test examples have a text that is equal or nearly equal to one in train.
 
-    Texts are the examples' groups. None: a group is no text of its prompt, as with filings, or there is too much text.
+    Args:
+        form: of the task. None: it is not asked by its name.
+
+    Returns:
+        None where an example's text is not known by itself, as a filing's, or there is too much text.
     """
     texts = list(dict.fromkeys(example.group for example in (*train, *test)))
-    if sum(map(len, texts)) > _MAX_CHARS or not all(example.group in example.prompt for example in (*train, *test)):
+    if form is None or sum(map(len, texts)) > _MAX_CHARS:
+        return None
+    if not all(_is_text(example, form) for example in (*train, *test)):
         return None
     groups = group_duplicates(texts)
     roots = {text: groups.find(row) for row, text in enumerate(texts)}
     seen = {roots[example.group] for example in train}
     return sum(roots[example.group] in seen for example in test)
+
+
+def _is_text(example: Example, form: Form) -> bool:
+    """Return whether an example's group is the text that its prompt asks about."""
+    return any(form.render(example.group, about) == example.prompt for about in form.about_values or ("",))
 
 
 def _list_data(evidence: Evidence, task: TaskData) -> Iterator[tuple[str, object, object]]:

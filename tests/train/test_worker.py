@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from finlora.configfile import config_to_tree, load_config
 from finlora.data.encode import collate
 from finlora.durable import hash_file
 from finlora.errors import ResourceError
+from finlora.model.adapter_files import hash_weights_and_settings
 from finlora.model.contract import read_contract
 from finlora.precision import resolve_training
 from finlora.results import read_results
@@ -154,3 +156,44 @@ def test_gpu_that_the_cluster_lacks_is_refused_with_a_message(configure, ray_ins
     ):
         run_training(config)
     assert not folder_of(config).root.exists()
+
+
+def test_trained_adapter_goes_from_its_scores_to_an_approved_card(quantised, call, tmp_path):
+    """What a user types, on a copy of the run: two evaluations, the card, the decision, the card again."""
+    config, _ = quantised
+    run = tmp_path / config.name
+    shutil.copytree(folder_of(config).root, run, ignore=shutil.ignore_patterns("checkpoint*", "tensorboard"))
+    adapter, card = run / "adapter", tmp_path / "card"
+    before = hash_file(adapter / "finlora.yaml"), hash_weights_and_settings(adapter)
+    tasks = "data.tasks=[synthetic_sentiment, synthetic_xbrl]"
+    settings = [
+        f"output_dir={tmp_path}",
+        tasks,
+        "data.max_test_examples=12",
+        "eval.device=cpu",
+        "eval.max_new_tokens=4",
+    ]
+    for words in (["--base"], ["--adapter", adapter]):
+        code, out, error = call("evaluate", "--config", run / "config.yaml", *words, *settings)
+        assert code == 0, error
+    assert f"Scores written to {adapter / 'README.md'}" in out
+    assert "| synthetic_sentiment, 8 bit, by labels | 12\\* |" in (adapter / "README.md").read_text()
+    assert len([*(run / "answers").iterdir()]) == 4
+    code, out, error = call("card", adapter, "--output", card)
+    assert code == 0, error
+    text = (card / "card.md").read_text()
+    assert "synthetic_sentiment, 8 bit, by labels: right in " in out
+    assert "synthetic_xbrl, 8 bit, by generate: right in " in out
+    assert "there is no majority answer to compare with" in out
+    assert "| synthetic_sentiment, 8 bit, by labels | its base |" in text
+    assert "holds no training of exactly these weights" not in text
+    assert "The base and tokenizer in" in text  # with the contract's hashes
+    assert "the text above is without them" not in text  # the prompt is rendered by the base's tokenizer
+    assert "nobody has approved it" in text
+    code, out, _ = call(
+        "approve", adapter, "--by", "A. Validator", "--decision", "approved", "--card", card / "card.html"
+    )
+    assert code == 0
+    call("card", adapter, "--output", card)
+    assert "The last entry approves the adapter as it is now." in (card / "card.md").read_text()
+    assert (hash_file(adapter / "finlora.yaml"), hash_weights_and_settings(adapter)) == before

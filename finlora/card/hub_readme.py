@@ -17,13 +17,14 @@ from finlora.data.question import Form
 from finlora.data.sets.catalog import TASKS
 from finlora.data.taskfile.load import read_card
 from finlora.data.taskfile.read import make_task
-from finlora.durable import write_whole
+from finlora.durable import hash_file, write_whole
+from finlora.model.adapter_files import ADAPTER_WEIGHTS
 from finlora.model.contract import Contract
 from finlora.report.pairing import pair_results
 from finlora.report.scores import find_majority
 from finlora.report.tables import TextTable, format_score
 from finlora.report.write import list_markdown_rows
-from finlora.results import Result
+from finlora.results import Result, read_results
 
 README = "README.md"
 BEGIN, END = "<!-- finlora: scores -->", "<!-- finlora: end of scores -->"
@@ -79,6 +80,20 @@ def write_readme(
         ]
     )
     write_whole(folder / README, f"---\n{comment}{data.to_yaml()}\n---\n\n{body}\n")
+
+
+def refresh_scores(adapter: Path, results: Path) -> str:
+    """Put the scores of a results file into an adapter's README; returns what to tell the user, empty where nothing changed.
+
+    A folder that cannot be written keeps its README: the scores are in the results file.
+    """
+    path = adapter / README
+    try:
+        if update_scores(adapter, read_results(results), hash_file(adapter / ADAPTER_WEIGHTS)):
+            return f"Scores written to {path}"
+    except OSError as error:
+        return f"{path} keeps its old scores: it cannot be written ({error.strerror})."
+    return ""
 
 
 def update_scores(folder: Path, results: Iterable[Result], weights_hash: str) -> bool:

@@ -85,7 +85,10 @@ def evaluate(
         show_results(results, console)
     say(f"Appended to {folder.results}")
     if chosen is not None:
-        _update_readme(chosen, folder.results)
+        from finlora.card.hub_readme import refresh_scores
+
+        if said := refresh_scores(chosen, folder.results):
+            say(said)
     from finlora.train.tracking.following import track_results
 
     track_results(settings, folder, say)
@@ -179,20 +182,6 @@ def _ask_server(
             on_text=lambda piece: console.out(piece, end=""),
         )
     show_reply(reply.probabilities, reply.quote, console, is_quoted=reply.is_quoted)
-
-
-def _update_readme(adapter: Path, results: Path) -> None:
-    """Put all scores of an adapter into its README; a folder that cannot be written keeps the old one, and the user is told."""
-    from finlora.card.hub_readme import README, update_scores
-    from finlora.durable import hash_file
-    from finlora.model.adapter_files import ADAPTER_WEIGHTS
-    from finlora.results import read_results
-
-    try:
-        if update_scores(adapter, read_results(results), hash_file(adapter / ADAPTER_WEIGHTS)):
-            say(f"Scores written to {adapter / README}")
-    except OSError as error:
-        say(f"{adapter / README} keeps its old scores: it cannot be written ({error.strerror}).")
 
 
 def _print_reading(reading: Any) -> None:

@@ -58,13 +58,14 @@ def run_step(step: Step, announce: Callable[[str], None]) -> Outcome:
 
 
 def _evaluate(step: Step, announce: Callable[[str], None]) -> list[Result]:
-    from finlora.evaluate.evaluation import run_evaluation
+    from finlora.card.hub_readme import refresh_scores
+    from finlora.evaluate.evaluation import ignore_reading, run_evaluation
 
     config = step.config
     on_gpu = config.eval.device == "cuda" and config.eval.num_stages == 1  # stages have GPUs of their own
     results = connect.call(
         run_evaluation,
-        *(config, step.adapter, _ignore_progress),
+        *(config, step.adapter, _ignore_progress, ignore_reading, None, step.run.answers),
         num_cpus=1.0,
         num_gpus=config.eval.num_gpus if on_gpu else 0.0,
         wait_s=config.max_wait_s,
@@ -73,6 +74,8 @@ def _evaluate(step: Step, announce: Callable[[str], None]) -> list[Result]:
     )
     for result in results:
         append_result(step.run.results, result)
+    if step.adapter is not None and (said := refresh_scores(step.adapter, step.run.results)):
+        announce(said)
     track_results(config, step.run, announce)
     return results
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import re
 
@@ -14,7 +15,7 @@ from carded import make_run
 from huggingface_hub import ModelCard
 from made_results import make_evaluation
 
-from finlora.card.hub_readme import BEGIN, END, README, update_scores, write_readme
+from finlora.card.hub_readme import BEGIN, END, README, refresh_scores, update_scores, write_readme
 from finlora.config import LoraConfig
 from finlora.configfile import config_from_tree, save_config
 from finlora.data.sets.catalog import TASKS
@@ -23,6 +24,7 @@ from finlora.model.adapter_files import hash_weights_and_settings
 from finlora.model.base import load_base
 from finlora.model.contract import make_contract, read_contract, write_contract
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
+from finlora.results import append_result
 
 HUB = "meta-llama/Llama-3.1-8B-Instruct"
 CPU = torch.device("cpu")
@@ -119,6 +121,24 @@ def test_scores_come_between_the_marks_and_change_no_hash(adapter):
     assert path.read_text() == once  # the same scores again change nothing
     assert (hash_weights_and_settings(adapter), read_contract(adapter)) == before
     read_contract(adapter).check_files(adapter)
+
+
+def test_folder_that_cannot_be_written_keeps_its_scores_and_says_so(adapter, monkeypatch):
+    results = adapter.parent / "results.jsonl"
+    weights = hash_file(adapter / "adapter_model.safetensors")
+    append_result(results, make_evaluation(adapter_hash=weights))
+    before = (adapter / README).read_text()
+
+    def refuse(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("finlora.card.hub_readme.write_whole", refuse)
+        assert refresh_scores(adapter, results).endswith(
+            "keeps its old scores: it cannot be written (Read-only file system)."
+        )
+    assert (adapter / README).read_text() == before
+    assert refresh_scores(adapter, results) == f"Scores written to {adapter / README}"
 
 
 @pytest.mark.parametrize("text", ["My own card.\n", f"---\nlicense: mit\n---\n{BEGIN}\n", ""])

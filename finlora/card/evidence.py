@@ -17,7 +17,7 @@ from finlora.evaluate.answer_table import AnswerTable, read_answer_table
 from finlora.model.adapter_files import ADAPTER_WEIGHTS
 from finlora.model.contract import CONTRACT_FILE, Contract, read_contract, read_tasks
 from finlora.report.pairing import pair_results
-from finlora.results import Result, list_result_files, read_results
+from finlora.results import SEARCH_MARK, Result, list_result_files, read_results
 
 CUTOFF_FIELD, LICENCE_FIELD, HUB_FIELD = "base_training_cutoff", "base_licence", "base_hub_id"
 """Fields whose answers are figures of the card too."""
@@ -40,6 +40,11 @@ class Scored:
     def name(self) -> str:
         """Task, with bits and method."""
         return f"{self.result.task}, {self.result.bits} bit, by {self.result.method or 'unknown method'}"
+
+    @property
+    def is_of_search(self) -> bool:
+        """Whether a search's trial was scored, on examples held out from the training split."""
+        return any((folder / SEARCH_MARK).is_file() for folder in self.source.parents)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -45,7 +45,11 @@ def describe_scores(evidence: Evidence) -> Part:
         else:
             rows.append(_score_row(scored.name, "base", scored.base))
         rows.append(_score_row(scored.name, "adapter", result))
-        if result.is_partial:
+        if scored.is_of_search:
+            gaps.append(
+                f"{scored.name}: scores on the test split: a search held these examples out from the training split"
+            )
+        elif result.is_partial:
             total = evidence.count_test_rows(scored)
             of = f"of {total:,} " if total else ""
             gaps.append(

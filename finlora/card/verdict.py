@@ -113,10 +113,11 @@ def _write_sentence(scored: Scored, total: int | None) -> str:
     if not _has_accuracy(result):
         return f"{scored.name}: evaluated without an accuracy."
     low, high = _ends(result)
+    rows = "examples that a search held out from the training split" if scored.is_of_search else "test examples"
     whole = f" of {total:,}" if result.is_partial and total else ""
     part = ", only a part of the test split," if result.is_partial and not total else ""
     parts = [
-        f"right in {100 * _accuracy(result):.1f} % of {result.num_examples:,}{whole} test examples{part} (95 % interval "
+        f"right in {100 * _accuracy(result):.1f} % of {result.num_examples:,}{whole} {rows}{part} (95 % interval "
         f"{100 * low:.1f} to {100 * high:.1f})"
     ]
     base, majority = compare_with_base(scored, seed), compare_with_majority(scored, seed)

@@ -59,6 +59,10 @@ def card(
         ) from error
     for sentence in document.verdict:
         say(sentence)
+    state = evidence.approvals
+    say(
+        f"Approval: {state.refusal or f'{state.entries[-1].by} approved these files on {state.entries[-1].time[:10]}.'}"
+    )
     say(f"Open points: {len(document.open_points)}, listed at the top. Yours to answer: {folder / FIELDS_FILE}")
     say(f"Written: {paths[0]}, {paths[1].name} and {len(paths) - 2} plots")
 

@@ -9,6 +9,7 @@ from carded import make_run, make_table
 from made_results import make_evaluation
 
 from finlora.card.evidence import Scored, collect_evidence
+from finlora.card.outcome_parts import describe_scores
 from finlora.card.verdict import compare_with_base, compare_with_majority, write_verdict
 
 COUNTS = {"bad": {"bad": 50, "good": 10}, "good": {"bad": 5, "good": 35}}
@@ -78,6 +79,16 @@ def test_verdict_is_one_sentence_with_every_interval(tmp_path):
     )
     assert ", and better than always answering " in sentence
     assert sentence.endswith(".")
+
+
+def test_trial_of_a_search_was_not_scored_on_the_test_split(tmp_path):
+    adapter = make_run(tmp_path)
+    (tmp_path / "search.yaml").touch()
+    evidence = collect_evidence(adapter)
+    assert "of 40 examples that a search held out from the training split (95 %" in write_verdict(evidence)[0]
+    assert describe_scores(evidence).gaps == (
+        "letters, 8 bit, by labels: scores on the test split: a search held these examples out from the training split",
+    )
 
 
 def test_verdict_says_what_could_not_be_compared(tmp_path):

@@ -271,6 +271,7 @@ def test_verb_writes_the_card_and_keeps_the_answers(call, trained, tmp_path):
     code, out, _ = call("card", trained, "--output", output)
     assert code == 0
     assert "better than its base" in out
+    assert "Approval: nobody has approved it: have it judged" in out
     assert f"Written: {output / 'card.html'}, card.md and 4 plots" in out
     fields = output / FIELDS_FILE
     assert "\npurpose:\n" in fields.read_text()

@@ -194,6 +194,7 @@ def test_trained_adapter_goes_from_its_scores_to_an_approved_card(quantised, cal
         "approve", adapter, "--by", "A. Validator", "--decision", "approved", "--card", card / "card.html"
     )
     assert code == 0
-    call("card", adapter, "--output", card)
+    code, out, _ = call("card", adapter, "--output", card)
+    assert "Approval: A. Validator approved these files on 20" in out
     assert "The last entry approves the adapter as it is now." in (card / "card.md").read_text()
     assert (hash_file(adapter / "finlora.yaml"), hash_weights_and_settings(adapter)) == before

@@ -13,7 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -141,6 +141,23 @@ def read_approvals(folder: Path) -> tuple[Approval, ...]:
         return ()
     check_file(path, _MAX_BYTES)
     return _read_chain(path)
+
+
+def require_heads(folder: Path, entries: Sequence[Approval], heads: Sequence[str]) -> None:
+    """Refuse a chain without the entries that are known from elsewhere: a whole new chain, or one cut off at its end.
+
+    Args:
+        heads: hashes of entries.
+
+    Raises:
+        AdapterError: names the first that is missing.
+    """
+    there = {entry.hash for entry in entries}
+    if missing := [head for head in heads if head.strip().lower() not in there]:
+        raise AdapterError(
+            f"{folder / APPROVALS_FILE} holds no entry {missing[0]!r}: entries were cut off, or the file was written anew or "
+            "is not intact. Restore it from a copy."
+        )
 
 
 def judge_approvals(folder: Path) -> ApprovalState:

@@ -14,7 +14,8 @@ from finlora.machine.host import require_output
 
 @app.command(
     epilog="Examples:\n\n  finlora card ~/finlora/runs/NAME/adapter --output card/\n\n"
-    "  finlora card ADAPTER --output card/ --profile eu-ai-act-annex-iv --results ~/finlora/runs"
+    "  finlora card ADAPTER --output card/ --profile eu-ai-act-annex-iv --results ~/finlora/runs\n\n"
+    "  finlora card ADAPTER --output card/ --head 9f86d081884c7d65..."
 )
 def card(
     adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
@@ -31,11 +32,16 @@ def card(
     data: Annotated[
         Path | None, typer.Option(help="Folder of the prepared tasks. Default: data.dir of the adapter's config.")
     ] = None,
+    head: Annotated[
+        list[str] | None,
+        typer.Option(help="Hash of an entry, as `finlora approve` printed it. It must be among the approvals."),
+    ] = None,
     texts: Annotated[
         bool, typer.Option("--texts/--no-texts", help="Show the first example of the test split as a rendered prompt.")
     ] = True,
 ) -> None:
     """Write a validation report of an adapter: verdict, open points, scores, data, lineage, approvals. HTML and Markdown."""
+    from finlora.card.approvals import require_heads
     from finlora.card.evidence import collect_evidence
     from finlora.card.profile import FIELDS_FILE, extend_fields, load_profile, read_fields
     from finlora.card.write_card import build_card, write_card
@@ -48,6 +54,7 @@ def card(
         data.expanduser() if data else None,
         read_fields(folder),
     )
+    require_heads(evidence.folder, evidence.approvals.entries, head or [])
     document = build_card(evidence, chosen, has_texts=texts)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import threading
 import pytest
 from carded import make_run
 
-from finlora.card.approvals import APPROVALS_FILE, add_approval, judge_approvals, read_approvals
+from finlora.card.approvals import APPROVALS_FILE, add_approval, judge_approvals, read_approvals, require_heads
 from finlora.errors import AdapterError, ConfigError
 from finlora.model.contract import read_contract, write_contract
 
@@ -149,6 +149,16 @@ def test_two_people_at_once_make_one_chain(adapter):
     assert sorted(entry.by for entry in read_approvals(adapter)) == list("abcdef")
 
 
+def test_chain_that_was_cut_or_written_anew_lacks_the_entries_known_from_elsewhere(adapter, call, tmp_path):
+    add_approval(adapter, by="A", decision="approved")
+    last = add_approval(adapter, by="B", decision="rejected")
+    (adapter / APPROVALS_FILE).write_text(lines_of(adapter)[0])
+    assert judge_approvals(adapter).is_approved  # the chain alone does not show it
+    code, _, error = call("card", adapter, "--output", tmp_path / "card", "--head", last.hash)
+    assert (code, f"holds no entry {last.hash!r}: entries were cut off" in " ".join(error.split())) == (4, True)
+    assert not (tmp_path / "card").exists()
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -166,6 +176,7 @@ def test_verb_records_the_decision_and_shows_its_hash(call, adapter, tmp_path):
     code, out, _ = call("approve", adapter, "--by", "A. Validator", "--decision", "approved")
     (entry,) = read_approvals(adapter)
     assert code == 0
+    require_heads(adapter, [entry], [entry.hash.upper()])
     assert f"A. Validator approved adapter {entry.adapter_hash[:16]}" in out
     assert f"Hash of this entry, to keep elsewhere: {entry.hash}" in out
     code, _, error = call("approve", adapter, "--by", "A", "--decision", "perhaps")

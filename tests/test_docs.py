@@ -20,7 +20,7 @@ PAGES = {str(path.relative_to(ROOT / "docs")): path for path in sorted((ROOT / "
 ROOT_PAGES = {path.name: path for path in sorted(ROOT.glob("*.md"))}
 OUR_OWN = {
     *("DS_ACCELERATOR", "LOCAL_RANK", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"),
-    *("MLFLOW_DISABLE_TELEMETRY", "WANDB_ERROR_REPORTING", "WANDB_DATA_DIR", "WANDB_CACHE_DIR"),
+    *("MLFLOW_DISABLE_TELEMETRY", "WANDB_ERROR_REPORTING"),
 }
 """Variables that the code sets for libraries, whatever the user has set."""
 SOURCE = "\n".join(path.read_text() for path in (ROOT / "finlora").rglob("*.py"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ class WandbTracker:
         if not is_offline and not os.environ.get("WANDB_API_KEY"):
             raise ConfigError("WANDB_API_KEY is not set: W&B would ask for the key on the terminal")
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # to W&B's own servers, whatever the address
-        # Copies of files that wait to be sent would otherwise go below the home folder.
-        os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = str(card.folder / "wandb")
+        os.environ.setdefault("WANDB_CACHE_DIR", str(card.folder / "wandb" / "cache"))  # else below the home folder
         import wandb
 
+        if run_id is not None:  # the name of its folder has the second of its start alone: another start may have it
+            time.sleep(1.0)
         self.run_id = run_id or secrets.token_hex(4)
         self._run: Any = wandb.init(
             project=project,
@@ -42,7 +44,7 @@ class WandbTracker:
             dir=str(card.folder),
             config=dict(card.params),
             mode="offline" if is_offline else "online",
-            resume=None if is_offline else "allow",
+            resume="allow",
             reinit="create_new",
             settings=wandb.Settings(
                 base_url="https://api.wandb.ai" if is_offline else address,

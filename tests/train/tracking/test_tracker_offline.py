@@ -20,4 +20,5 @@ def test_offline_wandb_needs_no_socket(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("W&B (offline): run ")
     (offline,) = (folder.root / "wandb").glob("offline-run-*")
+    assert not (tmp_path / "home").exists()
     assert (offline / "files" / "adapter" / "finlora.yaml").read_text() == "rank: 4\n"

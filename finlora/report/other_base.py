@@ -10,10 +10,12 @@ from finlora.report.comparable import has_random_weights, is_like, is_llama
 from finlora.report.pairing import Kept, Paired, Run
 from finlora.report.paper import PAPER
 from finlora.report.seeds import format_spread
-from finlora.report.tables import NOT_RUN, QUANTITIES, TextTable, format_number
+from finlora.report.tables import QUANTITIES, TextTable, format_number
 from finlora.results import Result
 
 _SIZE = "8B"
+_NOT_KEPT = "not kept here"
+"""Where finlora/report/paper.py has no number of the paper."""
 _VARIANTS = ("base", "4bit-r4", "8bit-r8", "16bit-r8")
 _TRAINED_ON = ("", " (of several tasks)", " (not trained on it)")
 """Mark of an adapter's score by what it was trained on: the task alone, the task among others, other tasks."""
@@ -61,10 +63,10 @@ def _score_table(base: str, own: Sequence[Kept]) -> TextTable:
                     (
                         task if is_papers else f"{task} (another test split)",
                         f"{variant}{mark}",
-                        NOT_RUN if value is None else f"{100 * value.value:.2f}",
+                        _NOT_KEPT if value is None else f"{100 * value.value:.2f}",
                         f"{format_spread(found, 'accuracy')}{'*' if is_partial else ''}",
                         format_spread(found, "weighted_f1") if "weighted_f1" in found[0].metrics else "none",
-                        str(len(found)),
+                        _count_runs(found),
                     )
                 )
     notes = ["% at 8 bit: the interval of one run, or mean ± standard deviation of several."]
@@ -92,6 +94,10 @@ def _closest(task: str, found: Sequence[Kept], trained: Mapping[Run, Sequence[st
     return [each.result for each in found if rank(each.run) == best], _TRAINED_ON[best]
 
 
+def _count_runs(results: Sequence[Result]) -> str:
+    return str(len({result.run for result in results}))
+
+
 def _cost_table(base: str, own: Sequence[Kept], measured: Sequence[Kept]) -> TextTable:
     """Memory, adapter size, GPU-hours and time, a row for each number of the paper's 8B that has one of ours."""
     rows = []
@@ -106,7 +112,7 @@ def _cost_table(base: str, own: Sequence[Kept], measured: Sequence[Kept]) -> Tex
                     " / ".join(dict.fromkeys(result.task for result in found)) if value.tasks else "any task",
                     format_number(value.value, 2),
                     format_number(fmean(_MEASURED[value.quantity](result) for result in found), 4),
-                    str(len(found)),
+                    _count_runs(found),
                 )
             )
     return TextTable(

@@ -57,6 +57,8 @@ def format_spread(results: Sequence[Result], name: str, digits: int = 1) -> str:
     """Return a score's mean over several results in per cent, `82.1 ± 0.4`; of a single one its value with interval."""
     if len(results) == 1:
         return format_score(results[0], name, digits)
+    if name == "weighted_f1" and not any(name in result.metrics for result in results):
+        return "none"  # free text has no classes
     values = [100 * result.metrics.get(name, math.nan) for result in results]
     if any(math.isnan(value) for value in values):
         return NOT_MEASURED

@@ -38,6 +38,8 @@ def test_score_that_a_seed_lacks_has_no_mean():
     one = make_evaluation(0.8)
     assert format_spread([one], "accuracy") == "80.0 (78.0–81.0)"
     assert format_spread([one, make_evaluation(metrics={})], "accuracy") == "not measured"
+    free = [make_evaluation(metrics={"accuracy": value}) for value in (0.5, 0.7)]
+    assert (format_spread(free, "accuracy"), format_spread(free, "weighted_f1")) == ("60.0 ± 14.1", "none")
 
 
 def test_report_without_seeds_has_no_table_of_them():

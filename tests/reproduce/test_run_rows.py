@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from finlora.errors import StoppedError
+from finlora.evaluate.answer_table import read_answer_table
 from finlora.reproduce import run_rows
 from finlora.reproduce.paper_rows import make_plan
+from finlora.results import read_results
 
 CONFIGS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
 
@@ -69,3 +72,17 @@ def test_training_in_a_folder_of_other_settings_cannot_run(steps):
     outcome = run_rows.run_step(step, print)
     assert outcome.state == "cannot run"
     assert "train.epochs: 3 there, 4 here" in outcome.cause
+
+
+def test_evaluation_keeps_its_answers(steps, monkeypatch):
+    """In this process: Ray only gives it room."""
+    step = steps[2]
+    model = dataclasses.replace(step.config.model, template="raw")
+    data = dataclasses.replace(step.config.data, max_test_examples=3)
+    scoring = dataclasses.replace(step.config.eval, bits=16)
+    step = dataclasses.replace(step, config=dataclasses.replace(step.config, model=model, data=data, eval=scoring))
+    monkeypatch.setattr(run_rows.connect, "call", lambda function, *arguments, **_options: function(*arguments))
+    outcome = run_rows.run_step(step, print)
+    assert (outcome.state, outcome.cause) == ("done", "")
+    (result,) = read_results(step.run.results)
+    assert len(read_answer_table(step.run.answers / result.answers, result.answers_hash)) == 3

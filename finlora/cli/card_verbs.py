@@ -71,7 +71,8 @@ def card(
         f"Approval: {state.refusal or f'{state.entries[-1].by} approved these files on {state.entries[-1].time[:10]}.'}"
     )
     say(f"Open points: {len(document.open_points)}, listed at the top. Yours to answer: {folder / FIELDS_FILE}")
-    say(f"Written: {paths[0]}, {paths[1].name} and {len(paths) - 2} plots")
+    plots = f"{len(paths) - 2} plot{'' if len(paths) == 3 else 's'}"
+    say(f"Written: {paths[0]}, {paths[1].name} and {plots}")
 
 
 @app.command(

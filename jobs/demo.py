@@ -66,7 +66,7 @@ DEMOS = {
         # Only words of the generated set, because so small a base knows no others, but about a company outside it.
         questions=(
             ("positive", "Nordhaven Shipping said its profit rose by 12 % to 340 million in May ."),
-            ("negative", "Nordhaven Shipping said its net loss rose by 12 % to 340 million in May ."),
+            ("negative", "Nordhaven Shipping said its profit fell by 12 % to 340 million in May ."),
             ("neutral", "Nordhaven Shipping will hold its annual meeting in May ."),
         ),
         end="So small a base knows only sentences of this form; step 5 says how often it is right.",

@@ -120,7 +120,8 @@ def find_obstacle(step: Step, found: set[tuple[str | None, ...]] | None = None) 
     split: Literal["train", "test"] = "train" if step.kind == "train" else "test"
     try:
         if base not in found:
-            find_source(model)
+            if step.base_id == model.base:  # else its weights are known, so it is usable
+                find_source(model)
             found.add(base)
         for task in data.tasks:
             if (data.dir, task, split) not in found:

@@ -21,7 +21,8 @@ from finlora.train.tracking.tracker import RunState
 _EVERY_S = 10.0
 """Seconds between two looks at the folder."""
 _SHARE = 0.05
-"""Largest share of the time that is spent on logging: a slow store is given longer pauses."""
+"""Largest share of the time that is spent on logging: a slow store is given longer pauses, up to _MAX_PAUSE_S."""
+_MAX_PAUSE_S = 60.0
 _RETRY_S = 60.0
 """Pause after the first failure of a store; each further one doubles it."""
 _MAX_RETRY_S = 1800.0
@@ -123,7 +124,7 @@ class _Follower(threading.Thread):
                     for each in self._tracked[:]:
                         if time.monotonic() >= self._not_before.get(each.store.title, 0.0):
                             self._try(each, each.update)
-                    pause = max(_EVERY_S, (time.monotonic() - started) / _SHARE)
+                    pause = max(_EVERY_S, min(_MAX_PAUSE_S, (time.monotonic() - started) / _SHARE))
                 for each in self._tracked[:]:
                     self._try(each, functools.partial(each.end, self._state))
         except FinloraError as error:  # another process holds the lock

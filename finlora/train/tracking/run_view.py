@@ -83,7 +83,7 @@ def read_view(folder: RunFolder, *, split: str = "test", parent: Parent | None =
             )
             for index, result in enumerate(results)
         },
-        tags={"finlora.folder": str(folder.root), **(_describe(training) if training else {})},
+        tags={"finlora.folder": str(folder.root), **(_describe(training or results[-1]) if results else {})},
         files=[*(path for path in texts if path.is_file()), *adapter],
         state=_find_state(folder, is_trained=training is not None or not curve),
     )
@@ -169,9 +169,9 @@ def _name_scores(result: Result, config: RunConfig, split: str) -> dict[str, flo
     return {f"{place}/{result.task}/{name}": value for name, value in {**result.metrics, **costs}.items()}
 
 
-def _describe(training: Result) -> dict[str, str]:
-    hashes = {f"finlora.{name}": str(value) for name in _HASHES if (value := getattr(training, name)) is not None}
-    return hashes | {f"finlora.{name}": value for name, value in training.environment.items()}
+def _describe(result: Result) -> dict[str, str]:
+    hashes = {f"finlora.{name}": str(value) for name in _HASHES if (value := getattr(result, name)) is not None}
+    return hashes | {f"finlora.{name}": value for name, value in result.environment.items()}
 
 
 def _find_state(folder: RunFolder, *, is_trained: bool) -> RunState:

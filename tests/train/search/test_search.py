@@ -86,15 +86,6 @@ def test_trial_is_a_whole_run_scored_on_held_out_examples(searched):
     assert (run.adapter / "finlora.yaml").is_file()
 
 
-def test_ray_tune_is_told_the_settings_of_each_trial(searched):
-    config, records, _, _ = searched
-    for record in records:
-        params = json.loads((search_folder(config).root / "tune" / record.trial.name / "params.json").read_text())
-        settings = dataclasses.asdict(record.trial)
-        settings["target_modules"] = list(settings["target_modules"])
-        assert params == {"trial": settings.pop("name"), **settings}
-
-
 def test_pruned_and_failed_trials_are_recorded_with_their_cause_while_the_search_goes_on(searched):
     _, records, lines, ended = searched
     assert [(record.trial.bits, record.state) for record in records] == [(4, "finished"), (4, "pruned"), (8, "failed")]

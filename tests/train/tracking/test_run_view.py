@@ -119,6 +119,7 @@ def test_evaluation_of_a_base_alone_is_a_run_of_its_own(tmp_path, make_config):
     )
     view = read_view(folder)
     assert (view.card.name, view.card.started_ms, view.state) == ("alone", STARTED_MS, RunState.FINISHED)
+    assert view.tags["finlora.variant"] == "base"
 
 
 def test_folder_without_a_run_is_named(tmp_path):

@@ -93,7 +93,7 @@ def test_outcomes_of_a_reproduction_on_gpus_still_count():
     """Their keys come from configs in which bfloat16 was the default."""
     explicit = load_config(None, ["model.compute_dtype=bfloat16", "train.precision=bf16"])
     keys = {
-        Step(name="x", kind="train", config=config, of_adapter=True).key
+        Step(name="x", kind="train", config=config, of_adapter=True, base_id="base").key
         for config in (explicit, resolve_training(RunConfig()))
     }
     assert len(keys) == 1

@@ -54,7 +54,7 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add(
         "--minutes",
         type=float,
-        help="limit of the walk; default: 10 on a GPU, 25 on a CPU, times --patience",
+        help="limit of the walk; default: 10 on a GPU, 60 on a CPU, times --patience",
     )
     add("--patience", type=float, default=1.0, help="factor on all time limits, for a busy machine")
     options = parser.parse_args(words)

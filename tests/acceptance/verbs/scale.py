@@ -96,7 +96,7 @@ ON_CPU = Scale(
     xbrl_accuracy=0.30,
     filing_accuracy=0.0,
     seconds=420,
-    minutes=25,
+    minutes=60,
     steps_at_once=1,
     share=0.0,
 )

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from finlora.config import LoraConfig
-
 Quantity = Literal[
     "accuracy", "adapter_mib", "inference_memory_gib", "training_memory_gib", "gpu_hours", "seconds_per_example"
 ]
@@ -109,7 +107,7 @@ PAPER_SETTINGS: dict[str, list[object]] = {
     "model.template": ["raw"],
     "lora.alpha": [32.0, 32],
     "lora.dropout": [0.1],
-    "lora.target_modules": [list(LoraConfig().target_modules)],  # the default is the paper's
+    "lora.target_modules": [["q_proj", "k_proj", "v_proj"]],
     "data.max_train_examples": [None],
     "data.max_test_examples": [None],
     "optim.name": ["zero_one_adam"],

@@ -64,7 +64,8 @@ def print_table(
 
 
 def _as_text(cell: Cell) -> Text:
-    return cell if isinstance(cell, Text) else Text(cell)
+    # Rich wraps a word behind a leading space as if the space were part of it, and would cut a figure.
+    return cell if isinstance(cell, Text) else Text("\n".join(" ".join(line.split()) for line in cell.splitlines()))
 
 
 def _unbroken(word: str) -> int:

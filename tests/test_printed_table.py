@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -59,6 +59,7 @@ def test_a_wide_terminal_shows_each_row_on_one_line():
 
 
 @settings(max_examples=60, deadline=None)
+@example(30, [("", "", "", ""), ("", "", "", " 0.0000")])
 @given(
     st.integers(20, 90),
     st.lists(st.tuples(*[st.from_regex(r"[a-z]{0,12}( [0-9]{1,6}\.[0-9]{1,4}){0,2}", fullmatch=True)] * 4), max_size=4),

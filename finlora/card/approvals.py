@@ -65,6 +65,8 @@ class AdapterHashes:
 class ApprovalState:
     """Entries of an adapter, and what they mean for its files as they are now."""
 
+    bound: AdapterHashes
+    """Of the files as they are now."""
     entries: tuple[Approval, ...]
     refusal: str | None
     """Why the adapter does not count as approved; None: it does."""
@@ -171,9 +173,11 @@ def judge_approvals(folder: Path) -> ApprovalState:
     try:
         entries = read_approvals(folder)
     except AdapterError as error:
-        return ApprovalState(entries=(), refusal=f"its approvals are not intact: {error}")
+        return ApprovalState(bound=bound, entries=(), refusal=f"its approvals are not intact: {error}")
     if not entries:
-        return ApprovalState(entries=(), refusal=f"nobody has approved it: have it judged, then run {command}.")
+        return ApprovalState(
+            bound=bound, entries=(), refusal=f"nobody has approved it: have it judged, then run {command}."
+        )
     last = entries[-1]
     refusal = None
     if last.decision != "approved":
@@ -191,7 +195,7 @@ def judge_approvals(folder: Path) -> ApprovalState:
             f"its {CONTRACT_FILE} has changed since {last.by} approved it: it hashes to {bound.contract_hash[:16]}, approved was "
             f"{last.contract_hash[:16]}. Put the approved file back, or have the new one judged, then run {command}."
         )
-    return ApprovalState(entries=entries, refusal=refusal)
+    return ApprovalState(bound=bound, entries=entries, refusal=refusal)
 
 
 def _read_chain(path: Path) -> tuple[Approval, ...]:

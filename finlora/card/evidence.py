@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finlora.card.approvals import ApprovalState, hash_bound_files, judge_approvals
+from finlora.card.approvals import ApprovalState, judge_approvals
 from finlora.card.base_facts import BaseFacts, find_base_facts, find_cutoff
 from finlora.config import RunConfig, is_date
 from finlora.configfile import load_config, show
@@ -143,7 +143,7 @@ def collect_evidence(
     contract = read_contract(folder)
     contract.check_files(folder)
     config, why_no_config = _read_config(folder)
-    bound = hash_bound_files(folder)
+    approvals = judge_approvals(folder)
     weights_hash = hash_file(folder / ADAPTER_WEIGHTS)
     searched = tuple(results) or (folder.parent,)
     found = _read_results(searched, is_given=bool(results))
@@ -158,8 +158,8 @@ def collect_evidence(
         config=config,
         why_no_config=why_no_config,
         weights_hash=weights_hash,
-        adapter_hash=bound.adapter_hash,
-        contract_hash=bound.contract_hash,
+        adapter_hash=approvals.bound.adapter_hash,
+        contract_hash=approvals.bound.contract_hash,
         trained=trained[-1][0] if trained else None,
         trained_source=trained[-1][1] if trained else None,
         scored=scored,
@@ -167,7 +167,7 @@ def collect_evidence(
         tasks=tuple(_read_task(name, data, contract.data_hashes.get(name), test_hashes.get(name)) for name in names),
         cards={name: task.card for name, task in read_tasks(folder, contract).items() if task.card},
         base=find_base_facts(contract, config.model if config else None),
-        approvals=judge_approvals(folder),
+        approvals=approvals,
         fields=fields,
     )
 

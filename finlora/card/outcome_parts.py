@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from finlora.card.curves import Slice, make_abstention_curve, slice_by_cutoff, slice_by_length, trace_abstention
 from finlora.card.evidence import Evidence, Scored
-from finlora.card.part import Block, Part, Picture, show_share
+from finlora.card.part import Block, Part, Picture
 from finlora.card.profile import PartName
 from finlora.card.verdict import Gain, compare_with_base, compare_with_majority, seed_of
 from finlora.evaluate.answer_table import AnswerTable
 from finlora.report.scores import find_majority
-from finlora.report.tables import TextTable, format_score
+from finlora.report.tables import TextTable, format_score, format_share
 from finlora.results import Result
 
 if TYPE_CHECKING:
@@ -29,12 +29,15 @@ _PER_CENT = "% with 95 % interval."
 def describe_scores(evidence: Evidence) -> Part:
     """Scores with intervals, beside the base and always the most frequent label."""
     rows: list[tuple[str, ...]] = []
+    gains: list[tuple[str, ...]] = []
     gaps = []
     for scored in evidence.scored:
         result, majority = scored.result, find_majority(scored.result)
+        compared = [compare(scored, seed_of(result)) for compare in (compare_with_base, compare_with_majority)]
+        gains += [(scored.name, *_gain_cells(gain)) for gain in compared if gain is not None]
         if majority is not None:
-            gain = compare_with_majority(scored, seed_of(result))
-            always = show_share(gain.accuracy, gain.low, gain.high) if gain else f"{100 * majority.accuracy:.1f}"
+            gain = compared[1]
+            always = format_share(gain.accuracy, gain.low, gain.high) if gain else f"{100 * majority.accuracy:.1f}"
             rows.append(
                 (scored.name, f"always {majority.label}", always, f"{100 * majority.weighted_f1:.1f}", "", "", "")
             )
@@ -55,12 +58,6 @@ def describe_scores(evidence: Evidence) -> Part:
             gaps.append(
                 f"{scored.name}: the whole test split: only {result.num_examples:,} {of}test examples were scored"
             )
-    gains = [
-        (scored.name, *_gain_cells(gain))
-        for scored in evidence.scored
-        for gain in (compare(scored, seed_of(scored.result)) for compare in (compare_with_base, compare_with_majority))
-        if gain is not None
-    ]
     header = ("evaluation", "answers of", "accuracy", "weighted F1", "strict", "within tolerance", "unparsable")
     notes = (
         f"{_PER_CENT} Accuracy: the answer contains the truth; strict: it is the truth alone; F1 is weighted over labels. "
@@ -311,7 +308,7 @@ def _list_segments(scored: Scored) -> list[TextTable]:
                     value or "(empty)",
                     f"{metrics['count']:,.0f}",
                     f"{100 * metrics['count'] / scored.result.num_examples:.1f}",
-                    show_share(metrics["accuracy"], metrics["accuracy_low"], metrics["accuracy_high"]),
+                    format_share(metrics["accuracy"], metrics["accuracy_low"], metrics["accuracy_high"]),
                 )
                 for value, metrics in values.items()
             ),
@@ -325,5 +322,5 @@ def _slice_row(each: Slice) -> tuple[str, ...]:
         each.name,
         f"{each.num_rows:,}",
         f"{100 * each.share:.1f}",
-        show_share(each.accuracy, each.low, each.high),
+        format_share(each.accuracy, each.low, each.high),
     )

@@ -57,11 +57,6 @@ def list_facts(rows: Iterable[tuple[str, object, object]], title: str = "") -> T
     )
 
 
-def show_share(value: float, low: float, high: float) -> str:
-    """Return a share in per cent with its interval: `86.3 (84.3-88.2)` with an en dash."""
-    return f"{100 * value:.1f} ({100 * low:.1f}–{100 * high:.1f})"
-
-
 def make_part(
     name: PartName, title: str, blocks: Sequence[Block], sources: Sequence[Path | None], gaps: Sequence[str]
 ) -> Part:

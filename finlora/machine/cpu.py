@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 Dtype = Literal["bfloat16", "float32"]
 
@@ -62,17 +62,18 @@ def worker_environment() -> dict[str, str]:
     """
     job = json.loads(os.environ.get(_JOB, "{}"))
     given = (job.get("runtime_env") or {}).get("env_vars") or {}
-    unset = missing_environment()
-    own = {name: os.environ.get(name, unset.get(name)) for name in ENVIRONMENT if name not in given}
-    if _POLICY in given:
-        own.pop(_SPIN, None)
-    return {name: value for name, value in own.items() if value is not None}
+    known = {**os.environ, **missing_environment()}
+    return {name: known[name] for name in _list_unset(given) if name in known}
 
 
 def missing_environment() -> dict[str, str]:
     """Return the variables of ENVIRONMENT that this process lacks, without the spin where the user has set a policy."""
-    unset = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
-    if _POLICY in os.environ:
+    return _list_unset(os.environ)
+
+
+def _list_unset(there: Collection[str]) -> dict[str, str]:
+    unset = {name: value for name, value in ENVIRONMENT.items() if name not in there}
+    if _POLICY in there:
         unset.pop(_SPIN, None)
     return unset
 

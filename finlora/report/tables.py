@@ -54,8 +54,14 @@ def format_score(result: Result, name: str, digits: int = 1) -> str:
     if value is None or math.isnan(value):
         return format_number(value)
     low, high = result.metrics.get(f"{name}_low", math.nan), result.metrics.get(f"{name}_high", math.nan)
-    bounds = "" if math.isnan(low) or math.isnan(high) else f" ({100 * low:.{digits}f}–{100 * high:.{digits}f})"
-    return f"{100 * value:.{digits}f}{bounds}"
+    if math.isnan(low) or math.isnan(high):
+        return f"{100 * value:.{digits}f}"
+    return format_share(value, low, high, digits)
+
+
+def format_share(value: float, low: float, high: float, digits: int = 1) -> str:
+    """Return a share in per cent with its interval: `86.3 (84.3-88.2)` with an en dash."""
+    return f"{100 * value:.{digits}f} ({100 * low:.{digits}f}–{100 * high:.{digits}f})"
 
 
 def cost_table(paired: Paired) -> TextTable:

@@ -34,7 +34,8 @@ class HeldOut:
     """Mean cross entropy per answer token on the held-out examples of a search.
 
     Args:
-        config: its data folder holds the search's split of the training examples.
+        config: its data folder holds the search's split of the training examples. data.max_test_examples limits each task, as it
+            limits the trial's scores.
         folder: of the run. The losses are also written there, for a search that resumes.
         worker: this worker's rank; each worker measures its share of the examples.
         reduce_sum: sums a float tensor over all workers in place and returns it.
@@ -49,10 +50,11 @@ class HeldOut:
         world_size: int,
         reduce_sum: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
+        limit = config.data.max_test_examples
         examples = [
             example
             for task in config.data.tasks
-            for example in read_prepared(Path(config.data.dir), task, HELD_OUT_SPLIT).examples
+            for example in read_prepared(Path(config.data.dir), task, HELD_OUT_SPLIT).examples[:limit]
         ]
         encoded, _ = encode_examples(
             examples,

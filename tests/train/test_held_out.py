@@ -35,7 +35,9 @@ def model(make_config):
 
 def plain_sums(config, model):
     """Loss and answer tokens, one example at a time."""
-    examples = read_prepared(Path(config.data.dir), "synthetic_sentiment", "test").examples
+    examples = read_prepared(Path(config.data.dir), "synthetic_sentiment", "test").examples[
+        : config.data.max_test_examples
+    ]
     tokenizer = load_tokenizer(Path(config.model.base))
     encoded, _ = encode_examples(examples, tokenizer, template="raw", max_seq_len=8192, too_long="error")
     model.eval()
@@ -55,6 +57,19 @@ def test_loss_equals_one_example_at_a_time_and_is_kept(make_config, model, tmp_p
     assert model.training
     assert torch.equal(torch.get_rng_state(), state)
     assert read_held_out(run) == [{"step": 12, "held_out_loss": measured}]
+
+
+def test_limit_of_test_examples_holds_for_the_loss_as_for_the_scores(make_config, model, tmp_path):
+    config, parts = make_config("data.max_test_examples=7"), []
+    expected = plain_sums(config, model)
+    assert expected[1] < plain_sums(make_config(), model)[1]
+
+    def keep(sums):
+        parts.append(sums.clone())
+        return sums
+
+    HeldOut(config, read_base_files(config.model), RunFolder(tmp_path), 0, 1, keep).measure(3, model, CPU)
+    assert parts[0].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_workers_share_the_examples_and_only_the_first_writes(make_config, model, tmp_path):

@@ -128,8 +128,8 @@ class DataConfig:
     max_train_examples: int | None = None
     """Train on the first N examples of the shuffled order only. None: all."""
     max_test_examples: int | None = None
-    """Evaluate the first N test examples only; the result says so. A search takes the first N of those it holds out, for its trials'
-    losses and scores. None: all."""
+    """Evaluate the first N test examples only; the result says so. A search takes the first N of those that it holds out, for
+    its trials' losses and scores. None: all."""
 
     def __post_init__(self) -> None:
         limits = [("max_train_examples", self.max_train_examples), ("max_test_examples", self.max_test_examples)]

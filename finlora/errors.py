@@ -23,6 +23,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number and its noun as a message says them: `1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 class FinloraError(Exception):
     """Root of all errors that FinLoRA raises on purpose."""
 

@@ -19,6 +19,7 @@ from finlora.cli.app import (
     load_settings,
     say,
 )
+from finlora.errors import counted
 from finlora.machine.working_dir import resolve_output
 from finlora.terminal import open_bars
 
@@ -81,5 +82,5 @@ def score(
     if threshold is not None:
         say(f"Below {threshold:g}: {record['abstained']:,} rows abstain.")
     for reason, count in record["not_scored"].items():
-        say(f"Not scored: {count:,} rows, {reason}")
+        say(f"Not scored: {counted(count, 'row')}, {reason}")
     say(f"Rows: {record['rows']:,}, in {output}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from finlora.cli.app import ConfigPath, DryRun, Overrides, app, console, resolve_run, say
-from finlora.errors import ConfigError, FinloraError
+from finlora.errors import ConfigError, FinloraError, counted
 from finlora.machine.host import require_output
 from finlora.machine.working_dir import resolve_output
 from finlora.terminal import describe_duration, open_bars, polling
@@ -144,7 +144,7 @@ def reproduce(
     failed = [outcome.name for outcome in outcomes if outcome.state == StepState.FAILED]
     if failed:
         raise FinloraError(
-            f"{len(failed)} steps failed ({', '.join(failed[:3])}): the table says why. The same command goes on."
+            f"{counted(len(failed), 'step')} failed ({', '.join(failed[:3])}): the table says why. The same command goes on."
         )
 
 

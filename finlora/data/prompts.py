@@ -13,6 +13,8 @@ import random
 from collections.abc import Sequence
 from typing import Literal
 
+from finlora.errors import counted
+
 SENTIMENTS = ("negative", "neutral", "positive")
 SEVEN_SENTIMENTS = (
     "strong negative",
@@ -130,7 +132,7 @@ def xbrl_formula_question(name: str, expression: str, num_decimals: int, company
         expression: formula over the filing's tags.
         num_decimals: decimals of the rounded answer.
     """
-    rounding = "a whole number" if num_decimals == 0 else f"{num_decimals} decimal{'s' if num_decimals > 1 else ''}"
+    rounding = "a whole number" if num_decimals == 0 else counted(num_decimals, "decimal")
     return (
         f"What is the {name} of {company} for the Fiscal Year ending in FY {year}, by the formula {expression}, rounded to "
         f"{rounding}?"

@@ -12,7 +12,7 @@ from finlora.config import ModelConfig, RunConfig
 from finlora.doctor.checks import Finding, check_disk, check_nodes, fault, from_error, ok
 from finlora.doctor.facts import NodeFacts, gather, look_at, rebuild
 from finlora.doctor.inputs import check_base, check_data, check_hub
-from finlora.errors import ConfigError, FinloraError, ResourceError
+from finlora.errors import ConfigError, FinloraError, ResourceError, counted
 
 if TYPE_CHECKING:
     from finlora.data.sets.prepared import SplitName
@@ -122,7 +122,7 @@ def _ask_cluster(folders: list[str], inputs: list[str]) -> tuple[list[NodeFacts]
         faults.append(
             fault("nodes", f"the cluster at {address} has no running node", "start one: `ray start --address`")
         )
-    return nodes, [ok("Ray", f"the cluster at {address} answers, {len(nodes)} nodes"), *faults]
+    return nodes, [ok("Ray", f"the cluster at {address} answers, {counted(len(nodes), 'node')}"), *faults]
 
 
 def _list_folders(config: RunConfig | None, model: ModelConfig | None) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from finlora.config import ModelConfig, RunConfig
 from finlora.data.example import Example
 from finlora.doctor.checks import Finding, fault, from_error, ok, warn
-from finlora.errors import DatasetError, FinloraError
+from finlora.errors import DatasetError, FinloraError, counted
 from finlora.machine.model_hub import find_hub_problem, hub_host, is_behind_proxy, is_offline
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def check_base(model: ModelConfig) -> tuple[list[Finding], BaseFiles | None]:
     size = sum(path.stat().st_size for path in shards) / 2**30
     date = f", dated {base.template_date}" if base.template_date else ""
     found = [
-        ok("base", f"{model.base}: {len(shards)} files, {size:.2f} GiB, headers valid, with its tokenizer"),
+        ok("base", f"{model.base}: {counted(len(shards), 'file')}, {size:.2f} GiB, headers valid, with its tokenizer"),
         ok("template", f"chat, as the tokenizer has it{date}" if model.template == "chat" else "raw: none is needed"),
     ]
     return found, base
@@ -96,7 +96,7 @@ def check_rows(name: str, rows: Sequence[Example]) -> Iterator[Finding]:
             DatasetError,
         )
     if not empty and not other:
-        yield ok(name, f"{len(rows):,} rows, each with a label token")
+        yield ok(name, f"{counted(len(rows), 'row')}, each with a label token")
 
 
 def check_lengths(

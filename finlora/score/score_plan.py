@@ -12,7 +12,7 @@ from finlora.config import RunConfig
 from finlora.data.question import PLAIN, Form
 from finlora.data.sets.catalog import FORMS, task_named
 from finlora.durable import hash_file
-from finlora.errors import ConfigError
+from finlora.errors import ConfigError, counted
 from finlora.inference.ask import list_own_forms
 from finlora.model.adapter_files import ADAPTER_WEIGHTS
 from finlora.model.base_files import BaseFiles
@@ -159,8 +159,8 @@ def describe_plan(plan: ScorePlan) -> str:
     asked = f"task {plan.task}" if plan.task else "the text alone"
     columns = plan.text + (f" and {plan.about}" if plan.about else "")
     return (
-        f"Scoring {table.num_rows:,} rows in {len(table.files)} file{'s' * (len(table.files) > 1)} and {len(table.parts):,} "
-        f"part{'s' * (len(table.parts) > 1)}: {asked}, column {columns}, {subject} on "
+        f"Scoring {counted(table.num_rows, 'row')} in {counted(len(table.files), 'file')} and "
+        f"{counted(len(table.parts), 'part')}: {asked}, column {columns}, {subject} on "
         f"{plan.config.model.base} at {plan.config.eval.bits or plan.config.model.bits} bit ({plan.config.eval.device})"
     )
 

@@ -14,7 +14,7 @@ from typing import Any
 from finlora.data.taskfile.items import read_time
 from finlora.data.taskfile.own_tables import as_text, read_table
 from finlora.data.taskfile.record import Kind, Preset
-from finlora.errors import DatasetError
+from finlora.errors import DatasetError, counted
 
 _GUESS = "guess: "
 _MAX_LABELS = 100
@@ -92,7 +92,9 @@ def write_first_file(table: Path, folder: Path, taken: Sequence[str]) -> FirstFi
     """
     rows = [fields for fields, _ in read_table(table)]
     file = FirstFile()
-    file.add(f"# First task file for {table.name}: {len(rows):,} rows. Look at each line with `guess` and correct it.")
+    file.add(
+        f"# First task file for {table.name}: {counted(len(rows), 'row')}. Look at each line with `guess` and correct it."
+    )
     name = re.sub(r"[^a-z0-9]+", "_", table.stem.lower()).strip("_") or "task"
     name = name if name[0].isalpha() else f"t_{name}"
     name = f"{name[:60]}_own" if name in taken else name[:60]
@@ -142,7 +144,7 @@ def _describe_preset(file: FirstFile, preset: Preset, rows: Sequence[Mapping[str
     if kind in ("choice", "multi"):
         if len(labels) < 2:
             raise DatasetError(
-                f"{source}: found {len(labels)} labels in this export of {preset}, expected at least two."
+                f"{source}: found {counted(len(labels), 'label')} in this export of {preset}, expected at least two."
             )
         _add_labels(file, labels)
         if kind == "choice":
@@ -243,7 +245,7 @@ def _describe_columns(file: FirstFile, table: Path, rows: Sequence[Mapping[str, 
         _add_labels(file, counts)
         num_empty = len(rows) - len(label.values)
         if num_empty and kind != "multi":
-            file.add("unlabelled: skip", _GUESS + f"{num_empty:,} rows have no label and are left out")
+            file.add("unlabelled: skip", _GUESS + f"{counted(num_empty, 'row')} without a label, left out")
     _add_prompt(file, kind, label, answer, question)
     _add_split(file, time, form, group)
 

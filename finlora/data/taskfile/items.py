@@ -15,7 +15,7 @@ from typing import Any
 from finlora.data.raw.rows import shorten
 from finlora.data.taskfile.own_tables import TableRow, as_text, get
 from finlora.data.taskfile.record import CHAT_PRESETS, TaskFile
-from finlora.errors import ConfigError, DatasetError
+from finlora.errors import ConfigError, DatasetError, counted
 
 Turn = tuple[str, str]
 """Role (system, user or assistant) and content."""
@@ -168,7 +168,7 @@ class _Reader:
             return
         if self._unknown:
             ranked = self._unknown.most_common()
-            shown = ", ".join(f"{value!r} ({count:,} rows)" for value, count in ranked[:_MAX_SHOWN])
+            shown = ", ".join(f"{value!r} ({counted(count, 'row')})" for value, count in ranked[:_MAX_SHOWN])
             more = f" and {len(ranked) - _MAX_SHOWN:,} more" if len(ranked) > _MAX_SHOWN else ""
             declared = ", ".join(map(repr, list(self._meanings)[:_MAX_SHOWN]))
             raise DatasetError(

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from finlora.data.taskfile.duplicates import Groups, group_duplicates
 from finlora.data.taskfile.items import Item
 from finlora.data.taskfile.record import TaskFile
-from finlora.errors import DatasetError
+from finlora.errors import DatasetError, counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,10 +101,13 @@ def _split_by_time(
     num_gap = sum(gap <= last[root] < start for root in roots)
     num_old = sum(last[root] >= start > _time_of(item) for root, item in zip(roots, items, strict=True))
     if num_gap:
-        notes.append(f"Left out {num_gap:,} rows of the {task.split.gap_days} days before {task.split.test_from}.")
+        notes.append(
+            f"Left out {counted(num_gap, 'row')} of the {task.split.gap_days} days before {task.split.test_from}."
+        )
     if num_old:
         notes.append(
-            f"Left out {num_old:,} rows from before {task.split.test_from}: their group, or a nearly equal text, is in the test."
+            f"Left out {counted(num_old, 'row')} from before {task.split.test_from}: their group, or a nearly equal text, is "
+            "in the test."
         )
     return train, test
 

@@ -18,7 +18,7 @@ from finlora.data.raw.arrow import read_arrow
 from finlora.data.raw.hub_rows import load_hub_rows
 from finlora.data.raw.rows import Row, find_file, read_csv, read_jsonl, read_lines, shorten
 from finlora.data.task import Published, Request, published_task
-from finlora.errors import DatasetError
+from finlora.errors import DatasetError, counted
 
 FPB_HUB_ID = "takala/financial_phrasebank"
 FIQA_HUB_ID = "pauri32/fiqa-2018"
@@ -157,8 +157,8 @@ def _name_fpb_columns(values: Sequence[str], source: str) -> Sequence[str] | Non
     if len(values) != 2:
         shown = ", ".join(shorten(value) for value in values[:4])
         raise DatasetError(
-            f"{source}: found {len(values)} columns ({shown}), expected two, label and sentence, separated by a comma, with "
-            "sentences that hold one in quotes."
+            f"{source}: found {counted(len(values), 'column')} ({shown}), expected two, label and sentence, separated by "
+            "a comma, with sentences that hold one in quotes."
         )
     is_label = [value.strip() in _FPB_LABELS for value in values]
     if not any(is_label):
@@ -192,7 +192,8 @@ def _fiqa_splits(task: str, train: Sequence[Row], test: Sequence[Row], notes: li
         if "label" in row.fields
     )
     notes.append(
-        f"Labels are folded from the score at -0.1 and 0.1; the published label column differs on {num_differing} rows."
+        "Labels are folded from the score at -0.1 and 0.1; the published label column differs on "
+        f"{counted(num_differing, 'row')}."
     )
     return Splits(
         train=_build("train", train, example),

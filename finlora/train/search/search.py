@@ -29,7 +29,7 @@ from finlora.cluster import connect
 from finlora.cluster.lease import Bundle, Patience, wait_for_room
 from finlora.config import RunConfig
 from finlora.configfile import config_to_tree
-from finlora.errors import FinloraError, NoRoomError, StoppedError
+from finlora.errors import FinloraError, NoRoomError, StoppedError, counted
 from finlora.model.base_files import BaseFiles
 from finlora.precision import describe_choice, resolve_training
 from finlora.train.path import make_sampler
@@ -152,7 +152,7 @@ def _run_trials(
     at_once = search.max_concurrent or _count_concurrent(config)
     rungs = [grace * search.reduction_factor**k for k in range(20)] if search.reduction_factor > 1 else []
     announce(
-        f"{len(to_do)} trials of {total_steps:,} steps, at most {at_once} at once; ASHA looks after steps "
+        f"{counted(len(to_do), 'trial')} of {counted(total_steps, 'step')}, at most {at_once} at once; ASHA looks after steps "
         f"{', '.join(str(rung) for rung in rungs if rung < total_steps) or 'none'}."
     )
     logging.getLogger("ray.tune").setLevel(

@@ -31,7 +31,7 @@ def test_undeclared_labels_are_reported_with_their_rows(write_rows, read_task):
     rows[5]["label"] = "-1"
     write_rows(rows)
     with pytest.raises(
-        DatasetError, match=r"'Good ' \(4 rows\), '-1' \(1 rows\) of 12.*add each under `from`.*unlabelled: skip"
+        DatasetError, match=r"'Good ' \(4 rows\), '-1' \(1 row\) of 12.*add each under `from`.*unlabelled: skip"
     ):
         read_task()
     splits = read_task(unlabelled="skip")

@@ -134,7 +134,7 @@ def test_fiqa_folds_scores_and_names_posts(tmp_path, ask, as_stream):
     splits = sentiment.read_fiqa(ask(write_fiqa(tmp_path, as_stream)))
     assert [item.label for item in splits.train] == ["positive", "neutral", "neutral", "negative"]
     assert ["tweet" in item.prompt for item in splits.train] == [True, True, False, True]
-    assert any("differs on 1 rows" in note for note in splits.notes)
+    assert any("differs on 1 row." in note for note in splits.notes)
 
 
 def test_fiqa_score_of_another_scale_is_an_error(tmp_path, ask):

@@ -185,7 +185,7 @@ def call(monkeypatch, capsys):
 
 @pytest.fixture(scope="session")
 def ray_instance() -> Iterator[None]:
-    """Start the one local Ray of all tests, with its token and files in a folder that is deleted with it."""
+    """Start the one local Ray of this process's tests, with its token and files in a folder that is deleted with it."""
     folder = Path(tempfile.mkdtemp(prefix="finlora-ray-"))
     (folder / "token").write_text(secrets.token_hex(32))
     (folder / "token").chmod(0o600)

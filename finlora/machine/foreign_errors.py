@@ -14,6 +14,8 @@ import traceback
 from finlora.errors import ConfigError, FinloraError, ResourceError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FULL_WORDS = ("No space left on device", "Disk quota exceeded", "(os error 27)", "inline_container.cc")
+"""Words of errors of safetensors, Arrow and torch (its writer of archives), which replace the system's error."""
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _MAX_WORDS = 300
 
@@ -27,6 +29,11 @@ def explain(error: Exception) -> FinloraError:
         return explain(cause)
     if isinstance(error, OSError) and (known := _explain_system(error)):
         return known
+    if is_disk_full(error):
+        return ResourceError(
+            f"no disk space is left ({shorten(error)}): free disk or quota, then run the same command again. `df -h` shows which "
+            "disk is full."
+        )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return ResourceError(
             f"memory ran out ({shorten(error)}): end other programs, or use smaller batches or fewer bits. `finlora "
@@ -39,6 +46,11 @@ def explain(error: Exception) -> FinloraError:
         )
     kind = ResourceError if type(error).__module__.split(".")[0] == "ray" else FinloraError
     return kind(f"unexpected error: {shorten(error)}. {_keep_traceback(error)}")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether an error of the system or of a library says that a disk, a quota or a file's limit is full."""
+    return getattr(error, "errno", None) in _FULL or any(words in str(error) for words in _FULL_WORDS)
 
 
 def shorten(error: BaseException) -> str:

@@ -129,6 +129,24 @@ def find_output_problem(folder: Path) -> str | None:
     return find_write_problem(there)
 
 
+def require_space(folder: Path, num_bytes: int, what: str, *, spare_bytes: int = 0) -> None:
+    """Check that the disk of an existing folder has room.
+
+    Args:
+        what: what takes the bytes, and how it is said, such as `the missing files take`.
+        spare_bytes: that must stay free besides.
+
+    Raises:
+        ResourceError: it has not.
+    """
+    free = shutil.disk_usage(folder).free
+    if num_bytes + spare_bytes > free:
+        raise ResourceError(
+            f"the disk of {folder} has {free / 2**30:.1f} GiB free, and {what} {num_bytes / 2**30:.1f}: free disk space, or "
+            "choose another --output."
+        )
+
+
 def require_output(option: str, path: Path, *, is_new: bool = False) -> Path:
     """Return the absolute path of a verb's output, after a check that it can be written.
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from finlora.config import ModelConfig
 from finlora.durable import hash_file, seal, unseal, write_whole
-from finlora.errors import ModelError, ResourceError
+from finlora.errors import ModelError
+from finlora.machine.host import require_space
 from finlora.machine.model_hub import find_hub_problem
 from finlora.model.source import HUB_FILES, find_source
 
@@ -80,7 +81,9 @@ def mirror_model(name: str, mirror: Path, update: Update) -> Mirrored:
     folder = mirror / "models" / repository
     (folder / MANIFEST).unlink(missing_ok=True)
     total, done = sum(file.size for file in remote), 0
-    _require_disk(folder, sum(file.size for file in remote if not (folder / file.path).is_file()))
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = sum(file.size for file in remote if not (folder / file.path).is_file())
+    require_space(folder, missing, "the missing files take", spare_bytes=_SPARE_BYTES)
     files = {}
     for file in remote:
         update(repository, done, total, file.path)
@@ -215,13 +218,3 @@ def _ask_hub(repository: str, ask: Callable[[], Any]) -> Any:
             f"{repository} could not be downloaded from the hub ({type(error).__name__}: {said}): prefetch on "
             "a machine that reaches it, with HF_HUB_OFFLINE unset, and copy the mirror folder over."
         ) from error
-
-
-def _require_disk(folder: Path, need: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
-    if need + _SPARE_BYTES > free:
-        raise ResourceError(
-            f"the disk of {folder} has {free / 2**30:.1f} GiB free, and the missing files take {need / 2**30:.1f}: free disk "
-            "space, or choose another --output."
-        )

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from finlora.errors import ConfigError, DatasetError, FinloraError, ResourceError, StoppedError
 from finlora.machine.foreign_errors import explain
@@ -35,6 +36,11 @@ def fail(error):
         (OSError(errno.EROFS, "Read-only file system", "/d/x"), ConfigError, "/d/x: access is denied (Read-only"),
         (OSError(errno.EMFILE, "Too many open files"), ResourceError, "raise the limit, for example `ulimit -n 65536`"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/d/x"), ConfigError, "/d/x: No such file: give another file"),
+        (
+            SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+            ResourceError,
+            "no disk space is left (SafetensorError: Error while serializing",
+        ),
         (MemoryError(), ResourceError, "memory ran out (MemoryError)"),
         (
             ModuleNotFoundError("No module named 'grpc_reflection'", name="grpc_reflection"),

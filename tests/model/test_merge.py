@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from finlora.config import LoraConfig, ModelConfig
 from finlora.data.encode import encode_prompt
-from finlora.errors import AdapterError, ModelError
+from finlora.errors import AdapterError, ModelError, ResourceError
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.base_files import read_base_files
 from finlora.model.contract import make_contract, write_contract
@@ -232,3 +233,13 @@ def test_cut_adapter_file_is_refused(tiny_base, make_adapter):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(AdapterError, match="is not a complete safetensors file"):
         merge_lora(load_base(settings_of(tiny_base), 16, CPU, 0), folder)
+
+
+def test_disk_without_room_is_refused_before_the_base_is_loaded(tiny_base, make_adapter, tmp_path, monkeypatch):
+    folder = make_adapter()
+    monkeypatch.setattr("finlora.model.merge.load_base", lambda *_args, **_settings: pytest.fail("it was loaded"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _folder: SimpleNamespace(free=2**20))
+    with pytest.raises(
+        ResourceError, match=r"has 0\.0 GiB free, and the merged model takes 0\.0: free disk space, or choose"
+    ):
+        export_merged(settings_of(tiny_base), folder, tmp_path / "merged", CPU, allow_other_bits=False)

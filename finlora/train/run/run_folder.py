@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -40,6 +39,7 @@ from finlora.data.encode import Encoded, encode_examples
 from finlora.data.sets.prepared import read_prepared
 from finlora.durable import try_lock
 from finlora.errors import ConfigError, ResourceError
+from finlora.machine.foreign_errors import is_disk_full
 from finlora.machine.working_dir import describe_lost
 from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.precision import resolve_training
@@ -67,7 +67,6 @@ _FREE_SETTINGS = {
 
 _WRITTEN = ("output_dir", "model.cache", "tracking.mlflow")
 """Settings of paths that a run writes to."""
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,12 +325,8 @@ def _refuse_other_run(folder: RunFolder, config: RunConfig) -> None:
 
 
 def explain_full_disk(error: BaseException, folder: RunFolder) -> ResourceError | None:
-    """Return a ResourceError where the cause of an error is a full disk; None otherwise.
-
-    torch and safetensors replace the system's error by their own text, so the text is searched too.
-    """
-    words = ("No space left on device", "(os error ", "inline_container.cc")
-    if getattr(error, "errno", None) not in _FULL and not any(text in str(error) for text in words):
+    """Return a ResourceError where the cause of an error is a full disk; None otherwise."""
+    if not is_disk_full(error):
         return None
     return ResourceError(
         f"a file of the run could not be written ({error}): free disk space below {folder.root} and in the temporary folder of "

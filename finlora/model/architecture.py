@@ -110,7 +110,7 @@ def check_config(folder: Path, values: Mapping[str, Any]) -> None:
         advice = "choose another base, or if it does not need them, remove them from a copy of its config.json"
     raise ModelError(
         f"{folder}/config.json needs what FinLoRA's Llama does not compute: {named}. Training and answers "
-        f"would differ from the original model's, so every verb refuses it: {advice}."
+        f"would differ from the original model's, so every command refuses it: {advice}."
     )
 
 
@@ -185,7 +185,7 @@ def check_tensors(folder: Path, shape: LlamaShape, tensors: Mapping[str, StoredT
         raise ModelError(
             f"{tensors[extra[0]].path} holds {len(extra)} tensors that FinLoRA's Llama does not compute with"
             f" ({', '.join(show(name)[1:-1] for name in extra[:3])}{', ...' if len(extra) > 3 else ''})"
-            f"{f': {kind}' if kind else ''}. Its answers would differ from the model's, so every verb refuses it: choose "
+            f"{f': {kind}' if kind else ''}. Its answers would differ from the model's, so every command refuses it: choose "
             "another base."
         )
 

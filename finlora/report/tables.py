@@ -70,7 +70,7 @@ def cost_table(paired: Paired) -> TextTable:
     devices = sorted({_name_device(result) for _, result in kept})
     has_one_device = len(devices) == 1
     header: tuple[str, ...] = (
-        *("run", "measurement", "adapter MiB", "peak GiB", "s/example", "tokens/s", "at work s", "waited s", "GPU-h"),
+        *("run", "measurement", "adapter MiB", "peak GiB", "s/example", "tokens/s", "run time s", "waited s", "GPU-h"),
     )
     notes = [
         "GiB = 2**30 bytes, summed over workers; on CPU resident memory. At work: a training's attempts added up, without the "
@@ -131,7 +131,7 @@ def wire_table(paired: Paired) -> TextTable:
     """One row for each run that counted its traffic: what a worker sent for the optimiser, and what Adam would have sent."""
     return TextTable(
         title="Communication",
-        header=("run", "optimiser", "workers", "rounds", "MiB sent", "of Adam's", "wire s", "last loss", "at work s"),
+        header=("run", "optimiser", "workers", "rounds", "MiB sent", "of Adam's", "wire s", "last loss", "run time s"),
         rows=tuple(_wire_row(each) for each in paired.kept if each.result.wire),
         notes=(
             "MiB = 2**20 bytes and seconds per worker, over the whole run. Of Adam's: share of what a float32 ring all-reduce of "

@@ -44,7 +44,7 @@ def test_two_runs_of_one_task_keep_their_own_results():
     assert paired.left_out == ()
     assert [(row[1], row[4]) for row in score_table(paired).rows] == [("first", "80.0 (78.0–81.0)")]
     costs = cost_table(paired)
-    time = costs.header.index("at work s")
+    time = costs.header.index("run time s")
     rows = [(row[0].split("\n")[0], row[time]) for row in costs.rows if "training" in row[1]]
     assert rows == [("first", "10"), ("second", "99")]
     assert "Trained and not evaluated: second." in score_table(paired).notes

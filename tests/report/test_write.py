@@ -107,7 +107,7 @@ def test_cost_table_names_device_once_or_per_row():
     one = cost_table(pair_results([result]))
     (row,) = one.rows
     assert row[:2] == ("mine\nLlama-3.1-8B-Instruct, 4bit-r4, 4 bit", "ner\ntraining in 2 attempts")
-    assert one.header[2:] == ("adapter MiB", "peak GiB", "at work s", "waited s", "GPU-h")
+    assert one.header[2:] == ("adapter MiB", "peak GiB", "run time s", "waited s", "GPU-h")
     assert row[2:] == ("4.50", "26.70", "4,500", "600", "1.2500")
     assert "Measured nowhere: s/example, tokens/s." in one.notes
     assert "Device: Some GPU." in one.notes

@@ -207,7 +207,7 @@ def _list_costs(trained: Result) -> Iterator[tuple[str, object]]:
     yield "loss, first and last", f"{metrics.get('loss_first', 0):.4f}, {metrics.get('loss_last', 0):.4f}"
     yield "examples", f"{trained.num_examples:,}{' (a part)' if trained.is_partial else ''}"
     yield "starts", trained.attempts
-    yield "time at work, s", format_number(trained.wall_seconds, 0)
+    yield "run time, s", format_number(trained.wall_seconds, 0)
     yield (
         "GPU-hours",
         format_number(trained.gpu_hours, 2) if trained.gpu_hours is not None else "none: trained on a CPU",

@@ -73,8 +73,8 @@ def cost_table(paired: Paired) -> TextTable:
         *("run", "measurement", "adapter MiB", "peak GiB", "s/example", "tokens/s", "run time s", "waited s", "GPU-h"),
     )
     notes = [
-        "GiB = 2**30 bytes, summed over workers; on CPU resident memory. At work: a training's attempts added up, without the "
-        "wait for room, which is shown separately. GPU-hours are time at work x GPUs, none on CPU."
+        "GiB = 2**30 bytes, summed over workers; on CPU resident memory. Run time: a training's attempts added up, without the "
+        "wait for room, which is shown separately. GPU-hours are run time x GPUs, none on CPU."
     ]
     if has_one_device:
         notes.append(f"Device: {devices[0]}.")

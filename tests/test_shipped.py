@@ -113,10 +113,10 @@ def test_demo_runs_on_any_machine():
     assert not Path(config.output_dir).is_absolute()
 
 
-def test_real_demo_is_the_small_ones_but_for_base_template_and_sizes():
+def test_real_demo_is_the_small_ones_but_for_base_template_type_and_sizes():
     small, real = config_of("demo-4bit-r4"), config_of("demo-real-4bit-r4")
     assert (real.model.base, real.model.template) == (".demo/real-base", "chat")
-    assert real.train == dataclasses.replace(small.train, epochs=1)
+    assert real.train == dataclasses.replace(small.train, epochs=1, precision="auto")
     assert real.eval == small.eval
     assert (real.data.dir, real.data.tasks) == (small.data.dir, ("synthetic_sentiment",))
 

@@ -31,7 +31,7 @@ def test_llama_rows_deviate_in_optimiser_and_scoring_alone(row):
 def test_public_rows_say_what_they_change():
     found = deviations_of("smollm2-135m-4bit-r4-headline")
     assert found["optim.learning_rate"] == ("0.0001", "0.0005")
-    assert found["data.max_train_examples"] == ("all", "16000")
+    assert found["data.max_train_examples"] == ("all", "32000")
     assert found["model.base"] == ("Llama-3.1-8B-Instruct", "real-base")
     assert found["train.epochs"] == ("4", "1")
 

@@ -31,12 +31,13 @@ def score(call, tiny_base, tmp_path, ray_instance):
 
 def find_engine():
     """Wait for the actor that scores and return its process id."""
+    import ray
     from ray.util.state import list_actors
 
+    address = ray.get_runtime_context().gcs_address  # without it, the state API takes any Ray of this machine
     for _ in range(600):
-        found = [
-            actor.pid for actor in list_actors(filters=[("state", "=", "ALIVE")]) if "MapWorker" in actor.class_name
-        ]
+        actors = list_actors(address=address, filters=[("state", "=", "ALIVE")])
+        found = [actor.pid for actor in actors if "MapWorker" in actor.class_name]
         if found and found[0]:
             return found[0]
         time.sleep(0.1)

@@ -67,7 +67,7 @@ DEMOS = {
         questions=(
             ("positive", "Nordhaven Shipping said its profit rose by 12 % to 340 million in May ."),
             ("negative", "Nordhaven Shipping said its profit fell by 12 % to 340 million in May ."),
-            ("neutral", "Nordhaven Shipping will hold its annual meeting in May ."),
+            ("neutral", "Nordhaven Shipping said its profit of 340 million was the same as before in May ."),
         ),
         end="So small a base knows only sentences of this form; step 5 says how often it is right.",
     ),

@@ -27,13 +27,15 @@ def explain(error: Exception) -> FinloraError:
     cause = getattr(error, "cause", None)  # RayTaskError: the error that the task raised
     if isinstance(cause, Exception) and cause is not error:
         return explain(cause)
-    if isinstance(error, OSError) and (known := _explain_system(error)):
-        return known
     if is_disk_full(error):
+        where = f"{name}: " if (name := getattr(error, "filename", None)) else ""
+        said = getattr(error, "strerror", None) or shorten(error)
         return ResourceError(
-            f"no disk space is left ({shorten(error)}): free disk or quota, then run the same command again. `df -h` shows which "
+            f"{where}no disk space is left ({said}): free disk or quota, then run the same command again. `df -h` shows which "
             "disk is full."
         )
+    if isinstance(error, OSError) and (known := _explain_system(error)):
+        return known
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return ResourceError(
             f"memory ran out ({shorten(error)}): end other programs, or use smaller batches or fewer bits. `finlora "
@@ -62,11 +64,6 @@ def shorten(error: BaseException) -> str:
 
 def _explain_system(error: OSError) -> FinloraError | None:
     where = f"{error.filename}: " if error.filename else ""
-    if error.errno in _FULL:
-        return ResourceError(
-            f"{where}no disk space is left ({error.strerror}): free disk or quota, then run the same command again. `df -h` "
-            "shows which disk is full."
-        )
     if error.errno in _FORBIDDEN:
         return ConfigError(
             f"{where}access is denied ({error.strerror}): give another file or folder, or change its owner or mode."

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +119,24 @@ def load_base(
         waited_seconds=waited,
         is_cached=is_cached,
     )
+
+
+def write_plain(net: LlamaForCausalLM, folder: Path, max_shard_size: str) -> None:
+    """Write a Llama's weights, config and generation config as a plain Hugging Face folder.
+
+    Not by its save_pretrained: that imports DeepSpeed, which takes seconds and warns of a missing GPU.
+
+    Args:
+        max_shard_size: as huggingface_hub writes it: `4GB`.
+    """
+    from huggingface_hub import save_torch_model
+
+    config: Any = net.config
+    config.architectures, config.dtype = [type(net).__name__], str(net.dtype).removeprefix("torch.")
+    tied = ["lm_head.weight"] if config.tie_word_embeddings else None
+    save_torch_model(net, folder, max_shard_size=max_shard_size, shared_tensors_to_discard=tied)
+    for settings in (config, net.generation_config):
+        settings.save_pretrained(str(folder))
 
 
 def check_device(device: torch.device) -> None:

@@ -21,7 +21,7 @@ from finlora.formula.llama import LlamaShape, shape_of
 from finlora.formula.low_rank import LoraSettings
 from finlora.machine.host import require_space
 from finlora.model.adapter_files import check_adapter, find_sites, open_weights, require_finite
-from finlora.model.base import BaseModel, load_base
+from finlora.model.base import BaseModel, load_base, write_plain
 from finlora.model.base_files import read_base_files
 from finlora.model.contract import Contract, read_contract
 from finlora.model.memory.fixed_memory import count_weight_bytes
@@ -106,11 +106,11 @@ def export_merged(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"{output} exists and is not empty: give another folder for the merged model, or remove it.")
     files = read_base_files(model)
+    date = files.check_adapter(adapter, contract)  # before anything large is read
     output.parent.mkdir(parents=True, exist_ok=True)
     require_space(
         output.parent, count_weight_bytes(files.shape, 16), "the merged model takes", spare_bytes=_SPARE_BYTES
     )
-    date = files.check_adapter(adapter, contract)  # before anything large is read
     base = load_base(dataclasses.replace(model, compute_dtype="bfloat16"), 16, device, seed=0, files=files)
     num_tensors = merge_lora(base, adapter)
     fix_date(base.tokenizer, date)  # so that prompts made with the merged folder have the date of training
@@ -130,20 +130,12 @@ def _read_adapter(folder: Path, base: LlamaShape) -> tuple[LoraSettings, list[tu
 
 
 def _write(base: BaseModel, contract: Contract, adapter: Path, output: Path) -> None:
-    from huggingface_hub import save_torch_model
-
-    net = base.model
-    net.config.architectures, net.config.dtype = [type(net).__name__], str(net.dtype).removeprefix("torch.")
-    tied = ["lm_head.weight"] if net.config.tie_word_embeddings else None
     with scratch_folder(output.parent, f".{output.name}-") as staging:
-        # Not save_pretrained of the model: it imports DeepSpeed, which takes seconds and warns of a missing GPU.
-        save_torch_model(net, staging, max_shard_size="4GB", shared_tensors_to_discard=tied)
-        net.config.save_pretrained(str(staging))
-        net.generation_config.save_pretrained(str(staging))
+        write_plain(base.model, staging, "4GB")
         base.tokenizer.save_pretrained(str(staging))
         provenance = {
             "merged": "W0 + (alpha / rank) B A, summed in float32",
-            "dtype": net.config.dtype,
+            "dtype": str(base.model.dtype).removeprefix("torch."),
             "adapter": adapter.name if adapter.name != "adapter" else f"{adapter.parent.name}/adapter",
             "contract": dataclasses.asdict(contract),
         }

@@ -25,7 +25,7 @@ from finlora.data.sets.prepared import read_prepared
 from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import DatasetError, ModelError
 from finlora.machine.host import require_output
-from finlora.model.base import check_device
+from finlora.model.base import check_device, write_plain
 from finlora.precision import AUTO, resolve_precision
 
 if TYPE_CHECKING:
@@ -294,17 +294,11 @@ def _fit(
 
 
 def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
-    from huggingface_hub import save_torch_model
-
     output.parent.mkdir(parents=True, exist_ok=True)
     model.to("cpu", torch.bfloat16)
-    model.config.architectures, model.config.dtype = [type(model).__name__], "bfloat16"
     with scratch_folder(output.parent, f".{output.name}-") as staging:
-        # Not model.save_pretrained: it imports DeepSpeed, which takes seconds and warns of a missing GPU. Shards of 15 MB pass
-        # through channels with a size limit, and exercise the sharded reader.
-        save_torch_model(model, staging, max_shard_size="15MB", shared_tensors_to_discard=["lm_head.weight"])
-        model.config.save_pretrained(str(staging))
-        model.generation_config.save_pretrained(str(staging))
+        # Such shards pass through channels with a size limit, and exercise the sharded reader.
+        write_plain(model, staging, "15MB")
         tokenizer.save_pretrained(str(staging))
         follow_umask(staging)
         output.mkdir(exist_ok=True)

@@ -47,6 +47,24 @@ def test_users_choice_of_authentication_is_kept(home, monkeypatch):
     assert list(home.iterdir()) == []
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, "0"), ("7", "7")])
+def test_workers_of_a_local_ray_keep_the_priority_of_other_programs(home, monkeypatch, given, used):
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setenv("RAY_worker_niceness", given or "")
+    if given is None:
+        monkeypatch.delenv("RAY_worker_niceness")
+    connect.prepare()
+    assert os.environ["RAY_worker_niceness"] == used
+
+
+def test_a_running_cluster_keeps_its_workers_priority(home, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    monkeypatch.setenv("RAY_worker_niceness", "")
+    monkeypatch.delenv("RAY_worker_niceness")
+    connect.prepare()
+    assert "RAY_worker_niceness" not in os.environ
+
+
 def test_workers_of_a_running_cluster_get_the_cpu_environment(monkeypatch):
     """They inherit the environment of `ray start`, which the command cannot change."""
     asked = []
@@ -95,9 +113,11 @@ def test_ray_does_not_take_sigterm_of_the_driver_with_its_crash_handler(ray_inst
 def test_workers_of_a_local_cluster_have_the_cpu_environment(ray_instance):
     def read():
         names = ("OMP_WAIT_POLICY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "OMP_NUM_THREADS")
-        return [os.environ[name] for name in names]
+        return [os.environ[name] for name in names], os.getpriority(os.PRIO_PROCESS, 0)
 
-    assert connect.call(read, num_cpus=0.5, num_gpus=0.0) == [os.environ["OMP_WAIT_POLICY"], "32", "1"]
+    values, niceness = connect.call(read, num_cpus=0.5, num_gpus=0.0)
+    assert values == [os.environ["OMP_WAIT_POLICY"], "32", "1"]
+    assert niceness == os.getpriority(os.PRIO_PROCESS, 0)  # Ray's default adds 15
 
 
 @pytest.mark.ray

@@ -57,7 +57,8 @@ class Result:
     calibration: list[dict[str, float]] = field(default_factory=list)
     """Answers chosen among labels, binned by their probability: low, high, count, confidence, accuracy a bin."""
     segments: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    """Scores by a task file's segments: column -> value -> the metrics above, with the number of examples as count."""
+    """Scores by a task file's segments: column -> value -> the metrics above, with the number of examples as count. For Yes/No
+    questions also yes_precision, yes_recall and yes_f1."""
     answers: str | None = None
     """Name of the table of its answers in the folder `answers` beside this file (finlora/evaluate/answer_table.py)."""
     answers_hash: str | None = None

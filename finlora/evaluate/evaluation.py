@@ -263,7 +263,7 @@ def _evaluate_task(
     own = read_card(split.card) if split.card else None
     tolerance = NUMERIC_TOLERANCE if own is None else Decimal(str(own.number.tolerance))
     scores = score_answers(answers, examples, seed=config.seed, tolerance=tolerance, is_exact=own is not None)
-    names = own.columns.segments if own else ()
+    names = own.segment_names[: len(examples[0].segments)] if own else ()
     table = make_answer_table(
         answers, examples, judge_answers(answers, examples, is_exact=own is not None), confidences
     )

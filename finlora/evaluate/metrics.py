@@ -14,6 +14,7 @@ from decimal import Decimal
 from typing import NamedTuple
 
 from finlora.data.example import Example
+from finlora.data.prompts import YES_NO
 from finlora.evaluate.intervals import accuracy_interval, weighted_f1_interval
 
 UNPARSABLE = "(none)"
@@ -240,7 +241,9 @@ def score_segments(
     """Return the scores of each segment: column -> value -> metrics, with the number of its examples as `count`.
 
     Args:
-        names: columns of the examples' `segments`. Of each the MAX_SEGMENTS most frequent values are scored.
+        names: columns of the examples' `segments`. Of each the MAX_SEGMENTS most frequent values are scored. Where all its
+            questions are answered with Yes or No, a segment also has precision, recall and F1 of Yes: of a label that few rows
+            have, the other scores are near 100 % for a model that never names it.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for position, name in enumerate(names):
@@ -253,8 +256,20 @@ def score_segments(
             own = [answers[index] for index in indices]
             rows = [examples[index] for index in indices]
             scores = score_answers(own, rows, seed=seed, tolerance=tolerance, is_exact=True)
-            found[name][value] = {"count": float(len(indices)), **scores.metrics}
+            found[name][value] = {"count": float(len(indices)), **scores.metrics, **_score_yes(own, rows)}
     return found
+
+
+def _score_yes(answers: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """Return precision, recall and F1 of Yes, 0 where there is nothing to divide by; empty if other answers are allowed."""
+    if any(example.choices != YES_NO for example in examples):
+        return {}
+    from sklearn.metrics import precision_recall_fscore_support  # a second to import
+
+    truths = [example.label == YES_NO[0] for example in examples]
+    predictions = [parse_label(answer, YES_NO) == YES_NO[0] for answer in answers]
+    scores = precision_recall_fscore_support(truths, predictions, average="binary", zero_division=0.0)
+    return {f"yes_{name}": float(score) for name, score in zip(("precision", "recall", "f1"), scores, strict=False)}
 
 
 def _put(metrics: dict[str, float], name: str, value: float, interval: tuple[float, float]) -> None:

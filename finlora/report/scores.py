@@ -76,23 +76,33 @@ def score_table(paired: Paired) -> TextTable:
 
 def segment_table(paired: Paired) -> TextTable:
     """One row for each run, task and value of a segment column, for tasks of task files that name segments."""
-    rows = []
-    for each in paired.kept:
-        run, result = each
-        for column, values in result.segments.items():
-            for value, metrics in values.items():
-                scored = replace(result, metrics=metrics)
-                rows.append(
-                    (
-                        *(result.task, run.name, f"{column}={value}", format_number(metrics["count"], 0)),
-                        *(format_score(scored, name) for name in ("accuracy", "weighted_f1", "strict_accuracy")),
-                    )
-                )
+    found = [
+        (each, f"{column}={value}", metrics)
+        for each in paired.kept
+        for column, values in each[1].segments.items()
+        for value, metrics in values.items()
+    ]
+    has_yes = any("yes_f1" in metrics for _, _, metrics in found)
+    scores = {"accuracy": "accuracy", "weighted F1": "weighted_f1", "strict": "strict_accuracy"}
+    own = {"F1 of Yes": "yes_f1", "precision": "yes_precision", "recall": "yes_recall"} if has_yes else {}
+    notes = ["% with 95 % interval, as above. A segment of few examples has a wide interval."]
+    if has_yes:
+        notes.append("F1, precision and recall of Yes: of the rows that have the label, or whose answer is Yes.")
     return TextTable(
         title="Scores by segment",
-        header=("task", "run", "segment", "examples", "accuracy", "weighted F1", "strict"),
-        rows=tuple(rows),
-        notes=("% with 95 % interval, as above. A segment of few examples has a wide interval.",),
+        header=("task", "run", "segment", "examples", *scores, *own),
+        rows=tuple(
+            (
+                *(result.task, run.name, name, format_number(metrics["count"], 0)),
+                *(format_score(replace(result, metrics=metrics), key) for key in scores.values()),
+                *(
+                    format_score(replace(result, metrics=metrics), key) if key in metrics else "none"
+                    for key in own.values()
+                ),
+            )
+            for (run, result), name, metrics in found
+        ),
+        notes=tuple(notes),
     )
 
 

@@ -50,19 +50,19 @@ def test_users_choice_of_authentication_is_kept(home, monkeypatch):
 @pytest.mark.parametrize(("given", "used"), [(None, "0"), ("7", "7")])
 def test_workers_of_a_local_ray_keep_the_priority_of_other_programs(home, monkeypatch, given, used):
     monkeypatch.setenv("RAY_ADDRESS", "")
-    monkeypatch.setenv("RAY_worker_niceness", given or "")
+    monkeypatch.setenv(connect._NICENESS, given or "")
     if given is None:
-        monkeypatch.delenv("RAY_worker_niceness")
+        monkeypatch.delenv(connect._NICENESS)
     connect.prepare()
-    assert os.environ["RAY_worker_niceness"] == used
+    assert os.environ[connect._NICENESS] == used
 
 
 def test_a_running_cluster_keeps_its_workers_priority(home, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    monkeypatch.setenv("RAY_worker_niceness", "")
-    monkeypatch.delenv("RAY_worker_niceness")
+    monkeypatch.setenv(connect._NICENESS, "")
+    monkeypatch.delenv(connect._NICENESS)
     connect.prepare()
-    assert "RAY_worker_niceness" not in os.environ
+    assert connect._NICENESS not in os.environ
 
 
 def test_workers_of_a_running_cluster_get_the_cpu_environment(monkeypatch):

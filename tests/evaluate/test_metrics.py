@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from decimal import Decimal
@@ -26,6 +27,7 @@ from finlora.evaluate.metrics import (
     normalise_free_text,
     parse_label,
     score_answers,
+    score_segments,
     strict_accuracy,
     weighted_f1,
 )
@@ -311,3 +313,22 @@ def test_label_that_contains_another_is_not_that_label():
     exact, folded = (score_answers(["bad", "very bad"], examples, is_exact=own).metrics for own in (True, False))
     assert (exact["accuracy"], exact["strict_accuracy"]) == (0.5, 0.5)
     assert (folded["accuracy"], folded["strict_accuracy"]) == (1.0, 1.0)
+
+
+def test_each_label_of_a_multi_label_task_has_precision_and_recall_of_yes():
+    rows = {
+        "fraud": [("Yes", "Yes"), ("Yes", "No"), ("No", "Yes"), ("No", "No")],
+        "rare": [("Yes", "No")] + [("No", "No")] * 9,
+    }
+    examples, answers = [], []
+    for name, pairs in rows.items():
+        for truth, answer in pairs:
+            example = make_example(len(examples), truth, choices=("Yes", "No"))
+            examples.append(dataclasses.replace(example, segments=(name,)))
+            answers.append(answer)
+    found = score_segments(answers, examples, ("topic",), seed=0, tolerance=Decimal(0))["topic"]
+    names = ("accuracy", "yes_precision", "yes_recall", "yes_f1")
+    assert [found["fraud"][name] for name in names] == [0.5, 0.5, 0.5, 0.5]
+    assert [found["rare"][name] for name in names] == [0.9, 0, 0, 0]  # right 9 times of 10, and never names it
+    other = [dataclasses.replace(make_example(0, "negative"), segments=("x",))]
+    assert "yes_f1" not in score_segments(["negative"], other, ("topic",), seed=0, tolerance=Decimal(0))["topic"]["x"]

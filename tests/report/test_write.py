@@ -15,7 +15,7 @@ from finlora.errors import ResultError
 from finlora.report.comparable import explain_missing, find_ours
 from finlora.report.pairing import pair_results
 from finlora.report.paper import PAPER
-from finlora.report.scores import score_table
+from finlora.report.scores import score_table, segment_table
 from finlora.report.tables import cost_table, format_number, format_score, paper_tables, wire_table
 from finlora.report.write import render_report
 
@@ -68,6 +68,20 @@ def test_score_of_free_text_has_no_f1():
     metrics = {name: value for name, value in make_evaluation().metrics.items() if "f1" not in name}
     assert scores_of(make_evaluation(metrics=metrics)).rows[0][5] == "none"
     assert scores_of(make_evaluation(metrics={})).rows[0][5] == "not measured"
+
+
+def test_segments_of_yes_no_questions_show_precision_and_recall_of_yes():
+    plain = METRICS | {"count": 40.0}
+    yes = {"yes_precision": 0.5, "yes_recall": 0.25, "yes_f1": 1 / 3}
+    table = segment_table(
+        pair_results([make_evaluation(segments={"topics": {"fraud": plain | yes}, "desk": {"north": plain}})])
+    )
+    assert table.header[-3:] == ("F1 of Yes", "precision", "recall")
+    assert [(row[2], *row[-3:]) for row in table.rows] == [
+        ("topics=fraud", "33.3", "50.0", "25.0"),
+        ("desk=north", "none", "none", "none"),
+    ]
+    assert segment_table(pair_results([make_evaluation(segments={"desk": {"north": plain}})])).header[-1] == "strict"
 
 
 def test_methods_and_test_splits_are_named_if_there_are_several():

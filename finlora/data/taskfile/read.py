@@ -99,7 +99,7 @@ def _build(side: str, task: TaskFile, items: Sequence[Item], rows: Sequence[int]
                     group=group,
                     time=item.time.isoformat() if item.time else "",
                     weight=item.weight,
-                    segments=item.segments,
+                    segments=(*item.segments, question.name) if task.kind == "multi" else item.segments,
                     turns=question.turns,
                 )
             )

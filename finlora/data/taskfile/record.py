@@ -177,6 +177,11 @@ class TaskFile:
         return tuple(label.value for label in self.labels) if self.kind in ("choice", "yes_no") else ()
 
     @property
+    def segment_names(self) -> tuple[str, ...]:
+        """Names of an example's segments: `columns.segments`, and for kind multi the label asked about."""
+        return (*self.columns.segments, self.columns.labels) if self.kind == "multi" else self.columns.segments
+
+    @property
     def is_chat(self) -> bool:
         return self.kind == "chat"
 

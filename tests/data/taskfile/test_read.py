@@ -111,6 +111,7 @@ def test_multi_asks_each_label_of_a_row(write_rows, read_task):
     assert (first.group, first.choices) == (second.group, ("Yes", "No"))
     assert "Is it about bad? Please choose an answer from {Yes/No}." in first.prompt
     assert (first.id, second.id) == (f"{first.group}-bad", f"{first.group}-good")
+    assert (first.segments, second.segments) == (("bad",), ("good",))  # each label gets its own score
     answers = {(item.group, item.id.rpartition("-")[2]): item.answer for item in (*splits.train, *splits.test)}
     rows = make_rows(30)
     assert [answers[rows[1]["text"], name] for name in ("bad", "good")] == ["Yes", "Yes"]

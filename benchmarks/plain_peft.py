@@ -13,6 +13,7 @@ Shapes: B rows, T tokens of the longest row, N label tokens of a batch, V vocabu
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import sys
 import time
@@ -32,6 +33,7 @@ FIRST_STEP = "first-step"
 
 def load_base(inputs: dict[str, Any], bits: int) -> Any:
     """Load the base, quantised by bitsandbytes: NF4 with double quantisation, LLM.int8(), or not at all."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at 8 bit it logs a line a layer and pass
     dtype = getattr(torch, inputs["dtype"])
     quantisation = {
         4: transformers.BitsAndBytesConfig(

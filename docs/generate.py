@@ -266,9 +266,10 @@ def make_metrics() -> str:
         "Metrics",
         "Ray exports these metrics for Prometheus, beside its own and Ray Serve's. The port is that of Ray's metrics "
         "(`--metrics-export-port` of `ray start`); Ray puts `ray_` in front of each name. "
-        "`serve_configs/grafana-dashboard.json` is a Grafana dashboard of them.",
+        "`serve_configs/grafana-dashboard.json` is a Grafana dashboard of them, `serve_configs/prometheus-alerts.yml` alerts.",
         "## Serving",
-        "`adapter` is `base` for the base alone.",
+        "`adapter` is `base` for the base alone; `version` is empty for an adapter without versions. What the metrics of labels "
+        "mean, and their window: [Monitor a served adapter](../how-to/monitor.md).",
         table(("metric", "kind", "labels", "meaning"), serving),
         "## Training",
         table(
@@ -373,6 +374,7 @@ PAGES: dict[str, Callable[[], str]] = {
 
 def main() -> int:
     """Write the pages, or compare them."""
+    from generate_corrections import make_corrections
     from generate_deviations import make_deviations
     from generate_http import make_http
 
@@ -380,7 +382,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page is out of date")
     is_check = parser.parse_args().check
     stale = []
-    for name, make in (PAGES | {"http-api.md": make_http, "deviations.md": make_deviations}).items():
+    others = {"http-api.md": make_http, "deviations.md": make_deviations, "corrections.md": make_corrections}
+    for name, make in (PAGES | others).items():
         path, text = FOLDER / name, make()
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(name)

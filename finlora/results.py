@@ -56,6 +56,9 @@ class Result:
     """Confusion counts: label -> prediction -> number of test examples."""
     calibration: list[dict[str, float]] = field(default_factory=list)
     """Answers chosen among labels, binned by their probability: low, high, count, confidence, accuracy a bin."""
+    labels: dict[str, Any] = field(default_factory=dict)
+    """How labels were chosen: counts, temperature and estimated accuracy (`LabelFacts` of finlora/evaluate/reference.py). Empty:
+    answers were generated, or the examples have different labels."""
     segments: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """Scores by a task file's segments: column -> value -> the metrics above, with the number of examples as count. For Yes/No
     questions also yes_precision, yes_recall and yes_f1."""

@@ -35,6 +35,7 @@ STAIR = (
     *("engine", "stage", "pipeline", "inference", "evaluate", "score", "card"),
     *("train.steps", "train.run", "train.tracking", "train", "train.search"),
     *("serve", "serve.accounts", "serve.live", "serve.http", "serve.deploy"),
+    "feedback",
     *("reproduce", "doctor", "cli"),
 )
 

@@ -95,7 +95,7 @@ def test_stale_page_is_named_with_the_command_and_written_again(generator, tmp_p
     assert generator.main() == 0
     written = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert written == {name: (ROOT / "docs" / "reference" / name).read_text() for name in written}
-    assert len(written) == 8
+    assert len(written) == 9
 
 
 def test_setting_without_text_is_refused(generator):

@@ -126,13 +126,20 @@ def describe_calibration(evidence: Evidence) -> Part:
             )
             for each in result.calibration
         ]
-        error = result.metrics.get("calibration_error")
+        error, labels = result.metrics.get("calibration_error"), result.labels
+        notes = [f"Expected calibration error {100 * error:.1f} %, over ten bins."] if error is not None else []
+        if {"temperature", "num_fitted", "estimated_accuracy", "accuracy"} <= labels.keys():
+            notes.append(
+                f"Calibrated by a temperature of {labels['temperature']:.2f}, fitted on {labels['num_fitted']:,} of the answers, "
+                f"the mean probability of the answers is {100 * labels['estimated_accuracy']:.1f} %. A server estimates the "
+                f"accuracy in this way, here {100 * labels['accuracy']:.1f} %."
+            )
         blocks.append(
             TextTable(
                 title=f"Probability and right answers: {scored.name}",
                 header=("probability", "rows", "mean probability %", "right %"),
                 rows=tuple(rows),
-                notes=(f"Expected calibration error {100 * error:.1f} %, over ten bins.",) if error is not None else (),
+                notes=tuple(notes),
             )
         )
     return _part("calibration", "Calibration", evidence, blocks, gaps)

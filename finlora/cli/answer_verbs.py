@@ -86,9 +86,11 @@ def evaluate(
     say(f"Appended to {folder.results}")
     if chosen is not None:
         from finlora.card.hub_readme import refresh_scores
+        from finlora.evaluate.reference import refresh_reference
 
-        if said := refresh_scores(chosen, folder.results):
-            say(said)
+        for refresh in (refresh_scores, refresh_reference):
+            if said := refresh(chosen, folder.results):
+                say(said)
     from finlora.train.tracking.following import track_results
 
     track_results(settings, folder, say)

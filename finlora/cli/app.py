@@ -35,6 +35,7 @@ ORDER = (
     "serve",
     "key",
     "audit",
+    "feedback",
     "reproduce",
     "report",
     "card",

@@ -16,6 +16,7 @@ try:
         card_verbs,
         data_verbs,
         doctor_verb,
+        feedback_verb,
         report_verbs,
         score_verb,
         search_verbs,
@@ -40,6 +41,7 @@ GROUPS = (
     answer_verbs,
     score_verb,
     serve_verbs,
+    feedback_verb,
     report_verbs,
     card_verbs,
 )

@@ -75,6 +75,8 @@ class Task:
     """Position in lists of tasks, lowest first."""
     tolerance: float = 0.01
     """Relative distance to the label within which a number counts as right."""
+    asked_as: str | None = None
+    """Published task whose question a generated set asks, and by whose name a server is asked it. None: this task."""
     card: str | None = None
     """The task file with defaults filled in, as YAML. None: built in."""
     card_hash: str | None = None
@@ -89,6 +91,7 @@ def generated_task(
     order: int,
     choices: tuple[str, ...] = (),
     is_free_text: bool = False,
+    asked_as: str | None = None,
 ) -> Task:
     """Return the record of a built-in task whose rows FinLoRA generates."""
     return Task(
@@ -99,6 +102,7 @@ def generated_task(
         choices=choices,
         is_free_text=is_free_text,
         family="synthetic",
+        asked_as=asked_as,
         order=order,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,7 @@ from finlora.errors import ConfigError
 from finlora.evaluate.answer_table import AnswerTable, make_answer_table, write_answer_table
 from finlora.evaluate.calibration import bin_confidences, calibration_error
 from finlora.evaluate.metrics import NUMERIC_TOLERANCE, judge_answers, score_answers, score_segments
+from finlora.evaluate.reference import measure_labels
 from finlora.inference.batch import BatchEngine
 from finlora.inference.open_base import count_rows, open_engine
 from finlora.model.adapter_files import ADAPTER_WEIGHTS
@@ -187,6 +188,8 @@ class Answers(NamedTuple):
     """`labels`, `generate`, or both for a mixed set."""
     confidences: dict[int, float]
     """Index of an example with label scoring -> probability of the chosen label."""
+    probabilities: dict[int, Sequence[float]]
+    """Index of an example with label scoring -> probability of each of its choices."""
 
 
 def answer_examples(engine: Engine, work: Work, config: RunConfig, on_progress: Callable[[int], None]) -> Answers:
@@ -196,6 +199,7 @@ def answer_examples(engine: Engine, work: Work, config: RunConfig, on_progress: 
     generated = sorted(set(range(len(examples))) - set(scored))
     answers = [""] * len(examples)
     confidences: dict[int, float] = {}
+    probabilities: dict[int, Sequence[float]] = {}
     prompts = [item.prompt_ids for item in work.encoded]
     if scored:
         own = [[work.choice_ids[choice] for choice in examples[index].choices] for index in scored]
@@ -203,6 +207,7 @@ def answer_examples(engine: Engine, work: Work, config: RunConfig, on_progress: 
         for index, row in zip(scored, scores, strict=True):
             chosen = max(range(len(row)), key=row.__getitem__)
             answers[index], confidences[index] = examples[index].choices[chosen], row[chosen]
+            probabilities[index] = row
     if generated:
         num_scored = len(scored)
         texts = engine.generate(
@@ -213,7 +218,7 @@ def answer_examples(engine: Engine, work: Work, config: RunConfig, on_progress: 
         for index, text in zip(generated, texts, strict=True):
             answers[index] = text
     used = [name for name, group in (("labels", scored), ("generate", generated)) if group]
-    return Answers(answers, "+".join(used), confidences)
+    return Answers(answers, "+".join(used), confidences, probabilities)
 
 
 def encode_split(
@@ -256,7 +261,7 @@ def _evaluate_task(
 ) -> tuple[Result, AnswerTable]:
     examples, split = work.examples, work.split
     started = time.perf_counter()
-    answers, method, confidences = answer_examples(
+    answers, method, confidences, probabilities = answer_examples(
         engine, work, config, lambda done: on_progress(work.task, done, len(examples))
     )
     seconds = time.perf_counter() - started
@@ -283,6 +288,7 @@ def _evaluate_task(
         metrics=scores.metrics | error,
         counts=scores.confusion,
         calibration=calibration,
+        labels=_measure_labels(examples, probabilities),
         segments=score_segments(answers, examples, names, seed=config.seed, tolerance=tolerance),
         seconds_per_example=seconds / len(examples),
         tokens_per_second=num_tokens / seconds,
@@ -293,6 +299,15 @@ def _evaluate_task(
         environment=describe_environment(),
     )
     return result, table
+
+
+def _measure_labels(examples: Sequence[Example], probabilities: Mapping[int, Sequence[float]]) -> dict[str, Any]:
+    """Return the facts of the labels for the Result; none where examples have different choices, as in a mix of tasks."""
+    choices = {examples[index].choices for index in probabilities}
+    if len(choices) != 1:
+        return {}
+    truths = [examples[index].answer for index in probabilities]
+    return dataclasses.asdict(measure_labels(choices.pop(), list(probabilities.values()), truths))
 
 
 def count_gpu_hours(config: RunConfig, seconds: float) -> float | None:

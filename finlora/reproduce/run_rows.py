@@ -60,6 +60,7 @@ def run_step(step: Step, announce: Callable[[str], None]) -> Outcome:
 def _evaluate(step: Step, announce: Callable[[str], None]) -> list[Result]:
     from finlora.card.hub_readme import refresh_scores
     from finlora.evaluate.evaluation import ignore_reading, run_evaluation
+    from finlora.evaluate.reference import refresh_reference
 
     config = step.config
     on_gpu = config.eval.device == "cuda" and config.eval.num_stages == 1  # stages have GPUs of their own
@@ -74,8 +75,10 @@ def _evaluate(step: Step, announce: Callable[[str], None]) -> list[Result]:
     )
     for result in results:
         append_result(step.run.results, result)
-    if step.adapter is not None and (said := refresh_scores(step.adapter, step.run.results)):
-        announce(said)
+    if step.adapter is not None:
+        for refresh in (refresh_scores, refresh_reference):
+            if said := refresh(step.adapter, step.run.results):
+                announce(said)
     track_results(config, step.run, announce)
     return results
 

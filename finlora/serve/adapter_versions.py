@@ -23,7 +23,9 @@ from pathlib import Path
 from finlora.card.approvals import APPROVALS_FILE, judge_approvals
 from finlora.data.question import Form
 from finlora.data.task import Task
+from finlora.durable import hash_file
 from finlora.errors import AdapterError, ApprovalError
+from finlora.evaluate.reference import REFERENCE_FILE, Reference, read_references
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_file
 from finlora.model.contract import CONTRACT_FILE, Contract, read_contract, read_tasks
 from finlora.serve.served_model import ServedBase
@@ -51,6 +53,8 @@ class ServedAdapter:
     """Date that the chat template writes into its prompts: that of its training."""
     tasks: Mapping[str, Task] = field(default_factory=dict)
     """Tasks of task files that it was trained on, which only it brings."""
+    references: tuple[Reference, ...] = ()
+    """How it answers its test splits, for monitoring. Empty: the folder holds no reference, or one of other weights."""
 
     @property
     def forms(self) -> dict[str, Form]:
@@ -171,6 +175,8 @@ class AdapterShelf:
             raise AdapterError(f"adapter {name!r} has no version {version!r}: expected one of {there}.")
         folder = home / version if version else home
         files = [folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG, folder / CONTRACT_FILE]
+        if (folder / REFERENCE_FILE).exists():
+            files.append(folder / REFERENCE_FILE)
         if self._require_approval and (folder / APPROVALS_FILE).exists():
             files.append(folder / APPROVALS_FILE)
         try:
@@ -202,7 +208,14 @@ class AdapterShelf:
         except AdapterError as error:
             return error
         return ServedAdapter(
-            name=name, version=version, folder=folder, hash=digest, contract=contract, template_date=date, tasks=tasks
+            name=name,
+            version=version,
+            folder=folder,
+            hash=digest,
+            contract=contract,
+            template_date=date,
+            tasks=tasks,
+            references=_read_references(folder, contract),
         )
 
     def set_current(self, name: str, version: str | None) -> ServedAdapter:
@@ -239,3 +252,12 @@ def _list_versions(home: Path) -> list[str]:
         return []
     complete = [entry.name for entry in home.iterdir() if (entry / CONTRACT_FILE).is_file()]
     return sorted((name for name in complete if _VERSION.fullmatch(name)), key=lambda name: int(name[1:]))
+
+
+def _read_references(folder: Path, contract: Contract) -> tuple[Reference, ...]:
+    """Read an adapter's references. A damaged file costs the monitoring, not the answers."""
+    try:
+        return read_references(folder, contract.files.get(ADAPTER_WEIGHTS) or hash_file(folder / ADAPTER_WEIGHTS))
+    except AdapterError as error:
+        _logger.warning("Answers are not compared with the test split: %s", error)
+        return ()

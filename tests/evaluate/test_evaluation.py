@@ -183,7 +183,7 @@ def test_answers_belong_to_their_examples_and_progress_counts_both_kinds(make_co
         split = read_prepared(Path(config.data.dir), name, "test")
         work = encode_split(config, tokenizer, split, name)
         seen = []
-        answers, used, confidences = answer_examples(Lengths(), work, config, seen.append)
+        answers, used, confidences, _ = answer_examples(Lengths(), work, config, seen.append)
         assert used == method
         if method == "labels":
             assert answers == [example.choices[1] for example in work.examples]

@@ -37,12 +37,22 @@ class CountingMeter:
 
     def __init__(self) -> None:
         self.requests, self.answers, self.shown = [], [], []
+        self.labels, self.references, self.windows = [], {}, {}
 
     def count_request(self, path, status, seconds) -> None:
         self.requests.append((path, status))
 
     def count_answer(self, adapter, outcome, *numbers) -> None:
         self.answers.append((adapter, outcome, *numbers))
+
+    def count_label(self, watched, label, probability, calibrated, *, is_abstained) -> None:
+        self.labels.append((watched, label, probability, calibrated, is_abstained))
+
+    def show_reference(self, watched, reference, shares) -> None:
+        self.references[watched] = (reference, shares)
+
+    def show_window(self, watched, figures) -> None:
+        self.windows[watched] = figures
 
     def show(self, snapshot, *, is_ready) -> None:
         self.shown.append((snapshot, is_ready))

@@ -266,7 +266,12 @@ def _sample_name(side: Side, write: Callable[[], str]) -> str:
 
 TASKS = (
     generated_task(
-        "synthetic_sentiment", "Generated sentiment of news", read_synthetic_sentiment, order=40, choices=SENTIMENTS
+        "synthetic_sentiment",
+        "Generated sentiment of news",
+        read_synthetic_sentiment,
+        order=40,
+        choices=SENTIMENTS,
+        asked_as="fpb",
     ),
     generated_task(
         "synthetic_headline",
@@ -274,6 +279,7 @@ TASKS = (
         read_synthetic_headline,
         order=41,
         choices=YES_NO,
+        asked_as="headline",
     ),
     generated_task(
         "synthetic_ner",
@@ -281,6 +287,7 @@ TASKS = (
         read_synthetic_ner,
         order=42,
         choices=ENTITY_TYPES,
+        asked_as="ner",
     ),
     generated_task(
         "synthetic_xbrl", "Generated XBRL tags and numbers", read_synthetic_xbrl, order=43, is_free_text=True

@@ -18,7 +18,7 @@ import os
 import secrets
 import time
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,11 @@ _MAX_LINE_BYTES = 2**26
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AuditEntry:
-    """Line of the audit log: one request to the model."""
+    """Line of the audit log: one prompt to the model."""
 
     request_id: str
+    index: int = 0
+    """Number of the prompt in its request, from 0."""
     key_id: str
     path: str
     model: str
@@ -182,6 +184,27 @@ def verify_audit(path: Path, heads: Collection[str] = ()) -> AuditReport:
     except OSError as error:
         raise ResultError(f"{path} cannot be read ({error}): expected an audit log.") from error
     return AuditReport(count=count, head=head, has_torn_line=is_torn, found=frozenset(found))
+
+
+def find_entries(path: Path, request_ids: Collection[str]) -> dict[str, list[AuditEntry]]:
+    """Return the entries of some requests in an audit file, in the file's order, after checking the chain of the whole file.
+
+    Args:
+        path: the audit file.
+
+    Raises:
+        ResultError: as `verify_audit`.
+    """
+    verify_audit(path)
+    names = {field.name for field in fields(AuditEntry)}
+    found: dict[str, list[AuditEntry]] = {}
+    with path.open("rb") as stream:
+        while (raw := stream.readline(_MAX_LINE_BYTES)).endswith(b"\n"):
+            values = json.loads(raw)
+            if values["request_id"] in request_ids:
+                entry = AuditEntry(**{name: value for name, value in values.items() if name in names})
+                found.setdefault(entry.request_id, []).append(entry)
+    return found
 
 
 def _follow(raw: bytes, head: str, where: str) -> str:

@@ -11,12 +11,13 @@ from typing import Protocol
 from finlora.engine.request import Answer
 from finlora.serve.accounts.audit import AuditEntry, AuditLog, hash_text
 from finlora.serve.accounts.keys import KeyRecord
+from finlora.serve.accounts.label_monitor import LabelMeter
 from finlora.serve.accounts.quota import KeptQuota
 from finlora.serve.adapter_versions import ServedAdapter
 from finlora.serve.stage_states import Snapshot
 
 
-class Meter(Protocol):
+class Meter(LabelMeter, Protocol):
     """Receiver of a server's metrics."""
 
     def count_request(self, path: str, status: int, seconds: float) -> None: ...
@@ -54,13 +55,15 @@ class Call:
 class AnswerRecord:
     """Progress and outcome of one answer.
 
-    `prompt` is the client's text; `choices` are the allowed answers, empty for generated text.
+    `prompt` is the client's text; `choices` are the allowed answers, empty for generated text; `index` is the prompt's
+    number in its request.
     """
 
     call: Call
     prompt: str
     num_prompt: int
     choices: Sequence[str] = ()
+    index: int = 0
 
     started: float = field(default_factory=time.monotonic)
     first_s: float | None = None
@@ -119,6 +122,7 @@ class Ledger:
         self.audit.append(
             AuditEntry(
                 request_id=call.request_id,
+                index=record.index,
                 key_id=call.key.id,
                 path=call.path,
                 model=call.model,

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from finlora.evaluate.reference import Reference
+from finlora.serve.accounts.label_monitor import Watched, WindowFigures
 from finlora.serve.stage_states import Snapshot
 
 _SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 _TOKEN_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
+_PROBABILITIES = [round(0.05 * number, 2) for number in range(1, 21)]
 
 
 class Measures:
-    """Metrics of one replica. The tag `adapter` is `base` for the base alone."""
+    """Metrics of one replica. The tag `adapter` is `base` for the base alone, `version` empty for an adapter without versions."""
 
     def __init__(self) -> None:
         self._requests = Counter(
@@ -63,6 +69,74 @@ class Measures:
             "finlora_stage_recovery_seconds", "Seconds from the last crash until all stages ran again."
         )
         self._adapters = Gauge("finlora_adapters_loaded", "Adapters in memory.")
+        self._labels = Counter(
+            "finlora_labels_total",
+            "Labelled texts by their most probable label, also where it is below the threshold.",
+            ("adapter", "version", "task", "label"),
+        )
+        self._label_abstentions = Counter(
+            "finlora_label_abstentions_total",
+            "Labelled texts whose most probable label is below the threshold of the request.",
+            ("adapter", "version", "task"),
+        )
+        self._label_top = Histogram(
+            "finlora_label_top_probability",
+            "Probability of the most probable label.",
+            _PROBABILITIES,
+            ("adapter", "version", "task"),
+        )
+        self._label_calibrated = Counter(
+            "finlora_label_calibrated_probability_total",
+            "Sum of the calibrated probabilities of the most probable labels. Divided by the labelled texts it is the estimated "
+            "accuracy. Only with a reference.",
+            ("adapter", "version", "task"),
+        )
+        self._label_window = Gauge(
+            "finlora_label_window_answers",
+            "Labelled texts in the window, the last 1,000 of a process.",
+            ("adapter", "version", "task"),
+        )
+        self._label_abstention = Gauge(
+            "finlora_label_abstention_ratio",
+            "Share of the window below the threshold of the request.",
+            ("adapter", "version", "task"),
+        )
+        self._label_tested_abstention = Gauge(
+            "finlora_label_tested_abstention_ratio",
+            "Share that the thresholds of the window give on the test split.",
+            ("adapter", "version", "task"),
+        )
+        self._label_estimated = Gauge(
+            "finlora_label_estimated_accuracy",
+            "Estimate of the accuracy: mean calibrated probability of the most probable label in the window.",
+            ("adapter", "version", "task"),
+        )
+        self._label_psi = Gauge(
+            "finlora_label_psi",
+            "Population stability index of the labels in the window against those answered on the test split.",
+            ("adapter", "version", "task"),
+        )
+        self._label_psi_by_chance = Gauge(
+            "finlora_label_psi_by_chance",
+            "Index that chance alone exceeds in 1 of 100 windows of this size.",
+            ("adapter", "version", "task"),
+        )
+        self._label_reference = Gauge(
+            "finlora_label_reference_answers",
+            "Test answers in the adapter's reference; 0: it has none, and the metrics that need one are absent.",
+            ("adapter", "version", "task"),
+        )
+        self._label_tested_accuracy = Gauge(
+            "finlora_label_tested_accuracy",
+            "Accuracy on the test split, of the reference.",
+            ("adapter", "version", "task"),
+        )
+        self._label_tested = Gauge(
+            "finlora_label_tested_ratio",
+            "Share of the label among the answers on the test split, of the reference.",
+            ("adapter", "version", "task", "label"),
+        )
+        self._held: dict[Gauge, set[tuple[str, ...]]] = {}
 
     def count_request(self, path: str, status: int, seconds: float) -> None:
         """Count an HTTP request."""
@@ -108,3 +182,47 @@ class Measures:
             self._recovery.set(snapshot.recovery_s)
         for stage, busy in enumerate(snapshot.busy):
             self._busy.set(busy, tags={"stage": str(stage)})
+
+    def count_label(
+        self, watched: Watched, label: str, probability: float, calibrated: float | None, *, is_abstained: bool
+    ) -> None:
+        """Count a labelled text."""
+        tags = watched._asdict()
+        self._labels.inc(tags={**tags, "label": label})
+        self._label_top.observe(min(probability, 1.0), tags=tags)
+        if is_abstained:
+            self._label_abstentions.inc(tags=tags)
+        if calibrated:
+            self._label_calibrated.inc(calibrated, tags=tags)
+
+    def show_reference(self, watched: Watched, reference: Reference | None, shares: Mapping[str, float]) -> None:
+        """Set the gauges of a reference; None: there is none."""
+        tags = watched._asdict()
+        self._label_reference.set(reference.num_answers if reference else 0, tags=tags)
+        self._set_or_end(self._label_tested_accuracy, tags, reference.accuracy if reference else None)
+        for label in {*shares, *(each[-1] for each in self._held.get(self._label_tested, ()) if each[:-1] == watched)}:
+            self._set_or_end(self._label_tested, {**tags, "label": label}, shares.get(label))
+
+    def show_window(self, watched: Watched, figures: WindowFigures) -> None:
+        """Set the gauges of a window."""
+        tags = watched._asdict()
+        self._label_window.set(figures.num_answers, tags=tags)
+        for gauge, value in (
+            (self._label_abstention, figures.abstention),
+            (self._label_tested_abstention, figures.tested_abstention),
+            (self._label_estimated, figures.estimated_accuracy),
+            (self._label_psi, figures.stability_index),
+            (self._label_psi_by_chance, figures.chance_index),
+        ):
+            self._set_or_end(gauge, tags, value)
+
+    def _set_or_end(self, gauge: Gauge, tags: dict[str, str], value: float | None) -> None:
+        """Set a gauge. None: one that was never set stays absent, one that was set becomes NaN, since Ray cannot take it back."""
+        held = self._held.setdefault(gauge, set())
+        key = tuple(tags.values())
+        if value is not None:
+            held.add(key)
+            gauge.set(value, tags=tags)
+        elif key in held:
+            held.remove(key)
+            gauge.set(math.nan, tags=tags)

@@ -76,11 +76,16 @@ async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
     forms = _forms_of(server, call, body.task)
     questions = [_ask(forms, body.task, *pair) for pair in zip(body.all_texts, body.all_abouts, strict=True)]
     answers = await gather_all([server.choose(call, question, index) for index, question in enumerate(questions)])
+    results = [
+        _label(question, answer, body.threshold) for question, (_, answer) in zip(questions, answers, strict=True)
+    ]
+    for question, result in zip(questions, results, strict=True):
+        server.labels.count(call.adapter, body.task, question.choices, result.probabilities, body.threshold)
     return ClassifyResponse(
         id=call.request_id,
         model=body.model,
         task=body.task,
-        results=[_label(q, answer, body.threshold) for q, (_, answer) in zip(questions, answers, strict=True)],
+        results=results,
         usage=count_usage(answers),
     )
 

@@ -15,6 +15,7 @@ from finlora.engine.request import Answer, Piece, Request, Sampling
 from finlora.errors import AdapterError
 from finlora.serve.accounts.audit import AuditLog
 from finlora.serve.accounts.keys import KeyRecord, KeyRing
+from finlora.serve.accounts.label_monitor import LabelMonitor
 from finlora.serve.accounts.ledger import AnswerRecord, Call, Ledger, Meter
 from finlora.serve.accounts.quota import KeptQuota, Quota
 from finlora.serve.adapter_versions import AdapterShelf
@@ -60,6 +61,7 @@ class Server:
         self._encode_choices = functools.lru_cache(256)(
             lambda choices: encode_choices(choices, base.tokenizer, base.template)
         )
+        self.labels = LabelMonitor(meter, config.bits)
         self._ledger = Ledger(self.quota, meter, base.weights_hash, audit, has_texts=config.audit_texts)
 
     def list_own_tasks(self, key: KeyRecord) -> list[tuple[Task, list[str]]]:
@@ -182,7 +184,7 @@ class Server:
             client=call.key.id,
             deadline=time.monotonic() + self.config.limits.deadline_s,
         )
-        async with contextlib.aclosing(self._follow(call, prompt, request)) as events:  # type: ignore[type-var]
+        async with contextlib.aclosing(self._follow(call, prompt, request, index=index)) as events:  # type: ignore[type-var]
             async for event in events:
                 yield event
 
@@ -209,7 +211,7 @@ class Server:
                 f"model takes {base.max_tokens:,}: shorten the text.",
                 "context_length_exceeded",
             )
-        async for event in self._follow(call, question.prompt, request, question.choices):
+        async for event in self._follow(call, question.prompt, request, question.choices, index):
             if isinstance(event, Answer):
                 return len(request.prompt_ids), event
         raise AssertionError("a request ends with its answer or an error")
@@ -237,11 +239,11 @@ class Server:
         return time.monotonic() - started
 
     async def _follow(
-        self, call: Call, prompt: str, request: Request, choices: Sequence[str] = ()
+        self, call: Call, prompt: str, request: Request, choices: Sequence[str] = (), index: int = 0
     ) -> AsyncIterator[Piece | Answer]:
         """Yield the engine's events, and record the outcome in the ledger."""
         adapter = AdapterRef(request.adapter, call.adapter.folder) if call.adapter and request.adapter else None
-        record = AnswerRecord(call, prompt, len(request.prompt_ids), choices)
+        record = AnswerRecord(call, prompt, len(request.prompt_ids), choices, index)
         try:
             async with contextlib.aclosing(self.engine.ask(request, adapter)) as events:  # type: ignore[type-var]
                 async for event in events:

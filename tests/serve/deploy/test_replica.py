@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from certificate import make_certificate
+from made_reference import write_reference
 from wire import send
 
 from finlora.serve.accounts.audit import list_logs, verify_audit
@@ -210,10 +212,13 @@ def test_stage_crash_gives_503_at_once_and_recovers(ask):
     assert set(living) & set(pids) == {pids[0]}, "the other stage was restarted too"
 
 
-def test_metrics_are_in_rays_endpoint(ask):
+def test_metrics_are_in_rays_endpoint(home, ask, tmp_path):
     import ray
 
-    ask("/v1/classify", ASK)
+    folder = home / ".demo" / "adapters" / "plain"
+    write_reference(folder, tmp_path / "results.jsonl", "fpb", ["negative", "neutral", "positive"], [20, 100, 80])
+    ask("/v1/classify", ASK | {"model": "demo:plain", "texts": [ASK["text"]] * 120, "text": None})
+    ask("/v1/classify", ASK | {"threshold": 1})
     (node,) = [node for node in ray.nodes() if node["Alive"]]
     wanted = {
         "finlora_time_to_first_token_seconds_count",
@@ -221,6 +226,19 @@ def test_metrics_are_in_rays_endpoint(ask):
         "finlora_stage_busy_ratio",
         "finlora_ready",
         "finlora_stage_repairs",
+        "finlora_labels_total{",
+        "finlora_label_abstentions_total",
+        "finlora_label_calibrated_probability_total",
+        "finlora_label_top_probability_bucket",
+        "finlora_label_psi{",
+        "finlora_label_psi_by_chance",
+        "finlora_label_abstention_ratio",
+        "finlora_label_tested_abstention_ratio",
+        "finlora_label_estimated_accuracy",
+        "finlora_label_tested_accuracy",
+        "finlora_label_tested_ratio",
+        "finlora_label_window_answers",
+        "finlora_label_reference_answers",
     }
     until = time.monotonic() + 30
     while True:
@@ -231,6 +249,19 @@ def test_metrics_are_in_rays_endpoint(ask):
             break
         assert time.monotonic() < until, missing
         time.sleep(0.5)
+
+    def values(name, adapter="plain"):
+        lines = re.findall(rf"^ray_{name}\{{(.*)\}} (\S+)$", text, flags=re.MULTILINE)
+        return [float(value) for tags, value in lines if {f'adapter="{adapter}"', 'task="fpb"'} <= set(tags.split(","))]
+
+    assert sum(values("finlora_labels_total")) == 120
+    assert sum(values("finlora_label_top_probability_count")) == 120
+    assert values("finlora_label_reference_answers") == [200]
+    assert values("finlora_label_reference_answers", "base") == [0]
+    assert sorted(values("finlora_label_tested_ratio")) == [0.1, 0.4, 0.5]
+    assert values("finlora_label_psi")[0] > 0.2
+    assert values("finlora_label_psi", "base") == []
+    assert "Profit" not in text
 
 
 def test_audit_chain_is_intact(home, ask):

@@ -8,6 +8,7 @@ import shutil
 import pytest
 from letters import LETTERS
 from live_server import make_adapter, make_settings
+from made_reference import write_reference
 from wire import send
 
 from finlora.data.grounding import find_quote
@@ -16,8 +17,12 @@ from finlora.data.sets.catalog import FORMS, make_question
 from finlora.data.taskfile.load import task_file_from_tree
 from finlora.data.taskfile.record import hash_question, render_card
 from finlora.engine.request import Sampling
+from finlora.evaluate.calibration import calibrate_top
+from finlora.evaluate.reference import REFERENCE_FILE
+from finlora.evaluate.stability import stability_index
 from finlora.inference.ask import ask
 from finlora.model.contract import read_contract, write_contract, write_tasks
+from finlora.serve.accounts.label_monitor import Watched
 from finlora.serve.http.client import ask_server
 
 TEXTS = ["Profit rose 12 %", "Loss widened", "Sales were flat"]
@@ -164,3 +169,31 @@ def test_ask_finds_the_endpoint_of_an_adapters_task(live, letters):
         assert bool(reply.probabilities) is (task == "letters")
         assert reply.is_quoted is False
     assert len(pieces) == 1
+
+
+def test_labels_are_counted_and_compared_with_the_adapters_test_split(live, post, letters, tmp_path):
+    watched = Watched("letters", "", "letters")
+    asked = {"model": "tiny:letters", "task": "letters", "texts": ["Secret one", "Secret two"], "threshold": 1.0}
+    post("/v1/classify", asked)
+    assert live.meter.references[watched] == (None, {})
+    assert [(each[0], *each[3:]) for each in live.meter.labels[-2:]] == [(watched, None, True)] * 2
+    write_reference(letters, tmp_path / "results.jsonl", "letters", ["bad", "good"], [150, 50])
+    results = post("/v1/classify", asked | {"threshold": 0.0, "texts": ["Secret one"] * 100}).body["results"]
+    reference, shares = live.meter.references[watched]
+    assert (reference.num_answers, shares) == (200, {"bad": 0.75, "good": 0.25})
+    label, tops = results[0]["label"], results[0]["probabilities"]
+    assert live.meter.labels[-1][:2] == (watched, label)
+    assert live.meter.labels[-1][2:] == (tops[label], pytest.approx(calibrate_top(list(tops.values()), 2.0)), False)
+    live.wait_for(lambda: live.meter.windows[watched].num_answers == 100)
+    found = [100, 0] if label == "bad" else [0, 100]
+    figures = live.meter.windows[watched]
+    assert figures.stability_index == pytest.approx(stability_index([150, 50], found))
+    assert (figures.abstention, figures.tested_abstention) == (0, 0)
+    assert "Secret" not in str((live.meter.labels, live.meter.references, live.meter.windows))
+
+
+def test_adapter_whose_reference_is_damaged_is_served_without_it(live, post, letters, caplog):
+    (letters / REFERENCE_FILE).write_text("{}")
+    assert post("/v1/classify", {"model": "tiny:letters", "task": "letters", "text": "Dear bank"}).status == 200
+    assert live.meter.references[Watched("letters", "", "letters")] == (None, {})
+    assert "Answers are not compared with the test split: " in caplog.text

@@ -1,0 +1,204 @@
+"""Reference of an adapter's answers: label shares, accuracy and calibration on its test split, in a file beside its weights.
+
+`finlora evaluate` writes reference.json into the adapter's folder, and a server compares the labels that it answers with it. It
+holds counts, no text. The contract does not list it: writing it changes no hash of the adapter and no approval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finlora.configfile import settings_from_tree
+from finlora.data.sets.catalog import TASKS
+from finlora.durable import hash_file, seal, unseal, write_whole
+from finlora.errors import AdapterError, ConfigError, counted
+from finlora.evaluate.calibration import MAX_FITTED, calibrate_top, fit_temperature
+from finlora.model.adapter_files import ADAPTER_WEIGHTS, check_file
+from finlora.results import Result, read_results
+
+REFERENCE_FILE = "reference.json"
+GRID = 100
+"""Equal parts of the range of thresholds, 0 to 1, at whose ends `below` counts."""
+_VERSION = 1
+_MAX_BYTES = 2**22
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelFacts:
+    """How a model labels a test split. Lists are in the order of `choices`."""
+
+    choices: list[str]
+    answers: list[int]
+    """Test examples for which the choice is the most probable one."""
+    truths: list[int]
+    """Test examples whose true answer it is."""
+    accuracy: float
+    """Share of the examples whose most probable choice is the true answer."""
+    temperature: float
+    """Of the calibration (calibration.py)."""
+    num_fitted: int
+    """Test answers from which the temperature was fitted."""
+    estimated_accuracy: float
+    """Mean calibrated probability of the most probable choice."""
+    below: list[int]
+    """Answers whose most probable choice has a probability below 0.00, 0.01, ... 1.00."""
+
+    def __post_init__(self) -> None:
+        sizes = {len(self.choices), len(self.answers), len(self.truths)}
+        counts = [*self.answers, *self.truths, *self.below]
+        if len(sizes) != 1 or len(self.below) != GRID + 1 or min(counts) < 0 or self.num_answers < 1:
+            raise ConfigError("its lists of counts do not fit together")
+        if self.below != sorted(self.below) or self.below[-1] > self.num_answers:
+            raise ConfigError("its counts below a threshold do not grow")
+        if not (self.temperature > 0 and 0 <= self.accuracy <= 1 and 0 <= self.estimated_accuracy <= 1):
+            raise ConfigError("its temperature or accuracy is out of range")
+
+    @property
+    def num_answers(self) -> int:
+        return sum(self.answers)
+
+    def abstention_at(self, threshold: float) -> float:
+        """Return the share of the test answers below a threshold; between two counts by linear interpolation."""
+        position = threshold * GRID
+        low = min(math.floor(position + 1e-9), GRID)
+        step = self.below[min(low + 1, GRID)] - self.below[low]
+        return (self.below[low] + max(0.0, position - low) * step) / self.num_answers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference(LabelFacts):
+    """Facts of one task, from the evaluation that counts."""
+
+    task: str
+    bits: int
+    """Bits of the base in the evaluation."""
+    is_partial: bool
+    """Whether only a part of the test split was answered."""
+    data_hash: str | None
+    """Hash of the prepared test split."""
+    created: str
+
+    @property
+    def asked_as(self) -> str:
+        """Task by whose name a server is asked: a generated set has the question of a published one."""
+        known = TASKS.get(self.task)
+        return known.asked_as if known and known.asked_as else self.task
+
+
+def measure_labels(
+    choices: Sequence[str], probabilities: Sequence[Sequence[float]], truths: Sequence[str]
+) -> LabelFacts:
+    """Return the facts of a test split's answers.
+
+    Args:
+        choices: allowed answers of each example.
+        probabilities: of each answer, in the order of `choices`; at least one answer.
+        truths: true answers.
+    """
+    order = {choice: index for index, choice in enumerate(choices)}
+    true = [order[truth] for truth in truths]
+    chosen = [max(range(len(row)), key=row.__getitem__) for row in probabilities]
+    tops = sorted(map(max, probabilities))
+    temperature = fit_temperature(probabilities, true)
+    calibrated = [calibrate_top(row, temperature) for row in probabilities]
+    answers, labels = Counter(chosen), Counter(true)
+    return LabelFacts(
+        choices=list(choices),
+        answers=[answers[index] for index in range(len(choices))],
+        truths=[labels[index] for index in range(len(choices))],
+        accuracy=sum(map(int.__eq__, chosen, true)) / len(true),
+        temperature=temperature,
+        num_fitted=math.ceil(len(true) / math.ceil(len(true) / MAX_FITTED)),
+        estimated_accuracy=math.fsum(calibrated) / len(true),
+        below=[bisect_left(tops, edge / GRID) for edge in range(GRID + 1)],
+    )
+
+
+def refresh_reference(adapter: Path, results: Path) -> str:
+    """Write the reference of an adapter from a results file; returns what to tell the user, empty where there is none.
+
+    A folder that cannot be written keeps its reference: the facts are in the results file.
+    """
+    path = adapter / REFERENCE_FILE
+    try:
+        weights_hash = hash_file(adapter / ADAPTER_WEIGHTS)
+        references = choose_references(read_results(results), weights_hash)
+        if not references:
+            return ""
+        tasks = [dataclasses.asdict(each) for each in references]
+        values = seal({"format": _VERSION, "adapter_hash": weights_hash, "tasks": tasks})
+        write_whole(path, json.dumps(values, ensure_ascii=False) + "\n")
+    except OSError as error:
+        return f"{path} is not written ({error.strerror}): a server compares with its old state, if there is one."
+    shown = "; ".join(
+        f"{each.task} at {each.bits} bit, {counted(each.num_answers, 'answer')}, temperature {each.temperature:.2f}"
+        for each in references
+    )
+    return f"Reference of monitoring written to {path}: {shown}"
+
+
+def choose_references(results: Sequence[Result], weights_hash: str) -> list[Reference]:
+    """Return the reference of each task and number of bits: the newest evaluation, of the whole split where there is one.
+
+    Args:
+        results: oldest first.
+        weights_hash: SHA-256 of the adapter's weights; other evaluations do not count.
+    """
+    found: dict[tuple[str, int], Reference] = {}
+    for result in results:
+        if result.kind != "evaluation" or result.adapter_hash != weights_hash or not result.labels:
+            continue
+        facts = {name: getattr(result, name) for name in ("task", "bits", "is_partial", "data_hash", "created")}
+        try:
+            new = settings_from_tree(Reference, {**result.labels, **facts})
+        except ConfigError:  # of another version of FinLoRA
+            continue
+        old = found.get((new.task, new.bits))
+        if old is None or old.is_partial or not new.is_partial:
+            found[new.task, new.bits] = new
+    return [found[key] for key in sorted(found)]
+
+
+def read_references(folder: Path, weights_hash: str) -> tuple[Reference, ...]:
+    """Read the references of an adapter; without the file there are none.
+
+    Args:
+        weights_hash: SHA-256 of the adapter's weights.
+
+    Raises:
+        AdapterError: the file is damaged, or belongs to other weights.
+    """
+    path = folder / REFERENCE_FILE
+    if not path.exists():
+        return ()
+    again = "Run `finlora evaluate` with this adapter to write it again."
+    try:
+        check_file(path, _MAX_BYTES)
+        values: Mapping[str, Any] = unseal(json.loads(path.read_bytes()))
+        if values["format"] != _VERSION:
+            raise ValueError(f"it has format {values['format']!r}, expected {_VERSION}")
+        references = tuple(settings_from_tree(Reference, each) for each in values["tasks"])
+        found = str(values["adapter_hash"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
+        raise AdapterError(f"{path} is not a reference as `finlora evaluate` writes it ({error}). {again}") from error
+    if found != weights_hash:
+        raise AdapterError(f"{path} belongs to other weights ({found[:12]}, these are {weights_hash[:12]}). {again}")
+    return references
+
+
+def find_reference(references: Sequence[Reference], task: str, choices: Sequence[str], bits: int) -> Reference | None:
+    """Return the reference of a task as a server is asked it, at the same bits if there is one, else the newest. None: none fits.
+
+    Args:
+        choices: allowed answers, which must be those of the reference.
+    """
+    fitting = [each for each in references if each.asked_as == task and set(each.choices) == set(choices)]
+    return max(fitting, key=lambda each: (each.task == task, each.bits == bits, each.created), default=None)

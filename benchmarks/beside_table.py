@@ -8,6 +8,8 @@ from typing import Any
 
 from comparison import render_table
 
+from finlora.reproduce.public_rows import TASKS, VARIANTS
+
 SIDES = ("finlora", "plain")
 _TITLES = {"finlora": "FinLoRA", "plain": "PEFT"}
 _HEADER = (
@@ -34,7 +36,9 @@ def is_within(value: float, score: dict[str, float]) -> bool:
 
 def render_rows(records: Sequence[dict[str, Any]]) -> str:
     """Return the table of all rows that both sides have finished, and the verdicts below it."""
+    records = sorted(records, key=_order)
     good = [record for record in records if not has_failed(record)]
+    changed = list(dict.fromkeys(" ".join(record["settings"]) for record in records if record["settings"]))
     lines: list[list[str]] = []
     outside: list[str] = []
     num_values = 0
@@ -49,8 +53,10 @@ def render_rows(records: Sequence[dict[str, Any]]) -> str:
                     outside.append(
                         f"- OUTSIDE: {task} {record['variant']} seed {record['seed']}: {own} is not in {theirs}"
                     )
-                lines.append(_line(record, task, side, "yes" if verdict else "NO"))
+                mark = f" [{changed.index(' '.join(record['settings'])) + 1}]" if record["settings"] else ""
+                lines.append(_line(record, task + mark, scores[side], side, "yes" if verdict else "NO"))
     parts = [render_table("FinLoRA beside transformers + PEFT + bitsandbytes", _HEADER, lines), NOTES]
+    parts += [f"[{number}] with {words}" for number, words in enumerate(changed, start=1)]
     if num_values:
         parts.append(f"{num_values - len(outside)} of {num_values} accuracies lie in the other side's 95 % interval.")
         parts += outside
@@ -79,16 +85,25 @@ def _compare_times(records: Sequence[dict[str, Any]], key: str, words: str) -> s
     return f"{words}: PEFT takes {statistics.median(ratios):.2f} times as long as FinLoRA{ends}."
 
 
-def _line(record: dict[str, Any], task: str, side: str, verdict: str) -> list[str]:
+def _order(record: dict[str, Any]) -> tuple[int, int, int, str]:
+    """Return a row's position: by task, precision, seed and settings."""
+    variants = [f"{bits}bit-r{rank}" for bits, rank in VARIANTS]
+    return TASKS.index(record["task"]), variants.index(record["variant"]), record["seed"], str(record["settings"])
+
+
+def _line(record: dict[str, Any], task: str, score: dict[str, float], side: str, verdict: str) -> list[str]:
     own = record[side]
-    score = own["scores"][task]
     names = [task, record["variant"], str(record["seed"]), _TITLES[side]]
-    is_first = task == next(iter(own["scores"]))  # tasks of one adapter share its times
     keys = ("start_up_s", "training_s", "evaluate_wall_s", "scoring_s", "wall_s")
-    times = [f"{own[key]:.1f}" if is_first else "" for key in keys]
-    memory = f"{own['train_peak_gib']:.2f}" if is_first else ""
-    where = [str(record["at_once"]), record["ray"]] if is_first else ["", ""]
-    return [*names, f"{score['num_examples']:,}", _show(score), verdict, *times, memory, *where]
+    numbers = [
+        *(f"{own[key]:.1f}" for key in keys),
+        f"{own['train_peak_gib']:.2f}",
+        str(record["at_once"]),
+        record["ray"],
+    ]
+    if score is not next(iter(own["scores"].values())):  # a later task of the same adapter shares its times
+        numbers = [""] * len(numbers)
+    return [*names, f"{score['num_examples']:,}", _show(score), verdict, *numbers]
 
 
 def _show(score: dict[str, float]) -> str:

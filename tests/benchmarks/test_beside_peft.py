@@ -213,6 +213,22 @@ def test_table_says_which_accuracy_lies_outside():
     assert "- not measured: fpb 16bit-r8 seed 0, FinLoRA: exit 5: no room" in text
 
 
+def test_rows_are_in_the_order_of_the_tasks_and_changed_settings_are_named():
+    rows = [record(side(0.8), side(0.8), "16bit-r8"), record(side(0.8), side(0.8), settings=["train.max_steps=8"])]
+    for own in ("finlora", "plain"):
+        rows[0][own]["scores"]["second"] = rows[0][own]["scores"]["fpb"] | {"accuracy": 0.5}
+    text = render_rows(rows)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[4:] if line[:1] == "|"]
+    first = ["fpb [1]", "4bit-r4"]
+    assert [line[:2] for line in lines] == [
+        first,
+        first,
+        *[[name, "16bit-r8"] for name in ("fpb", "fpb", "second", "second")],
+    ]
+    assert [line[7] for line in lines] == ["10.0"] * 4 + [""] * 2  # one adapter's times are shown once
+    assert "[1] with train.max_steps=8" in text.splitlines()
+
+
 def test_bounds_belong_to_an_interval():
     score = {"low": 0.25, "high": 0.75}
     assert [is_within(value, score) for value in (0.25, 0.75, 0.249, 0.751)] == [True, True, False, False]

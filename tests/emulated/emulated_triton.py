@@ -10,6 +10,7 @@ Source: https://triton-lang.org/main/python-api/triton.language.html
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import time
 import types
@@ -20,7 +21,12 @@ import emulated_graphs
 import torch
 
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "launch_pdl")
-MODULES = ("int8_decode", "int8_prefill", "decode_attention", "rms_norm", "write_kv")
+KERNELS, STEPS = "finlora.model.kernels", "finlora.model.rowwise"
+MODULES = {
+    **dict.fromkeys(("int8_decode", "int8_prefill", "decode_attention", "rms_norm", "write_kv"), KERNELS),
+    **dict.fromkeys(("elementwise_steps", "norm_steps", "int8_steps"), STEPS),
+}
+"""Modules with Triton kernels, each with its package; a module stands after those that it imports."""
 _program = None  # (program ids, number of programs) of the running program
 
 
@@ -28,8 +34,10 @@ class Pointer:
     """Addresses in one tensor. Shapes: () or those of a block."""
 
     def __init__(self, tensor, offsets=None):
-        assert tensor.is_contiguous(), "a kernel is given the address of a tensor, not its strides"
-        self.tensor = tensor.view(-1)
+        # Columns of wider rows are one piece of memory, in which the kernel is given the stride of a row.
+        assert tensor.is_contiguous() or tensor[:1].is_contiguous(), "a kernel is given an address, not strides"
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        self.tensor = tensor.as_strided((span,), (1,))
         self.offsets = torch.zeros((), dtype=torch.int64) if offsets is None else offsets
         self.dtype = types.SimpleNamespace(element_ty=tensor.dtype)
 
@@ -105,12 +113,24 @@ def total(block, axis):
     return block.sum(axis, dtype=block.dtype)
 
 
+def jit(function=None, *, do_not_specialize=()):
+    """Replacement of `triton.jit`, with and without arguments."""
+    if function is None:
+        return lambda own: jit(own, do_not_specialize=do_not_specialize)
+    names = inspect.signature(function).parameters
+    assert set(do_not_specialize) <= set(names), f"{do_not_specialize}: not all are arguments of {function.__name__}"
+    return Kernel(function)
+
+
 class Kernel:
-    """A function under `triton.jit`."""
+    """A function under `triton.jit`; called by another one, it runs as a part of it."""
 
     def __init__(self, function):
         self.function = function
         self.launches = []
+
+    def __call__(self, *args):
+        return self.function(*args)
 
     def __getitem__(self, grid):
         def launch(*args, **settings):
@@ -138,41 +158,47 @@ def make_modules():
     """Return the modules of Triton by name."""
     triton, language = types.ModuleType("triton"), types.ModuleType("triton.language")
     extra, cuda = types.ModuleType("triton.language.extra"), types.ModuleType("triton.language.extra.cuda")
-    triton.jit, triton.language = Kernel, language
+    triton.jit, triton.language = jit, language
     triton.cdiv = language.cdiv = lambda size, part: -(-size // part)
     triton.next_power_of_2 = lambda size: 1 << (size - 1).bit_length()
     language.__dict__.update(
         load=load, store=store, arange=arange, full=full, dot=dot, where=torch.where, maximum=torch.maximum,
         zeros=lambda shape, dtype: full(shape, 0, dtype), sum=reduce(total), max=reduce(torch.amax),
         cumsum=lambda block, axis: block.cumsum(axis, dtype=block.dtype), trans=torch.t,
-        exp2=torch.exp2, log2=torch.log2, rsqrt=torch.rsqrt, constexpr=int,
+        exp2=torch.exp2, log2=torch.log2, rsqrt=torch.rsqrt, sigmoid=torch.sigmoid, abs=torch.abs, constexpr=int,
+        static_range=range,
         program_id=lambda axis: torch.tensor(_program[0][axis]), num_programs=lambda axis: torch.tensor(_program[1][axis]),
-        int8=torch.int8, int32=torch.int32, int64=torch.int64, float32=torch.float32,
+        uint8=torch.uint8, int8=torch.int8, int32=torch.int32, int64=torch.int64, float16=torch.float16,
+        float32=torch.float32,
     )  # fmt: skip
     cuda.globaltimer = lambda: torch.tensor(time.perf_counter_ns())
     cuda.gdc_launch_dependents = cuda.gdc_wait = lambda: None
+    extra.libdevice = types.SimpleNamespace(rint=torch.round)
     found = (triton, language, extra, cuda)
     return {module.__name__: module for module in found}
 
 
 @contextmanager
-def emulated_kernels(num_processors=6):
+def emulated_kernels(num_processors=6, numbers=2**15):
     """Yield the modules with Triton kernels, imported with the emulation, by name; removes them afterwards.
 
     Args:
         num_processors: multiprocessors of the GPU.
+        numbers: that a program of an elementwise step computes; None: as on a GPU. Each program takes some 0.2 ms here.
     """
     fakes = make_modules()
-    names = [f"finlora.model.kernels.{name}" for name in MODULES]
-    package = importlib.import_module("finlora.model.kernels")
+    names = [f"{package}.{name}" for name, package in MODULES.items()]
+    packages = {package: importlib.import_module(package) for package in (KERNELS, STEPS)}
     before = {name: sys.modules.pop(name, None) for name in (*fakes, *names)}
-    attributes = {name: package.__dict__.pop(name, None) for name in MODULES}
+    attributes = {name: packages[package].__dict__.pop(name, None) for name, package in MODULES.items()}
     sys.modules |= fakes
     try:
-        modules = {name: importlib.import_module(f"finlora.model.kernels.{name}") for name in MODULES}
+        modules = {name: importlib.import_module(f"{package}.{name}") for name, package in MODULES.items()}
         for module in modules.values():
             if hasattr(module, "num_processors"):
                 module.num_processors = lambda _device: num_processors
+            if hasattr(module, "_NUMBERS") and numbers is not None:
+                module._NUMBERS = numbers
         yield types.SimpleNamespace(**modules)
     finally:
         for name, module in before.items():
@@ -180,6 +206,6 @@ def emulated_kernels(num_processors=6):
             if module is not None:
                 sys.modules[name] = module
         for name, module in attributes.items():
-            package.__dict__.pop(name, None)
+            packages[MODULES[name]].__dict__.pop(name, None)
             if module is not None:
-                setattr(package, name, module)
+                setattr(packages[MODULES[name]], name, module)

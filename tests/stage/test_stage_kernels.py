@@ -95,7 +95,9 @@ def test_stage_with_kernels_equals_the_plain_one(make_stage, monkeypatch, shape,
         assert len(stage.passes._graphs) == (3 if stage.passes.fills else 0)
         launched = {name for name in vars(kernels) for kernel in vars(vars(kernels)[name]).values() if is_used(kernel)}
     width = stage.layers[0].heads[2]
-    expected = {"rms_norm"} | ({"write_kv"} if width >= 16 else set())
+    expected = {"rms_norm", "norm_steps", "elementwise_steps"} | ({"write_kv"} if width >= 16 else set())
+    if bits == 8:
+        expected.add("int8_steps")
     if width >= 16 and dtype == torch.bfloat16:
         expected.add("decode_attention")
     if bits == 8 and shape != "narrow heads":

@@ -1,4 +1,7 @@
-"""Elementwise steps of a Llama layer and their gradients, in plain torch; on a GPU each is compiled into one kernel.
+"""Elementwise steps of a Llama layer and their gradients, in plain torch; on a GPU each is one Triton kernel.
+
+The kernels are in finlora/model/rowwise/ and not made by torch.compile: importing it, tracing each step and compiling it for
+each kind of length would take most of a short command's time, and again in each process.
 
 Shapes: T rows, H hidden, I intermediate, h heads of width d, k adapted projections. Reductions run in float32 and results
 are rounded to the input's type at the same points as in transformers' LlamaRMSNorm, LlamaMLP and apply_rotary_pos_emb.
@@ -6,97 +9,25 @@ are rounded to the input's type at the same points as in transformers' LlamaRMSN
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
-
 import torch
 from torch import Tensor
 
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+from finlora.model.kernels import launch
 
 _DRAWS = 2**16
 """Range of the 16-bit random numbers of a mask."""
-_ASSUMED_ROWS = 2048
-"""Number of rows that torch.compile assumes for the kernels of `fused_sum`."""
-
-
-def fused(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Compile a function for CUDA tensors at its first call; on CPU it runs uncompiled."""
-    compiled: list[Any] = []
-
-    @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not _is_on_gpu(args[0]):
-            return function(*args, **kwargs)
-        if not compiled:
-            compiled.append(torch.compile(function))
-        result: _R = compiled[0](*args, **kwargs)
-        return result
-
-    return call
-
-
-def fused_sum(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Compile a step that sums over each row into one kernel whose order of summation depends on the row's width alone.
-
-    torch.compile chooses warps and blocks, and with them the order, by the number of rows at compilation; it compiles again when
-    that number changes, and may choose by timing. A resumed process sees other packs first, so its sums would round differently:
-    in bfloat16 that changes the loss of 16 examples by up to 0.04 (SmolLM2-135M). So the number of rows is marked dynamic from
-    the first call, with the hint `_ASSUMED_ROWS`, and nothing is timed.
-
-    Rows are the last dimension but one.
-    """
-    compiled: list[Any] = []
-    seen: set[tuple[object, ...]] = set()
-
-    @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if not _is_on_gpu(args[0]):
-            return function(*args, **kwargs)
-        if not compiled:
-            compiled.append(torch.compile(function, options={"deterministic": True}))
-        kind = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *map(_describe, args))
-        if kind not in seen:
-            seen.add(kind)
-            args = tuple(map(_with_variable_rows, args))  # type: ignore[assignment]
-        result: _R = compiled[0](*args, **kwargs)
-        return result
-
-    return call
-
-
-def _is_on_gpu(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_cuda
-
-
-def _describe(value: object) -> object:
-    """Return everything but the number of rows that torch.compile may recompile for."""
-    if not isinstance(value, Tensor):
-        return value
-    if value.dim() < 2:
-        return value.dtype, value.shape
-    *copies, rows, width = value.shape
-    return value.dtype, *copies, rows > 1, width, value.stride()[-2:]
-
-
-def _with_variable_rows(value: object) -> object:
-    """Return a view whose number of rows is marked dynamic, except 1, which torch.compile always specialises."""
-    if not isinstance(value, Tensor) or value.dim() < 2 or value.shape[-2] < 2:
-        return value
-    view = value.view_as(value)  # the mark would stay on the caller's tensor
-    torch._dynamo.mark_dynamic(view, view.dim() - 2, hint_override=_ASSUMED_ROWS)
-    return view
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-@fused_sum
 def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm: weight * x / rms(x). Shapes: (T, H), (H,) -> (T, H)."""
+    if launch.takes_kernels(x):
+        from finlora.model.rowwise.norm_steps import normalise_rows
+
+        return normalise_rows(x, weight, eps)
     wide = x.float()
     return weight * (wide * _inverse_rms(wide, eps)).to(x.dtype)
 
@@ -106,7 +37,6 @@ def drop_threshold(dropout: float) -> int:
     return int(dropout * _DRAWS)
 
 
-@fused
 def draw_keep(seed: Tensor, x: Tensor, num_copies: int, threshold: int) -> Tensor:
     """Return dropout masks, a pure function of seed, row, copy and column: recomputed in the backward pass instead of stored.
 
@@ -125,6 +55,10 @@ def draw_keep(seed: Tensor, x: Tensor, num_copies: int, threshold: int) -> Tenso
         (T, H) uint8; bit c is set, with probability 1 - dropout, where copy c keeps.
     """
     num_rows, width = x.shape
+    if launch.takes_kernels(x):
+        from finlora.model.rowwise.elementwise_steps import draw_keep_rows
+
+        return draw_keep_rows(seed, num_rows, width, num_copies, threshold)
     rows = torch.arange(num_rows, dtype=torch.int32, device=seed.device)[:, None]
     columns = torch.arange(width, dtype=torch.int32, device=seed.device)[None]
     # Mixed twice with the seed between: mixed once, another seed would give the same bits in another order.
@@ -135,6 +69,11 @@ def draw_keep(seed: Tensor, x: Tensor, num_copies: int, threshold: int) -> Tenso
             bits = _mix(bits + 0x3779B97F)
         keep = keep | ((((bits >> 16 * (copy % 2)) & 0xFFFF) >= threshold).int() << copy)
     return keep.to(torch.uint8)
+
+
+def _kept_share(threshold: int) -> float:
+    """Return the probability with which `draw_keep` keeps a number."""
+    return 1 - threshold / _DRAWS
 
 
 def split_keep(keep: Tensor, num_copies: int) -> Tensor:
@@ -150,14 +89,17 @@ def _mix(bits: Tensor) -> Tensor:
     return bits ^ ((bits >> 16) & 0xFFFF)
 
 
-@fused_sum
 def normalise_and_drop(
     x: Tensor, weight: Tensor, eps: float, keep: Tensor, num_copies: int, threshold: int
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm, and k copies of its output under `draw_keep`'s masks. Shapes: (T, H), (H,) -> (T, H), (k, T, H)."""
+    if launch.takes_kernels(x):
+        from finlora.model.rowwise.norm_steps import normalise_and_drop_rows
+
+        return normalise_and_drop_rows(x, weight, eps, keep, num_copies, _kept_share(threshold))
     wide = x.float()
     out = weight * (wide * _inverse_rms(wide, eps)).to(x.dtype)
-    return out, torch.where(split_keep(keep, num_copies), out / (1 - threshold / _DRAWS), 0.0).to(x.dtype)
+    return out, torch.where(split_keep(keep, num_copies), out / _kept_share(threshold), 0.0).to(x.dtype)
 
 
 def _norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -168,41 +110,57 @@ def _norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tenso
     return inverse * (scaled - unit * (scaled * unit).mean(-1, keepdim=True))
 
 
-@fused_sum
 def normalise_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor) -> Tensor:
     """Gradient through RMSNorm plus the residual path's. Shapes: all (T, H) but weight (H,)."""
+    if launch.takes_kernels(x):
+        from finlora.model.rowwise.norm_steps import normalise_backward_rows
+
+        return normalise_backward_rows(grad, x, weight, eps, residual)
     return (residual.float() + _norm_gradient(grad.float(), x, weight, eps)).to(x.dtype)
 
 
-@fused_sum
 def normalise_and_drop_backward(
     grad: Tensor, dropped: Tensor, x: Tensor, weight: Tensor, eps: float, residual: Tensor, keep: Tensor, threshold: int
 ) -> Tensor:
     """As `normalise_backward`, with the gradients `dropped` (k, T, H) of the k dropped copies."""
+    if launch.takes_kernels(x):
+        from finlora.model.rowwise.norm_steps import normalise_and_drop_backward_rows
+
+        share = _kept_share(threshold)
+        return normalise_and_drop_backward_rows(grad, dropped, x, weight, eps, residual, keep, share)
     keeps = split_keep(keep, dropped.shape[0])
-    total = grad.float() + torch.where(keeps, dropped.float() / (1 - threshold / _DRAWS), 0.0).sum(0)
+    total = grad.float() + torch.where(keeps, dropped.float() / _kept_share(threshold), 0.0).sum(0)
     return (residual.float() + _norm_gradient(total, x, weight, eps)).to(x.dtype)
 
 
-@fused
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary position embedding; with -sine its gradient. Shapes: (T, h, d), (T, d), (T, d) -> (T, h, d)."""
+    if launch.takes_kernels(x):
+        from finlora.model.rowwise.elementwise_steps import rotate_rows
+
+        return rotate_rows(x, cosine, sine)
     half = x.shape[-1] // 2
     first, second = x[..., :half].float(), x[..., half:].float()
     cosine, sine = cosine[:, None, :half].float(), sine[:, None, :half].float()
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1).to(x.dtype)
 
 
-@fused
 def gate(gate_up: Tensor) -> Tensor:
     """SwiGLU: silu(gate) * up. Shapes: (T, 2 I) -> (T, I)."""
+    if launch.takes_kernels(gate_up):
+        from finlora.model.rowwise.elementwise_steps import gate_rows
+
+        return gate_rows(gate_up)
     first, second = gate_up.chunk(2, -1)
     return torch.nn.functional.silu(first.float()).to(gate_up.dtype) * second
 
 
-@fused
 def gate_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """Gradient of SwiGLU. Shapes: (T, I), (T, 2 I) -> (T, 2 I)."""
+    if launch.takes_kernels(grad):
+        from finlora.model.rowwise.elementwise_steps import gate_backward_rows
+
+        return gate_backward_rows(grad, gate_up)
     first, second = gate_up.float().chunk(2, -1)
     sigmoid = torch.sigmoid(first)
     wide = grad.float()

@@ -27,7 +27,7 @@ from finlora.model.base import Int8Rows, read_int8
 from finlora.model.kernels import launch
 from finlora.model.kernels.int8_cpu import multiply_int8
 from finlora.model.kernels.nf4 import STRIP, Nf4Tiles, can_tile, take_tiles, unpack_nf4
-from finlora.model.layers.elementwise import fused, gate
+from finlora.model.layers.elementwise import gate
 
 OUTLIER_THRESHOLD = 6.0
 MAX_OUTLIERS = 64
@@ -228,16 +228,22 @@ def _share(modules: Sequence[Any], joined: Tensor) -> None:
         module.weight = nn.Parameter(part, requires_grad=False)
 
 
-@fused
 def _find_outliers(x: Tensor) -> Tensor:
     """Return each column's largest outlier magnitude, 0 without an outlier. Shapes: (T, K) -> (K,)."""
+    if launch.takes_kernels(x):
+        from finlora.model.rowwise.int8_steps import find_outliers_rows
+
+        return find_outliers_rows(x, OUTLIER_THRESHOLD)
     magnitude = x.to(torch.float16).abs()
     return torch.where(magnitude >= OUTLIER_THRESHOLD, magnitude, 0.0).amax(0)
 
 
-@fused
 def _quantise_rows(x: Tensor, held_back: Tensor) -> tuple[Tensor, Tensor]:
     """Return int8 rows and their largest magnitudes. Held-back columns (kept in 16 bit) become 0; their outliers do not count."""
+    if launch.takes_kernels(x):
+        from finlora.model.rowwise import int8_steps
+
+        return int8_steps.quantise_rows(x, held_back, OUTLIER_THRESHOLD)
     half = x.to(torch.float16)
     half = torch.where((half.abs() >= OUTLIER_THRESHOLD) & held_back, 0.0, half)
     scales = half.abs().amax(1).float()
@@ -245,16 +251,25 @@ def _quantise_rows(x: Tensor, held_back: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(held_back, 0.0, rounded).to(torch.int8), scales
 
 
-@fused
 def _take_columns(x: Tensor, columns: Tensor, is_chosen: Tensor) -> Tensor:
+    if launch.takes_kernels(x):
+        from finlora.model.rowwise.int8_steps import take_columns_rows
+
+        return take_columns_rows(x, columns, is_chosen)
     return x[:, columns] * is_chosen
 
 
-@fused
 def _scale_product(product: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    if launch.takes_kernels(product):
+        from finlora.model.rowwise.int8_steps import scale_product_rows
+
+        return scale_product_rows(product, rows, columns, dtype)
     return (product * (rows[:, None] * columns[None]) * (1 / 127.0**2)).to(dtype)
 
 
-@fused
 def _unpack_int8(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    if launch.takes_kernels(values):
+        from finlora.model.rowwise.int8_steps import unpack_int8_rows
+
+        return unpack_int8_rows(values, scales, dtype)
     return (values.float() * (scales[:, None] * (1 / 127.0))).to(dtype)

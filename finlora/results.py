@@ -79,6 +79,9 @@ class Result:
     """Waiting time for GPUs and cores that others use, summed over all attempts."""
     attempts: int | None = None
     """Training: the number of driver starts."""
+    start_seconds: dict[str, float] = field(default_factory=dict)
+    """Phase -> seconds, from the start of the command's process to its first step or answer; training: of the last attempt.
+    Empty: not measured."""
     gpu_hours: float | None = None
     """wall_seconds x GPUs in hours, None on CPU."""
     peak_memory_gib: float | None = None

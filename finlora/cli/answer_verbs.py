@@ -23,6 +23,7 @@ from finlora.cli.app import (
     say,
 )
 from finlora.errors import ConfigError
+from finlora.machine.start_clock import StartClock, describe_phase, describe_start, find_process_start
 from finlora.terminal import open_bars
 
 _LOADING = "loading the base"
@@ -44,6 +45,7 @@ def evaluate(
     from finlora.results import append_result
     from finlora.train.run.run_folder import RunFolder
 
+    start = StartClock("imports", find_process_start())
     settings = load_settings(config, overrides)
     chosen, folder = choose_adapter(settings, adapter, base), RunFolder(Path(settings.output_dir) / settings.name)
     from finlora.evaluate.evaluation import check_evaluation, run_evaluation
@@ -60,6 +62,7 @@ def evaluate(
     if ray or is_spread:
         from finlora.cluster import connect
 
+        start.enter("Ray")
         connect.connect(log_to_driver=ray)
     if ray:
         # Stages have GPUs of their own.
@@ -74,8 +77,11 @@ def evaluate(
             title=f"the evaluation of {settings.name}",
         )
     else:
+        start.enter("data")
         with open_bars(console, _LOADING) as bars:
-            results = run_evaluation(settings, chosen, bars.update, _print_reading, resolved, folder.answers)
+            start.on_phase = lambda name: bars.do(describe_phase(name))
+            results = run_evaluation(settings, chosen, bars.update, _print_reading, resolved, folder.answers, start)
+        say(describe_start(results[0].start_seconds))
     from finlora.report.write import show_results
 
     try:

@@ -26,6 +26,7 @@ ORDER = (
     "prepare",
     "pretrain",
     "plan",
+    "warm",
     "train",
     "tune",
     "evaluate",

@@ -22,6 +22,7 @@ try:
         search_verbs,
         serve_verbs,
         train_verbs,
+        warm_verb,
     )
     from finlora.cli.app import app
     from finlora.machine.cpu import set_environment
@@ -37,6 +38,7 @@ GROUPS = (
     doctor_verb,
     data_verbs,
     train_verbs,
+    warm_verb,
     search_verbs,
     answer_verbs,
     score_verb,

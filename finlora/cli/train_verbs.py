@@ -21,6 +21,7 @@ from finlora.cli.app import (
 )
 from finlora.errors import ConfigError
 from finlora.machine.host import require_output
+from finlora.machine.start_clock import StartClock, find_process_start
 from finlora.results import Result
 from finlora.terminal import describe_duration, describe_times, open_bars, polling
 
@@ -78,16 +79,19 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
     from finlora.cluster import connect
     from finlora.doctor.examine import require_inputs
 
+    start = StartClock("imports", find_process_start())
     connect.prepare()
     base = require_inputs(settings, splits=("train",))
+    start.enter("Ray")
     connect.connect(log_to_driver=False)
+    start.enter("imports")
     from finlora.train.worker import run_training  # imports Ray, which must come after the connection's settings
 
     with (
         open_bars(console, "starting workers") as bars,
-        polling(Follower(folder, settings.name, bars.update, say, describe_duration)),
+        polling(Follower(folder, settings.name, bars.update, say, describe_duration, bars.do)),
     ):
-        result = run_training(settings, say, base=base)
+        result = run_training(settings, say, base=base, start=start)
     say(_describe_trained(result))
 
 

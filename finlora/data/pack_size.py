@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finlora.data.encode import IGNORED, Encoded
-from finlora.data.packing import Pack, Segments, cumulate, pinned, prefix_to_share
+from finlora.data.encode import IGNORED, Encoded, stack_weights
+from finlora.data.packing import Form, Pack, Segments, cumulate, pinned, prefix_to_share
 
 MAX_CAPTURED_ROWS = 4096
 """Rows above which a pass is not captured as a CUDA graph: it keeps the GPU busy for longer than its launches take."""
@@ -74,6 +74,37 @@ def pad_pack(pack: Pack) -> Pack:
     )
 
 
+def form_of(items: Sequence[Encoded], *, share_prefix: bool) -> Form:
+    """Return `Pack.form` of the padded pack of examples, without building it."""
+    prefix = prefix_to_share(items, share_prefix)
+    size = measure_pack(items, share_prefix=share_prefix, is_padded=True)
+    own_lengths = [item.num_tokens - 1 - prefix for item in items]
+    answers = [len(item.answer_ids) for item in items]
+    own_rows, num_labels = sum(own_lengths), sum(answers)
+    more_rows, more_labels = size.num_rows - prefix - own_rows, size.num_labels - num_labels
+    rows, labels, num_items = (size.num_rows,), (size.num_labels,), len(items)
+    queries, keys = [*own_lengths, more_rows], [*(prefix + own for own in own_lengths), more_rows]
+    parts: Form
+    last_parts: Form
+    if not prefix:
+        parts = last_parts = ((num_items + 2,), (num_items + 2,))
+    else:
+        queries.append(prefix)
+        last_keys = num_items * prefix + own_rows + more_rows
+        own_slots = (own_rows + more_rows,)
+        ends, last_ends = ((num_items + 3,),) * 2, ((num_items + 2,),) * 2
+        parts = (*ends, (prefix + last_keys,), (num_items + 1, prefix), own_slots)
+        last_parts = (*last_ends, (last_keys,), (num_items, prefix), own_slots)
+    limits = ((_limit(queries), _limit(keys)), (_limit([*answers, more_labels]), _limit(keys)))
+    weights = () if stack_weights(items, repeats=True) is None else (labels,)
+    return (*limits, rows, rows, labels, labels, *parts, *last_parts, *weights)
+
+
+def _limit(lengths: Sequence[int]) -> int:
+    """Return the number of queries or keys of a segment that attention's kernels are launched for."""
+    return max(_LEAST_LIMIT, 1 << (max(lengths) - 1).bit_length())
+
+
 def _count_padding(num_rows: int, num_labels: int) -> tuple[int, int]:
     """Return the rows and labelled positions that `pad_pack` adds."""
     more_labels = _LABELS_STEP - num_labels % _LABELS_STEP
@@ -97,8 +128,8 @@ def _pad_segments(segments: Segments, queries: int, keys: int, start: int) -> Se
         segments,
         query_lengths=query_lengths,
         key_lengths=key_lengths,
-        max_queries=max(_LEAST_LIMIT, 1 << (max(query_lengths) - 1).bit_length()),
-        max_keys=max(_LEAST_LIMIT, 1 << (max(key_lengths) - 1).bit_length()),
+        max_queries=_limit(query_lengths),
+        max_keys=_limit(key_lengths),
         cumulative_queries=pinned(cumulate(query_lengths)),
         cumulative_keys=pinned(cumulate(key_lengths)),
         key_rows=key_rows,

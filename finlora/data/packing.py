@@ -27,6 +27,10 @@ _LONG_EXAMPLE, _MIN_SHARE = 1024, 1 / 16
 """Share of tokens that sharing must save where examples are long: attention is faster without (model/layers/attention.py)."""
 
 
+Form = tuple[tuple[int, ...], ...]
+"""All sizes that packs of one CUDA graph must share."""
+
+
 @dataclass(frozen=True, slots=True)
 class Segments:
     """Which query rows attend to which key rows: segment i is causal, its last query aligned with its last key."""
@@ -85,7 +89,7 @@ class Pack:
         return found
 
     @property
-    def form(self) -> tuple[object, ...]:
+    def form(self) -> Form:
         """All sizes that packs of one CUDA graph must share."""
         limits = [(part.max_queries, part.max_keys) for part in (self.segments, self.last_segments)]
         return (*limits, *(tuple(tensor.shape) for tensor in self.tensors()))

@@ -31,6 +31,7 @@ from finlora.evaluate.metrics import NUMERIC_TOLERANCE, judge_answers, score_ans
 from finlora.evaluate.reference import measure_labels
 from finlora.inference.batch import BatchEngine
 from finlora.inference.open_base import count_rows, open_engine
+from finlora.machine.start_clock import StartClock, name_first
 from finlora.model.adapter_files import ADAPTER_WEIGHTS
 from finlora.model.base import check_device
 from finlora.model.base_files import BaseFiles, read_base_files
@@ -74,6 +75,7 @@ def run_evaluation(
     on_reading: OnReading = ignore_reading,
     base: BaseFiles | None = None,
     answers: Path | None = None,
+    start: StartClock | None = None,
 ) -> list[Result]:
     """Evaluate every task of the config, in this process or over eval.num_stages Ray actors.
 
@@ -83,6 +85,7 @@ def run_evaluation(
         on_reading: gets the counters of the stages at the end; after the restart of a stage, those since then.
         base: files of the config's base, if this process has found and checked them already. None: it does so here.
         answers: folder for a table of the answers a task (answer_table.py). None: they are not kept.
+        start: of the command. None: it starts here.
 
     Raises:
         DatasetError: a test split is missing, damaged, or an example is too long.
@@ -90,6 +93,7 @@ def run_evaluation(
         ResourceError: the device or the cluster has too little room.
         StageLostError: stages crashed repeatedly. After one crash the stages restart and their questions are asked again.
     """
+    start = start or StartClock("data")
     config, waited = resolve_evaluation(config), seconds_waited()
     device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
     if config.eval.num_stages == 1:
@@ -106,11 +110,18 @@ def run_evaluation(
     sizes = sorted((size for work in works for size in work.sizes), reverse=True)
     # The longest requests at once, and one more for the prefix that they share.
     wanted = count_rows(sizes, config.eval.batch_size)
+    start.enter("base")
+
+    def show(task: str, done: int, total: int) -> None:
+        start.end()
+        on_progress(task, done, total)
+
     with open_engine(config, base, adapter, config.eval.num_stages, wanted, sizes[0]) as opened:
+        start.enter(name_first("first answers", config.eval.device))
         engine = BatchEngine(opened.core, ADAPTER if adapter else None, opened.renew)
         results = []
         for work in works:
-            result, table = _evaluate_task(config, engine, work, on_progress)
+            result, table = _evaluate_task(config, engine, work, show)
             result = dataclasses.replace(
                 result,
                 variant=contract.variant if contract else "base",
@@ -121,6 +132,7 @@ def run_evaluation(
                 adapter_mib=contract.adapter_mib if contract else None,
                 peak_memory_gib=engine.core.executor.peak_memory_gib(),
                 waited_seconds=seconds_waited() - waited,
+                start_seconds=start.seconds,
             )
             results.append(_keep_answers(result, table, answers) if answers else result)
         on_reading(engine.core.meter.read())

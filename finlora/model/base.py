@@ -21,6 +21,7 @@ from torch import nn
 
 from finlora.config import Bits, ModelConfig
 from finlora.errors import ModelError, ResourceError
+from finlora.machine.kernel_folder import keep_kernels
 from finlora.model.base_cache import StoredBase, await_cache, find_cache, write_cache
 from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.model.quantised import quantise, require_range
@@ -97,6 +98,7 @@ def load_base(
     model = resolve_model(model, device.type)
     files = files or read_base_files(model)
     if device.type == "cuda":
+        keep_kernels()
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
     try:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from finlora.config import RunConfig
 from finlora.data.encode import Encoded
 from finlora.data.pack_size import PackSize, measure_pack
-from finlora.data.packing import split_by_tokens
+from finlora.data.packing import Form, split_by_tokens
 from finlora.formula.llama import LlamaShape
 from finlora.model.memory.packed_memory import PackPlan, Workload, packing_refusal, plan_packs
 from finlora.precision import is_autocast
@@ -113,18 +114,21 @@ def take_path(
         batches = PaddedBatches(micro_batch_size=config.train.micro_batch_size, pad_token_id=pad_token_id)
         return TrainPath(module=AnswerLoss(model), batches=batches)
     capture = device.type == "cuda"
+    upcoming: Counter[Form] = Counter()
     module = PackedLlama(
         model,
         torch.bfloat16 if is_autocast(config) else torch.float32,
         recompute=plan.recompute,
         keep_unpacked=plan.keep_unpacked,
         capture=capture,
+        upcoming=upcoming,
     )
     packs = PackedBatches(
         max_tokens=plan.max_tokens,
         lengths=[item.num_tokens for item in examples],
         share_prefix=config.train.share_prefix,
         is_padded=capture,
+        upcoming=upcoming,
     )
     return TrainPath(module=module, batches=packs)
 

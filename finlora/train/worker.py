@@ -27,6 +27,7 @@ from finlora.config import RunConfig
 from finlora.configfile import config_from_tree, config_to_tree
 from finlora.durable import scratch_folder
 from finlora.machine.cpu import set_environment
+from finlora.machine.start_clock import StartClock, name_first
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.base_files import BaseFiles
 from finlora.model.lora import attach_lora, trainable_parameters
@@ -62,6 +63,7 @@ from finlora.train.run.run_folder import (
 )
 from finlora.train.run.snapshot import repair_snapshot
 from finlora.train.run.stall import StallGuard
+from finlora.train.run.start_note import FIRST_STEP, WORKERS, StartWatch, clear_note, write_note
 from finlora.train.run.stop import StopRequest, describe_stop, stop_on_signals
 from finlora.train.run.summary import export_adapter, summarise_run
 from finlora.train.run.wait_for_gpus import AwaitRoom, WaitingWords
@@ -78,6 +80,7 @@ def run_training(
     base: BaseFiles | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
     holds_out: bool = False,
+    start: StartClock | None = None,
 ) -> Result:
     """Train an adapter on the cluster that this process is connected to, or resume the run of that name.
 
@@ -89,6 +92,7 @@ def run_training(
             worker does it again.
         callbacks: called at each checkpoint.
         holds_out: also measure the loss on a search's held-out examples at each checkpoint (finlora/train/held_out.py).
+        start: of the command, whose phases are announced after the first step. None: it starts here.
 
     Returns:
         The numbers of the run, which are also appended to results.jsonl in its folder. The adapter is in NAME/adapter.
@@ -97,6 +101,7 @@ def run_training(
         StoppedError: a signal came, and the workers stopped at a checkpoint or before their first step.
         FinloraError: of any kind; the error of a worker is raised here unchanged.
     """
+    start = start or StartClock("data")
     asked, config = config, resolve_training(config, RunFolder(Path(config.output_dir) / config.name).config)
     if said := describe_choice(asked, config):
         announce(said)
@@ -109,6 +114,7 @@ def run_training(
         announce(said)
     with claim_run(folder), stop_on_signals(folder.stop, announce, lambda: read_step(folder) is not None):
         clear_step(folder)
+        clear_note(folder)
         for line in repair_snapshot(folder.root):
             announce(line)
         clock = AttemptClock(folder)
@@ -116,13 +122,15 @@ def run_training(
         with track_training(config, folder, announce):
             try:
                 trainer = _make_trainer(config, folder, callbacks, holds_out)
-                outcome = _fit(trainer, WaitingWords(folder.waiting, announce), clock)
+                start.enter(WORKERS)
+                watch = StartWatch(folder, start, announce)
+                outcome = _fit(trainer, WaitingWords(folder.waiting, announce), clock, watch)
             except ray.train.TrainingFailedError as error:
                 raise own_error(error, folder) from error
             step, total_steps = outcome.return_value
             if step < total_steps:
                 raise describe_stop(folder.stop, step, total_steps)
-            result = summarise_run(config, folder, training_set, clock.list(), outcome.metrics or {})
+            result = summarise_run(config, folder, training_set, clock.list(), outcome.metrics or {}, watch.seconds)
             append_result(folder.results, result)
     return result
 
@@ -150,7 +158,7 @@ def _make_trainer(
     )
 
 
-def _fit(trainer: TorchTrainer, words: WaitingWords, clock: AttemptClock) -> ray.train.Result:
+def _fit(trainer: TorchTrainer, words: WaitingWords, clock: AttemptClock, watch: StartWatch) -> ray.train.Result:
     """Run the trainer in its own thread: in the main thread it would handle Ctrl-C itself and kill the workers."""
     future: futures.Future[ray.train.Result] = futures.Future()
 
@@ -166,23 +174,33 @@ def _fit(trainer: TorchTrainer, words: WaitingWords, clock: AttemptClock) -> ray
         while not futures.wait([future], timeout=1.0).done:
             words.show_new()
             clock.tick(is_waiting=words.is_waiting)
+            watch.look(clock.list()[-1].waited)
         words.show_new()
         return future.result()
     finally:
         clock.tick(is_waiting=words.is_waiting)
         clock.save()
+        watch.look(clock.list()[-1].waited)
 
 
 def _work(loop_config: dict[str, Any]) -> tuple[int, int]:
     """Body of one Ray Train worker; returns the steps done and the steps of the whole run."""
     config = config_from_tree(loop_config["config"])
     folder = RunFolder(Path(loop_config["folder"]))
+    is_first = ray.train.get_context().get_world_rank() == 0
+
+    def note(phase: str | None) -> None:
+        if is_first:
+            write_note(folder, clock, phase)
+
+    clock = StartClock("data", on_phase=note)
+    note("data")
     device = _choose_device(config)
     training_set = load_training_set(config)
     verdict = plan_run(config, find_memory_gib(device), count_gpus(config), training_set)
     verdict.require_fit()
     try:
-        return _train(config, folder, device, training_set, verdict, loop_config["holds_out"])
+        return _train(config, folder, device, training_set, verdict, loop_config["holds_out"], clock)
     except torch.cuda.OutOfMemoryError as error:
         raise explain_out_of_memory(config, str(error), verdict.packs) from error
     except Exception as error:
@@ -198,6 +216,7 @@ def _train(
     training_set: TrainingSet,
     verdict: Verdict,
     holds_out: bool,
+    clock: StartClock,
 ) -> tuple[int, int]:
     """Load the base, attach the adapter, resume from the newest checkpoint, train, export the adapter."""
     context = ray.train.get_context()
@@ -207,10 +226,12 @@ def _train(
     total_steps = count_steps(sampler, config.train.epochs, config.train.max_steps)
     if worker == 0:  # before the base is loaded, which is where memory can run out
         _write_plan(folder, "w", verdict.describe(config), describe_date(training_set))
+    clock.enter("base")
     with quiet_bitsandbytes():
         base = load_base(config.model, config.model.bits, device, config.seed, files=training_set.base)
         if worker == 0:
             _write_plan(folder, "a", base.describe_loading())
+        clock.enter("adapter")
         model = attach_lora(base.model, config.lora, config.model.base, config.seed)
         path = take_path(model.train(), config, examples, verdict.packs, device, base.tokenizer.pad_token_id)
         parameters = trainable_parameters(model)
@@ -241,7 +262,9 @@ def _train(
                 stop=stop,
                 guard=guard,
                 mark=StepMark(folder, total_steps) if worker == 0 else None,
+                clock=clock,
             )
+            clock.enter(name_first(FIRST_STEP, config.train.device))
             done = run_steps(
                 engine,
                 examples,
@@ -324,8 +347,14 @@ class _AfterStep:
     guard: StallGuard
     mark: StepMark | None
     """None: another worker writes it."""
+    clock: StartClock
+    """Of this worker's start, which the first step ends."""
 
     def __call__(self, step: int) -> bool:
+        if not self.clock.is_ended:
+            self.clock.end()
+            if self.mark is not None:
+                write_note(self.mark.folder, self.clock, None)
         is_agreed = self.state.is_synchronised
         is_due = self.schedule.is_due(step, is_synchronised=is_agreed)
         is_stop = is_agreed and step < self.schedule.total_steps and self.stop.is_asked()

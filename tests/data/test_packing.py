@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finlora.data.encode import IGNORED, Encoded
-from finlora.data.pack_size import pad_pack
+from finlora.data.pack_size import form_of, pad_pack
 from finlora.data.packing import (
     MIN_SHARED_PREFIX,
     pack_examples,
@@ -176,3 +178,20 @@ def test_any_examples_are_split_in_order_within_the_bound(lengths, most):
     parts = split_by_tokens(range(len(lengths)), lengths, most)
     assert [index for part in parts for index in part] == list(range(len(lengths)))
     assert all(len(part) == 1 or sum(lengths[index] for index in part) <= most for part in parts)
+
+
+@pytest.mark.parametrize("share_prefix", [False, True])
+def test_form_is_known_before_the_pack_is_built(share_prefix):
+    rng = random.Random(share_prefix)
+    for number in range(60):
+        prefix = tuple(rng.choices(range(300), k=rng.choice((0, 5, 20, 400))))
+        items = [
+            Encoded(
+                (*prefix, *rng.choices(range(300), k=rng.randint(1, 200))),
+                tuple(rng.choices(range(300), k=rng.randint(1, 20))),
+                weight=2.0 if number % 3 == 0 else 1.0,
+            )
+            for _ in range(rng.randint(1, 20))
+        ]
+        built = pad_pack(pack_examples(items, share_prefix=share_prefix))
+        assert form_of(items, share_prefix=share_prefix) == built.form

@@ -1,4 +1,4 @@
-"""Run-time compilation (NVRTC) of this package's CUDA C++, at first use, and launch on torch's current stream.
+"""Run-time compilation (NVRTC) of this package's CUDA C++, once for all processes, and launch on torch's current stream.
 
 NVRTC comes with torch's CUDA build; `cuda-bindings` calls it and the driver, so no CUDA toolkit is needed. Imported only for CUDA
 tensors.
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from finlora.errors import ResourceError
+from finlora.machine.kernel_folder import keep_binary
+from finlora.model.kernels import launch
 
 try:
     from cuda.bindings import driver, nvrtc, runtime
@@ -99,21 +101,28 @@ def _compile(files: Sequence[str], options: tuple[str, ...]) -> bytes:
     parts = ((name, (resources.files("finlora.model.kernels") / name).read_text()) for name in files)
     source = "".join(f'#line 1 "{name}"\n{text}' for name, text in parts).encode()
     try:
-        program = check(nvrtc.nvrtcCreateProgram(source, files[-1].encode(), 0, [], []))
+        _, *version = nvrtc.nvrtcVersion()
     except RuntimeError as error:  # cuda-bindings finds no library
         raise ResourceError(
             f"NVIDIA's run-time compiler (nvidia-cuda-nvrtc, which torch installs) is missing: {error}"
         ) from error
-    flags = [option.encode() for option in options]
-    if int(nvrtc.nvrtcCompileProgram(program, len(flags), flags)[0]):
-        log = bytes(check(nvrtc.nvrtcGetProgramLogSize(program)))
-        check(nvrtc.nvrtcGetProgramLog(program, log))
-        raise ResourceError(
-            f"{files[-1]} cannot be compiled for this GPU ({' '.join(options)}): {log.decode().strip()[:2000]}"
-        )
-    binary = bytes(check(nvrtc.nvrtcGetCUBINSize(program)))
-    check(nvrtc.nvrtcGetCUBIN(program, binary))
-    return binary
+    facts = (source.decode(), *options, ".".join(map(str, version)))
+    return keep_binary(files[-1], facts, lambda: _make_binary(source, files[-1], options))
+
+
+def _make_binary(source: bytes, name: str, options: Sequence[str]) -> bytes:
+    with launch.compiling():
+        program = check(nvrtc.nvrtcCreateProgram(source, name.encode(), 0, [], []))
+        flags = [option.encode() for option in options]
+        if int(nvrtc.nvrtcCompileProgram(program, len(flags), flags)[0]):
+            log = bytes(check(nvrtc.nvrtcGetProgramLogSize(program)))
+            check(nvrtc.nvrtcGetProgramLog(program, log))
+            raise ResourceError(
+                f"{name} cannot be compiled for this GPU ({' '.join(options)}): {log.decode().strip()[:2000]}"
+            )
+        binary = bytes(check(nvrtc.nvrtcGetCUBINSize(program)))
+        check(nvrtc.nvrtcGetCUBIN(program, binary))
+        return binary
 
 
 def check(result: tuple[Any, ...]) -> Any:

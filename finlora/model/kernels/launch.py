@@ -14,10 +14,29 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import time
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+
+_compiled_s = 0.0
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Count the time inside as compilation or capture (`seconds_compiled`)."""
+    global _compiled_s
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        _compiled_s += time.monotonic() - started
+
+
+def seconds_compiled() -> float:
+    """Return the seconds that this process has compiled kernels and captured graphs so far."""
+    return _compiled_s
 
 
 def takes_kernels(tensor: Tensor) -> bool:
@@ -40,7 +59,7 @@ def capture_graph(
     is_on = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, pool=pool.id, stream=stream):  # type: ignore[arg-type]
+        with compiling(), torch.cuda.graph(graph, pool=pool.id, stream=stream):  # type: ignore[arg-type]
             yield
     finally:
         if is_on:

@@ -5,12 +5,13 @@ Shapes: T rows of a pack, N labelled rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from finlora.data.packing import Pack
+from finlora.data.packing import Form, Pack
 from finlora.formula.llama import shape_of
 from finlora.formula.low_rank import foreign_settings, read_settings
 from finlora.model.layers.frozen_model import ModelEnds, read_layer
@@ -31,6 +32,7 @@ class PackedLlama(nn.Module):
         recompute: what the backward pass computes again to save memory.
         keep_unpacked: hold a 4-bit base unpacked in `dtype`, which saves unpacking it twice a step.
         capture: replay both passes as one CUDA graph per form of pack (training_graphs.py); packs must then be padded.
+        upcoming: packs of each form that are still to come, which is counted down; empty or None: not known.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class PackedLlama(nn.Module):
         recompute: Recompute = "none",
         keep_unpacked: bool = False,
         capture: bool = False,
+        upcoming: Counter[Form] | None = None,
     ) -> None:
         super().__init__()
         if reason := refusal(model):
@@ -55,7 +58,7 @@ class PackedLlama(nn.Module):
         self.parameters_in_order = [
             parameter for layer in self.layers for lora in layer.lora for parameter in (lora.down, lora.up)
         ]
-        self._captured = CapturedPasses(self.loss_and_gradients) if capture else None
+        self._captured = CapturedPasses(self.loss_and_gradients, upcoming) if capture else None
         if capture:
             torch.cuda.empty_cache()  # graphs allocate in a pool of their own, which cannot use what loading left cached
 

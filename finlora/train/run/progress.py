@@ -49,7 +49,7 @@ class StepMark:
     """
 
     def __init__(self, folder: RunFolder, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._path, self._total_steps, self._clock = folder.step, total_steps, clock
+        self.folder, self._total_steps, self._clock = folder, total_steps, clock
         self._written = -math.inf
 
     def tick(self, step: int) -> None:
@@ -59,7 +59,7 @@ class StepMark:
             return
         self._written = now
         with contextlib.suppress(OSError):  # a full disk is reported at the next record or checkpoint
-            write_whole(self._path, f"{step} {self._total_steps}")
+            write_whole(self.folder.step, f"{step} {self._total_steps}")
 
 
 def clear_step(folder: RunFolder) -> None:

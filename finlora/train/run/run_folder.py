@@ -8,6 +8,7 @@ Layout of OUTPUT_DIR/NAME:
     plan.txt           how the workers train, and the memory they need by forecast
     checkpoint_*/      Ray Train's checkpoints (finlora/train/run/checkpoint.py)
     lock               locked by the driver while it runs
+    start.json         how far the workers' start is, and its seconds (finlora/train/run/start_note.py)
     waiting.txt        who holds the GPUs and cores that the run waits for (finlora/train/run/wait_for_gpus.py)
     attempts.json      seconds of work and of waiting for each start of the driver (finlora/train/run/attempts.py)
     stop               empty; a signal's name in it asks the workers to stop (finlora/train/run/stop.py)
@@ -147,6 +148,10 @@ class RunFolder:
     @property
     def waiting(self) -> Path:
         return self.root / "waiting.txt"
+
+    @property
+    def start(self) -> Path:
+        return self.root / "start.json"
 
     @property
     def attempts(self) -> Path:

@@ -58,12 +58,14 @@ def summarise_run(
     training_set: TrainingSet,
     attempts: Sequence[Attempt],
     metrics: dict[str, Any],
+    start_seconds: dict[str, float] | None = None,
 ) -> Result:
     """Collect the numbers of a finished run.
 
     Args:
         attempts: all of the run, the last one included; their times are summed.
         metrics: reported by the workers with the last checkpoint. A missing one counts as not measured.
+        start_seconds: of each phase of the last attempt's start.
     """
     seconds = sum(attempt.seconds for attempt in attempts)
     records = read_progress(folder)
@@ -89,6 +91,7 @@ def summarise_run(
         wall_seconds=seconds,
         waited_seconds=sum(attempt.waited for attempt in attempts),
         attempts=len(attempts),
+        start_seconds=start_seconds or {},
         gpu_hours=seconds / 3600 * config.train.num_workers * config.train.gpus_per_worker if on_gpu else None,
         peak_memory_gib=metrics.get("memory_gib", records[-1].memory_gib),
         adapter_mib=weights.stat().st_size / 2**20,

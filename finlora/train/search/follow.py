@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from finlora.machine.start_clock import describe_phase
 from finlora.train.run.progress import last_progress, read_step
 from finlora.train.run.run_folder import RunFolder
+from finlora.train.run.start_note import read_note
 from finlora.train.search.search_folder import RECORD, Mark, SearchFolder
 from finlora.train.search.space import Trial
 
@@ -18,6 +20,7 @@ class Follower:
         update: shows done, total and a note under a name.
         announce: shows a line.
         describe: formats seconds as hours and minutes.
+        do: names the current work where no step is done yet.
     """
 
     def __init__(
@@ -27,13 +30,17 @@ class Follower:
         update: Callable[[str, int, int, str], None],
         announce: Callable[[str], None],
         describe: Callable[[float], str],
+        do: Callable[[str], None] = lambda _doing: None,
     ) -> None:
         self.folder, self.name = folder, name
-        self.update, self.announce, self.describe = update, announce, describe
+        self.update, self.announce, self.describe, self.do = update, announce, describe, do
+        self._phase: str | None = None
         self._is_plan_shown = False
 
     def __call__(self) -> None:
         last, mark = last_progress(self.folder), read_step(self.folder)
+        if mark is None:
+            self._show_phase()
         if last is None and mark is None:
             return
         if not self._is_plan_shown and self.folder.plan.is_file():
@@ -48,6 +55,12 @@ class Follower:
             f"{self.describe(last.seconds_left)} left"
         )
         self.update(self.name, max(last.step, mark[0] if mark else 0), last.total_steps, note)
+
+    def _show_phase(self) -> None:
+        note = read_note(self.folder)
+        if note is not None and note.phase is not None and note.phase != self._phase:
+            self._phase = note.phase
+            self.do(describe_phase(note.phase))
 
 
 class SearchFollower:

@@ -5,17 +5,24 @@ The loss of a step is the same sum over the same answer tokens either way; only 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 from finlora.data.encode import Batch, Encoded, collate
-from finlora.data.pack_size import pad_pack
-from finlora.data.packing import Pack, pack_examples, split_by_tokens
+from finlora.data.pack_size import form_of, pad_pack
+from finlora.data.packing import Form, Pack, pack_examples, split_by_tokens
+
+_MOST_FORESEEN = 1024
+"""Packs whose forms are counted before the first step, some 0.1 ms each. In a longer run each form comes back often enough."""
 
 
 class Batches(Protocol):
     """Splits a share of example indices into forward passes and assembles each of them on the host."""
+
+    def foresee(self, shares: Iterable[Sequence[int]], examples: Sequence[Encoded]) -> None: ...
 
     def cut(self, share: Sequence[int]) -> list[list[int]]: ...
 
@@ -28,6 +35,9 @@ class PaddedBatches:
 
     micro_batch_size: int
     pad_token_id: int
+
+    def foresee(self, shares: Iterable[Sequence[int]], examples: Sequence[Encoded]) -> None:
+        """Do nothing: padded rows are never captured."""
 
     def cut(self, share: Sequence[int]) -> list[list[int]]:
         size = self.micro_batch_size
@@ -47,6 +57,22 @@ class PackedBatches:
     share_prefix: bool
     is_padded: bool
     """Round sizes up, so that captured CUDA graphs can be replayed (finlora/model/layers/training_graphs.py)."""
+    upcoming: Counter[Form] = field(default_factory=Counter, compare=False)
+    """Packs of each form that are still to come in a short run; empty: not counted."""
+
+    def foresee(self, shares: Iterable[Sequence[int]], examples: Sequence[Encoded]) -> None:
+        """Count the forms of a worker's packs in the steps to come.
+
+        Args:
+            shares: example indices of each step.
+        """
+        self.upcoming.clear()
+        if not self.is_padded:
+            return
+        packs = list(islice((pack for share in shares for pack in self.cut(share)), _MOST_FORESEEN + 1))
+        if len(packs) <= _MOST_FORESEEN:
+            forms = (form_of([examples[index] for index in pack], share_prefix=self.share_prefix) for pack in packs)
+            self.upcoming.update(forms)
 
     def cut(self, share: Sequence[int]) -> list[list[int]]:
         return split_by_tokens(share, self.lengths, self.max_tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -125,6 +126,8 @@ def run_steps(
         FinloraError: the loss is not finite.
     """
     window = _Window(device, reduce_sum)
+    to_come = islice(sampler.batches(total_steps), start_step, None)
+    batches.foresee((sampler.share(batch, worker) for batch in to_come), examples)
     for step in range(start_step, total_steps):
         batch = sampler.global_batch(step)
         num_targets = sum(examples[index].loss_tokens for index in batch)

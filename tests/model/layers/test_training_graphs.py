@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -52,16 +53,15 @@ def make_packs(count):
 
 @pytest.fixture
 def make_module(tiny_base):
-    def build(bits, is_captured):
+    def build(bits, is_captured, upcoming=None):
         with quiet_bitsandbytes():
             base = load_base(ModelConfig(base=str(tiny_base), compute_dtype="bfloat16"), bits, DEVICE, 0)
         model = attach_lora(base.model, LoraConfig(rank=4, dropout=0.1), str(tiny_base), 1)
         torch.manual_seed(5)
         for parameter in trainable_parameters(model).values():
             parameter.data = torch.randn_like(parameter) * 0.1
-        return PackedLlama(model.train(), torch.bfloat16, capture=is_captured), list(
-            trainable_parameters(model).values()
-        )
+        module = PackedLlama(model.train(), torch.bfloat16, capture=is_captured, upcoming=upcoming)
+        return module, list(trainable_parameters(model).values())
 
     return build
 
@@ -94,6 +94,19 @@ def test_graphs_share_their_outputs_and_are_bounded(make_module, monkeypatch):
     expected = run(*make_module(16, False), make_packs(8))
     again = run(module, parameters, make_packs(8))
     assert [float(loss) for loss, _ in again] == [float(loss) for loss, _ in expected]
+
+
+@pytest.mark.parametrize(("num_packs", "num_graphs"), [(2, 0), (4, 0), (5, 0), (6, 0), (7, 1), (8, 2)])
+def test_form_that_seldom_comes_back_is_not_captured(make_module, num_packs, num_graphs):
+    """Of two forms in turn: at the second pack of a form, a capture needs two more packs of it to come."""
+    packs = list(make_packs(num_packs))
+    upcoming = Counter(pack.form for pack in packs)
+    module, parameters = make_module(16, True, upcoming)
+    own = run(module, parameters, packs)
+    assert len(module._captured._graphs) == num_graphs
+    assert upcoming.total() == 0
+    expected = run(*make_module(16, False), make_packs(num_packs))
+    assert [float(loss) for loss, _ in own] == [float(loss) for loss, _ in expected]
 
 
 @pytest.mark.parametrize("share_prefix", [True, False])

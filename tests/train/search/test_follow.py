@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from finlora.configfile import load_config
+from finlora.machine.start_clock import StartClock
 from finlora.train.run.progress import StepMark, append_progress, clear_step, read_step
 from finlora.train.run.run_folder import RunFolder
+from finlora.train.run.start_note import write_note
 from finlora.train.search.follow import Follower, SearchFollower
 from finlora.train.search.search_folder import SearchFolder, TrialRecord, write_record
 from finlora.train.search.space import SearchConfig, sample_trials
@@ -80,3 +82,20 @@ def test_search_shows_trials_that_ended_and_steps_of_those_that_run(tmp_path):
     write_record(folder, TrialRecord(trial=trials[0], state="finished", step=10, total_steps=10, held_out_loss=0.5))
     follow()
     assert shown[1:] == [("search", 1, 3, f"trials ended  {trials[1].name} starting")]
+
+
+def test_phase_of_the_workers_start_is_named_once_before_the_first_step(tmp_path):
+    folder, did = RunFolder(tmp_path), []
+    follow = Follower(folder, "run", lambda *_shows: None, lambda _line: None, str, did.append)
+    clock = StartClock("data", on_phase=lambda name: write_note(folder, clock, name))
+    follow()
+    write_note(folder, clock, "data")
+    for name in ("base", "compiling and first step"):
+        follow()
+        follow()
+        clock.enter(name)
+    follow()
+    StepMark(folder, 10).tick(1)
+    clock.enter("adapter")
+    follow()
+    assert did == ["reading the data", "loading the base", "compiling and first step"]

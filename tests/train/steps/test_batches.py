@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from finlora.data.encode import Encoded
@@ -53,3 +55,29 @@ def test_sizes_are_rounded_only_where_passes_are_captured():
     assert len(rounded.input_ids) % 16 == 0
     assert len(plain.input_ids) < len(rounded.input_ids)
     assert plain.num_tokens == rounded.num_tokens
+
+
+def test_forms_to_come_are_counted_where_passes_are_captured():
+    batches = packed(20, is_padded=True)
+    shares = [[0, 1], [2], [0, 1], [8, 7]]
+    batches.foresee(shares, EXAMPLES)
+    forms = [
+        batches.assemble([EXAMPLES[index] for index in pack]).form for share in shares for pack in batches.cut(share)
+    ]
+    assert batches.upcoming == Counter(forms)
+    assert batches.upcoming[forms[0]] >= 2
+    batches.foresee(shares[1:2], EXAMPLES)
+    assert batches.upcoming.total() == 1
+    plain = packed(20, is_padded=False)
+    plain.foresee(shares, EXAMPLES)
+    assert not plain.upcoming
+
+
+def test_forms_of_a_long_run_are_not_counted(monkeypatch):
+    """Counting takes time itself, and there each form comes back often enough."""
+    monkeypatch.setattr("finlora.train.steps.batches._MOST_FORESEEN", 3)
+    batches = packed(10_000, is_padded=True)
+    batches.foresee([[0]] * 3, EXAMPLES)
+    assert batches.upcoming.total() == 3
+    batches.foresee([[0]] * 4, EXAMPLES)
+    assert not batches.upcoming

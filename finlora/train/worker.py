@@ -92,7 +92,7 @@ def run_training(
             worker does it again.
         callbacks: called at each checkpoint.
         holds_out: also measure the loss on a search's held-out examples at each checkpoint (finlora/train/held_out.py).
-        start: of the command, whose phases are announced after the first step. None: it starts here.
+        start: of the command, whose phases are announced after the first step. None: it starts here, and nothing is said.
 
     Returns:
         The numbers of the run, which are also appended to results.jsonl in its folder. The adapter is in NAME/adapter.
@@ -101,6 +101,7 @@ def run_training(
         StoppedError: a signal came, and the workers stopped at a checkpoint or before their first step.
         FinloraError: of any kind; the error of a worker is raised here unchanged.
     """
+    tell = _say_nothing if start is None else announce
     start = start or StartClock("data")
     asked, config = config, resolve_training(config, RunFolder(Path(config.output_dir) / config.name).config)
     if said := describe_choice(asked, config):
@@ -123,7 +124,7 @@ def run_training(
             try:
                 trainer = _make_trainer(config, folder, callbacks, holds_out)
                 start.enter(WORKERS)
-                watch = StartWatch(folder, start, announce)
+                watch = StartWatch(folder, start, tell)
                 outcome = _fit(trainer, WaitingWords(folder.waiting, announce), clock, watch)
             except ray.train.TrainingFailedError as error:
                 raise own_error(error, folder) from error
@@ -133,6 +134,10 @@ def run_training(
             result = summarise_run(config, folder, training_set, clock.list(), outcome.metrics or {}, watch.seconds)
             append_result(folder.results, result)
     return result
+
+
+def _say_nothing(_line: str) -> None:
+    pass
 
 
 def _make_trainer(

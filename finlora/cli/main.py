@@ -22,7 +22,6 @@ try:
         search_verbs,
         serve_verbs,
         train_verbs,
-        warm_verb,
     )
     from finlora.cli.app import app
     from finlora.machine.cpu import set_environment
@@ -38,7 +37,6 @@ GROUPS = (
     doctor_verb,
     data_verbs,
     train_verbs,
-    warm_verb,
     search_verbs,
     answer_verbs,
     score_verb,

@@ -63,7 +63,7 @@ from finlora.train.run.run_folder import (
 )
 from finlora.train.run.snapshot import repair_snapshot
 from finlora.train.run.stall import StallGuard
-from finlora.train.run.start_note import FIRST_STEP, WORKERS, StartWatch, clear_note, write_note
+from finlora.train.run.start_note import FIRST_STEP, StartWatch, clear_note, write_note
 from finlora.train.run.stop import StopRequest, describe_stop, stop_on_signals
 from finlora.train.run.summary import export_adapter, summarise_run
 from finlora.train.run.wait_for_gpus import AwaitRoom, WaitingWords
@@ -92,7 +92,7 @@ def run_training(
             worker does it again.
         callbacks: called at each checkpoint.
         holds_out: also measure the loss on a search's held-out examples at each checkpoint (finlora/train/held_out.py).
-        start: of the command, whose phases are announced after the first step. None: it starts here, and nothing is said.
+        start: of the command, whose phases are announced after the first step. None: its own, of which nothing is said.
 
     Returns:
         The numbers of the run, which are also appended to results.jsonl in its folder. The adapter is in NAME/adapter.
@@ -101,8 +101,6 @@ def run_training(
         StoppedError: a signal came, and the workers stopped at a checkpoint or before their first step.
         FinloraError: of any kind; the error of a worker is raised here unchanged.
     """
-    tell = _say_nothing if start is None else announce
-    start = start or StartClock("data")
     asked, config = config, resolve_training(config, RunFolder(Path(config.output_dir) / config.name).config)
     if said := describe_choice(asked, config):
         announce(said)
@@ -123,8 +121,7 @@ def run_training(
         with track_training(config, folder, announce):
             try:
                 trainer = _make_trainer(config, folder, callbacks, holds_out)
-                start.enter(WORKERS)
-                watch = StartWatch(folder, start, tell)
+                watch = StartWatch(folder, start, announce)
                 outcome = _fit(trainer, WaitingWords(folder.waiting, announce), clock, watch)
             except ray.train.TrainingFailedError as error:
                 raise own_error(error, folder) from error
@@ -134,10 +131,6 @@ def run_training(
             result = summarise_run(config, folder, training_set, clock.list(), outcome.metrics or {}, watch.seconds)
             append_result(folder.results, result)
     return result
-
-
-def _say_nothing(_line: str) -> None:
-    pass
 
 
 def _make_trainer(
@@ -192,10 +185,9 @@ def _work(loop_config: dict[str, Any]) -> tuple[int, int]:
     """Body of one Ray Train worker; returns the steps done and the steps of the whole run."""
     config = config_from_tree(loop_config["config"])
     folder = RunFolder(Path(loop_config["folder"]))
-    is_first = ray.train.get_context().get_world_rank() == 0
 
     def note(phase: str | None) -> None:
-        if is_first:
+        if ray.train.get_context().get_world_rank() == 0:
             write_note(folder, clock, phase)
 
     clock = StartClock("data", on_phase=note)

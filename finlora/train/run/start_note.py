@@ -52,15 +52,17 @@ def clear_note(folder: RunFolder) -> None:
 
 
 class StartWatch:
-    """Driver's clock of a run's start, joined with its worker's.
+    """Driver's clock of a run's start, joined with its worker's; the wait for the workers begins with it.
 
     Args:
-        clock: of this process.
+        clock: of the command. None: of the workers' start alone, of which nothing is said.
         announce: shows a line, once the first step is done.
     """
 
-    def __init__(self, folder: RunFolder, clock: StartClock, announce: Callable[[str], None]) -> None:
-        self._folder, self._clock, self._announce = folder, clock, announce
+    def __init__(self, folder: RunFolder, clock: StartClock | None, announce: Callable[[str], None]) -> None:
+        self._folder, self._announce = folder, None if clock is None else announce
+        self._clock = clock or StartClock(WORKERS)
+        self._clock.enter(WORKERS)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -77,7 +79,8 @@ class StartWatch:
             return
         self._clock.end(note.ended if note.boot == _find_boot() else None)
         self._clock.add(note.seconds, WORKERS, waited)
-        self._announce(describe_start(self._clock.seconds))
+        if self._announce is not None:
+            self._announce(describe_start(self._clock.seconds))
 
 
 def _find_boot() -> str:

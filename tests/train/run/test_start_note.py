@@ -7,7 +7,7 @@ import pytest
 from finlora.machine.start_clock import StartClock
 from finlora.train.run import start_note
 from finlora.train.run.run_folder import RunFolder
-from finlora.train.run.start_note import WORKERS, StartWatch, clear_note, read_note, write_note
+from finlora.train.run.start_note import StartWatch, clear_note, read_note, write_note
 
 
 @pytest.fixture
@@ -59,7 +59,6 @@ def test_driver_announces_its_phases_and_the_workers_once(tmp_path, now):
     folder, said = RunFolder(tmp_path), []
     clock = StartClock("imports", now=lambda: now[0])
     now[0] += 3.0
-    clock.enter(WORKERS)
     watch = StartWatch(folder, clock, said.append)
     watch.look(0.0)
     now[0] += 5.0
@@ -75,12 +74,11 @@ def test_clock_of_another_machine_is_not_compared(tmp_path, now, monkeypatch):
     """Its clock counts from another moment: the driver's own counts, to when it sees the note."""
     folder, said = RunFolder(tmp_path), []
     clock = StartClock("imports", now=lambda: now[0])
-    clock.enter(WORKERS)
     other = [9000.0]
     monkeypatch.setattr(start_note, "_find_boot", lambda: "another")
     run_worker(folder, other)
     monkeypatch.setattr(start_note, "_find_boot", lambda: "this")
-    now[0] += 10.0
     watch = StartWatch(folder, clock, said.append)
+    now[0] += 10.0
     watch.look(0.0)
     assert watch.seconds == {"imports": 0.0, "workers": 3.0, "data": 1.0, "base": 4.0, "first step": 2.0}

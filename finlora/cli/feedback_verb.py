@@ -43,12 +43,13 @@ def feedback(
     from finlora.printed_table import print_table
     from finlora.terminal import show_preparation
 
+    target = resolve_output("--output ", output)
     with open_bars(console, f"reading {corrections.name}"):
         made = make_next_set(
             corrections.expanduser(),
             task,
             data.expanduser(),
-            resolve_output("--output ", output),
+            target,
             audit.expanduser() if audit else None,
             overwrite=overwrite,
             dry_run=dry_run,

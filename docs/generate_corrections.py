@@ -6,7 +6,7 @@ from generate import clean, code, page, table, texts_of
 
 _LINES = """```json
 {"task": "letters", "text": "Why does nobody call me back?", "label": "grumble", "answered": "ask", "by": "A. Analyst"}
-{"task": "letters", "request_id": "9f86d081884c7d65", "label": "praise"}
+{"task": "letters", "request_id": "req-19657792d6a2bd69fc2a667f", "label": "praise"}
 ```"""
 
 

@@ -131,8 +131,8 @@ def describe_calibration(evidence: Evidence) -> Part:
         if {"temperature", "num_fitted", "estimated_accuracy", "accuracy"} <= labels.keys():
             notes.append(
                 f"Calibrated by a temperature of {labels['temperature']:.2f}, fitted on {labels['num_fitted']:,} of the answers, "
-                f"the mean probability of the answers is {100 * labels['estimated_accuracy']:.1f} %. A server estimates the "
-                f"accuracy in this way, here {100 * labels['accuracy']:.1f} %."
+                f"the mean probability of the answers is {100 * labels['estimated_accuracy']:.1f} %, beside an accuracy "
+                f"of {100 * labels['accuracy']:.1f} %. A server estimates the accuracy in this way."
             )
         blocks.append(
             TextTable(

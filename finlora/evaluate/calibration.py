@@ -12,8 +12,8 @@ from collections.abc import Sequence
 NUM_BINS = 10
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.25, 10.0
 """Bounds of a fitted temperature. Where all answers are right, the fit would otherwise go to 0 and each probability to 1."""
-MAX_FITTED = 20_000
-"""Answers, evenly spaced, from which a temperature is fitted."""
+MAX_FITTED = 2_000_000
+"""Probabilities from which a temperature is fitted; of more answers, each n-th one."""
 _NUM_HALVINGS = 50
 _LEAST_PROBABILITY = 1e-300
 
@@ -60,7 +60,7 @@ def fit_temperature(probabilities: Sequence[Sequence[float]], truths: Sequence[i
     """
     import numpy as np
 
-    step = max(1, math.ceil(len(truths) / MAX_FITTED))
+    step = spacing_of(len(truths), len(probabilities[0]))
     logs = np.log(np.maximum(np.asarray(probabilities[::step], dtype=np.float64), _LEAST_PROBABILITY))
     logs -= logs.max(axis=1, keepdims=True)
     chosen = logs[np.arange(len(logs)), np.asarray(truths[::step])].mean()
@@ -74,6 +74,11 @@ def fit_temperature(probabilities: Sequence[Sequence[float]], truths: Sequence[i
         middle = (low + high) / 2
         low, high = (middle, high) if slope(middle) < 0 else (low, middle)
     return 2 / (low + high)
+
+
+def spacing_of(num_answers: int, num_choices: int) -> int:
+    """Return n: a temperature is fitted from each n-th answer."""
+    return math.ceil(num_answers * num_choices / MAX_FITTED)
 
 
 def calibrate_top(probabilities: Sequence[float], temperature: float) -> float:

@@ -20,7 +20,7 @@ from finlora.configfile import settings_from_tree
 from finlora.data.sets.catalog import TASKS
 from finlora.durable import hash_file, seal, unseal, write_whole
 from finlora.errors import AdapterError, ConfigError, counted
-from finlora.evaluate.calibration import MAX_FITTED, calibrate_top, fit_temperature
+from finlora.evaluate.calibration import fit_temperature, spacing_of
 from finlora.model.adapter_files import ADAPTER_WEIGHTS, check_file
 from finlora.results import Result, read_results
 
@@ -29,6 +29,8 @@ GRID = 100
 """Equal parts of the range of thresholds, 0 to 1, at whose ends `below` counts."""
 _VERSION = 1
 _MAX_BYTES = 2**22
+_BLOCK = 4096
+"""Answers that are counted at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,12 +105,21 @@ def measure_labels(
         probabilities: of each answer, in the order of `choices`; at least one answer.
         truths: true answers.
     """
+    import numpy as np
+
     order = {choice: index for index, choice in enumerate(choices)}
     true = [order[truth] for truth in truths]
-    chosen = [max(range(len(row)), key=row.__getitem__) for row in probabilities]
-    tops = sorted(map(max, probabilities))
     temperature = fit_temperature(probabilities, true)
-    calibrated = [calibrate_top(row, temperature) for row in probabilities]
+    chosen: list[int] = []
+    tops: list[float] = []
+    calibrated: list[float] = []
+    for start in range(0, len(true), _BLOCK):
+        block = np.asarray(probabilities[start : start + _BLOCK], dtype=np.float64)
+        highest = block.max(axis=1)
+        chosen += block.argmax(axis=1).tolist()
+        tops += highest.tolist()
+        calibrated += (1 / ((block / highest[:, None]) ** (1 / temperature)).sum(axis=1)).tolist()
+    tops.sort()
     answers, labels = Counter(chosen), Counter(true)
     return LabelFacts(
         choices=list(choices),
@@ -116,7 +127,7 @@ def measure_labels(
         truths=[labels[index] for index in range(len(choices))],
         accuracy=sum(map(int.__eq__, chosen, true)) / len(true),
         temperature=temperature,
-        num_fitted=math.ceil(len(true) / math.ceil(len(true) / MAX_FITTED)),
+        num_fitted=math.ceil(len(true) / spacing_of(len(true), len(choices))),
         estimated_accuracy=math.fsum(calibrated) / len(true),
         below=[bisect_left(tops, edge / GRID) for edge in range(GRID + 1)],
     )

@@ -99,6 +99,7 @@ def test_abstention_and_calibration_hold_their_rows(written):
     assert "| 0 | 40 | 100.0 | 75.0 (59.8–85.8) |" in part_of(written, "Abstention")
     assert "| 0.9 to 1.0 | 6 |" in part_of(written, "Calibration")
     assert "Expected calibration error" in part_of(written, "Calibration")
+    assert "fitted on 40 of the answers, the mean probability of the answers is " in part_of(written, "Calibration")
 
 
 def test_data_has_split_rule_licence_hashes_and_leaks(written, trained):

@@ -44,15 +44,20 @@ def test_panels_do_not_overlap_and_use_the_chosen_data_source():
 
 
 def test_alerts_use_exported_metrics_and_are_in_the_guide():
-    (group,) = yaml.safe_load((ROOT / "serve_configs" / "prometheus-alerts.yml").read_text())["groups"]
+    records, alerts = yaml.safe_load((ROOT / "serve_configs" / "prometheus-alerts.yml").read_text())["groups"]
     guide = (ROOT / "docs" / "how-to" / "monitor.md").read_text()
-    rules = {rule["alert"]: rule for rule in group["rules"]}
+    rules = {rule["alert"]: rule for rule in alerts["rules"]}
     assert sorted(rules) == sorted(set(re.findall(r"`(Finlora\w+)`", guide)))
     for rule in rules.values():
         assert set(rule) == {"alert", "expr", "for", "labels", "annotations"}
         assert names_in(rule["expr"]) <= NAMES
         assert rule["expr"].count("(") == rule["expr"].count(")")
     assert set(re.findall(r"`(finlora_\w+)`", guide)) <= NAMES
+    own = {rule["record"] for rule in records["rules"]}
+    text = " ".join(rule["expr"] for rule in records["rules"])
+    assert names_in(text) <= NAMES
+    assert set(re.findall(r"(?<!_)finlora:[\w:]+", text)) <= own
+    assert set(re.findall(r"`(finlora:[\w:]+)`", guide)) <= own
 
 
 @pytest.fixture

@@ -33,11 +33,12 @@ class Correction:
     task: str
     """Task that was asked."""
     label: str
-    """The right label. A task file's `from` counts as its label."""
+    """The right label; of kind multi Yes or No; of a task without labels the right answer. A task file's `from` counts as its
+    label."""
     text: str = ""
     """The text that was asked about. Empty: it is taken from the audit log."""
     about: str = ""
-    """The entity or question that was named beside the text, if the task asks that."""
+    """The entity or question that was named beside the text, if the task asks that; of kind multi the label."""
     answered: str = ""
     """The model's label. Empty: it is taken from the audit log, or unknown."""
     request_id: str = ""

@@ -149,6 +149,15 @@ def test_entity_and_question_are_required_where_the_task_asks_them(tmp_path):
     assert found.prompt == TASKS["ner"].form.render("Rome met Ines.", "Ines")
 
 
+def test_of_kind_multi_the_label_is_named_and_its_answer_corrected(tmp_path):
+    task = make_task(task_file_from_tree({**LETTERS, "kind": "multi"}))
+    rows = [letter(about="good", label="Yes", answered="No"), letter(about="bad", label="No")]
+    found = read(write_corrections(tmp_path, rows), task=task).kept
+    assert [(each.about, each.label, each.answered) for each in found] == [("good", "Yes", "No"), ("bad", "No", "")]
+    with pytest.raises(DatasetError, match="letters question 'worse' is not known: expected one of bad, good"):
+        read(write_corrections(tmp_path, [letter(about="worse", label="Yes")]), task=task)
+
+
 def test_generated_set_is_corrected_under_the_name_that_is_asked(tmp_path):
     row = {"task": "fpb", "text": "Profit rose", "label": "positive"}
     (found,) = read(write_corrections(tmp_path, [row]), task=TASKS["synthetic_sentiment"]).kept

@@ -49,6 +49,22 @@ def make_serve_config(folder: Path) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(to_args(ServeConfig())))
 
 
+CORRECTIONS = (
+    b'{"task": "ner", "text": "Rome met Ines.", "about": "Ines", "label": "person", "answered": "location", "index": 0}\n'
+    b'{"task": "ner", "text": "Bo sold it.", "about": "Bo", "label": "person", "time": "2026-11-30T09:15+01:00"}\n'
+)
+
+
+def make_reference(folder: Path) -> None:
+    from finlora.durable import seal
+    from finlora.evaluate.reference import measure_labels
+
+    facts = dataclasses.asdict(measure_labels(("bad", "good"), [[0.9, 0.1], [0.3, 0.7]], ["bad", "bad"]))
+    own = {"task": "letters", "bits": 8, "is_partial": False, "data_hash": None, "created": "2026-01-01"}
+    values = seal({"format": 1, "adapter_hash": "0" * 64, "tasks": [{**facts, **own}]})
+    (folder / "reference.json").write_text(json.dumps(values))
+
+
 def make_keys(folder: Path) -> None:
     from finlora.serve.accounts.keys import add_key
 

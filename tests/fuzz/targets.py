@@ -19,6 +19,7 @@ from typing import Any
 from finlora.errors import FinloraError
 from tests.fuzz.corpus import (
     BODIES,
+    CORRECTIONS,
     EVENTS,
     HEADLINES,
     SHAPE,
@@ -30,6 +31,7 @@ from tests.fuzz.corpus import (
     make_config,
     make_keys,
     make_prepared,
+    make_reference,
     make_serve_config,
     nwgi_seed,
 )
@@ -266,6 +268,22 @@ def _audit(data: bytes, folder: Path) -> None:
     verify_audit(folder / "audit-1.jsonl", ["0" * 64])
 
 
+def _reference(data: bytes, folder: Path) -> None:
+    from finlora.evaluate.reference import REFERENCE_FILE, read_references
+
+    (folder / REFERENCE_FILE).write_bytes(data)
+    for each in read_references(folder, "0" * 64):
+        each.abstention_at(0.83)
+
+
+def _corrections(data: bytes, folder: Path) -> None:
+    from finlora.data.sets.catalog import TASKS
+    from finlora.feedback.corrections import read_corrections
+
+    (folder / "corrections.jsonl").write_bytes(data)
+    read_corrections(folder / "corrections.jsonl", TASKS["ner"], None)
+
+
 _XBRL = [f"xbrl_{kind}_test.{date}.jsonl" for kind in ("xbrl_tags", "value") for date in ("20250310", "20250313")]
 _ARROW = [f"fiqa-2018.{part}.arrow" for part in ("train", "validation", "test")]
 
@@ -305,5 +323,7 @@ _ALL = (
     Target("body", _body, lambda: list(BODIES)),
     Target("stream", _stream, lambda: list(EVENTS)),
     Target("audit", _audit, made(make_audit, "log")),
+    Target("reference", _reference, made(make_reference, "reference.json")),
+    Target("corrections", _corrections, lambda: [CORRECTIONS]),
 )
 TARGETS = {target.name: target for target in _ALL}

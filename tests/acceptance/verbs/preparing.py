@@ -36,7 +36,7 @@ def prepare(tools: Tools) -> None:
 
 
 def own_table(tools: Tools) -> None:
-    """A table that nobody has described: `new-task` guesses its columns, and what it writes can be prepared."""
+    """A table that nobody has described: `new-task` guesses its columns, what it writes can be prepared, and then corrected."""
     checks, folder = tools.checks, tools.walk.output / "own"
     folder.mkdir()
     things = ("profit", "loss", "turnover", "order book", "margin", "dividend", "debt", "capacity")
@@ -53,7 +53,13 @@ def own_table(tools: Tools) -> None:
     for words in ("Guessed text: the longest texts", 'Guessed "P+": a code?'):
         checks.contains("what it guessed", words, guessed)
     done = tools.finlora("prepare", "--task-file", folder / "letters.yaml", "--output", folder / "data")
-    checks.equal("examples of both splits", 64, sum(counts(done.text)))
+    train, test = counts(done.text)
+    checks.equal("examples of both splits", 64, train + test)
+    text = "Nobody told us why the branch in Rauma was closed last week."
+    (folder / "corrections.csv").write_text(f"task,text,label,answered\nletters,{text},G-,P+\n", encoding="utf-8")
+    words = ("--task", "letters", "--data", folder / "data", "--output", folder / "next")
+    done = tools.finlora("feedback", folder / "corrections.csv", *words)
+    checks.equal("examples with a correction more", (train + 1, test), counts(done.text))
 
 
 def counts(text: str) -> tuple[int, int]:

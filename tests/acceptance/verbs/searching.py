@@ -109,6 +109,8 @@ def card(tools: Tools) -> None:
     checks.contains(
         "scores in the adapter's README", f"{100 * accuracy:.1f} (", (adapter / "README.md").read_text(encoding="utf-8")
     )
+    (reference,) = json.loads((adapter / "reference.json").read_text(encoding="utf-8"))["tasks"]
+    checks.close("accuracy in the adapter's reference", accuracy, reference["accuracy"], 1e-9)
 
 
 def export(tools: Tools) -> None:

@@ -321,4 +321,5 @@ def _read_metrics(tools: Tools, checks: Checks) -> None:
         line.split("{")[0].removeprefix("ray_") for line in text.splitlines() if "finlora_" in line and line[0] != "#"
     }
     wanted = {"finlora_http_requests_total", "finlora_answers_total", "finlora_prompt_tokens_total", "finlora_ready"}
+    wanted |= {"finlora_labels_total", "finlora_label_reference_answers"}
     checks.equal("metrics that are missing", [], sorted(wanted - named))

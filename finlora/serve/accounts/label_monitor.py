@@ -206,11 +206,18 @@ class LabelMonitor:
                 self._is_full_logged = True
                 _logger.warning(
                     "Labels of %s are not monitored: this process watches %d adapters, versions and tasks already.",
-                    *(" ".join(watched), MAX_WINDOWS),
+                    *(" ".join(filter(None, watched)), MAX_WINDOWS),
                 )
             return None
         new = self._windows[watched] = _Window(adapter, choices, reference)
         self._meter.show_reference(watched, reference, new.tested_shares())
+        if reference is not None and (reference.bits != self._bits or reference.is_partial):
+            _logger.warning(
+                "Labels of %s are compared with %s of its test split, answered at %d bit; this server has %d: run "
+                "`finlora evaluate` on the whole split with eval.bits=%d.",
+                *(" ".join(filter(None, watched)), "a part" if reference.is_partial else "the whole"),
+                *(reference.bits, self._bits, self._bits),
+            )
         if window is not None:  # the figures of the old one are over
             self._meter.show_window(watched, new.measure())
         return new

@@ -132,6 +132,17 @@ def test_new_weights_or_a_new_reference_begin_an_empty_window_and_a_copied_file_
     assert meter.references[LETTERS] == (None, {})
 
 
+def test_reference_at_other_bits_or_of_a_part_is_used_with_a_word_in_the_log(meter, caplog):
+    monitor = LabelMonitor(meter, 4, lambda *_rest: None)
+    answer(monitor, 2, adapter=Adapter())
+    words = "run `finlora evaluate` on the whole split with eval.bits=4."
+    assert [record.getMessage() for record in caplog.records] == [
+        "Labels of tone v1 letters are compared with the whole of its test split, answered at 8 bit; this server has 4: "
+        + words
+    ]
+    assert meter.references[LETTERS][0] is REFERENCE
+
+
 def test_update_of_a_window_that_was_replaced_shows_nothing(monitor, meter, due):
     answer(monitor, 1, adapter=Adapter())
     answer(monitor, 2, adapter=Adapter(hash="new"))
@@ -167,5 +178,5 @@ def test_process_watches_a_bounded_number_and_says_once_what_it_leaves_out(monit
         answer(monitor, 1, task=task)
     assert [each[0].task for each in meter.counted] == ["a", "b", "a"]
     assert [record.getMessage() for record in caplog.records] == [
-        "Labels of base  c are not monitored: this process watches 2 adapters, versions and tasks already."
+        "Labels of base c are not monitored: this process watches 2 adapters, versions and tasks already."
     ]

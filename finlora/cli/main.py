@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A checkpoint and the end of a run wait for the next look of Ray Train at its workers, by default 2 s away.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     words = list(sys.argv[1:] if arguments is None else arguments)
 
     def run() -> None:

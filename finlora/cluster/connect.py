@@ -73,6 +73,7 @@ def connect(log_to_driver: bool) -> None:
             with hold_sigterm() as is_held, _without_sigterm_of_ray(is_held):
                 ray.init(log_to_driver=log_to_driver, runtime_env={"env_vars": worker_environment()})
             return
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # no cloud takes this machine alone back
         with without_hangup_for_children(), hold_sigterm() as is_held, _without_sigterm_of_ray(is_held):
             ray.init(
                 address="local",

@@ -74,7 +74,7 @@ def open_executor(
         return
     device = torch.device("cuda:0" if config.eval.device == "cuda" else "cpu")
     with quiet_bitsandbytes():
-        base = load_base(config.model, bits, device, config.seed, files=files)
+        base = load_base(config.model, bits, device, config.seed, files=files, is_bare=True)
         net, dtype = base.model, base.dtype
         span = range(net.config.num_hidden_layers)
         width = 2 * net.config.num_key_value_heads * net.config.head_dim * dtype.itemsize

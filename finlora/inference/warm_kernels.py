@@ -158,7 +158,7 @@ def _train(config: RunConfig, files: BaseFiles, bits: Bits, device: torch.device
 
 def _answer(config: RunConfig, files: BaseFiles, bits: Bits, device: torch.device) -> None:
     """Run micro-batches of all shapes."""
-    base = load_base(_plain(config, files), bits, device, config.seed, files=files)
+    base = load_base(_plain(config, files), bits, device, config.seed, files=files, is_bare=True)
     num_rows = choose_batch_rows(1) + _ODD_ROWS
     stage = Stage(base.model, range(_NUM_LAYERS), num_rows, base.dtype)
     warm_up(InProcess([stage]), num_rows, choose_batch_rows(1))

@@ -21,6 +21,7 @@ from torch import nn
 
 from finlora.config import Bits, ModelConfig
 from finlora.errors import ModelError, ResourceError
+from finlora.formula.bare_llama import BareLlama, Rotary
 from finlora.machine.kernel_folder import keep_kernels
 from finlora.model.base_cache import StoredBase, await_cache, find_cache, write_cache
 from finlora.model.base_files import BaseFiles, read_base_files
@@ -41,7 +42,7 @@ Int8Rows = tuple[torch.Tensor, torch.Tensor]
 class BaseModel:
     """A frozen base, its tokenizer, and the facts that an adapter is checked against."""
 
-    model: LlamaForCausalLM
+    model: LlamaForCausalLM | BareLlama
     tokenizer: PreTrainedTokenizerFast
     bits: Bits
     dtype: torch.dtype
@@ -77,6 +78,8 @@ def load_base(
     seed: int,
     span: range | None = None,
     files: BaseFiles | None = None,
+    *,
+    is_bare: bool = False,
 ) -> BaseModel:
     """Load the weights; every parameter is frozen and the model is in eval mode.
 
@@ -88,6 +91,7 @@ def load_base(
         span: decoder layers to load, with the embedding if it starts at 0, and norm and head if it ends at the last layer;
             everything else stays on the meta device. None: the whole model.
         files: of the base, if this process has found and checked them already; not changed. None: it does so here.
+        is_bare: only a stage takes the weights: the model has no forward pass (bare_llama.py), which is slow to import.
 
     Raises:
         ModelError: the files are not a complete Llama model, or a tensor is missing or has another shape.
@@ -102,7 +106,7 @@ def load_base(
         torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        net, is_cached, waited = _build_or_read(files, model, bits, device, seed, span)
+        net, is_cached, waited = _build_or_read(files, model, bits, device, seed, span, is_bare)
     except torch.cuda.OutOfMemoryError as error:
         raise ResourceError(
             f"out of GPU memory while loading {model.base} at {bits} bit ({error}): use fewer bits or a larger GPU."
@@ -212,22 +216,28 @@ def _is_in_span(name: str, span: range, num_layers: int, is_tied: bool) -> bool:
 
 
 def _build_or_read(
-    files: BaseFiles, model: ModelConfig, bits: Bits, device: torch.device, seed: int, span: range | None
-) -> tuple[LlamaForCausalLM, bool, float]:
+    files: BaseFiles,
+    model: ModelConfig,
+    bits: Bits,
+    device: torch.device,
+    seed: int,
+    span: range | None,
+    is_bare: bool,
+) -> tuple[LlamaForCausalLM | BareLlama, bool, float]:
     """Return the model, whether it was read from the cache, and the seconds waited for another process to write that."""
     source = files.source
     cache = find_cache(model, files, bits, _DTYPES[model.compute_dtype], device, seed)
     if cache is None or (span is not None and not cache.is_complete):  # part of a base is not worth caching
-        return _build(source, model, bits, device, seed, span, None), False, 0.0
+        return _build(source, model, bits, device, seed, span, None, is_bare), False, 0.0
     started = time.monotonic()
     with await_cache(cache) as is_written:
         waited = time.monotonic() - started
         if not is_written:
-            net = _build(source, model, bits, device, seed, span, None)
+            net = _build(source, model, bits, device, seed, span, None, is_bare)
             write_cache(cache, net)
             return net, False, waited
     with closing(StoredBase(cache, device)) as stored:
-        return _build(source, model, bits, device, seed, span, stored), True, waited
+        return _build(source, model, bits, device, seed, span, stored, is_bare), True, waited
 
 
 def _build(
@@ -238,17 +248,14 @@ def _build(
     seed: int,
     span: range | None,
     stored: StoredBase | None,
-) -> LlamaForCausalLM:
-    from transformers import LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
+    is_bare: bool,
+) -> LlamaForCausalLM | BareLlama:
     dtype = _DTYPES[model.compute_dtype]
     config = copy.deepcopy(source.config)  # the source is shared
     num_layers, is_tied = config.num_hidden_layers, config.tie_word_embeddings
     config._attn_implementation = model.attention
     config.dtype = dtype
-    with torch.device("meta"):
-        net = LlamaForCausalLM(config)
+    net, rotary = _make_empty(config, dtype, is_bare=is_bare)
     with _open_reader(source, device, dtype, seed) as read:
         for name, parameter in list(net.named_parameters()):
             owner_name, _, leaf = name.rpartition(".")
@@ -271,11 +278,23 @@ def _build(
             del weight
     if is_tied:
         net.lm_head.weight = net.model.embed_tokens.weight
-    net.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)
+    net.model.rotary_emb = rotary.to(device)
     net.name_or_path = net.config.name_or_path = model.base
     net.is_loaded_in_8bit, net.is_loaded_in_4bit = bits == 8, bits == 4  # PEFT chooses its layers by these
     net.requires_grad_(False)
     return net.eval()
+
+
+def _make_empty(config: Any, dtype: torch.dtype, *, is_bare: bool) -> tuple[Any, nn.Module]:
+    """Return a model without weights, and its rotary tables."""
+    if is_bare:
+        return BareLlama(config, dtype), Rotary(config)
+    from transformers import LlamaForCausalLM
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    with torch.device("meta"):
+        net = LlamaForCausalLM(config)
+    return net, LlamaRotaryEmbedding(config)
 
 
 @contextmanager

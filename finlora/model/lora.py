@@ -14,6 +14,7 @@ from finlora.errors import AdapterError
 from finlora.formula.llama import shape_of
 from finlora.formula.low_rank import peft_settings
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, find_sites, open_weights
+from finlora.model.quantised import import_bitsandbytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,6 +28,7 @@ def attach_lora(net: LlamaForCausalLM, lora: LoraConfig, base: str, seed: int) -
 
     Source: LoRA, arXiv:2106.09685, section 4.1.
     """
+    import_bitsandbytes()  # PEFT would import it with torch's compiler
     import peft
 
     torch.manual_seed(seed)  # A is sampled here: every worker must start from the same
@@ -74,6 +76,7 @@ def load_adapter(net: LlamaForCausalLM, folder: Path) -> PeftModel:
         AdapterError: the folder is missing or incomplete, is not plain LoRA, holds numbers that are not finite, or its
             tensors do not fit this base.
     """
+    import_bitsandbytes()
     from peft import PeftModel
 
     settings = check_adapter(folder)

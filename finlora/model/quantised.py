@@ -14,6 +14,14 @@ from torch import Tensor, nn
 
 from finlora.config import Bits
 from finlora.errors import ModelError
+from finlora.machine.torch_compiler import without_compiler
+
+
+def import_bitsandbytes() -> Any:
+    """Import bitsandbytes without torch's compiler: of what it would compile, nothing is used here."""
+    with without_compiler():
+        import bitsandbytes
+    return bitsandbytes
 
 
 def quantise(weight: Tensor, bits: Bits, dtype: torch.dtype) -> nn.Module:
@@ -23,7 +31,7 @@ def quantise(weight: Tensor, bits: Bits, dtype: torch.dtype) -> nn.Module:
         bits: 8 or 4.
         dtype: type of the activations.
     """
-    import bitsandbytes as bnb
+    bnb = import_bitsandbytes()
 
     if bits == 4:
         layer = _make_linear4(weight.shape, dtype)
@@ -65,7 +73,7 @@ def layer_from_tensors(
     tensors: Mapping[str, Tensor], shape: torch.Size, bits: Bits, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
     """Rebuild an (out, in) layer from `layer_to_tensors` on a device; its results are the same, bit for bit."""
-    import bitsandbytes as bnb
+    bnb = import_bitsandbytes()
 
     if bits == 4:
         layer = _make_linear4(shape, dtype)
@@ -76,7 +84,7 @@ def layer_from_tensors(
 
 
 def _make_linear4(shape: torch.Size, dtype: torch.dtype) -> nn.Module:
-    import bitsandbytes as bnb
+    bnb = import_bitsandbytes()
 
     num_out, num_in = shape
     layer: nn.Module = bnb.nn.Linear4bit(
@@ -86,7 +94,7 @@ def _make_linear4(shape: torch.Size, dtype: torch.dtype) -> nn.Module:
 
 
 def _make_linear8(quantised: Tensor, scales: Tensor) -> nn.Module:
-    import bitsandbytes as bnb
+    bnb = import_bitsandbytes()
 
     num_out, num_in = quantised.shape
     layer: nn.Module = bnb.nn.Linear8bitLt(

@@ -14,6 +14,7 @@ from finlora.configfile import show
 from finlora.errors import ModelError
 from finlora.formula.llama import EMBEDDING, HEAD, LlamaShape, shape_of
 from finlora.machine.model_hub import explain_hub, find_hub_problem
+from finlora.machine.torch_compiler import without_compiler
 from finlora.model.architecture import (
     StoredTensor,
     check_config,
@@ -134,7 +135,8 @@ def _resolve_folder(model: ModelConfig) -> tuple[Path, str | None]:
 
 
 def _read_config(folder: Path) -> LlamaConfig:
-    from transformers import LlamaConfig
+    with without_compiler():
+        from transformers import LlamaConfig
 
     path = folder / "config.json"
     try:

@@ -77,7 +77,7 @@ class StageActor:
         """Kept when closed: another stage may have the memory of one mapped."""
         self._token_links: dict[TokenTransport, TokenLink] = {}
         self.info: StageInfo | None = None
-        base = load_base(source, bits, self.device, seed, layers)
+        base = load_base(source, bits, self.device, seed, layers, is_bare=True)
         self.stage = Stage(base.model, layers, cache_rows, base.dtype, keep_unpacked=keep_unpacked)
         self.weights_gib = base.weights_gib
 

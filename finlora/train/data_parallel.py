@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,13 +21,27 @@ def choose_collectives(config: RunConfig) -> str:
     return "nccl" if config.train.device == "cuda" and config.train.gpus_per_worker >= 1 else "gloo"
 
 
+@contextlib.contextmanager
+def _without_module(name: str) -> Iterator[None]:
+    """Make a module that is not imported yet look not installed inside."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # importing it raises ModuleNotFoundError
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
 def make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Any:
     """Return DeepSpeed's engine at ZeRO stage 0. The caller scales the loss."""
     averages_itself = find_optimizer(config.optim.name).averages_gradients
     logging.getLogger("DeepSpeed").setLevel(
         logging.WARNING
     )  # before its first line, and again, since its import sets it
-    import deepspeed
+    with _without_module("mlflow"):  # DeepSpeed's autotuner imports it where it is installed, which takes seconds
+        import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed would compile its shared-memory collective with g++ (30 s); gloo does the same work.

@@ -150,11 +150,11 @@ def ask(
 
     settings = load_settings(config, overrides)
     chosen = choose_adapter(settings, adapter, base)
-    own = list_own_forms(task, chosen, Path(settings.data.dir))
+    resolved = read_base_files(settings.model)
+    own = list_own_forms(task, chosen, Path(settings.data.dir), resolved)
     question = make_question(task, read_content(text), about, own)
     sampling = Sampling(max_tokens=settings.eval.max_new_tokens, temperature=temperature, seed=seed)
     num_stages = settings.eval.num_stages if stages is None else stages
-    resolved = read_base_files(settings.model)
     if num_stages > 1:
         from finlora.cluster import connect
 

@@ -103,23 +103,22 @@ def ask(
     )
 
 
-def list_own_forms(task: str | None, adapter: Path | None, data: Path) -> dict[str, Form]:
-    """Return the forms of tasks of task files, where the task asked for is not built in: those that the adapter brings, and the
-    prepared task of that name.
+def list_own_forms(task: str | None, adapter: Path | None, data: Path, base: BaseFiles) -> dict[str, Form]:
+    """Return the forms of tasks of task files, where the task asked for is not built in: those that the adapter or a merged base
+    brings, and the prepared task of that name.
 
     Args:
         data: folder of prepared tasks.
 
     Raises:
-        AdapterError: the adapter's tasks cannot be read.
+        AdapterError: the tasks that it brings cannot be read.
         DatasetError: the prepared task is damaged, or asks something else than the adapter was trained on.
     """
     if task is None or task in FORMS:
         return {}
-    forms = {}
     contract = read_contract(adapter) if adapter is not None else None
-    if adapter is not None and contract is not None:
-        forms = {name: own.form for name, own in read_tasks(adapter, contract).items() if own.form is not None}
+    brought = base.tasks if adapter is None or contract is None else read_tasks(adapter, contract)
+    forms = {name: own.form for name, own in brought.items() if own.form is not None}
     if task not in forms and (data / task).is_dir():
         split = read_prepared(data, task, "test")
         if adapter is not None and contract is not None:

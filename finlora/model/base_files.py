@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from finlora.config import ModelConfig
 from finlora.data.chat_template import choose_date
+from finlora.data.task import Task
 from finlora.formula.llama import LlamaShape
-from finlora.model.contract import Contract
+from finlora.model.contract import Contract, read_merged_tasks
 from finlora.model.source import ModelSource, find_source, fingerprint_weights
 from finlora.model.tokenizer import hash_tokenizer, load_tokenizer, require_rows
 
@@ -46,6 +47,11 @@ class BaseFiles:
     @cached_property
     def tokenizer_hash(self) -> str:
         return hash_tokenizer(self.tokenizer)
+
+    @cached_property
+    def tasks(self) -> dict[str, Task]:
+        """Tasks of task files that a merged model brings; errors as `read_merged_tasks`."""
+        return read_merged_tasks(self.source.folder)
 
     def check_adapter(self, folder: Path, contract: Contract) -> str | None:
         """Refuse an adapter of another base, tokenizer, template or date; returns the date of its prompts.

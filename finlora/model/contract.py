@@ -29,6 +29,8 @@ from finlora.yamltext import parse_yaml, read_yaml
 
 CONTRACT_FILE = "finlora.yaml"
 TASKS_FILE = "tasks.yaml"
+MERGED_FILE = "merged.yaml"
+"""Record of base and adapter in the folder of a merged model."""
 _FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "config.yaml", TASKS_FILE)
 _VERSION = 4
 _WITHOUT_TASKS = 3
@@ -302,8 +304,32 @@ def read_tasks(folder: Path, contract: Contract) -> dict[str, Task]:
     Raises:
         AdapterError: tasks.yaml is missing, was changed, or is not of the contract's tasks.
     """
-    if not contract.tasks:
+    return _read_tasks(folder, contract.tasks) if contract.tasks else {}
+
+
+def read_merged_tasks(folder: Path) -> dict[str, Task]:
+    """Return the tasks that a merged model has from its adapter, by name; none of another base.
+
+    Raises:
+        AdapterError: merged.yaml or tasks.yaml cannot be read, or they do not belong together.
+    """
+    record = folder / MERGED_FILE
+    if not record.is_file() or not (folder / TASKS_FILE).is_file():  # merged before models brought tasks
         return {}
+    try:
+        tree = read_yaml(record, _MAX_TASKS_BYTES)
+        expected = {str(name): str(digest) for name, digest in tree["contract"]["tasks"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise AdapterError(f"{record} is not the record of a merge ({error}): merge again.") from error
+    return _read_tasks(folder, expected)
+
+
+def _read_tasks(folder: Path, expected: Mapping[str, str]) -> dict[str, Task]:
+    """Read tasks.yaml.
+
+    Args:
+        expected: task -> hash of what it asks.
+    """
     path = folder / TASKS_FILE
     try:
         check_file(path, _MAX_TASKS_BYTES)
@@ -314,7 +340,7 @@ def read_tasks(folder: Path, contract: Contract) -> dict[str, Task]:
     except (OSError, ValueError, yaml.YAMLError, ConfigError) as error:
         raise AdapterError(f"{path} does not hold a list of tasks ({error}): copy the adapter again.") from error
     found = {name: task.card_hash for name, task in tasks.items()}
-    if found != contract.tasks or any(name != task.name for name, task in tasks.items()):
+    if found != expected or any(name != task.name for name, task in tasks.items()):
         raise AdapterError(f"{path} holds other tasks than the adapter was trained on: copy the adapter again.")
     return tasks
 

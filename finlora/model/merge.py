@@ -1,12 +1,14 @@
 """Merge of an adapter into its 16-bit base, written as a Hugging Face folder that needs neither PEFT nor FinLoRA.
 
-The folder holds config.json, safetensors shards, the tokenizer and merged.yaml, the record of base and adapter.
-It is written under another name and renamed at the end, so an interrupted merge leaves no loadable folder.
+The folder holds config.json, safetensors shards, the tokenizer and merged.yaml, the record of base and adapter; also tasks.yaml
+if the adapter was trained on task files. It is written under another name and renamed at the end, so an interrupted merge leaves
+no loadable folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +25,9 @@ from finlora.machine.host import require_space
 from finlora.model.adapter_files import check_adapter, find_sites, open_weights, require_finite
 from finlora.model.base import BaseModel, load_base, write_plain
 from finlora.model.base_files import read_base_files
-from finlora.model.contract import Contract, read_contract
+from finlora.model.contract import MERGED_FILE, TASKS_FILE, Contract, read_contract, read_tasks
 from finlora.model.memory.fixed_memory import count_weight_bytes
 
-MERGED_FILE = "merged.yaml"
 _SPARE_BYTES = 64 * 2**20
 """Room for the tokenizer and the small files."""
 
@@ -139,6 +140,8 @@ def _write(base: BaseModel, contract: Contract, adapter: Path, output: Path) -> 
             "adapter": adapter.name if adapter.name != "adapter" else f"{adapter.parent.name}/adapter",
             "contract": dataclasses.asdict(contract),
         }
+        if read_tasks(adapter, contract):  # checked, then copied as it stands
+            shutil.copyfile(adapter / TASKS_FILE, staging / TASKS_FILE)
         (staging / MERGED_FILE).write_text(yaml.safe_dump(provenance, sort_keys=False), encoding="utf-8")
         follow_umask(staging)
         staging.replace(output)

@@ -92,7 +92,7 @@ def make_plan(
         AdapterError: the adapter is incomplete or was made for another base, tokenizer or template.
     """
     config = resolve_evaluation(config)
-    forms = {**FORMS, **list_own_forms(task, adapter, Path(config.data.dir))}
+    forms = {**FORMS, **list_own_forms(task, adapter, Path(config.data.dir), base)}
     if task is not None and task not in forms:
         task_named(task)  # raises with similar names
         raise ConfigError(f"task {task!r} cannot be asked: expected one of {', '.join(forms)}.")

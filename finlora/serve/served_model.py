@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finlora.config import Template
 from finlora.data.encode import end_token_id
+from finlora.data.question import Form
+from finlora.data.task import Task
 from finlora.engine.admission import Limits
 from finlora.engine.engine import EngineCore
 from finlora.engine.scheduler import Scheduler
@@ -38,6 +41,13 @@ class ServedBase:
     end_token_id: int
     max_tokens: int
     """Most tokens of prompt and answer together."""
+    tasks: Mapping[str, Task]
+    """Tasks of task files that a merged model brings."""
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """How a user asks its own tasks."""
+        return {name: task.form for name, task in self.tasks.items() if task.form is not None}
 
 
 def read_base(config: ServeConfig, files: BaseFiles | None = None) -> ServedBase:
@@ -60,6 +70,7 @@ def read_base(config: ServeConfig, files: BaseFiles | None = None) -> ServedBase
         tokenizer_hash=files.tokenizer_hash,
         end_token_id=end_token_id(files.tokenizer, config.model.template),
         max_tokens=longest,
+        tasks=files.tasks,
     )
 
 

@@ -34,6 +34,7 @@ from finlora.model.base import load_base
 from finlora.model.base_files import read_base_files
 from finlora.model.contract import CONTRACT_FILE, TASKS_FILE, make_contract, read_contract, write_contract, write_tasks
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
+from finlora.model.merge import export_merged
 from finlora.model.source import find_source, fingerprint_weights
 from finlora.model.tokenizer import load_tokenizer
 from finlora.stage.decode_graphs import StageGraphs
@@ -370,17 +371,29 @@ def test_changed_prompt_is_another_task(make_config, letters_adapter, tmp_path):
         run_evaluation(config, letters_adapter, quiet)
 
 
-def test_adapter_brings_its_task_and_a_changed_one_is_refused(letters_adapter, tmp_path):
-    own = list_own_forms("letters", letters_adapter, tmp_path / "nothing")
+def test_adapter_brings_its_task_and_a_changed_one_is_refused(make_config, letters_adapter, tmp_path):
+    base = read_base_files(make_config().model)
+    own = list_own_forms("letters", letters_adapter, tmp_path / "nothing", base)
     question = make_question("letters", "Dear bank", None, own)
     assert question.choices == ("bad", "good")
     assert question.prompt.startswith("Instruction: What is the tone? Please choose an answer from {bad/good}.")
-    assert list_own_forms("fpb", letters_adapter, tmp_path) == {}
+    assert list_own_forms("fpb", letters_adapter, tmp_path, base) == {}
     (letters_adapter / TASKS_FILE).write_text((letters_adapter / TASKS_FILE).read_text().replace("tone", "mood"))
     with pytest.raises(AdapterError, match="holds other tasks than the adapter was trained on"):
-        list_own_forms("letters", letters_adapter, tmp_path)
+        list_own_forms("letters", letters_adapter, tmp_path, base)
 
 
-def test_prepared_task_is_asked_of_the_base(tmp_path):
-    own = list_own_forms("letters", None, prepare_letters(tmp_path))
+def test_merged_model_brings_the_task_of_its_adapter(make_config, letters_adapter, tmp_path):
+    merged, model = tmp_path / "merged", make_config().model
+    export_merged(model, letters_adapter, merged, torch.device("cpu"), allow_other_bits=True)
+    files = read_base_files(dataclasses.replace(model, base=str(merged)))
+    own = list_own_forms("letters", None, tmp_path / "nothing", files)
+    assert make_question("letters", "Dear bank", None, own).choices == ("bad", "good")
+    (merged / TASKS_FILE).write_text((merged / TASKS_FILE).read_text().replace("tone", "mood"))
+    with pytest.raises(AdapterError, match="holds other tasks than the adapter was trained on"):
+        list_own_forms("letters", None, tmp_path, read_base_files(dataclasses.replace(model, base=str(merged))))
+
+
+def test_prepared_task_is_asked_of_the_base(make_config, tmp_path):
+    own = list_own_forms("letters", None, prepare_letters(tmp_path), read_base_files(make_config().model))
     assert make_question("letters", "Dear bank", None, own).choices == ("bad", "good")

@@ -49,7 +49,7 @@ class TaskList(BaseModel):
 @router.get("/v1/tasks", summary="List the tasks", responses=LOOKING_ERRORS)
 async def list_tasks(request: Request) -> TaskList:
     """List the questions that can be asked. Any model takes a built-in one; an adapter that was trained on a task file brings its
-    task along."""
+    task along, also into a model that it is merged into."""
     built_in = [_describe(name, form) for name, form in FORMS.items()]
     brought = server_of(request).list_own_tasks(key_of(request))
     own = [
@@ -140,12 +140,12 @@ def _describe(name: str, form: Form) -> TaskFacts:
 
 
 def _forms_of(server: Server, call: Call, task: str) -> dict[str, Form]:
-    """Return the tasks that a call's model can be asked: the built-in ones and those that its adapter brings.
+    """Return the tasks that a call's model can be asked: the built-in ones and those that its adapter or the merged base brings.
 
     Raises:
         RefusedError: another model brings the task.
     """
-    forms = {**FORMS, **(call.adapter.forms if call.adapter else {})}
+    forms = {**FORMS, **(call.adapter.forms if call.adapter else server.base.forms)}
     if task not in forms:
         models = [name for own, models in server.list_own_tasks(call.key) if own.name == task for name in models]
         if models:

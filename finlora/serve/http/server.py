@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 
 from finlora.data.encode import encode_asked, encode_choices
 from finlora.data.question import Question
@@ -65,20 +65,22 @@ class Server:
         self._ledger = Ledger(self.quota, meter, base.weights_hash, audit, has_texts=config.audit_texts)
 
     def list_own_tasks(self, key: KeyRecord) -> list[tuple[Task, list[str]]]:
-        """Return the tasks that adapters bring, each with the models that a key may ask it of.
+        """Return the tasks that adapters or a merged base bring, each with the models that a key may ask it of.
 
         An adapter that is refused brings none. Tasks of one name that ask different things stand one after the other.
         """
         found: dict[tuple[str, str | None], tuple[Task, list[str]]] = {}
-        for name in self.shelf.list_names():
-            if not key.may_use(name):
-                continue
-            try:
-                tasks = self.shelf.find(name).tasks.values()
-            except AdapterError:
-                continue
+
+        def add(tasks: Iterable[Task], model: str) -> None:
             for task in tasks:
-                found.setdefault((task.name, task.card_hash), (task, []))[1].append(f"{self.config.name}:{name}")
+                found.setdefault((task.name, task.card_hash), (task, []))[1].append(model)
+
+        if key.may_use(None):
+            add(self.base.tasks.values(), self.config.name)
+        for name in self.shelf.list_names():
+            if key.may_use(name):
+                with contextlib.suppress(AdapterError):
+                    add(self.shelf.find(name).tasks.values(), f"{self.config.name}:{name}")
         return [found[key] for key in sorted(found, key=str)]
 
     def list_models(self, key: KeyRecord) -> list[str]:

@@ -15,6 +15,7 @@ from finlora.data.grounding import find_quote
 from finlora.data.prompts import HEADLINE_QUESTIONS
 from finlora.data.sets.catalog import FORMS, make_question
 from finlora.data.taskfile.load import task_file_from_tree
+from finlora.data.taskfile.read import make_task
 from finlora.data.taskfile.record import hash_question, render_card
 from finlora.engine.request import Sampling
 from finlora.evaluate.calibration import calibrate_top
@@ -148,6 +149,15 @@ def test_adapter_brings_its_task_to_the_server(live, post, letters):
     words = "task 'letters' comes with the model tiny:letters, and tiny was asked: ask that model."
     assert (other.status, other.body["error"]["message"]) == (400, words)
     assert post("/v1/classify", {"model": "tiny:letters", "task": "leters", "text": "a"}).status == 400
+
+
+def test_merged_base_brings_its_task_to_the_server(live, post, monkeypatch):
+    task = make_task(task_file_from_tree(LETTERS))
+    monkeypatch.setattr(live.server, "base", dataclasses.replace(live.server.base, tasks={"letters": task}))
+    listed = {task["name"]: task for task in send(live.address, "/v1/tasks", live.keys["desk"]).body["data"]}
+    assert listed["letters"]["models"] == ["tiny"]
+    reply = post("/v1/classify", {"task": "letters", "text": "Dear bank"})
+    assert set(reply.body["results"][0]["probabilities"]) == {"bad", "good"}
 
 
 def test_text_of_an_adapters_task_is_generated_and_not_quoted(post, letters):

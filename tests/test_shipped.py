@@ -51,7 +51,7 @@ def test_config_loads_under_its_own_name(path):
 
 
 def test_each_row_of_the_paper_has_its_config():
-    assert sorted([*ROWS, *BEYOND, *PUBLIC, "demo-4bit-r4", "demo-real-4bit-r4"]) == sorted(
+    assert sorted([*ROWS, *BEYOND, *PUBLIC, "demo-4bit-r4", "demo-real-4bit-r4", "own-table-cpu"]) == sorted(
         path.stem for path in CONFIGS
     )
 

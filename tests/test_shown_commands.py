@@ -95,7 +95,7 @@ def test_documents_that_lead_somewhere_show_commands():
     leading = [name for name in DOCUMENTS if name.startswith("docs/reference/tasks/")]
     leading += [
         "README.md",
-        *(f"docs/tutorials/{page}.md" for page in ("first-run", "first-server")),
+        *(f"docs/tutorials/{page}.md" for page in ("first-run", "first-server", "own-table")),
         *(f"docs/how-to/{page}.md" for page in ("serve", "search")),
         *(f"docs/explanation/{page}.md" for page in ("life-of-a-run", "faults")),
     ]

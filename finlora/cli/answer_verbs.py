@@ -82,13 +82,14 @@ def evaluate(
             start.on_phase = lambda name: bars.do(describe_phase(name))
             results = run_evaluation(settings, chosen, bars.update, _print_reading, resolved, folder.answers, start)
         say(describe_start(results[0].start_seconds))
-    from finlora.report.write import show_results
+    from finlora.report.write import list_base_scores, show_results
 
+    shown = [*(list_base_scores(folder.results, results) if chosen is not None else ()), *results]
     try:
         for result in results:
             append_result(folder.results, result)
     finally:  # on a full disk the scores are at least shown
-        show_results(results, console)
+        show_results(shown, console)
     say(f"Appended to {folder.results}")
     if chosen is not None:
         from finlora.card.hub_readme import refresh_scores

@@ -60,28 +60,42 @@ def prefetch(
 
 @app.command(
     "new-task",
-    epilog="Examples:\n\n  finlora new-task letters.csv\n\n  finlora new-task export.jsonl --output tasks/letters.yaml",
+    epilog="Examples:\n\n  finlora new-task letters.csv\n\n  finlora new-task letters.csv --example\n\n"
+    "  finlora new-task complaints.csv --label department\n\n  finlora new-task export.jsonl --output tasks/letters.yaml",
 )
 def new_task(
     table: Annotated[Path, typer.Argument(help="Table to look at: csv, tsv, jsonl, json, parquet or arrow.")],
     output: Annotated[
         Path | None, typer.Option(help="Task file to write. Default: beside the table, with its name and .yaml.")
     ] = None,
+    label: Annotated[str | None, typer.Option(help="Column of the labels. Default: it is guessed.")] = None,
+    example: Annotated[
+        bool, typer.Option("--example", help="Write an example table first: generated letters to a bank, as CSV.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write a first task file for a table of your own: what was found in it, and what was guessed, marked as a guess."""
     from finlora.data.sets.catalog import TASKS
+    from finlora.data.taskfile.example_table import write_example
     from finlora.data.taskfile.first_file import write_first_file
     from finlora.durable import write_whole
 
     source = table.expanduser()
     target = resolve_output("--output ", output) if output is not None else source.with_suffix(".yaml")
-    if not source.is_file():
-        raise ConfigError(f"{source} is not a file: expected a table, as csv or jsonl.")
     if target.exists() and not overwrite:
         raise ConfigError(f"{target} is there already: pass --overwrite to replace it, or choose another --output.")
+    if example:
+        if source.suffix != ".csv" or source.exists():
+            found = "is there already" if source.exists() else "is not a CSV file"
+            raise ConfigError(f"{source} {found}: --example writes a new file, such as letters.csv.")
+        rows = write_example(require_output("", source, is_new=True))
+        say(f"Example table of {rows:,} generated letters written to {source}")
+    if not source.is_file():
+        raise ConfigError(
+            f"{source} is not a file: expected a table, as csv or jsonl. --example writes one of generated letters there."
+        )
     with open_bars(console, f"reading {source.name}"):
-        file = write_first_file(source, target.absolute().parent, list(TASKS))
+        file = write_first_file(source, target.absolute().parent, list(TASKS), label)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, file.text)
     for guess in file.guesses:

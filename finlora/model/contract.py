@@ -121,10 +121,12 @@ class Contract:
             f"{key} is {found[key]}, trained with {expected[key]}" for key in found if found[key] != expected[key]
         ]
         if differing:
+            is_template = len(differing) == 1 and template != self.template
+            hint = f" Set model.template={self.template}." if is_template else ""
             raise AdapterError(
-                f"{folder} was trained on {self.base} and does not fit here: {'; '.join(differing)}. Load the base, tokenizer "
-                f"and template it was trained with, or edit its {CONTRACT_FILE} (and remove its line `sha256`) if you know "
-                "that they are equal."
+                f"{folder} was trained on {self.base} and does not fit here: {'; '.join(differing)}.{hint} Load the base, "
+                f"tokenizer and template it was trained with, or edit its {CONTRACT_FILE} (and remove its line `sha256`) if you "
+                "know that they are equal."
             )
 
     def choose_date(self, folder: Path, base_date: str | None, wanted: str | None = None) -> str | None:

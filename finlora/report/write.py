@@ -28,7 +28,7 @@ from finlora.report.tables import (
     provenance_table,
     wire_table,
 )
-from finlora.results import Result
+from finlora.results import Result, read_results
 
 _TITLES = {
     "accuracy": "Accuracy",
@@ -42,6 +42,20 @@ _TITLES = {
 def show_results(results: Sequence[Result], console: Console) -> None:
     """Print scores, cost and traffic of these results."""
     _show(pair_results(results), console)
+
+
+def list_base_scores(path: Path, results: Sequence[Result]) -> list[Result]:
+    """Return the scores of a base in a results file on the same questions as these results. A damaged file gives none."""
+    asked = {(result.task, result.data_hash) for result in results}
+    try:
+        earlier = read_results(path) if path.exists() else []
+    except ResultError:
+        return []
+    return [
+        result
+        for result in earlier
+        if result.kind == "evaluation" and result.variant == "base" and (result.task, result.data_hash) in asked
+    ]
 
 
 def _show(paired: Paired, console: Console) -> None:

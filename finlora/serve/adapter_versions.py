@@ -2,6 +2,7 @@
 
 Layout of DIR:
     NAME/finlora.yaml ...        an adapter without versions
+    NAME/adapter/finlora.yaml    a run folder of `finlora train`: its adapter, without versions
     NAME/v1/ NAME/v2/ ...        an adapter's versions; the newest complete one is served
     NAME/current                 name of a version, written by a roll-back: this version is served instead
 
@@ -32,6 +33,8 @@ from finlora.serve.served_model import ServedBase
 from finlora.stage.adapter_weights import hash_adapter
 
 CURRENT_FILE = "current"
+RUN_ADAPTER = "adapter"
+"""Folder of the adapter in a run folder (finlora/train/run/run_folder.py)."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _VERSION = re.compile(r"v(\d{1,9})", re.ASCII)
 _MAX_CURRENT_BYTES = 64
@@ -87,7 +90,8 @@ class AdapterShelf:
         return sorted(
             entry.name
             for entry in self._folder.iterdir()
-            if _NAME.fullmatch(entry.name) and ((entry / CONTRACT_FILE).is_file() or _list_versions(entry))
+            if _NAME.fullmatch(entry.name)
+            and ((_find_unversioned(entry) / CONTRACT_FILE).is_file() or _list_versions(entry))
         )
 
     def describe_unserved(self) -> list[str]:
@@ -173,7 +177,7 @@ class AdapterShelf:
         elif version not in versions:
             there = ", ".join(versions) or "none, since it has no versions"
             raise AdapterError(f"adapter {name!r} has no version {version!r}: expected one of {there}.")
-        folder = home / version if version else home
+        folder = home / version if version else _find_unversioned(home)
         files = [folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG, folder / CONTRACT_FILE]
         if (folder / REFERENCE_FILE).exists():
             files.append(folder / REFERENCE_FILE)
@@ -245,6 +249,12 @@ class AdapterShelf:
             there = ", ".join(self.list_names()) or "none"
             raise AdapterError(f"there is no adapter {name!r}: expected one of {there}.")
         return self._folder / name
+
+
+def _find_unversioned(home: Path) -> Path:
+    """Return the folder of an adapter without versions: `home`, or `adapter` in it if `home` is a run folder."""
+    is_run = not (home / CONTRACT_FILE).is_file() and (home / RUN_ADAPTER / CONTRACT_FILE).is_file()
+    return home / RUN_ADAPTER if is_run else home
 
 
 def _list_versions(home: Path) -> list[str]:

@@ -95,8 +95,8 @@ class ServeConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     direct: DirectConfig = field(default_factory=DirectConfig)
     adapters_dir: str | None = None
-    """Folder of adapters. `DIR/NAME` is an adapter, or holds its versions `DIR/NAME/v1`, `v2` and so on. None: the base
-    alone."""
+    """Folder of adapters. `DIR/NAME` is an adapter, or a run folder of `finlora train`, or holds the adapter's versions
+    `DIR/NAME/v1`, `v2` and so on. None: the base alone."""
     require_approval: bool = False
     """Serve only adapters that `finlora approve` has approved as their files are now. Of an adapter with versions, the newest
     approved one is served."""

@@ -67,3 +67,22 @@ def test_new_task_writes_a_file_that_can_be_prepared(call, tmp_path):
     assert (code, "is there already: pass --overwrite" in said) == (2, True)
     code, _, said = call("new-task", tmp_path / "absent.csv", "--output", tmp_path / "b.yaml")
     assert (code, "is not a file: expected a table" in said) == (2, True)
+
+
+def test_new_task_writes_an_example_table_with_the_faults_of_a_real_one(call, tmp_path):
+    code, shown, _ = call("new-task", tmp_path / "letters.csv", "--example")
+    assert (code, "Example table of 720 generated letters" in shown) == (0, True)
+    table = (tmp_path / "letters.csv").read_bytes()
+    assert table.startswith(b"\xef\xbb\xbfletter_id,received,channel,letter,department\n")
+    code, shown, _ = call("prepare", "--task-file", tmp_path / "letters.yaml", "--dry-run")
+    shown = " ".join(shown.split())
+    assert (code, "Left out 5 of 720 rows without a text (textless: skip)." in shown) == (0, True)
+    assert all(f"{label} " in shown for label in ("cards", "fees", "loans", "online", "service"))
+    assert "8 rows repeat a text" in shown
+    code, _, said = call("new-task", tmp_path / "letters.csv", "--example", "--overwrite")
+    assert (code, "is there already: --example writes a new file" in said) == (2, True)
+    (tmp_path / "letters.csv").unlink()
+    call("new-task", tmp_path / "letters.csv", "--example", "--overwrite")
+    assert (tmp_path / "letters.csv").read_bytes() == table
+    code, _, said = call("new-task", tmp_path / "letters.json", "--example", "--output", tmp_path / "other.yaml")
+    assert (code, "is not a CSV file: --example writes a new file" in said) == (2, True)

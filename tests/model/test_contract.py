@@ -56,7 +56,7 @@ def test_own_base_is_accepted_at_any_bits_unless_bits_are_asked_for(contract, ba
             "raw",
             "does not fit here: tokenizer hash is beef, trained with {tokenizer_hash}[.] Load",
         ),
-        ({}, "chat", "does not fit here: template is chat, trained with raw[.] Load"),
+        ({}, "chat", "does not fit here: template is chat, trained with raw[.] Set model.template=raw[.] Load"),
         ({"weights_hash": "feed"}, "chat", "weights hash is feed, .*; template is chat, trained with raw[.] Load"),
     ],
 )

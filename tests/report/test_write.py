@@ -17,7 +17,8 @@ from finlora.report.pairing import pair_results
 from finlora.report.paper import PAPER
 from finlora.report.scores import score_table, segment_table
 from finlora.report.tables import cost_table, format_number, format_score, paper_tables, wire_table
-from finlora.report.write import render_report
+from finlora.report.write import list_base_scores, render_report
+from finlora.results import append_result
 
 METRICS = {
     f"{name}{end}": value
@@ -53,6 +54,23 @@ def test_score_row_has_accuracy_f1_strict_and_the_gain_over_its_base():
     score = "86.3 (84.3–87.3)"
     assert adapter == ("fpb", "4bit-r4", "Llama-3.1-8B-Instruct, 4bit-r4", "8", score, score, score, "+17.6")
     assert table.notes[-1].startswith("* Partial")
+
+
+def test_scores_of_the_base_on_the_same_questions_are_found(tmp_path):
+    path, adapter = tmp_path / "results.jsonl", make_evaluation()
+    assert list_base_scores(path, [adapter]) == []
+    base = make_evaluation(0.687, variant="base")
+    for result in (
+        adapter,
+        base,
+        make_evaluation(variant="base", task="ner"),
+        make_training(),
+        make_training(task="fpb"),
+    ):
+        append_result(path, result)
+    assert list_base_scores(path, [adapter]) == [base]
+    path.write_text("damaged")
+    assert list_base_scores(path, [adapter]) == []
 
 
 def test_score_of_numbers_has_the_share_within_the_tolerance():

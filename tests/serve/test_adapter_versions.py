@@ -73,6 +73,15 @@ def test_new_weights_in_the_same_folder_are_another_adapter(shelf, folder):
     assert after.engine_name != before.engine_name
 
 
+def test_run_folder_serves_its_adapter(shelf, folder):
+    (folder / "run" / "checkpoint").mkdir(parents=True)
+    assert "run" not in shelf.list_names()
+    shutil.copytree(folder / "plain", folder / "run" / "adapter")
+    assert shelf.list_names() == ["chatty", "good", "plain", "run"]
+    assert (shelf.find("run").version, shelf.find("run").folder) == (None, folder / "run" / "adapter")
+    assert shelf.find("run").hash == shelf.find("plain").hash
+
+
 @pytest.mark.parametrize(
     ("ask", "words"),
     [

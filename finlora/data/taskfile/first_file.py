@@ -14,13 +14,14 @@ from typing import Any
 from finlora.data.taskfile.items import read_time
 from finlora.data.taskfile.own_tables import as_text, read_table
 from finlora.data.taskfile.record import Kind, Preset
-from finlora.errors import DatasetError, counted
+from finlora.errors import ConfigError, DatasetError, counted
 
 _GUESS = "guess: "
 _MAX_LABELS = 100
 _HINTS = {
-    "label": "label|labels|class|category|categories|sentiment|tone|target|topic|topics|tag|tags|intent|rating|is_.*",
-    "id": "id|.*_id|uuid|key|number|no",
+    "label": "label|labels|class|category|categories|sentiment|tone|target|topic|topics|tag|tags|intent|rating|is_.*|"
+    "department|team|queue|reason|priority|urgency",
+    "id": "id|uuid|key|number|no|nr|ref|reference|.*_(id|number|no|nr|ref)",
     "group": "customer.*|client.*|account.*|company|issuer|ticker|filing|doc.*|user.*|thread.*|author",
     "time": ".*date.*|.*time.*|received|created.*|published.*|day|month",
     "weight": "weight|sample_weight|w",
@@ -58,6 +59,10 @@ class _Column:
     def has_few_values(self) -> bool:
         return 2 <= len(self.counts) <= min(_MAX_LABELS, max(2, self.num_rows // 4))
 
+    @property
+    def is_label(self) -> bool:
+        return self.has_few_values and self.mean_length < 40
+
     def has_name(self, kind: str) -> bool:
         return re.fullmatch(_HINTS[kind], self.name.strip().lower().replace(" ", "_")) is not None
 
@@ -80,14 +85,16 @@ class FirstFile:
         return "\n".join(self.lines) + "\n"
 
 
-def write_first_file(table: Path, folder: Path, taken: Sequence[str]) -> FirstFile:
+def write_first_file(table: Path, folder: Path, taken: Sequence[str], label: str | None = None) -> FirstFile:
     """Return the first task file of a table.
 
     Args:
         folder: of the task file; the table's path is relative to it.
         taken: names of other tasks.
+        label: column of the labels. None: it is guessed.
 
     Raises:
+        ConfigError: `label` is not a column of the table, or of an export that names its own.
         DatasetError: the table cannot be read, or has nothing to learn: no text column, or no labels and no answers.
     """
     rows = [fields for fields, _ in read_table(table)]
@@ -104,11 +111,28 @@ def write_first_file(table: Path, folder: Path, taken: Sequence[str]) -> FirstFi
     path = table.absolute()
     source = path.relative_to(folder.absolute()) if path.is_relative_to(folder.absolute()) else path
     preset = _find_preset(rows[0])
+    columns = [] if preset is not None else list(dict.fromkeys(key for row in rows[:100] for key in row))
+    if label is not None:
+        _require_label(label, columns, table.name, rows)
     if preset is not None:
         _describe_preset(file, preset, rows, str(source))
     else:
-        _describe_columns(file, table, rows, str(source))
+        _describe_columns(file, table, rows, str(source), label)
     return file
+
+
+def _require_label(name: str, columns: Sequence[str], table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    if name not in columns:
+        there = (
+            f"found {', '.join(columns)}"
+            if columns
+            else "it is a tool's export, whose preset says where the labels are"
+        )
+        raise ConfigError(f"--label {name}: {table} has no such column: {there}.")
+    if not 2 <= (number := len(_look_at(name, rows).counts)) <= _MAX_LABELS:
+        raise ConfigError(
+            f"--label {name}: found {counted(number, 'value')} in {table}, expected 2 to {_MAX_LABELS} labels."
+        )
 
 
 def _find_preset(row: Mapping[str, Any]) -> Preset | None:
@@ -187,22 +211,28 @@ def _list_preset_labels(preset: Preset, rows: Sequence[Mapping[str, Any]]) -> It
         yield from found
 
 
-def _describe_columns(file: FirstFile, table: Path, rows: Sequence[Mapping[str, Any]], source: str) -> None:
+def _describe_columns(
+    file: FirstFile, table: Path, rows: Sequence[Mapping[str, Any]], source: str, wanted: str | None
+) -> None:
     columns = {name: _look_at(name, rows) for name in dict.fromkeys(key for row in rows[:100] for key in row)}
     left = dict(columns)
 
     def take(column: _Column | None) -> _Column | None:
         return left.pop(column.name) if column is not None else None
 
-    text = take(_find_text(columns))
+    text = take(_find_text({name: column for name, column in columns.items() if name != wanted}))
     if text is None:
         raise DatasetError(f"{table.name}: no column holds texts: found {', '.join(columns)}.")
     question = take(_first(left, "question", lambda column: not column.is_number))
-    label = _first(left, "label", lambda column: column.has_few_values)
-    answer = _first(left, "answer", lambda column: not column.has_few_values)
+    label = left[wanted] if wanted else _first(left, "label", lambda column: column.has_few_values)
+    answer = None if wanted else _first(left, "answer", lambda column: not column.has_few_values)
+    is_hinted = label is not None
     if label is None and answer is None:
-        label = next((column for column in left.values() if column.has_few_values and column.mean_length < 40), None)
+        label = next((column for column in left.values() if column.is_label), None)
     take(label if label is not None else answer)
+    others = (
+        [] if wanted or is_hinted else [f"{each.name} ({len(each.counts)})" for each in left.values() if each.is_label]
+    )
     separator = None if label is None else _find_separator(label)
     kind = _choose_kind(label, answer, question, separator)
     if kind is None:
@@ -228,16 +258,18 @@ def _describe_columns(file: FirstFile, table: Path, rows: Sequence[Mapping[str, 
     }
     for key, column in {**named, "id": id_, "group": group, "time": time, "weight": weight}.items():
         if column is not None:
-            file.add(
-                f"  {key}: {_quote(column.name)}",
-                _GUESS + f"{len(column.counts):,} values, such as {_quote(column.values[0][:40])}",
-            )
+            comment = f"{len(column.counts):,} values, such as {_quote(column.values[0][:40])}"
+            if column is label and others:
+                comment += f"; or is it {', '.join(others[:5])}? Then: --label NAME --overwrite"
+            file.add(f"  {key}: {_quote(column.name)}", comment if column is label and wanted else _GUESS + comment)
     if segments:
         file.add(f"  segments: [{', '.join(map(_quote, segments))}]", _GUESS + "each value also gets its own score")
     if form is not None:
         file.add(f"time_format: {_quote(form)}", "found: no other order of day and month fits all rows")
     if separator is not None:
         file.add(f"separator: {_quote(separator)}", _GUESS + "it stands between labels")
+    if num_empty := len(rows) - len(text.values):
+        file.add("textless: skip", _GUESS + f"{counted(num_empty, 'row')} without a text, left out")
     if label is not None:
         counts = label.counts
         if separator is not None:
@@ -254,7 +286,7 @@ def _look_at(name: str, rows: Sequence[Mapping[str, Any]]) -> _Column:
     values = []
     for row in rows:
         value = row.get(name)
-        if not isinstance(value, list | tuple | Mapping) and (text := as_text(value)):
+        if not isinstance(value, list | tuple | Mapping) and (text := as_text(value)) and text.strip():
             values.append(text)
     return _Column(name=name, values=values, counts=Counter(values), num_rows=len(rows))
 
@@ -319,14 +351,20 @@ def _find_time(columns: Mapping[str, _Column]) -> tuple[_Column | None, str | No
 
 def _add_labels(file: FirstFile, counts: Mapping[str, int]) -> None:
     file.add("labels:", "found; in the order of the prompt; `value` is what the model answers")
-    for raw in sorted(counts):
-        value = raw.strip()
+    spellings: dict[str, list[str]] = {}
+    for raw in sorted(counts, key=lambda raw: (-counts[raw], raw)):  # the most frequent spelling names the label
+        spellings.setdefault(raw.strip().casefold(), []).append(raw)
+    for raws in sorted(spellings.values(), key=lambda raws: raws[0].strip()):
+        value = raws[0].strip()
         is_code = not re.search(r"[^\W\d_]{2}", value)
-        from_ = f", from: [{_quote(raw)}]" if is_code or raw != value else ""
-        comment = f"{counts[raw]:,} rows"
+        named = raws if is_code else [raw for raw in raws if raw != value]
+        from_ = f", from: [{', '.join(map(_quote, named))}]" if named else ""
+        comment = f"{sum(counts[raw] for raw in raws):,} rows"
+        if len(raws) > 1:
+            comment = f"{_GUESS}{len(raws)} spellings of one label; {comment}"
         file.add(
             f"  - {{value: {_quote(value)}{from_}}}",
-            f"{_GUESS}a code? Name it in words; {comment}" if is_code else comment,
+            f"{_GUESS}a code? Name it in words; {comment.removeprefix(_GUESS)}" if is_code else comment,
         )
 
 

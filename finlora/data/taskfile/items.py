@@ -49,7 +49,8 @@ class Item:
 
 
 def make_items(task: TaskFile, rows: Sequence[TableRow], notes: list[str]) -> list[Item]:
-    """Return an item for each row, in order. With `unlabelled: skip`, rows without a declared label are left out, with a note.
+    """Return an item for each row, in order. With `unlabelled: skip`, rows without a declared label are left out, with a note;
+    with `textless: skip`, rows without a text.
 
     Raises:
         ConfigError: a column is missing; suggests similar names.
@@ -62,7 +63,7 @@ def make_items(task: TaskFile, rows: Sequence[TableRow], notes: list[str]) -> li
     reader.raise_faults(len(rows))
     notes += reader.list_notes(len(rows))
     if not items:
-        raise DatasetError(f"{task.name}: none of {len(rows):,} rows has a declared label.")
+        raise DatasetError(f"{task.name}: none of {len(rows):,} rows has a text and a declared label.")
     if task.columns.id is not None:
         _require_unique([item.id or "" for item in items], task.columns.id)
     return items
@@ -123,15 +124,19 @@ class _Reader:
         self._meanings = {text: label.value for label in task.labels for text in (label.value, *label.from_)}
         self._unknown: Counter[str] = Counter()
         self._empty: list[str] = []
+        self._textless: list[str] = []
 
     def read(self, row: TableRow) -> Item | None:
-        """Return the item of a row. None: it has no declared label, and is counted."""
+        """Return the item of a row. None: it has no text or no declared label, and is counted."""
         task, columns = self._task, self._task.columns
         turns: tuple[Turn, ...] = ()
         if task.is_chat:
             turns = _read_turns(task, row)
             text = "\n".join(content for role, content in turns if role == "user")
         else:
+            if not (self._value(row, columns.text) or "").strip():
+                self._textless.append(row.source)
+                return None
             text = self._text(row, columns.text)
         about = self._text(row, columns.question) if columns.question else ""
         labels: frozenset[str] = frozenset()
@@ -164,6 +169,13 @@ class _Reader:
         )
 
     def raise_faults(self, num_rows: int) -> None:
+        if self._textless and self._task.textless == "error":
+            shown = ", ".join(source.rpartition(":")[2] for source in self._textless[:_MAX_SHOWN])
+            more = ", ..." if len(self._textless) > _MAX_SHOWN else ""
+            raise DatasetError(
+                f"{self._textless[0]}: column {self._task.columns.text} is empty, as in {len(self._textless):,} of {num_rows:,} "
+                f"rows ({shown}{more}). Fill it in, or set textless: skip to leave these rows out."
+            )
         if self._task.unlabelled == "skip":
             return
         if self._unknown:
@@ -183,6 +195,8 @@ class _Reader:
 
     def list_notes(self, num_rows: int) -> list[str]:
         notes = []
+        if self._textless:
+            notes.append(f"Left out {len(self._textless):,} of {num_rows:,} rows without a text (textless: skip).")
         if self._unknown:
             shown = ", ".join(f"{value!r} {count:,}" for value, count in self._unknown.most_common(_MAX_SHOWN))
             total = sum(self._unknown.values())

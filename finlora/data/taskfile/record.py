@@ -158,6 +158,8 @@ class TaskFile:
     """Labels, in the order in which prompt and tables list them; at a tie the first one wins."""
     unlabelled: Literal["error", "skip"] = "error"
     """Treatment of a row without a declared label: `skip` leaves it out and counts it."""
+    textless: Literal["error", "skip"] = "error"
+    """Treatment of a row whose `columns.text` is empty: `skip` leaves it out and counts it."""
     separator: str = "|"
     """Kind multi: text between two labels."""
     time_format: str | None = None

@@ -10,15 +10,15 @@ from letters import make_rows
 from finlora.data.taskfile.first_file import write_first_file
 from finlora.data.taskfile.load import load_task_file
 from finlora.data.taskfile.read import open_task_file
-from finlora.errors import DatasetError
+from finlora.errors import ConfigError, DatasetError
 
 
 @pytest.fixture
 def guess(write_rows, tmp_path):
     """Return the first task file of a table, read back, and its guesses."""
 
-    def look(rows, name="rows.csv"):
-        file = write_first_file(write_rows(rows, name), tmp_path, ["fpb"])
+    def look(rows, name="rows.csv", label=None):
+        file = write_first_file(write_rows(rows, name), tmp_path, ["fpb"], label)
         (tmp_path / "first.yaml").write_text(file.text, encoding="utf-8")
         return load_task_file(tmp_path / "first.yaml"), file
 
@@ -105,6 +105,43 @@ def test_labels_with_blanks_are_mapped_and_empty_ones_skipped(guess):
     task, _ = guess(rows)
     assert task.unlabelled == "skip"
     assert any(label.value == "good" and label.from_ == (" good",) for label in task.labels)
+
+
+def test_spellings_of_one_label_are_one_label_named_by_the_most_frequent(guess):
+    rows = make_rows(20)
+    for row in rows:
+        row["label"] = "good" if row["label"] == "1" else "bad"
+    rows[1]["label"], rows[3]["label"] = " GOOD ", "Good"
+    task, file = guess(rows)
+    assert [(label.value, label.from_) for label in task.labels] == [("bad", ()), ("good", (" GOOD ", "Good"))]
+    assert '"good": 3 spellings of one label; 10 rows' in " ".join(file.guesses).replace(", from", "")
+
+
+def test_rows_without_a_text_are_skipped_with_their_number(guess, read_task):
+    rows = make_rows(20)
+    rows[3]["text"] = rows[9]["text"] = " "
+    task, file = guess(rows)
+    assert task.textless == "skip"
+    assert "textless: 2 rows without a text, left out" in file.guesses
+
+
+def test_label_column_is_chosen_or_guessed_and_the_others_are_named(guess):
+    rows = make_rows(40, desk=lambda row: "NS"[row % 2], answered=lambda row: ("soon", "late", "never")[row % 3])
+    rows = [{key: value for key, value in row.items() if key != "label"} for row in rows]
+    task, file = guess(rows)
+    assert task.columns.label == "desk"
+    assert any("or is it answered (3)? Then: --label NAME --overwrite" in line for line in file.guesses)
+    task, file = guess(rows, label="answered")
+    assert (task.columns.label, task.choices) == ("answered", ("late", "never", "soon"))
+    assert not any(line.startswith("label: ") for line in file.guesses)
+    with pytest.raises(ConfigError, match=r"--label answer: rows.csv has no such column: found text, desk, answered"):
+        guess(rows, label="answer")
+    rows = [{**row, "code": str(number)} for number, row in enumerate(make_rows(120))]
+    with pytest.raises(ConfigError, match=r"--label code: found 120 values in rows.csv, expected 2 to 100 labels"):
+        guess(rows, label="code")
+    export = {"instruction": "a", "input": "", "output": "b"}
+    with pytest.raises(ConfigError, match=r"has no such column: it is a tool's export"):
+        guess([export], "rows.jsonl", label="output")
 
 
 def test_columns_inside_an_export_are_named(guess):

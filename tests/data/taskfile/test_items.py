@@ -50,6 +50,19 @@ def test_empty_label_is_reported_with_its_row(write_rows, read_task):
     assert any("Left out 1 of 10 rows without a label" in note for note in read_task(unlabelled="skip").notes)
 
 
+def test_empty_texts_are_reported_together_or_left_out(write_rows, read_task):
+    rows = make_rows(10)
+    rows[2]["text"], rows[6]["text"] = "", " "
+    write_rows(rows)
+    with pytest.raises(
+        DatasetError, match=r"rows.csv:4: column text is empty, as in 2 of 10 rows \(4, 8\).*or set textless: skip"
+    ):
+        read_task()
+    splits = read_task(textless="skip")
+    assert len(splits.train) + len(splits.test) == 8
+    assert "Left out 2 of 10 rows without a text (textless: skip)." in splits.notes
+
+
 def test_na_null_and_none_are_labels(write_rows, read_task):
     write_rows([{**row, "label": ("NA", "null", "None")[number % 3]} for number, row in enumerate(make_rows(30))])
     splits = read_task(labels=["NA", "null", "None"])

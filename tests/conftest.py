@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from warm_workers import forking_workers
 
 from finlora.config import RunConfig
 from finlora.configfile import load_config
@@ -196,9 +197,11 @@ def ray_instance() -> Iterator[None]:
             patch.setenv(key, value)
         from finlora.cluster import connect
 
-        connect.connect(log_to_driver=False)
-        import ray
+        with forking_workers(folder) as wait_for_workers:
+            connect.connect(log_to_driver=False)
+            wait_for_workers()
+            import ray
 
-        yield
-        ray.shutdown()
+            yield
+            ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

@@ -159,8 +159,9 @@ def reproduced(ray_instance, tiny_base, prepared_fpb, tmp_path_factory):
     output, lines = tmp_path_factory.mktemp("reproduce"), []
     overrides = [
         *("model.compute_dtype=float32", "model.template=raw", f"data.dir={prepared_fpb}", "train.device=cpu"),
-        *("train.precision=fp32", "train.global_batch_size=8", "train.epochs=200", "train.max_steps=300"),
-        *("eval.device=cpu", "data.max_train_examples=16", "data.max_test_examples=12", "max_wait_s=60"),
+        # Enough steps for the stop to come between, small ones, and few ends of epochs with their checkpoints.
+        *("train.precision=fp32", "train.global_batch_size=2", "train.epochs=200", "train.max_steps=300"),
+        *("eval.device=cpu", "data.max_train_examples=240", "data.max_test_examples=12", "max_wait_s=60"),
     ]
 
     def plan(only, folder=output):
@@ -172,7 +173,9 @@ def reproduced(ray_instance, tiny_base, prepared_fpb, tmp_path_factory):
         if any(at_once.has_begun(step) for step in both):
             (output / "stop").write_text("--minutes")
 
-    stopped = run_plan(both, output, lines.append, at_once=2, on_progress=stop_when_one_has_begun)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(at_once, "_POLL_S", 0.1)  # so that the stop comes early in the training
+        stopped = run_plan(both, output, lines.append, at_once=2, on_progress=stop_when_one_has_begun)
     free_orphans()  # of killed steps; a command's end frees them
     saved = next(outcome.name for outcome in stopped.outcomes if "which is saved" in outcome.cause)
 

@@ -14,7 +14,7 @@ from pretend_server import KEY, Script, serving
 
 if TYPE_CHECKING:
     from openai import OpenAI
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, BrowserContext, Page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # Without these switches a browser contacts its maker's servers at each start.
@@ -65,10 +65,16 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def context(browser) -> Iterator[BrowserContext]:
+    """One window for all pages of a module: a new one costs a second. Each page is a tab of its own, at a port of its own."""
+    with browser.new_context() as context:
+        yield context
+
+
 @pytest.fixture
-def page(browser, address) -> Iterator[Page]:
+def page(context, address) -> Iterator[Page]:
     """The page before the key is typed. Checks at the end that it had no error and contacted no other server."""
-    context = browser.new_context()
     page = context.new_page()
     page.set_default_timeout(WAIT_MS)
     errors, strangers = [], []
@@ -77,7 +83,8 @@ def page(browser, address) -> Iterator[Page]:
     page.on("request", lambda request: strangers.append(request.url) if not request.url.startswith(address) else None)
     page.goto(address)
     yield page
-    context.close()
+    context.set_offline(False)
+    page.close()
     assert errors == []
     assert strangers == []
 

@@ -111,33 +111,35 @@ def test_escape_cancels_the_request_and_keeps_the_text(desk, script):
     expect(desk.get_by_role("button", name="Stop")).to_be_hidden()
 
 
-@pytest.mark.parametrize("last", ["", 'data: {"error": {"message": "stage 2 crashed"}}\n\n'])
-def test_incomplete_stream_is_an_error(desk, script, last):
-    script.pieces, script.last_event = ["Half an ans"], last
-    ask(desk, "Explain.", task="")
-    expect(desk.locator(".failure")).to_contain_text("The answer is incomplete.")
-    expect(desk.locator(".failure")).to_contain_text("stage 2 crashed" if last else "Ask again")
-    expect(desk.locator(".stream")).to_have_text("Half an ans")
+def test_incomplete_stream_is_an_error(desk, script):
+    ends = {"": "Ask again", 'data: {"error": {"message": "stage 2 crashed"}}\n\n': "stage 2 crashed"}
+    for number, (last, advice) in enumerate(ends.items()):
+        script.pieces, script.last_event = [f"Half an ans {number}"], last
+        ask(desk, "Explain.", task="")
+        expect(desk.locator(".stream")).to_have_text(f"Half an ans {number}")
+        expect(desk.locator(".failure")).to_contain_text("The answer is incomplete.")
+        expect(desk.locator(".failure")).to_contain_text(advice)
 
 
-@pytest.mark.parametrize(
-    ("status", "title", "advice"),
-    [
-        (403, "This key may not do that.", "Choose another model"),
-        (413, "The text is too long for this server.", "Shorten it"),
-        (400, "The question is not valid.", "Correct what the server names below"),
-        (422, "This adapter cannot be used.", "Choose another model"),
-        (500, "The server failed on this question.", "give the request id to the administrator"),
-        (503, "The model cannot answer now.", "Try again shortly"),
-    ],
-)
-def test_error_says_what_happened_and_what_to_do(desk, script, status, title, advice):
-    script.failures["/v1/classify"] = (status, "words of the server", {})
-    ask(desk, task="fpb")
-    expect(desk.get_by_role("heading", name=title)).to_be_visible()
-    for words in (advice, "words of the server", "req-0123456789"):
-        expect(desk.locator(".failure")).to_contain_text(words)
-    assert desk.get_by_role("button", name="Try again").count() == (1 if status >= 500 else 0)
+ERRORS = [
+    (403, "This key may not do that.", "Choose another model"),
+    (413, "The text is too long for this server.", "Shorten it"),
+    (400, "The question is not valid.", "Correct what the server names below"),
+    (422, "This adapter cannot be used.", "Choose another model"),
+    (500, "The server failed on this question.", "give the request id to the administrator"),
+    (503, "The model cannot answer now.", "Try again shortly"),
+]
+"""Status, title of the page, and its advice."""
+
+
+def test_error_says_what_happened_and_what_to_do(desk, script):
+    for status, title, advice in ERRORS:
+        script.failures["/v1/classify"] = (status, f"words of the server at {status}", {})
+        ask(desk, task="fpb")
+        expect(desk.get_by_role("heading", name=title)).to_be_visible()
+        for words in (advice, f"words of the server at {status}", "req-0123456789"):
+            expect(desk.locator(".failure")).to_contain_text(words)
+        assert desk.get_by_role("button", name="Try again").count() == (1 if status >= 500 else 0)
 
 
 def test_retry_button_counts_down_after_a_429(desk, script):

@@ -14,7 +14,7 @@ from pretend_server import KEY, Script, serving
 
 if TYPE_CHECKING:
     from openai import OpenAI
-    from playwright.sync_api import Browser, BrowserContext, Page
+    from playwright.sync_api import Browser, Page
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 # Without these switches a browser contacts its maker's servers at each start.
@@ -66,27 +66,37 @@ def browser() -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def context(browser) -> Iterator[BrowserContext]:
-    """One window for all pages of a module: a new one costs a second. Each page is a tab of its own, at a port of its own."""
+def tab(browser) -> Iterator[Page]:
+    """One tab for all pages of a module: the browser starts two processes for each new one."""
     with browser.new_context() as context:
-        yield context
+        yield context.new_page()
 
 
 @pytest.fixture
-def page(context, address) -> Iterator[Page]:
-    """The page before the key is typed. Checks at the end that it had no error and contacted no other server."""
-    page = context.new_page()
-    page.set_default_timeout(WAIT_MS)
+def page(tab, address) -> Iterator[Page]:
+    """The page before the key is typed. Checks at the end that it had no error and contacted no other server.
+
+    Each test has a server at a port of its own, so an origin of its own: nothing that the tab stored for another is there.
+    """
+    tab.set_default_timeout(WAIT_MS)
     errors, strangers = [], []
-    page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda line: errors.append(line.text) if "Content Security Policy" in line.text else None)
-    page.on("request", lambda request: strangers.append(request.url) if not request.url.startswith(address) else None)
-    page.goto(address)
-    yield page
-    context.set_offline(False)
-    page.close()
+    listeners = {
+        "pageerror": lambda error: errors.append(str(error)),
+        "console": lambda line: errors.append(line.text) if "Content Security Policy" in line.text else None,
+        "request": lambda request: None if request.url.startswith(address) else strangers.append(request.url),
+    }
+    for event, listener in listeners.items():
+        tab.on(event, listener)
+    tab.goto(address)
+    yield tab
+    tab.context.set_offline(False)
+    tab.goto("about:blank")  # closes its connections
+    for event, listener in listeners.items():
+        tab.remove_listener(event, listener)
+    tab.emulate_media(color_scheme="null", reduced_motion="null")
+    tab.set_viewport_size({"width": 1280, "height": 720})  # Playwright's default
     assert errors == []
-    assert strangers == []
+    assert [url for url in strangers if url != "about:blank"] == []
 
 
 @pytest.fixture

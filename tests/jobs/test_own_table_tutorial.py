@@ -22,7 +22,7 @@ from shown_commands import DOCUMENTS, ROOT, shown_lines
 pytestmark = pytest.mark.ray
 PAGE = "docs/tutorials/own-table.md"
 FEWER = {
-    "train": ("data.max_train_examples=32", "train.epochs=1"),
+    "train": ("data.max_train_examples=32", "train.epochs=1", "train.num_workers=1"),
     "evaluate": ("data.max_test_examples=8",),
 }
 """Settings after the shown ones, by verb."""

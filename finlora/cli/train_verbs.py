@@ -98,14 +98,15 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
         )
         return
     from finlora.cluster import connect
-    from finlora.doctor.examine import require_inputs
+    from finlora.doctor.examine import start_inputs
 
     start = StartClock("imports", find_process_start())
     connect.prepare()
-    base = require_inputs(settings, splits=("train",))
+    inputs = start_inputs(settings, splits=("train",))
     start.enter("Ray")
     connect.connect(log_to_driver=False)
     start.enter("imports")
+    base = inputs.result()
     from finlora.train.worker import run_training  # imports Ray, which must come after the connection's settings
 
     with (

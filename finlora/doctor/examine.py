@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ from finlora.errors import ConfigError, FinloraError, ResourceError, counted
 if TYPE_CHECKING:
     from finlora.data.sets.prepared import SplitName
     from finlora.model.base_files import BaseFiles
+
+_AT_ONCE_S = 0.3
+"""Seconds in which a base that is not there is found missing."""
 
 
 def examine(
@@ -77,6 +81,26 @@ def require_inputs(config: RunConfig, *, splits: tuple[SplitName, ...]) -> BaseF
         for split in splits:
             require_split(Path(config.data.dir), task, split)
     return read_base_files(config.model)
+
+
+def start_inputs(config: RunConfig, *, splits: tuple[SplitName, ...]) -> Future[BaseFiles]:
+    """As `require_inputs`, whose slow part, the base with its libraries, goes on in a thread, as while Ray starts.
+
+    Raises:
+        FinloraError: as `require_inputs`, for what is found at once; the future raises the rest.
+    """
+    from finlora.data.sets.prepared import require_split
+
+    require_output_folder(config)
+    for task in config.data.tasks:
+        for split in splits:
+            require_split(Path(config.data.dir), task, split)
+    pool = ThreadPoolExecutor(1, "inputs")
+    future = pool.submit(require_inputs, config, splits=splits)
+    pool.shutdown(wait=False)
+    if wait([future], _AT_ONCE_S).done:
+        future.result()
+    return future
 
 
 def require_output_folder(config: RunConfig) -> None:

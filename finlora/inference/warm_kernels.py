@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -117,10 +116,14 @@ def shorten(files: BaseFiles) -> BaseFiles:
 
 def list_facts(device: torch.device) -> dict[str, str]:
     """Return what must be the same on a machine that the folder of kernels is copied to."""
+    import triton
+
     major, minor = torch.cuda.get_device_capability(device)
+    # Not from the packages' metadata, which a job's working directory lacks.
     return {
         "compute capability": f"{major}.{minor}",
-        **{package: importlib.metadata.version(package) for package in ("torch", "triton", "finlora")},
+        "torch": str(torch.__version__),
+        "triton": str(triton.__version__),
     }
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 
 from finlora.cli.main import main
 from finlora.config import RunConfig
 from finlora.configfile import save_config
-from finlora.doctor.examine import count_wanted, require_inputs
-from finlora.errors import ConfigError, DatasetError
+from finlora.doctor import examine
+from finlora.doctor.examine import count_wanted, require_inputs, start_inputs
+from finlora.errors import ConfigError, DatasetError, ModelError
+from finlora.model import base_files
 
 
 @pytest.fixture
@@ -92,3 +95,27 @@ def test_each_node_of_a_cluster_is_looked_at(ray_instance, make_config, tmp_path
     assert abs(node.skew_s) < 5
     assert list(node.missing) == [str(tmp_path / "absent")]
     assert {disk.path for disk in node.disks} >= {str(tmp_path)}
+
+
+def test_inputs_are_refused_at_once_or_by_the_future(make_config, prepared_synthetic, tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match="is neither a folder here nor a hub id"):
+        start_inputs(make_config("model.base=nothing/of/it"), splits=("train",))
+    with pytest.raises(DatasetError):
+        start_inputs(make_config(f"data.dir={tmp_path}"), splits=("train",))
+    waits, folder = threading.Event(), tmp_path / "empty"
+    folder.mkdir()
+    read = base_files.read_base_files
+
+    def read_late(model):
+        waits.wait(20)
+        return read(model)
+
+    monkeypatch.setattr(base_files, "read_base_files", read_late)
+    monkeypatch.setattr(examine, "_AT_ONCE_S", 0.01)
+    late = start_inputs(make_config(f"model.base={folder}"), splits=("train",))
+    good = start_inputs(make_config(), splits=("train",))
+    assert not late.done()
+    waits.set()
+    with pytest.raises(ModelError, match=r"has no config.json"):
+        late.result(60)
+    assert good.result(60).tokenizer is not None

@@ -18,6 +18,8 @@ _NUMBERS = 2048
 _MOST_COLUMNS = 1024
 _MOST_PARTS = 64
 """Parts of the rows that outliers are sought in at a time."""
+_SOUGHT_ROWS, _SOUGHT_COLUMNS = 16, 512
+"""Rows and columns that a program reads at a time to find outliers: enough loads in flight."""
 
 
 @triton.jit(do_not_specialize=["num_rows", "part_rows"])
@@ -101,11 +103,13 @@ def find_outliers_rows(x: Tensor, least: float) -> Tensor:
     """As `finlora.model.layers.frozen_linear._find_outliers`, for magnitudes of at least `least`."""
     x = x.contiguous()
     num_rows, num_columns = x.shape
-    (_, num_blocks), sizes = lay_out(num_rows, num_columns)
-    part_rows = max(sizes["ROWS"], triton.cdiv(num_rows, _MOST_PARTS))
+    block = min(_SOUGHT_COLUMNS, triton.next_power_of_2(num_columns))
+    part_rows = max(_SOUGHT_ROWS, triton.cdiv(num_rows, _MOST_PARTS))
     num_parts = triton.cdiv(num_rows, part_rows)
     out = torch.empty(num_parts, num_columns, dtype=torch.float16, device=x.device)
-    _find_outliers[(num_blocks, num_parts)](x, out, num_rows, num_columns, part_rows, least, **sizes)
+    _find_outliers[(triton.cdiv(num_columns, block), num_parts)](
+        x, out, num_rows, num_columns, part_rows, least, ROWS=_SOUGHT_ROWS, BLOCK=block, num_warps=4
+    )
     return out.amax(0) if num_parts > 1 else out[0]
 
 

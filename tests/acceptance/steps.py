@@ -50,6 +50,7 @@ STEPS: tuple[Step, ...] = (
     _step("train-again", training.train_again, needs="train-main"),
     _step("plan", training.plan, needs_ray=False),
     _step("doctor", training.doctor),
+    _step("warm", training.warm, makes="kernels", needs_ray=False),
     _step("job", searching.submit_job),
     _step("own-table", preparing.own_table, needs="", makes="own", needs_ray=False),
     _step("prefetch", preparing.prefetch, needs="", makes="mirror", needs_ray=False),

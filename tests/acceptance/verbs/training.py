@@ -50,6 +50,21 @@ def plan(tools: Tools) -> None:
     checks.contains("two wrong settings at once", "2 settings are wrong", done.text)
 
 
+def warm(tools: Tools) -> None:
+    """Compile the base's kernels into a folder of their own, and nothing the second time; without a GPU it is refused."""
+    walk, checks = tools.walk, tools.checks
+    if walk.device != "cuda":
+        alone = {"CUDA_VISIBLE_DEVICES": ""}
+        done = tools.finlora("warm", "--config", walk.config, code=5, environment=alone)
+        checks.contains("no GPU", "torch sees no GPU here", done.text)
+        return
+    own = {"TRITON_CACHE_DIR": str(walk.output / "kernels")}
+    first = tools.finlora("warm", "--config", walk.config, environment=own)
+    checks.equal("uses of the base that were compiled", 6, first.text.count(" kernels compiled in "))
+    again = tools.finlora("warm", "--config", walk.config, environment=own)
+    checks.equal("uses compiled before", 6, again.text.count(": compiled before"))
+
+
 def train_main(tools: Tools) -> None:
     """Train the adapter that other steps evaluate, ask and serve."""
     walk, checks = tools.walk, tools.checks

@@ -69,7 +69,6 @@ CRUMBS = {
     "model.memory.peak": "training and stages measure alike; forecasts import no torch",
     "engine.interface": "evaluation imports the engine's interface, but no engine",
     "data.example": "the record that every room passes on, without an import",
-    "machine.torch_compiler": "imports of several rooms are wrapped in it",
     "model.kernels.launch": "asked by layers, which import no kernel before they launch one",
     "model.kernels.rms_norm": "a kernel a file",
     "train.run.failure": "raised by workers and read by drivers",

@@ -23,6 +23,7 @@ from finlora.cli.app import (
     say,
 )
 from finlora.errors import ConfigError
+from finlora.machine.lean_imports import lean_imports
 from finlora.machine.start_clock import StartClock, describe_phase, describe_start, find_process_start
 from finlora.terminal import open_bars
 
@@ -48,8 +49,9 @@ def evaluate(
     start = StartClock("imports", find_process_start())
     settings = load_settings(config, overrides)
     chosen, folder = choose_adapter(settings, adapter, base), RunFolder(Path(settings.output_dir) / settings.name)
-    from finlora.evaluate.evaluation import check_evaluation, run_evaluation
-    from finlora.model.base_files import read_base_files
+    with lean_imports():
+        from finlora.evaluate.evaluation import check_evaluation, run_evaluation
+        from finlora.model.base_files import read_base_files
 
     resolved = read_base_files(settings.model)
     say(check_evaluation(settings, resolved, chosen))
@@ -142,12 +144,13 @@ def ask(
             )
         _ask_server(server, model, task, read_content(text), about, temperature, seed)
         return
-    from finlora.engine.request import Sampling
-    from finlora.inference.ask import ask as ask_engine
-    from finlora.inference.ask import list_own_forms
-    from finlora.model.base_files import read_base_files
-    from finlora.model.contract import read_contract
-    from finlora.terminal import show_reply
+    with lean_imports():
+        from finlora.engine.request import Sampling
+        from finlora.inference.ask import ask as ask_engine
+        from finlora.inference.ask import list_own_forms
+        from finlora.model.base_files import read_base_files
+        from finlora.model.contract import read_contract
+        from finlora.terminal import show_reply
 
     settings = load_settings(config, overrides)
     chosen = choose_adapter(settings, adapter, base)

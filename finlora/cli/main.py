@@ -5,6 +5,8 @@ Heavy packages are imported inside the verbs, so that help and mistakes answer a
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -64,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         with end_in_order():
             app(args=words, standalone_mode=True)
 
+    # The interpreter would look for garbage in all modules before it ends, which takes a second once torch is imported.
+    atexit.register(gc.freeze)
     soften_output()
     exit_with(run)
 

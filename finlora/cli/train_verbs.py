@@ -21,6 +21,7 @@ from finlora.cli.app import (
 )
 from finlora.errors import ConfigError
 from finlora.machine.host import require_output
+from finlora.machine.lean_imports import lean_imports
 from finlora.machine.start_clock import StartClock, find_process_start
 from finlora.results import Result
 from finlora.terminal import describe_duration, describe_times, open_bars, polling
@@ -107,7 +108,8 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
     connect.connect(log_to_driver=False)
     start.enter("imports")
     base = inputs.result()
-    from finlora.train.worker import run_training  # imports Ray, which must come after the connection's settings
+    with lean_imports():
+        from finlora.train.worker import run_training  # imports Ray, which must come after the connection's settings
 
     with (
         open_bars(console, "starting workers") as bars,

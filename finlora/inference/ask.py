@@ -17,6 +17,7 @@ from finlora.data.taskfile.asking import make_form
 from finlora.data.taskfile.load import read_card
 from finlora.engine.request import ADAPTER, Finish, Piece, Request, Sampling, normalise_choices
 from finlora.errors import ConfigError
+from finlora.machine.lean_imports import lean_imports
 from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.model.contract import read_contract, read_tasks, require_same_task
 
@@ -75,7 +76,8 @@ def ask(
             "the text, or raise model.max_seq_len as far as the base goes."
         )
     # Slow to import, and not needed if the question is refused.
-    from finlora.inference.open_base import open_engine
+    with lean_imports():
+        from finlora.inference.open_base import open_engine
 
     rows = request.num_tokens
     with open_engine(config, base, adapter, num_stages, rows, rows) as (core, _):

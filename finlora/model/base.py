@@ -23,6 +23,7 @@ from finlora.config import Bits, ModelConfig
 from finlora.errors import ModelError, ResourceError
 from finlora.formula.bare_llama import BareLlama, Rotary
 from finlora.machine.kernel_folder import keep_kernels
+from finlora.machine.lean_imports import lean_imports
 from finlora.model.base_cache import StoredBase, await_cache, find_cache, write_cache
 from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.model.quantised import quantise, require_range
@@ -289,8 +290,9 @@ def _make_empty(config: Any, dtype: torch.dtype, *, is_bare: bool) -> tuple[Any,
     """Return a model without weights, and its rotary tables."""
     if is_bare:
         return BareLlama(config, dtype), Rotary(config)
-    from transformers import LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    with lean_imports():
+        from transformers import LlamaForCausalLM
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     with torch.device("meta"):
         net = LlamaForCausalLM(config)

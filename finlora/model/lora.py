@@ -13,8 +13,8 @@ from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import AdapterError
 from finlora.formula.llama import shape_of
 from finlora.formula.low_rank import peft_settings
+from finlora.machine.lean_imports import lean_imports
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, find_sites, open_weights
-from finlora.model.quantised import import_bitsandbytes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -28,8 +28,8 @@ def attach_lora(net: LlamaForCausalLM, lora: LoraConfig, base: str, seed: int) -
 
     Source: LoRA, arXiv:2106.09685, section 4.1.
     """
-    import_bitsandbytes()  # PEFT would import it with torch's compiler
-    import peft
+    with lean_imports():
+        import peft
 
     torch.manual_seed(seed)  # A is sampled here: every worker must start from the same
     settings = peft.LoraConfig(
@@ -76,8 +76,8 @@ def load_adapter(net: LlamaForCausalLM, folder: Path) -> PeftModel:
         AdapterError: the folder is missing or incomplete, is not plain LoRA, holds numbers that are not finite, or its
             tensors do not fit this base.
     """
-    import_bitsandbytes()
-    from peft import PeftModel
+    with lean_imports():
+        from peft import PeftModel
 
     settings = check_adapter(folder)
     with open_weights(folder, settings) as (_, shapes):

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from finlora.config import Bits
 from finlora.errors import ModelError
-from finlora.machine.torch_compiler import without_compiler
+from finlora.machine.lean_imports import lean_imports
 
 
 def import_bitsandbytes() -> Any:
     """Import bitsandbytes without torch's compiler: of what it would compile, nothing is used here."""
-    with without_compiler():
+    with lean_imports():
         import bitsandbytes
     return bitsandbytes
 

@@ -13,8 +13,8 @@ from finlora.config import ModelConfig
 from finlora.configfile import show
 from finlora.errors import ModelError
 from finlora.formula.llama import EMBEDDING, HEAD, LlamaShape, shape_of
+from finlora.machine.lean_imports import lean_imports
 from finlora.machine.model_hub import explain_hub, find_hub_problem
-from finlora.machine.torch_compiler import without_compiler
 from finlora.model.architecture import (
     StoredTensor,
     check_config,
@@ -135,7 +135,7 @@ def _resolve_folder(model: ModelConfig) -> tuple[Path, str | None]:
 
 
 def _read_config(folder: Path) -> LlamaConfig:
-    with without_compiler():
+    with lean_imports():
         from transformers import LlamaConfig
 
     path = folder / "config.json"

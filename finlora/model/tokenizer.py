@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finlora.errors import ModelError
+from finlora.machine.lean_imports import lean_imports
 from finlora.model.git_lfs import refuse_pointer
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     Raises:
         ModelError: there is no loadable tokenizer at `path`, or it lacks a BOS or EOS token.
     """
-    from transformers import AutoTokenizer
+    with lean_imports():
+        from transformers import AutoTokenizer
 
     for file in (path, path / "tokenizer.json", path / "tokenizer.model"):
         if file.is_file():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from finlora.config import RunConfig
+from finlora.machine.lean_imports import lean_imports
 from finlora.optim.optimizer import find_optimizer
 from finlora.precision import is_autocast
 
@@ -40,7 +41,10 @@ def make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, confi
     logging.getLogger("DeepSpeed").setLevel(
         logging.WARNING
     )  # before its first line, and again, since its import sets it
-    with _without_module("mlflow"):  # DeepSpeed's autotuner imports it where it is installed, which takes seconds
+    with (
+        lean_imports(),
+        _without_module("mlflow"),
+    ):  # DeepSpeed's autotuner imports it where it is installed, which takes seconds
         import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[3]
 FILES = sorted((ROOT / "serve_configs").glob("*.yaml"))
 SHIPPED = {
     "cpu-demo": (2, 4, 1),
+    "own-table-cpu": (1, 4, 1),
     "llama-8b-8bit": (1, 8, 1),
     "llama-8b-replicated": (1, 8, 4),
     "llama-70b-4bit-pipeline": (4, 4, 1),

@@ -244,7 +244,7 @@ def test_evaluation_as_a_ray_task_gives_the_same_scores(call, config_file, tmp_p
     assert call(*arguments)[0] == 0
     assert call(*arguments, "--ray")[0] == 0
     here, there = read_results(tmp_path / "runs" / "cli" / "results.jsonl")
-    assert there.metrics == here.metrics
+    assert there.metrics == pytest.approx(here.metrics, rel=1e-6)  # a task has one thread: another order of sums
     assert there.counts == here.counts
 
 

@@ -130,13 +130,14 @@ def test_8_bit_products_equal_bitsandbytes(make_model, scale):
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
 def test_8_bit_pass_stays_within_its_own_rounding(make_model, recompute):
-    """A difference of 2e-5 flips some int8 roundings, which changes gradients by 0.1 % here."""
+    """A difference of 2e-5 flips some int8 roundings, which changes gradients by 0.1 % here, and by 0.5 % where oneDNN is held to
+    AVX2 (ONEDNN_MAX_CPU_ISA)."""
     model = make_model(8)
     expected = gradients_of(model, AnswerLoss(model), collate(EXAMPLES, 2))
     module = PackedLlama(model, torch.float32, recompute=recompute)
     own = gradients_of(model, module, pack_examples(EXAMPLES, share_prefix=False))
     assert own[0] == pytest.approx(expected[0], rel=2e-4)
-    assert_equal((expected[0], own[1]), expected, rtol=4e-3)
+    assert_equal((expected[0], own[1]), expected, rtol=6e-3)
 
 
 def test_dropout_is_the_same_whatever_is_recomputed_or_padded(make_model):

@@ -111,7 +111,10 @@ def test_answers_past_the_proxy_equal_those_behind_it(served):
         assert (reply.status, reply.headers["x-request-id"]) == (200, "trade-77")
         assert send(address, "/v1/models", key, tls=tls).headers["x-request-id"]
         answers.append(reply.body["results"])
-    assert answers[0] == answers[1]
+    (first,), (second,) = answers
+    # The second question finds its prompt in the cache: fewer rows, which some processors add in another order.
+    assert second.pop("probabilities") == pytest.approx(first.pop("probabilities"), rel=1e-5)
+    assert first == second
 
 
 @pytest.mark.ray

@@ -40,8 +40,7 @@ from finlora.model.tokenizer import load_tokenizer
 from finlora.stage.decode_graphs import StageGraphs
 
 CPU = torch.device("cpu")
-ROUNDING = 1e-6
-"""Of float32 sums: a process with one thread adds in another order than one with two, on processors without AVX512."""
+ROUNDING = 1e-6  # of float32 sums, which one thread adds in another order than two on processors without AVX512
 
 
 def quiet(*_progress):
@@ -224,8 +223,7 @@ def test_stages_change_no_answer_and_report_their_load(make_config, adapter, ray
     readings = []
     (alone,) = run_evaluation(make_config(*limits), adapter, quiet)
     (spread,) = run_evaluation(make_config(*limits, "eval.num_stages=2"), adapter, quiet, readings.append)
-    assert spread.metrics == pytest.approx(alone.metrics, rel=ROUNDING)
-    assert spread.counts == alone.counts
+    assert (spread.metrics, spread.counts) == (pytest.approx(alone.metrics, rel=ROUNDING), alone.counts)
     assert spread.peak_memory_gib > 0
     (reading,) = readings
     assert len(reading.busy) == 2
@@ -254,8 +252,7 @@ def test_evaluation_continues_after_a_stage_crash(make_config, adapter, ray_inst
     limits = ["data.max_test_examples=40", "eval.num_gpus=1", "eval.batch_size=2"]
     (alone,) = run_evaluation(make_config(*limits), adapter, quiet)
     (spread,) = run_evaluation(make_config(*limits, "eval.num_stages=2"), adapter, kill_at_first)
-    assert spread.metrics == pytest.approx(alone.metrics, rel=ROUNDING)
-    assert spread.counts == alone.counts
+    assert (spread.metrics, spread.counts) == (pytest.approx(alone.metrics, rel=ROUNDING), alone.counts)
     assert len(pipelines) == 2  # started, and joined again
     assert re.search(
         r"a stage of the model was lost \(.*died.*\): ask again; .*it submits the unanswered prompts again", caplog.text

@@ -73,14 +73,8 @@ def require_inputs(config: RunConfig, *, splits: tuple[SplitName, ...]) -> BaseF
         ModelError: the base's files are not usable.
         ResourceError: the disk is full.
     """
-    from finlora.data.sets.prepared import require_split
-    from finlora.model.base_files import read_base_files
-
-    require_output_folder(config)
-    for task in config.data.tasks:
-        for split in splits:
-            require_split(Path(config.data.dir), task, split)
-    return read_base_files(config.model)
+    _require_folders(config, splits)
+    return _read_base(config)
 
 
 def start_inputs(config: RunConfig, *, splits: tuple[SplitName, ...]) -> Future[BaseFiles]:
@@ -89,18 +83,28 @@ def start_inputs(config: RunConfig, *, splits: tuple[SplitName, ...]) -> Future[
     Raises:
         FinloraError: as `require_inputs`, for what is found at once; the future raises the rest.
     """
+    _require_folders(config, splits)
+    pool = ThreadPoolExecutor(1, "inputs")
+    future = pool.submit(_read_base, config)
+    pool.shutdown(wait=False)
+    if wait([future], _AT_ONCE_S).done:
+        future.result()
+    return future
+
+
+def _require_folders(config: RunConfig, splits: tuple[SplitName, ...]) -> None:
     from finlora.data.sets.prepared import require_split
 
     require_output_folder(config)
     for task in config.data.tasks:
         for split in splits:
             require_split(Path(config.data.dir), task, split)
-    pool = ThreadPoolExecutor(1, "inputs")
-    future = pool.submit(require_inputs, config, splits=splits)
-    pool.shutdown(wait=False)
-    if wait([future], _AT_ONCE_S).done:
-        future.result()
-    return future
+
+
+def _read_base(config: RunConfig) -> BaseFiles:
+    from finlora.model.base_files import read_base_files
+
+    return read_base_files(config.model)
 
 
 def require_output_folder(config: RunConfig) -> None:

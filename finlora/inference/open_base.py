@@ -30,7 +30,7 @@ from finlora.stage.stage import Stage
 
 _ROOM_SHARE, _ROOM_BYTES = 0.05, 1.5 * GIB
 """Share of a GPU's memory, and bytes, kept free for the activations of a micro-batch."""
-_ODD = 37
+ODD_ROWS = 37
 """Rows beyond the largest micro-batch in the warm-up, so that a row count that is no multiple of 16 is compiled too."""
 
 
@@ -172,7 +172,7 @@ def warm_up(executor: Executor, num_rows: int, batch_tokens: int) -> None:
     longest = min(batch_tokens, num_rows)
     sizes, label_counts = [size for size in PROMPT_SIZES if size < longest], (0, 1, FEW_TAILS + 1)
     # Rows of labels come on top of the largest micro-batch, in any number: counts that are no multiple of 16 are compiled again.
-    whole = [(longest, 0), (longest // 2, 0), (longest, 0), (min(longest + _ODD, num_rows), FEW_TAILS + 1)]
+    whole = [(longest, 0), (longest // 2, 0), (longest, 0), (min(longest + ODD_ROWS, num_rows), FEW_TAILS + 1)]
     # The first run is eager, the second is captured: prompts alone, and with the last tokens of labels, a few and many.
     recorded = [(size, num_labels) for size, num_labels in product(sizes, label_counts) if num_labels < size]
     for size, num_labels in (*whole, *recorded, *recorded):

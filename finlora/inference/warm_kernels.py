@@ -24,7 +24,7 @@ from finlora.durable import hash_file, write_whole
 from finlora.errors import ResourceError
 from finlora.formula.llama import shape_of
 from finlora.inference.in_process import InProcess
-from finlora.inference.open_base import choose_batch_rows, warm_up
+from finlora.inference.open_base import ODD_ROWS, choose_batch_rows, warm_up
 from finlora.machine.kernel_folder import keep_kernels
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.base_files import BaseFiles
@@ -36,7 +36,6 @@ ALL_BITS: tuple[Bits, ...] = (16, 8, 4)
 _NUM_LAYERS = 2  # the first and the last layer of a training differ
 _MARKS = "finlora"
 """Folder of the notes on what was compiled, in the folder of kernels."""
-_ODD_ROWS = 37  # a number of rows that no 16 divides
 _PACKS = ((1, 40, 1), (6, 40, 2), (16, 90, 3))
 """(examples, tokens of each, tokens of its answer): some kernels are compiled apart for one row and for a multiple of 16."""
 
@@ -162,7 +161,7 @@ def _train(config: RunConfig, files: BaseFiles, bits: Bits, device: torch.device
 def _answer(config: RunConfig, files: BaseFiles, bits: Bits, device: torch.device) -> None:
     """Run micro-batches of all shapes."""
     base = load_base(_plain(config, files), bits, device, config.seed, files=files, is_bare=True)
-    num_rows = choose_batch_rows(1) + _ODD_ROWS
+    num_rows = choose_batch_rows(1) + ODD_ROWS
     stage = Stage(base.model, range(_NUM_LAYERS), num_rows, base.dtype)
     warm_up(InProcess([stage]), num_rows, choose_batch_rows(1))
 

@@ -48,8 +48,9 @@ def keep_binary(name: str, facts: Sequence[str], make: Callable[[], bytes]) -> b
     key = hashlib.sha256(json.dumps([name, *facts]).encode()).hexdigest()[:32]
     path = keep_kernels() / "nvrtc" / f"{name}-{key}.cubin"
     with contextlib.suppress(OSError):
-        digest, binary = path.read_bytes()[:_DIGEST_BYTES], path.read_bytes()[_DIGEST_BYTES:]
-        if hashlib.sha256(binary).digest() == digest:
+        kept = path.read_bytes()
+        binary = kept[_DIGEST_BYTES:]
+        if hashlib.sha256(binary).digest() == kept[:_DIGEST_BYTES]:
             return binary
     binary = make()
     with contextlib.suppress(OSError):  # on a full disk it is made again by the next process

@@ -6,6 +6,7 @@ Quantisation is bitsandbytes': NF4 with double quantisation (QLoRA, arXiv:2305.1
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from finlora.errors import ModelError
 from finlora.machine.lean_imports import lean_imports
 
 
+@functools.cache  # asked for at each tensor
 def import_bitsandbytes() -> Any:
     """Import bitsandbytes without torch's compiler: of what it would compile, nothing is used here."""
     with lean_imports():

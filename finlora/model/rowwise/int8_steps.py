@@ -15,7 +15,6 @@ from triton.language.extra import libdevice
 from finlora.model.rowwise.elementwise_steps import lay_out
 
 _NUMBERS = 2048
-_MOST_COLUMNS = 1024
 _MOST_PARTS = 64
 """Parts of the rows that outliers are sought in at a time."""
 _SOUGHT_ROWS, _SOUGHT_COLUMNS = 16, 512

@@ -7,9 +7,10 @@ marks.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finlora.card.base_facts import find_hub_id, find_licence
 from finlora.config import RunConfig
@@ -26,10 +27,15 @@ from finlora.report.tables import TextTable, format_score
 from finlora.report.write import list_markdown_rows
 from finlora.results import Result, read_results
 
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
 README = "README.md"
 BEGIN, END = "<!-- finlora: scores -->", "<!-- finlora: end of scores -->"
 _MODEL_INDEX = re.compile(r"^model-index:\n(?:[ -].*\n)*", flags=re.MULTILINE)
 _FRONT = re.compile(r"\A---\n(.*?)^---\n", flags=re.MULTILINE | re.DOTALL)
+_DATASET = re.compile(r"(?P<title>.*?)(?P<part>, [\d,]+ examples alone)?")
+_ROW = re.compile(r"\| (?P<title>[^|]+) \| [\d,]+(?P<part>\\\*)? \|.*")
 _TEXT = "Operating profit rose to EUR 13.1 mn from EUR 8.7 mn."
 """Made-up text of the example prompt."""
 
@@ -99,6 +105,8 @@ def refresh_scores(adapter: Path, results: Path) -> str:
 def update_scores(folder: Path, results: Iterable[Result], weights_hash: str) -> bool:
     """Put the scores of an adapter into its README, between the two marks and as `model-index` on top.
 
+    Scores that stand there stay, unless a result measures the same: `finlora evaluate` may write into another folder each time.
+
     Args:
         results: of any runs; those of these weights count.
         weights_hash: SHA-256 of the adapter's weights.
@@ -120,7 +128,7 @@ def update_scores(folder: Path, results: Iterable[Result], weights_hash: str) ->
         return False
     front = _FRONT.match(text)
     before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    block, end, after = rest.partition(END)
     scored = [result for result in results if result.kind == "evaluation" and result.adapter_hash == weights_hash]
     scored = [kept.result for kept in pair_results(scored).kept]
     if not (front and begin and end and scored):
@@ -129,7 +137,8 @@ def update_scores(folder: Path, results: Iterable[Result], weights_hash: str) ->
         EvalResult(
             task_type="text-generation",
             dataset_type=(TASKS[result.task].hub_id if result.task in TASKS else None) or result.task,
-            dataset_name=f"{result.task}, {result.bits} bit, by {result.method}{_name_part(result)}",
+            dataset_name=f"{_title(result)}{_name_part(result)}",
+            dataset_config=f"{result.bits} bit, by {result.method}{_name_part(result)}",  # else the library merges them
             dataset_split="test",
             metric_type=kind,
             metric_name=f"{name}, 95 % interval {result.metrics[f'{key}_low']:.4f} to {result.metrics[f'{key}_high']:.4f}",
@@ -139,16 +148,48 @@ def update_scores(folder: Path, results: Iterable[Result], weights_hash: str) ->
         for kind, key, name in (("accuracy", "accuracy", "Accuracy"), ("f1", "weighted_f1", "Weighted F1"))
         if key in result.metrics and f"{key}_low" in result.metrics
     ]
-    index = ModelCardData(model_name=scored[0].run or folder.name, eval_results=entries).to_yaml()
+    measured = {(_title(result), result.is_partial) for result in scored}
+    old = [each for each in _read_index(front[1]) if _stays(_DATASET.fullmatch(each.dataset_name), measured)]
+    index = ModelCardData(model_name=scored[0].run or folder.name, eval_results=[*old, *entries]).to_yaml()
     (found,) = _MODEL_INDEX.findall(index + "\n") or [""]
     matter = _MODEL_INDEX.sub("", front[1]) + found
-    table = "\n".join(list_markdown_rows(_list_scores(scored)))
+    header, rule, *rows = list_markdown_rows(_list_scores(scored))
+    kept = [line for line in block.splitlines() if _stays(_ROW.fullmatch(line), measured)]
+    table = "\n".join([header, rule, *kept, *rows])
     body = (
         before[front.end() :]
         + f"{BEGIN}\n{table}\n\n% with 95 % interval, on the whole test split unless marked *.\n{END}{after}"
     )
     write_whole(path, f"---\n{matter}---\n{body}")
     return True
+
+
+def _read_index(matter: str) -> list[EvalResult]:
+    """Return the scores of a front matter; none where people have changed their form."""
+    import yaml
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    try:
+        index = yaml.safe_load("".join(_MODEL_INDEX.findall(matter)))
+        return model_index_to_eval_results(index["model-index"])[1] if index else []
+    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        return []
+
+
+def _stays(found: re.Match[str] | None, measured: Collection[tuple[str, bool]]) -> bool:
+    """Return whether a score stays in the README: no new one, of the whole split or as partial as it is, measures the same.
+
+    Args:
+        found: its `title` and, if it is partial, `part`.
+        measured: title, and whether it is partial, of each new one.
+    """
+    return found is not None and not {(found["title"], False), (found["title"], found["part"] is not None)} & set(
+        measured
+    )
+
+
+def _title(result: Result) -> str:
+    return f"{result.task}, {result.bits} bit, by {result.method}"
 
 
 def _name_part(result: Result) -> str:
@@ -239,7 +280,7 @@ def _list_scores(scored: Sequence[Result]) -> TextTable:
         majority = find_majority(result)
         rows.append(
             (
-                f"{result.task}, {result.bits} bit, by {result.method}",
+                _title(result),
                 f"{result.num_examples:,}{'*' if result.is_partial else ''}",
                 format_score(result, "accuracy"),
                 format_score(result, "weighted_f1") if "weighted_f1" in result.metrics else "none",

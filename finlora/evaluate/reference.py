@@ -136,12 +136,13 @@ def measure_labels(
 def refresh_reference(adapter: Path, results: Path) -> str:
     """Write the reference of an adapter from a results file; returns what to tell the user, empty where there is none.
 
+    Tasks and bits that were evaluated into other results files keep their reference.
     A folder that cannot be written keeps its reference: the facts are in the results file.
     """
     path = adapter / REFERENCE_FILE
     try:
         weights_hash = hash_file(adapter / ADAPTER_WEIGHTS)
-        references = choose_references(read_results(results), weights_hash)
+        references = choose_references(read_results(results), weights_hash, _read_old(adapter, weights_hash))
         if not references:
             return ""
         tasks = [dataclasses.asdict(each) for each in references]
@@ -156,14 +157,15 @@ def refresh_reference(adapter: Path, results: Path) -> str:
     return f"Reference of monitoring written to {path}: {shown}"
 
 
-def choose_references(results: Sequence[Result], weights_hash: str) -> list[Reference]:
+def choose_references(results: Sequence[Result], weights_hash: str, old: Sequence[Reference] = ()) -> list[Reference]:
     """Return the reference of each task and number of bits: the newest evaluation, of the whole split where there is one.
 
     Args:
         results: oldest first.
         weights_hash: SHA-256 of the adapter's weights; other evaluations do not count.
+        old: those of earlier results.
     """
-    found: dict[tuple[str, int], Reference] = {}
+    found = {(each.task, each.bits): each for each in old}
     for result in results:
         if result.kind != "evaluation" or result.adapter_hash != weights_hash or not result.labels:
             continue
@@ -172,10 +174,18 @@ def choose_references(results: Sequence[Result], weights_hash: str) -> list[Refe
             new = settings_from_tree(Reference, {**result.labels, **facts})
         except ConfigError:  # of another version of FinLoRA
             continue
-        old = found.get((new.task, new.bits))
-        if old is None or old.is_partial or not new.is_partial:
+        other = found.get((new.task, new.bits))
+        if other is None or other.is_partial or not new.is_partial:
             found[new.task, new.bits] = new
     return [found[key] for key in sorted(found)]
+
+
+def _read_old(adapter: Path, weights_hash: str) -> tuple[Reference, ...]:
+    """Return the references that stand; none of a damaged file or of other weights, which is written anew."""
+    try:
+        return read_references(adapter, weights_hash)
+    except AdapterError:
+        return ()
 
 
 def read_references(folder: Path, weights_hash: str) -> tuple[Reference, ...]:

@@ -123,6 +123,36 @@ def test_scores_come_between_the_marks_and_change_no_hash(adapter):
     read_contract(adapter).check_files(adapter)
 
 
+def test_scores_of_another_folder_stay_until_the_same_is_measured_again(adapter):
+    weights = hash_file(adapter / "adapter_model.safetensors")
+
+    def score(value, **changes):
+        assert update_scores(adapter, [make_evaluation(value, adapter_hash=weights, **changes)], weights)
+        block = (adapter / README).read_text().partition(BEGIN)[2].partition(END)[0]
+        rows = [line.split(" | ") for line in block.splitlines()[3:] if line.startswith("|")]
+        in_table = [(row[0].removeprefix("| "), row[2].partition(" ")[0]) for row in rows]
+        entries = [each for each in load_card(adapter).data.eval_results if each.metric_type == "accuracy"]
+        in_front = [(each.dataset_name.partition(", 4 ex")[0], f"{100 * each.metric_value:.1f}") for each in entries]
+        assert sorted(in_table) == sorted(in_front)
+        return in_table
+
+    labels, texts = "fpb, 8 bit, by labels", "fpb, 8 bit, by generate"
+    part = {"num_examples": 4, "is_partial": True}
+    assert score(0.7, **part) == [(labels, "70.0")]
+    assert score(0.6, method="generate") == [(labels, "70.0"), (texts, "60.0")]
+    assert score(0.8) == [(texts, "60.0"), (labels, "80.0")]  # the whole split replaces its part
+    assert score(0.75, **part) == [(texts, "60.0"), (labels, "80.0"), (labels, "75.0")]
+    assert score(0.65, method="generate") == [(labels, "80.0"), (labels, "75.0"), (texts, "65.0")]
+
+
+def test_front_matter_in_another_form_is_written_anew(adapter):
+    weights = hash_file(adapter / "adapter_model.safetensors")
+    path = adapter / README
+    path.write_text(path.read_text().replace("tags:", "model-index:\n- mine\ntags:"))
+    assert update_scores(adapter, [make_evaluation(0.7, adapter_hash=weights)], weights)
+    assert {each.metric_value for each in load_card(adapter).data.eval_results} == {0.7}
+
+
 def test_folder_that_cannot_be_written_keeps_its_scores_and_says_so(adapter, monkeypatch):
     results = adapter.parent / "results.jsonl"
     weights = hash_file(adapter / "adapter_model.safetensors")

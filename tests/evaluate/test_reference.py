@@ -105,6 +105,18 @@ def test_reference_is_written_beside_the_weights_and_changes_no_hash_of_the_cont
     assert read_references(adapter, weights) == ()
 
 
+def test_reference_of_an_evaluation_into_another_folder_stays(adapter, tmp_path):
+    weights = hash_file(adapter / "adapter_model.safetensors")
+    refresh_reference(adapter, adapter.parent / "results.jsonl")
+    (tmp_path / "other").mkdir()
+    append_result(tmp_path / "other" / "results.jsonl", evaluate(weights, bits=4))
+    refresh_reference(adapter, tmp_path / "other" / "results.jsonl")
+    assert [each.bits for each in read_references(adapter, weights)] == [4, 8]
+    (adapter / REFERENCE_FILE).write_text("damaged")
+    refresh_reference(adapter, tmp_path / "other" / "results.jsonl")
+    assert [each.bits for each in read_references(adapter, weights)] == [4]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

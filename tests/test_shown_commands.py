@@ -22,7 +22,8 @@ MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 def check_finlora(verb, *rest):
     values = VERBS[verb].make_context(verb, list(rest)).params  # raises on an unknown option or a missing argument
     config = values.get("config")
-    if config and not config.stem.isupper() and str(config) != "...":  # NAME is a placeholder of the reader's file
+    is_own = config and config.name == "config.yaml"  # of an adapter's folder
+    if config and not is_own and not config.stem.isupper() and str(config) != "...":  # NAME is the reader's file
         is_server = verb == "serve" or config.parts[0] == "serve_configs"  # `doctor` takes both kinds
         load = read_deployment if is_server else load_search if verb == "tune" else load_config
         overrides = [text for text in values["overrides"] or [] if text != "name=SEARCH"]

@@ -64,9 +64,11 @@ class Evidence:
     """All that is known of an adapter."""
 
     folder: Path
+    name: str
+    """Of the run, or of the folder."""
     contract: Contract
     config: RunConfig | None
-    """None: config.yaml of the adapter cannot be read; `why_no_config` says why."""
+    """Settings of the training. None: `why_no_config` says why they are unknown."""
     why_no_config: str
     weights_hash: str
     """SHA-256 of the weights, as results hold it."""
@@ -86,10 +88,6 @@ class Evidence:
     approvals: ApprovalState
     fields: dict[str, str]
     """Answers that people gave in fields.yaml."""
-
-    @property
-    def name(self) -> str:
-        return self.config.name if self.config else self.folder.name
 
     @property
     def cutoff(self) -> tuple[str, str] | None:
@@ -143,17 +141,22 @@ def collect_evidence(
     contract = read_contract(folder)
     contract.check_files(folder)
     config, why_no_config = _read_config(folder)
+    model, own_data = (config.model, Path(config.data.dir).expanduser()) if config else (None, None)
+    name = config.name if config else folder.name
+    if contract.adopted is not None:  # its config.yaml names base and LoRA settings alone
+        config, why_no_config = None, f"another program trained it ({contract.adopted.source})"
     approvals = judge_approvals(folder)
     weights_hash = hash_file(folder / ADAPTER_WEIGHTS)
     searched = tuple(results) or (folder.parent,)
     found = _read_results(searched, is_given=bool(results))
     trained = [(result, source) for result, source in found if _is_training(result, weights_hash)]
     scored = _pair(found, contract, weights_hash)
-    names = dict.fromkeys((*contract.data_hashes, *(each.result.task for each in scored)))
-    data = data or (Path(config.data.dir).expanduser() if config else None)
+    names = dict.fromkeys((*contract.task_names, *(each.result.task for each in scored)))
+    data = data or own_data
     test_hashes = {each.result.task: each.result.data_hash for each in scored}
     return Evidence(
         folder=folder,
+        name=name,
         contract=contract,
         config=config,
         why_no_config=why_no_config,
@@ -164,9 +167,9 @@ def collect_evidence(
         trained_source=trained[-1][1] if trained else None,
         scored=scored,
         searched=searched,
-        tasks=tuple(_read_task(name, data, contract.data_hashes.get(name), test_hashes.get(name)) for name in names),
+        tasks=tuple(_read_task(each, data, contract, test_hashes.get(each)) for each in names),
         cards={name: task.card for name, task in read_tasks(folder, contract).items() if task.card},
-        base=find_base_facts(contract, config.model if config else None),
+        base=find_base_facts(contract, model),
         approvals=approvals,
         fields=fields,
     )
@@ -239,8 +242,9 @@ def _read_table(result: Result, source: Path) -> tuple[AnswerTable | None, str]:
         return None, str(error)
 
 
-def _read_task(name: str, folder: Path | None, train_hash: str | None, test_hash: str | None) -> TaskData:
+def _read_task(name: str, folder: Path | None, contract: Contract, test_hash: str | None) -> TaskData:
     """Read a task's splits, and leave out those that have another hash than the adapter was trained or scored on."""
+    train_hash = contract.data_hashes.get(name)
     if folder is None:
         return TaskData(name=name, train=None, test=None, why_not=("no folder of data is known",), folder=Path())
     reasons: list[str] = []
@@ -259,5 +263,8 @@ def _read_task(name: str, folder: Path | None, train_hash: str | None, test_hash
             return None
         return found
 
-    train, test = read("train", train_hash), read("test", test_hash)
+    train = read("train", train_hash) if contract.adopted is None else None
+    if contract.adopted is not None:
+        reasons.append("train split: the rows that another program trained it on are unknown")
+    test = read("test", test_hash)
     return TaskData(name=name, train=train, test=test, why_not=tuple(reasons), folder=folder / name)

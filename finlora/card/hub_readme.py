@@ -252,7 +252,7 @@ def _list_settings(config: RunConfig, contract: Contract) -> TextTable:
         ("rank, alpha, dropout", f"{contract.rank}, {contract.alpha:g}, {config.lora.dropout:g}"),
         ("projections", ", ".join(contract.target_modules)),
         ("base in training", f"{contract.bits} bit ({contract.quantisation})"),
-        ("prompt form", contract.template + (f", dated {contract.template_date}" if contract.template_date else "")),
+        ("prompt form", f"{contract.template}{f', dated {contract.template_date}' if contract.template_date else ''}"),
         ("seed", config.seed),
         ("epochs, global batch size", f"{config.train.epochs}, {config.train.global_batch_size}"),
         ("optimiser, learning rate", f"{config.optim.name}, {config.optim.learning_rate:g} ({config.optim.schedule})"),

@@ -22,21 +22,36 @@ def describe_adapter(evidence: Evidence) -> Part:
     """Name, base and LoRA settings."""
     contract = evidence.contract
     rows = [
-        ("name of the run", evidence.config.name if evidence.config else None, "config.yaml"),
+        ("name of the run", evidence.name if evidence.config or contract.adopted else None, "config.yaml"),
         ("base", contract.base, CONTRACT_FILE),
         ("base on the hub", *(evidence.hub_id or (None, "no mirror.json in its folder"))),
         ("commit of the base", contract.revision or "none: a local folder", CONTRACT_FILE),
-        ("bits of the base in training", f"{contract.bits} ({contract.quantisation})", CONTRACT_FILE),
+        (
+            "bits of the base in training",
+            f"{contract.bits} ({contract.quantisation})" if contract.bits else None,
+            CONTRACT_FILE,
+        ),
         ("LoRA rank, alpha", f"{contract.rank}, {contract.alpha:g}", CONTRACT_FILE),
         ("projections", ", ".join(contract.target_modules), CONTRACT_FILE),
         ("prompt form", contract.template, CONTRACT_FILE),
         ("date in each prompt", contract.template_date or "none", CONTRACT_FILE),
-        ("tasks", ", ".join(contract.data_hashes), CONTRACT_FILE),
-        ("trained examples", f"{contract.num_train_examples:,}", CONTRACT_FILE),
+        ("tasks", ", ".join(contract.task_names) or None, CONTRACT_FILE),
+        (
+            "trained examples",
+            None if contract.num_train_examples is None else f"{contract.num_train_examples:,}",
+            CONTRACT_FILE,
+        ),
         ("size", f"{contract.adapter_mib:.2f} MiB", CONTRACT_FILE),
         ("hash on a server", evidence.adapter_hash[:16], f"{ADAPTER_WEIGHTS}, {ADAPTER_CONFIG}"),
     ]
     gaps = []
+    if contract.adopted is not None:
+        rows[1:1] = [
+            ("trained by", f"another program; adopted from {contract.adopted.source}", CONTRACT_FILE),
+            ("base that its settings name", contract.adopted.base_named, CONTRACT_FILE),
+            ("tasks are", "as stated at the adoption" if contract.adopted.tasks else None, CONTRACT_FILE),
+        ]
+        gaps += contract.adopted.unknown
     if evidence.hub_id is None:
         gaps.append(
             f"where the base comes from: {contract.base} is a folder that no mirror.json names, known by the hash of its weights "

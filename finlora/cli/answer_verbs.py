@@ -176,6 +176,8 @@ def ask(
     show_reply(reply.probabilities, reply.quote, console, is_quoted=is_quoted(task, own))
     if reply.template_date:
         say(f"Date in the chat template: {reply.template_date}")
+    if reply.unknown:
+        Console(stderr=True).print(reply.unknown, highlight=False, markup=False, soft_wrap=True)
 
 
 def _ask_server(

@@ -32,6 +32,7 @@ ORDER = (
     "evaluate",
     "ask",
     "score",
+    "adopt",
     "merge",
     "serve",
     "key",
@@ -52,6 +53,7 @@ OTHER_WORDS = {
     **dict.fromkeys(("deploy", "server", "start"), "serve"),
     **dict.fromkeys(("download", "mirror", "fetch"), "prefetch"),
     **dict.fromkeys(("search", "sweep"), "tune"),
+    **dict.fromkeys(("import",), "adopt"),
     **dict.fromkeys(("check", "diagnose"), "doctor"),
 }
 """What other programs call a verb."""

@@ -16,12 +16,16 @@ from finlora.terminal import open_bars
 
 @app.command(
     epilog="Examples:\n\n  finlora prefetch --models meta-llama/Llama-3.1-8B-Instruct --tasks fpb,ner --output /mnt/mirror\n\n"
+    "  finlora prefetch --adapters FinGPT/fingpt-mt_llama2-7b_lora --output /mnt/mirror\n\n"
     "  finlora prefetch --check --output /mnt/mirror"
 )
 def prefetch(
     output: Annotated[Path, typer.Option(help="Folder of the mirror.")] = Path("~/finlora/mirror"),
     models: Annotated[
         str, typer.Option(help="Base models, separated by commas: owner/name or owner/name@revision.")
+    ] = "",
+    adapters: Annotated[
+        str, typer.Option(help="PEFT adapters for `finlora adopt`, separated by commas: as --models.")
     ] = "",
     tasks: Annotated[
         str, typer.Option(help="Tasks to prepare into it from the hub's data sets, separated by commas.")
@@ -30,30 +34,33 @@ def prefetch(
         bool, typer.Option("--check", help="Read a whole mirror and compare its hashes. Needs no network.")
     ] = False,
 ) -> None:
-    """Copy base models and data sets of the hub into a folder, for machines without a hub. Checks every hash."""
+    """Copy base models, adapters and data sets of the hub into a folder, for machines without a hub. Checks every hash."""
     from finlora.data.sets.catalog import task_named
     from finlora.data.sets.prepare import prepare_task
     from finlora.data.sets.prepared import check_prepared
-    from finlora.model.mirror import check_mirrored, list_mirrored, mirror_model
+    from finlora.model.mirror import check_mirrored, list_mirrored, mirror_adapter, mirror_model
 
-    names, wanted = _split(models), [task_named(name) for name in _split(tasks)]
-    if check == bool(names or wanted):
-        raise ConfigError("give either --check, or what to fetch with --models and --tasks.")
+    names, others, wanted = _split(models), _split(adapters), [task_named(name) for name in _split(tasks)]
+    if check == bool(names or others or wanted):
+        raise ConfigError("give either --check, or what to fetch with --models, --adapters and --tasks.")
     folder = (resolve_output if check else require_output)("--output ", output)
     with open_bars(console, "reading the mirror" if check else "asking the hub") as bars:
-        fetched = [mirror_model(name, folder, bars.update) for name in names]
-        checked = [check_mirrored(path, bars.update) for path in list_mirrored(folder)] if check else []
-    for model in fetched + checked:
-        where = folder / "models" / model.repository
-        say(f"model.base={where}: {model.total_bytes / 2**30:.2f} GiB of commit {model.commit[:12]}, hashes agree")
+        fetched = [("models", mirror_model(name, folder, bars.update)) for name in names]
+        fetched += [("adapters", mirror_adapter(name, folder, bars.update)) for name in others]
+        found = {folder / kind / mirrored.repository: mirrored for kind, mirrored in fetched}
+        if check:
+            found = {path: check_mirrored(path, bars.update) for path in list_mirrored(folder)}
+    for where, mirrored in found.items():
+        use = "finlora adopt " if where.parents[1].name == "adapters" else "model.base="
+        say(f"{use}{where}: {mirrored.total_bytes / 2**30:.2f} GiB of commit {mirrored.commit[:12]}, hashes agree")
     for task in wanted:
         prepare_task(task.name, None, folder / "data", None, "all", False, False)
     prepared = check_prepared(folder / "data") if check else [task.name for task in wanted]
     if prepared:
         say(f"data.dir={folder / 'data'}: {', '.join(prepared)}, hashes agree")
-    if check and not (checked or prepared):
+    if check and not (found or prepared):
         raise ModelError(
-            f"{folder} holds no mirrored model and no prepared task: give the folder of a mirror with --output."
+            f"{folder} holds no mirrored model or adapter and no prepared task: give the folder of a mirror with --output."
         )
     say("Where no hub is reachable, set HF_HUB_OFFLINE=1 and these settings.")
 

@@ -166,5 +166,9 @@ def merge(
     with open_bars(console, "merging"):
         merged = export_merged(settings.model, folder, target, torch.device(device), allow_other_bits=allow_other_bits)
     say(f"Merged model {merged.folder} ({merged.gib:.2f} GiB, {merged.num_tensors} weights changed)")
+    if merged.unknown:
+        say(merged.unknown)
     if merged.trained_bits != 16:
-        say(f"Trained at {merged.trained_bits} bit: evaluate the merged model before you use it.")
+        say(
+            f"Trained at {merged.trained_bits or 'an unknown number of'} bit: evaluate the merged model before you use it."
+        )

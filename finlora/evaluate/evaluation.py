@@ -169,16 +169,17 @@ def check_evaluation(config: RunConfig, base: BaseFiles, adapter: Path | None) -
     """
     splits = _read_splits(config, adapter)
     counts = [f"{split.task} {len(split.examples):,}" for split in splits]
-    subject, date = "the base model", base.template_date
+    subject, date, unknown = "the base model", base.template_date, ""
     if adapter is not None:
         contract = read_contract(adapter)
         subject, date = f"adapter {contract.variant} of {adapter}", base.check_adapter(adapter, contract)
+        unknown = f". {said}" if (said := contract.describe_unknown()) else ""
     today = f"; date in the chat template: {date}" if date else ""
     limit = f", the first {config.data.max_test_examples} of each" if config.data.max_test_examples else ""
     return (
         f"Evaluating {subject} on {config.model.base} at {config.eval.bits or config.model.bits} bit "
         f"({config.eval.device}, {describe_type(config.model, config.eval.device)}): test examples "
-        f"{', '.join(counts)}{limit}{today}"
+        f"{', '.join(counts)}{limit}{today}{unknown}"
     )
 
 

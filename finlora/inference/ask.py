@@ -39,6 +39,8 @@ class Reply:
     num_prompt_tokens: int
     template_date: str | None
     """Date that the chat template wrote into the prompt; None: it writes none, or a fixed one."""
+    unknown: str
+    """What is unknown of an adopted adapter; empty: nothing."""
 
 
 def ask(
@@ -67,7 +69,8 @@ def ask(
     """
     base = base or read_base_files(config.model)
     tokenizer = base.tokenizer
-    date = base.check_adapter(adapter, read_contract(adapter)) if adapter else base.template_date
+    contract = read_contract(adapter) if adapter else None
+    date = base.check_adapter(adapter, contract) if adapter and contract else base.template_date
     request = make_request(question, tokenizer, config, sampling, ADAPTER if adapter else None, date)
     longest = min(config.model.max_seq_len, base.context_length)
     if request.num_tokens > longest:
@@ -102,6 +105,7 @@ def ask(
         finish=answer.finish,
         num_prompt_tokens=len(request.prompt_ids),
         template_date=date,
+        unknown=contract.describe_unknown() if contract else "",
     )
 
 

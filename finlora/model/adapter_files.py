@@ -63,11 +63,11 @@ def check_file(path: Path, max_bytes: int) -> None:
         )
 
 
-def read_lora_settings(folder: Path) -> LoraSettings:
-    """Read adapter_config.json of plain LoRA.
+def read_peft_settings(folder: Path) -> dict[str, Any]:
+    """Read adapter_config.json without judging what it says.
 
     Raises:
-        AdapterError: it is missing or damaged, or needs another formula than (alpha / rank) B A.
+        AdapterError: it is missing or damaged.
     """
     path = folder / ADAPTER_CONFIG
     check_file(path, _MAX_CONFIG_BYTES)
@@ -77,6 +77,17 @@ def read_lora_settings(folder: Path) -> LoraSettings:
         raise AdapterError(f"{path} is not a LoRA configuration ({type(error).__name__}): copy it again.") from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path} holds a {type(values).__name__}: expected PEFT's settings. Copy it again.")
+    return values
+
+
+def read_lora_settings(folder: Path) -> LoraSettings:
+    """Read adapter_config.json of plain LoRA.
+
+    Raises:
+        AdapterError: it is missing or damaged, or needs another formula than (alpha / rank) B A.
+    """
+    path = folder / ADAPTER_CONFIG
+    values = read_peft_settings(folder)
     odd = [f"{show(key)[1:-1]}={show(value)}" for key, value in foreign_settings(values).items()]
     if odd:
         raise AdapterError(

@@ -2,6 +2,7 @@
 
 It is written last into an adapter folder; a folder without it is incomplete or was not made by FinLoRA. It holds the SHA-256
 of the other files and of itself, which are checked before an adapter is loaded: any flipped bit in the folder is refused.
+That of an adopted adapter names what is unknown.
 
 tasks.yaml beside it holds the task files that the adapter was trained on: a machine that never saw one can ask its question.
 """
@@ -32,9 +33,8 @@ TASKS_FILE = "tasks.yaml"
 MERGED_FILE = "merged.yaml"
 """Record of base and adapter in the folder of a merged model."""
 _FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, "config.yaml", TASKS_FILE)
-_VERSION = 4
-_WITHOUT_TASKS = 3
-"""Format of adapters that could not bring tasks of task files."""
+_VERSION = 5
+"""Format that is written. 4: all adapters were FinLoRA's own; 3: they could not bring tasks of task files."""
 _WITHOUT_DATE = 2
 """Format of adapters that do not record the date in their prompts: where the chat template writes one, the day of training."""
 _WITHOUT_HASHES = 1
@@ -65,8 +65,22 @@ class LoadedBase(HashedBase, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Adopted:
+    """Origin of an adapter that another program trained. Tasks are as the user states."""
+
+    source: str
+    """Hub id and commit, or the name of the folder that it was adopted from."""
+    base_named: str | None
+    """Base that its adapter_config.json names; None: it names none."""
+    tasks: list[str]
+    unknown: list[str]
+    rewritten: list[str]
+    """Keys of adapter_config.json that were written in another form with the same effect."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Contract:
-    """The base, data and settings that an adapter belongs to."""
+    """The base, data and settings that an adapter belongs to. None of a fact: unknown, as `adopted` says."""
 
     base: str
     """Hub id or folder of the base model."""
@@ -75,8 +89,8 @@ class Contract:
     weights_hash: str
     """`fingerprint_weights` of the base."""
     tokenizer_hash: str
-    template: str
-    bits: int
+    template: str | None
+    bits: int | None
     """Bits of the base during training."""
     quantisation: str
     rank: int
@@ -84,7 +98,7 @@ class Contract:
     target_modules: list[str]
     data_hashes: dict[str, str]
     """Task -> hash of the train split."""
-    num_train_examples: int
+    num_train_examples: int | None
     adapter_mib: float
     metrics: dict[str, float] = field(default_factory=dict)
     template_date: str | None = None
@@ -93,13 +107,26 @@ class Contract:
     """Task of a task file -> hash of what it asks; the files themselves are in tasks.yaml."""
     files: dict[str, str] = field(default_factory=dict)
     """SHA-256 in hex of each other file in the folder; `write_contract` fills it in."""
+    adopted: Adopted | None = None
+    """None: FinLoRA trained it."""
     finlora: int = _VERSION
     """Version of this format."""
 
     @property
     def variant(self) -> str:
         """Name of the adapter in tables: `4bit-r4`."""
-        return f"{self.bits}bit-r{self.rank}"
+        return f"{self.bits}bit-r{self.rank}" if self.bits else f"adopted-r{self.rank}"
+
+    @property
+    def task_names(self) -> list[str]:
+        """Tasks that it was trained on, as recorded or stated."""
+        return [*self.data_hashes, *(self.adopted.tasks if self.adopted else ())]
+
+    def describe_unknown(self) -> str:
+        """Return what is unknown of an adopted adapter, as two sentences; empty for one of FinLoRA's own."""
+        if self.adopted is None:
+            return ""
+        return f"Another program trained it ({self.adopted.source}). Unknown: {'; '.join(self.adopted.unknown)}."
 
     def check(self, folder: Path, base: HashedBase, template: str, bits: int | None = None) -> None:
         """Refuse another base, tokenizer or template than in training, and changed adapter files.
@@ -113,19 +140,21 @@ class Contract:
             AdapterError: names everything that differs and how to override.
         """
         self.check_files(folder)
+        verb = "adopted" if self.adopted else "trained"
         found = {"weights hash": base.weights_hash, "tokenizer hash": base.tokenizer_hash, "template": template}
-        expected = {"weights hash": self.weights_hash, "tokenizer hash": self.tokenizer_hash, "template": self.template}
+        expected = {"weights hash": self.weights_hash, "tokenizer hash": self.tokenizer_hash}
+        expected["template"] = self.template or template
         if bits is not None:
             found["bits"], expected["bits"] = str(bits), str(self.bits)
         differing = [
-            f"{key} is {found[key]}, trained with {expected[key]}" for key in found if found[key] != expected[key]
+            f"{key} is {found[key]}, {verb} with {expected[key]}" for key in found if found[key] != expected[key]
         ]
         if differing:
             is_template = len(differing) == 1 and template != self.template
             hint = f" Set model.template={self.template}." if is_template else ""
             raise AdapterError(
-                f"{folder} was trained on {self.base} and does not fit here: {'; '.join(differing)}.{hint} Load the base, "
-                f"tokenizer and template it was trained with, or edit its {CONTRACT_FILE} (and remove its line `sha256`) if you "
+                f"{folder} was {verb} on {self.base} and does not fit here: {'; '.join(differing)}.{hint} Load the base, "
+                f"tokenizer and template it was {verb} with, or edit its {CONTRACT_FILE} (and remove its line `sha256`) if you "
                 "know that they are equal."
             )
 
@@ -140,8 +169,8 @@ class Contract:
         Raises:
             AdapterError: another date is set.
         """
-        if self.finlora <= _WITHOUT_DATE:
-            if base_date is not None:
+        if self.template is None or self.finlora <= _WITHOUT_DATE:
+            if base_date is not None and self.template is not None:
                 _logger.warning(
                     "%s does not record the date in its training prompts (the day of the training): its prompts now get %s. "
                     "Set model.template_date to the day of the training, or train the adapter again.",
@@ -212,8 +241,7 @@ def _describe_missing(folder: Path) -> str:
     if (folder / ADAPTER_CONFIG).is_file():
         return (
             f"is a PEFT adapter that FinLoRA did not train: it has no {CONTRACT_FILE}, which names the weights, tokenizer and "
-            "template it was trained with, so its fit to this base cannot be checked. Train one with `finlora train`, or "
-            "merge it into its base with PEFT (merge_and_unload, save_pretrained) and give that folder as model.base with --base."
+            "template it was trained with. Run `finlora adopt FOLDER --base BASE --output NEW`: it writes one."
         )
     if (folder / "config.json").is_file():
         return "is a model, not an adapter: give it as model.base, with --base to use no adapter."
@@ -236,7 +264,7 @@ def _build_contract(values: Any, path: Path) -> Contract:
     version = record.get("finlora")
     if version is None:
         raise ValueError("it does not name its format")
-    if isinstance(version, int) and version not in (_WITHOUT_HASHES, _WITHOUT_DATE, _WITHOUT_TASKS, _VERSION):
+    if isinstance(version, int) and version not in range(_WITHOUT_HASHES, _VERSION + 1):
         raise AdapterError(f"{path} has format {version}, this FinLoRA reads {_VERSION}: update FinLoRA.")
     for name, value in record.items():
         if not all(len(text) <= _MAX_TEXT and text.isprintable() for text in _list_texts([name, value])):
@@ -245,6 +273,8 @@ def _build_contract(values: Any, path: Path) -> Contract:
         contract = settings_from_tree(Contract, record)
     except ConfigError as error:
         raise ValueError("; ".join(error.faults)) from error
+    if contract.adopted is None and None in (contract.template, contract.bits, contract.num_train_examples):
+        raise ValueError("template, bits or num_train_examples is null, and `adopted` does not say why")
     if contract.template_date is not None and not is_date(contract.template_date):
         raise ValueError(f"template_date={show(contract.template_date)}: expected a date such as 2024-07-26")
     return contract
@@ -357,7 +387,7 @@ def require_same_task(folder: Path, contract: Contract, name: str, card_hash: st
         AdapterError: names both hashes.
     """
     trained = contract.tasks.get(name)
-    if name in contract.data_hashes and trained != card_hash:
+    if name in contract.task_names and trained != card_hash:
         raise AdapterError(
             f"{folder} was trained with task hash {_show_hash(trained)}, the prepared task {name} has {_show_hash(card_hash)}: "
             "its kind, labels or prompt were changed, which makes it another task. Prepare it from the file of that training, or "

@@ -41,8 +41,10 @@ class Merged:
     """Number of changed base weights."""
     gib: float
     """Size of the folder."""
-    trained_bits: int
-    """Bits of the base that the adapter was trained on."""
+    trained_bits: int | None
+    """Bits of the base that the adapter was trained on; None: unknown."""
+    unknown: str
+    """What is unknown of an adopted adapter; empty: nothing."""
 
 
 def merge_lora(base: BaseModel, adapter: Path) -> int:
@@ -99,8 +101,9 @@ def export_merged(
     """
     contract = read_contract(adapter)
     if contract.bits != 16 and not allow_other_bits:
+        trained = f"on a {contract.bits}-bit base" if contract.bits else "at unknown bits of the base"
         raise AdapterError(
-            f"{adapter} was trained on a {contract.bits}-bit base, but a merge uses the 16-bit one: logits "
+            f"{adapter} was trained {trained}, but a merge uses the 16-bit one: logits "
             "will differ from those in its evaluation. Allow it with --allow-other-bits and evaluate the merged model, or "
             "serve the adapter unmerged."
         )
@@ -117,7 +120,13 @@ def export_merged(
     fix_date(base.tokenizer, date)  # so that prompts made with the merged folder have the date of training
     _write(base, contract, adapter, output)
     size = sum(path.stat().st_size for path in output.iterdir())
-    return Merged(folder=output, num_tensors=num_tensors, gib=size / 2**30, trained_bits=contract.bits)
+    return Merged(
+        folder=output,
+        num_tensors=num_tensors,
+        gib=size / 2**30,
+        trained_bits=contract.bits,
+        unknown=contract.describe_unknown(),
+    )
 
 
 def _read_adapter(folder: Path, base: LlamaShape) -> tuple[LoraSettings, list[tuple[str, torch.Tensor, torch.Tensor]]]:

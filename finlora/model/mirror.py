@@ -1,8 +1,8 @@
-"""Mirror of base models: hub files in plain folders, each checked by the hub's hash, for machines without a hub.
+"""Mirror of base models and adapters: hub files in plain folders, each checked by the hub's hash, for machines without a hub.
 
-Layout of MIRROR/models/OWNER/NAME: the files of one commit, and `mirror.json`, which names the commit and the SHA-256 of each
-file. It is written last: a folder without it is incomplete. The folder can be copied to another machine and checked there
-without a network.
+Layout of MIRROR/models/OWNER/NAME and MIRROR/adapters/OWNER/NAME: the files of one commit, and `mirror.json`, which names the
+commit and the SHA-256 of each file. It is written last: a folder without it is incomplete. The folder can be copied to another
+machine and checked there without a network.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -21,9 +21,15 @@ from finlora.durable import hash_file, seal, unseal, write_whole
 from finlora.errors import ModelError
 from finlora.machine.host import require_space
 from finlora.machine.model_hub import find_hub_problem
+from finlora.model.adapter_files import ADAPTER_CONFIG
 from finlora.model.source import HUB_FILES, find_source
 
 MANIFEST = "mirror.json"
+ADAPTER_HUB_FILES = [
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+]
+"""Files of a hub adapter that `finlora adopt` reads, or names in its refusal."""
 _LICENCES = ["LICENSE*", "USE_POLICY*", "NOTICE*"]
 _TEMPLATES = "additional_chat_templates/"
 """The only subfolder of a model that is read."""
@@ -36,7 +42,7 @@ Update = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mirrored:
-    """One mirrored model."""
+    """One mirrored model or adapter."""
 
     repository: str
     commit: str
@@ -74,11 +80,48 @@ def mirror_model(name: str, mirror: Path, update: Update) -> Mirrored:
         ModelError: the model cannot be downloaded, a file has another hash, or it is not a Llama in safetensors.
         ResourceError: the disk has too little space.
     """
+
+    def check(folder: Path) -> None:
+        find_source(ModelConfig(base=str(folder)))
+
+    return _mirror(name, mirror / "models", (*HUB_FILES, *_LICENCES), ".safetensors", check, update)
+
+
+def mirror_adapter(name: str, mirror: Path, update: Update) -> Mirrored:
+    """Download a PEFT adapter's files, as `mirror_model` does a model's. `finlora adopt` checks them against a base."""
+
+    def check(folder: Path) -> None:
+        if not (folder / ADAPTER_CONFIG).is_file():
+            raise ModelError(f"{name} holds no {ADAPTER_CONFIG}: it is no PEFT adapter. Give a model with --models.")
+
+    return _mirror(name, mirror / "adapters", (*ADAPTER_HUB_FILES, *_LICENCES), (".safetensors", ".bin"), check, update)
+
+
+def _mirror(
+    name: str,
+    parent: Path,
+    patterns: Sequence[str],
+    weights: str | tuple[str, ...],
+    check: Callable[[Path], None],
+    update: Update,
+) -> Mirrored:
+    """Download a repository's files.
+
+    Args:
+        parent: folder of all mirrored models, or adapters.
+        patterns: of the files.
+        weights: endings of weight files, one of which it must hold.
+        check: of the folder, before mirror.json marks it complete.
+    """
     repository, _, revision = name.partition("@")
     if repository.count("/") != 1 or repository.startswith((".", "/", "~")):
         raise ModelError(f"{name!r} is not a model of the hub: expected owner/name or owner/name@revision.")
-    commit, remote = _list_files(repository, revision or None)
-    folder = mirror / "models" / repository
+    commit, remote = _list_files(repository, revision or None, patterns)
+    if not any(file.path.endswith(weights) for file in remote):
+        raise ModelError(
+            f"{repository} holds no safetensors weights: FinLoRA reads nothing else. Choose another model."
+        )
+    folder = parent / repository
     (folder / MANIFEST).unlink(missing_ok=True)
     total, done = sum(file.size for file in remote), 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +136,7 @@ def mirror_model(name: str, mirror: Path, update: Update) -> Mirrored:
         files[file.path] = hash_file(path)
         done += file.size
     update(repository, done, total, "")
-    find_source(ModelConfig(base=str(folder)))
+    check(folder)
     shutil.rmtree(folder / ".cache", ignore_errors=True)  # the hub client's records of unfinished files
     mirrored = Mirrored(repository=repository, commit=commit, files=files, total_bytes=total)
     write_whole(folder / MANIFEST, json.dumps(seal(asdict(mirrored)), indent=2) + "\n")
@@ -101,8 +144,8 @@ def mirror_model(name: str, mirror: Path, update: Update) -> Mirrored:
 
 
 def list_mirrored(mirror: Path) -> list[Path]:
-    """Return the complete model folders of a mirror."""
-    return sorted(path.parent for path in (mirror / "models").glob(f"*/*/{MANIFEST}"))
+    """Return the complete folders of a mirror: models, then adapters."""
+    return [path.parent for kind in ("models", "adapters") for path in sorted((mirror / kind).glob(f"*/*/{MANIFEST}"))]
 
 
 def check_mirrored(folder: Path, update: Update) -> Mirrored:
@@ -160,7 +203,7 @@ def _hash_blob(path: Path) -> str:
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content, usedforsecurity=False).hexdigest()
 
 
-def _list_files(repository: str, revision: str | None) -> tuple[str, list[_Remote]]:
+def _list_files(repository: str, revision: str | None, patterns: Sequence[str]) -> tuple[str, list[_Remote]]:
     from huggingface_hub import HfApi
 
     info = _ask_hub(repository, lambda: HfApi().model_info(repository, revision=revision, files_metadata=True))
@@ -173,12 +216,8 @@ def _list_files(repository: str, revision: str | None) -> tuple[str, list[_Remot
         )
         for sibling in info.siblings or []
         if "/" not in sibling.rfilename.removeprefix(_TEMPLATES)
-        and any(fnmatch(sibling.rfilename, pattern) for pattern in (*HUB_FILES, *_LICENCES))
+        and any(fnmatch(sibling.rfilename, pattern) for pattern in patterns)
     ]
-    if not any(file.path.endswith(".safetensors") for file in remote):
-        raise ModelError(
-            f"{repository} holds no safetensors weights: FinLoRA reads nothing else. Choose another model."
-        )
     return info.sha, remote
 
 

@@ -50,6 +50,8 @@ class ScorePlan:
     prefix: str
     """Prefix of the added columns' names."""
     table: Table
+    unknown: str
+    """What is unknown of an adopted adapter; empty: nothing."""
     binding: dict[str, Any]
     """Inputs and settings that must be equal for a run to resume from the parts of an earlier one."""
 
@@ -143,6 +145,7 @@ def make_plan(
         threshold=threshold,
         prefix=task or "finlora",
         table=table,
+        unknown=contract.describe_unknown() if contract else "",
         binding=settings,
     )
     if clashing := [name for name in plan.columns if name in table.columns]:
@@ -162,6 +165,7 @@ def describe_plan(plan: ScorePlan) -> str:
         f"Scoring {counted(table.num_rows, 'row')} in {counted(len(table.files), 'file')} and "
         f"{counted(len(table.parts), 'part')}: {asked}, column {columns}, {subject} on "
         f"{plan.config.model.base} at {plan.config.eval.bits or plan.config.model.bits} bit ({plan.config.eval.device})"
+        + (f". {plan.unknown}" if plan.unknown else "")
     )
 
 

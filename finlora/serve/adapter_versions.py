@@ -65,6 +65,11 @@ class ServedAdapter:
         return {name: task.form for name, task in self.tasks.items() if task.form is not None}
 
     @property
+    def notices(self) -> list[str]:
+        """What a user should know before the answers are trusted."""
+        return [said] if (said := self.contract.describe_unknown()) else []
+
+    @property
     def engine_name(self) -> str:
         """Name in the engine. Other weights have another name, so requests in flight keep the weights they started with."""
         return f"{self.name}@{self.version or '-'}#{self.hash}"
@@ -105,6 +110,16 @@ class AdapterShelf:
                     read_contract(entry)
                 except AdapterError as error:
                     found.append(str(error))
+        return found
+
+    def list_notices(self) -> list[str]:
+        """Return what a user should know of the adapters that are served, each with its name."""
+        found = []
+        for name in self.list_names():
+            try:
+                found += [f"Adapter {name!r}: {notice}" for notice in self.find(name).notices]
+            except AdapterError:  # which a request is told
+                continue
         return found
 
     def list_unapproved(self, name: str) -> dict[str | None, str]:

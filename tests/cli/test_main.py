@@ -152,6 +152,7 @@ OUTPUTS = {
     "new-task": ("/srv/letters.csv", "--output"),
     "prepare": ("synthetic", "--output"),
     "pretrain": ("--tasks", "synthetic", "--output"),
+    "adopt": ("/srv/lora", "--base", "/srv/base", "--output"),
     "merge": ("--adapter", "/srv/adapter", "--output"),
     "key": ("desk", "--file"),
     "reproduce": ("--dry-run", "--output"),

@@ -87,7 +87,7 @@ def test_other_base_tokenizer_or_template_is_refused_by_what_differs(
         (
             ("adapter_config.json", "adapter_model.safetensors"),
             "",
-            r"is a PEFT adapter that FinLoRA did not train: it has no finlora.yaml, which names .*merge_and_unload",
+            r"is a PEFT adapter that FinLoRA did not train: it has no finlora.yaml, which names .*finlora adopt FOLDER",
         ),
         (("config.json", "model.safetensors"), "", r"is a model, not an adapter: give it as model.base"),
         (("notes.txt",), "", r"holds no finlora.yaml and no adapter_config.json: give the `adapter` folder of a"),
@@ -129,8 +129,8 @@ def test_text_that_could_change_what_a_terminal_shows_is_refused(contract, tmp_p
 
 
 def test_newer_format_is_refused_with_a_message(contract, tmp_path):
-    (tmp_path / CONTRACT_FILE).write_text(yaml.safe_dump(dataclasses.asdict(contract) | {"finlora": 5}))
-    with pytest.raises(AdapterError, match=r"has format 5, this FinLoRA reads 4: update FinLoRA"):
+    (tmp_path / CONTRACT_FILE).write_text(yaml.safe_dump(dataclasses.asdict(contract) | {"finlora": 6}))
+    with pytest.raises(AdapterError, match=r"has format 6, this FinLoRA reads 5: update FinLoRA"):
         read_contract(tmp_path)
 
 
@@ -169,7 +169,7 @@ def test_changed_contract_is_refused_unless_its_hash_is_taken_out_too(folder):
 
 def test_cut_contract_is_refused_wherever_it_is_cut(folder):
     text = (folder / CONTRACT_FILE).read_text()
-    last = text.index("finlora: 4") + len("finlora: 4")  # what follows is the hash alone
+    last = text.index("finlora: 5") + len("finlora: 5")  # what follows is the hash alone
     for end in range(last):
         (folder / CONTRACT_FILE).write_text(text[:end])
         with pytest.raises(AdapterError):

@@ -143,6 +143,24 @@ def test_prefetch_repairs_what_is_damaged_and_keeps_the_rest(copy, published):
     assert (folder / "tokenizer.json").stat().st_mtime_ns == untouched
 
 
+def test_adapter_is_mirrored_beside_the_models_and_checked_with_them(tmp_path):
+    published = tmp_path / "published"
+    published.mkdir()
+    for name in ("adapter_config.json", "adapter_model.bin", "tokenizer.json", "optimizer.pt"):
+        (published / name).write_text("{}")
+    with hub_of(published) as endpoint:
+        done = prefetch(endpoint, "--adapters", NAME, "--output", tmp_path / "mirror")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "mirror" / "adapters" / NAME
+    assert f"finlora adopt {folder}: 0.00 GiB of commit {COMMIT[:12]}, hashes agree" in done.stdout
+    there = {path.name for path in folder.iterdir()}
+    assert there == {"adapter_config.json", "adapter_model.bin", "tokenizer.json", "mirror.json"}
+    assert list_mirrored(tmp_path / "mirror") == [folder]
+    (folder / "tokenizer.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"tokenizer\.json differs"):
+        check_mirrored(folder, ignore)
+
+
 def test_file_that_arrives_with_another_hash_is_removed_and_named(published, tmp_path):
     with hub_of(published, damaged="model.safetensors") as endpoint:
         done = prefetch(endpoint, "--models", NAME, "--output", tmp_path)

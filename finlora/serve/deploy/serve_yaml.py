@@ -132,6 +132,8 @@ def check_server(
         _logger.warning("Not served: %s", reason)
     for name in shelf.list_names():
         shelf.list_unapproved(name)  # logs each
+    for notice in shelf.list_notices():
+        _logger.warning(notice)
     return dataclasses.replace(deployment, settings=settings, http=http)
 
 

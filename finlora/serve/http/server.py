@@ -292,6 +292,7 @@ class Server:
             "bits": contract.bits,
             "rank": contract.rank,
             "template_date": adapter.template_date,
-            "tasks": sorted(contract.data_hashes),
+            "tasks": sorted(contract.task_names),
+            "unknown": list(contract.adopted.unknown) if contract.adopted else [],
             "loaded": adapter.engine_name in self.engine.snapshot.adapters,
         }

@@ -39,10 +39,13 @@ class AdapterFacts(BaseModel):
         None, description="Version that is served; null where the folder is the adapter itself."
     )
     hash: str = Field("", description="Hash of its weights.")
-    bits: int = Field(0, description="Bits of the base that it was trained on.")
+    bits: int | None = Field(0, description="Bits of the base that it was trained on; null: unknown.")
     rank: int = Field(0, description="Its LoRA rank.")
     template_date: str | None = Field(None, description="Date that its chat template writes; null: none.")
     tasks: list[str] = Field([], description="Tasks that it was trained on.")
+    unknown: list[str] = Field(
+        [], description="What is unknown of it, where another program trained it (`finlora adopt`)."
+    )
     loaded: bool = Field(False, description="Whether it is in memory now.")
 
 

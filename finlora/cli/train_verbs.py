@@ -129,7 +129,7 @@ def _describe_trained(result: Result) -> str:
 
 @app.command(
     epilog="Examples:\n\n  finlora merge --config jobs/configs/NAME.yaml --output ~/finlora/merged --allow-other-bits\n\n"
-    "  finlora merge --adapter ~/finlora/runs/NAME/adapter --output ~/finlora/merged"
+    "  finlora merge --adapter ~/finlora/runs/NAME/adapter --output ~/finlora/merged --onto dequantised"
 )
 def merge(
     output: Annotated[Path, typer.Option(help="Folder of the merged model. It must not exist yet.")],
@@ -144,9 +144,15 @@ def merge(
             "--allow-other-bits", help="Merge an adapter trained at 8 or 4 bit, whose answers change a little by it."
         ),
     ] = False,
+    onto: Annotated[
+        Literal["base", "dequantised"],
+        typer.Option(
+            help="Weights to merge onto: the base's own, or the 8- or 4-bit ones of the training, read back to 16 bit."
+        ),
+    ] = "base",
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Device that holds the 16-bit base.")] = "cpu",
 ) -> None:
-    """Merge an adapter into its 16-bit base. Writes a plain Hugging Face folder in bfloat16."""
+    """Merge an adapter into its base at 16 bit. Writes a plain Hugging Face folder in bfloat16."""
     if config is None and adapter is None:
         raise ConfigError("no adapter is named: give --config YAML for that of its run, or --adapter FOLDER.")
     target = require_output("--output ", output, is_new=True)
@@ -164,11 +170,15 @@ def merge(
     folder = choose_adapter(settings, adapter, base=False)
     assert folder is not None  # without --base there is one
     with open_bars(console, "merging"):
-        merged = export_merged(settings.model, folder, target, torch.device(device), allow_other_bits=allow_other_bits)
+        merged = export_merged(
+            settings.model, folder, target, torch.device(device), allow_other_bits=allow_other_bits, onto=onto
+        )
     say(f"Merged model {merged.folder} ({merged.gib:.2f} GiB, {merged.num_tensors} weights changed)")
     if merged.unknown:
         say(merged.unknown)
-    if merged.trained_bits != 16:
+    if onto == "dequantised":
+        say(f"Its weights are the {merged.trained_bits}-bit ones of the training, read back to 16 bit, and the update.")
+    elif merged.trained_bits != 16:
         say(
             f"Trained at {merged.trained_bits or 'an unknown number of'} bit: evaluate the merged model before you use it."
         )

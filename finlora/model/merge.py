@@ -1,4 +1,7 @@
-"""Merge of an adapter into its 16-bit base, written as a Hugging Face folder that needs neither PEFT nor FinLoRA.
+"""Merge of an adapter into its base at 16 bit, written as a Hugging Face folder that needs neither PEFT nor FinLoRA.
+
+An adapter trained at 4 or 8 bit is fitted to rounded weights (QLoRA, arXiv:2305.14314). It can be merged onto the base's own
+16-bit weights, or onto the rounded ones of its training, read back to 16 bit: then what was trained is what is served.
 
 The folder holds config.json, safetensors shards, the tokenizer and merged.yaml, the record of base and adapter; also tasks.yaml
 if the adapter was trained on task files. It is written under another name and renamed at the end, so an interrupted merge leaves
@@ -11,11 +14,13 @@ import dataclasses
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 import yaml
+from torch import nn
 
-from finlora.config import ModelConfig
+from finlora.config import Bits, ModelConfig
 from finlora.data.chat_template import fix_date
 from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import AdapterError, ModelError
@@ -27,7 +32,10 @@ from finlora.model.base import BaseModel, load_base, write_plain
 from finlora.model.base_files import read_base_files
 from finlora.model.contract import MERGED_FILE, TASKS_FILE, Contract, read_contract, read_tasks
 from finlora.model.memory.fixed_memory import count_weight_bytes
+from finlora.model.quantised import dequantise
 
+Onto = Literal["base", "dequantised"]
+"""Weights that the update is added to: the base's own at 16 bit, or those of the training, read back to 16 bit."""
 _SPARE_BYTES = 64 * 2**20
 """Room for the tokenizer and the small files."""
 
@@ -45,6 +53,18 @@ class Merged:
     """Bits of the base that the adapter was trained on; None: unknown."""
     unknown: str
     """What is unknown of an adopted adapter; empty: nothing."""
+
+
+def dequantise_base(base: BaseModel) -> BaseModel:
+    """Replace the 8- or 4-bit layers of a base by dense ones of the same weights, in its compute type, in place."""
+    for name, module in list(base.model.named_modules()):
+        weight = getattr(module, "weight", None)
+        if hasattr(weight, "quant_state") or hasattr(weight, "CB"):
+            dense = nn.Linear(int(module.in_features), int(module.out_features), bias=False, device="meta")
+            dense.weight = nn.Parameter(dequantise(module, base.dtype), requires_grad=False)
+            base.model.set_submodule(name, dense)
+    base.model.is_loaded_in_8bit = base.model.is_loaded_in_4bit = False
+    return dataclasses.replace(base, bits=16)
 
 
 def merge_lora(base: BaseModel, adapter: Path) -> int:
@@ -81,18 +101,24 @@ def merge_lora(base: BaseModel, adapter: Path) -> int:
 
 
 def export_merged(
-    model: ModelConfig, adapter: Path, output: Path, device: torch.device, *, allow_other_bits: bool
+    model: ModelConfig,
+    adapter: Path,
+    output: Path,
+    device: torch.device,
+    *,
+    allow_other_bits: bool,
+    onto: Onto = "base",
 ) -> Merged:
-    """Load the base at 16 bit, merge the adapter and write the folder in bfloat16.
+    """Load the base, merge the adapter and write the folder in bfloat16.
 
-    An adapter trained at 8 or 4 bit also compensates the rounding of its quantised base (QLoRA, arXiv:2305.14314).
-    On the 16-bit base its logits differ a little from those in training and evaluation, so the merged model must be evaluated
-    again. The caller accepts that with `allow_other_bits`.
+    On the base's own 16-bit weights, the logits of an adapter trained at 8 or 4 bit differ a little from those in training and
+    evaluation, so the merged model must be evaluated again. The caller accepts that with `allow_other_bits`.
 
     Args:
         model: base, tokenizer and template of the adapter; `model.bits` and `model.compute_dtype` are ignored: a run on CPU
             may compute in float32, which would make the merged model twice as large as its base.
         device: where the sums are computed; the base at 16 bit must fit.
+        onto: `dequantised` quantises the base as in training and reads it back.
 
     Raises:
         AdapterError: the adapter has another base, tokenizer or template, or other bits without `allow_other_bits`.
@@ -100,12 +126,18 @@ def export_merged(
         ResourceError: the disk has too little space.
     """
     contract = read_contract(adapter)
-    if contract.bits != 16 and not allow_other_bits:
+    if onto == "dequantised" and contract.bits in (None, 16):
+        found = "on a 16-bit base" if contract.bits else "at unknown bits of the base"
+        raise AdapterError(
+            f"{adapter} was trained {found}, so there are no quantised weights to read back: leave --onto out"
+            f"{'' if contract.bits else ', or adopt it again with --bits if you know them'}."
+        )
+    if onto == "base" and contract.bits != 16 and not allow_other_bits:
         trained = f"on a {contract.bits}-bit base" if contract.bits else "at unknown bits of the base"
         raise AdapterError(
             f"{adapter} was trained {trained}, but a merge uses the 16-bit one: logits "
-            "will differ from those in its evaluation. Allow it with --allow-other-bits and evaluate the merged model, or "
-            "serve the adapter unmerged."
+            "will differ from those in its evaluation. Merge it onto the weights of its training with --onto dequantised, allow "
+            "it with --allow-other-bits and evaluate the merged model, or serve the adapter unmerged."
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ModelError(f"{output} exists and is not empty: give another folder for the merged model, or remove it.")
@@ -115,10 +147,13 @@ def export_merged(
     require_space(
         output.parent, count_weight_bytes(files.shape, 16), "the merged model takes", spare_bytes=_SPARE_BYTES
     )
-    base = load_base(dataclasses.replace(model, compute_dtype="bfloat16"), 16, device, seed=0, files=files)
+    bits = cast(Bits, contract.bits) if onto == "dequantised" else 16
+    base = load_base(dataclasses.replace(model, compute_dtype="bfloat16"), bits, device, seed=0, files=files)
+    if onto == "dequantised":
+        base = dequantise_base(base)
     num_tensors = merge_lora(base, adapter)
     fix_date(base.tokenizer, date)  # so that prompts made with the merged folder have the date of training
-    _write(base, contract, adapter, output)
+    _write(base, contract, adapter, output, onto)
     size = sum(path.stat().st_size for path in output.iterdir())
     return Merged(
         folder=output,
@@ -139,12 +174,16 @@ def _read_adapter(folder: Path, base: LlamaShape) -> tuple[LoraSettings, list[tu
         ]
 
 
-def _write(base: BaseModel, contract: Contract, adapter: Path, output: Path) -> None:
+def _write(base: BaseModel, contract: Contract, adapter: Path, output: Path, onto: Onto) -> None:
     with scratch_folder(output.parent, f".{output.name}-") as staging:
         write_plain(base.model, staging, "4GB")
         base.tokenizer.save_pretrained(str(staging))
         provenance = {
             "merged": "W0 + (alpha / rank) B A, summed in float32",
+            "onto": onto,
+            "weights": "the base's own"
+            if onto == "base"
+            else f"{contract.quantisation} as in training, read back to 16 bit",
             "dtype": str(base.model.dtype).removeprefix("torch."),
             "adapter": adapter.name if adapter.name != "adapter" else f"{adapter.parent.name}/adapter",
             "contract": dataclasses.asdict(contract),

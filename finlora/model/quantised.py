@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from finlora.config import Bits
 from finlora.errors import ModelError
 from finlora.machine.lean_imports import lean_imports
+from finlora.model.kernels.nf4 import unpack_nf4
 
 
 @functools.cache  # asked for at each tensor
@@ -61,6 +62,18 @@ def require_range(weight: Tensor, name: str, bits: Bits) -> None:
             f"{name} holds numbers from {low:g} to {high:g}, and {bits} bit needs finite ones of at most {limit:g}: copy the "
             f"model again{', or load it at 4 or 16 bit' if bits == 8 else ''}."
         )
+
+
+def dequantise(layer: Any, dtype: torch.dtype) -> Tensor:
+    """Return the (out, in) weight that a layer holds, before its first forward pass: NF4 levels, or int8 rows times their scale.
+
+    The product of a 4-bit layer uses these numbers; that of an 8-bit one also rounds the activations.
+    """
+    if hasattr(layer.weight, "quant_state"):
+        return unpack_nf4(layer, dtype)
+    values, scales = layer.weight.CB, layer.weight.SCB
+    weight: Tensor = values.float() * (scales[:, None] / 127.0)
+    return weight.to(dtype)
 
 
 def layer_to_tensors(layer: Any) -> dict[str, Tensor]:

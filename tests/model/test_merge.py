@@ -19,7 +19,7 @@ from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.base_files import read_base_files
 from finlora.model.contract import make_contract, write_contract
 from finlora.model.lora import attach_lora, load_adapter, save_adapter, trainable_parameters
-from finlora.model.merge import export_merged, merge_lora
+from finlora.model.merge import dequantise_base, export_merged, merge_lora
 
 CPU = torch.device("cpu")
 IDS = torch.arange(60).reshape(3, 20) + 5
@@ -67,6 +67,47 @@ def test_merged_logits_equal_adapter_logits(tiny_base, make_adapter, dtype, tole
     scale = expected.abs().max()
     assert (expected - before).abs().max() > 0.05 * scale  # the adapter has an effect
     assert (merged - expected).abs().max() < tolerance * scale
+
+
+# 4 bit: a product uses the weights that are read back, so only sums are rounded. 8 bit: it also rounds activations to int8.
+@pytest.mark.parametrize(("bits", "tolerance"), [(4, 1e-5), (8, 0.02)])
+def test_merge_onto_dequantised_weights_is_the_forward_pass_of_the_training(tiny_base, make_adapter, bits, tolerance):
+    folder = make_adapter(bits, lora=LoraConfig(rank=4, dropout=0.0))
+    with quiet_bitsandbytes():
+        model = load_adapter(load_base(settings_of(tiny_base), bits, CPU, 0).model, folder)
+        trained = logits_of(model.train())  # in eval mode bitsandbytes computes in bfloat16 on some CPUs
+        base = dequantise_base(load_base(settings_of(tiny_base), bits, CPU, 0))
+    merge_lora(base, folder)
+    plain = load_base(settings_of(tiny_base), 16, CPU, 0)
+    merge_lora(plain, folder)
+    scale = trained.abs().max()
+    assert (logits_of(base.model) - trained).abs().max() < tolerance * scale
+    if bits == 4:  # onto the base's own weights it is another model
+        assert (logits_of(plain.model) - trained).abs().max() > 0.02 * scale
+
+
+def test_folder_of_a_dequantised_merge_says_so_and_loads_without_finlora(tiny_base, make_adapter, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder, output = make_adapter(4), tmp_path / "merged"
+    merged = export_merged(settings_of(tiny_base), folder, output, CPU, allow_other_bits=False, onto="dequantised")
+    assert (merged.trained_bits, merged.num_tensors) == (4, 6)
+    record = yaml.safe_load((output / "merged.yaml").read_text())
+    assert record["onto"] == "dequantised"
+    assert record["weights"] == "NF4, double quantisation as in training, read back to 16 bit"
+    with quiet_bitsandbytes():
+        expected = logits_of(load_adapter(load_base(settings_of(tiny_base), 4, CPU, 0).model, folder))
+    plain = AutoModelForCausalLM.from_pretrained(str(output), dtype=torch.float32)
+    assert plain.config.to_dict().get("quantization_config") is None
+    assert (logits_of(plain) - expected).abs().max() < 0.02 * expected.abs().max()  # rounded to bfloat16 once
+
+
+def test_adapter_of_a_16_bit_base_has_nothing_to_read_back(tiny_base, make_adapter, tmp_path):
+    words = r"was trained on a 16-bit base, so there are no quantised weights to read back: leave --onto out\."
+    with pytest.raises(AdapterError, match=words):
+        export_merged(
+            settings_of(tiny_base), make_adapter(), tmp_path / "m", CPU, allow_other_bits=False, onto="dequantised"
+        )
 
 
 def test_weight_is_the_formula_in_float32_rounded_once(tiny_base, make_adapter):

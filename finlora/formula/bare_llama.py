@@ -1,6 +1,6 @@
-"""Parameters of a Llama under transformers' names, without its forward pass: what a stage takes its weights from.
+"""Parameters of a base under transformers' names, without its forward pass: what a stage takes its weights from.
 
-transformers' own LlamaForCausalLM takes longer to import than a small base to load. Training needs it, since PEFT and the padded
+transformers' own model class takes longer to import than a small base to load. Training needs it, since PEFT and the padded
 path run its forward pass.
 """
 
@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from finlora.formula.llama import ATTENTION_NORM, MLP_NORM, PROJECTIONS, LlamaShape, shape_of
+from finlora.formula.llama import ATTENTION_NORM, MLP_NORM, PROJECTIONS, LlamaShape, head_norms, shape_of
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import PreTrainedConfig
 
 
 class BareLlama(nn.Module):
-    """A Llama's parameters on the meta device, to be replaced by a loader.
+    """Parameters of a Llama, or of another family, on the meta device, to be replaced by a loader.
 
     Args:
         dtype: of the parameters.
     """
 
-    def __init__(self, config: LlamaConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
         shape, eps = shape_of(config.to_dict()), float(config.rms_norm_eps)
@@ -52,11 +52,12 @@ class Rotary(nn.Module):
         config: whose rope_type finlora/model/architecture.py supports: the angles depend on the position alone.
     """
 
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         kind = config.rope_parameters["rope_type"]
         if kind == "default":
-            exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+            width = shape_of(config.to_dict()).head_dim
+            exponents = torch.arange(0, width, 2, dtype=torch.float) / width
             frequencies, self.scale = 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
         else:
             from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -72,8 +73,8 @@ class Rotary(nn.Module):
         return (both.cos() * self.scale).to(x.dtype), (both.sin() * self.scale).to(x.dtype)
 
 
-def make_linear(num_in: int, num_out: int, dtype: torch.dtype) -> nn.Linear:
-    """Return a linear layer without bias on the meta device, whose weight was not initialised.
+def make_linear(num_in: int, num_out: int, dtype: torch.dtype, *, has_bias: bool = False) -> nn.Linear:
+    """Return a linear layer on the meta device, whose parameters were not initialised.
 
     Initialising on the meta device imports torch's compiler.
     """
@@ -81,7 +82,8 @@ def make_linear(num_in: int, num_out: int, dtype: torch.dtype) -> nn.Linear:
     nn.Module.__init__(linear)
     linear.in_features, linear.out_features = num_in, num_out
     linear.weight = nn.Parameter(torch.empty(num_out, num_in, dtype=dtype, device="meta"))
-    linear.register_parameter("bias", None)
+    bias = nn.Parameter(torch.empty(num_out, dtype=dtype, device="meta")) if has_bias else None
+    linear.register_parameter("bias", bias)
     return linear
 
 
@@ -91,7 +93,11 @@ def _make_layer(shape: LlamaShape, eps: float, dtype: torch.dtype) -> nn.Module:
         if not hasattr(layer, projection.block):
             setattr(layer, projection.block, nn.Module())
         num_out, num_in = projection.size(shape)
-        setattr(getattr(layer, projection.block), projection.name, make_linear(num_in, num_out, dtype))
+        linear = make_linear(num_in, num_out, dtype, has_bias=projection.name in shape.additions.biases)
+        setattr(getattr(layer, projection.block), projection.name, linear)
+    for path in head_norms(shape):
+        block, _, name = path.rpartition(".")
+        setattr(getattr(layer, block), name, Norm(shape.head_dim, eps, dtype))
     for name in (ATTENTION_NORM, MLP_NORM):
         setattr(layer, name, Norm(shape.hidden_size, eps, dtype))
     return layer

@@ -1,5 +1,7 @@
 """Llama's decoder layer, described once: its sizes, projections, norms, activation and the names of its tensors.
 
+Other families are this layer with additions (families.py), which a shape carries.
+
 Packed training, stages, merge, the memory planner and the checks of bases and adapters read this record when a model is built.
 None of them names a projection or computes a width itself (tests/formula/test_llama.py). The forward passes of
 finlora/model/layers/packed_layer.py and finlora/stage/stage.py are the only other code that knows the layer.
@@ -13,13 +15,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from finlora.formula.families import PLAIN, Additions, find_family
+
 Block = Literal["self_attn", "mlp"]
 Product = Literal["qkv", "out", "gate_up", "down"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LlamaShape:
-    """Sizes of a Llama."""
+    """Sizes of a Llama, and what its family adds to the layer."""
 
     hidden_size: int
     intermediate_size: int
@@ -30,6 +34,7 @@ class LlamaShape:
     vocab_size: int
     is_tied: bool = False
     """The output head is the embedding."""
+    additions: Additions = PLAIN
 
     @property
     def query_size(self) -> int:
@@ -42,6 +47,16 @@ class LlamaShape:
     def projection(self, name: str) -> tuple[int, int]:
         """Return (out, in) of a projection."""
         return find_projection(name).size(self)
+
+    def product_scale(self, product: Product) -> float:
+        """Return the factor of a product's result, LoRA's update included, before it is added to the residual stream."""
+        return self.additions.residual_scale if product in ("out", "down") else 1.0
+
+    @property
+    def rotary_scale(self) -> float:
+        """Factor of the rotary tables that turns the kernels' 1 / sqrt(d) into the base's `score_scale`: it is in q and in k."""
+        scale = self.additions.score_scale
+        return 1.0 if scale is None else (scale * self.head_dim**0.5) ** 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +119,8 @@ PRODUCTS: Mapping[Product, tuple[Projection, ...]] = {
 
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 """RMSNorm before attention (input of the product qkv) and before the MLP (input of gate_up)."""
+QUERY_NORM, KEY_NORM = "self_attn.q_norm", "self_attn.k_norm"
+"""RMSNorm of each query and each key head, in families that have them."""
 ACTIVATIONS = ("silu", "swish")
 """Names in config.json of the MLP's activation: silu(gate) * up."""
 EMBEDDING, FINAL_NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -151,6 +168,7 @@ def shape_of(values: Mapping[str, Any]) -> LlamaShape:
         head_dim=int(values.get("head_dim") or int(values["hidden_size"]) // heads),
         vocab_size=int(values["vocab_size"]),
         is_tied=bool(values.get("tie_word_embeddings", False)),
+        additions=find_family(values).read(values),
     )
 
 
@@ -185,6 +203,11 @@ def layer_path(layer: int) -> str:
     return f"model.layers.{layer}"
 
 
+def head_norms(shape: LlamaShape) -> tuple[str, ...]:
+    """Return the names of a layer's norms of heads."""
+    return (QUERY_NORM, KEY_NORM) if shape.additions.has_head_norms else ()
+
+
 def list_tensors(shape: LlamaShape) -> Iterator[BaseTensor]:
     """Yield the tensors of a base in the order of the computation."""
     table, norm = (shape.vocab_size, shape.hidden_size), (shape.hidden_size,)
@@ -192,6 +215,10 @@ def list_tensors(shape: LlamaShape) -> Iterator[BaseTensor]:
     for layer in range(shape.num_layers):
         for projection in PROJECTIONS:
             yield BaseTensor(f"{projection.path(layer)}.weight", projection.size(shape), is_projection=True)
+            if projection.name in shape.additions.biases:
+                yield BaseTensor(f"{projection.path(layer)}.bias", (projection.num_out(shape),), is_projection=False)
+        for name in head_norms(shape):
+            yield BaseTensor(f"{layer_path(layer)}.{name}.weight", (shape.head_dim,), is_projection=False)
         for name in (ATTENTION_NORM, MLP_NORM):
             yield BaseTensor(f"{layer_path(layer)}.{name}.weight", norm, is_projection=False)
     yield BaseTensor(FINAL_NORM, norm, is_projection=False)

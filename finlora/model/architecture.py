@@ -1,8 +1,8 @@
-"""Checks that a base is the Llama that every path computes; any other config key or tensor is refused by name.
+"""Checks that a base is of a family that every path computes; any other config key or tensor is refused by name.
 
 Packed and padded training, the engine's stages, the planner, merge and the cache of quantised bases all get a base from
-`find_source`, which runs these checks: so no path can ignore what another one computes. The reference is transformers'
-LlamaForCausalLM; tests compare each path with it.
+`find_source`, which runs these checks: so no path can ignore what another one computes. The reference is transformers' model
+class of the family; tests compare each path with it.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finlora.configfile import show
 from finlora.errors import ModelError
+from finlora.formula.families import FAMILIES, Family, find_family
 from finlora.formula.llama import ACTIVATIONS, HEAD, LlamaShape, list_tensors
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import PreTrainedConfig
 
 _ONE_VALUE: dict[str, tuple[object, ...]] = {
     "hidden_act": ACTIVATIONS,
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
     "attention_dropout": (0, None),
 }
-"""Keys that transformers' Llama reads, with the one value that every path here computes."""
+"""Keys that transformers reads, with the one value that every path here computes."""
+_ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
 # Read by every path, or by none because they change no number: sizes, token ids, notes of the tools that wrote the file.
 # pretraining_tp splits products without changing them, and transformers no longer reads it.
@@ -42,8 +42,8 @@ _MATHS = re.compile(
     r"|parallel_(attn|block|residual)|clip_qkv",
     re.IGNORECASE,
 )
-"""Parts of key names that change the formula in relatives of Llama. transformers' Llama reads none of them, so a model that
-needs one would give wrong answers silently."""
+"""Parts of key names that change the formula in relatives of Llama. transformers reads none of them but a family's own keys, so a
+model that needs one would give wrong answers silently."""
 
 _ROPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose angles depend on the position alone. `dynamic` and `longrope` depend on the longest sequence of a
@@ -57,7 +57,8 @@ _ROPE_KEYS = {
 _BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(original_)?inv_freq")
 """Tensors that old versions of transformers wrote; every path computes them from config.json."""
 _KINDS = (
-    (re.compile(r"\.bias$"), "biases, which no path here adds"),
+    (re.compile(r"\.bias$"), "biases, which its config.json does not turn on"),
+    (re.compile(r"\.(q|k)_norm\.weight$"), "norms of heads, which its model_type does not have"),
     (
         re.compile(r"lora_|base_layer|modules_to_save"),
         "an adapter inside the model: merge it with PEFT (merge_and_unload)",
@@ -79,42 +80,81 @@ class StoredTensor(NamedTuple):
     end: int
 
 
+def check_family(folder: Path, values: Mapping[str, Any]) -> Family:
+    """Return the family of a config.json, by its `model_type`.
+
+    Raises:
+        ModelError: FinLoRA does not run that family.
+    """
+    kind = values.get("model_type")
+    if isinstance(kind, str) and kind in FAMILIES:
+        return FAMILIES[kind]
+    fused = ""
+    if kind == "phi3":
+        fused = (
+            " Phi-3 and Phi-4 hold q, k and v in one matrix, and gate and up in another, where LoRA's targets are other ones: "
+            "a copy converted to Llama's layout (model_type llama) runs."
+        )
+    raise ModelError(
+        f"{folder} is a {show(kind)} model: FinLoRA runs model_type {', '.join(FAMILIES)}, since its adapters, pipeline stages "
+        f"and memory plan are checked on those architectures.{fused} Choose another base."
+    )
+
+
 def check_config(folder: Path, values: Mapping[str, Any]) -> None:
     """Refuse a config.json with which some path would compute something else than transformers.
 
     Raises:
         ModelError: names every such key with its value.
     """
+    family = find_family(values)
     odd = {key: values[key] for key, plain in _ONE_VALUE.items() if key in values and values[key] not in plain}
     window, context = values.get("sliding_window"), values.get("max_position_embeddings")
     is_whole = isinstance(window, int) and isinstance(context, int) and window >= context
-    if window is not None and not is_whole and values.get("use_sliding_window") is not False:
+    is_read = "sliding_window" in family.keys and isinstance(window, int) and window > 0
+    if window is not None and not is_whole and not is_read and values.get("use_sliding_window") is not False:
         odd["sliding_window"] = window
     layer_types = values.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+    kinds = _ATTENTION_KINDS if "layer_types" in family.keys else _ATTENTION_KINDS[:1]
+    if not isinstance(layer_types, list) or any(kind not in kinds for kind in layer_types):
         odd["layer_types"] = layer_types
     if values.get("partial_rotary_factor") not in (None, 1):
         odd["partial_rotary_factor"] = values["partial_rotary_factor"]
     code = values.get("auto_map")
     if isinstance(code, dict) and {"AutoModel", "AutoModelForCausalLM"} & code.keys():
         odd["auto_map"] = code
-    strange = {key: value for key, value in values.items() if _is_strange(key, value)}
+    strange = {key: value for key, value in values.items() if _is_strange(key, value, family)}
     if not odd and not strange:
         return
     named = ", ".join(f"{show(key)[1:-1]}={show(value)}" for key, value in list((odd | strange).items())[:8])
     if set(odd) | set(strange) == {"attention_dropout"}:
         advice = "set it to 0 in a copy of the model: its answers stay the same, and training has lora.dropout"
     elif odd:
-        advice = "choose a Llama without them"
+        advice = f"choose a {family.title} without them"
     else:
         advice = "choose another base, or if it does not need them, remove them from a copy of its config.json"
     raise ModelError(
-        f"{folder}/config.json needs what FinLoRA's Llama does not compute: {named}. Training and answers "
+        f"{folder}/config.json needs what FinLoRA's {family.title} does not compute: {named}. Training and answers "
         f"would differ from the original model's, so every command refuses it: {advice}."
     )
 
 
-def check_rotary(folder: Path, config: LlamaConfig) -> None:
+def check_window(folder: Path, shape: LlamaShape, max_seq_len: int) -> None:
+    """Refuse sequences that are longer than the base's attention window; within it every path computes the same as without one.
+
+    Raises:
+        ModelError: names the setting that limits sequences.
+    """
+    window = shape.additions.window
+    if window is not None and max_seq_len > window:
+        raise ModelError(
+            f"{folder} has sliding-window attention (sliding_window={window}): FinLoRA computes full attention, which is the "
+            f"same for sequences of at most {window:,} tokens. Found model.max_seq_len={max_seq_len:,}: set "
+            f"model.max_seq_len={window}."
+        )
+
+
+def check_rotary(folder: Path, config: PreTrainedConfig) -> None:
     """Refuse a rotary embedding that depends on more than the position, or lacks parameters.
 
     Args:
@@ -183,7 +223,7 @@ def check_tensors(folder: Path, shape: LlamaShape, tensors: Mapping[str, StoredT
     if extra:
         kind = next((words for pattern, words in _KINDS if any(pattern.search(name) for name in extra)), "")
         raise ModelError(
-            f"{tensors[extra[0]].path} holds {len(extra)} tensors that FinLoRA's Llama does not compute with"
+            f"{tensors[extra[0]].path} holds {len(extra)} tensors that FinLoRA does not compute with"
             f" ({', '.join(show(name)[1:-1] for name in extra[:3])}{', ...' if len(extra) > 3 else ''})"
             f"{f': {kind}' if kind else ''}. Its answers would differ from the model's, so every command refuses it: choose "
             "another base."
@@ -195,9 +235,10 @@ def _is_spare(name: str, shape: LlamaShape) -> bool:
     return (name == HEAD and shape.is_tied) or bool(_BUFFERS.fullmatch(name))
 
 
-def _is_strange(key: str, value: object) -> bool:
-    """Return whether a key that transformers' Llama does not read turns another formula on."""
-    return key not in _KNOWN and key not in _ONE_VALUE and bool(_MATHS.search(key)) and not _is_neutral(value)
+def _is_strange(key: str, value: object, family: Family) -> bool:
+    """Return whether a key that transformers does not read for this family turns another formula on."""
+    known = key in _KNOWN or key in _ONE_VALUE or key in family.keys
+    return not known and bool(_MATHS.search(key)) and not _is_neutral(value)
 
 
 def _is_neutral(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""Loader of a Llama base at 16, 8 or 4 bit, tensor by tensor: peak memory stays within one layer of the final size.
+"""Loader of a base at 16, 8 or 4 bit, tensor by tensor: peak memory stays within one layer of the final size.
 
 Embedding, norms and the output head stay in the compute type, as in the papers of both quantisations (quantised.py).
 """
@@ -22,6 +22,7 @@ from torch import nn
 from finlora.config import Bits, ModelConfig
 from finlora.errors import ModelError, ResourceError
 from finlora.formula.bare_llama import BareLlama, Rotary
+from finlora.formula.families import find_family
 from finlora.machine.kernel_folder import keep_kernels
 from finlora.machine.lean_imports import lean_imports
 from finlora.model.base_cache import StoredBase, await_cache, find_cache, write_cache
@@ -95,7 +96,7 @@ def load_base(
         is_bare: only a stage takes the weights: the model has no forward pass (bare_llama.py), which is slow to import.
 
     Raises:
-        ModelError: the files are not a complete Llama model, or a tensor is missing or has another shape.
+        ModelError: the files are not a complete model, or a tensor is missing or has another shape.
         ResourceError: there is no such device, or it is out of memory.
     """
     started = time.monotonic()
@@ -129,7 +130,7 @@ def load_base(
 
 
 def write_plain(net: LlamaForCausalLM, folder: Path, max_shard_size: str) -> None:
-    """Write a Llama's weights, config and generation config as a plain Hugging Face folder.
+    """Write a base's weights, config and generation config as a plain Hugging Face folder.
 
     Not by its save_pretrained: that imports DeepSpeed, which takes seconds and warns of a missing GPU.
 
@@ -265,7 +266,7 @@ def _build(
                 continue
             if span is not None and not _is_in_span(name, span, num_layers, is_tied):
                 continue
-            is_quantised = bits < 16 and isinstance(owner, nn.Linear) and ".layers." in name
+            is_quantised = bits < 16 and isinstance(owner, nn.Linear) and ".layers." in name and leaf == "weight"
             if is_quantised and stored:
                 net.set_submodule(owner_name, stored.read_layer(name, parameter.shape))
                 continue
@@ -291,12 +292,12 @@ def _make_empty(config: Any, dtype: torch.dtype, *, is_bare: bool) -> tuple[Any,
     if is_bare:
         return BareLlama(config, dtype), Rotary(config)
     with lean_imports():
-        from transformers import LlamaForCausalLM
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+        import transformers
 
+        model_class = getattr(transformers, find_family(config.to_dict()).model_class)
     with torch.device("meta"):
-        net = LlamaForCausalLM(config)
-    return net, LlamaRotaryEmbedding(config)
+        net = model_class(config)
+    return net, type(net.model.rotary_emb)(config)
 
 
 @contextmanager

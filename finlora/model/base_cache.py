@@ -190,7 +190,8 @@ def write_cache(cache: BaseCache, net: nn.Module) -> None:
     groups: dict[str, dict[str, Tensor]] = {}
     for name, parameter in net.named_parameters():
         owner = net.get_submodule(name.rpartition(".")[0])
-        is_quantised = hasattr(owner.weight, "quant_state") or getattr(owner.weight, "SCB", None) is not None
+        has_codes = hasattr(owner.weight, "quant_state") or getattr(owner.weight, "SCB", None) is not None
+        is_quantised = has_codes and name.endswith(".weight")  # a bias stays as it is
         group = groups.setdefault(_file_of(name), {})
         if is_quantised:
             group |= {f"{name}:{leaf}": tensor for leaf, tensor in layer_to_tensors(owner).items()}

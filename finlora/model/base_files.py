@@ -11,6 +11,7 @@ from finlora.config import ModelConfig
 from finlora.data.chat_template import choose_date
 from finlora.data.task import Task
 from finlora.formula.llama import LlamaShape
+from finlora.model.architecture import check_window
 from finlora.model.contract import Contract, read_merged_tasks
 from finlora.model.source import ModelSource, find_source, fingerprint_weights
 from finlora.model.tokenizer import hash_tokenizer, load_tokenizer, require_rows
@@ -67,10 +68,11 @@ def read_base_files(model: ModelConfig) -> BaseFiles:
     """Find a base and read the files beside its weights.
 
     Raises:
-        ModelError: the files are not a supported Llama (architecture.py), the tokenizer belongs to another base, or its chat
-            template is missing or takes no date.
+        ModelError: the files are not of a supported family (architecture.py), `max_seq_len` exceeds the base's attention window,
+            the tokenizer belongs to another base, or its chat template is missing or takes no date.
     """
     source = find_source(model)
+    check_window(source.folder, source.shape, model.max_seq_len)
     tokenizer = load_tokenizer(source.tokenizer_path)
     require_rows(tokenizer, source.shape.vocab_size)
     date = choose_date(tokenizer, model.template, model.template_date)

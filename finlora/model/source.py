@@ -18,13 +18,14 @@ from finlora.machine.model_hub import explain_hub, find_hub_problem
 from finlora.model.architecture import (
     StoredTensor,
     check_config,
+    check_family,
     check_rotary,
     check_tensors,
 )
 from finlora.model.git_lfs import refuse_pointer
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    from transformers import PreTrainedConfig
 
 HUB_FILES = [
     *("*.safetensors", "*.safetensors.index.json", "config.json"),
@@ -40,7 +41,7 @@ class ModelSource:
     """A base model's checked files and what they describe: an architecture that every path computes (architecture.py)."""
 
     folder: Path
-    config: LlamaConfig
+    config: PreTrainedConfig
     """From config.json; `tie_word_embeddings` follows the files, which may hold a separate output head."""
     shape: LlamaShape
     shards: dict[str, Path]
@@ -52,7 +53,7 @@ class ModelSource:
 
 
 def find_source(model: ModelConfig) -> ModelSource:
-    """Resolve a local folder or hub id and check that it is a complete, supported Llama in safetensors.
+    """Resolve a local folder or hub id and check that it is a complete base of a supported family in safetensors.
 
     Raises:
         ModelError: no model, another architecture, pickled weights, a missing or truncated shard, or a config key or tensor
@@ -134,10 +135,7 @@ def _resolve_folder(model: ModelConfig) -> tuple[Path, str | None]:
     return path, path.name  # the snapshot folder is named by its commit
 
 
-def _read_config(folder: Path) -> LlamaConfig:
-    with lean_imports():
-        from transformers import LlamaConfig
-
+def _read_config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -146,22 +144,21 @@ def _read_config(folder: Path) -> LlamaConfig:
     except (OSError, ValueError, RecursionError) as error:
         refuse_pointer(path)
         raise ModelError(f"{path} is not valid JSON ({error}): copy the model again.") from error
-    family = values.get("model_type") if isinstance(values, dict) else None
-    if family != "llama":
-        raise ModelError(
-            f"{folder} is a {family!r} model: FinLoRA runs the Llama family only (model_type llama), since its adapters, "
-            "pipeline stages and memory plan are checked on that architecture."
-        )
+    family = check_family(folder, values if isinstance(values, dict) else {})
     if values.get("quantization_config"):
         raise ModelError(
             f"{folder} holds weights that are already quantised: give the 16-bit model, FinLoRA quantises while loading."
         )
     check_config(folder, values)
+    with lean_imports():
+        import transformers
+
+        config_class = getattr(transformers, family.config_class)
     try:
-        config = LlamaConfig.from_dict(values)
+        config: PreTrainedConfig = config_class.from_dict(values)
         shape_of(config.to_dict())
     except Exception as error:  # transformers raises a different error for each field
-        raise ModelError(f"{path} does not describe a Llama model ({error}): copy the model again.") from error
+        raise ModelError(f"{path} does not describe a {family.title} model ({error}): copy the model again.") from error
     check_rotary(folder, config)
     return config
 

@@ -22,7 +22,7 @@ from finlora.formula.llama import PRODUCTS, Product, product_width, shape_of
 from finlora.model.kernels import launch
 from finlora.model.layers.attention import can_attend_alone, can_flash
 from finlora.model.layers.cached_attention import attend_cache, attend_tails, write_cache
-from finlora.model.layers.elementwise import gate, normalise
+from finlora.model.layers.elementwise import gate, normalise, normalise_heads
 from finlora.model.layers.frozen_linear import MAX_FEW_ROWS, multiply_gated
 from finlora.model.layers.frozen_model import ModelEnds, read_layer
 from finlora.model.memory.peak import measure_peak_gib
@@ -67,13 +67,16 @@ class Stage:
         self, net: Any, span: range, num_rows: int, dtype: torch.dtype, *, keep_unpacked: bool = False
     ) -> None:
         self.shape, self.span, self.dtype = shape_of(net.config.to_dict()), span, dtype
-        self._ends = ModelEnds(net, dtype)
+        self._ends = ModelEnds(net, self.shape, dtype)
         self.layers = []
         for index in span:
-            self.layers.append(read_layer(net.model.layers[index], self.shape, dtype, keep_unpacked, consumes=True))
+            self.layers.append(
+                read_layer(net.model.layers[index], index, self.shape, dtype, keep_unpacked, consumes=True)
+            )
             # Free the memory of the original weights: no later allocation would reuse it, and other processes may share the GPU.
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
+        self._has_unrotated = not all(layer.is_rotated for layer in self.layers)
         self.device = self.layers[0].first_norm.device
         self.is_first, self.is_last = span.start == 0, span.stop == self.shape.num_layers
         self.adapters: dict[str, Adapter] = {}
@@ -234,13 +237,16 @@ class Stage:
             hidden = self._ends.embed(ids)
         assert hidden is not None, "stages after the first get hidden states"
         x = hidden.to(self.device)
-        cosine, sine = self._ends.rotary_tables(x, positions)
+        tables = self._ends.rotary_tables(x, positions)
+        unturned = self._ends.unrotated_tables(tables[0]) if self._has_unrotated else tables
         for index, layer in enumerate(self.layers):
             *_, width = layer.heads
             normed = self._norm(x, layer.first_norm, layer.eps)
             qkv = adapt.add(layer.qkv.forward(normed), normed, index, "qkv").view(len(x), -1, width)
+            if layer.head_norms is not None:
+                normalise_heads(qkv, layer.head_norms, layer.eps)
             keys, values = self.cache[index]
-            query = write_cache(qkv, cosine, sine, slots, keys, values)
+            query = write_cache(qkv, *(tables if layer.is_rotated else unturned), slots, keys, values)
             if wanted is not None and index == len(self.layers) - 1:
                 x, query, attend_keys, adapt = x[wanted.rows], query[wanted.rows], wanted.attend_keys, wanted.adapt
                 if not len(x):

@@ -53,7 +53,7 @@ def edit_tensors(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"attention_bias": True, "mlp_bias": True}, "attention_bias=True, mlp_bias=True"),
+        ({"qkv_bias": True}, "qkv_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"attention_dropout": 0.1}, "attention_dropout=0.1. .* set it to 0 in a copy"),
         ({"sliding_window": 32}, "sliding_window=32"),
@@ -218,10 +218,14 @@ def test_rotary_embedding_that_depends_on_more_than_the_position_is_refused(base
         find(base)
 
 
-def test_biases_in_the_file_are_refused_whatever_the_config_says(base):
+def test_biases_of_files_and_config_must_agree(base):
+    edit_config(base, attention_bias=True)
+    with pytest.raises(ModelError, match=r"has no tensor model.layers.0.self_attn.q_proj.bias and 7 others"):
+        find(base)
+    edit_config(base, attention_bias=False)
     edit_tensors(base, **{"model.layers.0.self_attn.q_proj.bias": torch.ones(64)})
     words = (
-        r"holds 1 tensors that FinLoRA's Llama does not compute with \(model.layers.0.self_attn.q_proj.bias\): biases"
+        r"holds 1 tensors that FinLoRA does not compute with \(model.layers.0.self_attn.q_proj.bias\): biases, which"
     )
     with pytest.raises(ModelError, match=words):
         find(base)
@@ -230,7 +234,7 @@ def test_biases_in_the_file_are_refused_whatever_the_config_says(base):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("model.layers.0.self_attn.q_norm.weight", r"\(model.layers.0.self_attn.q_norm.weight\)\. Its answers"),
+        ("model.layers.0.self_attn.q_norm.weight", "norms of heads, which its model_type does not have"),
         ("score.weight", "a head of another task"),
         ("model.layers.0.mlp.up_proj.lora_A.weight", "an adapter inside the model: merge it with PEFT"),
         ("model.layers.0.mlp.up_proj.weight_scale", "quantised weights: give the 16-bit model"),

@@ -63,14 +63,20 @@ def test_random_weights_need_no_weight_file(base):
 
 
 def test_other_architecture_is_refused_with_a_message(base):
-    edit(base / "config.json", model_type="mistral")
-    with pytest.raises(ModelError, match=r"is a 'mistral' model: FinLoRA runs the Llama family only"):
+    edit(base / "config.json", model_type="gemma3_text")
+    words = r"is a 'gemma3_text' model: FinLoRA runs model_type llama, mistral, qwen2, qwen3, smollm3, granite, .* another base"
+    with pytest.raises(ModelError, match=words):
+        find(base)
+    edit(base / "config.json", model_type="phi3")
+    with pytest.raises(
+        ModelError, match=r"is a 'phi3' model: .* q, k and v in one matrix, .* converted to Llama's layout"
+    ):
         find(base)
 
 
 def test_config_that_is_no_object_is_refused_with_a_message(base):
     (base / "config.json").write_text("[]")
-    with pytest.raises(ModelError, match=r"is a None model: FinLoRA runs the Llama family only"):
+    with pytest.raises(ModelError, match=r"is a None model: FinLoRA runs model_type llama, mistral"):
         find(base)
     (base / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config.json is not valid JSON .*copy the model again"):

@@ -133,6 +133,23 @@ def normalise_and_drop_backward(
     return (residual.float() + _norm_gradient(total, x, weight, eps)).to(x.dtype)
 
 
+def normalise_heads(x: Tensor, weight: Tensor, eps: float) -> None:
+    """RMSNorm of the first n heads of each row, in place. Shapes: x (T, m, d) with m >= n, weight (n, d)."""
+    if launch.takes_kernels(x):
+        from finlora.model.rowwise.norm_steps import normalise_heads_rows
+
+        normalise_heads_rows(x, weight, eps)
+        return
+    heads = x[:, : len(weight)]
+    wide = heads.float()
+    heads.copy_(weight * (wide * _inverse_rms(wide, eps)).to(x.dtype))
+
+
+def normalise_heads_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Gradient through the RMSNorm of heads. Shapes: grad and x, the heads before it, (T, n, d), weight (n, d) -> (T, n, d)."""
+    return _norm_gradient(grad.float(), x, weight, eps).to(grad.dtype)
+
+
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary position embedding; with -sine its gradient. Shapes: (T, h, d), (T, d), (T, d) -> (T, h, d)."""
     if launch.takes_kernels(x):

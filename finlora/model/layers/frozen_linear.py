@@ -134,6 +134,34 @@ class TiledNf4Weight(_PackedParts):
         return few_nf4(x.contiguous(), self.tiles, None if residual is None else residual.contiguous())
 
 
+class BiasedWeight:
+    """Projections of one input with a frozen bias (N,): x W^T + b. Its gradient by the input is the weight's."""
+
+    def __init__(self, weight: FrozenWeight, bias: Tensor) -> None:
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        start = self.bias.expand(x.shape[0], -1) if residual is None else residual + self.bias
+        return self.weight.forward(x, start)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        return self.weight.backward(grad)
+
+
+class ScaledWeight:
+    """Projections of one input whose result is multiplied before it is added to a residual: scale (x W^T + b) + residual."""
+
+    def __init__(self, weight: FrozenWeight, scale: float) -> None:
+        self.weight, self.scale = weight, scale
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        out = self.weight.forward(x)
+        return out.mul_(self.scale) if residual is None else torch.add(residual, out, alpha=self.scale)
+
+    def backward(self, grad: Tensor) -> Tensor:
+        return self.weight.backward(grad).mul_(self.scale)
+
+
 def multiply_gated(weight: FrozenWeight, x: Tensor) -> Tensor:
     """Return silu(gate) * up of a weight made of gate and up projection. Shapes: (T, K) -> (T, N / 2)."""
     if isinstance(weight, TiledNf4Weight) and x.shape[0] <= MAX_FEW_ROWS:
@@ -190,14 +218,27 @@ class Int8Weight:
         return grad @ _unpack_int8(self.values, self.scales, self.dtype)
 
 
-def freeze(modules: Sequence[Any], dtype: torch.dtype, *, consumes: bool = False) -> FrozenWeight:
-    """Take the weights of linear layers of one input. The layers keep working, on views of the same memory.
+def freeze(modules: Sequence[Any], dtype: torch.dtype, *, consumes: bool = False, scale: float = 1.0) -> FrozenWeight:
+    """Take the weights and biases of linear layers of one input. The layers keep working, on views of the same memory.
 
     Args:
         modules: nn.Linear or bitsandbytes layers, all of one kind.
         dtype: type of the activations.
         consumes: the layers may stop working: on a GPU, 4-bit weights are then reordered into tiles.
+        scale: factor of the result.
     """
+    biases = [module.bias for module in modules]
+    sizes = [int(module.out_features) for module in modules]
+    weight = _freeze_weights(modules, dtype, consumes=consumes)
+    if any(bias is not None for bias in biases):
+        parts = zip(biases, sizes, strict=True)
+        device = next(bias.device for bias in biases if bias is not None)
+        rows = [torch.zeros(size, device=device) if bias is None else bias.detach() for bias, size in parts]
+        weight = BiasedWeight(weight, torch.cat([row.to(dtype) for row in rows]))
+    return weight if scale == 1 else ScaledWeight(weight, scale)
+
+
+def _freeze_weights(modules: Sequence[Any], dtype: torch.dtype, *, consumes: bool) -> FrozenWeight:
     if all(type(module) is nn.Linear for module in modules):
         weights = [module.weight for module in modules]
         joined = torch.cat(weights).to(dtype) if len(modules) > 1 else weights[0].detach().to(dtype)
@@ -213,6 +254,7 @@ def unpack(layer: Any, dtype: torch.dtype) -> nn.Linear:
     """Turn a 4-bit layer into a dense one of the same values: memory grows fourfold, and products unpack nothing."""
     dense = nn.Linear(int(layer.in_features), int(layer.out_features), bias=False, device="meta")
     dense.weight = nn.Parameter(unpack_nf4(layer, dtype), requires_grad=False)
+    dense.bias = layer.bias
     # It points back at the layer: that cycle would keep the packed weight until a garbage collection.
     layer.weight.module = None
     return dense

@@ -6,6 +6,9 @@ k adapted projections of rank r. D is a dropout mask of each projection's own:
     n = norm(x);  q, k, v = n W^T + (alpha / r) D(n) A^T B^T;  q, k rotated
     y = x + attention(q, k, v) Wo^T;  z = y + (silu(m Wg^T) * (m Wu^T)) Wd^T with m = norm(y)
 
+Families with a norm of heads have it on q and k between product and rotation; their biases and factors are in the weights
+(finlora/model/layers/frozen_linear.py) and in the rotary tables.
+
 The base is frozen, so the inputs of its products are not saved for the backward pass. `Recompute` says what the backward pass
 computes again: nothing, gate and up projection, or the layer from its input. In the last layer only the labelled rows are
 queries, and only they go through the MLP.
@@ -36,6 +39,8 @@ from finlora.model.layers.elementwise import (
     normalise_and_drop,
     normalise_and_drop_backward,
     normalise_backward,
+    normalise_heads,
+    normalise_heads_backward,
     rotate,
 )
 from finlora.model.layers.frozen_model import Layer
@@ -49,6 +54,8 @@ class Kept:
     x: Tensor
     qkv: Tensor | None = None
     """Rotated q, rotated k and v, (T, (h + 2 g) d)."""
+    heads: Tensor | None = None
+    """q and k before their norm (T, h + g, d), in layers that have one."""
     low: Tensor | None = None
     """D(n) A^T, (k, T, r)."""
     attended: Tensor | None = None
@@ -105,6 +112,9 @@ def _run_attention(kept: Kept, layer: Layer, context: LayerContext, seed: Tensor
             qkv[:, lora.columns].addmm_(low, lora.up.to(x.dtype).t(), alpha=lora.scale)
     del normed, dropped
     rotated = qkv[:, : (num_heads + num_groups) * width].view(x.shape[0], -1, width)
+    if layer.head_norms is not None:
+        kept.heads = rotated.clone()
+        normalise_heads(rotated, layer.head_norms, layer.eps)
     rotated.copy_(rotate(rotated, context.cosine, context.sine))
     kept.qkv = qkv
     query, key, value = _query_key_value(kept, layer, context)
@@ -130,6 +140,10 @@ def _attention_backward(
         grad_query = grad_query.new_zeros(x.shape[0], num_heads, width).index_copy_(0, context.rows, grad_query)
     grad_key, grad_value = (_gather_backward(part, context.segments) for part in grads[1:])
     turned = rotate(torch.cat([grad_query, grad_key], 1), context.cosine, -context.sine)
+    if layer.head_norms is not None:
+        assert kept.heads is not None
+        turned = normalise_heads_backward(turned, kept.heads, layer.head_norms, layer.eps)
+        kept.heads = None
     grad_qkv = torch.cat([turned, grad_value], 1).view(x.shape[0], -1)
     del grads, grad_query, grad_key, grad_value, turned, query, key, value
     kept.qkv = kept.attended = None

@@ -53,8 +53,11 @@ class PackedLlama(nn.Module):
         self.recompute = recompute
         llama = model.get_base_model()
         shape, lora = shape_of(llama.config.to_dict()), read_settings(model.peft_config["default"].to_dict())
-        self.ends = ModelEnds(llama, dtype)
-        self.layers = [read_layer(layer, shape, dtype, keep_unpacked, lora=lora) for layer in llama.model.layers]
+        self.ends = ModelEnds(llama, shape, dtype)
+        self.layers = [
+            read_layer(layer, index, shape, dtype, keep_unpacked, lora=lora)
+            for index, layer in enumerate(llama.model.layers)
+        ]
         self.parameters_in_order = [
             parameter for layer in self.layers for lora in layer.lora for parameter in (lora.down, lora.up)
         ]
@@ -81,10 +84,12 @@ class PackedLlama(nn.Module):
             The summed loss and the float32 gradients of `parameters_in_order`.
         """
         x = self.ends.embed(pack.input_ids)
-        cosine, sine = self.ends.rotary_tables(x, pack.positions)
+        tables = self.ends.rotary_tables(x, pack.positions)
+        unturned = tables if all(layer.is_rotated for layer in self.layers) else self.ends.unrotated_tables(tables[0])
         last = len(self.layers) - 1
-        contexts = [LayerContext(pack.segments, None, cosine, sine, self.recompute)] * last
-        contexts.append(LayerContext(pack.last_segments, pack.label_rows, cosine, sine, self.recompute))
+        own_tables = [tables if layer.is_rotated else unturned for layer in self.layers]
+        contexts = [LayerContext(pack.segments, None, *own, self.recompute) for own in own_tables[:last]]
+        contexts.append(LayerContext(pack.last_segments, pack.label_rows, *own_tables[last], self.recompute))
         seeds = [None if seed is None else seed ^ _layer_salt(index) for index in range(last + 1)]
         all_kept = []
         for layer, context, own in zip(self.layers, contexts, seeds, strict=True):

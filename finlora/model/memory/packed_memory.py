@@ -6,6 +6,7 @@ I intermediate, h heads, k adapted projections of rank r, L layers, N labelled r
 Saved for the backward pass, a layer and row; of the last layer only its input, q, k and v, since only N rows go on from there:
     always     e H                                      the layer's input
     not layer  e (2 Q + 2 K + H + k r) + 4 h            q, k, v; attention's output and log-sum-exp; y; D(n) A^T
+               e (Q + K)                                q and k before their norm, in families that have one
     none       2 e I                                    gate and up
 Peak beside the saved tensors, the highest of these moments:
     head       8 V for each labelled row of a chunk     logits and their log-softmax in float32
@@ -92,7 +93,13 @@ def count_kept_bytes(shape: LlamaShape, config: RunConfig, recompute: Recompute)
         return kept
     low = len(lora.target_modules) * lora.rank
     kept += e * (2 * shape.query_size + 2 * shape.kv_size + shape.hidden_size + low) + 4 * shape.num_heads
+    kept += _count_head_bytes(shape, e)
     return kept + (2 * e * shape.intermediate_size if recompute == "none" else 0)
+
+
+def _count_head_bytes(shape: LlamaShape, element: int) -> int:
+    """Return the bytes of one token's queries and keys before their norm; 0 in families without one."""
+    return element * (shape.query_size + shape.kv_size) if shape.additions.has_head_norms else 0
 
 
 def count_pack_bytes(
@@ -106,6 +113,7 @@ def count_pack_bytes(
     a_row = count_kept_bytes(shape, config, recompute)
     again = count_kept_bytes(shape, config, "none") - a_row
     last = e * (hidden + (0 if recompute == "layer" else shape.query_size + 2 * shape.kv_size))
+    last += 0 if recompute == "layer" else _count_head_bytes(shape, e)
     moments = [
         last * size.num_rows + 8 * shape.vocab_size * min(size.num_labels, HEAD_CHUNK),
         (again + e * (hidden + 3 * inner)) * size.num_rows,

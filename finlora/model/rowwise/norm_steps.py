@@ -71,6 +71,31 @@ def _norm_gradient(
     tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=is_there)
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _normalise_heads(
+    x_ptr, weight_ptr, num_rows, num_heads, row_stride, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    numbers, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    rows, heads = numbers // num_heads, numbers % num_heads
+    is_there = (rows < num_rows)[:, None] & (columns < width)[None]
+    offsets = (rows.to(tl.int64) * row_stride + heads * width)[:, None] + columns[None]
+    weight = tl.load(weight_ptr + heads[:, None] * width + columns[None], mask=is_there, other=0.0).to(tl.float32)
+    wide = tl.load(x_ptr + offsets, mask=is_there, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide, 1) / width + eps)
+    unit = (wide * inverse[:, None]).to(x_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(x_ptr + offsets, (weight * unit).to(x_ptr.dtype.element_ty), mask=is_there)
+
+
+def normalise_heads_rows(x: Tensor, weight: Tensor, eps: float) -> None:
+    """As `finlora.model.layers.elementwise.normalise_heads`; the heads of a row lie side by side."""
+    (num_heads, width), num_rows = weight.shape, len(x)
+    block = triton.next_power_of_2(width)
+    rows = max(1, _NUMBERS // block)
+    _normalise_heads[(triton.cdiv(num_rows * num_heads, rows),)](
+        x, weight, num_rows, num_heads, x.stride(0), width, eps, ROWS=rows, BLOCK=block, num_warps=4
+    )
+
+
 def normalise_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `finlora.model.layers.elementwise.normalise`."""
     x = x.contiguous()

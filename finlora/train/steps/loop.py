@@ -19,6 +19,7 @@ from finlora.config import OptimConfig
 from finlora.data.encode import IGNORED, Batch, Encoded
 from finlora.data.packing import Pack
 from finlora.errors import FinloraError
+from finlora.formula.llama import shape_of
 from finlora.model.memory.peak import measure_peak_gib
 from finlora.optim.optimizer import learning_rate_at
 from finlora.train.steps.batches import Batches
@@ -71,6 +72,7 @@ class AnswerLoss(nn.Module):
     def __init__(self, model: PeftModel) -> None:
         super().__init__()
         self.model = model
+        self._logits_scale = shape_of(model.get_base_model().config.to_dict()).additions.logits_scale
 
     def forward(self, batch: Batch) -> torch.Tensor:
         llama = self.model.get_base_model()
@@ -80,6 +82,8 @@ class AnswerLoss(nn.Module):
         targets = batch.labels[:, 1:]
         has_label = targets != IGNORED
         logits = llama.lm_head(hidden[:, :-1][has_label])
+        if self._logits_scale != 1:
+            logits = logits * self._logits_scale
         if batch.weights is None:
             return nn.functional.cross_entropy(logits.float(), targets[has_label], reduction="sum")
         losses = nn.functional.cross_entropy(logits.float(), targets[has_label], reduction="none")

@@ -201,14 +201,17 @@ def _write_code(config: RunConfig, contract: Contract, hub_id: str | None, cards
     revision = f', revision="{contract.revision}"' if hub_id and contract.revision else ""
     if contract.template == "chat":
         date = datetime.fromisoformat(contract.template_date) if contract.template_date else None
-        given = f', date_string="{date:%d %b %Y}"' if date else ""
+        given = "enable_thinking=False" + (f', date_string="{date:%d %b %Y}"' if date else "")
         encode = (
             'messages = [{"role": "user", "content": prompt.strip()}]\n'
-            f"text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True{given})\n"
+            f"text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, {given})\n"
             'ids = tokenizer(text, add_special_tokens=False)["input_ids"]'
         )
     else:
-        encode = 'ids = [tokenizer.bos_token_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]'
+        encode = (
+            "first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]\n"
+            'ids = [*first, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]'
+        )
     return (
         "```python\nimport torch\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{base}"{revision})\n'

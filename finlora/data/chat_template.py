@@ -1,7 +1,10 @@
-"""Rendering of chat templates with a fixed date, so that the prompt is the same on every day.
+"""Rendering of chat templates with a fixed date and without thinking, so that the prompt is the same on every day.
 
 The templates of Llama 3.2 and 3.3 write today's date: transformers gives them a function `strftime_now`. Here a macro of that
 name, put in front of the template, hides the function and returns one fixed day.
+
+Templates of Qwen 3 and SmolLM3 ask for a chain of thought unless `enable_thinking` is false. Here it always is: an adapter learns
+the answer itself, and a label is scored right after the prompt.
 """
 
 from __future__ import annotations
@@ -21,18 +24,21 @@ if TYPE_CHECKING:
 DEFAULT_DATE = "2024-07-26"
 """Default date: the one that the templates of Llama 3.1 to 3.3 write where there is no clock.
 Source: chat_template of tokenizer_config.json, https://huggingface.co/meta-llama/Llama-3.2-1B-Instruct."""
+_THINKING = "enable_thinking"
 _DATE_STRING = "%d %b %Y"
 """Format of the variable `date_string`, which Llama 3's templates use instead of the clock if it is set."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Dates:
-    """How a template obtains its date."""
+class _Inputs:
+    """How a template obtains its date, and whether it can turn thinking off."""
 
     formats: tuple[str, ...]
     """Formats in which it asks the clock; empty: it does not."""
     takes_date: bool
     """It uses the variable `date_string`."""
+    takes_thinking: bool
+    """It uses the variable `enable_thinking`."""
 
 
 def choose_date(tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"], wanted: str | None) -> str | None:
@@ -46,10 +52,10 @@ def choose_date(tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "ch
     """
     if template == "raw":
         return None
-    dates = _find_dates(_template_of(tokenizer))
-    if dates.formats:
+    inputs = _find_inputs(_template_of(tokenizer))
+    if inputs.formats:
         return wanted or DEFAULT_DATE
-    if wanted is not None and not dates.takes_date:
+    if wanted is not None and not inputs.takes_date:
         raise ModelError(
             f"model.template_date={wanted}, but the tokenizer's chat template writes no date: leave the setting out."
         )
@@ -69,12 +75,14 @@ def render_turns(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokeni
     from jinja2 import TemplateError
 
     template = _template_of(tokenizer)
-    dates = _find_dates(template)
-    given = {"date_string": _format(date, _DATE_STRING)} if date is not None and dates.takes_date else {}
+    inputs = _find_inputs(template)
+    given: dict[str, str | bool] = {_THINKING: False} if inputs.takes_thinking else {}
+    if date is not None and inputs.takes_date:
+        given["date_string"] = _format(date, _DATE_STRING)
     try:
         text = tokenizer.apply_chat_template(
             [dict(turn) for turn in turns],
-            chat_template=_fix(template, dates.formats, date or DEFAULT_DATE),
+            chat_template=_fix(template, inputs.formats, date or DEFAULT_DATE),
             add_generation_prompt=True,
             tokenize=False,
             **given,
@@ -84,15 +92,18 @@ def render_turns(turns: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokeni
     return str(text)
 
 
-def fix_date(tokenizer: PreTrainedTokenizerFast, date: str | None) -> None:
-    """Write a date into the tokenizer's template, for a folder that other programs read."""
-    if date is None:
+def fix_inputs(tokenizer: PreTrainedTokenizerFast, date: str | None) -> None:
+    """Write a date into the tokenizer's template, and that thinking is off, for a folder that other programs read."""
+    if tokenizer.chat_template is None:
         return
-    template = _template_of(tokenizer)
-    dates = _find_dates(template)
-    fixed = _fix(template, dates.formats, date)
-    if not dates.formats:
-        fixed = f"{{% set date_string = {json.dumps(_format(date, _DATE_STRING))} %}}\n{template}"
+    template = fixed = _template_of(tokenizer)
+    inputs = _find_inputs(template)
+    if date is not None:
+        fixed = _fix(template, inputs.formats, date)
+        if not inputs.formats:
+            fixed = f"{{% set date_string = {json.dumps(_format(date, _DATE_STRING))} %}}\n{template}"
+    if inputs.takes_thinking:
+        fixed = f"{{% set {_THINKING} = false %}}\n{fixed}"
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = {**tokenizer.chat_template, "default": fixed}
     else:
@@ -116,7 +127,7 @@ def _template_of(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 @lru_cache(maxsize=64)
-def _find_dates(template: str) -> _Dates:
+def _find_inputs(template: str) -> _Inputs:
     from jinja2 import Environment, TemplateSyntaxError, meta, nodes
     from jinja2.ext import Extension
     from jinja2.parser import Parser
@@ -138,7 +149,7 @@ def _find_dates(template: str) -> _Dates:
         raise ModelError(f"the tokenizer's chat template cannot be read ({error}): copy the model again.") from error
     names = meta.find_undeclared_variables(tree)
     if "strftime_now" not in names:
-        return _Dates((), "date_string" in names)
+        return _Inputs((), takes_date="date_string" in names, takes_thinking=_THINKING in names)
     clock = "strftime_now"
     calls = [
         node for node in tree.find_all(nodes.Call) if isinstance(node.node, nodes.Name) and node.node.name == clock
@@ -153,7 +164,8 @@ def _find_dates(template: str) -> _Dates:
             "the tokenizer's chat template computes the format of today's date while it runs, so the date cannot be fixed: write "
             "the format into its call of strftime_now, or set model.template=raw."
         )
-    return _Dates(tuple(dict.fromkeys(map(str, formats))), "date_string" in names)
+    unique = tuple(dict.fromkeys(map(str, formats)))
+    return _Inputs(unique, takes_date="date_string" in names, takes_thinking=_THINKING in names)
 
 
 def _fix(template: str, formats: Sequence[str], date: str) -> str:

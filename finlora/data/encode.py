@@ -73,7 +73,7 @@ class Batch:
 def encode_prompt(
     prompt: str, tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"], date: str | None = None
 ) -> tuple[int, ...]:
-    """Render a prompt to token ids, with exactly one leading BOS.
+    """Render a prompt to token ids, with exactly one leading BOS; without one where the base has none, or does not use it.
 
     Text that looks like a special token (`<|eot_id|>` inside a tweet) is encoded as plain characters, so no document can
     end or open a turn.
@@ -84,9 +84,8 @@ def encode_prompt(
     Raises:
         ModelError: template is `chat` and the tokenizer has no chat template, or one that does not take a prompt.
     """
-    bos = tokenizer.bos_token_id
     if template == "raw":
-        return (bos, *_plain_ids(prompt, tokenizer))
+        return (*_list_bos(tokenizer), *encode_text(prompt, tokenizer))
     # A placeholder marks the prompt: the template's text around it is encoded with special tokens, the prompt without.
     marker = "\ue000prompt\ue000"
     frame = render_turns([{"role": "user", "content": marker}], tokenizer, date)
@@ -98,10 +97,10 @@ def encode_prompt(
     before, _, after = frame.partition(marker)
     ids = [
         *tokenizer.encode(before, add_special_tokens=False),
-        *_plain_ids(prompt.strip(), tokenizer),
+        *encode_text(prompt.strip(), tokenizer),
         *tokenizer.encode(after, add_special_tokens=False),
     ]
-    return tuple(ids) if ids[0] == bos else (bos, *ids)
+    return _put_bos(ids, tokenizer)
 
 
 def encode_turns(
@@ -146,10 +145,9 @@ def encode_turns(
                 "the base's chat template leaves out some of these turns: expected system, user, assistant."
             )
         ids += tokenizer.encode(before, add_special_tokens=False)
-        ids += _plain_ids(content.strip(), tokenizer)
+        ids += encode_text(content.strip(), tokenizer)
     ids += tokenizer.encode(rest, add_special_tokens=False)
-    bos = tokenizer.bos_token_id
-    return tuple(ids) if ids[0] == bos else (bos, *ids)
+    return _put_bos(ids, tokenizer)
 
 
 def encode_asked(
@@ -163,7 +161,7 @@ def encode_asked(
 
 def encode_answer(answer: str, tokenizer: PreTrainedTokenizerFast, template: Literal["raw", "chat"]) -> tuple[int, ...]:
     """Render an answer to token ids, closed by the end token: EOS, or the end of turn under a chat template."""
-    return (*_plain_ids(answer, tokenizer), end_token_id(tokenizer, template))
+    return (*encode_text(answer, tokenizer), end_token_id(tokenizer, template))
 
 
 def encode_choices(
@@ -281,6 +279,19 @@ def stack_weights(items: Sequence[Encoded], *, repeats: bool) -> torch.Tensor | 
     return torch.tensor([item.weight for item in items for _ in (item.answer_ids if repeats else (0,))])
 
 
-def _plain_ids(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def encode_text(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the ids of a text; what looks like a special token in it is plain characters."""
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return list(ids)
+
+
+def _list_bos(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Return BOS; nothing for a tokenizer without one, as Qwen's."""
+    return () if tokenizer.bos_token_id is None else (int(tokenizer.bos_token_id),)
+
+
+def _put_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Put BOS before a rendered chat template that wrote none, where the tokenizer puts it before any text."""
+    bos = _list_bos(tokenizer)
+    has_bos = tuple(ids[:1]) == bos or tuple(tokenizer("")["input_ids"][:1]) != bos
+    return tuple(ids) if has_bos else (*bos, *ids)

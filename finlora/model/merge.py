@@ -21,7 +21,7 @@ import yaml
 from torch import nn
 
 from finlora.config import Bits, ModelConfig
-from finlora.data.chat_template import fix_date
+from finlora.data.chat_template import fix_inputs
 from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import AdapterError, ModelError
 from finlora.formula.llama import LlamaShape, shape_of
@@ -152,7 +152,8 @@ def export_merged(
     if onto == "dequantised":
         base = dequantise_base(base)
     num_tensors = merge_lora(base, adapter)
-    fix_date(base.tokenizer, date)  # so that prompts made with the merged folder have the date of training
+    if contract.template == "chat":
+        fix_inputs(base.tokenizer, date)  # so that prompts made with the merged folder are those of training
     _write(base, contract, adapter, output, onto)
     size = sum(path.stat().st_size for path in output.iterdir())
     return Merged(

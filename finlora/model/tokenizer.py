@@ -1,4 +1,4 @@
-"""Loader of a Llama base's tokenizer: a Hugging Face tokenizer.json, or Llama 3's tiktoken file.
+"""Loader of a base's tokenizer: a Hugging Face tokenizer.json, or Llama 3's tiktoken file.
 
 Source of the tiktoken pattern and of the special ids: the Llama 3 reference tokenizer,
 https://github.com/meta-llama/llama-models/blob/a9c89c471f793423afd4cc3ca8671d6e56fe64cb/models/llama3/tokenizer.py
@@ -39,10 +39,11 @@ LLAMA3_CHAT_TEMPLATE = (
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a folder, or from a Llama 3 `tokenizer.model` file. It has BOS, EOS and a padding token.
+    """Load a tokenizer from a folder, or from a Llama 3 `tokenizer.model` file. It has EOS and a padding token; BOS only if the
+    base uses one.
 
     Raises:
-        ModelError: there is no loadable tokenizer at `path`, or it lacks a BOS or EOS token.
+        ModelError: there is no loadable tokenizer at `path`, or it lacks an EOS token.
     """
     with lean_imports():
         from transformers import AutoTokenizer
@@ -66,8 +67,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             f"{path} holds no tokenizer: expected tokenizer.json or Llama 3's tokenizer.model. "
             "Copy it beside the weights, or set model.tokenizer to it."
         )
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer at {path} has no BOS or no EOS token: expected a Llama tokenizer with both.")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"the tokenizer at {path} has no EOS token: expected one, which ends an answer.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padded positions are masked, so any existing id serves
     return tokenizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finlora.data.chat_template import DEFAULT_DATE, choose_date, fix_date, render_turns
+from finlora.data.chat_template import DEFAULT_DATE, choose_date, fix_inputs, render_turns
 from finlora.data.encode import encode_prompt
 from finlora.errors import ModelError
 from finlora.model.tokenizer import LLAMA3_CHAT_TEMPLATE, load_tokenizer
@@ -50,6 +50,35 @@ def test_clock_is_not_asked(dated, pretend_day):
     assert encode_prompt("Profit rose", dated, "chat") == found[0][2]  # nor where no date is handed on
 
 
+THINKING = {
+    "qwen3": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n"
+    "    {%- if enable_thinking is defined and enable_thinking is false %}\n"
+    "        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}\n{%- endif %}",
+    "smollm3": "{%- if enable_thinking is not defined -%}\n{%- set enable_thinking = true -%}\n{%- endif -%}\n"
+    '{%- set today = strftime_now("%d %B %Y") -%}\n{{- today }}{% for m in messages %}\n{{ m.content }}{% endfor %}'
+    "{%- if not enable_thinking %}{{ '<think>\\n\\n</think>\\n' }}{% endif %}",
+}
+"""Lines of the templates of Qwen3 and SmolLM3 that turn thinking off.
+Source: tokenizer_config.json of https://huggingface.co/Qwen/Qwen3-8B, chat_template.jinja of HuggingFaceTB/SmolLM3-3B."""
+
+
+@pytest.mark.parametrize("name", THINKING)
+def test_thinking_is_off_here_and_in_folders_for_others(make_tokenizer, pretend_day, name):
+    tokenizer = make_tokenizer(THINKING[name])
+    date = choose_date(tokenizer, "chat", None)
+    pretend_day(date or "2026-12-01")
+    both = [
+        tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=False, enable_thinking=thinks)
+        for thinks in (True, False)
+    ]
+    assert both[0] != both[1]
+    assert render_turns(TURNS, tokenizer, date) == both[1]
+    fix_inputs(tokenizer, date)
+    assert tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=False) == both[1]
+    assert render_turns(TURNS, tokenizer, choose_date(tokenizer, "chat", None)) == both[1]
+
+
 TEMPLATES = {
     "two forms": '{{ strftime_now("%Y-%m-%d") }}|{{ strftime_now(\'%d "%B"\') }}',
     "in a loop and a macro": '{% macro day() %}{{ strftime_now("%A") }}{% endmacro %}'
@@ -68,7 +97,7 @@ def test_text_is_what_transformers_writes_on_that_day(make_tokenizer, dated, pre
     pretend_day("1999-01-01")
     assert render_turns(TURNS, tokenizer, "2025-03-09") == expected
     # A folder that is written with the date gives it to any program, without a clock.
-    fix_date(tokenizer, "2025-03-09")
+    fix_inputs(tokenizer, "2025-03-09")
     assert tokenizer.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=False) == expected
     assert choose_date(tokenizer, "chat", None) is None
 
@@ -79,7 +108,7 @@ def test_templates_own_date_stays_unless_one_is_set(make_tokenizer):
     assert render_turns(TURNS, tokenizer, None) == "26 Jul 2024 Profit rose"
     date = choose_date(tokenizer, "chat", "2025-03-09")
     assert render_turns(TURNS, tokenizer, date) == "09 Mar 2025 Profit rose"
-    fix_date(tokenizer, date)
+    fix_inputs(tokenizer, date)
     assert tokenizer.apply_chat_template(TURNS, tokenize=False) == "09 Mar 2025 Profit rose"
 
 
@@ -96,7 +125,7 @@ def test_template_without_a_date_takes_none(make_tokenizer):
 def test_of_several_templates_the_default_one_is_used_and_dated(make_tokenizer):
     tokenizer = make_tokenizer({"default": '{{ strftime_now("%Y") }}', "rag": "other"})
     assert render_turns(TURNS, tokenizer, "2025-03-09") == "2025"
-    fix_date(tokenizer, "2025-03-09")
+    fix_inputs(tokenizer, "2025-03-09")
     assert tokenizer.apply_chat_template(TURNS, tokenize=False) == "2025"
     assert tokenizer.chat_template["rag"] == "other"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -14,6 +15,7 @@ from finlora.data.encode import (
     encode_choices,
     encode_examples,
     encode_prompt,
+    encode_turns,
     end_token_id,
 )
 from finlora.data.example import Example
@@ -121,6 +123,50 @@ def test_chat_template_without_bos_gets_one(chat_tokenizer, tiny_base):
     ids = encode_prompt("profit rose", tokenizer, "chat")
     assert ids[0] == tokenizer.bos_token_id
     assert ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.fixture
+def without_bos(tiny_base, tmp_path):
+    """A tokenizer as Qwen's: no BOS, and turns between tokens of their own."""
+    tokenizer = load_tokenizer(tiny_base)
+    tokenizer.save_pretrained(str(tmp_path))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"bos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    state = json.loads((tmp_path / "tokenizer.json").read_text()) | {"post_processor": None}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def test_prompt_of_a_tokenizer_without_bos_has_none(without_bos):
+    prompt = "Instruction: ?\nInput: profit rose\nAnswer:"
+    assert without_bos.bos_token_id is None
+    assert list(encode_prompt(prompt, without_bos, "raw")) == without_bos(prompt)["input_ids"]
+    own = without_bos.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+    assert list(encode_prompt(prompt, without_bos, "chat")) == list(own)
+    turns = (("system", "Be brief."), ("user", prompt))
+    own = without_bos.apply_chat_template(
+        [{"role": role, "content": text} for role, text in turns],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
+    )
+    assert list(encode_turns(turns, without_bos, "chat")) == list(own)
+
+
+def test_bos_that_neither_tokenizer_nor_template_writes_is_not_added(without_bos):
+    """As Granite's, whose BOS is its end of text."""
+    without_bos.bos_token = without_bos.eos_token
+    ids = encode_prompt("profit rose", without_bos, "chat")
+    assert ids[0] == without_bos.convert_tokens_to_ids("<|im_start|>")
+    assert encode_prompt("profit rose", without_bos, "raw")[0] == without_bos.eos_token_id
 
 
 def test_chat_answer_ends_with_the_turn_and_raw_with_eos(chat_tokenizer, tokenizer):

@@ -85,13 +85,13 @@ def test_folder_without_tokenizer_is_refused_with_a_message(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_tokenizer_without_bos_is_refused_with_a_message(tiny_base, tmp_path):
+def test_tokenizer_without_eos_is_refused_with_a_message(tiny_base, tmp_path):
     tokenizer = load_tokenizer(tiny_base)
     tokenizer.save_pretrained(str(tmp_path))
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    settings.pop("bos_token")
+    settings.pop("eos_token")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match=r"has no BOS or no EOS token: expected a Llama tokenizer with both"):
+    with pytest.raises(ModelError, match=r"has no EOS token: expected one, which ends an answer"):
         load_tokenizer(tmp_path)
 
 

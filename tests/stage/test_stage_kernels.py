@@ -23,11 +23,25 @@ from finlora.stage.decode_graphs import PROMPT_SIZES
 from finlora.stage.stage import Stage
 
 CPU = torch.device("cpu")
+_BY_128 = {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 1}
 SHAPES = {
     # SmolLM2-135M: only the MLP's 1,536 is a multiple of 128; three query heads per key-value head
     "smollm2": {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3},
-    "by 128": {"hidden_size": 256, "intermediate_size": 384, "num_attention_heads": 4, "num_key_value_heads": 1},
+    "by 128": _BY_128,
     "narrow heads": {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 12, "num_key_value_heads": 4},
+    # Norms of heads and biases; and factors and biases of a family, and a layer without rotary embedding
+    "qwen3": {**_BY_128, "model_type": "qwen3", "attention_bias": True},
+    "granite": {
+        **_BY_128,
+        "model_type": "granite",
+        "attention_bias": True,
+        "mlp_bias": True,
+        "attention_multiplier": 0.05,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 3.0,
+    },
+    "smollm3": {**_BY_128, "model_type": "smollm3", "no_rope_layers": [0]},
 }
 
 
@@ -45,6 +59,10 @@ def make_stage(tiny_base, tmp_path_factory):
         (folder / "config.json").write_text(json.dumps(values))
         with quiet_bitsandbytes():
             base = load_base(ModelConfig(base=str(folder), weights="random", compute_dtype="float32"), bits, CPU, 0)
+            torch.manual_seed(0)
+            for name, parameter in base.model.named_parameters():
+                if name.endswith(("q_norm.weight", "k_norm.weight")):
+                    parameter.uniform_(0.5, 1.5)
             return Stage(base.model, range(1), cache_rows, dtype)
 
     return build
@@ -71,9 +89,12 @@ def run(stage, batch):
     return stage.run(batch, None).float().clone()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("bits", [16, 8])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+TYPES = (torch.bfloat16, torch.float32)
+CASES = [*product([shape for shape in SHAPES if "model_type" not in SHAPES[shape]], (16, 8), TYPES)]
+CASES += [("qwen3", 8, torch.bfloat16), ("granite", 8, torch.bfloat16), ("smollm3", 16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("shape", "bits", "dtype"), CASES)
 def test_stage_with_kernels_equals_the_plain_one(make_stage, monkeypatch, shape, bits, dtype):
     batches = make_batches()
     plain = make_stage(shape, bits, torch.float32)

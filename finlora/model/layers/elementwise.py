@@ -133,16 +133,16 @@ def normalise_and_drop_backward(
     return (residual.float() + _norm_gradient(total, x, weight, eps)).to(x.dtype)
 
 
-def normalise_heads(x: Tensor, weight: Tensor, eps: float) -> None:
-    """RMSNorm of the first n heads of each row, in place. Shapes: x (T, m, d) with m >= n, weight (n, d)."""
+def normalise_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of the first n heads of each row, in place. Shapes: x (T, m, d) with m >= n, weight (n, d) -> x."""
     if launch.takes_kernels(x):
         from finlora.model.rowwise.norm_steps import normalise_heads_rows
 
-        normalise_heads_rows(x, weight, eps)
-        return
+        return normalise_heads_rows(x, weight, eps)
     heads = x[:, : len(weight)]
     wide = heads.float()
     heads.copy_(weight * (wide * _inverse_rms(wide, eps)).to(x.dtype))
+    return x
 
 
 def normalise_heads_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:

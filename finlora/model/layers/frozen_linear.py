@@ -139,9 +139,13 @@ class BiasedWeight:
 
     def __init__(self, weight: FrozenWeight, bias: Tensor) -> None:
         self.weight, self.bias = weight, bias
+        # Kernels read a residual of all rows; torch's products broadcast one row, and cuBLAS adds it as it writes the product.
+        self._broadcasts = isinstance(weight, DenseWeight | Nf4Weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        start = self.bias.expand(x.shape[0], -1) if residual is None else residual + self.bias
+        if residual is not None:
+            return self.weight.forward(x, residual + self.bias)
+        start = self.bias if self._broadcasts else self.bias.expand(x.shape[0], -1).contiguous()
         return self.weight.forward(x, start)
 
     def backward(self, grad: Tensor) -> Tensor:

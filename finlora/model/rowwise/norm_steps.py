@@ -86,7 +86,7 @@ def _normalise_heads(
     tl.store(x_ptr + offsets, (weight * unit).to(x_ptr.dtype.element_ty), mask=is_there)
 
 
-def normalise_heads_rows(x: Tensor, weight: Tensor, eps: float) -> None:
+def normalise_heads_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `finlora.model.layers.elementwise.normalise_heads`; the heads of a row lie side by side."""
     (num_heads, width), num_rows = weight.shape, len(x)
     block = triton.next_power_of_2(width)
@@ -94,6 +94,7 @@ def normalise_heads_rows(x: Tensor, weight: Tensor, eps: float) -> None:
     _normalise_heads[(triton.cdiv(num_rows * num_heads, rows),)](
         x, weight, num_rows, num_heads, x.stride(0), width, eps, ROWS=rows, BLOCK=block, num_warps=4
     )
+    return x
 
 
 def normalise_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:

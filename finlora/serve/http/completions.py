@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from finlora.data.encode import encode_prompt, encode_turns
+from finlora.data.encode import encode_prompt, encode_text, encode_turns
 from finlora.engine.request import Answer, Piece, Sampling
 from finlora.errors import ConfigError
 from finlora.serve.accounts.ledger import Call
@@ -244,7 +244,15 @@ def _read_prompts(body: CompletionRequest, server: Server) -> list[_Prompt]:
         raise RefusedError(
             400, f"found {len(texts):,} prompts: expected at most {most:,} in one request.", "invalid_value", "prompt"
         )
-    return [_Prompt(text, (int(base.tokenizer.bos_token_id), *encode_plain(text, base))) for text in texts]
+    prompts = [_Prompt(text, encode_prompt(text, base.tokenizer, "raw")) for text in texts]
+    if not all(one.ids for one in prompts):
+        raise RefusedError(
+            400,
+            "found an empty prompt: expected some text, since this base has no BOS token.",
+            "invalid_value",
+            "prompt",
+        )
+    return prompts
 
 
 def encode_messages(messages: Sequence[Message], base: ServedBase, date: str | None) -> tuple[int, ...]:
@@ -272,4 +280,4 @@ def encode_messages(messages: Sequence[Message], base: ServedBase, date: str | N
 
 def encode_plain(text: str, base: ServedBase) -> tuple[int, ...]:
     """Return the token ids of a text, without special tokens."""
-    return encode_prompt(text, base.tokenizer, "raw")[1:]
+    return tuple(encode_text(text, base.tokenizer))

@@ -228,7 +228,7 @@ class Server:
         started = time.monotonic()
         request = Request(
             id=f"probe-{started}-{id(asyncio.current_task())}",
-            prompt_ids=(int(self.base.tokenizer.bos_token_id),),
+            prompt_ids=(int(self.base.tokenizer.eos_token_id),),
             sampling=Sampling(max_tokens=1),
             client="probe",
             deadline=started + _PROBE_S,

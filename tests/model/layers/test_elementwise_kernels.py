@@ -53,6 +53,7 @@ def arguments_of(rows, width, dtype=torch.bfloat16):
             *(grad, sample(3, rows, width, seed=7, dtype=dtype), x, weight, 1e-5, residual, keep, threshold),
         ),
         "rotate": (heads[:, :5], sample(rows, 24, seed=8, dtype=dtype), sample(rows, 24, seed=9, dtype=dtype)),
+        "normalise_heads": (heads, sample(5, 24, seed=11, dtype=dtype), 1e-5),
         "gate": (sample(rows, 2 * width, seed=10, dtype=dtype),),
         "gate_backward": (grad, sample(rows, 2 * width, seed=10, dtype=dtype)),
         "_find_outliers": (strong,),
@@ -65,6 +66,8 @@ def arguments_of(rows, width, dtype=torch.bfloat16):
 
 def run(name, arguments, device):
     step = getattr(elementwise, name, None) or getattr(frozen_linear, name)
+    if name == "normalise_heads":  # it works in place
+        arguments = (arguments[0].clone(), *arguments[1:])
     found = step(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments))
     return found if isinstance(found, tuple) else (found,)
 

@@ -62,6 +62,7 @@ def dequantise_base(base: BaseModel) -> BaseModel:
         if hasattr(weight, "quant_state") or hasattr(weight, "CB"):
             dense = nn.Linear(int(module.in_features), int(module.out_features), bias=False, device="meta")
             dense.weight = nn.Parameter(dequantise(module, base.dtype), requires_grad=False)
+            dense.bias = module.bias
             base.model.set_submodule(name, dense)
     base.model.is_loaded_in_8bit = base.model.is_loaded_in_4bit = False
     return dataclasses.replace(base, bits=16)

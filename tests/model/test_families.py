@@ -19,7 +19,7 @@ from finlora.model.base import load_base, measure_weights, quiet_bitsandbytes
 from finlora.model.layers.packed_model import PackedLlama
 from finlora.model.lora import attach_lora, load_adapter, save_adapter, trainable_parameters
 from finlora.model.memory.fixed_memory import count_weight_bytes
-from finlora.model.merge import merge_lora
+from finlora.model.merge import dequantise_base, merge_lora
 from finlora.model.source import find_source
 from finlora.stage.stage import Stage
 from finlora.train.steps.loop import AnswerLoss
@@ -176,6 +176,12 @@ def test_served_and_merged_adapter_equal_pefts(bases, name, tmp_path):
     assert merge_lora(merged, tmp_path / "adapter") == 4 * len(PROJECTION_NAMES)
     assert_near(run_plain(merged.model), expected)
     assert_near(run_plain(adapted.merge_and_unload()), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3 biased"])
+def test_base_read_back_from_4_bit_keeps_biases_and_norms(bases, name):
+    expected = load(bases[name], 4).model.train()  # in eval mode bitsandbytes packs the weights for a CPU's bfloat16
+    assert_near(run_plain(dequantise_base(load(bases[name], 4)).model), run_plain(expected))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

@@ -160,9 +160,10 @@ def test_ground_rooms_import_nothing_of_ours_but_errors():
         == GRAPH["finlora.durable"]
         == GRAPH["finlora.report.paper"]
         == GRAPH["finlora.data.example"]
-        == GRAPH["finlora.formula.llama"]
+        == GRAPH["finlora.formula.families"]
         == set()
     )
+    assert GRAPH["finlora.formula.llama"] == {"finlora.formula.families"}
     formula = {"finlora.formula.llama", "finlora.formula.low_rank"}
     assert GRAPH["finlora.config"] == {"finlora.errors", *formula}
     assert GRAPH["finlora.results"] == {"finlora.durable", "finlora.errors"}

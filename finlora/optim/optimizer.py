@@ -32,8 +32,8 @@ class OptimizerKind:
     build: Callable[[Sequence[torch.nn.Parameter], OptimConfig, int, WireClock | None], torch.optim.Optimizer]
     """Takes the adapter's parameters, the settings, the steps of the whole run, and the clock of its communication."""
     averages_gradients: bool
-    """True: it averages over the workers, clips, counts its traffic (`SelfCounting`) and has `is_synchronised`.
-    False: DeepSpeed averages the gradients and clips their mean."""
+    """True: it averages over the workers, counts its traffic (`SelfCounting`) and has `is_synchronised`.
+    False: DeepSpeed averages the gradients. Each optimiser clips them itself."""
     saves: frozenset[str]
     """Names of the tensors in its state_dict: of one parameter, or of one flat vector of all."""
     reads: frozenset[str]
@@ -89,14 +89,15 @@ def learning_rate_at(step: int, total_steps: int, optim: OptimConfig) -> float:
 def _build_adamw(
     parameters: Sequence[torch.nn.Parameter], optim: OptimConfig, _total_steps: int, _clock: WireClock | None
 ) -> torch.optim.Optimizer:
-    import torch
+    from finlora.optim.adamw import ClippedAdamW
 
-    return torch.optim.AdamW(
+    return ClippedAdamW(
         parameters,
         lr=optim.learning_rate,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
     )
 
 
@@ -136,7 +137,7 @@ def _count_zero_one_bytes(sizes: Sequence[int], num_workers: int, parameter_byte
     return 5 * 4 * padded + 4 * padded // num_workers + padded + masters
 
 
-_ADAM = frozenset({"learning_rate", "beta1", "beta2", "eps", "weight_decay"})
+_ADAM = frozenset({"learning_rate", "beta1", "beta2", "eps", "weight_decay", "max_grad_norm"})
 
 OPTIMIZERS = {
     kind.name: kind
@@ -154,7 +155,7 @@ OPTIMIZERS = {
             build=_build_zero_one_adam,
             averages_gradients=True,
             saves=frozenset({"m", "v", "u", "last_synced", "norm_ratio", "weights", "worker_error", "server_error"}),
-            reads=_ADAM | {"freeze_ratio", "max_local_steps", "max_grad_norm"},
+            reads=_ADAM | {"freeze_ratio", "max_local_steps"},
             count_state_bytes=_count_zero_one_bytes,
         ),
     )

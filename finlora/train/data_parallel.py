@@ -35,8 +35,34 @@ def _without_module(name: str) -> Iterator[None]:
         del sys.modules[name]
 
 
+class _TrainableOnly(torch.nn.Module):
+    """Module that shows DeepSpeed the adapter's parameters alone, and runs the whole forward pass.
+
+    DeepSpeed broadcasts every parameter that it sees at the start, the frozen base too, and walks through all modules several
+    times a step: 15 ms for the 900 modules of a small Llama, longer than its forward and backward pass on a GPU.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self._whole = (module,)  # a tuple hides it from DeepSpeed
+        trainable = (parameter for parameter in module.parameters() if parameter.requires_grad)
+        self.trainable = torch.nn.ParameterList(trainable)
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._whole[0](*inputs)
+
+    def train(self, mode: bool = True) -> _TrainableOnly:
+        """Set the mode of the whole module."""
+        self._whole[0].train(mode)
+        return super().train(mode)
+
+
 def make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: RunConfig) -> Any:
-    """Return DeepSpeed's engine at ZeRO stage 0. The caller scales the loss."""
+    """Return DeepSpeed's engine at ZeRO stage 0. The caller scales the loss, the optimiser clips the gradients.
+
+    Args:
+        module: with the same frozen weights on each worker.
+    """
     averages_itself = find_optimizer(config.optim.name).averages_gradients
     logging.getLogger("DeepSpeed").setLevel(
         logging.WARNING
@@ -52,7 +78,7 @@ def make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, confi
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=choose_collectives(config), verbose=False)
     engine, *_ = deepspeed.initialize(
-        model=module,
+        model=_TrainableOnly(module),
         optimizer=optimizer,
         dist_init_required=False,
         config={
@@ -61,10 +87,10 @@ def make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, confi
             "managed_gradient_accumulation": False,
             "zero_optimization": {"stage": 0},
             "torch_autocast": {"enabled": is_autocast(config), "dtype": "bfloat16"},
-            # To clip their mean, DeepSpeed would share the norms of all ranks.
-            "gradient_clipping": 0.0 if averages_itself else config.optim.max_grad_norm,
+            "gradient_clipping": 0.0,
             "steps_per_print": None,
         },
     )
-    engine.enable_backward_allreduce = not averages_itself
+    # Alone, a worker would copy its gradients to the host and back for nothing where it shares a GPU and so talks over gloo.
+    engine.enable_backward_allreduce = not averages_itself and config.train.num_workers > 1
     return engine

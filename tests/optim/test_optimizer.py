@@ -15,7 +15,7 @@ from finlora.optim.optimizer import OPTIMIZERS, find_optimizer, learning_rate_at
 from finlora.optim.traffic import SelfCounting
 
 EVERY_KIND = pytest.mark.parametrize("kind", OPTIMIZERS.values(), ids=OPTIMIZERS)
-OF_ALL = {"name", "schedule", "warmup_ratio", "max_grad_norm"}  # read by training itself, whatever the optimiser
+OF_ALL = {"name", "schedule", "warmup_ratio"}  # read by training itself, whatever the optimiser
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_adamw_is_torchs_with_the_configs_numbers():
     parameter = torch.nn.Parameter(torch.ones(3))
     optim = OptimConfig(learning_rate=0.1, beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.5)
     optimizer = make_optimizer([parameter], optim, 10)
-    assert type(optimizer) is torch.optim.AdamW
+    assert isinstance(optimizer, torch.optim.AdamW)
     (group,) = optimizer.param_groups
     assert {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")} == {
         "lr": 0.1,
@@ -115,3 +115,25 @@ def names_of_tensors(tree):
             yield name
         elif isinstance(value, dict):
             yield from names_of_tensors(value)
+
+
+def test_adamw_clips_as_torch_does_and_then_updates():
+    torch.manual_seed(0)
+    start = [torch.randn(5), torch.randn(3, 4)]
+    ours, plain = ([torch.nn.Parameter(each.clone()) for each in start] for _ in range(2))
+    settings = OptimConfig(max_grad_norm=0.25, weight_decay=0.1, learning_rate=0.1)
+    optimizer = make_optimizer(ours, settings, 10)
+    reference = torch.optim.AdamW(
+        plain, lr=0.1, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=0.1
+    )
+    for scale in (3.0, 0.01, 1.0):
+        gradients = [scale * torch.randn_like(each) for each in start]
+        norm = torch.cat([each.flatten() for each in gradients]).norm()
+        for own, other, gradient in zip(ours, plain, gradients, strict=True):
+            own.grad, other.grad = gradient.clone(), gradient * min(1.0, 0.25 / (float(norm) + 1e-6))
+        optimizer.step()
+        reference.step()
+    for own, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(own, other)
+    with pytest.raises(ValueError, match="takes no closure"):
+        optimizer.step(lambda: 0.0)

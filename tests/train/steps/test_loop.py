@@ -172,6 +172,7 @@ def test_training_equals_a_plain_adamw_loop(model):
         _, gradients = reference(reference_model, sampler.global_batch(step))
         for parameter, gradient in zip(expected.values(), gradients, strict=True):
             parameter.grad = gradient
+        torch.nn.utils.clip_grad_norm_(expected.values(), optim.max_grad_norm)
         adamw.param_groups[0]["lr"] = learning_rate_at(step, 6, optim)
         adamw.step()
     for name, parameter in parameters.items():

@@ -12,8 +12,9 @@ from finlora.config import RunConfig, is_date
 from finlora.configfile import load_config, show
 from finlora.data.sets.prepared import PreparedSplit, SplitName, read_prepared
 from finlora.durable import hash_file
-from finlora.errors import ConfigError, FinloraError, ResultError
+from finlora.errors import AdapterError, ConfigError, FinloraError, ResultError
 from finlora.evaluate.answer_table import AnswerTable, read_answer_table
+from finlora.evaluate.parity_report import Parity, read_parity
 from finlora.model.adapter_files import ADAPTER_WEIGHTS
 from finlora.model.contract import CONTRACT_FILE, Contract, read_contract, read_tasks
 from finlora.report.pairing import pair_results
@@ -86,6 +87,9 @@ class Evidence:
     """Task that the adapter brings -> its task file, as YAML."""
     base: BaseFacts
     approvals: ApprovalState
+    parity: tuple[Parity, ...]
+    why_no_parity: str
+    """Why there is no parity report; empty: there is one."""
     fields: dict[str, str]
     """Answers that people gave in fields.yaml."""
 
@@ -153,6 +157,7 @@ def collect_evidence(
     scored = _pair(found, contract, weights_hash)
     names = dict.fromkeys((*contract.task_names, *(each.result.task for each in scored)))
     data = data or own_data
+    parity, why_no_parity = _read_parity(folder)
     test_hashes = {each.result.task: each.result.data_hash for each in scored}
     return Evidence(
         folder=folder,
@@ -171,6 +176,8 @@ def collect_evidence(
         cards={name: task.card for name, task in read_tasks(folder, contract).items() if task.card},
         base=find_base_facts(contract, model),
         approvals=approvals,
+        parity=parity,
+        why_no_parity=why_no_parity,
         fields=fields,
     )
 
@@ -180,6 +187,14 @@ def _read_config(folder: Path) -> tuple[RunConfig | None, str]:
         return load_config(folder / "config.yaml"), ""
     except ConfigError as error:
         return None, str(error)
+
+
+def _read_parity(folder: Path) -> tuple[tuple[Parity, ...], str]:
+    try:
+        found = read_parity(folder)
+    except AdapterError as error:
+        return (), str(error)
+    return found, "" if found else f"`finlora parity {folder}` was not run"
 
 
 def _read_results(paths: Sequence[Path], *, is_given: bool) -> list[tuple[Result, Path]]:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 from finlora.card.curves import Slice, make_abstention_curve, slice_by_cutoff, slice_by_length, trace_abstention
 from finlora.card.evidence import Evidence, Scored
-from finlora.card.part import Block, Part, Picture
+from finlora.card.part import Block, Part, Picture, make_part
 from finlora.card.profile import PartName
 from finlora.card.verdict import Gain, compare_with_base, compare_with_majority, seed_of
 from finlora.evaluate.answer_table import AnswerTable
+from finlora.evaluate.parity_report import PARITY_FILE, parity_table
 from finlora.report.scores import find_majority
 from finlora.report.tables import TextTable, format_score, format_share
 from finlora.results import Result
@@ -103,6 +104,16 @@ def describe_confusion(evidence: Evidence) -> Part:
             blocks.append(Picture(f"Confusion: {scored.name}", draw_confusion(scored.result)))
         blocks.append(_list_confusions(scored))
     return _part("confusion", "Confusion", evidence, blocks, gaps)
+
+
+def describe_parity(evidence: Evidence) -> Part:
+    """Answers as it is served beside those as it was trained, at other bits of the base and merged."""
+    name: PartName = "parity"
+    title = "Parity of the served forms"
+    if evidence.why_no_parity:
+        gap = f"answers at other bits than those of the training, or merged: {evidence.why_no_parity}"
+        return make_part(name, title, [], [], [gap])
+    return make_part(name, title, [parity_table(evidence.parity)], [evidence.folder / PARITY_FILE], [])
 
 
 def describe_calibration(evidence: Evidence) -> Part:

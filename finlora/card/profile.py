@@ -30,6 +30,7 @@ PartName = Literal[
     "confusion",
     "calibration",
     "segments",
+    "parity",
     "abstention",
     "cutoff",
     "prompt",

@@ -30,6 +30,7 @@ PARTS: Mapping[PartName, Callable[[Evidence], Part]] = MappingProxyType(
         "confusion": outcome_parts.describe_confusion,
         "calibration": outcome_parts.describe_calibration,
         "segments": outcome_parts.describe_segments,
+        "parity": outcome_parts.describe_parity,
         "abstention": outcome_parts.describe_abstention,
         "cutoff": outcome_parts.describe_cutoff,
         "prompt": data_parts.describe_prompt,

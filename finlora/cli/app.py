@@ -34,6 +34,7 @@ ORDER = (
     "score",
     "adopt",
     "merge",
+    "parity",
     "serve",
     "key",
     "audit",

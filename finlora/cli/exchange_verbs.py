@@ -7,7 +7,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from finlora.cli.app import app, console, say
+from finlora.cli.app import Overrides, app, console, load_settings, say
 from finlora.config import Bits
 from finlora.errors import ConfigError
 from finlora.machine.host import require_output
@@ -78,3 +78,55 @@ def adopt(
     say(
         f"Written to {adopted.folder}. Next: finlora evaluate --config {adopted.folder}/config.yaml --adapter {adopted.folder}"
     )
+
+
+@app.command(
+    epilog="Examples:\n\n  finlora parity ~/finlora/runs/llama-8b-4bit-r4-fpb/adapter --bits 8\n\n"
+    "  finlora parity ADAPTER --merged MERGED --limit 200 eval.device=cpu"
+)
+def parity(
+    adapter: Annotated[Path, typer.Argument(help="Adapter folder.")],
+    overrides: Overrides = None,
+    bits: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Bits of a base that serves it: 16, 8 or 4; several times. Default: all but those of its training."
+        ),
+    ] = None,
+    merged: Annotated[
+        list[Path] | None, typer.Option(help="Folder that `finlora merge` made of it; several times.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Test rows of each task, chosen by the setting `seed`. Default: all.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="YAML file of the run. Default: the adapter's config.yaml.")
+    ] = None,
+) -> None:
+    """Compare an adapter's answers as it was trained with those as it is served. Writes parity.json beside it."""
+    if wrong := [each for each in bits or [] if each not in (16, 8, 4)]:
+        raise ConfigError(f"found --bits {wrong[0]}: expected 16, 8 or 4.")
+    folder = adapter.expanduser().absolute()
+    from finlora.model.contract import read_contract
+
+    contract = read_contract(folder)  # says what was found instead of an adapter
+    settings = load_settings(config or folder / "config.yaml", overrides)
+    from finlora.evaluate.parity_report import PARITY_FILE, parity_table
+    from finlora.exchange.parity import measure_parity
+    from finlora.report.write import draw_table
+
+    chosen = bits if bits is not None else [] if merged else [each for each in (16, 8, 4) if each != contract.bits]
+    if settings.eval.num_stages > 1:
+        from finlora.cluster import connect
+
+        connect.connect(log_to_driver=False)
+    with open_bars(console, "loading the base") as bars:
+        found = measure_parity(
+            *(settings, folder),
+            bits=[cast(Bits, each) for each in dict.fromkeys(chosen)],
+            merged=[path.expanduser().absolute() for path in merged or []],
+            limit=limit,
+            on_progress=bars.update,
+        )
+    draw_table(parity_table(found), console)
+    say(f"Written to {folder / PARITY_FILE}")

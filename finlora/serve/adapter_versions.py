@@ -26,6 +26,7 @@ from finlora.data.question import Form
 from finlora.data.task import Task
 from finlora.durable import hash_file
 from finlora.errors import AdapterError, ApprovalError
+from finlora.evaluate.parity_report import PARITY_FILE, find_doubt
 from finlora.evaluate.reference import REFERENCE_FILE, Reference, read_references
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_file
 from finlora.model.contract import CONTRACT_FILE, Contract, read_contract, read_tasks
@@ -64,10 +65,14 @@ class ServedAdapter:
         """How a user asks its own tasks."""
         return {name: task.form for name, task in self.tasks.items() if task.form is not None}
 
+    doubt: str = ""
+    """Why its answers are not shown to be those of its training; empty: they are."""
+
     @property
     def notices(self) -> list[str]:
         """What a user should know before the answers are trusted."""
-        return [said] if (said := self.contract.describe_unknown()) else []
+        doubt = f"{self.doubt[0].upper()}{self.doubt[1:]}." if self.doubt else ""
+        return [said for said in (self.contract.describe_unknown(), doubt) if said]
 
     @property
     def engine_name(self) -> str:
@@ -81,10 +86,19 @@ class AdapterShelf:
     Args:
         folder: DIR; None: no adapters.
         require_approval: whether an adapter needs an approval that holds for its files (finlora/card/approvals.py).
+        min_agreement: least agreement with its training that an adapter of other bits needs (parity_report.py). None: none.
     """
 
-    def __init__(self, folder: Path | None, base: ServedBase, *, require_approval: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        base: ServedBase,
+        *,
+        require_approval: bool = False,
+        min_agreement: float | None = None,
+    ) -> None:
         self._folder, self._base, self._require_approval = folder, base, require_approval
+        self._min_agreement = min_agreement
         # Folder -> stamp of its files, and the adapter or refusal read then: hashing 21 MiB for each request is too slow.
         self._known: dict[Path, tuple[tuple[int, ...], ServedAdapter | AdapterError]] = {}
 
@@ -113,13 +127,15 @@ class AdapterShelf:
         return found
 
     def list_notices(self) -> list[str]:
-        """Return what a user should know of the adapters that are served, each with its name."""
+        """Return what an operator should know of each adapter, and why it is refused where it is."""
         found = []
         for name in self.list_names():
             try:
                 found += [f"Adapter {name!r}: {notice}" for notice in self.find(name).notices]
-            except AdapterError:  # which a request is told
+            except ApprovalError:  # logged where it was found
                 continue
+            except AdapterError as error:
+                found.append(f"Not served: {error}")
         return found
 
     def list_unapproved(self, name: str) -> dict[str | None, str]:
@@ -194,8 +210,7 @@ class AdapterShelf:
             raise AdapterError(f"adapter {name!r} has no version {version!r}: expected one of {there}.")
         folder = home / version if version else _find_unversioned(home)
         files = [folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG, folder / CONTRACT_FILE]
-        if (folder / REFERENCE_FILE).exists():
-            files.append(folder / REFERENCE_FILE)
+        files += [folder / name for name in (REFERENCE_FILE, PARITY_FILE) if (folder / name).exists()]
         if self._require_approval and (folder / APPROVALS_FILE).exists():
             files.append(folder / APPROVALS_FILE)
         try:
@@ -221,6 +236,12 @@ class AdapterShelf:
                 raise ApprovalError(f"adapter {which} is not approved, and this server requires it: {refusal}")
             contract.check(folder, self._base, self._base.template)
             check_adapter(folder)
+            doubt = find_doubt(folder, contract, self._base.bits, self._min_agreement or 0.0)
+            if doubt and self._min_agreement is not None:
+                raise AdapterError(
+                    f"adapter {name!r} is not shown to answer as it was trained, and this server requires it "
+                    f"(min_agreement={self._min_agreement:g}): {doubt}."
+                )
             digest = hash_adapter(folder)
             date = contract.choose_date(folder, self._base.template_date)
             tasks = read_tasks(folder, contract)
@@ -235,6 +256,7 @@ class AdapterShelf:
             template_date=date,
             tasks=tasks,
             references=_read_references(folder, contract),
+            doubt=doubt,
         )
 
     def set_current(self, name: str, version: str | None) -> ServedAdapter:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from finlora.config import Template
+from finlora.config import Bits, Template
 from finlora.data.encode import end_token_id
 from finlora.data.question import Form
 from finlora.data.task import Task
@@ -36,6 +36,8 @@ class ServedBase:
     template: Template
     template_date: str | None
     """Date that the chat template writes into prompts for the base alone; an adapter has its own."""
+    bits: Bits
+    """Bits at which it is served."""
     weights_hash: str
     tokenizer_hash: str
     end_token_id: int
@@ -66,6 +68,7 @@ def read_base(config: ServeConfig, files: BaseFiles | None = None) -> ServedBase
         tokenizer=files.tokenizer,
         template=config.model.template,
         template_date=files.template_date,
+        bits=config.bits,
         weights_hash=files.weights_hash,
         tokenizer_hash=files.tokenizer_hash,
         end_token_id=end_token_id(files.tokenizer, config.model.template),

@@ -100,6 +100,10 @@ class ServeConfig:
     require_approval: bool = False
     """Serve only adapters that `finlora approve` has approved as their files are now. Of an adapter with versions, the newest
     approved one is served."""
+    min_agreement: float | None = None
+    """Serve an adapter at other bits than those of its training only if `finlora parity` has shown that it gives the same
+    answers: least lower end of the 95 % interval of their share, such as 0.98, for each of its tasks. None: such an adapter is
+    served, and the log says so where no report covers it."""
     max_adapters: int = 16
     """Adapters held in memory at once; the least recently used one is dropped."""
     keys_file: str | None = None
@@ -137,6 +141,8 @@ class ServeConfig:
         }
         faults = [f"{key}={value}: expected at least {low}" for key, (value, low) in least.items() if value < low]
         faults += [f"{key}={value}: expected more than 0" for key, value in above.items() if value <= 0]
+        if self.min_agreement is not None and not 0 < self.min_agreement < 1:
+            faults.append(f"min_agreement={self.min_agreement}: expected a share between 0 and 1, or null")
         if stages.gpus <= 0:
             faults.append(
                 f"stages.gpus={stages.gpus}: expected more than 0; to serve without a GPU, set stages.device=cpu and leave this "

@@ -227,7 +227,7 @@ def test_part_that_a_profile_does_not_name_stands_at_the_end(trained, tmp_path):
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
     card = build_card(collect_evidence(trained), load_profile(str(tmp_path / "own.yaml")))
     assert [part.name for part in card.sections[0].parts] == ["scores"]
-    assert len(card.sections[1].parts) == 15
+    assert len(card.sections[1].parts) == 16
     assert card.open_points == ()
 
 

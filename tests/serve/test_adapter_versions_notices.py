@@ -8,6 +8,8 @@ import shutil
 import pytest
 from live_server import make_settings
 
+from finlora.errors import AdapterError
+from finlora.evaluate.parity_report import Parity, write_parity
 from finlora.model.contract import Adopted, read_contract, write_contract
 from finlora.serve.adapter_versions import AdapterShelf
 from finlora.serve.served_model import read_base
@@ -26,4 +28,66 @@ def test_unknown_facts_of_an_adopted_adapter_are_a_notice(folder, tiny_base):
     origin = Adopted(source="owner/lora", base_named=None, tasks=["fpb"], unknown=["bits"], rewritten=[])
     write_contract(folder / "plain", dataclasses.replace(read_contract(folder / "plain"), bits=None, adopted=origin))
     words = "Adapter 'plain': Another program trained it (owner/lora). Unknown: bits."
-    assert shelf.list_notices() == [words]
+    first, second = shelf.list_notices()
+    assert first == words
+    assert "It is served at 16 bit, and the bits of its training are unknown: adopt it again with --bits" in second
+
+
+@pytest.fixture
+def trained_at_4(folder):
+    """The same adapter, as if it had been trained at 4 bit; the server holds the base at 16."""
+    write_contract(folder / "plain", dataclasses.replace(read_contract(folder / "plain"), bits=4))
+    return folder
+
+
+def rows_of(folder, num_equal):
+    """A parity report of its tasks at 16 bit."""
+    contract = read_contract(folder / "plain")
+    return [
+        Parity(
+            task=task,
+            form="16 bit",
+            bits=16,
+            trained_bits=4,
+            base_hash="b",
+            num_rows=1000,
+            is_partial=False,
+            seed=1,
+            data_hash="d",
+            num_equal=num_equal,
+            mean_difference=0.0,
+            max_difference=0.0,
+            accuracy=0.9,
+            trained_accuracy=0.9,
+            compute_dtype="float32",
+            device="cpu",
+        )
+        for task in contract.task_names
+    ]
+
+
+def test_other_bits_than_in_training_are_a_notice_until_a_parity_report_covers_them(trained_at_4, tiny_base):
+    base = read_base(make_settings(tiny_base))
+    assert base.bits == 16
+    shelf = AdapterShelf(trained_at_4, base)
+    (notice,) = shelf.list_notices()
+    assert notice.startswith(
+        "Adapter 'plain': Trained at 4 bit, it is served at 16, and no parity report covers that: run"
+    )
+    write_parity(trained_at_4 / "plain", trained_at_4 / "plain", rows_of(trained_at_4, 980))
+    assert shelf.list_notices() == []  # read again, since the file is new
+    assert shelf.find("plain").doubt == ""
+
+
+def test_min_agreement_refuses_what_is_not_shown_and_what_is_below_it(trained_at_4, tiny_base):
+    shelf = AdapterShelf(trained_at_4, read_base(make_settings(tiny_base)), min_agreement=0.98)
+    words = r"'plain' is not shown to answer as it was trained, and this server requires it \(min_agreement=0.98\): trained at 4"
+    with pytest.raises(AdapterError, match=words):
+        shelf.find("plain")
+    (notice,) = shelf.list_notices()
+    assert notice.startswith("Not served: adapter 'plain' is not shown to answer as it was trained")
+    write_parity(trained_at_4 / "plain", trained_at_4 / "plain", rows_of(trained_at_4, 980))
+    with pytest.raises(AdapterError, match=r"in 98\.0 \(96\.9–98\.7\) % of 1,000 rows of"):
+        shelf.find("plain")
+    write_parity(trained_at_4 / "plain", trained_at_4 / "plain", rows_of(trained_at_4, 995))
+    assert shelf.find("plain").name == "plain"

@@ -55,7 +55,12 @@ class Server:
             meter,
             audit,
         )
-        self.shelf = AdapterShelf(config.adapters_folder, base, require_approval=config.require_approval)
+        self.shelf = AdapterShelf(
+            config.adapters_folder,
+            base,
+            require_approval=config.require_approval,
+            min_agreement=config.min_agreement,
+        )
         self.quota = Quota(time.monotonic) if quota is None else quota
         # Each question of a task has the same few labels.
         self._encode_choices = functools.lru_cache(256)(
@@ -294,5 +299,6 @@ class Server:
             "template_date": adapter.template_date,
             "tasks": sorted(contract.task_names),
             "unknown": list(contract.adopted.unknown) if contract.adopted else [],
+            "doubt": adapter.doubt,
             "loaded": adapter.engine_name in self.engine.snapshot.adapters,
         }

@@ -46,6 +46,9 @@ class AdapterFacts(BaseModel):
     unknown: list[str] = Field(
         [], description="What is unknown of it, where another program trained it (`finlora adopt`)."
     )
+    doubt: str = Field(
+        "", description="Why its answers are not shown to be those of its training (`finlora parity`); empty: they are."
+    )
     loaded: bool = Field(False, description="Whether it is in memory now.")
 
 

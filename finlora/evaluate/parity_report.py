@@ -1,0 +1,177 @@
+"""Parity of an adapter's served forms with the form of its training, on its own test rows: parity.json beside its weights.
+
+`finlora parity` writes it. `finlora card` shows it, and a server compares the bits at which it serves with those of the training.
+The contract does not list it: writing it changes no hash of the adapter and no approval.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finlora.configfile import settings_from_tree
+from finlora.durable import seal, unseal, write_whole
+from finlora.errors import AdapterError, ConfigError
+from finlora.evaluate.intervals import wilson_interval
+from finlora.model.adapter_files import check_file, hash_weights_and_settings
+from finlora.model.contract import Contract
+from finlora.report.tables import TextTable, format_share
+
+PARITY_FILE = "parity.json"
+_VERSION = 1
+_MAX_BYTES = 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parity:
+    """Answers of one form beside those of the form of the training, on the same rows of a task."""
+
+    task: str
+    form: str
+    """What answered, such as `8 bit`, or the kind of a merged model."""
+    bits: int | None
+    """Bits of the base that the adapter was put on; None: a model of its own, merged or exported."""
+    trained_bits: int
+    base_hash: str
+    """`fingerprint_weights` of the model that answered."""
+    num_rows: int
+    is_partial: bool
+    """Whether only a part of the test split was asked."""
+    seed: int
+    """Of the choice of rows."""
+    data_hash: str
+    """Hash of the prepared test split."""
+    num_equal: int
+    """Rows with the same label, or the same text."""
+    mean_difference: float | None
+    """Mean over rows of the largest difference of a label's probability; None: answers were generated."""
+    max_difference: float | None
+    accuracy: float
+    """Share of right answers of this form."""
+    trained_accuracy: float
+    """The same of the form of the training."""
+    compute_dtype: str
+    device: str
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.num_equal <= self.num_rows or self.num_rows < 1:
+            raise ConfigError("its counts do not fit together")
+
+    @property
+    def agreement(self) -> float:
+        return self.num_equal / self.num_rows
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the agreement."""
+        return wilson_interval(self.num_equal, self.num_rows)
+
+
+def write_parity(folder: Path, adapter: Path, found: Sequence[Parity]) -> None:
+    """Write rows into parity.json of a folder; earlier ones of other tasks and forms stay.
+
+    Args:
+        folder: of the adapter, or of a model made from it.
+        adapter: whose hash the file holds.
+    """
+    digest = hash_weights_and_settings(adapter)
+    try:
+        kept = {(each.task, each.form): each for each in _read(folder, digest)}
+    except AdapterError:  # damaged, or of other weights: it is written anew
+        kept = {}
+    kept |= {(each.task, each.form): each for each in found}
+    rows = [dataclasses.asdict(kept[key]) for key in sorted(kept)]
+    values = seal({"format": _VERSION, "adapter_hash": digest, "rows": rows})
+    write_whole(folder / PARITY_FILE, json.dumps(values, indent=1) + "\n")
+
+
+def read_parity(folder: Path) -> tuple[Parity, ...]:
+    """Read the parity report of an adapter; without the file there are no rows.
+
+    Raises:
+        AdapterError: the file is damaged, or belongs to other weights or settings.
+    """
+    return _read(folder, hash_weights_and_settings(folder)) if (folder / PARITY_FILE).exists() else ()
+
+
+def _read(folder: Path, digest: str) -> tuple[Parity, ...]:
+    path = folder / PARITY_FILE
+    if not path.exists():
+        return ()
+    again = "Run `finlora parity` to write it again."
+    try:
+        check_file(path, _MAX_BYTES)
+        values: Mapping[str, Any] = unseal(json.loads(path.read_bytes()))
+        if values["format"] != _VERSION:
+            raise ValueError(f"it has format {values['format']!r}, expected {_VERSION}")
+        rows = tuple(settings_from_tree(Parity, each) for each in values["rows"])
+        found = str(values["adapter_hash"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
+        raise AdapterError(f"{path} is not a report as `finlora parity` writes it ({error}). {again}") from error
+    if found != digest:
+        raise AdapterError(f"{path} belongs to another adapter ({found[:12]}, this is {digest[:12]}). {again}")
+    return rows
+
+
+def find_doubt(folder: Path, contract: Contract, bits: int, min_agreement: float = 0.0) -> str:
+    """Return why an adapter's answers at some bits are not shown to be those of its training; empty: they are.
+
+    Args:
+        bits: of the served base.
+        min_agreement: least value of the lower end of the agreement's interval, of each task.
+    """
+    if contract.bits == bits:
+        return ""
+    if contract.bits is None:
+        return (
+            f"it is served at {bits} bit, and the bits of its training are unknown: adopt it again with --bits, if you know "
+            "them, then run `finlora parity`"
+        )
+    how = f"run `finlora parity {folder} --bits {bits}`"
+    try:
+        found = [each for each in read_parity(folder) if each.bits == bits]
+    except AdapterError as error:
+        return str(error)
+    missing = [task for task in contract.task_names if task not in {each.task for each in found}]
+    if missing or not found:
+        which = f" for {', '.join(missing)}" if found else ""
+        return f"trained at {contract.bits} bit, it is served at {bits}, and no parity report covers that{which}: {how}"
+    worst = min(found, key=lambda each: each.interval[0])
+    if worst.interval[0] < min_agreement:
+        share = format_share(worst.agreement, *worst.interval)
+        return (
+            f"at {bits} bit it gives the answer of its training in {share} % of {worst.num_rows:,} rows of {worst.task}, and "
+            f"min_agreement={min_agreement:g} asks for a lower end of {100 * min_agreement:g} %: serve it at {contract.bits} "
+            f"bit, or merge it with --onto dequantised"
+        )
+    return ""
+
+
+def parity_table(found: Sequence[Parity]) -> TextTable:
+    """Return a row a form and task."""
+    rows = tuple(
+        (
+            each.task,
+            each.form,
+            f"{each.num_rows:,}{'*' if each.is_partial else ''}",
+            format_share(each.agreement, *each.interval),
+            "generated" if each.mean_difference is None else f"{each.mean_difference:.4f}",
+            "generated" if each.max_difference is None else f"{each.max_difference:.4f}",
+            f"{100 * each.accuracy:.1f}",
+            f"{100 * each.trained_accuracy:.1f} ({each.trained_bits} bit)",
+            f"{each.device}, {each.compute_dtype}",
+        )
+        for each in found
+    )
+    notes = [
+        "% of rows with the answer of the form of the training, with Wilson's 95 % interval. Difference: the largest one of a "
+        "row's label probabilities."
+    ]
+    if any(each.is_partial for each in found):
+        notes.append("* A part of the test split, chosen by a seed.")
+    header = ("task", "served as", "rows", "equal answers", "mean difference", "largest", "accuracy", "in training")
+    return TextTable(title="Parity with the training", header=(*header, "on"), rows=rows, notes=tuple(notes))

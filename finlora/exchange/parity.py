@@ -1,0 +1,214 @@
+"""Parity run of an adapter: its test rows, answered by the form of its training and by each form in which it is served."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from finlora.config import Bits, RunConfig
+from finlora.data.sets.prepared import PreparedSplit, read_prepared
+from finlora.engine.request import ADAPTER
+from finlora.errors import AdapterError, ConfigError
+from finlora.evaluate.evaluation import Answers, Work, answer_examples, encode_split
+from finlora.evaluate.metrics import judge_answers
+from finlora.evaluate.parity_report import Parity, write_parity
+from finlora.inference.batch import BatchEngine
+from finlora.inference.open_base import count_rows, open_engine
+from finlora.model.adapter_files import ADAPTER_WEIGHTS
+from finlora.model.base_files import BaseFiles, read_base_files
+from finlora.model.contract import MERGED_FILE, Contract, read_contract, require_same_task
+from finlora.precision import resolve_evaluation
+from finlora.yamltext import read_yaml
+
+OnProgress = Callable[[str, int, int], None]
+"""Called with the form that answers, the rows done and their total."""
+_MAX_RECORD_BYTES = 2**20
+
+
+def measure_parity(
+    config: RunConfig,
+    adapter: Path,
+    *,
+    bits: Sequence[Bits],
+    merged: Sequence[Path],
+    limit: int | None,
+    on_progress: OnProgress,
+) -> list[Parity]:
+    """Answer the test rows by each form, compare, and write parity.json beside the adapter and into each merged folder.
+
+    Args:
+        config: with absolute paths; base, tasks, device and stages are its.
+        bits: of the base, with the adapter beside it.
+        merged: folders of models that `finlora merge` made of this adapter.
+        limit: rows of each task, chosen by config.seed; None: the whole test split.
+
+    Raises:
+        AdapterError: the bits of its training are unknown, or a merged model is of another adapter.
+        DatasetError: a test split is missing, or an example is too long.
+        ResourceError: the device has too little room.
+    """
+    config = resolve_evaluation(config)
+    contract = read_contract(adapter)
+    if contract.bits is None:
+        raise AdapterError(
+            f"the bits of the base in the training of {adapter} are unknown, so there is no form to compare with: adopt it again "
+            "with --bits, if you know them."
+        )
+    files = read_base_files(config.model)
+    date = files.check_adapter(adapter, contract)
+    kinds = {folder: _read_kind(folder, contract) for folder in merged}
+    splits = [_choose_rows(config, adapter, contract, task, limit) for task in config.data.tasks]
+    if limit is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_test_examples=None))
+
+    def encode(config: RunConfig, files: BaseFiles, date: str | None) -> list[Work]:
+        return [encode_split(config, files.tokenizer, split, split.task, date) for split, _ in splits]
+
+    works = encode(config, files, date)
+    served = {
+        folder: _open_merged(config, folder, works, encode) for folder in merged
+    }  # refused before anything is loaded
+    trained = _answer(config, files, adapter, cast(Bits, contract.bits), works, "the form of the training", on_progress)
+    found: list[Parity] = []
+
+    def compare(form: str, own: Bits | None, base_hash: str, answers: Sequence[Answers]) -> list[Parity]:
+        facts = {"form": form, "bits": own, "trained_bits": contract.bits, "base_hash": base_hash, "seed": config.seed}
+        facts |= {"compute_dtype": config.model.compute_dtype, "device": config.eval.device}
+        return [
+            _compare(work, *split, *pair, facts)
+            for work, split, pair in zip(works, splits, zip(trained, answers, strict=True), strict=True)
+        ]
+
+    for own in bits:
+        answers = _answer(config, files, adapter, own, works, f"{own} bit", on_progress)
+        found += compare(f"{own} bit", own, files.weights_hash, answers)
+        write_parity(adapter, adapter, found)
+    for folder, (settings, own_files) in served.items():
+        answers = _answer(settings, own_files, None, 16, works, kinds[folder], on_progress)
+        rows = compare(kinds[folder], None, own_files.weights_hash, answers)
+        found += rows
+        write_parity(adapter, adapter, found)
+        write_parity(folder, adapter, rows)
+    return found
+
+
+def _choose_rows(
+    config: RunConfig, adapter: Path, contract: Contract, task: str, limit: int | None
+) -> tuple[PreparedSplit, int]:
+    """Return the test split, cut to the rows that are asked, and the number of all its rows."""
+    split = read_prepared(Path(config.data.dir), task, "test")
+    require_same_task(adapter, contract, task, split.card_hash)
+    total = len(split.examples)
+    if limit is None or limit >= total:
+        return split, total
+    chosen = sorted(random.Random(config.seed).sample(range(total), limit))
+    return dataclasses.replace(split, examples=tuple(split.examples[index] for index in chosen)), total
+
+
+def _read_kind(folder: Path, contract: Contract) -> str:
+    """Return what a merged model was merged onto.
+
+    Raises:
+        AdapterError: it was not merged by FinLoRA, or from another adapter.
+    """
+    path = folder / MERGED_FILE
+    try:
+        record = read_yaml(path, _MAX_RECORD_BYTES)
+        whose = record["contract"]["files"][ADAPTER_WEIGHTS]
+        onto = record.get("onto", "base")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise AdapterError(
+            f"{folder} is no model that `finlora merge` wrote ({error}): give the folder of one."
+        ) from error
+    if whose != contract.files.get(ADAPTER_WEIGHTS):
+        raise AdapterError(f"{folder} was merged from another adapter: merge this one, or give that one.")
+    return "merged onto dequantised weights" if onto == "dequantised" else "merged onto the 16-bit base"
+
+
+def _open_merged(
+    config: RunConfig,
+    folder: Path,
+    works: Sequence[Work],
+    encode: Callable[[RunConfig, BaseFiles, str | None], list[Work]],
+) -> tuple[RunConfig, BaseFiles]:
+    """Return the settings and files of a merged model, whose prompts must be those of the adapter."""
+    model = dataclasses.replace(config.model, base=str(folder), revision=None, tokenizer=None, template_date=None)
+    settings = dataclasses.replace(config, model=model)
+    files = read_base_files(model)
+    for own, work in zip(encode(settings, files, files.template_date), works, strict=True):
+        if [item.prompt_ids for item in own.encoded] != [item.prompt_ids for item in work.encoded]:
+            raise AdapterError(
+                f"{folder} makes other prompts than the adapter's base: its tokenizer was changed. Merge again."
+            )
+    return settings, files
+
+
+def _answer(
+    config: RunConfig,
+    files: BaseFiles,
+    adapter: Path | None,
+    bits: Bits,
+    works: Sequence[Work],
+    form: str,
+    on_progress: OnProgress,
+) -> list[Answers]:
+    """Answer all rows by one form, which is freed again."""
+    config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, bits=bits))
+    sizes = sorted((size for work in works for size in work.sizes), reverse=True)
+    total, done = sum(len(work.examples) for work in works), 0
+    answers = []
+    with open_engine(
+        config, files, adapter, config.eval.num_stages, count_rows(sizes, config.eval.batch_size), sizes[0]
+    ) as opened:
+        engine = BatchEngine(opened.core, ADAPTER if adapter else None, opened.renew)
+        for work in works:
+
+            def show(own: int, before: int = done) -> None:
+                on_progress(form, before + own, total)
+
+            answers.append(answer_examples(engine, work, config, show))
+            done += len(work.examples)
+    del engine, opened
+    gc.collect()  # before the next form needs the memory
+    return answers
+
+
+def _compare(
+    work: Work, split: PreparedSplit, total: int, trained: Answers, served: Answers, facts: Mapping[str, Any]
+) -> Parity:
+    """Compare two forms' answers to the same rows.
+
+    Args:
+        total: rows of the whole test split.
+        facts: fields that are equal for all tasks.
+    """
+    if not work.examples:
+        raise ConfigError(f"no test row of {work.task} was asked: raise model.max_seq_len.")
+    pairs = [
+        (trained.probabilities[index], served.probabilities[index])
+        for index in range(len(work.examples))
+        if index in trained.probabilities
+    ]
+    differences = [max(abs(one - other) for one, other in zip(*pair, strict=True)) for pair in pairs]
+
+    def share_right(texts: Sequence[str]) -> float:
+        return sum(judge_answers(texts, work.examples, is_exact=split.card is not None)) / len(work.examples)
+
+    return Parity(
+        **facts,
+        task=work.task,
+        num_rows=len(work.examples),
+        is_partial=len(work.examples) < total,
+        data_hash=split.hash,
+        num_equal=sum(one == other for one, other in zip(trained.texts, served.texts, strict=True)),
+        mean_difference=sum(differences) / len(differences) if differences else None,
+        max_difference=max(differences) if differences else None,
+        accuracy=share_right(served.texts),
+        trained_accuracy=share_right(trained.texts),
+    )

@@ -71,6 +71,7 @@ CRUMBS = {
     "data.example": "the record that every room passes on, without an import",
     "model.kernels.launch": "asked by layers, which import no kernel before they launch one",
     "model.kernels.rms_norm": "a kernel a file",
+    "optim.adamw": "an optimiser a file",
     "train.run.failure": "raised by workers and read by drivers",
     "train.tracking.tensorboard_tracker": "a tracking system a file",
 }

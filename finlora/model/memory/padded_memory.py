@@ -10,6 +10,7 @@ Saved by each decoder layer. The first layer's input needs no gradient, so neith
     LoRA A               e r n a target        its output for B's gradient, and both factors cast to bf16
     attention            (2 e Q + 2 e W) n     query, output, key, value; W = Q where rows are padded, else K
                          4 heads B T'          log-sum-exp, T' = T up to 32; and e B T T'' mask as bias, T'' = T up to 8
+    norms of heads       (4 Q + 4 K + 4 h) n       in families that have them; h counts query and key heads
     MLP                  3 e I n               gate, silu(gate), up
 At 8 bit, MatMul8bitLt also holds its input on the autograd node: norm outputs (2 e H n) and down_proj's input (e I n).
 Gradient checkpointing (non-reentrant) saves e H n a layer but cannot drop tensors held on a node: at 8 bit these inputs and the
@@ -139,6 +140,8 @@ def count_layer_bytes(shape: LlamaShape, config: RunConfig, batch: PaddedBatch, 
     total += _FLOAT32 * shape.num_heads * batch.num_examples * _round_up(batch.num_tokens, 32)
     if batch.is_padded:
         total += element * n * _round_up(batch.num_tokens, 8)
+    if shape.additions.has_head_norms:
+        total += _FLOAT32 * (query + shape.kv_size + shape.num_heads + shape.num_kv_heads) * n
     return total + 3 * element * inner * n
 
 

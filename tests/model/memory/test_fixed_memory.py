@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 import weakref
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -84,9 +85,9 @@ class CudaDropout(nn.Module):
 def load_random(tiny_base, tmp_path_factory):
     """Build a base of a shape with random weights."""
 
-    def load(shape, bits):
+    def load(shape, bits, **changes):
         folder = tmp_path_factory.mktemp("shape")
-        write_config(folder, shape)
+        (folder / "config.json").write_text(json.dumps(config_of(shape) | changes))
         config = ModelConfig(base=str(folder), tokenizer=str(tiny_base), weights="random", compute_dtype="bfloat16")
         return load_base(config, bits, CPU, 0).model
 
@@ -105,10 +106,6 @@ def config_of(shape):
         "vocab_size": shape.vocab_size,
         "tie_word_embeddings": shape.is_tied,
     }
-
-
-def write_config(folder, shape):
-    (folder / "config.json").write_text(json.dumps(config_of(shape)))
 
 
 @pytest.mark.parametrize(
@@ -185,13 +182,17 @@ def test_zero_one_adam_holds_six_vectors_a_byte_mask_and_a_share():
     assert count_optimizer_bytes(LLAMA_8B, lora, "zero_one_adam", 4, parameter_bytes=2) == num * (6 * 4 + 4 - 2 + 1 + 1)
 
 
+STEPS = [({}, *step) for step in product((16, 8, 4), (False, True), (True, False))]
+STEPS += [({"model_type": "qwen3"}, *step) for step in product((16, 4), (False, True), (True,))]
+STEPS += [({"model_type": "granite", "residual_multiplier": 0.2, "attention_bias": True}, 16, False, True)]
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@pytest.mark.parametrize("is_padded", [True, False])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("bits", [16, 8, 4])
-def test_activations_match_every_byte_that_a_step_holds(load_random, bits, checkpointing, is_padded):
+@pytest.mark.parametrize(("family", "bits", "checkpointing", "is_padded"), STEPS)
+def test_activations_match_every_byte_that_a_step_holds(load_random, family, bits, checkpointing, is_padded):
     with quiet_bitsandbytes():
-        net = load_random(SHAPE, bits)
+        net = load_random(SHAPE, bits, **family)
+        shape = shape_of(net.config.to_dict())
         model = attach_lora(net, LoraConfig(rank=4), net.name_or_path, 0)
         for module in model.modules():
             if hasattr(module, "lora_dropout"):
@@ -214,8 +215,8 @@ def test_activations_match_every_byte_that_a_step_holds(load_random, bits, check
                 loss.backward()
     config = RunConfig(model=ModelConfig(bits=bits), train=TrainConfig(gradient_checkpointing=checkpointing))
     batch = PaddedBatch(num_examples=B, num_tokens=T, num_labels=B * LABELS_A_ROW, is_padded=is_padded)
-    assert count_saved_bytes(SHAPE, config, batch, 2) == pytest.approx(saved, rel=0.002)
-    assert count_step_peak_bytes(SHAPE, config, batch, 2) == pytest.approx(held.peak, rel=0.005)
+    assert count_saved_bytes(shape, config, batch, 2) == pytest.approx(saved, rel=0.002)
+    assert count_step_peak_bytes(shape, config, batch, 2) == pytest.approx(held.peak, rel=0.005)
 
 
 def test_checkpointing_saves_most_at_4_bit_and_less_at_8():

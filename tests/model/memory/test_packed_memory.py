@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from family_bases import write_family_base
 
 from finlora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from finlora.data.encode import Encoded
@@ -34,10 +35,12 @@ def make_run(base="base", **train):
     )
 
 
+@pytest.mark.parametrize("family", ["", "qwen3"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
-def test_layer_keeps_what_the_table_says(tiny_base, recompute):
-    config = make_run(str(tiny_base))
-    model = attach_lora(load_base(config.model, 16, torch.device("cpu"), 0).model, config.lora, str(tiny_base), 1)
+def test_layer_keeps_what_the_table_says(tiny_base, tmp_path, recompute, family):
+    base = write_family_base(family, tmp_path / "base", tiny_base) if family else tiny_base
+    config = make_run(str(base))
+    model = attach_lora(load_base(config.model, 16, torch.device("cpu"), 0).model, config.lora, str(base), 1)
     module = PackedLlama(model.train(), torch.float32, recompute=recompute)
     pack = pack_examples(EXAMPLES, share_prefix=True)
     llama = model.get_base_model()

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,6 +24,7 @@ from finlora.data.pretraining.unlabelled import input_of, unlabelled_texts
 from finlora.data.sets.prepared import read_prepared
 from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import DatasetError, ModelError
+from finlora.formula.families import FAMILIES
 from finlora.machine.host import require_output
 from finlora.model.base import check_device, write_plain
 from finlora.precision import AUTO, resolve_precision
@@ -36,10 +37,20 @@ _NO_TARGET = -100
 _BOS, _EOS, _PAD = "<|begin_of_text|>", "<|end_of_text|>", "<|pad|>"
 
 
+_OWN_SETTINGS: Mapping[str, Mapping[str, float | None]] = {
+    "mistral": {"sliding_window": None},
+    # Granite 3.3's, whose factor of the scores is 1 / head width
+    "granite": {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 1 / 64},
+}
+"""Settings of a family whose defaults in transformers are other ones than its models have."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PretrainConfig:
     """Shape and schedule of a small base."""
 
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "granite"] = "llama"
+    """`model_type` of the base."""
     vocab_size: int = 2048
     """Vocabulary size of the tokenizer, which is trained first."""
     hidden_size: int = 256
@@ -88,7 +99,7 @@ def pretrain_base(
     Raises:
         DatasetError: fewer tokens than one block.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     tokenizer = _train_tokenizer(texts, settings.vocab_size)
     stream, weights = _encode_stream(texts, tokenizer, settings.answer_weight)
@@ -97,7 +108,8 @@ def pretrain_base(
             f"{len(texts)} texts give {len(stream)} tokens: expected at least one block of {settings.context_length + 1}."
         )
     torch.manual_seed(settings.seed)
-    config = LlamaConfig(
+    family = FAMILIES[settings.family]
+    config = getattr(transformers, family.config_class)(
         vocab_size=len(tokenizer),
         hidden_size=settings.hidden_size,
         intermediate_size=settings.intermediate_size,
@@ -110,8 +122,10 @@ def pretrain_base(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        head_dim=settings.hidden_size // settings.num_heads,
+        **_OWN_SETTINGS.get(settings.family, {}),
     )
-    model = LlamaForCausalLM(config).to(device)
+    model = getattr(transformers, family.model_class)(config).to(device)
     started = time.perf_counter()
     _fit(model, stream.to(device), weights.to(device), settings, on_step)
     seconds = time.perf_counter() - started

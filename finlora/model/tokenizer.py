@@ -46,7 +46,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         ModelError: there is no loadable tokenizer at `path`, or it lacks an EOS token.
     """
     with lean_imports():
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     for file in (path, path / "tokenizer.json", path / "tokenizer.model"):
         if file.is_file():
@@ -56,6 +56,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     elif (path / "tokenizer.json").is_file():
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+            if _is_rebuilt(tokenizer, path):
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
         except (
             Exception
         ) as error:  # the tokenizers library raises its own types, and plain Exception for a damaged file
@@ -72,6 +74,18 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padded positions are masked, so any existing id serves
     return tokenizer
+
+
+def _is_rebuilt(tokenizer: PreTrainedTokenizerFast, folder: Path) -> bool:
+    """Return whether transformers made Qwen 2's tokenizer from the vocabulary of a tokenizer.json that splits text otherwise.
+
+    It does so for every base with model_type qwen2. The base was trained with the file's tokens.
+    """
+    if type(tokenizer).__name__ != "Qwen2Tokenizer":
+        return False
+    own = json.loads(tokenizer.backend_tokenizer.to_str())
+    file = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    return any(own.get(part) != file.get(part) for part in ("normalizer", "pre_tokenizer"))
 
 
 def require_rows(tokenizer: PreTrainedTokenizerFast, num_rows: int) -> None:

@@ -4,7 +4,8 @@
     python benchmarks/train_throughput.py --works 8b-4bit-r4-ner-16 --sides finlora --memory-gb 10
     python benchmarks/train_throughput.py --works tiny-4bit-r4-synthetic_sentiment-4 --device cpu --steps 2 --repeats 1
 
-A work is SIZE-BITSbit-rRANK-TASK-BATCH[xACCUMULATION]; the global batch is BATCH x ACCUMULATION examples. Weights are random,
+A work is SIZE-BITSbit-rRANK[all]-TASK-BATCH[xACCUMULATION]; the global batch is BATCH x ACCUMULATION examples. `all` adapts all
+seven projections, without it q, k and v are adapted. Weights are random,
 prompts are real: the prepared task's train split with the base's tokenizer. Each side runs in its own process; both are timed on
 the same steps after a warm-up. GB = 1e9 bytes, as torch.cuda.max_memory_allocated counts them. The roof's share is 4 x parameters
 of the decoder layers x real tokens / time (forward pass and activation gradient), over the rate of a large bf16 product measured
@@ -15,6 +16,7 @@ in the same process; tokens that a shared prefix saves count as computed. `forec
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import re
 import statistics
@@ -31,6 +33,8 @@ from finlora.errors import ConfigError
 WORKS = (
     "8b-4bit-r4-ner-16",
     "8b-4bit-r4-fpb-16",
+    "8b-4bit-r16all-ner-16",
+    "8b-4bit-r16all-fpb-16",
     "8b-8bit-r8-ner-16",
     "8b-4bit-r4-xbrl_tags+xbrl_values-2x2",
     "70b-4bit-r4-ner-4x4",
@@ -47,6 +51,7 @@ class Work:
     size: str
     bits: int
     lora_rank: int
+    adapts_all: bool
     tasks: tuple[str, ...]
     micro_batch: int
     accumulation: int
@@ -58,17 +63,18 @@ def parse_work(name: str) -> Work:
     Raises:
         ConfigError: the name is not of the form that the module describes.
     """
-    match = re.fullmatch(r"(8b|70b|tiny)-(16|8|4)bit-r(\d+)-([a-z_+]+)-(\d+)(?:x(\d+))?", name)
+    match = re.fullmatch(r"(8b|70b|tiny)-(16|8|4)bit-r(\d+)(all)?-([a-z_+]+)-(\d+)(?:x(\d+))?", name)
     if match is None:
         raise ConfigError(
-            f"work {name!r}: expected SIZE-BITSbit-rRANK-TASK-BATCH[xACCUMULATION], e.g. 8b-4bit-r4-ner-16"
+            f"work {name!r}: expected SIZE-BITSbit-rRANK[all]-TASK-BATCH[xACCUMULATION], e.g. 8b-4bit-r4-ner-16"
         )
-    size, bits, lora_rank, tasks, batch, accumulation = match.groups()
+    size, bits, lora_rank, adapts_all, tasks, batch, accumulation = match.groups()
     return Work(
         name=name,
         size=size,
         bits=int(bits),
         lora_rank=int(lora_rank),
+        adapts_all=adapts_all is not None,
         tasks=tuple(tasks.split("+")),
         micro_batch=int(batch),
         accumulation=int(accumulation or 1),
@@ -120,6 +126,7 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
     import torch
 
     from finlora.config import DataConfig, LoraConfig, ModelConfig, RunConfig, TrainConfig
+    from finlora.formula.llama import PROJECTION_NAMES
     from finlora.model.base import load_base, quiet_bitsandbytes
     from finlora.model.lora import attach_lora, trainable_parameters
     from finlora.optim.optimizer import make_optimizer
@@ -144,7 +151,10 @@ def measure(work: Work, side: str, arguments: argparse.Namespace) -> dict[str, A
             weights="random",
             bits=work.bits,  # type: ignore[arg-type]
         ),
-        lora=LoraConfig(rank=work.lora_rank, dropout=arguments.dropout),
+        lora=dataclasses.replace(
+            LoraConfig(rank=work.lora_rank, dropout=arguments.dropout),
+            **({"target_modules": PROJECTION_NAMES} if work.adapts_all else {}),
+        ),
         data=DataConfig(tasks=work.tasks, dir=str(arguments.data)),
         train=TrainConfig(
             device=arguments.device,

@@ -61,8 +61,8 @@ class LlamaShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Projection:
-    """A frozen matrix W (out, in) of the decoder layer, y = x W^T. It may carry LoRA; serving, merge and padded training
-    support LoRA on every projection."""
+    """A frozen matrix W (out, in) of the decoder layer, y = x W^T. It may carry LoRA: training, serving and merge
+    support it on every projection."""
 
     name: str
     """In transformers, in PEFT and in `lora.target_modules`."""
@@ -72,8 +72,6 @@ class Projection:
     """Projections of one product have the same input and are multiplied as one matrix, in the order of `PROJECTIONS`."""
     num_out: Callable[[LlamaShape], int]
     num_in: Callable[[LlamaShape], int]
-    trains_packed: bool = False
-    """Packed training computes gradients of LoRA on it."""
 
     def size(self, shape: LlamaShape) -> tuple[int, int]:
         """Return (out, in)."""
@@ -101,9 +99,9 @@ def _intermediate(shape: LlamaShape) -> int:
 
 
 PROJECTIONS = (
-    Projection(name="q_proj", block="self_attn", product="qkv", num_out=_query, num_in=_hidden, trains_packed=True),
-    Projection(name="k_proj", block="self_attn", product="qkv", num_out=_kv, num_in=_hidden, trains_packed=True),
-    Projection(name="v_proj", block="self_attn", product="qkv", num_out=_kv, num_in=_hidden, trains_packed=True),
+    Projection(name="q_proj", block="self_attn", product="qkv", num_out=_query, num_in=_hidden),
+    Projection(name="k_proj", block="self_attn", product="qkv", num_out=_kv, num_in=_hidden),
+    Projection(name="v_proj", block="self_attn", product="qkv", num_out=_kv, num_in=_hidden),
     Projection(name="o_proj", block="self_attn", product="out", num_out=_hidden, num_in=_query),
     Projection(name="gate_proj", block="mlp", product="gate_up", num_out=_intermediate, num_in=_hidden),
     Projection(name="up_proj", block="mlp", product="gate_up", num_out=_intermediate, num_in=_hidden),
@@ -111,7 +109,6 @@ PROJECTIONS = (
 )
 """In the order of the layer's computation."""
 PROJECTION_NAMES = tuple(projection.name for projection in PROJECTIONS)
-PACKED_TARGETS = tuple(projection.name for projection in PROJECTIONS if projection.trains_packed)
 PRODUCTS: Mapping[Product, tuple[Projection, ...]] = {
     product: tuple(projection for projection in PROJECTIONS if projection.product == product)
     for product in dict.fromkeys(projection.product for projection in PROJECTIONS)

@@ -16,7 +16,7 @@ from finlora.data.encode import Encoded
 from finlora.data.pack_size import PackSize, measure_pack
 from finlora.data.packing import Form, split_by_tokens
 from finlora.formula.llama import LlamaShape
-from finlora.model.memory.packed_memory import PackPlan, Workload, packing_refusal, plan_packs
+from finlora.model.memory.packed_memory import PackPlan, Workload, plan_packs
 from finlora.precision import is_autocast
 from finlora.train.steps.batches import Batches, PackedBatches, PaddedBatches
 from finlora.train.steps.sampler import Sampler
@@ -37,9 +37,7 @@ class TrainPath:
 
 def refuse_packing(config: RunConfig) -> str | None:
     """Return the reason why a run trains on padded rows; None where it trains packed."""
-    if not config.train.packing:
-        return "train.packing=false"
-    return packing_refusal(config.lora.target_modules)
+    return None if config.train.packing else "train.packing=false"
 
 
 def make_sampler(config: RunConfig, examples: Sequence[Encoded]) -> Sampler:

@@ -24,7 +24,7 @@ LAUNCH_OPTIONS = ("num_warps", "num_stages", "launch_pdl")
 KERNELS, STEPS = "finlora.model.kernels", "finlora.model.rowwise"
 MODULES = {
     **dict.fromkeys(("int8_decode", "int8_prefill", "decode_attention", "rms_norm", "write_kv"), KERNELS),
-    **dict.fromkeys(("elementwise_steps", "norm_steps", "int8_steps"), STEPS),
+    **dict.fromkeys(("elementwise_steps", "dropout_steps", "norm_steps", "int8_steps"), STEPS),
 }
 """Modules with Triton kernels, each with its package; a module stands after those that it imports."""
 _program = None  # (program ids, number of programs) of the running program

@@ -14,7 +14,7 @@ from finlora.data.pack_size import pad_pack
 from finlora.data.packing import pack_examples
 from finlora.engine.micro_batch import MicroBatch, Sample
 from finlora.formula.families import FAMILIES
-from finlora.formula.llama import PACKED_TARGETS, PROJECTION_NAMES, list_tensors
+from finlora.formula.llama import PROJECTION_NAMES, list_tensors
 from finlora.model.base import load_base, measure_weights, quiet_bitsandbytes
 from finlora.model.layers.packed_model import PackedLlama
 from finlora.model.lora import attach_lora, load_adapter, save_adapter, trainable_parameters
@@ -147,7 +147,7 @@ def test_quantised_stages_equal_bitsandbytes(bases, name, bits):
 def test_packed_loss_and_gradients_equal_the_padded_pass(bases, name, recompute):
     settings = bases[name]
     bits, keep_unpacked = {"none": (16, False), "mlp": (4, True), "layer": (4, False)}[recompute]
-    model = adapt(load(settings, bits).model, settings, PACKED_TARGETS).train()
+    model = adapt(load(settings, bits).model, settings, PROJECTION_NAMES).train()
     pack = pack_examples(EXAMPLES, share_prefix=True)
     module = PackedLlama(model, torch.float32, recompute=recompute, keep_unpacked=keep_unpacked)
     found = [gradients_of(model, module, own) for own in (pack, pad_pack(pack))]

@@ -215,13 +215,16 @@ def test_packed_run_says_how_it_trains_and_that_it_fits(make_8b):
 
 
 def test_padded_run_says_why(make_8b):
-    config = make_8b(PACKED, "lora.target_modules=[q_proj, o_proj]")
-    verdict = plan_run(config, 1000, 1)
+    verdict = plan_run(make_8b(), 1000, 1)
     assert verdict.packs is None
-    assert verdict.describe(config).startswith(
-        "Training on padded rows (lora.target_modules has o_proj; packed training adapts q_proj, k_proj, v_proj): 4 x "
-    )
-    assert "(train.packing=false)" in plan_run(make_8b(), 1000, 1).describe(make_8b())
+    assert verdict.describe(make_8b()).startswith("Training on padded rows (train.packing=false): 4 x ")
+
+
+def test_all_projections_train_packed(make_8b):
+    config = make_8b(PACKED, "lora.target_modules=[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]")
+    verdict = plan_run(config, 47.4, 1)
+    assert verdict.fits
+    assert verdict.describe(config).startswith("Training packed")
 
 
 def test_less_memory_is_planned_for_before_anything_is_refused(make_8b):

@@ -102,6 +102,30 @@ def normalise_and_drop(
     return out, torch.where(split_keep(keep, num_copies), out / _kept_share(threshold), 0.0).to(x.dtype)
 
 
+def drop(x: Tensor, keep: Tensor, threshold: int) -> Tensor:
+    """Dropout under the first of `draw_keep`'s masks. Shapes: (T, K), (T, K) -> (T, K)."""
+    if launch.takes_kernels(x):
+        from finlora.model.rowwise.dropout_steps import drop_rows
+
+        return drop_rows(x, keep, _kept_share(threshold))
+    return torch.where(split_keep(keep, 1)[0], x / _kept_share(threshold), 0.0).to(x.dtype)
+
+
+def drop_backward(grad: Tensor, dropped: Tensor, keep: Tensor, threshold: int) -> Tensor:
+    """Gradient of `drop`'s input from that of its output, `dropped`, plus another gradient of the input. Shapes: all (T, K)."""
+    if launch.takes_kernels(grad):
+        from finlora.model.rowwise.dropout_steps import drop_backward_rows
+
+        return drop_backward_rows(grad, dropped, keep, _kept_share(threshold))
+    return _add_dropped(grad, dropped[None], keep, threshold).to(grad.dtype)
+
+
+def _add_dropped(grad: Tensor, dropped: Tensor, keep: Tensor, threshold: int) -> Tensor:
+    """Return in float32 the gradient of an input from that of its k dropped copies, plus another one of the input."""
+    keeps = split_keep(keep, dropped.shape[0])
+    return grad.float() + torch.where(keeps, dropped.float() / _kept_share(threshold), 0.0).sum(0)
+
+
 def _norm_gradient(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """d(loss)/dx of RMSNorm in float32, from d(loss)/d(output)."""
     wide, scaled = x.float(), grad * weight.float()
@@ -128,8 +152,7 @@ def normalise_and_drop_backward(
 
         share = _kept_share(threshold)
         return normalise_and_drop_backward_rows(grad, dropped, x, weight, eps, residual, keep, share)
-    keeps = split_keep(keep, dropped.shape[0])
-    total = grad.float() + torch.where(keeps, dropped.float() / _kept_share(threshold), 0.0).sum(0)
+    total = _add_dropped(grad, dropped, keep, threshold)
     return (residual.float() + _norm_gradient(total, x, weight, eps)).to(x.dtype)
 
 
@@ -183,3 +206,25 @@ def gate_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     wide = grad.float()
     slope = sigmoid * (1 + first * (1 - sigmoid))
     return torch.cat([wide * second * slope, wide * first * sigmoid], -1).to(gate_up.dtype)
+
+
+def gate_and_drop(gate_up: Tensor, keep: Tensor, threshold: int) -> tuple[Tensor, Tensor]:
+    """SwiGLU, and a copy of it under the first of `draw_keep`'s masks. Shapes: (T, 2 I), (T, I) -> (T, I), (T, I)."""
+    if launch.takes_kernels(gate_up):
+        from finlora.model.rowwise.dropout_steps import gate_and_drop_rows
+
+        return gate_and_drop_rows(gate_up, keep, _kept_share(threshold))
+    out = gate(gate_up)
+    return out, drop(out, keep, threshold)
+
+
+def gate_and_drop_backward(
+    grad: Tensor, dropped: Tensor, gate_up: Tensor, keep: Tensor, threshold: int
+) -> tuple[Tensor, Tensor]:
+    """As `gate_backward`, with the gradient `dropped` (T, I) of the dropped copy; returns the copy itself too, (T, I)."""
+    if launch.takes_kernels(grad):
+        from finlora.model.rowwise.dropout_steps import gate_and_drop_backward_rows
+
+        return gate_and_drop_backward_rows(grad, dropped, gate_up, keep, _kept_share(threshold))
+    total = _add_dropped(grad, dropped[None], keep, threshold)
+    return gate_backward(total, gate_up), gate_and_drop(gate_up, keep, threshold)[1]

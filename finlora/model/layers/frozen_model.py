@@ -5,6 +5,7 @@ Read once, when a model is built: a pass walks no module of a decoder layer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +35,8 @@ class Layer:
     out: FrozenWeight
     gate_up: FrozenWeight
     down: FrozenWeight
-    lora: tuple[Update, ...]
-    """In training, of q, k and v. A stage keeps its adapters beside the layers (finlora/stage/adapter_weights.py)."""
+    lora: Mapping[Product, tuple[Update, ...]]
+    """In training, of each product. A stage keeps its adapters beside the layers (finlora/stage/adapter_weights.py)."""
     dropout: float
     eps: float
     heads: tuple[int, int, int]
@@ -114,12 +115,14 @@ def read_layer(
             modules.append(module)
         return freeze(modules, dtype, consumes=consumes, scale=shape.product_scale(product))
 
-    updates, dropout = [], 0.0
-    for projection, columns in product_columns("qkv", shape):
-        if lora is not None and projection.name in lora.target_modules:
-            module = layer.get_submodule(f"{projection.block}.{projection.name}")
-            updates.append(read_module(module, columns, lora.scale))
-            dropout = read_dropout(module)
+    updates: dict[Product, tuple[Update, ...]] = dict.fromkeys(PRODUCTS, ())
+    dropout = 0.0
+    for product in PRODUCTS:
+        for projection, columns in product_columns(product, shape):
+            if lora is not None and projection.name in lora.target_modules:
+                module = layer.get_submodule(f"{projection.block}.{projection.name}")
+                updates[product] += (read_module(module, columns, lora.scale * shape.product_scale(product)),)
+                dropout = read_dropout(module)
     first_norm, second_norm = (getattr(layer, name) for name in (ATTENTION_NORM, MLP_NORM))
     weights = [layer.get_parameter(f"{name}.weight").detach().to(dtype) for name in head_norms(shape)]
     counts = (shape.num_heads, shape.num_kv_heads)
@@ -131,7 +134,7 @@ def read_layer(
         out=take("out"),
         gate_up=take("gate_up"),
         down=take("down"),
-        lora=tuple(updates),
+        lora=updates,
         dropout=dropout,
         eps=float(first_norm.variance_epsilon),
         heads=(shape.num_heads, shape.num_kv_heads, shape.head_dim),

@@ -1,4 +1,4 @@
-"""Packed training of a Llama with LoRA on q, k and v: loss and gradients of a pack; packed_layer.py computes a layer.
+"""Packed training of a Llama with LoRA on any projection: loss and gradients of a pack; packed_layer.py computes a layer.
 
 Shapes: T rows of a pack, N labelled rows, H hidden, V vocabulary.
 """
@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from finlora.data.packing import Form, Pack
-from finlora.formula.llama import shape_of
+from finlora.formula.llama import Product, shape_of
 from finlora.formula.low_rank import foreign_settings, read_settings
 from finlora.model.layers.frozen_model import ModelEnds, read_layer
-from finlora.model.layers.packed_layer import LayerContext, answer_loss, layer_backward, run_layer
+from finlora.model.layers.packed_layer import LayerContext, Seeds, answer_loss, layer_backward, run_layer
 from finlora.model.layers.training_graphs import CapturedPasses
-from finlora.model.memory.packed_memory import Recompute, packing_refusal
+from finlora.model.memory.packed_memory import Recompute
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,7 +27,7 @@ class PackedLlama(nn.Module):
     """Cross entropy summed over the answer tokens of a pack, with gradients of the adapter's parameters.
 
     Args:
-        model: a Llama with PEFT's LoRA on q, k and v (see `refusal`). Its layers keep working, on memory shared with this module.
+        model: a Llama with PEFT's LoRA (see `refusal`). Its layers keep working, on memory shared with this module.
         dtype: type of the activations: bfloat16, or float32 for exact tests.
         recompute: what the backward pass computes again to save memory.
         keep_unpacked: hold a 4-bit base unpacked in `dtype`, which saves unpacking it twice a step.
@@ -59,7 +59,11 @@ class PackedLlama(nn.Module):
             for index, layer in enumerate(llama.model.layers)
         ]
         self.parameters_in_order = [
-            parameter for layer in self.layers for lora in layer.lora for parameter in (lora.down, lora.up)
+            parameter
+            for layer in self.layers
+            for updates in layer.lora.values()
+            for update in updates
+            for parameter in (update.down, update.up)
         ]
         self._captured = CapturedPasses(self.loss_and_gradients, upcoming) if capture else None
         if capture:
@@ -90,7 +94,7 @@ class PackedLlama(nn.Module):
         own_tables = [tables if layer.is_rotated else unturned for layer in self.layers]
         contexts = [LayerContext(pack.segments, None, *own, self.recompute) for own in own_tables[:last]]
         contexts.append(LayerContext(pack.last_segments, pack.label_rows, *own_tables[last], self.recompute))
-        seeds = [None if seed is None else seed ^ _layer_salt(index) for index in range(last + 1)]
+        seeds = [self._derive_seeds(seed, index) for index in range(last + 1)]
         all_kept = []
         for layer, context, own in zip(self.layers, contexts, seeds, strict=True):
             x, kept = run_layer(x, layer, context, own)
@@ -106,6 +110,13 @@ class PackedLlama(nn.Module):
             gradients = own_gradients + gradients
             grad = grad if following is None else following
         return loss, gradients
+
+    def _derive_seeds(self, seed: Tensor | None, index: int) -> Seeds:
+        """Return the seed of each adapted product of a layer."""
+        if seed is None:
+            return None
+        products = (product for product, updates in self.layers[index].lora.items() if updates)
+        return {product: seed ^ _salt(index, product) for product in products}
 
 
 class _Loss(torch.autograd.Function):
@@ -128,17 +139,18 @@ class _Loss(torch.autograd.Function):
         return None, None, None, *torch._foreach_mul(gradients, grad)
 
 
-def _layer_salt(index: int) -> int:
-    """Return 31 bits of a layer's own, so that the layers of a pack have different dropout masks."""
-    return (index * 0x9E3779B1) & 0x7FFFFFFF
+_PRODUCT_SALTS: dict[Product, int] = {"qkv": 0, "out": 0x1B873593, "gate_up": 0x52DCE729, "down": 0x38495AB5}
+"""Any 31 bits that are far apart."""
+
+
+def _salt(index: int, product: Product) -> int:
+    """Return 31 bits of a product's own, so that no two products of a pack have the same dropout masks."""
+    return ((index * 0x9E3779B1) & 0x7FFFFFFF) ^ _PRODUCT_SALTS[product]
 
 
 def refusal(model: PeftModel) -> str | None:
     """Return why a model cannot train packed; None: it can."""
-    settings = model.peft_config["default"]
-    if reason := packing_refusal(sorted(settings.target_modules)):
-        return reason
-    values = settings.to_dict()
+    values = model.peft_config["default"].to_dict()
     if foreign_settings(values) or read_settings(values) is None or len(model.peft_config) != 1:
         return "the adapter is not one plain LoRA without biases"
     return None

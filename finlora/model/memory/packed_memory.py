@@ -5,12 +5,13 @@ I intermediate, h heads, k adapted projections of rank r, L layers, N labelled r
 
 Saved for the backward pass, a layer and row; of the last layer only its input, q, k and v, since only N rows go on from there:
     always     e H                                      the layer's input
-    not layer  e (2 Q + 2 K + H + k r) + 4 h            q, k, v; attention's output and log-sum-exp; y; D(n) A^T
+    not layer  e (2 Q + 2 K + H + k r) + 4 h            q, k, v; attention's output and log-sum-exp; y; D(x) A^T of each update
                e (Q + K)                                q and k before their norm, in families that have one
     none       2 e I                                    gate and up
 Peak beside the saved tensors, the highest of these moments:
     head       8 V for each labelled row of a chunk     logits and their log-softmax in float32
-    MLP        recomputed tensors, the gradients of z, of silu(g) u, and of gate and up: e (H + 3 I) a row; or, while a
+    MLP        recomputed tensors, the gradients of z, of silu(g) u, and of gate and up: e (H + 3 I) a row; with LoRA on down
+               also e I for its input, and with dropout e I for that input's gradient and I for its mask; or, while a
                product's weight is unpacked, e (H + I) a row and the weight
     LLM.int8   recomputed tensors, the int32 product of gate and up and two rows of H: 8 I + 2 e H a row
 Attention's moment is lower, since gate and up are freed by then.
@@ -18,13 +19,13 @@ Attention's moment is lower, since gate and up are freed by then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from finlora.config import RunConfig
 from finlora.data.pack_size import PackSize, most_tokens
-from finlora.formula.llama import PACKED_TARGETS, LlamaShape
+from finlora.formula.llama import LlamaShape, find_projection
 from finlora.model.memory.fixed_memory import (
     GIB,
     context_gib,
@@ -77,14 +78,6 @@ class PackPlan:
         return max(self.memory.train_peak_gib, self.memory.load_peak_gib) <= memory_gib
 
 
-def packing_refusal(target_modules: Sequence[str]) -> str | None:
-    """Return why an adapter cannot train packed; None: it can. Every base can (architecture.py)."""
-    others = sorted(set(target_modules) - set(PACKED_TARGETS))
-    if others:
-        return f"lora.target_modules has {', '.join(others)}; packed training adapts {', '.join(PACKED_TARGETS)}"
-    return None
-
-
 def count_kept_bytes(shape: LlamaShape, config: RunConfig, recompute: Recompute) -> int:
     """Return the bytes that one layer saves of one token for the backward pass."""
     e, lora = element_bytes(config), config.lora
@@ -102,6 +95,15 @@ def _count_head_bytes(shape: LlamaShape, element: int) -> int:
     return element * (shape.query_size + shape.kv_size) if shape.additions.has_head_norms else 0
 
 
+def _count_down_bytes(shape: LlamaShape, config: RunConfig) -> int:
+    """Return the bytes of one token that down's update needs in the backward pass: its input, and with dropout that input's
+    gradient and mask."""
+    if "down" not in {find_projection(target).product for target in config.lora.target_modules}:
+        return 0
+    e = element_bytes(config)
+    return shape.intermediate_size * (2 * e + 1 if config.lora.dropout else e)
+
+
 def count_pack_bytes(
     shape: LlamaShape, config: RunConfig, size: PackSize, recompute: Recompute, *, keep_unpacked: bool
 ) -> int:
@@ -116,7 +118,7 @@ def count_pack_bytes(
     last += 0 if recompute == "layer" else _count_head_bytes(shape, e)
     moments = [
         last * size.num_rows + 8 * shape.vocab_size * min(size.num_labels, HEAD_CHUNK),
-        (again + e * (hidden + 3 * inner)) * size.num_rows,
+        (again + e * (hidden + 3 * inner) + _count_down_bytes(shape, config)) * size.num_rows,
         (again + e * (hidden + inner)) * size.num_rows + weight,
         (again + 8 * inner + 2 * e * hidden) * size.num_rows if config.model.bits == 8 else 0,
     ]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_gradients import EXAMPLES, assert_equal, gradients_of
 
-from finlora.config import LoraConfig, ModelConfig
-from finlora.data.encode import Encoded, collate, encode_examples
+from finlora.data.encode import collate, encode_examples
 from finlora.data.pack_size import pad_pack
 from finlora.data.packing import pack_examples
 from finlora.data.task import Request
@@ -19,52 +19,13 @@ from finlora.data.tasks.synthetic import (
     read_synthetic_sentiment,
     read_synthetic_xbrl,
 )
-from finlora.model.base import load_base, quiet_bitsandbytes
+from finlora.model.base import quiet_bitsandbytes
 from finlora.model.layers import packed_layer
 from finlora.model.layers.frozen_linear import freeze
 from finlora.model.layers.packed_model import PackedLlama, refusal
-from finlora.model.lora import attach_lora, trainable_parameters
+from finlora.model.lora import trainable_parameters
 from finlora.model.tokenizer import load_tokenizer
 from finlora.train.steps.loop import AnswerLoss
-
-CPU = torch.device("cpu")
-SHARED = tuple(range(10, 30))
-# Prompts with a shared prefix, of different lengths, with answers of two to five tokens.
-EXAMPLES = [Encoded(SHARED + tuple(range(3 + n, 8 + 4 * n)), tuple(range(200, 202 + n % 4))) for n in range(7)]
-
-
-@pytest.fixture
-def make_model(tiny_base):
-    """Build a frozen float32 base at some bits with an adapter whose B is not zero."""
-
-    def build(bits, dropout=0.0, targets=("q_proj", "k_proj", "v_proj"), **changes):
-        with quiet_bitsandbytes():
-            base = load_base(ModelConfig(base=str(tiny_base), compute_dtype="float32"), bits, CPU, 0)
-        lora = LoraConfig(rank=4, dropout=dropout, target_modules=targets)
-        model = attach_lora(base.model, lora, str(tiny_base), 1)
-        torch.manual_seed(5)
-        for parameter in trainable_parameters(model).values():
-            parameter.data = torch.randn_like(parameter) * 0.1
-        model.train()
-        for module in model.modules():
-            if type(module).__name__ == "Linear8bitLt":
-                module.eval()  # on CPU bitsandbytes trains with unquantised activations; in eval mode it is LLM.int8()
-        return model
-
-    return build
-
-
-def gradients_of(model, module, batch, seed=0):
-    torch.manual_seed(seed)
-    with quiet_bitsandbytes():
-        loss = module(batch)
-        return float(loss.detach()), torch.autograd.grad(loss, list(trainable_parameters(model).values()))
-
-
-def assert_equal(own, expected, rtol=1e-5):
-    assert own[0] == pytest.approx(expected[0], rel=rtol)
-    for mine, theirs in zip(own[1], expected[1], strict=True):
-        assert float((mine - theirs).norm() / theirs.norm()) < rtol
 
 
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
@@ -192,24 +153,10 @@ def test_plain_pass_keeps_working_after_weights_are_shared(make_model):
         assert_equal(gradients_of(model, AnswerLoss(model), collate(EXAMPLES, 2)), before, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("targets", "words"),
-    [
-        (("q_proj", "o_proj"), "lora.target_modules has o_proj; packed training adapts q_proj, k_proj, v_proj"),
-        (("q_proj", "k_proj", "v_proj"), None),
-    ],
-)
-def test_reason_why_a_model_cannot_train_packed(make_model, targets, words):
-    model = make_model(16, targets=targets)
-    assert refusal(model) == words
-    if words:
-        with pytest.raises(ValueError, match=r"target_modules has o_proj"):
-            PackedLlama(model, torch.float32)
-
-
 def test_variant_of_lora_cannot_run_packed(make_model):
     model = make_model(16)
-    model.peft_config["default"].use_rslora = True
+    assert refusal(model) is None
+    model.peft_config["default"].use_dora = True
     with pytest.raises(ValueError, match="is not one plain LoRA"):
         PackedLlama(model, torch.float32)
 

@@ -17,6 +17,7 @@ from finlora.config import LoraConfig, ModelConfig
 from finlora.data.encode import Encoded
 from finlora.data.pack_size import pad_pack
 from finlora.data.packing import pack_examples
+from finlora.formula.llama import PROJECTION_NAMES
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.kernels import launch
 from finlora.model.layers import training_graphs
@@ -53,10 +54,10 @@ def make_packs(count):
 
 @pytest.fixture
 def make_module(tiny_base):
-    def build(bits, is_captured, upcoming=None):
+    def build(bits, is_captured, upcoming=None, targets=PROJECTION_NAMES[:3]):
         with quiet_bitsandbytes():
             base = load_base(ModelConfig(base=str(tiny_base), compute_dtype="bfloat16"), bits, DEVICE, 0)
-        model = attach_lora(base.model, LoraConfig(rank=4, dropout=0.1), str(tiny_base), 1)
+        model = attach_lora(base.model, LoraConfig(rank=4, dropout=0.1, target_modules=targets), str(tiny_base), 1)
         torch.manual_seed(5)
         for parameter in trainable_parameters(model).values():
             parameter.data = torch.randn_like(parameter) * 0.1
@@ -75,10 +76,11 @@ def run(module, parameters, packs):
     return results
 
 
+@pytest.mark.parametrize("targets", [PROJECTION_NAMES[:3], PROJECTION_NAMES], ids=["qkv", "all"])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_replay_equals_the_plain_pass_bit_for_bit(make_module, bits, gpu):
-    expected = run(*make_module(bits, False), make_packs(8))
-    own = run(*make_module(bits, True), make_packs(8))
+def test_replay_equals_the_plain_pass_bit_for_bit(make_module, bits, targets, gpu):
+    expected = run(*make_module(bits, False, targets=targets), make_packs(8))
+    own = run(*make_module(bits, True, targets=targets), make_packs(8))
     if gpu is not None:  # two sizes, each seen once and then replayed
         assert [graph.num_replays for graph in gpu] == [3, 3]
     for (loss, gradients), (other_loss, others) in zip(own, expected, strict=True):

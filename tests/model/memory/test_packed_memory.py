@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 import torch
 from family_bases import write_family_base
+from torch.utils._pytree import tree_leaves
 
 from finlora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
 from finlora.data.encode import Encoded
 from finlora.data.pack_size import PackSize, measure_pack, pad_pack
 from finlora.data.packing import pack_examples
-from finlora.formula.llama import LLAMA_8B, LLAMA_70B, shape_of
+from finlora.formula.llama import LLAMA_8B, LLAMA_70B, PROJECTION_NAMES, shape_of
 from finlora.model.base import load_base
 from finlora.model.layers.packed_layer import LayerContext, run_layer
 from finlora.model.layers.packed_model import PackedLlama
@@ -27,19 +28,20 @@ from finlora.model.memory.packed_memory import (
 EXAMPLES = [Encoded(tuple(range(10, 40 + 3 * n)), tuple(range(200, 202 + n % 4))) for n in range(7)]
 
 
-def make_run(base="base", **train):
+def make_run(base="base", targets=("q_proj", "k_proj", "v_proj"), **train):
     return RunConfig(
         model=ModelConfig(base=base, bits=16, compute_dtype="float32"),
-        lora=LoraConfig(dropout=0.1),
+        lora=LoraConfig(dropout=0.1, target_modules=targets),
         train=TrainConfig(device="cpu", precision="fp32", **train),
     )
 
 
 @pytest.mark.parametrize("family", ["", "qwen3"])
 @pytest.mark.parametrize("recompute", ["none", "mlp", "layer"])
-def test_layer_keeps_what_the_table_says(tiny_base, tmp_path, recompute, family):
+@pytest.mark.parametrize("targets", [("q_proj", "k_proj", "v_proj"), PROJECTION_NAMES, ("gate_proj", "down_proj")])
+def test_layer_keeps_what_the_table_says(tiny_base, tmp_path, targets, recompute, family):
     base = write_family_base(family, tmp_path / "base", tiny_base) if family else tiny_base
-    config = make_run(str(base))
+    config = make_run(str(base), targets=targets)
     model = attach_lora(load_base(config.model, 16, torch.device("cpu"), 0).model, config.lora, str(base), 1)
     module = PackedLlama(model.train(), torch.float32, recompute=recompute)
     pack = pack_examples(EXAMPLES, share_prefix=True)
@@ -48,8 +50,8 @@ def test_layer_keeps_what_the_table_says(tiny_base, tmp_path, recompute, family)
     cosine, sine = (table[0] for table in llama.model.rotary_emb(x, pack.positions[None]))
     with torch.no_grad():
         context = LayerContext(pack.segments, None, cosine, sine, recompute)
-        _, kept = run_layer(x, module.layers[0], context, torch.tensor(5, dtype=torch.int32))
-    tensors = [value for item in dataclasses.fields(kept) if (value := getattr(kept, item.name)) is not None]
+        _, kept = run_layer(x, module.layers[0], context, module._derive_seeds(torch.tensor(5, dtype=torch.int32), 0))
+    tensors = [value for value in tree_leaves(dataclasses.asdict(kept)) if value is not None]
     own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert own == len(x) * count_kept_bytes(shape_of(llama.config.to_dict()), config, recompute)
 

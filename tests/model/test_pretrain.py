@@ -6,8 +6,12 @@ import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer
 
+from finlora.config import ModelConfig
+from finlora.data.pretraining.generated_texts import pretraining_texts
 from finlora.errors import DatasetError, ModelError
+from finlora.model.base import load_base
 from finlora.model.pretrain import PretrainConfig, pretrain_base, run_pretraining
 from finlora.model.tokenizer import load_tokenizer
 
@@ -65,3 +69,24 @@ def test_pretraining_happens_once_and_other_settings_or_texts_are_refused(prepar
     monkeypatch.setattr("finlora.model.pretrain._texts_of", lambda *_: ["Profit rose."])
     with pytest.raises(ModelError, match=r"or one of other texts or settings"):
         pretrain(settings)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "granite"])
+def test_base_of_another_family_is_its_own_class_and_keeps_its_tokenizer(tmp_path, family):
+    """transformers would build a tokenizer of its own for model_type qwen2, which splits numbers otherwise."""
+    settings = PretrainConfig(
+        family=family,
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=32,
+        num_layers=1,
+        context_length=32,
+        num_steps=1,
+    )
+    pretrain_base(pretraining_texts(1, 20), settings, tmp_path / "base", torch.device("cpu"), lambda _step, _loss: None)
+    base = load_base(ModelConfig(base=str(tmp_path / "base")), 16, torch.device("cpu"), 0)
+    assert base.model.config.model_type == family
+    file = Tokenizer.from_file(str(tmp_path / "base" / "tokenizer.json"))
+    text = "Profit rose 12345 % in 2026"
+    assert base.tokenizer(text)["input_ids"] == file.encode(text).ids
+    assert len(base.tokenizer) == base.model.config.vocab_size

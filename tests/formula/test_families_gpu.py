@@ -14,7 +14,7 @@ from finlora.data.encode import Encoded, collate
 from finlora.data.pack_size import pad_pack
 from finlora.data.packing import pack_examples
 from finlora.engine.micro_batch import MicroBatch, Sample
-from finlora.formula.llama import PACKED_TARGETS
+from finlora.formula.llama import PROJECTION_NAMES
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.layers.packed_model import PackedLlama
 from finlora.model.lora import attach_lora, trainable_parameters
@@ -83,7 +83,7 @@ def test_captured_packed_step_equals_the_padded_one(bases, name, bits):
     found = []
     for dtype in ("float32", "bfloat16"):
         net = load(bases[name], bits, dtype)
-        model = attach_lora(net, LoraConfig(rank=4, dropout=0.0, target_modules=PACKED_TARGETS), bases[name].base, 1)
+        model = attach_lora(net, LoraConfig(rank=4, dropout=0.0, target_modules=PROJECTION_NAMES), bases[name].base, 1)
         torch.manual_seed(5)
         for parameter in trainable_parameters(model).values():
             parameter.data = torch.randn(parameter.shape).to(DEVICE) * 0.05

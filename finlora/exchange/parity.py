@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,62 @@ OnProgress = Callable[[str, int, int], None]
 _MAX_RECORD_BYTES = 2**20
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rows:
+    """Test rows of an adapter, encoded for its base, and the answers of the form of its training."""
+
+    config: RunConfig
+    contract: Contract
+    files: BaseFiles
+    splits: tuple[tuple[PreparedSplit, int], ...]
+    """Test split of each task, cut to the rows that are asked, and the number of all its rows."""
+    works: tuple[Work, ...]
+
+    def answer_as_trained(self, adapter: Path, on_progress: OnProgress) -> list[Answers]:
+        """Return the answers of the base at the bits of the training, with the adapter beside it."""
+        bits = cast(Bits, self.contract.bits)
+        return _answer(self.config, self.files, adapter, bits, self.works, "the form of the training", on_progress)
+
+    def compare(
+        self, form: str, bits: Bits | None, base_hash: str, trained: Sequence[Answers], answers: Sequence[Answers]
+    ) -> list[Parity]:
+        """Return a row a task for the answers of one form."""
+        facts = {"form": form, "bits": bits, "trained_bits": self.contract.bits, "base_hash": base_hash}
+        facts |= {"compute_dtype": self.config.model.compute_dtype, "device": self.config.eval.device}
+        facts["seed"] = self.config.seed
+        return [
+            _compare(work, *split, *pair, facts)
+            for work, split, pair in zip(self.works, self.splits, zip(trained, answers, strict=True), strict=True)
+        ]
+
+
+def prepare_rows(config: RunConfig, adapter: Path, limit: int | None) -> Rows:
+    """Check an adapter against its base and encode its test rows.
+
+    Args:
+        config: with absolute paths; base, tasks, device and stages are its.
+        limit: rows of each task, chosen by config.seed; None: the whole test split.
+
+    Raises:
+        AdapterError: the bits of its training are unknown, or it does not fit the base.
+        DatasetError: a test split is missing, or an example is too long.
+    """
+    config = resolve_evaluation(config)
+    contract = read_contract(adapter)
+    if contract.bits is None:
+        raise AdapterError(
+            f"the bits of the base in the training of {adapter} are unknown, so there is no form to compare with: adopt it again "
+            "with --bits, if you know them."
+        )
+    files = read_base_files(config.model)
+    date = files.check_adapter(adapter, contract)
+    splits = tuple(_choose_rows(config, adapter, contract, task, limit) for task in config.data.tasks)
+    if limit is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_test_examples=None))
+    works = tuple(encode_split(config, files.tokenizer, split, split.task, date) for split, _ in splits)
+    return Rows(config=config, contract=contract, files=files, splits=splits, works=works)
+
+
 def measure_parity(
     config: RunConfig,
     adapter: Path,
@@ -43,58 +100,30 @@ def measure_parity(
     """Answer the test rows by each form, compare, and write parity.json beside the adapter and into each merged folder.
 
     Args:
-        config: with absolute paths; base, tasks, device and stages are its.
+        config, limit: as in `prepare_rows`.
         bits: of the base, with the adapter beside it.
         merged: folders of models that `finlora merge` made of this adapter.
-        limit: rows of each task, chosen by config.seed; None: the whole test split.
 
     Raises:
-        AdapterError: the bits of its training are unknown, or a merged model is of another adapter.
-        DatasetError: a test split is missing, or an example is too long.
+        AdapterError: as in `prepare_rows`, or a merged model is of another adapter.
+        DatasetError: as in `prepare_rows`.
         ResourceError: the device has too little room.
     """
-    config = resolve_evaluation(config)
-    contract = read_contract(adapter)
-    if contract.bits is None:
-        raise AdapterError(
-            f"the bits of the base in the training of {adapter} are unknown, so there is no form to compare with: adopt it again "
-            "with --bits, if you know them."
-        )
-    files = read_base_files(config.model)
-    date = files.check_adapter(adapter, contract)
-    kinds = {folder: _read_kind(folder, contract) for folder in merged}
-    splits = [_choose_rows(config, adapter, contract, task, limit) for task in config.data.tasks]
-    if limit is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_test_examples=None))
-
-    def encode(config: RunConfig, files: BaseFiles, date: str | None) -> list[Work]:
-        return [encode_split(config, files.tokenizer, split, split.task, date) for split, _ in splits]
-
-    works = encode(config, files, date)
-    served = {
-        folder: _open_merged(config, folder, works, encode) for folder in merged
-    }  # refused before anything is loaded
-    trained = _answer(config, files, adapter, cast(Bits, contract.bits), works, "the form of the training", on_progress)
+    rows = prepare_rows(config, adapter, limit)
+    kinds = {folder: _read_kind(folder, rows.contract) for folder in merged}
+    served = {folder: _open_merged(rows, folder) for folder in merged}  # refused before anything is loaded
+    trained = rows.answer_as_trained(adapter, on_progress)
     found: list[Parity] = []
-
-    def compare(form: str, own: Bits | None, base_hash: str, answers: Sequence[Answers]) -> list[Parity]:
-        facts = {"form": form, "bits": own, "trained_bits": contract.bits, "base_hash": base_hash, "seed": config.seed}
-        facts |= {"compute_dtype": config.model.compute_dtype, "device": config.eval.device}
-        return [
-            _compare(work, *split, *pair, facts)
-            for work, split, pair in zip(works, splits, zip(trained, answers, strict=True), strict=True)
-        ]
-
     for own in bits:
-        answers = _answer(config, files, adapter, own, works, f"{own} bit", on_progress)
-        found += compare(f"{own} bit", own, files.weights_hash, answers)
+        answers = _answer(rows.config, rows.files, adapter, own, rows.works, f"{own} bit", on_progress)
+        found += rows.compare(f"{own} bit", own, rows.files.weights_hash, trained, answers)
         write_parity(adapter, adapter, found)
-    for folder, (settings, own_files) in served.items():
-        answers = _answer(settings, own_files, None, 16, works, kinds[folder], on_progress)
-        rows = compare(kinds[folder], None, own_files.weights_hash, answers)
-        found += rows
+    for folder, (settings, files) in served.items():
+        answers = _answer(settings, files, None, 16, rows.works, kinds[folder], on_progress)
+        of_model = rows.compare(kinds[folder], None, files.weights_hash, trained, answers)
+        found += of_model
         write_parity(adapter, adapter, found)
-        write_parity(folder, adapter, rows)
+        write_parity(folder, adapter, of_model)
     return found
 
 
@@ -131,17 +160,14 @@ def _read_kind(folder: Path, contract: Contract) -> str:
     return "merged onto dequantised weights" if onto == "dequantised" else "merged onto the 16-bit base"
 
 
-def _open_merged(
-    config: RunConfig,
-    folder: Path,
-    works: Sequence[Work],
-    encode: Callable[[RunConfig, BaseFiles, str | None], list[Work]],
-) -> tuple[RunConfig, BaseFiles]:
+def _open_merged(rows: Rows, folder: Path) -> tuple[RunConfig, BaseFiles]:
     """Return the settings and files of a merged model, whose prompts must be those of the adapter."""
+    config = rows.config
     model = dataclasses.replace(config.model, base=str(folder), revision=None, tokenizer=None, template_date=None)
     settings = dataclasses.replace(config, model=model)
     files = read_base_files(model)
-    for own, work in zip(encode(settings, files, files.template_date), works, strict=True):
+    for (split, _), work in zip(rows.splits, rows.works, strict=True):
+        own = encode_split(settings, files.tokenizer, split, split.task, files.template_date)
         if [item.prompt_ids for item in own.encoded] != [item.prompt_ids for item in work.encoded]:
             raise AdapterError(
                 f"{folder} makes other prompts than the adapter's base: its tokenizer was changed. Merge again."

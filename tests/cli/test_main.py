@@ -158,6 +158,7 @@ OUTPUTS = {
     "reproduce": ("--dry-run", "--output"),
     "report": ("/srv/runs", "--output"),
     "card": ("/srv/adapter", "--output"),
+    "export": ("vllm", "/srv/adapter", "--output"),
     "feedback": ("/srv/corrections.csv", "--task", "letters", "--output"),
 }
 

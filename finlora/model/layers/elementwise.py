@@ -169,8 +169,12 @@ def normalise_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def normalise_heads_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Gradient through the RMSNorm of heads. Shapes: grad and x, the heads before it, (T, n, d), weight (n, d) -> (T, n, d)."""
-    return _norm_gradient(grad.float(), x, weight, eps).to(grad.dtype)
+    """Gradient through the RMSNorm of heads, in place. Shapes: grad and x (T, n, d), weight (n, d) -> grad."""
+    if launch.takes_kernels(x):
+        from finlora.model.rowwise.norm_steps import normalise_heads_backward_rows
+
+        return normalise_heads_backward_rows(grad, x, weight, eps)
+    return grad.copy_(_norm_gradient(grad.float(), x, weight, eps))
 
 
 def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -86,6 +86,23 @@ def _normalise_heads(
     tl.store(x_ptr + offsets, (weight * unit).to(x_ptr.dtype.element_ty), mask=is_there)
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _norm_heads_gradient(
+    grad_ptr, x_ptr, weight_ptr, num_rows, num_heads, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    numbers, columns = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    is_there = (numbers < num_rows)[:, None] & (columns < width)[None]
+    offsets = numbers.to(tl.int64)[:, None] * width + columns[None]
+    heads = numbers % num_heads
+    weight = tl.load(weight_ptr + heads[:, None] * width + columns[None], mask=is_there, other=0.0).to(tl.float32)
+    wide = tl.load(x_ptr + offsets, mask=is_there, other=0.0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(wide * wide, 1) / width + eps)
+    scaled = tl.load(grad_ptr + offsets, mask=is_there, other=0.0).to(tl.float32) * weight
+    unit = wide * inverse[:, None]
+    out = inverse[:, None] * (scaled - unit * (tl.sum(scaled * unit, 1) / width)[:, None])
+    tl.store(grad_ptr + offsets, out.to(grad_ptr.dtype.element_ty), mask=is_there)
+
+
 def normalise_heads_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `finlora.model.layers.elementwise.normalise_heads`; the heads of a row lie side by side."""
     (num_heads, width), num_rows = weight.shape, len(x)
@@ -95,6 +112,18 @@ def normalise_heads_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x, weight, num_rows, num_heads, x.stride(0), width, eps, ROWS=rows, BLOCK=block, num_warps=4
     )
     return x
+
+
+def normalise_heads_backward_rows(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `finlora.model.layers.elementwise.normalise_heads_backward`, for contiguous tensors."""
+    num_heads, width = weight.shape
+    num_rows = len(x) * num_heads
+    block = triton.next_power_of_2(width)
+    rows = max(1, _NUMBERS // block)
+    _norm_heads_gradient[(triton.cdiv(num_rows, rows),)](
+        grad, x, weight, num_rows, num_heads, width, eps, ROWS=rows, BLOCK=block, num_warps=4
+    )
+    return grad
 
 
 def normalise_rows(x: Tensor, weight: Tensor, eps: float) -> Tensor:

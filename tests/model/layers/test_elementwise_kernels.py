@@ -54,6 +54,12 @@ def arguments_of(rows, width, dtype=torch.bfloat16):
         ),
         "rotate": (heads[:, :5], sample(rows, 24, seed=8, dtype=dtype), sample(rows, 24, seed=9, dtype=dtype)),
         "normalise_heads": (heads, sample(5, 24, seed=11, dtype=dtype), 1e-5),
+        "normalise_heads_backward": (
+            heads,
+            sample(rows, 7, 24, seed=12, dtype=dtype),
+            sample(7, 24, dtype=dtype),
+            1e-5,
+        ),
         "gate": (sample(rows, 2 * width, seed=10, dtype=dtype),),
         "gate_backward": (grad, sample(rows, 2 * width, seed=10, dtype=dtype)),
         "drop": (x, keep, threshold),
@@ -70,7 +76,7 @@ def arguments_of(rows, width, dtype=torch.bfloat16):
 
 def run(name, arguments, device):
     step = getattr(elementwise, name, None) or getattr(frozen_linear, name)
-    if name == "normalise_heads":  # it works in place
+    if name.startswith("normalise_heads"):  # they work in place
         arguments = (arguments[0].clone(), *arguments[1:])
     found = step(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in arguments))
     return found if isinstance(found, tuple) else (found,)

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from finlora.configfile import settings_from_tree
 from finlora.durable import seal, unseal, write_whole
 from finlora.errors import AdapterError, ConfigError
 from finlora.evaluate.intervals import wilson_interval
 from finlora.model.adapter_files import check_file, hash_weights_and_settings
-from finlora.model.contract import Contract
+from finlora.model.contract import MERGED_FILE, Contract
 from finlora.report.tables import TextTable, format_share
+from finlora.yamltext import read_yaml
 
 PARITY_FILE = "parity.json"
 _VERSION = 1
@@ -98,7 +101,8 @@ def read_parity(folder: Path) -> tuple[Parity, ...]:
     return _read(folder, hash_weights_and_settings(folder)) if (folder / PARITY_FILE).exists() else ()
 
 
-def _read(folder: Path, digest: str) -> tuple[Parity, ...]:
+def _read(folder: Path, digest: str | None) -> tuple[Parity, ...]:
+    """Read the rows of a folder; `digest` is the hash of the adapter that they must be of, None where it is not here."""
     path = folder / PARITY_FILE
     if not path.exists():
         return ()
@@ -112,8 +116,8 @@ def _read(folder: Path, digest: str) -> tuple[Parity, ...]:
         found = str(values["adapter_hash"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
         raise AdapterError(f"{path} is not a report as `finlora parity` writes it ({error}). {again}") from error
-    if found != digest:
-        raise AdapterError(f"{path} belongs to another adapter ({found[:12]}, this is {digest[:12]}). {again}")
+    if digest not in (None, found):
+        raise AdapterError(f"{path} belongs to another adapter ({found[:12]}, this is {str(digest)[:12]}). {again}")
     return rows
 
 
@@ -140,15 +144,53 @@ def find_doubt(folder: Path, contract: Contract, bits: int, min_agreement: float
     if missing or not found:
         which = f" for {', '.join(missing)}" if found else ""
         return f"trained at {contract.bits} bit, it is served at {bits}, and no parity report covers that{which}: {how}"
+    return _find_poor(found, min_agreement, f"serve it at {contract.bits} bit, or merge it with --onto dequantised")
+
+
+def find_merged_doubt(folder: Path, weights_hash: str, bits: int, min_agreement: float = 0.0) -> str:
+    """Return why the answers of a merged model are not shown to be those of its adapter's training.
+
+    Empty: they are, or the model is no merged one. One that was merged onto the weights of the training needs a report only where
+    an agreement is asked for.
+
+    Args:
+        folder: of the served base.
+        weights_hash: `fingerprint_weights` of it.
+        bits: at which it is served.
+    """
+    try:
+        record = read_yaml(folder / MERGED_FILE, _MAX_BYTES)
+        trained, onto = record["contract"]["bits"], record.get("onto", "base")
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        return f"its {MERGED_FILE} cannot be read ({error}): merge again"
+    if bits == trained == 16:
+        return ""
+    try:
+        found = [each for each in _read(folder, None) if each.bits is None and each.base_hash == weights_hash]
+    except AdapterError as error:
+        return str(error)
+    if bits != 16 or not found:
+        if bits == 16 and onto == "dequantised" and not min_agreement:
+            return ""
+        what = f"merged onto {'the weights of its training' if onto == 'dequantised' else 'the 16-bit base'}"
+        how = f"run `finlora parity ADAPTER --merged {folder}`" if bits == 16 else "serve it at 16 bit"
+        at = f"at {trained} bit" if trained else "at unknown bits"
+        return f"its adapter was trained {at}; {what} it is served at {bits}, and no parity report covers that: {how}"
+    return _find_poor(found, min_agreement, "serve base and adapter, or merge it with --onto dequantised")
+
+
+def _find_poor(found: Sequence[Parity], min_agreement: float, remedy: str) -> str:
+    """Return the row with the least agreement where that is below what is asked for; else an empty text."""
     worst = min(found, key=lambda each: each.interval[0])
-    if worst.interval[0] < min_agreement:
-        share = format_share(worst.agreement, *worst.interval)
-        return (
-            f"at {bits} bit it gives the answer of its training in {share} % of {worst.num_rows:,} rows of {worst.task}, and "
-            f"min_agreement={min_agreement:g} asks for a lower end of {100 * min_agreement:g} %: serve it at {contract.bits} "
-            f"bit, or merge it with --onto dequantised"
-        )
-    return ""
+    if worst.interval[0] >= min_agreement:
+        return ""
+    share = format_share(worst.agreement, *worst.interval)
+    return (
+        f"as served ({worst.form}) it gives the answer of its training in {share} % of {worst.num_rows:,} rows of {worst.task}, "
+        f"and min_agreement={min_agreement:g} asks for a lower end of {100 * min_agreement:g} %: {remedy}"
+    )
 
 
 def parity_table(found: Sequence[Parity]) -> TextTable:

@@ -154,7 +154,8 @@ class _PlainEngine:
         longest = max(map(len, choices))
         ids = torch.tensor([prompt + choice + [self._end] * (longest - len(choice)) for choice in choices])
         # Padding stands behind the tokens that count, which causal attention does not let see it.
-        logits = self._model(ids.to(self._model.device)).logits[:, len(prompt) - 1 : -1].float().log_softmax(-1)
+        output = self._model(ids.to(self._model.device), logits_to_keep=longest + 1)
+        logits = output.logits[:, :-1].float().log_softmax(-1)
         picked = logits.gather(2, ids[:, len(prompt) :, None].to(logits.device))[..., 0].cpu()
         return [float(row[: len(choice)].sum()) for row, choice in zip(picked, choices, strict=True)]
 

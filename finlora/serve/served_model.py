@@ -15,6 +15,8 @@ from finlora.data.task import Task
 from finlora.engine.admission import Limits
 from finlora.engine.engine import EngineCore
 from finlora.engine.scheduler import Scheduler
+from finlora.errors import ModelError
+from finlora.evaluate.parity_report import find_merged_doubt
 from finlora.formula.llama import LlamaShape
 from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.precision import describe_type
@@ -43,6 +45,8 @@ class ServedBase:
     end_token_id: int
     max_tokens: int
     """Most tokens of prompt and answer together."""
+    doubt: str
+    """Why the answers of a merged model are not shown to be those of its adapter's training; empty: they are."""
     tasks: Mapping[str, Task]
     """Tasks of task files that a merged model brings."""
 
@@ -59,9 +63,15 @@ def read_base(config: ServeConfig, files: BaseFiles | None = None) -> ServedBase
         files: of the base, if this process has found and checked them already. None: it does so here.
 
     Raises:
-        ModelError: the base's files are not usable.
+        ModelError: the base's files are not usable; or it is a merged model that config.min_agreement excludes.
     """
     files = files or read_base_files(config.model)
+    doubt = find_merged_doubt(files.source.folder, files.weights_hash, config.bits, config.min_agreement or 0.0)
+    if doubt and config.min_agreement is not None:
+        raise ModelError(
+            f"model.base={config.model.base} is not shown to answer as it was trained, and this server requires it "
+            f"(min_agreement={config.min_agreement:g}): {doubt}."
+        )
     longest = min(config.model.max_seq_len, files.context_length, config.stages.cache_rows)
     return ServedBase(
         shape=files.shape,
@@ -69,6 +79,7 @@ def read_base(config: ServeConfig, files: BaseFiles | None = None) -> ServedBase
         template=config.model.template,
         template_date=files.template_date,
         bits=config.bits,
+        doubt=doubt,
         weights_hash=files.weights_hash,
         tokenizer_hash=files.tokenizer_hash,
         end_token_id=end_token_id(files.tokenizer, config.model.template),

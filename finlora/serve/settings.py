@@ -101,9 +101,9 @@ class ServeConfig:
     """Serve only adapters that `finlora approve` has approved as their files are now. Of an adapter with versions, the newest
     approved one is served."""
     min_agreement: float | None = None
-    """Serve an adapter at other bits than those of its training only if `finlora parity` has shown that it gives the same
-    answers: least lower end of the 95 % interval of their share, such as 0.98, for each of its tasks. None: such an adapter is
-    served, and the log says so where no report covers it."""
+    """Serve an adapter at other bits than those of its training, or a model merged from one, only if `finlora parity` has shown
+    that it gives the same answers: least lower end of the 95 % interval of their share, such as 0.98, for each task. None:
+    it is served, and the log says so where no report covers it."""
     max_adapters: int = 16
     """Adapters held in memory at once; the least recently used one is dropped."""
     keys_file: str | None = None

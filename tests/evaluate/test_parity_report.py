@@ -8,7 +8,14 @@ import json
 import pytest
 
 from finlora.errors import AdapterError
-from finlora.evaluate.parity_report import Parity, find_doubt, parity_table, read_parity, write_parity
+from finlora.evaluate.parity_report import (
+    Parity,
+    find_doubt,
+    find_merged_doubt,
+    parity_table,
+    read_parity,
+    write_parity,
+)
 from finlora.model.contract import Contract
 
 ROW = Parity(
@@ -112,11 +119,44 @@ def test_lower_end_of_the_interval_decides(folder):
     write_parity(folder, folder, [ROW])
     assert find_doubt(folder, CONTRACT, 8, 0.96) == ""
     words = find_doubt(folder, CONTRACT, 8, 0.97)
-    assert "at 8 bit it gives the answer of its training in 98.0 (96.4–98.9) % of 500 rows of fpb" in words
+    assert "as served (8 bit) it gives the answer of its training in 98.0 (96.4–98.9) % of 500 rows of fpb" in words
     assert (
         "min_agreement=0.97 asks for a lower end of 97 %: serve it at 4 bit, or merge it with --onto dequantised"
         in words
     )
+
+
+def merged_folder(tmp_path, onto, bits=4):
+    """The record of a merge."""
+    folder = tmp_path / onto
+    folder.mkdir()
+    (folder / "merged.yaml").write_text(f"onto: {onto}\ncontract:\n  bits: {bits}\n")
+    return folder
+
+
+def test_merged_model_needs_a_report_of_its_own_weights(folder, tmp_path):
+    assert find_merged_doubt(tmp_path, "m" * 16, 8) == ""  # no merged model
+    plain, own = merged_folder(tmp_path, "base"), merged_folder(tmp_path, "dequantised")
+    words = "its adapter was trained at 4 bit; merged onto the 16-bit base it is served at 16, and no parity report covers that"
+    assert find_merged_doubt(plain, "m" * 16, 16) == f"{words}: run `finlora parity ADAPTER --merged {plain}`"
+    assert find_merged_doubt(own, "m" * 16, 16) == ""  # the weights of the training
+    assert "no parity report covers that" in find_merged_doubt(own, "m" * 16, 16, 0.9)
+    assert find_merged_doubt(own, "m" * 16, 8).endswith(
+        "is served at 8, and no parity report covers that: serve it at 16 bit"
+    )
+    row = dataclasses.replace(ROW, bits=None, form="merged onto the 16-bit base", base_hash="m" * 16)
+    write_parity(plain, folder, [row])
+    assert find_merged_doubt(plain, "m" * 16, 16, 0.96) == ""
+    assert "serve base and adapter, or merge it with --onto dequantised" in find_merged_doubt(plain, "m" * 16, 16, 0.97)
+    assert "no parity report" in find_merged_doubt(plain, "n" * 16, 16)  # its weights were changed since
+    (plain / "merged.yaml").write_text("contract: []\n")
+    assert find_merged_doubt(plain, "m" * 16, 16).startswith("its merged.yaml cannot be read")
+
+
+def test_merge_into_a_16_bit_base_is_what_was_trained(tmp_path):
+    folder = merged_folder(tmp_path, "base", bits=16)
+    assert find_merged_doubt(folder, "m" * 16, 16, 0.99) == ""
+    assert "is served at 4" in find_merged_doubt(folder, "m" * 16, 4)
 
 
 def test_table_says_what_was_generated_and_what_is_a_part():

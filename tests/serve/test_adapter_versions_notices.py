@@ -8,7 +8,7 @@ import shutil
 import pytest
 from live_server import make_settings
 
-from finlora.errors import AdapterError
+from finlora.errors import AdapterError, ModelError
 from finlora.evaluate.parity_report import Parity, write_parity
 from finlora.model.contract import Adopted, read_contract, write_contract
 from finlora.serve.adapter_versions import AdapterShelf
@@ -91,3 +91,13 @@ def test_min_agreement_refuses_what_is_not_shown_and_what_is_below_it(trained_at
         shelf.find("plain")
     write_parity(trained_at_4 / "plain", trained_at_4 / "plain", rows_of(trained_at_4, 995))
     assert shelf.find("plain").name == "plain"
+
+
+def test_merged_base_without_a_report_is_refused_where_agreement_is_asked_for(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "merged.yaml").write_text("onto: base\ncontract: {bits: 4, tasks: {}}\n")
+    assert "merged onto the 16-bit base it is served at 16" in read_base(make_settings(base)).doubt
+    with pytest.raises(
+        ModelError, match=r"base is not shown to answer as it was trained, .*min_agreement=0\.9\): its adapter"
+    ):
+        read_base(make_settings(base, min_agreement=0.9))

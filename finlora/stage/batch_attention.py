@@ -42,18 +42,24 @@ class Tail(NamedTuple):
 
 
 def make_attention(
-    segments: Sequence[Segment], device: torch.device, *, flashes: bool = False, goes_alone: bool = False
+    segments: Sequence[Segment],
+    device: torch.device,
+    *,
+    num_padding: int = 0,
+    flashes: bool = False,
+    goes_alone: bool = False,
 ) -> Attend:
     """Return the attention function of segments.
 
     Args:
+        num_padding: rows after the segments' own, which repeat the last one; only without FlashAttention.
         flashes: FlashAttention supports the queries (`can_flash`).
         goes_alone: a long segment with few cached keys goes to cuDNN alone (`can_attend_alone`).
     """
     if not segments:
         return lambda query, _keys, _values: query
     if not flashes:
-        return _attend_masked(segments, device)
+        return _attend_masked(segments, device, num_padding)
     wholes, tails = split_tails(segments)
     runs: list[tuple[int, Attend]] = []
     for is_alone, group in groupby(wholes, key=lambda segment: goes_alone and _is_alone(segment)):
@@ -165,7 +171,7 @@ def _attend_ranges(segments: Sequence[Segment], device: torch.device) -> Attend:
     return lambda query, keys, values: attend_cache(query, keys, values, ranges)[0]
 
 
-def _attend_masked(segments: Sequence[Segment], device: torch.device) -> Attend:
+def _attend_masked(segments: Sequence[Segment], device: torch.device, num_padding: int) -> Attend:
     """Return attention by one masked product for the segments of a request, which share their first keys."""
     parts: list[tuple[int, slice, Tensor | None]] = []
     for start, group in groupby(segments, key=lambda segment: segment.keys[0][0]):
@@ -185,12 +191,14 @@ def _attend_masked(segments: Sequence[Segment], device: torch.device) -> Attend:
 
     def attend_keys(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         outputs = []
-        for piece, (_, own, visible) in zip(query.split([part[0] for part in parts]), parts, strict=True):
+        pieces = query[: len(query) - num_padding].split([part[0] for part in parts])
+        for piece, (_, own, visible) in zip(pieces, parts, strict=True):
             heads, own_keys, own_values = (part.transpose(0, 1)[None] for part in (piece, keys[own], values[own]))
             attended = torch.nn.functional.scaled_dot_product_attention(
                 heads, own_keys, own_values, attn_mask=visible, enable_gqa=True
             )
             outputs.append(attended[0].transpose(0, 1))
+        outputs += [outputs[-1][-1:]] * num_padding
         return torch.cat(outputs)
 
     return attend_keys

@@ -29,6 +29,7 @@ from finlora.model.memory.peak import measure_peak_gib
 from finlora.stage.adapter_weights import Adapter, Bank, read_adapter
 from finlora.stage.batch_attention import Attend, make_attention, narrow
 from finlora.stage.decode_graphs import Begin, Rows, StageGraphs
+from finlora.stage.row_padding import compiles_by_rows, count_padding, pad_adapters, repeat_last
 from finlora.stage.sampling import Unread, choice_log_probs, sample
 from finlora.stage.upload import fill_sampled, upload
 
@@ -86,6 +87,7 @@ class Stage:
         self.cache = torch.zeros(len(span), 2, num_rows + 1, num_groups, width, dtype=dtype, device=self.device)
         # The cache has the type and head width of the queries.
         self._flashes, self._goes_alone = can_flash(self.cache), can_attend_alone(self.cache)
+        self._pads = compiles_by_rows(self.device, dtype)
         self.passes = StageGraphs(self._run_rows, num_rows, self.device, fills=self._flashes)
 
     @property
@@ -171,20 +173,34 @@ class Stage:
         ids, positions, slots = (self._ids(numbers) for numbers in (batch.input_ids, batch.positions, batch.slots))
         if sampled is not None:
             fill_sampled(ids, sampled)
+        own, padding = batch.adapters, self._count_padding(batch.num_rows)
+        if padding:
+            ids, positions = repeat_last(ids, padding), repeat_last(positions, padding)
+            slots = torch.nn.functional.pad(slots, (0, padding), value=self.cache.shape[2] - 1)
+            hidden, own = None if hidden is None else repeat_last(hidden, padding), pad_adapters(own, padding)
         few = None
         if wanted is not None:
+            few_padding = self._count_padding(len(wanted))
             segments, adapters = narrow(batch, wanted)
-            attend_few = make_attention(segments, self.device, flashes=self._flashes)
-            few = _Wanted(self._ids(wanted), attend_few, self._make_adapt(adapters))
-        attend_keys = make_attention(batch.segments, self.device, flashes=self._flashes, goes_alone=self._goes_alone)
-        adapt = self._make_adapt(batch.adapters)
-        return self._run_layers(ids, positions, slots, hidden, attend_keys, adapt, few)
+            attend_few = make_attention(segments, self.device, num_padding=few_padding, flashes=self._flashes)
+            if few_padding:
+                adapters = pad_adapters(adapters, few_padding)
+            few = _Wanted(repeat_last(self._ids(wanted), few_padding), attend_few, self._make_adapt(adapters))
+        attend_keys = make_attention(
+            batch.segments, self.device, num_padding=padding, flashes=self._flashes, goes_alone=self._goes_alone
+        )
+        result = self._run_layers(ids, positions, slots, hidden, attend_keys, self._make_adapt(own), few)
+        return result[: batch.num_rows if wanted is None else len(wanted)]
 
     @torch.inference_mode()
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits. Shapes: (N, H) -> (N, V)."""
         norm, eps, head = self._ends.output_weights()
-        return (self._norm(hidden, norm, eps) @ head.t()).float()
+        rows = repeat_last(hidden, self._count_padding(len(hidden)))
+        return (self._norm(rows, norm, eps) @ head.t())[: len(hidden)].float()
+
+    def _count_padding(self, num_rows: int) -> int:
+        return count_padding(num_rows) if self._pads and not self._flashes else 0
 
     def _run_rows(self, rows: Rows, hidden: Tensor | None) -> Tensor:
         """Compute a pass that can be captured; returns hidden states, or logits where the last stage decodes."""

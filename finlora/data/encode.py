@@ -5,7 +5,7 @@ Shapes: B examples of a batch, T the longest of them in tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of positions without loss, which torch.nn.functional.cross_entropy ignores."""
+
+
+_TEXTS_AT_ONCE = 64
+"""Texts of one call of the tokenizer, which holds some hundred bytes for each token until it returns."""
 
 
 class Asked(Protocol):
@@ -84,8 +88,20 @@ def encode_prompt(
     Raises:
         ModelError: template is `chat` and the tokenizer has no chat template, or one that does not take a prompt.
     """
+    (ids,) = encode_prompts([prompt], tokenizer, template, date)
+    return ids
+
+
+def encode_prompts(
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    template: Literal["raw", "chat"],
+    date: str | None = None,
+) -> list[tuple[int, ...]]:
+    """Render many prompts, each as `encode_prompt` does, in less time: the template and the tokenizer run once for many."""
     if template == "raw":
-        return (*_list_bos(tokenizer), *encode_text(prompt, tokenizer))
+        bos = _list_bos(tokenizer)
+        return [(*bos, *ids) for ids in encode_texts(prompts, tokenizer)]
     # A placeholder marks the prompt: the template's text around it is encoded with special tokens, the prompt without.
     marker = "\ue000prompt\ue000"
     frame = render_turns([{"role": "user", "content": marker}], tokenizer, date)
@@ -94,13 +110,9 @@ def encode_prompt(
             f"the tokenizer's chat template writes a user's message {frame.count(marker)} times: expected once. Set "
             "model.template=raw, or correct the template."
         )
-    before, _, after = frame.partition(marker)
-    ids = [
-        *tokenizer.encode(before, add_special_tokens=False),
-        *encode_text(prompt.strip(), tokenizer),
-        *tokenizer.encode(after, add_special_tokens=False),
-    ]
-    return _put_bos(ids, tokenizer)
+    before, after = (tokenizer.encode(part, add_special_tokens=False) for part in frame.split(marker))
+    plain = encode_texts([prompt.strip() for prompt in prompts], tokenizer)
+    return [_put_bos([*before, *ids, *after], tokenizer) for ids in plain]
 
 
 def encode_turns(
@@ -281,8 +293,15 @@ def stack_weights(items: Sequence[Encoded], *, repeats: bool) -> torch.Tensor | 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Return the ids of a text; what looks like a special token in it is plain characters."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return list(ids)
+    (ids,) = encode_texts([text], tokenizer)
+    return ids
+
+
+def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[int]]:
+    """Yield the ids of each text, as `encode_text` does."""
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        few = list(texts[start : start + _TEXTS_AT_ONCE])
+        yield from tokenizer(few, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def _list_bos(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:

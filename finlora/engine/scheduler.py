@@ -101,8 +101,9 @@ class Scheduler:
         return any(request.adapter == name for request in self._requests())
 
     def forget_prefixes(self) -> None:
-        """Drop all kept prefixes, so that later answers do not depend on earlier requests."""
+        """Drop all kept prefixes and what was learnt of them, so that later answers do not depend on earlier requests."""
         self.pool.forget_all()
+        self._cached_share = 0.0  # it decides how prompts are split over several stages
 
     def forget_adapter(self, name: str) -> None:
         """Drop the kept prefixes of an adapter: another one may be loaded under its name."""

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +105,7 @@ class ScoreFolder:
             pa.array([result.get(column.key) for result in results], find_arrow_type(column))
             for column in columns.values()
         ]
-        temporary = self.parts / f".part-{number:06d}.{os.getpid()}"
+        temporary = self.parts / f".part-{number:06d}.{os.getpid()}-{threading.get_ident()}"
         try:
             pq.write_table(pa.table(arrays, names=list(columns)), temporary)
             with temporary.open("rb") as stream:

@@ -14,9 +14,15 @@ from finlora.score.score_plan import ScorePlan
 from finlora.score.scorer import Scorer
 from finlora.score.table import Part
 
+PARTS_AT_ONCE = 3
+"""Parts of an engine in progress: one is computed, while the next is read and encoded, and the last one sealed."""
+
 
 class ScoreActor:
-    """Ray Data actor with an engine: takes a batch of part numbers, and returns it when the parts are sealed."""
+    """Ray Data actor with an engine: takes a batch of part numbers, and returns it when the parts are sealed.
+
+    Ray calls it in PARTS_AT_ONCE threads.
+    """
 
     def __init__(self, plan: ScorePlan, out: str, cache_rows: int) -> None:
         from finlora.machine.cpu import set_environment
@@ -68,7 +74,12 @@ def score_parts(
                 ScoreActor,
                 fn_constructor_args=(plan, str(out), cache_rows),
                 batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=num_engines),
+                compute=ray.data.ActorPoolStrategy(
+                    size=num_engines,
+                    max_tasks_in_flight_per_actor=PARTS_AT_ONCE,  # more would leave other engines idle at the end
+                    max_concurrent_calls_per_actor=PARTS_AT_ONCE,
+                    enable_true_multi_threading=True,
+                ),
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0.0),
                 ray_remote_args_fn=lambda: {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)},

@@ -1,18 +1,21 @@
 """Engine that scores parts: reads a part's rows, runs its prompts as one batch, seals the results.
 
-Each part begins with an empty prefix cache, so its results depend on its rows alone: every engine writes the same bytes, also
-after a crash.
+Each part has the engine for itself and begins with an empty prefix cache, so its results depend on its rows alone: every engine
+writes the same bytes, also after a crash. Meanwhile other threads encode the next part and seal the last one.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finlora.data.encode import encode_choices, encode_prompt
+from finlora.data.encode import encode_choices, encode_prompts
 from finlora.data.grounding import find_quote
+from finlora.data.question import Question
 from finlora.engine.request import ADAPTER
 from finlora.errors import DatasetError
 from finlora.inference.batch import BatchEngine
@@ -39,7 +42,7 @@ class Asked(NamedTuple):
 
 
 class Scorer:
-    """A loaded model that scores the parts of a plan, one after the other.
+    """A loaded model that scores the parts of a plan. Several threads may call `score`: the model computes one part at a time.
 
     Args:
         cache_rows: rows of the KV cache, from `plan_cache`.
@@ -50,25 +53,35 @@ class Scorer:
         self._plan, self._folder = plan, ScoreFolder(out)
         self._tokenizer, self._longest = base.tokenizer, find_longest(plan, base)
         self._choices = encode_choices(plan.form.choices, base.tokenizer, plan.config.model.template)
-        self._groups, self._stack = RowGroups(), ExitStack()
-        opened = self._stack.enter_context(
-            open_engine(plan.config, base, plan.adapter, plan.config.eval.num_stages, cache_rows, self._longest)
-        )
-        self._engine = BatchEngine(opened.core, ADAPTER if plan.adapter else None, opened.renew)
+        self._groups, self._reading, self._stack = RowGroups(), threading.Lock(), ExitStack()
+        # One thread computes all parts: oneDNN keeps its compiled kernels per thread.
+        self._computing = ThreadPoolExecutor(1, "finlora-engine")
+        self._engine = self._computing.submit(self._open, base, cache_rows).result()
 
     def score(self, part: Part) -> None:
         """Score a part and seal its results, unless it is sealed already."""
-        if not self._folder.is_sealed(part.number):
-            self._folder.write_part(part.number, self._plan.columns, self._answer(self._ask(part)))
+        if self._folder.is_sealed(part.number):
+            return
+        with self._reading:
+            asked = self._ask(part)
+        results = self._computing.submit(self._answer, asked).result()
+        self._folder.write_part(part.number, self._plan.columns, results)
 
     def close(self) -> None:
         """Free the model and its stages."""
-        self._stack.close()
+        self._computing.submit(self._stack.close).result()
+        self._computing.shutdown()
+
+    def _open(self, base: BaseFiles, cache_rows: int) -> BatchEngine:
+        config, adapter = self._plan.config, self._plan.adapter
+        opened = self._stack.enter_context(
+            open_engine(config, base, adapter, config.eval.num_stages, cache_rows, self._longest)
+        )
+        return BatchEngine(opened.core, ADAPTER if adapter else None, opened.renew)
 
     def _ask(self, part: Part) -> list[Asked]:
-        plan = self._plan
-        rows = read_rows(plan.table, part, self._groups, plan.read_columns)
-        return [ask_row(plan, row, self._tokenizer, self._longest, self._choices) for row in rows]
+        rows = read_rows(self._plan.table, part, self._groups, self._plan.read_columns)
+        return ask_rows(self._plan, rows, self._tokenizer, self._longest, self._choices)
 
     def _answer(self, asked: Sequence[Asked]) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = [{"reason": row.reason} for row in asked]
@@ -98,29 +111,46 @@ class Scorer:
         return found | {f"p_{choice}": round(share, _DIGITS) for choice, share in zip(choices, shares, strict=True)}
 
 
-def ask_row(
-    plan: ScorePlan, row: Row, tokenizer: PreTrainedTokenizerFast, longest: int, choices: Sequence[Sequence[int]]
-) -> Asked:
-    """Encode the prompt of a row, or give the reason why it cannot be scored.
+def ask_rows(
+    plan: ScorePlan,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerFast,
+    longest: int,
+    choices: Sequence[Sequence[int]],
+) -> list[Asked]:
+    """Encode the prompt of each row, or give the reason why it cannot be scored.
 
     Args:
         longest: most tokens of a request, its answer included.
         choices: tokens of the allowed answers.
     """
+    room = _count_answer_tokens(plan, choices)
+    questions = [_question_of(plan, row) for row in rows]
+    prompts = [question.prompt for question in questions if isinstance(question, Question)]
+    encoded = iter(encode_prompts(prompts, tokenizer, plan.config.model.template, plan.date))
+    asked = []
+    for question in questions:
+        if isinstance(question, str):
+            asked.append(Asked("", (), question))
+        elif len(ids := next(encoded)) + room <= longest:
+            asked.append(Asked(question.context, ids, None))
+        else:
+            reason = f"too long: {len(ids):,} tokens and {room:,} for the answer, the model takes {longest:,}"
+            asked.append(Asked("", (), reason))
+    return asked
+
+
+def _question_of(plan: ScorePlan, row: Row) -> Question | str:
+    """Return the question about a row, or the reason why there is none."""
     text, about = (_as_text(row.get(column)) if column else None for column in (plan.text, plan.about))
     if text is None or not text.strip():
-        return Asked("", (), f"no text in {plan.text}")
+        return f"no text in {plan.text}"
     if plan.about and (about is None or not about.strip()):
-        return Asked("", (), f"nothing in {plan.about}")
+        return f"nothing in {plan.about}"
     try:
-        question = plan.form.ask(plan.task or "a plain prompt", text, about or "")
+        return plan.form.ask(plan.task or "a plain prompt", text, about or "")
     except DatasetError as error:
-        return Asked("", (), str(error))
-    ids = encode_prompt(question.prompt, tokenizer, plan.config.model.template, plan.date)
-    room = _count_answer_tokens(plan, choices)
-    if len(ids) + room > longest:
-        return Asked("", (), f"too long: {len(ids):,} tokens and {room:,} for the answer, the model takes {longest:,}")
-    return Asked(question.context, ids, None)
+        return str(error)
 
 
 def plan_cache(plan: ScorePlan, base: BaseFiles) -> int:
@@ -129,7 +159,7 @@ def plan_cache(plan: ScorePlan, base: BaseFiles) -> int:
     choices = encode_choices(plan.form.choices, base.tokenizer, plan.config.model.template)
     longest = find_longest(plan, base)
     rows = read_rows(plan.table, plan.table.parts[0], RowGroups(), plan.read_columns)
-    asked = [ask_row(plan, row, base.tokenizer, longest, choices) for row in rows]
+    asked = ask_rows(plan, rows, base.tokenizer, longest, choices)
     room = _count_answer_tokens(plan, choices)
     sizes = sorted((len(row.prompt_ids) + room for row in asked if row.reason is None), reverse=True)
     return max(count_rows(sizes, plan.config.eval.batch_size) if sizes else 0, count_rows([longest], 1))

@@ -20,7 +20,7 @@ from finlora.errors import DatasetError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-PART_ROWS = {"cuda": 2048, "cpu": 256}
+PART_ROWS = {"cuda": 2048, "cpu": 1024}
 """Rows of a part by device: enough to fill micro-batches, few enough that a crash costs a minute at most."""
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
 Row = Mapping[str, Any]

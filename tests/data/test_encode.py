@@ -15,6 +15,7 @@ from finlora.data.encode import (
     encode_choices,
     encode_examples,
     encode_prompt,
+    encode_prompts,
     encode_turns,
     end_token_id,
 )
@@ -243,3 +244,11 @@ def test_batch_is_padded_right_with_loss_on_answers_alone():
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]]
     assert batch.labels.tolist() == [[IGNORED] * 4 + [8, 2], [IGNORED] * 2 + [10, 11, 2, IGNORED]]
     assert batch.num_tokens == 11
+
+
+@pytest.mark.parametrize("template", ["raw", "chat"])
+def test_many_prompts_are_encoded_as_each_one(chat_tokenizer, template):
+    prompts = [f" Profit rose by {number} % <|eot_id|>\n" * (number % 4) for number in range(150)]
+    expected = [encode_prompt(prompt, chat_tokenizer, template) for prompt in prompts]
+    assert encode_prompts(prompts, chat_tokenizer, template) == expected
+    assert encode_prompts([], chat_tokenizer, template) == []

@@ -106,3 +106,26 @@ def test_prefix_cached_prompts_are_split_over_stages_by_their_uncached_tokens():
     # About 2,700 tokens of the second 64 prompts are new: half of them, half of the rest, then the rest, not all in one.
     assert sizes[1][:2] == [pytest.approx(32, abs=3), pytest.approx(16, abs=3)]
     assert sum(sizes[1]) == 64
+
+
+def test_prompts_are_split_over_stages_as_at_first_after_the_prefixes_are_forgotten():
+    """Earlier prompts, mostly cached, would make the chunks of later ones smaller."""
+
+    def split(scheduler):
+        """Answer prompts with a long common prefix; returns the rows of each micro-batch."""
+        rows, in_flight = [], deque()
+        for number in range(60):
+            scheduler.submit(make_request(f"r{number}", [*range(1, 38)] * 20 + [number % 37 + 1] * 40, choices=((4,),)))
+        while (batch := scheduler.next_batch()) is not None or in_flight:
+            if batch is not None:
+                rows.append(batch.num_rows)
+                in_flight.append(batch)
+                continue
+            scheduler.complete(model.run(in_flight.popleft()))
+        return rows
+
+    scheduler, model = make_scheduler(cache_rows=16384, max_batch_tokens=2048, max_in_flight=2), PretendModel(16384)
+    first = split(scheduler)
+    assert split(scheduler) != first
+    scheduler.forget_prefixes()
+    assert split(scheduler) == first

@@ -177,7 +177,7 @@ def pretrain(
         list[str] | None, typer.Argument(metavar=OVERRIDES, help="Settings, such as num_steps=280.")
     ] = None,
 ) -> None:
-    """Pretrain a small Llama base with a tokenizer of its own on training texts without labels. Needs no hub."""
+    """Pretrain a small base with a tokenizer of its own on training texts without labels. Needs no hub."""
     from finlora.configfile import settings_from_tree
     from finlora.model.pretrain import PretrainConfig, run_pretraining
     from finlora.precision import AUTO, describe_cpu

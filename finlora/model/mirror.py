@@ -77,7 +77,7 @@ def mirror_model(name: str, mirror: Path, update: Update) -> Mirrored:
         update: shows progress.
 
     Raises:
-        ModelError: the model cannot be downloaded, a file has another hash, or it is not a Llama in safetensors.
+        ModelError: the model cannot be downloaded, a file has another hash, or it is no base that FinLoRA runs.
         ResourceError: the disk has too little space.
     """
 

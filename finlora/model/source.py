@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 HUB_FILES = [
-    *("*.safetensors", "*.safetensors.index.json", "config.json"),
+    "[!c]*.safetensors",  # not consolidated.safetensors, which holds Mistral's weights a second time
+    *("*.safetensors.index.json", "config.json"),
     *("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
 ]
 """Patterns of the files that a hub model needs. Newer models keep their chat template in a separate file."""

@@ -53,6 +53,7 @@ def published(tiny_base, tmp_path_factory):
     shutil.copytree(tiny_base, folder)
     (folder / "LICENSE").write_text("for tests")
     (folder / "pytorch_model.bin").write_bytes(b"pickled")
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")  # as Mistral's repositories
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     for name in ("additional_chat_templates/rag.jinja", "original/params.json"):
         (folder / name).parent.mkdir()
@@ -86,7 +87,8 @@ def test_mirror_holds_what_is_read_and_the_licence_and_nothing_else(mirror, publ
     assert there == {*manifest["files"], "mirror.json"}
     assert {"model.safetensors", "config.json", "tokenizer.json", "LICENSE"} <= set(manifest["files"])
     assert {"chat_template.jinja", "additional_chat_templates/rag.jinja"} <= set(manifest["files"])
-    assert {"pytorch_model.bin", "original/params.json"} & set(manifest["files"]) == set()
+    unneeded = {"pytorch_model.bin", "original/params.json", "consolidated.safetensors"}
+    assert unneeded & set(manifest["files"]) == set()
     assert {name: hash_file(published / name) for name in manifest["files"]} == manifest["files"]
 
 

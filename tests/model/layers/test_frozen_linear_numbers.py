@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finlora.errors import ModelError
+from finlora.model.base import quiet_bitsandbytes
 from finlora.model.kernels.nf4 import unpack_nf4
 from finlora.model.layers.frozen_linear import MAX_OUTLIERS, OUTLIER_THRESHOLD, freeze
 from finlora.model.quantised import quantise, require_range
@@ -209,3 +210,25 @@ def test_8_bit_products_of_few_rows_on_a_gpu_do_not_depend_on_other_rows(num_col
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     x[4] *= 1000.0
     assert torch.equal(frozen._forward_few(x, residual)[:4], found[:4])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("biased", [(True, True), (False, True)])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_bias_and_factor_are_those_of_bitsandbytes_layers(bits, biased, scale):
+    generator = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(40, 128, generator=generator), torch.randn(40, 96, generator=generator)
+    layers = []
+    for size, has_bias in zip((64, 32), biased, strict=True):
+        weight = torch.randn(size, 128, generator=generator)
+        layer = make_layer(weight, bits, torch.float32)
+        layer.bias = torch.nn.Parameter(torch.randn(size, generator=generator)) if has_bias else None
+        layers.append(layer.eval() if bits == 8 else layer.train())
+    with torch.no_grad(), quiet_bitsandbytes():
+        plain = scale * torch.cat([layer(x.clone()) for layer in layers], 1)
+    frozen = freeze(layers, torch.float32, scale=scale)
+    for found, expected in ((frozen.forward(x), plain), (frozen.forward(x, residual), residual + plain)):
+        assert float((found - expected).norm() / expected.norm()) < 1e-4  # bitsandbytes' int8 constant is off by 2e-5
+    nothing = frozen.forward(torch.zeros_like(x))
+    slope = frozen.backward(residual)
+    torch.testing.assert_close(((frozen.forward(x) - nothing) * residual).sum(), (slope * x).sum(), rtol=2e-2, atol=0.1)

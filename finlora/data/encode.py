@@ -112,7 +112,8 @@ def encode_prompts(
         )
     before, after = (tokenizer.encode(part, add_special_tokens=False) for part in frame.split(marker))
     plain = encode_texts([prompt.strip() for prompt in prompts], tokenizer)
-    return [_put_bos([*before, *ids, *after], tokenizer) for ids in plain]
+    bos = _list_missing_bos(before, tokenizer)
+    return [(*bos, *before, *ids, *after) for ids in plain]
 
 
 def encode_turns(
@@ -159,7 +160,7 @@ def encode_turns(
         ids += tokenizer.encode(before, add_special_tokens=False)
         ids += encode_text(content.strip(), tokenizer)
     ids += tokenizer.encode(rest, add_special_tokens=False)
-    return _put_bos(ids, tokenizer)
+    return (*_list_missing_bos(ids, tokenizer), *ids)
 
 
 def encode_asked(
@@ -309,8 +310,8 @@ def _list_bos(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     return () if tokenizer.bos_token_id is None else (int(tokenizer.bos_token_id),)
 
 
-def _put_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Put BOS before a rendered chat template that wrote none, where the tokenizer puts it before any text."""
+def _list_missing_bos(ids: Sequence[int], tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Return BOS where a chat template rendered to `ids` wrote none and the tokenizer puts it before any text."""
     bos = _list_bos(tokenizer)
-    has_bos = tuple(ids[:1]) == bos or tuple(tokenizer("")["input_ids"][:1]) != bos
-    return tuple(ids) if has_bos else (*bos, *ids)
+    is_there = tuple(ids[: len(bos)]) == bos or tuple(tokenizer("")["input_ids"][:1]) != bos
+    return () if is_there else bos

@@ -25,6 +25,8 @@ _ONE_VALUE: dict[str, tuple[object, ...]] = {
     "attention_dropout": (0, None),
 }
 """Keys that transformers reads, with the one value that every path here computes."""
+_LABEL_ROOM = 64
+"""An evaluated example is measured with its right label, and its other labels follow the prompt too."""
 _ATTENTION_KINDS = ("full_attention", "sliding_attention")
 
 # Read by every path, or by none because they change no number: sizes, token ids, notes of the tools that wrote the file.
@@ -89,15 +91,15 @@ def check_family(folder: Path, values: Mapping[str, Any]) -> Family:
     kind = values.get("model_type")
     if isinstance(kind, str) and kind in FAMILIES:
         return FAMILIES[kind]
-    fused = ""
+    remedy = "Choose another base."
     if kind == "phi3":
-        fused = (
-            " Phi-3 and Phi-4 hold q, k and v in one matrix, and gate and up in another, where LoRA's targets are other ones: "
-            "a copy converted to Llama's layout (model_type llama) runs."
+        remedy = (
+            "Phi-3 and Phi-4 hold q, k and v in one matrix, and gate and up in another, so that LoRA has other targets: give a "
+            "copy in Llama's layout (model_type llama), or choose another base."
         )
     raise ModelError(
         f"{folder} is a {show(kind)} model: FinLoRA runs model_type {', '.join(FAMILIES)}, since its adapters, pipeline stages "
-        f"and memory plan are checked on those architectures.{fused} Choose another base."
+        f"and memory plan are checked on those architectures. {remedy}"
     )
 
 
@@ -146,12 +148,14 @@ def check_window(folder: Path, shape: LlamaShape, max_seq_len: int) -> None:
         ModelError: names the setting that limits sequences.
     """
     window = shape.additions.window
-    if window is not None and max_seq_len > window:
-        raise ModelError(
-            f"{folder} has sliding-window attention (sliding_window={window}): FinLoRA computes full attention, which is the "
-            f"same for sequences of at most {window:,} tokens. Found model.max_seq_len={max_seq_len:,}: set "
-            f"model.max_seq_len={window}."
-        )
+    if window is None or max_seq_len <= window - _LABEL_ROOM:
+        return
+    advice = f"set model.max_seq_len={window - _LABEL_ROOM}" if window > 2 * _LABEL_ROOM else "choose another base"
+    raise ModelError(
+        f"{folder} has sliding-window attention (sliding_window={window}): FinLoRA computes full attention, which is the same "
+        f"within the window. Expected model.max_seq_len of at most {window - _LABEL_ROOM:,}, since {_LABEL_ROOM} tokens are kept "
+        f"for labels longer than the right one; found {max_seq_len:,}: {advice}."
+    )
 
 
 def check_rotary(folder: Path, config: PreTrainedConfig) -> None:

@@ -17,7 +17,7 @@ from finlora.model.source import find_source
 from finlora.stage.stage import Stage
 
 CPU = torch.device("cpu")
-IDS = tuple(range(5, 99))
+IDS = tuple(range(5, 205))
 
 
 def edit_config(folder, **changes):
@@ -53,33 +53,35 @@ def test_key_that_a_family_does_not_have_is_refused(tiny_base, tmp_path, name, c
 
 
 WINDOWS = [
-    ("mistral", {"sliding_window": 64}),
-    ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2}),
-    ("smollm3", {"sliding_window": 64, "use_sliding_window": True}),
+    ("mistral", {"sliding_window": 128}),
+    ("qwen2", {"sliding_window": 128, "use_sliding_window": True, "max_window_layers": 2}),
+    ("smollm3", {"sliding_window": 128, "use_sliding_window": True}),
 ]
 
 
 @pytest.mark.parametrize(("name", "window"), WINDOWS)
 def test_sequences_longer_than_the_attention_window_are_refused(tiny_base, tmp_path, name, window):
     base = write_family_base(name, tmp_path / "base", tiny_base, **window)
-    words = r"has sliding-window attention \(sliding_window=64\): .* model.max_seq_len=65: set model.max_seq_len=64\."
+    words = r"has sliding-window attention \(sliding_window=128\): .* at most 64, .* found 65: choose another base\."
     with pytest.raises(ModelError, match=words):
         read_base_files(ModelConfig(base=str(base), max_seq_len=65))
     settings = ModelConfig(base=str(base), compute_dtype="float32", max_seq_len=64)
-    assert read_base_files(settings).shape.additions.window == 64
-    stage = Stage(load_base(settings, 16, CPU, 0, is_bare=True).model, range(4), 128, torch.float32)
+    assert read_base_files(settings).shape.additions.window == 128
+    stage = Stage(load_base(settings, 16, CPU, 0, is_bare=True).model, range(4), 256, torch.float32)
     batch = MicroBatch(0)
     batch.add(IDS, 0, range(len(IDS)), [(0, len(IDS))])
     batch.adapters.append((None, len(IDS)))
     full = stage.compute_logits(stage.forward(batch, None))
     with torch.inference_mode():
         own = load_base(settings, 16, CPU, 0).model(torch.tensor([IDS])).logits[0]
-    torch.testing.assert_close(full[:64], own[:64], rtol=1e-4, atol=1e-4)  # the first 64 tokens are within the window
-    assert float((full[64:] - own[64:]).abs().max()) > 0.1  # behind it transformers' numbers are other ones
+    torch.testing.assert_close(
+        full[:128], own[:128], rtol=1e-4, atol=1e-4
+    )  # the first 128 tokens are within the window
+    assert float((full[128:] - own[128:]).abs().max()) > 0.1  # behind it transformers' numbers are other ones
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("qwen2", {"sliding_window": 64}), ("mistral", {"sliding_window": None})]
+    ("name", "settings"), [("qwen2", {"sliding_window": 128}), ("mistral", {"sliding_window": None})]
 )
 def test_window_that_is_off_limits_nothing(tiny_base, tmp_path, name, settings):
     base = write_family_base(name, tmp_path / "base", tiny_base, **settings)

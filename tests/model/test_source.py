@@ -69,7 +69,7 @@ def test_other_architecture_is_refused_with_a_message(base):
         find(base)
     edit(base / "config.json", model_type="phi3")
     with pytest.raises(
-        ModelError, match=r"is a 'phi3' model: .* q, k and v in one matrix, .* converted to Llama's layout"
+        ModelError, match=r"is a 'phi3' model: .* q, k and v in one matrix, .* a copy in Llama's layout"
     ):
         find(base)
 

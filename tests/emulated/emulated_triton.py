@@ -149,6 +149,7 @@ class Kernel:
                     _program = ids, sizes
                     self.function(*pointers, **settings)
 
+            run.__name__ = self.function.__name__
             emulated_graphs.launch(run)
 
         return launch

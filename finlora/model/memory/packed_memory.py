@@ -133,6 +133,9 @@ def forecast_packs(
     weights = count_weight_bytes(shape, 16 if keep_unpacked else config.model.bits, element)
     adapter = 4 * count_adapter_parameters(shape, config.lora)
     optimizer = count_optimizer_bytes(shape, config.lora, config.optim.name, config.train.num_workers)
+    activations = count_pack_bytes(shape, config, size, recompute, keep_unpacked=keep_unpacked)
+    if config.train.device == "cuda":
+        activations += adapter  # where CUDA graphs write the gradients, before they are the optimiser's
     load_peak = count_load_peak_bytes(shape, config.model.bits, element)
     if keep_unpacked:  # gate and up are held twice while they are joined
         load_peak = max(load_peak, weights + 2 * element * shape.hidden_size * shape.intermediate_size)
@@ -140,7 +143,7 @@ def forecast_packs(
         weights_gib=weights / GIB,
         adapter_gib=adapter / GIB,
         optimizer_gib=optimizer / GIB,
-        activations_gib=count_pack_bytes(shape, config, size, recompute, keep_unpacked=keep_unpacked) / GIB,
+        activations_gib=activations / GIB,
         load_peak_gib=load_peak / GIB,
         context_gib=context_gib(config.train.device),
         adapter_file_mib=count_adapter_file_bytes(shape, config.lora) / 2**20,

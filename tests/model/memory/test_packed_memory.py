@@ -6,7 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from emulated_flash import emulate_attention
+from emulated_triton import emulated_kernels
 from family_bases import write_family_base
+from held_bytes import HeldBytes
 from torch.utils._pytree import tree_leaves
 
 from finlora.config import LoraConfig, ModelConfig, RunConfig, TrainConfig
@@ -21,6 +24,7 @@ from finlora.model.lora import attach_lora
 from finlora.model.memory.packed_memory import (
     Workload,
     count_kept_bytes,
+    count_pack_bytes,
     forecast_packs,
     plan_packs,
 )
@@ -54,6 +58,43 @@ def test_layer_keeps_what_the_table_says(tiny_base, tmp_path, targets, recompute
     tensors = [value for value in tree_leaves(dataclasses.asdict(kept)) if value is not None]
     own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     assert own == len(x) * count_kept_bytes(shape_of(llama.config.to_dict()), config, recompute)
+
+
+def adapt_small(recompute, targets):
+    """Return a packed model with Llama's proportions in bfloat16, and its config."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 32}
+    settings = LlamaConfig(hidden_size=256, intermediate_size=896, vocab_size=500, **sizes)
+    net = LlamaForCausalLM(settings).requires_grad_(False).to(torch.bfloat16)
+    lora = LoraConfig(rank=1, dropout=0.1, target_modules=targets)
+    model = ModelConfig(bits=16, compute_dtype="bfloat16")
+    config = RunConfig(model=model, lora=lora, train=TrainConfig(precision="bf16"))
+    return PackedLlama(attach_lora(net, lora, None, 1).train(), torch.bfloat16, recompute=recompute), config
+
+
+@pytest.mark.parametrize(
+    ("targets", "recompute"),
+    [
+        (PROJECTION_NAMES[:3], "none"),
+        *((PROJECTION_NAMES, recompute) for recompute in ("none", "mlp", "layer")),
+        (("gate_proj", "o_proj"), "layer"),
+    ],
+)
+def test_peak_of_a_step_is_what_torch_allocates(monkeypatch, targets, recompute):
+    """With the GPU's kernels, emulated: their results are allocated as on a GPU. Left out are gradients and rotary tables."""
+    module, config = adapt_small(recompute, targets)
+    items = [Encoded(tuple(range(3 + n, 30 + n)), (200, 201)) for n in range(4)]
+    pack, seed = pad_pack(pack_examples(items, share_prefix=False)), torch.tensor(5, dtype=torch.int32)
+    emulate_attention(monkeypatch)
+    with emulated_kernels(numbers=None), torch.no_grad(), HeldBytes() as held:
+        module.loss_and_gradients(pack, seed)
+    size, shape = (
+        PackSize(num_rows=len(pack.input_ids), num_labels=len(pack.targets)),
+        shape_of(module.model.config.to_dict()),
+    )
+    forecast = count_pack_bytes(shape, config, size, recompute, keep_unpacked=False)
+    assert 1 < held.peak / forecast < 1.03
 
 
 @pytest.mark.parametrize("share_prefix", [False, True])

@@ -23,7 +23,7 @@ from finlora.data.taskfile.load import load_task_file
 from finlora.data.taskfile.read import make_task
 from finlora.durable import follow_umask, scratch_folder, write_whole
 from finlora.errors import AdapterError, ConfigError, DatasetError, counted
-from finlora.formula.llama import PROJECTION_NAMES
+from finlora.formula.llama import PROJECTION_NAMES, LlamaShape
 from finlora.formula.low_rank import LoraSettings, rank_axis
 from finlora.machine.model_hub import explain_hub, find_hub_problem, is_offline
 from finlora.model.adapter_files import (
@@ -42,7 +42,7 @@ from finlora.model.git_lfs import refuse_pointer
 from finlora.model.mirror import ADAPTER_HUB_FILES, MANIFEST
 
 _PICKLED = "adapter_model.bin"
-_MAX_TOKENIZER_BYTES = 2**26
+_MAX_TOKENIZER_BYTES, _MAX_TEXT_BYTES = 2**26, 2**24
 _MAX_WEIGHTS_BYTES = 8 * 2**30
 _MAX_SHOWN = 200
 _PLAIN_STARTS = (False, "gaussian", "orthogonal", "eva")
@@ -98,17 +98,9 @@ def adopt(
         raise AdapterError(f"{given} has its {CONTRACT_FILE} already: use it as it is.")
     _refuse_pickle(given)
     base = read_base_files(model)
-    values = read_peft_settings(given)
     output.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(output.parent, f".{output.name}-") as staging:
-        names_there = _list_names(given)
-        values, rewritten = _normalise(values, names_there)
-        shutil.copyfile(given / ADAPTER_WEIGHTS, staging / ADAPTER_WEIGHTS)
-        if rewritten:
-            write_whole(staging / ADAPTER_CONFIG, json.dumps(values, indent=2) + "\n")
-        else:
-            shutil.copyfile(given / ADAPTER_CONFIG, staging / ADAPTER_CONFIG)
-        settings, num_tensors = _check(staging, given, base, names_there)
+        values, rewritten, settings, num_tensors = copy_adapter(given, staging, base.shape)
         agreed = [f"{counted(num_tensors, 'tensor')} in the names, ranks and shapes of the base"]
         named, unknown = _compare_base(given, values, model.base, is_other_base)
         if not unknown:
@@ -147,6 +139,26 @@ def adopt(
     return Adoption(folder=output, contract=contract, num_tensors=num_tensors, agreed=agreed)
 
 
+def copy_adapter(given: Path, staging: Path, shape: LlamaShape) -> tuple[dict[str, Any], list[str], LoraSettings, int]:
+    """Copy PEFT's two files, the settings in their plain form, and check them against a base.
+
+    Returns:
+        PEFT's settings, the keys of them that were rewritten, what decides the updates, and the number of tensors.
+
+    Raises:
+        AdapterError: the adapter is incomplete, needs another formula than LoRA's, or does not fit the base.
+    """
+    given_values, names = read_peft_settings(given), _list_names(given)
+    values, rewritten = _normalise(given_values, names)
+    shutil.copyfile(given / ADAPTER_WEIGHTS, staging / ADAPTER_WEIGHTS)
+    if rewritten:
+        write_whole(staging / ADAPTER_CONFIG, json.dumps(values, indent=2) + "\n")
+    else:
+        shutil.copyfile(given / ADAPTER_CONFIG, staging / ADAPTER_CONFIG)
+    settings, num_tensors = _check(staging, given, shape, names)
+    return values, rewritten, settings, num_tensors
+
+
 def _read_tasks(tasks: Sequence[str]) -> tuple[dict[str, str], list[str], dict[str, str]]:
     """Return the cards of task files, the names of all tasks, and the hashes of what task files ask."""
     cards, names, hashes = {}, [], {}
@@ -178,11 +190,10 @@ def _find_folder(source: str) -> tuple[Path, str]:
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
-        try:
-            mirrored = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        mirrored = _read_json(folder / MANIFEST)
+        if isinstance(mirrored.get("repository"), str) and isinstance(mirrored.get("commit"), str):
             return folder, _shorten(f"{mirrored['repository']}@{mirrored['commit']}")
-        except (OSError, ValueError, KeyError, TypeError):
-            return folder, _shorten(folder.absolute().name)
+        return folder, _shorten(folder.absolute().name)
     name, _, revision = source.partition("@")
     if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise AdapterError(
@@ -255,7 +266,7 @@ def _normalise(values: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[st
     return new, sorted(key for key in new if new[key] != values.get(key) or type(new[key]) is not type(values.get(key)))
 
 
-def _check(staging: Path, given: Path, base: BaseFiles, names: Sequence[str]) -> tuple[LoraSettings, int]:
+def _check(staging: Path, given: Path, shape: LlamaShape, names: Sequence[str]) -> tuple[LoraSettings, int]:
     """Check settings and tensors against the base, with the given folder in the messages."""
     try:
         read_lora_settings(staging)
@@ -267,7 +278,7 @@ def _check(staging: Path, given: Path, base: BaseFiles, names: Sequence[str]) ->
             )
         settings = check_adapter(staging)
         with open_weights(staging, settings) as (_, shapes):
-            find_sites(staging, settings, shapes, base.shape)
+            find_sites(staging, settings, shapes, shape)
             return settings, len(shapes)
     except AdapterError as error:
         raise AdapterError(str(error).replace(str(staging), str(given))) from error
@@ -306,7 +317,7 @@ def _compare_tokenizer(given: Path, base: BaseFiles, template: Template | None) 
     from tokenizers import Tokenizer
 
     path = given / "tokenizer.json"
-    if not path.is_file():
+    if not path.exists():
         return False
     check_file(path, _MAX_TOKENIZER_BYTES)
     try:
@@ -333,13 +344,28 @@ def _compare_tokenizer(given: Path, base: BaseFiles, template: Template | None) 
 
 
 def _read_chat_template(folder: Path) -> str | None:
-    try:
-        if (path := folder / "chat_template.jinja").is_file():
-            return path.read_text(encoding="utf-8")
-        found = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
-    except (OSError, ValueError, AttributeError):
-        return None
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        check_file(path, _MAX_TEXT_BYTES)
+        return path.read_bytes().decode("utf-8", "replace")
+    found = _read_json(folder / "tokenizer_config.json").get("chat_template")
     return found if isinstance(found, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return the object of a file that may be missing; empty for anything else.
+
+    Raises:
+        AdapterError: it is no regular file of its folder.
+    """
+    if not path.exists():
+        return {}
+    check_file(path, _MAX_TEXT_BYTES)
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _list_unknown(template: Template | None, bits: Bits | None, tasks: Sequence[str], base: BaseFiles) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -254,6 +255,22 @@ def test_mirrored_adapter_is_named_by_hub_id_and_commit(change, take):
     folder = change()
     (folder / "mirror.json").write_text(json.dumps(seal({"repository": "FinGPT/lora", "commit": "c" * 40})))
     assert take(folder).contract.adopted.source == f"FinGPT/lora@{'c' * 40}"
+
+
+@pytest.mark.parametrize("name", ["mirror.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_pipes_and_foreign_links_beside_it_are_refused(change, take, tiny_base, tmp_path, name):
+    folder = change()
+    shutil.copyfile(tiny_base / "tokenizer.json", folder / "tokenizer.json")
+    base = shutil.copytree(tiny_base, tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(AdapterError, match=rf"given/{name} is not a regular file"):
+        take(folder, base=base, template="chat")
+    (folder / name).unlink()
+    (folder / name).symlink_to(tiny_base / "tokenizer.json")
+    with pytest.raises(AdapterError, match=rf"given/{name} is a link to a file outside of the folder"):
+        take(folder, base=base, template="chat")
 
 
 def test_task_file_comes_with_the_adapter(foreign, take, tmp_path):

@@ -65,6 +65,16 @@ def make_reference(folder: Path) -> None:
     (folder / "reference.json").write_text(json.dumps(values))
 
 
+def make_parity(folder: Path) -> None:
+    from finlora.evaluate.parity_report import Parity, write_parity
+
+    texts = dict.fromkeys(("task", "form", "base_hash", "data_hash", "compute_dtype", "device"), "x")
+    numbers = {"num_rows": 9, "num_equal": 8, "seed": 1, "bits": 8, "trained_bits": 4, "is_partial": True}
+    shares = dict.fromkeys(("mean_difference", "max_difference", "accuracy", "trained_accuracy"), 0.5)
+    make_adapter(folder)
+    write_parity(folder, folder, [Parity(**texts, **numbers, **shares)])
+
+
 def make_keys(folder: Path) -> None:
     from finlora.serve.accounts.keys import add_key
 

@@ -30,6 +30,7 @@ from tests.fuzz.corpus import (
     make_audit,
     make_config,
     make_keys,
+    make_parity,
     make_prepared,
     make_reference,
     make_serve_config,
@@ -276,6 +277,30 @@ def _reference(data: bytes, folder: Path) -> None:
         each.abstention_at(0.83)
 
 
+def _parity(data: bytes, folder: Path) -> None:
+    from finlora.evaluate.parity_report import PARITY_FILE, parity_table, read_parity
+
+    for file, content in adapter_files().items():
+        (folder / file).write_bytes(content)
+    (folder / PARITY_FILE).write_bytes(data)
+    parity_table(read_parity(folder))
+
+
+def _adopted_with(name: str) -> Callable[[bytes, Path], object]:
+    """Folder of another program's adapter with one file replaced by the input."""
+
+    def run(data: bytes, folder: Path) -> None:
+        from finlora.exchange.adopt import copy_adapter
+        from finlora.formula.llama import shape_of
+
+        (folder / "copy").mkdir()
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            (folder / file).write_bytes(data if file == name else adapter_files()[file])
+        copy_adapter(folder, folder / "copy", shape_of(SHAPE))
+
+    return run
+
+
 def _corrections(data: bytes, folder: Path) -> None:
     from finlora.data.sets.catalog import TASKS
     from finlora.feedback.corrections import read_corrections
@@ -307,6 +332,11 @@ _ALL = (
         "adapter_weights", _adapter_with("adapter_model.safetensors"), made(make_adapter, "adapter_model.safetensors")
     ),
     Target("adapter_config", _adapter_with("adapter_config.json"), made(make_adapter, "adapter_config.json")),
+    Target("adopted_config", _adopted_with("adapter_config.json"), made(make_adapter, "adapter_config.json")),
+    Target(
+        "adopted_weights", _adopted_with("adapter_model.safetensors"), made(make_adapter, "adapter_model.safetensors")
+    ),
+    Target("parity", _parity, made(make_parity, "parity.json")),
     Target("contract", _adapter_with("finlora.yaml"), made(make_adapter, "finlora.yaml")),
     Target("base_config", _base_with("config.json"), lambda: [json.dumps(SHAPE | {"model_type": "llama"}).encode()]),
     Target("base_weights", _base_with("model.safetensors"), made(make_adapter, "adapter_model.safetensors")),

@@ -1,10 +1,12 @@
-"""`finlora score` as a user types it: engines on Ray, a killed one, the same command again, and another task refused."""
+"""`finlora score` as a user types it: engines on Ray, a killed one, a killed driver, and another task refused."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,6 +15,7 @@ import pytest
 from finlora.score.folder import ScoreFolder
 
 pytestmark = pytest.mark.ray
+PARTS = 20
 
 
 def write_table(path, count):
@@ -21,12 +24,29 @@ def write_table(path, count):
 
 @pytest.fixture
 def score(call, tiny_base, tmp_path, ray_instance):
-    def run(*words):
+    def find_words(*words):
         settings = (f"model.base={tiny_base}", "model.bits=16", "eval.bits=16", "eval.device=cpu")
-        sizes = ("model.max_seq_len=256", "model.compute_dtype=float32", f"output_dir={tmp_path}")
-        return call("score", *words, "--base", *settings, *sizes)
+        sizes = ("model.max_seq_len=256", "model.compute_dtype=bfloat16", f"output_dir={tmp_path}")
+        return ["score", *map(str, words), "--base", *settings, *sizes]
 
+    def run(*words):
+        return call(*find_words(*words))
+
+    run.words = find_words
     return run
+
+
+def start_driver(words):
+    """Start the command in a process of its own, on the Ray of the tests."""
+    import ray
+
+    code = (
+        "import sys; from finlora.score import table; table.PART_ROWS = {'cpu': 8}; "
+        "from finlora.cli.main import main; main(sys.argv[1:])"
+    )
+    address = ray.get_runtime_context().gcs_address
+    environment = os.environ | {"RAY_ADDRESS": address, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen([sys.executable, "-c", code, *words], env=environment)
 
 
 def find_engine():
@@ -44,28 +64,52 @@ def find_engine():
     raise AssertionError("no engine started")
 
 
-def test_killed_engine_changes_no_byte_and_a_second_run_does_nothing(score, tmp_path, monkeypatch):
-    monkeypatch.setattr("finlora.score.table.PART_ROWS", {"cpu": 16})
-    write_table(tmp_path / "in.jsonl", 160)
-    code, said, _ = score(tmp_path / "in.jsonl", tmp_path / "whole.jsonl", "--task", "fpb")
-    assert code == 0, said
-    assert "Scoring 160 rows in 1 file and 10 parts" in said
-
-    folder = ScoreFolder(tmp_path / "killed.jsonl")
+def kill_when_sealed(find_pid, folder, number):
+    """Kill a process in another thread when a part is sealed; returns the thread, and a list that gets the parts left then."""
+    left = []
 
     def kill():
-        pid = find_engine()
-        while not folder.is_sealed(1):
-            time.sleep(0.01)
+        pid = find_pid()
+        while not folder.is_sealed(number):
+            time.sleep(0.005)
         os.kill(pid, signal.SIGKILL)
+        left.extend(other for other in range(PARTS) if not folder.is_sealed(other))
 
     killer = threading.Thread(target=kill)
     killer.start()
+    return killer, left
+
+
+def test_killed_engine_or_driver_changes_no_byte_and_a_second_run_does_nothing(score, tmp_path, monkeypatch):
+    """Several parts are in progress when the process is killed (PARTS_AT_ONCE)."""
+    monkeypatch.setattr("finlora.score.table.PART_ROWS", {"cpu": 8})
+    write_table(tmp_path / "in.jsonl", 8 * PARTS)
+    code, said, _ = score(tmp_path / "in.jsonl", tmp_path / "whole.jsonl", "--task", "fpb")
+    assert code == 0, said
+    assert "Scoring 160 rows in 1 file and 20 parts" in said
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    assert len(whole.splitlines()) == 160
+
+    folder = ScoreFolder(tmp_path / "engine-killed.jsonl")
+    killer, left = kill_when_sealed(find_engine, folder, 1)
     code, said, _ = score(tmp_path / "in.jsonl", folder.out, "--task", "fpb")
     killer.join()
     assert code == 0, said
-    assert folder.out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert len(folder.out.read_text().splitlines()) == 160
+    assert left
+    assert folder.out.read_bytes() == whole
+
+    folder = ScoreFolder(tmp_path / "driver-killed.jsonl")
+    words = score.words(tmp_path / "in.jsonl", folder.out, "--task", "fpb")
+    with start_driver(words) as driver:
+        killer, left = kill_when_sealed(lambda: driver.pid, folder, 1)
+        assert driver.wait(120) == -signal.SIGKILL
+        killer.join()
+    assert left
+    assert not folder.out.exists()
+    code, said, _ = score(tmp_path / "in.jsonl", folder.out, "--task", "fpb")
+    assert code == 0, said
+    assert "of 160 rows are scored already; scoring the rest." in said
+    assert folder.out.read_bytes() == whole
 
     written = folder.out.stat().st_mtime_ns
     code, said, _ = score(tmp_path / "in.jsonl", folder.out, "--task", "fpb")

@@ -234,12 +234,14 @@ def draw(samples: list[dict[str, Any]], bare_rate: float, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
-    size = max(1, len(samples) // 60)
-    ends = [
-        (one, other)
-        for one, other in zip(samples[:-size:size], samples[size::size], strict=False)
-        if one["run"] == other["run"] and 0 < one["rows"] < other["rows"]
-    ]
+    ends: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    start, few = samples[0], max(6_000, samples[-1]["rows"] / 25)
+    for before, one in itertools.pairwise(samples):
+        if one["run"] != before["run"] or not start["rows"]:
+            start = one
+        elif one["rows"] - start["rows"] >= few and one["rows"] > before["rows"]:
+            ends.append((start, one))
+            start = one
     rates = [(other["rows"] - one["rows"]) / (other["seconds"] - one["seconds"]) for one, other in ends]
     above.plot(
         [other["rows"] / 1000 for _, other in ends], rates, color="#1f5fa8", linewidth=1.2, label="finlora score"

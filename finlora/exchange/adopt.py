@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,13 +94,13 @@ def adopt(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output}: it is not empty. Give a new folder: the given adapter is not changed.")
     cards, names, hashes = _read_tasks(tasks)
-    given, origin = _find_folder(source)
-    if (given / CONTRACT_FILE).is_file():
-        raise AdapterError(f"{given} has its {CONTRACT_FILE} already: use it as it is.")
-    _refuse_pickle(given)
+    folder, origin = _find_folder(source)
+    if (folder / CONTRACT_FILE).is_file():
+        raise AdapterError(f"{folder} has its {CONTRACT_FILE} already: use it as it is.")
+    _refuse_pickle(folder)
     base = read_base_files(model)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_folder(output.parent, f".{output.name}-") as staging:
+    with _without_links(folder, output.parent) as given, scratch_folder(output.parent, f".{output.name}-") as staging:
         values, rewritten, settings, num_tensors = copy_adapter(given, staging, base.shape)
         agreed = [f"{counted(num_tensors, 'tensor')} in the names, ranks and shapes of the base"]
         named, unknown = _compare_base(given, values, model.base, is_other_base)
@@ -214,6 +215,26 @@ def _find_folder(source: str) -> tuple[Path, str]:
             f"MIRROR/adapters/{name}."
         ) from error
     return Path(path), f"{name}@{Path(path).name}"  # the snapshot folder is named by its commit
+
+
+@contextmanager
+def _without_links(folder: Path, parent: Path) -> Iterator[Path]:
+    """Yield a folder of the same files: a copy where it is one of the hub's cache, whose files are links to others.
+
+    Args:
+        parent: of the copy.
+    """
+    if folder.parent.name != "snapshots" or not folder.parent.parent.name.startswith("models--"):
+        yield folder
+        return
+    with scratch_folder(parent, ".hub-") as copy:
+        for name in ADAPTER_HUB_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, copy / name)
+        try:
+            yield copy
+        except AdapterError as error:
+            raise AdapterError(str(error).replace(str(copy), str(folder))) from error
 
 
 def _refuse_pickle(folder: Path) -> None:

@@ -14,6 +14,7 @@ a roll-back survives a restart. A folder without finlora.yaml is incomplete and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -126,17 +127,13 @@ class AdapterShelf:
                     found.append(str(error))
         return found
 
-    def list_notices(self) -> list[str]:
-        """Return what an operator should know of each adapter, and why it is refused where it is."""
-        found = []
+    def log_notices(self) -> None:
+        """Read what may be served, so that the log says at the start what is refused, and what an operator should know."""
         for name in self.list_names():
-            try:
-                found += [f"Adapter {name!r}: {notice}" for notice in self.find(name).notices]
-            except ApprovalError:  # logged where it was found
-                continue
-            except AdapterError as error:
-                found.append(f"Not served: {error}")
-        return found
+            versions: Sequence[str | None] = _list_versions(self._find(name)) if self._require_approval else []
+            for version in versions or [None]:
+                with contextlib.suppress(AdapterError):  # logged by `find`
+                    self.find(name, version)
 
     def list_unapproved(self, name: str) -> dict[str | None, str]:
         """Return the versions of an adapter that are not served because they lack an approval -> the reason.
@@ -221,8 +218,11 @@ class AdapterShelf:
         known = self._known.get(folder)
         if known is None or known[0] != stamp:
             known = self._known[folder] = (stamp, self._read(name, version, folder))
-            if isinstance(known[1], ApprovalError):  # once for each state of its files
+            if isinstance(known[1], AdapterError):  # once for each state of its files
                 _logger.warning("Not served: %s", known[1])
+            else:
+                for notice in known[1].notices:
+                    _logger.warning("Adapter %r: %s", name, notice)
         if isinstance(known[1], AdapterError):
             raise known[1].with_traceback(None)
         return known[1]

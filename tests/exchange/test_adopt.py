@@ -251,6 +251,23 @@ def test_source_that_is_not_here_is_refused_with_what_to_do(foreign, take, tmp_p
         take(renamed)
 
 
+def test_folder_of_the_hub_cache_is_read_through_its_links(change, take, tmp_path):
+    """Layout of huggingface_hub's cache: snapshots/COMMIT/NAME links to blobs/HASH."""
+    folder, cache = change(), tmp_path / "models--bank--lora"
+    (cache / "snapshots" / ("c" * 40)).mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for path in folder.iterdir():
+        shutil.copyfile(path, cache / "blobs" / path.name)
+        (cache / "snapshots" / ("c" * 40) / path.name).symlink_to(f"../../blobs/{path.name}")
+    adopted = take(cache / "snapshots" / ("c" * 40))
+    assert adopted.contract.rank == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["given", "models--bank--lora", "own"]
+    shutil.rmtree(adopted.folder)
+    (cache / "blobs" / "adapter_config.json").write_text('{"use_dora": true}')
+    with pytest.raises(AdapterError, match=r"snapshots/c+/adapter_config.json is not plain LoRA"):
+        take(cache / "snapshots" / ("c" * 40))
+
+
 def test_mirrored_adapter_is_named_by_hub_id_and_commit(change, take):
     folder = change()
     (folder / "mirror.json").write_text(json.dumps(seal({"repository": "FinGPT/lora", "commit": "c" * 40})))

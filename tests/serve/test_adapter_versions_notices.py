@@ -22,13 +22,16 @@ def folder(adapters, tmp_path):
     return tmp_path / "adapters"
 
 
-def test_unknown_facts_of_an_adopted_adapter_are_a_notice(folder, tiny_base):
+def test_unknown_facts_of_an_adopted_adapter_are_a_notice(folder, tiny_base, caplog):
     shelf = AdapterShelf(folder, read_base(make_settings(tiny_base)))
-    assert shelf.list_notices() == []
+    shelf.log_notices()
+    assert caplog.messages == []
     origin = Adopted(source="owner/lora", base_named=None, tasks=["fpb"], unknown=["bits"], rewritten=[])
     write_contract(folder / "plain", dataclasses.replace(read_contract(folder / "plain"), bits=None, adopted=origin))
     words = "Adapter 'plain': Another program trained it (owner/lora). Unknown: bits."
-    first, second = shelf.list_notices()
+    shelf.log_notices()
+    shelf.log_notices()  # once for each state of its files
+    first, second = caplog.messages
     assert first == words
     assert "It is served at 16 bit, and the bits of its training are unknown: adopt it again with --bits" in second
 
@@ -66,25 +69,26 @@ def rows_of(folder, num_equal):
     ]
 
 
-def test_other_bits_than_in_training_are_a_notice_until_a_parity_report_covers_them(trained_at_4, tiny_base):
+def test_other_bits_than_in_training_are_a_notice_until_a_parity_report_covers_them(trained_at_4, tiny_base, caplog):
     base = read_base(make_settings(tiny_base))
     assert base.bits == 16
     shelf = AdapterShelf(trained_at_4, base)
-    (notice,) = shelf.list_notices()
+    shelf.log_notices()
+    (notice,) = caplog.messages
     assert notice.startswith(
         "Adapter 'plain': Trained at 4 bit, it is served at 16, and no parity report covers that: run"
     )
     write_parity(trained_at_4 / "plain", trained_at_4 / "plain", rows_of(trained_at_4, 980))
-    assert shelf.list_notices() == []  # read again, since the file is new
-    assert shelf.find("plain").doubt == ""
+    assert shelf.find("plain").doubt == ""  # read again, since the file is new
+    assert len(caplog.messages) == 1
 
 
-def test_min_agreement_refuses_what_is_not_shown_and_what_is_below_it(trained_at_4, tiny_base):
+def test_min_agreement_refuses_what_is_not_shown_and_what_is_below_it(trained_at_4, tiny_base, caplog):
     shelf = AdapterShelf(trained_at_4, read_base(make_settings(tiny_base)), min_agreement=0.98)
     words = r"'plain' is not shown to answer as it was trained, and this server requires it \(min_agreement=0.98\): trained at 4"
     with pytest.raises(AdapterError, match=words):
         shelf.find("plain")
-    (notice,) = shelf.list_notices()
+    (notice,) = caplog.messages
     assert notice.startswith("Not served: adapter 'plain' is not shown to answer as it was trained")
     write_parity(trained_at_4 / "plain", trained_at_4 / "plain", rows_of(trained_at_4, 980))
     with pytest.raises(AdapterError, match=r"in 98\.0 \(96\.9–98\.7\) % of 1,000 rows of"):

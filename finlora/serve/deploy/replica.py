@@ -70,8 +70,7 @@ class ServerDeployment:
             listen_shared(config.direct).close()
         quota = Quota(time.monotonic)
         self._server = Server(config, base, self._engine, keys, Measures(), audit, quota)
-        for name in self._server.shelf.list_names():
-            self._server.shelf.list_unapproved(name)  # logs each
+        self._server.shelf.log_notices()
         self._engine.start()
         self._closers.callback(self._engine.close)
         self._http_pool: HttpPool | None = None

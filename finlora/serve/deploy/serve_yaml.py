@@ -135,12 +135,9 @@ def check_server(
     )
     for reason in shelf.describe_unserved():
         _logger.warning("Not served: %s", reason)
-    for name in shelf.list_names():
-        shelf.list_unapproved(name)  # logs each
     if base.doubt:
         _logger.warning("model.base=%s: %s.", settings.model.base, base.doubt)
-    for notice in shelf.list_notices():
-        _logger.warning(notice)
+    shelf.log_notices()
     return dataclasses.replace(deployment, settings=settings, http=http)
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,15 @@ import yaml
 
 from finlora.card.base_facts import find_hub_id
 from finlora.config import Bits, ModelConfig, Template
-from finlora.configfile import show
+from finlora.configfile import config_from_tree, show
 from finlora.data.sets.catalog import task_named
 from finlora.data.taskfile.load import load_task_file
 from finlora.data.taskfile.read import make_task
 from finlora.durable import follow_umask, scratch_folder, write_whole
 from finlora.errors import AdapterError, ConfigError, DatasetError, counted
+from finlora.exchange.foreign_folder import find_folder, read_json, refuse_pickle, shorten, without_links
 from finlora.formula.llama import PROJECTION_NAMES, LlamaShape
 from finlora.formula.low_rank import LoraSettings, rank_axis
-from finlora.machine.model_hub import explain_hub, find_hub_problem, is_offline
 from finlora.model.adapter_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -40,12 +39,9 @@ from finlora.model.adapter_files import (
 from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.model.contract import CONTRACT_FILE, QUANTISATION, Adopted, Contract, write_contract, write_tasks
 from finlora.model.git_lfs import refuse_pointer
-from finlora.model.mirror import ADAPTER_HUB_FILES, MANIFEST
 
-_PICKLED = "adapter_model.bin"
 _MAX_TOKENIZER_BYTES, _MAX_TEXT_BYTES = 2**26, 2**24
 _MAX_WEIGHTS_BYTES = 8 * 2**30
-_MAX_SHOWN = 200
 _PLAIN_STARTS = (False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights after which a trained adapter is plain LoRA on the unchanged base. PiSSA, OLoRA, CorDA, LoftQ
 and LoRA-GA change the base's weights at the start.
@@ -94,13 +90,13 @@ def adopt(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output {output}: it is not empty. Give a new folder: the given adapter is not changed.")
     cards, names, hashes = _read_tasks(tasks)
-    folder, origin = _find_folder(source)
+    folder, origin = find_folder(source)
     if (folder / CONTRACT_FILE).is_file():
         raise AdapterError(f"{folder} has its {CONTRACT_FILE} already: use it as it is.")
-    _refuse_pickle(folder)
+    refuse_pickle(folder)
     base = read_base_files(model)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with _without_links(folder, output.parent) as given, scratch_folder(output.parent, f".{output.name}-") as staging:
+    with without_links(folder, output.parent) as given, scratch_folder(output.parent, f".{output.name}-") as staging:
         values, rewritten, settings, num_tensors = copy_adapter(given, staging, base.shape)
         agreed = [f"{counted(num_tensors, 'tensor')} in the names, ranks and shapes of the base"]
         named, unknown = _compare_base(given, values, model.base, is_other_base)
@@ -132,7 +128,7 @@ def adopt(
                 rewritten=rewritten,
             ),
         )
-        write_whole(staging / "config.yaml", _write_config(output.name, model, contract, values))
+        write_whole(staging / "config.yaml", _write_config(output.name, model, contract))
         write_tasks(staging, cards)
         write_contract(staging, contract)
         follow_umask(staging)
@@ -181,74 +177,6 @@ def _read_tasks(tasks: Sequence[str]) -> tuple[dict[str, str], list[str], dict[s
                     f"--task {error} A task of your own is named by its file: --task letters.yaml"
                 ) from error
     return cards, names, hashes
-
-
-def _find_folder(source: str) -> tuple[Path, str]:
-    """Return an adapter's folder here, and what the contract calls it.
-
-    Raises:
-        AdapterError: there is no such folder, and it cannot be downloaded.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        mirrored = _read_json(folder / MANIFEST)
-        if isinstance(mirrored.get("repository"), str) and isinstance(mirrored.get("commit"), str):
-            return folder, _shorten(f"{mirrored['repository']}@{mirrored['commit']}")
-        return folder, _shorten(folder.absolute().name)
-    name, _, revision = source.partition("@")
-    if folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise AdapterError(
-            f"{source} is neither a folder here nor a hub id (owner/name): give a folder with {ADAPTER_CONFIG} and "
-            f"{ADAPTER_WEIGHTS}."
-        )
-    from huggingface_hub import snapshot_download
-
-    problem = "HF_HUB_OFFLINE is set" if is_offline() else find_hub_problem()
-    try:
-        path = snapshot_download(
-            name, revision=revision or None, allow_patterns=ADAPTER_HUB_FILES, local_files_only=problem is not None
-        )
-    except Exception as error:  # several libraries raise here; each error means that the files are missing
-        raise AdapterError(
-            f"{source} is not in the local hub cache and could not be downloaded ({problem or explain_hub(error)}). Where the "
-            f"hub is reachable, run `finlora prefetch --adapters {source} --output MIRROR`, copy MIRROR here, and give "
-            f"MIRROR/adapters/{name}."
-        ) from error
-    return Path(path), f"{name}@{Path(path).name}"  # the snapshot folder is named by its commit
-
-
-@contextmanager
-def _without_links(folder: Path, parent: Path) -> Iterator[Path]:
-    """Yield a folder of the same files: a copy where it is one of the hub's cache, whose files are links to others.
-
-    Args:
-        parent: of the copy.
-    """
-    if folder.parent.name != "snapshots" or not folder.parent.parent.name.startswith("models--"):
-        yield folder
-        return
-    with scratch_folder(parent, ".hub-") as copy:
-        for name in ADAPTER_HUB_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, copy / name)
-        try:
-            yield copy
-        except AdapterError as error:
-            raise AdapterError(str(error).replace(str(copy), str(folder))) from error
-
-
-def _refuse_pickle(folder: Path) -> None:
-    if (folder / ADAPTER_WEIGHTS).exists() or not (folder / _PICKLED).exists():
-        return
-    code = (
-        "import sys, torch; from safetensors.torch import save_file; "
-        "t = torch.load(sys.argv[1], map_location='cpu', weights_only=True); "
-        "save_file({k: v.contiguous() for k, v in t.items()}, sys.argv[2], metadata={'format': 'pt'})"
-    )
-    raise AdapterError(
-        f"{folder} holds {_PICKLED}, a pickle, which can run code when read: FinLoRA reads {ADAPTER_WEIGHTS} alone. "
-        f'Convert it by the loader of torch that runs no code: python -c "{code}" {folder / _PICKLED} {folder / ADAPTER_WEIGHTS}'
-    )
 
 
 def _list_names(folder: Path) -> list[str]:
@@ -314,7 +242,7 @@ def _compare_base(given: Path, values: Mapping[str, Any], base: str, is_other: b
     named = values.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         return None, [f"its base ({ADAPTER_CONFIG} names none; the shapes fit)"]
-    named = _shorten(named)
+    named = shorten(named)
     known = find_hub_id(base)
     if named in (known, base):
         return named, []
@@ -338,6 +266,11 @@ def _compare_tokenizer(given: Path, base: BaseFiles, template: Template | None) 
     from tokenizers import Tokenizer
 
     path = given / "tokenizer.json"
+    if template == "chat" and (found := _read_chat_template(given)) and found != base.tokenizer.chat_template:
+        raise AdapterError(
+            f"{given} brings another chat template than the base's tokenizer: give its own with --tokenizer {given}, and set "
+            "model.tokenizer to that folder later on."
+        )
     if not path.exists():
         return False
     check_file(path, _MAX_TOKENIZER_BYTES)
@@ -356,11 +289,6 @@ def _compare_tokenizer(given: Path, base: BaseFiles, template: Template | None) 
             f"they differ in {counted(len(differing), 'token')}, such as {show(differing[0])}: it was made for another base. If "
             "only a padding token was added, which stands in no prompt, remove the tokenizer's files from a copy of the folder."
         )
-    if template == "chat" and (found := _read_chat_template(given)) and found != base.tokenizer.chat_template:
-        raise AdapterError(
-            f"{given} brings another chat template than the base's tokenizer: give its own with --tokenizer {given}, and set "
-            "model.tokenizer to that folder later on."
-        )
     return True
 
 
@@ -369,24 +297,8 @@ def _read_chat_template(folder: Path) -> str | None:
     if path.exists():
         check_file(path, _MAX_TEXT_BYTES)
         return path.read_bytes().decode("utf-8", "replace")
-    found = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    found = read_json(folder / "tokenizer_config.json").get("chat_template")
     return found if isinstance(found, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return the object of a file that may be missing; empty for anything else.
-
-    Raises:
-        AdapterError: it is no regular file of its folder.
-    """
-    if not path.exists():
-        return {}
-    check_file(path, _MAX_TEXT_BYTES)
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _list_unknown(template: Template | None, bits: Bits | None, tasks: Sequence[str], base: BaseFiles) -> list[str]:
@@ -402,8 +314,12 @@ def _list_unknown(template: Template | None, bits: Bits | None, tasks: Sequence[
     return found
 
 
-def _write_config(name: str, model: ModelConfig, contract: Contract, values: Mapping[str, Any]) -> str:
-    """Return config.yaml with what is known; settings of the training are not among it."""
+def _write_config(name: str, model: ModelConfig, contract: Contract) -> str:
+    """Return config.yaml with what is known; settings of the training are not among it.
+
+    Raises:
+        ConfigError: the folder's name cannot name a run.
+    """
     keys = ("base", "revision", "tokenizer")
     tree: dict[str, Any] = {
         "name": name,
@@ -413,8 +329,5 @@ def _write_config(name: str, model: ModelConfig, contract: Contract, values: Map
     tree["model"] |= {key: value for key in ("template", "bits") if (value := getattr(contract, key)) is not None}
     if contract.task_names:
         tree["data"] = {"tasks": contract.task_names}
+    config_from_tree(tree)
     return yaml.safe_dump(tree, sort_keys=False)
-
-
-def _shorten(text: str) -> str:
-    return text if text.isprintable() and len(text) <= _MAX_SHOWN else show(text)[1:-1]

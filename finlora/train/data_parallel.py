@@ -89,6 +89,8 @@ def make_engine(module: torch.nn.Module, optimizer: torch.optim.Optimizer, confi
             "torch_autocast": {"enabled": is_autocast(config), "dtype": "bfloat16"},
             "gradient_clipping": 0.0,
             "steps_per_print": None,
+            # It would wait for the GPU twice a step, so that the host could prepare nothing meanwhile.
+            "timers": {"throughput": {"enabled": False}},
         },
     )
     # Alone, a worker would copy its gradients to the host and back for nothing where it shares a GPU and so talks over gloo.

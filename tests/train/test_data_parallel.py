@@ -42,6 +42,7 @@ def test_deepspeed_sees_the_adapter_alone_and_averages_what_the_optimiser_does_n
     engine = make_engine(whole, None, config)
     assert engine.enable_backward_allreduce == (workers == 2 and not kind.averages_gradients)
     assert asked["config"]["gradient_clipping"] == 0.0
+    assert asked["config"]["timers"]["throughput"] == {"enabled": False}
     seen = asked["model"]
     assert [id(parameter) for parameter in seen.parameters()] == [id(whole[0].bias)]
     seen.eval()

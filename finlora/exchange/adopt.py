@@ -7,6 +7,7 @@ unknown in the contract. The given folder is not changed.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from finlora.durable import follow_umask, scratch_folder, write_whole
 from finlora.errors import AdapterError, ConfigError, DatasetError, counted
 from finlora.exchange.foreign_folder import find_folder, read_json, refuse_pickle, shorten, without_links
 from finlora.formula.llama import PROJECTION_NAMES, LlamaShape
-from finlora.formula.low_rank import LoraSettings, rank_axis
+from finlora.formula.low_rank import LoraSettings, rank_axis, read_settings
 from finlora.model.adapter_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -212,6 +213,9 @@ def _normalise(values: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[st
     for key in _UNUSED:
         if new.get(key):
             new[key] = None
+    if new.get("use_rslora") is True and (settings := read_settings(new)) is not None:
+        # Rank-stabilised LoRA (arXiv:2312.03732) scales by alpha / sqrt(rank).
+        new["use_rslora"], new["lora_alpha"] = False, settings.alpha * math.sqrt(settings.rank)
     return new, sorted(key for key in new if new[key] != values.get(key) or type(new[key]) is not type(values.get(key)))
 
 

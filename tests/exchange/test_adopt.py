@@ -139,6 +139,33 @@ def test_settings_of_other_versions_with_the_same_effect_are_accepted(change, ta
     read_contract(adopted.folder).check_files(adopted.folder)
 
 
+def test_rank_stabilised_adapter_becomes_a_plain_one_of_the_same_scale(change, take, tiny_base):
+    """alpha / sqrt(rank) is (alpha sqrt(rank)) / rank: PEFT computes the same from both folders."""
+    import peft
+    from transformers import LlamaForCausalLM
+
+    def logits_of(folder):
+        with warnings.catch_warnings(), torch.inference_mode():
+            warnings.simplefilter("ignore")
+            net = LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
+            return peft.PeftModel.from_pretrained(net, folder).eval()(IDS).logits
+
+    given = change(use_rslora=True)
+    adopted = take(given)
+    assert adopted.contract.adopted.rewritten == ["lora_alpha", "use_rslora"]
+    assert adopted.contract.alpha == pytest.approx(16 * 8**0.5)
+    expected, found = logits_of(given), logits_of(adopted.folder)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (logits_of(change_back(given)) - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+def change_back(folder):
+    """Take the scale out of the settings, so that it has an effect to be seen."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": False}))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

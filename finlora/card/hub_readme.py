@@ -223,7 +223,8 @@ def _write_code(config: RunConfig, contract: Contract, hub_id: str | None, cards
         "print(tokenizer.decode(output[0, len(ids):], skip_special_tokens=True))\n```\n\n"
         '`"."` is this folder'
         + ("" if hub_id else ", `BASE` that of the base model")
-        + f". The base was held at {contract.bits} bit in training: at other bits answers change a little."
+        + f". The base was held at {contract.bits} bit in training: at other bits some answers differ (`finlora parity .` counts "
+        "them)."
     )
 
 

@@ -141,7 +141,8 @@ def merge(
     allow_other_bits: Annotated[
         bool,
         typer.Option(
-            "--allow-other-bits", help="Merge an adapter trained at 8 or 4 bit, whose answers change a little by it."
+            "--allow-other-bits",
+            help="Merge an adapter trained at 8 or 4 bit onto the 16-bit base, by which some of its answers change.",
         ),
     ] = False,
     onto: Annotated[

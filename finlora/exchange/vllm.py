@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import io
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from finlora.machine.lean_imports import lean_imports
 from finlora.model.base import check_device
 from finlora.model.contract import MERGED_FILE
 from finlora.model.merge import Onto, export_merged
+from finlora.model.source import fingerprint_weights
 from finlora.report.tables import format_share
 from finlora.yamltext import read_yaml
 
@@ -77,7 +79,9 @@ def export_vllm(
                 model, end_token_id(rows.files.tokenizer, rows.config.model.template), rows.files.tokenizer
             )
             answers = _answer_all(engine, rows.works, rows.config, form, on_progress)
-        found = rows.compare(form, None, rows.files.weights_hash, trained, answers)
+        shards = {path.name: path for path in packed.glob("*.safetensors")}
+        written = fingerprint_weights(dataclasses.replace(rows.files.source, shards=shards))
+        found = rows.compare(form, None, written, trained, answers)
         if poor := [row for row in found if row.agreement < min_agreement]:
             share = format_share(poor[0].agreement, *poor[0].interval)
             raise ModelError(

@@ -17,7 +17,7 @@ from finlora.exchange import vllm
 from finlora.exchange.compressed import find_scales, requantise
 from finlora.exchange.vllm import export_vllm
 from finlora.model.base import load_base, quiet_bitsandbytes
-from finlora.model.contract import make_contract, write_contract
+from finlora.model.contract import make_contract, read_contract, write_contract
 from finlora.model.lora import attach_lora, save_adapter, trainable_parameters
 
 CPU = torch.device("cpu")
@@ -103,6 +103,7 @@ def test_export_is_checked_against_the_form_of_the_training_and_says_so_beside_b
     assert row.max_difference < 0.05
     assert (row.num_rows, row.trained_bits, row.bits) == (12, 4, None)
     assert row in read_parity(adapter)
+    assert row.base_hash != read_contract(adapter).weights_hash  # of the model that answered
     assert '"quant_method": "compressed-tensors"' in (tmp_path / "out" / "config.json").read_text()
     assert "exported: exported for vLLM, 8 bit, whole rows" in (tmp_path / "out" / "merged.yaml").read_text()
     assert "exported for vLLM" in (tmp_path / "out" / "parity.json").read_text()
@@ -123,6 +124,24 @@ def test_export_whose_answers_differ_is_not_kept(export, tmp_path, monkeypatch):
     with pytest.raises(ModelError, match=words):
         export(bits=4)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plain_engine_writes_the_most_probable_tokens_up_to_the_end(tiny_base):
+    from finlora.model.tokenizer import load_tokenizer
+
+    tokenizer, prompt, seen = load_tokenizer(tiny_base), [5, 9, 30], []
+    with vllm._load(tiny_base, CPU, torch.float32) as model:
+        ids = torch.tensor([prompt])
+        for _ in range(6):
+            with torch.inference_mode():
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        expected = ids[0, len(prompt) :]
+        end = int(expected[-1])
+        engine = vllm._PlainEngine(model, end, tokenizer)
+        (text,) = engine.generate([prompt], 6, seen.append)
+    before = expected[: expected.tolist().index(end) + 1]
+    assert text == tokenizer.decode(before, skip_special_tokens=True)
+    assert seen == [1]
 
 
 def test_inputs_that_no_group_divides_are_refused_at_4_bit(tmp_path):

@@ -126,9 +126,7 @@ def make_inputs(config: RunConfig, training_set: TrainingSet, works: Sequence[Wo
         "device": "cuda:0" if train.device == "cuda" else "cpu",
         "dtype": config.model.compute_dtype,
         "bits": config.model.bits,
-        "lora": peft_settings(
-            rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules
-        ),
+        "lora": peft_settings(lora.settings, lora.dropout),
         "training": {
             "seed": config.seed,
             "is_autocast": is_autocast(config),

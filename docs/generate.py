@@ -92,6 +92,8 @@ def describe_type(hint: Any) -> str:
             return "list of sections, see below"
         inner = describe_type(parts[0])
         return "list of " + (f"{inner}s" if inner in ("text", "integer", "number") else inner)
+    if origin is dict:
+        return f"keys, each with a value: {describe_type(parts[1])}"
     raise LookupError(f"no words for the type {hint}")
 
 

@@ -7,7 +7,7 @@ Each class checks its own ranges; RunConfig checks relations between sections. V
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import PurePath
@@ -15,7 +15,7 @@ from typing import Literal
 
 from finlora.errors import ConfigError
 from finlora.formula.llama import PROJECTION_NAMES
-from finlora.formula.low_rank import MAX_ALPHA, MAX_RANK
+from finlora.formula.low_rank import MAX_ALPHA, MAX_RANK, LoraSettings, is_alpha, is_rank
 
 Bits = Literal[16, 8, 4]
 Transport = Literal["messages", "nccl", "gloo"]
@@ -97,6 +97,12 @@ class LoraConfig:
     """Dropout on the adapter's input during training, at least 0 and less than 1."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     """Projections of each layer that get an adapter: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(rank) instead, so that its size does not shrink as the rank grows (arXiv:2312.03732)."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of single projections, the others have lora.rank: `{down_proj: 16}`."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas of single projections, the others have lora.alpha: `{down_proj: 64}`."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.target_modules if name not in PROJECTION_NAMES]
@@ -111,7 +117,27 @@ class LoraConfig:
                 (0 <= self.dropout < 1, f"dropout={self.dropout}: expected 0 <= dropout < 1"),
                 (bool(self.target_modules), "target_modules is empty: name at least one projection"),
                 (not unknown, f"target_modules has {unknown}: expected some of {', '.join(PROJECTION_NAMES)}"),
+                *self._check_pattern("rank_pattern", is_rank, f"an integer of 1 to {MAX_RANK:,}"),
+                *self._check_pattern("alpha_pattern", is_alpha, f"a number above 0 and below {MAX_ALPHA:g}"),
             ],
+        )
+
+    def _check_pattern(self, key: str, is_right: Callable[[object], bool], expected: str) -> Iterator[tuple[bool, str]]:
+        for name, value in getattr(self, key).items():
+            words = f"{key} has {name}: expected some of lora.target_modules ({', '.join(self.target_modules)})"
+            yield name in self.target_modules, words
+            yield is_right(value), f"{key}[{name}]={value}: expected {expected}"
+
+    @property
+    def settings(self) -> LoraSettings:
+        """The record that training, forecasts and adapter files share."""
+        return LoraSettings(
+            rank=self.rank,
+            alpha=self.alpha,
+            target_modules=self.target_modules,
+            rslora=self.rslora,
+            rank_pattern=self.rank_pattern,
+            alpha_pattern=self.alpha_pattern,
         )
 
 

@@ -253,7 +253,7 @@ def _write_commands(contract: Contract) -> str:
 
 def _list_settings(config: RunConfig, contract: Contract) -> TextTable:
     rows: Sequence[tuple[str, object]] = (
-        ("rank, alpha, dropout", f"{contract.rank}, {contract.alpha:g}, {config.lora.dropout:g}"),
+        ("rank, alpha, dropout", f"{contract.describe_lora()}, {config.lora.dropout:g}"),
         ("projections", ", ".join(contract.target_modules)),
         ("base in training", f"{contract.bits} bit ({contract.quantisation})"),
         ("prompt form", f"{contract.template}{f', dated {contract.template_date}' if contract.template_date else ''}"),

@@ -31,7 +31,7 @@ def describe_adapter(evidence: Evidence) -> Part:
             f"{contract.bits} ({contract.quantisation})" if contract.bits else None,
             CONTRACT_FILE,
         ),
-        ("LoRA rank, alpha", f"{contract.rank}, {contract.alpha:g}", CONTRACT_FILE),
+        ("LoRA rank, alpha", contract.describe_lora(), CONTRACT_FILE),
         ("projections", ", ".join(contract.target_modules), CONTRACT_FILE),
         ("prompt form", contract.template, CONTRACT_FILE),
         ("date in each prompt", contract.template_date or "none", CONTRACT_FILE),

@@ -1,17 +1,19 @@
-"""LoRA's update W0 + (alpha / rank) B A, described once: its scale, its tensors, and their names and settings in PEFT's files.
+"""LoRA's update W0 + scale B A, described once: its scale, its tensors, and their names and settings in PEFT's files.
+
+scale = alpha / rank, or alpha / sqrt(rank) with `rslora`. Rank and alpha may differ between projections.
 
 A variant of LoRA changes its settings, names or shapes here, for training, merge, stages, memory forecast and the check of
 adapter files alike. What the record does not describe is refused by all of them (`foreign_settings`).
 
 Shapes: rank r, in K, out N of a projection.
-Source: LoRA, arXiv:2106.09685, section 4.1; PEFT's LoraConfig.
+Source: LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732; PEFT's LoraConfig.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from finlora.formula.llama import (
     PRODUCTS,
@@ -39,7 +41,8 @@ _PLAIN: dict[str, tuple[object, ...]] = {
 }
 """PEFT's settings that must have one of these values."""
 _WITHOUT_EFFECT = {
-    *("r", "lora_alpha", "target_modules", "lora_dropout", "inference_mode", "peft_version"),
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("target_modules", "lora_dropout", "inference_mode", "peft_version"),
     *("base_model_name_or_path", "revision", "megatron_core", "qalora_group_size"),
 }
 """PEFT's settings that `LoraSettings` holds, and those without effect: nothing reads them, or only together with a setting that
@@ -53,10 +56,23 @@ class LoraSettings:
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    """Projection -> its rank, where that is not `rank`."""
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def rank_of(self, projection: str) -> int:
+        return self.rank_pattern.get(projection, self.rank)
+
+    def scale_of(self, projection: str) -> float:
+        """Return the factor of B A on a projection."""
+        rank, alpha = self.rank_of(projection), self.alpha_pattern.get(projection, self.alpha)
+        return alpha / (rank**0.5 if self.rslora else rank)
 
     @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
+    def ranks(self) -> list[int]:
+        """Rank of each target, in their order."""
+        return [self.rank_of(target) for target in self.target_modules]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,36 +105,70 @@ class UpdateSite(NamedTuple):
     names: UpdateNames
 
 
-def peft_settings(*, rank: int, alpha: float, dropout: float, target_modules: Sequence[str]) -> dict[str, Any]:
+def peft_settings(settings: LoraSettings, dropout: float) -> dict[str, Any]:
     """Return the arguments of PEFT's LoraConfig."""
     return {
-        "r": rank,
-        "lora_alpha": alpha,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "use_rslora": settings.rslora,
+        "rank_pattern": dict(settings.rank_pattern),
+        "alpha_pattern": dict(settings.alpha_pattern),
         "lora_dropout": dropout,
-        "target_modules": list(target_modules),
+        "target_modules": list(settings.target_modules),
         "bias": "none",
         "task_type": "CAUSAL_LM",
     }
 
 
 def foreign_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of PEFT's settings that need another formula than (alpha / rank) B A."""
+    """Return those of PEFT's settings that need another formula than scale B A, or patterns that name more than projections."""
     odd = {key: values.get(key) for key, plain in _PLAIN.items() if not _is_among(values.get(key), plain)}
+    for key, is_right in _PATTERNS.items():
+        if values.get(key) and not _is_pattern(values[key], is_right):
+            odd[key] = values[key]
+    if not isinstance(values.get("use_rslora", False), bool | None):
+        odd["use_rslora"] = values["use_rslora"]
     return odd | {key: value for key, value in values.items() if key not in _WITHOUT_EFFECT | _PLAIN.keys() and value}
 
 
 def read_settings(values: Mapping[str, Any]) -> LoraSettings | None:
     """Read PEFT's settings; None unless they hold a rank of 1 to MAX_RANK, a positive alpha and names of projections."""
     rank, alpha, targets = values.get("r"), values.get("lora_alpha"), values.get("target_modules")
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-        return None
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < MAX_ALPHA:
+    if not is_rank(rank) or not is_alpha(alpha):
         return None
     if not isinstance(targets, list | set) or not all(isinstance(name, str) for name in targets):
         return None
     if not set(targets).issubset(PROJECTION_NAMES):
         return None
-    return LoraSettings(rank=rank, alpha=float(alpha), target_modules=tuple(targets))
+    ranks, alphas = (
+        {name: one for name, one in (values.get(key) or {}).items() if name in targets} for key in _PATTERNS
+    )
+    return LoraSettings(
+        rank=rank,
+        alpha=float(alpha),
+        target_modules=tuple(targets),
+        rslora=bool(values.get("use_rslora")),
+        rank_pattern=ranks,
+        alpha_pattern={name: float(one) for name, one in alphas.items()},
+    )
+
+
+def is_rank(value: object) -> TypeGuard[int]:
+    """Return whether a value is an integer of 1 to MAX_RANK."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_RANK
+
+
+def is_alpha(value: object) -> TypeGuard[float]:
+    """Return whether a value is a number above 0 and below MAX_ALPHA."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < MAX_ALPHA
+
+
+_PATTERNS: Mapping[str, Callable[[object], bool]] = {"rank_pattern": is_rank, "alpha_pattern": is_alpha}
+"""PEFT's settings of single projections. PEFT takes regular expressions as keys; names of projections mean the same there."""
+
+
+def _is_pattern(value: object, is_right: Callable[[object], bool]) -> bool:
+    return isinstance(value, Mapping) and all(name in PROJECTION_NAMES and is_right(one) for name, one in value.items())
 
 
 def count_sizes(size: tuple[int, int], rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -138,13 +188,16 @@ def rank_axis(name: str) -> int | None:
     return {"lora_A.weight": 0, "lora_B.weight": 1}.get(".".join(name.split(".")[-2:]))
 
 
-def list_adapter_tensors(
-    shape: LlamaShape, rank: int, target_modules: Sequence[str]
-) -> Iterator[tuple[str, tuple[int, int]]]:
+def adapted_name(name: str) -> str:
+    """Return the projection that a tensor of PEFT's adapter file belongs to; any text where it is neither A nor B."""
+    return name.rsplit(".", 3)[-3] if name.count(".") > 2 else ""
+
+
+def list_adapter_tensors(shape: LlamaShape, settings: LoraSettings) -> Iterator[tuple[str, tuple[int, int]]]:
     """Yield name and shape of each tensor of an adapter file: A, B, A, B, ..."""
     for layer in range(shape.num_layers):
-        for target in target_modules:
-            projection = find_projection(target)
+        for target in settings.target_modules:
+            projection, rank = find_projection(target), settings.rank_of(target)
             yield from zip(update_names(projection, layer), count_sizes(projection.size(shape), rank), strict=True)
 
 

@@ -24,6 +24,7 @@ from finlora.formula.low_rank import (
     MAX_RANK,
     LoraSettings,
     UpdateSite,
+    adapted_name,
     foreign_settings,
     list_sites,
     rank_axis,
@@ -84,14 +85,14 @@ def read_lora_settings(folder: Path) -> LoraSettings:
     """Read adapter_config.json of plain LoRA.
 
     Raises:
-        AdapterError: it is missing or damaged, or needs another formula than (alpha / rank) B A.
+        AdapterError: it is missing or damaged, or needs another formula than scale B A.
     """
     path = folder / ADAPTER_CONFIG
     values = read_peft_settings(folder)
     odd = [f"{show(key)[1:-1]}={show(value)}" for key, value in foreign_settings(values).items()]
     if odd:
         raise AdapterError(
-            f"{path} is not plain LoRA ({', '.join(odd[:8])}): FinLoRA computes W0 + (alpha / rank) B A only. Train the adapter "
+            f"{path} is not plain LoRA ({', '.join(odd[:8])}): FinLoRA computes W0 + scale B A only. Train the adapter "
             "with `finlora train`, or use PEFT itself."
         )
     settings = read_settings(values)
@@ -207,10 +208,10 @@ def _example(names: Set[str]) -> str:
 
 def _check_tensor(path: Path, name: str, held: Any, settings: LoraSettings) -> tuple[int, ...]:
     shape, dtype = tuple(held.get_shape()), str(held.get_dtype())
-    axis = rank_axis(name)
-    if axis is None or len(shape) != 2 or shape[axis] != settings.rank or dtype not in _DTYPES:
+    axis, rank = rank_axis(name), settings.rank_of(adapted_name(name))
+    if axis is None or len(shape) != 2 or shape[axis] != rank or dtype not in _DTYPES:
         raise AdapterError(
-            f"{path} holds {show(name)[1:-1]} as {dtype} {list(shape)}: expected lora_A ({settings.rank}, in) and lora_B "
-            f"(out, {settings.rank}) in floating point, for the rank that {ADAPTER_CONFIG} says."
+            f"{path} holds {show(name)[1:-1]} as {dtype} {list(shape)}: expected lora_A ({rank}, in) and lora_B "
+            f"(out, {rank}) in floating point, for the rank that {ADAPTER_CONFIG} says."
         )
     return shape

@@ -103,6 +103,11 @@ class Contract:
     metrics: dict[str, float] = field(default_factory=dict)
     template_date: str | None = None
     """Date, such as 2024-07-26, that the chat template wrote into each prompt; None: it writes none, or a fixed one."""
+    rslora: bool = False
+    """The update's scale is alpha / sqrt(rank)."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Projection -> its rank, where that is not `rank`."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
     tasks: dict[str, str] = field(default_factory=dict)
     """Task of a task file -> hash of what it asks; the files themselves are in tasks.yaml."""
     files: dict[str, str] = field(default_factory=dict)
@@ -116,6 +121,13 @@ class Contract:
     def variant(self) -> str:
         """Name of the adapter in tables: `4bit-r4`."""
         return f"{self.bits}bit-r{self.rank}" if self.bits else f"adopted-r{self.rank}"
+
+    def describe_lora(self) -> str:
+        """Return rank and alpha, with those of single projections: `4, 32; rsLoRA; down_proj rank 16`."""
+        parts = [f"{self.rank}, {self.alpha:g}", *(["rsLoRA"] if self.rslora else [])]
+        parts += [f"{name} rank {rank}" for name, rank in self.rank_pattern.items()]
+        parts += [f"{name} alpha {alpha:g}" for name, alpha in self.alpha_pattern.items()]
+        return "; ".join(parts)
 
     @property
     def task_names(self) -> list[str]:
@@ -313,6 +325,9 @@ def make_contract(
         quantisation=QUANTISATION[base.bits],
         rank=lora.rank,
         alpha=lora.alpha,
+        rslora=lora.rslora,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
         target_modules=list(lora.target_modules),
         data_hashes=data_hashes,
         num_train_examples=num_train_examples,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def attach_lora(net: LlamaForCausalLM, lora: LoraConfig, base: str, seed: int) -> PeftModel:
-    """Put new adapters on the base: W x + (alpha / rank) B A x with B = 0, so that the first output equals the base's.
+    """Put new adapters on the base: W x + scale B A x with B = 0, so that the first output equals the base's.
 
     The trainable A (rank, in) and B (out, rank) are float32; the base is untouched.
 
@@ -33,7 +33,7 @@ def attach_lora(net: LlamaForCausalLM, lora: LoraConfig, base: str, seed: int) -
 
     torch.manual_seed(seed)  # A is sampled here: every worker must start from the same
     settings = peft.LoraConfig(
-        **peft_settings(rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules),
+        **peft_settings(lora.settings, lora.dropout),
         base_model_name_or_path=base,
     )
     with warnings.catch_warnings():

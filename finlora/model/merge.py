@@ -25,7 +25,6 @@ from finlora.data.chat_template import fix_inputs
 from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import AdapterError, ModelError
 from finlora.formula.llama import LlamaShape, shape_of
-from finlora.formula.low_rank import LoraSettings
 from finlora.machine.host import require_space
 from finlora.model.adapter_files import check_adapter, find_sites, open_weights, require_finite
 from finlora.model.base import BaseModel, load_base, write_plain
@@ -69,7 +68,7 @@ def dequantise_base(base: BaseModel) -> BaseModel:
 
 
 def merge_lora(base: BaseModel, adapter: Path) -> int:
-    """Add an adapter to the base weights: W <- W0 + (alpha / rank) B A, in place.
+    """Add an adapter to the base weights: W <- W0 + scale B A, in place.
 
     Shapes: W0 (out, in), A (rank, in), B (out, rank). The sum is computed in float32, then cast to the base's type. PEFT's
     merge multiplies in the adapter's type, bfloat16 here.
@@ -91,12 +90,12 @@ def merge_lora(base: BaseModel, adapter: Path) -> int:
             f"the base is loaded at {base.bits} bit, a merge needs 16: rounding the sum to {base.bits} bit "
             "would lose most of the adapter. Load the base with bits=16, or serve base and adapter unmerged."
         )
-    settings, updates = _read_adapter(adapter, shape_of(base.model.config.to_dict()))
+    updates = _read_adapter(adapter, shape_of(base.model.config.to_dict()))
     with torch.no_grad():
-        for name, down, up in updates:
+        for name, scale, down, up in updates:
             weight = base.model.get_parameter(f"{name}.weight")
             update = up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
-            weight.copy_(weight.float().add_(update, alpha=settings.scale))
+            weight.copy_(weight.float().add_(update, alpha=scale))
             require_finite(weight, adapter, "the merged weight")
     return len(updates)
 
@@ -166,14 +165,16 @@ def export_merged(
     )
 
 
-def _read_adapter(folder: Path, base: LlamaShape) -> tuple[LoraSettings, list[tuple[str, torch.Tensor, torch.Tensor]]]:
-    """Return an adapter's settings, and each update as projection name, A and B."""
+def _read_adapter(folder: Path, base: LlamaShape) -> list[tuple[str, float, torch.Tensor, torch.Tensor]]:
+    """Return each update of an adapter as module name, scale, A and B."""
     settings = check_adapter(folder)
     with open_weights(folder, settings) as (file, shapes):
         sites = find_sites(folder, settings, shapes, base)  # checks all before any weight changes
-        return settings, [
-            (site.projection.path(site.layer), *(file.get_tensor(name) for name in site.names)) for site in sites
-        ]
+        updates = []
+        for site in sites:
+            down, up = (file.get_tensor(name) for name in site.names)
+            updates.append((site.projection.path(site.layer), settings.scale_of(site.projection.name), down, up))
+        return updates
 
 
 def _write(base: BaseModel, contract: Contract, adapter: Path, output: Path, onto: Onto) -> None:
@@ -181,7 +182,7 @@ def _write(base: BaseModel, contract: Contract, adapter: Path, output: Path, ont
         write_plain(base.model, staging, "4GB")
         base.tokenizer.save_pretrained(str(staging))
         provenance = {
-            "merged": "W0 + (alpha / rank) B A, summed in float32",
+            "merged": "W0 + scale B A, summed in float32",
             "onto": onto,
             "weights": "the base's own"
             if onto == "base"

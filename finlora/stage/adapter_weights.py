@@ -127,7 +127,7 @@ def read_adapter(folder: Path, shape: LlamaShape, span: range, dtype: torch.dtyp
                 down, up = (file.get_tensor(name) for name in names)
                 for name, tensor in zip(names, (down, up), strict=True):
                     require_finite(tensor, folder, name)
-                scale = settings.scale * shape.product_scale(projection.product)
+                scale = settings.scale_of(projection.name) * shape.product_scale(projection.product)
                 update = Update(columns, down.to(device, dtype), up.to(device, dtype), scale)
                 adapter.setdefault((layer, projection.product), []).append(update)
     return adapter

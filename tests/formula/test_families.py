@@ -65,7 +65,7 @@ def adapt(net, settings, targets=PROJECTION_NAMES):
 
 def run_stages(settings, num_stages, bits=16, adapter=None):
     """Return the logits of every row of PROMPTS and then of one more token each, from stages that share the layers out."""
-    size = 4 // num_stages
+    size = find_source(settings).shape.num_layers // num_stages
     stages = []
     for number in range(num_stages):
         span = range(number * size, (number + 1) * size)

@@ -47,7 +47,7 @@ def test_tensors_have_the_names_and_shapes_of_pefts_file(model, targets):
     theirs = {name: tuple(tensor.shape) for name, tensor in state.items() if name.split(".")[-3] in targets}
     assert len(theirs) == 2 * 2 * len(targets)
     shape = shape_of(model.get_base_model().config.to_dict())
-    assert dict(list_adapter_tensors(shape, LORA.rank, targets)) == theirs
+    assert dict(list_adapter_tensors(shape, dataclasses.replace(LORA, target_modules=targets).settings)) == theirs
     assert {name for site in list_sites(shape, targets) for name in site.names} == theirs.keys()
     assert all(size[rank_axis(name)] == LORA.rank for name, size in theirs.items())
     assert rank_axis("base_model.model.lm_head.weight") is None
@@ -56,7 +56,7 @@ def test_tensors_have_the_names_and_shapes_of_pefts_file(model, targets):
 def test_settings_read_back_what_peft_was_given(model):
     settings = model.peft_config["default"].to_dict()
     assert foreign_settings(settings) == {}
-    given = peft_settings(**dataclasses.asdict(LORA))
+    given = peft_settings(LORA.settings, LORA.dropout)
     assert {key: set(settings[key]) if key == "target_modules" else settings[key] for key in given} == given | {
         "target_modules": set(PROJECTION_NAMES)
     }
@@ -68,7 +68,9 @@ def test_update_is_what_peft_adds(model):
     site = list(list_sites(shape_of(model.get_base_model().config.to_dict()), PROJECTION_NAMES))[9]
     module = model.get_base_model().get_submodule(site.projection.path(site.layer))
     module.lora_B["default"].weight.data.normal_(generator=torch.Generator().manual_seed(1))
-    update = read_module(module, site.columns, read_settings(model.peft_config["default"].to_dict()).scale)
+    update = read_module(
+        module, site.columns, read_settings(model.peft_config["default"].to_dict()).scale_of(site.projection.name)
+    )
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         added = module.eval()(x) - module.base_layer(x)
@@ -76,7 +78,13 @@ def test_update_is_what_peft_adds(model):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}, {"alpha_pattern": {"q_proj": 2}}]
+    "changes",
+    [
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"alpha_pattern": {"layers.0.q_proj": 2}},
+        {"rank_pattern": {"q_proj": 0}},
+    ],
 )
 def test_variant_that_the_record_does_not_describe_is_foreign(model, changes):
     assert foreign_settings(model.peft_config["default"].to_dict() | changes) == changes

@@ -29,7 +29,7 @@ def folder(tmp_path):
         folder / ADAPTER_WEIGHTS,
     )
     (folder / ADAPTER_CONFIG).write_text(json.dumps(SETTINGS))
-    assert check_adapter(folder).scale == 2.0
+    assert check_adapter(folder).scale_of("q_proj") == 2.0
     return folder
 
 

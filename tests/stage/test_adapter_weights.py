@@ -97,7 +97,8 @@ def test_stage_merge_and_peft_refuse_the_same_files(read, copy, four_layers, cha
     [
         ({"use_dora": True}, "is not plain LoRA \\(use_dora=True\\)"),
         ({"bias": "all"}, "bias='all'"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern="),
+        ({"rank_pattern": {"0.*q_proj": 8}}, "rank_pattern="),
+        ({"rank_pattern": {"q_proj": 7}}, r"expected lora_A \(7, in\)"),
     ],
 )
 def test_other_variants_than_plain_lora_are_refused(read, copy, settings, words):

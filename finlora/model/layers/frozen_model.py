@@ -121,7 +121,9 @@ def read_layer(
         for projection, columns in product_columns(product, shape):
             if lora is not None and projection.name in lora.target_modules:
                 module = layer.get_submodule(f"{projection.block}.{projection.name}")
-                updates[product] += (read_module(module, columns, lora.scale * shape.product_scale(product)),)
+                updates[product] += (
+                    read_module(module, columns, lora.scale_of(projection.name) * shape.product_scale(product)),
+                )
                 dropout = read_dropout(module)
     first_norm, second_norm = (getattr(layer, name) for name in (ATTENTION_NORM, MLP_NORM))
     weights = [layer.get_parameter(f"{name}.weight").detach().to(dtype) for name in head_norms(shape)]

@@ -72,7 +72,7 @@ def _load_steps(shape: LlamaShape, bits: Bits, element_bytes: int) -> Iterator[t
 
 def adapter_sizes(shape: LlamaShape, lora: LoraConfig) -> list[int]:
     """Return the number of parameters of each adapter tensor."""
-    return [math.prod(size) for _, size in list_adapter_tensors(shape, lora.rank, lora.target_modules)]
+    return [math.prod(size) for _, size in list_adapter_tensors(shape, lora.settings)]
 
 
 def count_adapter_parameters(shape: LlamaShape, lora: LoraConfig) -> int:
@@ -87,7 +87,7 @@ def count_adapter_file_bytes(shape: LlamaShape, lora: LoraConfig) -> int:
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    tensors = sorted(list_adapter_tensors(shape, lora.rank, lora.target_modules))  # as the writer does, within a type
+    tensors = sorted(list_adapter_tensors(shape, lora.settings))  # as the writer does, within a type
     for name, (rows, columns) in tensors:
         end = offset + 2 * rows * columns
         header[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [offset, end]}

@@ -84,7 +84,7 @@ def count_kept_bytes(shape: LlamaShape, config: RunConfig, recompute: Recompute)
     kept = e * shape.hidden_size
     if recompute == "layer":
         return kept
-    low = len(lora.target_modules) * lora.rank
+    low = sum(lora.settings.ranks)
     kept += e * (2 * shape.query_size + 2 * shape.kv_size + shape.hidden_size + low) + 4 * shape.num_heads
     kept += _count_head_bytes(shape, e)
     return kept + (2 * e * shape.intermediate_size if recompute == "none" else 0)

@@ -128,13 +128,13 @@ def count_layer_bytes(shape: LlamaShape, config: RunConfig, batch: PaddedBatch, 
     n, lora = batch.num_examples * batch.num_tokens, config.lora
     norm = (_FLOAT32 * hidden + _FLOAT32) * n
     total = norm if is_first else 2 * norm
-    for target in lora.target_modules:
+    for target, rank in zip(lora.target_modules, lora.settings.ranks, strict=True):
         projection = find_projection(target)
         num_out, num_in = projection.size(shape)
         needs_input_grad = not (is_first and projection.product == "qkv")
-        total += element * (num_in + lora.rank) * n + element * lora.rank * num_out
+        total += element * (num_in + rank) * n + element * rank * num_out
         if needs_input_grad:
-            total += element * lora.rank * num_in + (num_in * n if lora.dropout else 0)
+            total += element * rank * num_in + (num_in * n if lora.dropout else 0)
     width = query if batch.is_padded else shape.kv_size
     total += element * (2 * query + 2 * width) * n
     total += _FLOAT32 * shape.num_heads * batch.num_examples * _round_up(batch.num_tokens, 32)

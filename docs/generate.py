@@ -122,6 +122,8 @@ def settings_table(cls: type, prefix: str) -> str:
 
 
 def _default_of(field: dataclasses.Field[Any]) -> str:
+    if field.default is dataclasses.MISSING and field.default_factory is not dataclasses.MISSING:
+        return show_value(field.default_factory())
     return "required" if field.default is dataclasses.MISSING else show_value(field.default)
 
 

@@ -7,15 +7,14 @@ Each class checks its own ranges; RunConfig checks relations between sections. V
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from datetime import date
 from pathlib import PurePath
 from typing import Literal
 
 from finlora.errors import ConfigError
-from finlora.formula.llama import PROJECTION_NAMES
-from finlora.formula.low_rank import MAX_ALPHA, MAX_RANK, LoraSettings, is_alpha, is_rank
+from finlora.formula.low_rank import LoraSettings, list_faults
 
 Bits = Literal[16, 8, 4]
 Transport = Literal["messages", "nccl", "gloo"]
@@ -105,40 +104,13 @@ class LoraConfig:
     """Alphas of single projections, the others have lora.alpha: `{down_proj: 64}`."""
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.target_modules if name not in PROJECTION_NAMES]
-        _refuse(
-            "lora",
-            [
-                (
-                    1 <= self.rank <= MAX_RANK,
-                    f"rank={self.rank}: expected an integer of at least 1 and at most {MAX_RANK:,} (the paper uses 4 and 8)",
-                ),
-                (0 < self.alpha < MAX_ALPHA, f"alpha={self.alpha}: expected more than 0 and less than {MAX_ALPHA:g}"),
-                (0 <= self.dropout < 1, f"dropout={self.dropout}: expected 0 <= dropout < 1"),
-                (bool(self.target_modules), "target_modules is empty: name at least one projection"),
-                (not unknown, f"target_modules has {unknown}: expected some of {', '.join(PROJECTION_NAMES)}"),
-                *self._check_pattern("rank_pattern", is_rank, f"an integer of 1 to {MAX_RANK:,}"),
-                *self._check_pattern("alpha_pattern", is_alpha, f"a number above 0 and below {MAX_ALPHA:g}"),
-            ],
-        )
-
-    def _check_pattern(self, key: str, is_right: Callable[[object], bool], expected: str) -> Iterator[tuple[bool, str]]:
-        for name, value in getattr(self, key).items():
-            words = f"{key} has {name}: expected some of lora.target_modules ({', '.join(self.target_modules)})"
-            yield name in self.target_modules, words
-            yield is_right(value), f"{key}[{name}]={value}: expected {expected}"
+        is_dropout = (0 <= self.dropout < 1, f"dropout={self.dropout}: expected 0 <= dropout < 1")
+        _refuse("lora", [*((False, fault) for fault in list_faults(self.settings)), is_dropout])
 
     @property
     def settings(self) -> LoraSettings:
         """The record that training, forecasts and adapter files share."""
-        return LoraSettings(
-            rank=self.rank,
-            alpha=self.alpha,
-            target_modules=self.target_modules,
-            rslora=self.rslora,
-            rank_pattern=self.rank_pattern,
-            alpha_pattern=self.alpha_pattern,
-        )
+        return LoraSettings(**{each.name: getattr(self, each.name) for each in fields(LoraSettings)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finlora.card.base_facts import find_hub_id, find_licence
+from finlora.card.origin_parts import describe_lora
 from finlora.config import RunConfig
 from finlora.data.question import Form
 from finlora.data.sets.catalog import TASKS
@@ -253,7 +254,7 @@ def _write_commands(contract: Contract) -> str:
 
 def _list_settings(config: RunConfig, contract: Contract) -> TextTable:
     rows: Sequence[tuple[str, object]] = (
-        ("rank, alpha, dropout", f"{contract.describe_lora()}, {config.lora.dropout:g}"),
+        ("rank, alpha, dropout", f"{describe_lora(contract)}, {config.lora.dropout:g}"),
         ("projections", ", ".join(contract.target_modules)),
         ("base in training", f"{contract.bits} bit ({contract.quantisation})"),
         ("prompt form", f"{contract.template}{f', dated {contract.template_date}' if contract.template_date else ''}"),

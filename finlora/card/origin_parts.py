@@ -10,7 +10,7 @@ from finlora.card.evidence import HUB_FIELD, Evidence
 from finlora.card.part import UNKNOWN, Block, Code, Part, Picture, list_facts, make_part
 from finlora.card.profile import FIELDS_FILE
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from finlora.model.contract import CONTRACT_FILE
+from finlora.model.contract import CONTRACT_FILE, Contract
 from finlora.report.tables import TextTable, format_number
 from finlora.results import Result
 
@@ -31,7 +31,7 @@ def describe_adapter(evidence: Evidence) -> Part:
             f"{contract.bits} ({contract.quantisation})" if contract.bits else None,
             CONTRACT_FILE,
         ),
-        ("LoRA rank, alpha", contract.describe_lora(), CONTRACT_FILE),
+        ("LoRA rank, alpha", describe_lora(contract), CONTRACT_FILE),
         ("projections", ", ".join(contract.target_modules), CONTRACT_FILE),
         ("prompt form", contract.template, CONTRACT_FILE),
         ("date in each prompt", contract.template_date or "none", CONTRACT_FILE),
@@ -230,3 +230,8 @@ def _list_costs(trained: Result) -> Iterator[tuple[str, object]]:
     yield "peak memory, GiB", format_number(trained.peak_memory_gib, 2)
     yield "tokens a second", format_number(trained.tokens_per_second, 0)
     yield "date", trained.created or None
+
+
+def describe_lora(contract: Contract) -> str:
+    """Return rank and alpha, with what differs from plain LoRA: `4, 32; rsLoRA`."""
+    return f"{contract.rank}, {contract.alpha:g}{contract.lora_variant and f'; {contract.lora_variant}'}"

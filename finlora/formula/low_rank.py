@@ -74,6 +74,13 @@ class LoraSettings:
         """Rank of each target, in their order."""
         return [self.rank_of(target) for target in self.target_modules]
 
+    @property
+    def variant(self) -> str:
+        """What differs from plain LoRA of `rank` and `alpha`, such as `rsLoRA; down_proj rank 16`; empty: nothing."""
+        parts = ["rsLoRA"] if self.rslora else []
+        parts += [f"{name} rank {rank}" for name, rank in self.rank_pattern.items()]
+        return "; ".join([*parts, *(f"{name} alpha {alpha:g}" for name, alpha in self.alpha_pattern.items())])
+
 
 @dataclass(frozen=True, slots=True)
 class Update:
@@ -151,6 +158,29 @@ def read_settings(values: Mapping[str, Any]) -> LoraSettings | None:
         rank_pattern=ranks,
         alpha_pattern={name: float(one) for name, one in alphas.items()},
     )
+
+
+def list_faults(settings: LoraSettings) -> Iterator[str]:
+    """Yield what is wrong with settings of the user, each with the name of its field."""
+    rank, alpha, targets = settings.rank, settings.alpha, settings.target_modules
+    if not is_rank(rank):
+        yield f"rank={rank}: expected an integer of at least 1 and at most {MAX_RANK:,} (the paper uses 4 and 8)"
+    if not is_alpha(alpha):
+        yield f"alpha={alpha}: expected more than 0 and less than {MAX_ALPHA:g}"
+    if not targets:
+        yield "target_modules is empty: name at least one projection"
+    if unknown := [name for name in targets if name not in PROJECTION_NAMES]:
+        yield f"target_modules has {unknown}: expected some of {', '.join(PROJECTION_NAMES)}"
+    expected = {
+        "rank_pattern": f"an integer of 1 to {MAX_RANK:,}",
+        "alpha_pattern": f"a number above 0, below {MAX_ALPHA:g}",
+    }
+    for key, is_right in _PATTERNS.items():
+        for name, value in getattr(settings, key).items():
+            if name not in targets:
+                yield f"{key} has {name}: expected some of lora.target_modules ({', '.join(targets)})"
+            elif not is_right(value):
+                yield f"{key}[{name}]={value}: expected {expected[key]}"
 
 
 def is_rank(value: object) -> TypeGuard[int]:

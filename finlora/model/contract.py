@@ -103,11 +103,8 @@ class Contract:
     metrics: dict[str, float] = field(default_factory=dict)
     template_date: str | None = None
     """Date, such as 2024-07-26, that the chat template wrote into each prompt; None: it writes none, or a fixed one."""
-    rslora: bool = False
-    """The update's scale is alpha / sqrt(rank)."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Projection -> its rank, where that is not `rank`."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    lora_variant: str = ""
+    """What differs from plain LoRA: `rsLoRA; down_proj rank 16`; adapter_config.json decides."""
     tasks: dict[str, str] = field(default_factory=dict)
     """Task of a task file -> hash of what it asks; the files themselves are in tasks.yaml."""
     files: dict[str, str] = field(default_factory=dict)
@@ -121,13 +118,6 @@ class Contract:
     def variant(self) -> str:
         """Name of the adapter in tables: `4bit-r4`."""
         return f"{self.bits}bit-r{self.rank}" if self.bits else f"adopted-r{self.rank}"
-
-    def describe_lora(self) -> str:
-        """Return rank and alpha, with those of single projections: `4, 32; rsLoRA; down_proj rank 16`."""
-        parts = [f"{self.rank}, {self.alpha:g}", *(["rsLoRA"] if self.rslora else [])]
-        parts += [f"{name} rank {rank}" for name, rank in self.rank_pattern.items()]
-        parts += [f"{name} alpha {alpha:g}" for name, alpha in self.alpha_pattern.items()]
-        return "; ".join(parts)
 
     @property
     def task_names(self) -> list[str]:
@@ -325,9 +315,7 @@ def make_contract(
         quantisation=QUANTISATION[base.bits],
         rank=lora.rank,
         alpha=lora.alpha,
-        rslora=lora.rslora,
-        rank_pattern=dict(lora.rank_pattern),
-        alpha_pattern=dict(lora.alpha_pattern),
+        lora_variant=lora.settings.variant,
         target_modules=list(lora.target_modules),
         data_hashes=data_hashes,
         num_train_examples=num_train_examples,
@@ -403,12 +391,9 @@ def require_same_task(folder: Path, contract: Contract, name: str, card_hash: st
     """
     trained = contract.tasks.get(name)
     if name in contract.task_names and trained != card_hash:
+        there, here = (value[:12] if value else "none, as a built-in task" for value in (trained, card_hash))
         raise AdapterError(
-            f"{folder} was trained with task hash {_show_hash(trained)}, the prepared task {name} has {_show_hash(card_hash)}: "
+            f"{folder} was trained with task hash {there}, the prepared task {name} has {here}: "
             "its kind, labels or prompt were changed, which makes it another task. Prepare it from the file of that training, or "
             "give it another name and train on it."
         )
-
-
-def _show_hash(card_hash: str | None) -> str:
-    return card_hash[:12] if card_hash else "none, as a built-in task"

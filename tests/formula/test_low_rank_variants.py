@@ -107,7 +107,7 @@ def test_served_and_merged_adapter_equal_pefts(make_adapted, tiny_base, variant,
             r"rank_pattern has o_proj: expected some of lora.target_modules \(q_proj, k_proj, v_proj\)",
         ),
         ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\[q_proj\]=0: expected an integer of 1 to 4,096"),
-        ({"alpha_pattern": {"q_proj": -1.0}}, r"alpha_pattern\[q_proj\]=-1.0: expected a number above 0"),
+        ({"alpha_pattern": {"q_proj": -1.0}}, r"alpha_pattern\[q_proj\]=-1.0: expected a number above 0, below"),
     ],
 )
 def test_pattern_that_means_nothing_is_refused(values, words):

@@ -98,7 +98,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich" if shutil.get_terminal_size().columns >= _LEAST_COLUMNS else None,
     pretty_exceptions_enable=False,
-    help="Fine-tune quantised Llama models on financial tasks on your own GPUs, and measure what it brings.\n\n"
+    help="Fine-tune quantised language models on financial tasks on your own GPUs, and measure what it brings.\n\n"
     "The usual order: `prepare` the data, `train` an adapter, `evaluate` base and adapter, `report` the results.",
 )
 # A job log has no width of its own; the 80 columns that Rich assumes there break every table.

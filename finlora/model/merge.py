@@ -27,7 +27,7 @@ from finlora.errors import AdapterError, ModelError
 from finlora.formula.llama import LlamaShape, shape_of
 from finlora.machine.host import require_space
 from finlora.model.adapter_files import check_adapter, find_sites, open_weights, require_finite
-from finlora.model.base import BaseModel, load_base, write_plain
+from finlora.model.base import BaseModel, load_base, quiet_bitsandbytes, write_plain
 from finlora.model.base_files import read_base_files
 from finlora.model.contract import MERGED_FILE, TASKS_FILE, Contract, read_contract, read_tasks
 from finlora.model.memory.fixed_memory import count_weight_bytes
@@ -148,9 +148,10 @@ def export_merged(
         output.parent, count_weight_bytes(files.shape, 16), "the merged model takes", spare_bytes=_SPARE_BYTES
     )
     bits = cast(Bits, contract.bits) if onto == "dequantised" else 16
-    base = load_base(dataclasses.replace(model, compute_dtype="bfloat16"), bits, device, seed=0, files=files)
-    if onto == "dequantised":
-        base = dequantise_base(base)
+    with quiet_bitsandbytes():
+        base = load_base(dataclasses.replace(model, compute_dtype="bfloat16"), bits, device, seed=0, files=files)
+        if onto == "dequantised":
+            base = dequantise_base(base)
     num_tensors = merge_lora(base, adapter)
     if contract.template == "chat":
         fix_inputs(base.tokenizer, date)  # so that prompts made with the merged folder are those of training

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from acceptance.schedule import Step
-from acceptance.verbs import answering, preparing, searching, serving, training
+from acceptance.verbs import answering, exchanging, preparing, searching, serving, training
 from acceptance.walk import Tools
 
 
@@ -39,6 +39,8 @@ STEPS: tuple[Step, ...] = (
     _step("staged", answering.evaluate_staged, needs="beside", makes="runs/staged"),
     _step("ask", answering.ask, needs="train-main"),
     _step("score", answering.score, needs="train-main", makes="scored"),
+    _step("parity", exchanging.parity, needs="train-main", makes="dequantised", needs_ray=False),
+    _step("adopt", exchanging.adopt, needs="train-main", makes="foreign adopted", needs_ray=False),
     _step("ask-text", answering.ask_text),
     _step("reproduce", searching.reproduce, makes="reproduce"),
     _short(8, "adamw"),

@@ -193,12 +193,13 @@ def print_plan(config: RunConfig, verdict: Verdict, console: Console) -> None:
 
     plan = verdict.plan
     where = "GPU" if config.train.device == "cuda" else "machine, a worker's share"
+    variant = config.lora.settings.variant
     rows = [
         ("weights", plan.weights_gib, _describe_weights(config, verdict)),
         (
             "adapter",
             plan.adapter_gib,
-            f"rank {config.lora.rank}, float32; its file has {plan.adapter_file_mib:.2f} MiB",
+            f"rank {config.lora.rank}{f' ({variant})' if variant else ''}, float32; its file has {plan.adapter_file_mib:.2f} MiB",
         ),
         ("optimizer", plan.optimizer_gib, f"gradients and state of {config.optim.name}"),
         ("activations", plan.activations_gib, _describe_batch(config, verdict)),

@@ -30,6 +30,22 @@ def add_updates(out: Tensor, dropped: Tensor, updates: Sequence[Update]) -> Lows
     return lows
 
 
+def add_update(out: Tensor, dropped: Tensor, update: Update) -> Lows:
+    """As `add_updates`, for the only projection of a product. Shapes: out (T, N), dropped (T, K).
+
+    As one product without a batch, whose long sum cuBLAS can split over a GPU that T rows alone do not fill.
+    """
+    lows = [multiply_down_of_one(dropped, update)]
+    add_lows(out, lows, [update])
+    return lows
+
+
+def multiply_down_of_one(dropped: Tensor, update: Update) -> Tensor:
+    """Return `low` of a product's only projection. Shapes: (T, K) -> (T, r)."""
+    low: Tensor = dropped @ update.down.to(dropped.dtype).t()
+    return low
+
+
 def add_lows(out: Tensor, lows: Lows, updates: Sequence[Update]) -> None:
     """Add the updates of known `low` to a product in place."""
     for update, low in zip(updates, lows, strict=True):
@@ -40,7 +56,7 @@ def multiply_down(dropped: Tensor, updates: Sequence[Update]) -> Lows:
     """Return `low`: one product for all projections where their ranks are equal."""
     if _are_alike(updates):
         return dropped @ _stack_down(updates, dropped.dtype).transpose(1, 2)
-    return [x @ update.down.to(x.dtype).t() for x, update in zip(dropped, updates, strict=True)]
+    return [multiply_down_of_one(x, update) for x, update in zip(dropped, updates, strict=True)]
 
 
 def updates_backward(
@@ -52,6 +68,11 @@ def updates_backward(
         low_grads.append(low_gradient(grad, update))
         gradients += parameter_gradients(grad, x, low, low_grads[-1], update)
     return low_grads, gradients
+
+
+def dropped_gradient_of_one(low_grad: Tensor, update: Update) -> Tensor:
+    """Return the gradient of D(x) of a product's only projection. Shapes: (T, r) -> (T, K)."""
+    return low_grad @ update.down.to(low_grad.dtype)
 
 
 def low_gradient(grad: Tensor, update: Update) -> Tensor:
@@ -69,7 +90,8 @@ def dropped_gradient(low_grads: Sequence[Tensor], updates: Sequence[Update]) -> 
     """Return the gradient of D(x). Shapes: k of (T, r) -> (k, T, K)."""
     if _are_alike(updates):
         return torch.stack(list(low_grads)) @ _stack_down(updates, low_grads[0].dtype)
-    return torch.stack([low @ update.down.to(low.dtype) for low, update in zip(low_grads, updates, strict=True)])
+    parts = zip(low_grads, updates, strict=True)
+    return torch.stack([dropped_gradient_of_one(low_grad, update) for low_grad, update in parts])
 
 
 def add_input_gradient(grad: Tensor, low_grad: Tensor, update: Update) -> Tensor:

@@ -54,10 +54,12 @@ from finlora.model.layers.lora_gradients import (
     Lows,
     add_input_gradient,
     add_lows,
+    add_update,
     add_updates,
     dropped_gradient,
+    dropped_gradient_of_one,
     low_gradient,
-    multiply_down,
+    multiply_down_of_one,
     parameter_gradients,
     updates_backward,
 )
@@ -136,9 +138,9 @@ def _run_attention(kept: Kept, layer: Layer, context: LayerContext, seeds: Seeds
     kept.attended, kept.log_sum = attend(query, key, value, context.segments)
     attended, residual = kept.attended.flatten(1), x if context.rows is None else x[context.rows]
     kept.y = layer.out.forward(attended, residual)
-    if updates := layer.lora["out"]:
+    for update in layer.lora["out"]:
         dropped = _drop(attended, _make_masks(attended, layer, "out", seeds), layer)
-        kept.lows["out"] = add_updates(kept.y, dropped[None], updates)
+        kept.lows["out"] = add_update(kept.y, dropped, update)
     return kept.y
 
 
@@ -192,22 +194,22 @@ def _out_backward(
     )
     if keep is None:
         return add_input_gradient(grad_attended, low_grad, update), gradients
-    grad_dropped = dropped_gradient([low_grad], [update])[0]
+    grad_dropped = dropped_gradient_of_one(low_grad, update)
     return drop_backward(grad_attended, grad_dropped, keep, drop_threshold(layer.dropout)), gradients
 
 
 def _run_mlp(y: Tensor, kept: Kept, layer: Layer, seeds: Seeds) -> Tensor:
     kept.gate_up = _multiply_normed(y, layer.second_norm, layer.gate_up, "gate_up", kept, layer, seeds)
-    updates = layer.lora["down"]
-    if not updates:
+    if not layer.lora["down"]:
         return layer.down.forward(gate(kept.gate_up), y)
+    (update,) = layer.lora["down"]
     keep = _make_gated_masks(kept.gate_up, layer, seeds)
     if keep is None:
         gated = dropped = gate(kept.gate_up)
     else:
         gated, dropped = gate_and_drop(kept.gate_up, keep, drop_threshold(layer.dropout))
     z = layer.down.forward(gated, y)
-    kept.lows["down"] = add_updates(z, dropped[None], updates)
+    kept.lows["down"] = add_update(z, dropped, update)
     return z
 
 
@@ -243,10 +245,10 @@ def _gated_backward(grad: Tensor, kept: Kept, layer: Layer, seeds: Seeds) -> tup
         inner = gate_backward(add_input_gradient(grad_gated, low_grad, update), kept.gate_up)
         dropped = gate(kept.gate_up)
     else:
-        grad_dropped, threshold = dropped_gradient([low_grad], [update])[0], drop_threshold(layer.dropout)
+        grad_dropped, threshold = dropped_gradient_of_one(low_grad, update), drop_threshold(layer.dropout)
         inner, dropped = gate_and_drop_backward(grad_gated, grad_dropped, kept.gate_up, keep, threshold)
     lows = kept.lows.get("down")
-    (low,) = multiply_down(dropped[None], [update]) if lows is None else lows
+    low = multiply_down_of_one(dropped, update) if lows is None else lows[0]
     return inner, parameter_gradients(grad, dropped, low, low_grad, update)
 
 

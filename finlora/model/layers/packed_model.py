@@ -5,6 +5,7 @@ Shapes: T rows of a pack, N labelled rows, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 
 from finlora.data.packing import Form, Pack
 from finlora.formula.llama import Product, shape_of
-from finlora.formula.low_rank import foreign_settings, read_settings
-from finlora.model.layers.frozen_model import ModelEnds, read_layer
+from finlora.formula.low_rank import Update, foreign_settings, read_settings
+from finlora.model.layers.frozen_model import Layer, ModelEnds, read_layer
 from finlora.model.layers.packed_layer import LayerContext, Seeds, answer_loss, layer_backward, run_layer
 from finlora.model.layers.training_graphs import CapturedPasses
-from finlora.model.memory.packed_memory import Recompute
+from finlora.model.memory.packed_memory import Recompute, casts_at_once
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,6 +54,7 @@ class PackedLlama(nn.Module):
         self.recompute = recompute
         llama = model.get_base_model()
         shape, lora = shape_of(llama.config.to_dict()), read_settings(model.peft_config["default"].to_dict())
+        assert lora is not None, "`refusal` reads it too"
         self.ends = ModelEnds(llama, shape, dtype)
         self.layers = [
             read_layer(layer, index, shape, dtype, keep_unpacked, lora=lora)
@@ -65,6 +67,9 @@ class PackedLlama(nn.Module):
             for update in updates
             for parameter in (update.down, update.up)
         ]
+        self._casts: list[Tensor] = []
+        if dtype != torch.float32 and casts_at_once(lora.target_modules):
+            self.layers = [self._cast_updates(layer) for layer in self.layers]
         self._captured = CapturedPasses(self.loss_and_gradients, upcoming) if capture else None
         if capture:
             torch.cuda.empty_cache()  # graphs allocate in a pool of their own, which cannot use what loading left cached
@@ -87,6 +92,8 @@ class PackedLlama(nn.Module):
         Returns:
             The summed loss and the float32 gradients of `parameters_in_order`.
         """
+        if self._casts:
+            torch._foreach_copy_(self._casts, self.parameters_in_order)
         x = self.ends.embed(pack.input_ids)
         tables = self.ends.rotary_tables(x, pack.positions)
         unturned = tables if all(layer.is_rotated for layer in self.layers) else self.ends.unrotated_tables(tables[0])
@@ -110,6 +117,18 @@ class PackedLlama(nn.Module):
             gradients = own_gradients + gradients
             grad = grad if following is None else following
         return loss, gradients
+
+    def _cast_updates(self, layer: Layer) -> Layer:
+        """Return a layer whose updates read casts of A and B in the type of the activations. Each pass makes all of them at once:
+        cast at each use they are 22 launches a layer, which an eager pass would wait for. Of q, k and v alone they are 8."""
+        lora: dict[Product, tuple[Update, ...]] = {}
+        for product, updates in layer.lora.items():
+            casts = [(update.down.detach().to(self.dtype), update.up.detach().to(self.dtype)) for update in updates]
+            self._casts += [cast for pair in casts for cast in pair]
+            lora[product] = tuple(
+                dataclasses.replace(update, down=down, up=up) for update, (down, up) in zip(updates, casts, strict=True)
+            )
+        return dataclasses.replace(layer, lora=lora)
 
     def _derive_seeds(self, seed: Tensor | None, index: int) -> Seeds:
         """Return the seed of each adapted product of a layer."""

@@ -19,7 +19,7 @@ Attention's moment is lower, since gate and up are freed by then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -78,6 +78,11 @@ class PackPlan:
         return max(self.memory.train_peak_gib, self.memory.load_peak_gib) <= memory_gib
 
 
+def casts_at_once(target_modules: Sequence[str]) -> bool:
+    """Return whether each pass casts A and B of all projections at once and holds the casts, in place of a cast at each use."""
+    return any(find_projection(target).product != "qkv" for target in target_modules)
+
+
 def count_kept_bytes(shape: LlamaShape, config: RunConfig, recompute: Recompute) -> int:
     """Return the bytes that one layer saves of one token for the backward pass."""
     e, lora = element_bytes(config), config.lora
@@ -131,9 +136,11 @@ def forecast_packs(
     """Forecast a worker's memory for a size of its largest pack."""
     element = count_bytes(config)
     weights = count_weight_bytes(shape, 16 if keep_unpacked else config.model.bits, element)
-    adapter = 4 * count_adapter_parameters(shape, config.lora)
+    num_parameters, e = count_adapter_parameters(shape, config.lora), element_bytes(config)
+    adapter = 4 * num_parameters
+    casts = e * num_parameters if e < 4 and casts_at_once(config.lora.target_modules) else 0
     optimizer = count_optimizer_bytes(shape, config.lora, config.optim.name, config.train.num_workers)
-    activations = count_pack_bytes(shape, config, size, recompute, keep_unpacked=keep_unpacked)
+    activations = casts + count_pack_bytes(shape, config, size, recompute, keep_unpacked=keep_unpacked)
     if config.train.device == "cuda":
         activations += adapter  # where CUDA graphs write the gradients, before they are the optimiser's
     load_peak = count_load_peak_bytes(shape, config.model.bits, element)

@@ -90,6 +90,20 @@ def test_replay_equals_the_plain_pass_bit_for_bit(make_module, bits, targets, gp
         assert all(torch.equal(a, b) for a, b in zip(gradients, others, strict=True))
 
 
+@pytest.mark.parametrize("targets", [QKV, PROJECTION_NAMES], ids=["qkv", "all"])
+def test_step_of_the_optimiser_reaches_eager_passes_and_replays(make_module, targets):
+    """Casts of A and B that were made before a step must not outlive it."""
+    captured, eager = make_module(16, True, targets=targets), make_module(16, False, targets=targets)
+    before = run(*captured, list(make_packs(6))[::2])  # eager, captured, replayed
+    for _, parameters in (captured, eager):
+        for parameter in parameters:
+            parameter.data.mul_(1.5)
+    after, expected = (run(*each, list(make_packs(2))[:1]) for each in (captured, eager))
+    assert torch.equal(after[0][0], expected[0][0])
+    assert all(torch.equal(a, b) for a, b in zip(after[0][1], expected[0][1], strict=True))
+    assert not torch.equal(after[0][0], before[0][0])
+
+
 QKV_LAUNCHES = {
     "_draw_keep": 4, "_normalise": 7, "_norm_gradient": 4, "_rotate": 4, "_gate": 2, "_gate_gradient": 2,
     "flash": 2, "flash_backward": 2, "mm": 31, "bmm": 3, "addmm": 4, "addmm_": 6, "mul_": 13, "cat": 10, "stack": 4,

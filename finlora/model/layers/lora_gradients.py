@@ -7,7 +7,7 @@ mask of each projection's own; w are a projection's columns of the product and s
     backward   low' = s dy[w] B;  dA = low'^T D(x);  dB = s dy[w]^T low;  dD(x) = low' A
 
 `low` is kept between the passes where the layer keeps anything: k r numbers a row. D(x) is as large as k inputs and is computed
-again. A is cast to the type of the activations at each use: it changes at each step.
+again. A and B are cast to the type of the activations at each use, unless the updates hold casts already (packed_model.py).
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ writes the same bytes, also after a crash. Meanwhile other threads encode the ne
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from finlora.engine.request import ADAPTER
 from finlora.errors import DatasetError
 from finlora.inference.batch import BatchEngine
 from finlora.inference.open_base import count_rows, open_engine
+from finlora.machine.heap import return_free_memory
 from finlora.model.base_files import BaseFiles, read_base_files
 from finlora.score.folder import ScoreFolder
 from finlora.score.score_plan import ScorePlan
@@ -28,6 +30,8 @@ from finlora.score.table import Part, Row, RowGroups, read_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+_TRIM_EVERY = 8
+"""Parts after which free memory is returned: it takes 7 ms and new page faults, 1 % of a part's time on CPU."""
 _DIGITS = 6
 """Decimals of a probability: more than bfloat16 or int8 weights give."""
 
@@ -54,6 +58,7 @@ class Scorer:
         self._tokenizer, self._longest = base.tokenizer, find_longest(plan, base)
         self._choices = encode_choices(plan.form.choices, base.tokenizer, plan.config.model.template)
         self._groups, self._reading, self._stack = RowGroups(), threading.Lock(), ExitStack()
+        self._num_sealed = itertools.count(1)
         # One thread computes all parts: oneDNN keeps its compiled kernels per thread.
         self._computing = ThreadPoolExecutor(1, "finlora-engine")
         self._engine = self._computing.submit(self._open, base, cache_rows).result()
@@ -66,6 +71,8 @@ class Scorer:
             asked = self._ask(part)
         results = self._computing.submit(self._answer, asked).result()
         self._folder.write_part(part.number, self._plan.columns, results)
+        if next(self._num_sealed) % _TRIM_EVERY == 0:
+            return_free_memory()
 
     def close(self) -> None:
         """Free the model and its stages."""

@@ -65,6 +65,7 @@ HOMES = {
 
 # Files below 40 lines, each with the reason for a separate file.
 CRUMBS = {
+    "machine.heap": "long runs of any room may need it, and no other file of the machine is about memory",
     "model.git_lfs": "the readers of weights and of tokenizers both need it, and neither imports the other",
     "model.memory.peak": "training and stages measure alike; forecasts import no torch",
     "engine.interface": "evaluation imports the engine's interface, but no engine",

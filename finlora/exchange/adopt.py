@@ -26,7 +26,7 @@ from finlora.durable import follow_umask, scratch_folder, write_whole
 from finlora.errors import AdapterError, ConfigError, DatasetError, counted
 from finlora.exchange.foreign_folder import find_folder, read_json, refuse_pickle, shorten, without_links
 from finlora.formula.llama import PROJECTION_NAMES, LlamaShape
-from finlora.formula.low_rank import LoraSettings, rank_axis, read_settings
+from finlora.formula.low_rank import LoraSettings, adapted_name, rank_axis, read_settings
 from finlora.model.adapter_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -130,7 +130,7 @@ def adopt(
                 rewritten=rewritten,
             ),
         )
-        write_whole(staging / "config.yaml", _write_config(output.name, model, contract))
+        write_whole(staging / "config.yaml", _write_config(output.name, model, contract, settings))
         write_tasks(staging, cards)
         write_contract(staging, contract)
         follow_umask(staging)
@@ -204,7 +204,7 @@ def _normalise(values: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[st
         names: of the file's tensors.
     """
     new, listed = dict(values), values.get("target_modules")
-    found = {name.split(".")[-3] for name in names if rank_axis(name) is not None and name.count(".") > 2}
+    found = {adapted_name(name) for name in names if rank_axis(name) is not None} - {""}
     if found and (not isinstance(listed, list) or set(map(str, listed)) != found):
         new["target_modules"] = [name for name in PROJECTION_NAMES if name in found] + sorted(
             found - {*PROJECTION_NAMES}
@@ -215,8 +215,10 @@ def _normalise(values: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[st
         if new.get(key):
             new[key] = None
     if new.get("use_rslora") is True and (settings := read_settings(new)) is not None:
-        # Rank-stabilised LoRA (arXiv:2312.03732) scales by alpha / sqrt(rank).
+        # Rank-stabilised LoRA (arXiv:2312.03732) scales by alpha / sqrt(rank), also where a pattern names one of both.
         new["use_rslora"], new["lora_alpha"] = False, settings.alpha * math.sqrt(settings.rank)
+        if single := [*settings.rank_pattern, *settings.alpha_pattern]:
+            new["alpha_pattern"] = {name: settings.scale_of(name) * settings.rank_of(name) for name in single}
     return new, sorted(key for key in new if new[key] != values.get(key) or type(new[key]) is not type(values.get(key)))
 
 
@@ -319,7 +321,7 @@ def _list_unknown(template: Template | None, bits: Bits | None, tasks: Sequence[
     return found
 
 
-def _write_config(name: str, model: ModelConfig, contract: Contract) -> str:
+def _write_config(name: str, model: ModelConfig, contract: Contract, settings: LoraSettings) -> str:
     """Return config.yaml with what is known; settings of the training are not among it.
 
     Raises:
@@ -331,6 +333,8 @@ def _write_config(name: str, model: ModelConfig, contract: Contract) -> str:
         "model": {key: value for key in keys if (value := getattr(model, key)) is not None},
         "lora": {"rank": contract.rank, "alpha": contract.alpha, "target_modules": contract.target_modules},
     }
+    patterns = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
+    tree["lora"] |= {key: dict(pattern) for key, pattern in patterns.items() if pattern}
     tree["model"] |= {key: value for key in ("template", "bits") if (value := getattr(contract, key)) is not None}
     if contract.task_names:
         tree["data"] = {"tasks": contract.task_names}

@@ -139,17 +139,23 @@ def test_settings_of_other_versions_with_the_same_effect_are_accepted(change, ta
     read_contract(adopted.folder).check_files(adopted.folder)
 
 
-def test_rank_stabilised_adapter_becomes_a_plain_one_of_the_same_scale(change, take, tiny_base):
-    """alpha / sqrt(rank) is (alpha sqrt(rank)) / rank: PEFT computes the same from both folders."""
+@pytest.fixture
+def logits_of(tiny_base):
+    """PEFT's logits from an adapter's folder, in float32."""
     import peft
     from transformers import LlamaForCausalLM
 
-    def logits_of(folder):
+    def run(folder):
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
             net = LlamaForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
             return peft.PeftModel.from_pretrained(net, folder).eval()(IDS).logits
 
+    return run
+
+
+def test_rank_stabilised_adapter_becomes_a_plain_one_of_the_same_scale(change, take, logits_of):
+    """alpha / sqrt(rank) is (alpha sqrt(rank)) / rank: PEFT computes the same from both folders."""
     given = change(use_rslora=True)
     adopted = take(given)
     assert adopted.contract.adopted.rewritten == ["lora_alpha", "use_rslora"]
@@ -157,6 +163,17 @@ def test_rank_stabilised_adapter_becomes_a_plain_one_of_the_same_scale(change, t
     expected, found = logits_of(given), logits_of(adopted.folder)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     assert (logits_of(change_back(given)) - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+def test_rank_stabilised_adapter_keeps_the_scales_of_single_projections(change, take, logits_of):
+    given = change(use_rslora=True, alpha_pattern={"q_proj": 48}, rank_pattern={"k_proj": 8})
+    adopted = take(given)
+    assert adopted.contract.adopted.rewritten == ["alpha_pattern", "lora_alpha", "use_rslora"]
+    lora = yaml.safe_load((adopted.folder / "config.yaml").read_text())["lora"]
+    assert lora["alpha_pattern"] == pytest.approx({"q_proj": 48 * 8**0.5, "k_proj": 16 * 8**0.5})
+    assert lora["rank_pattern"] == {"k_proj": 8}
+    expected = logits_of(given)
+    assert (logits_of(adopted.folder) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def change_back(folder):

@@ -7,7 +7,7 @@ marks.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -177,16 +177,17 @@ def _read_index(matter: str) -> list[EvalResult]:
         return []
 
 
-def _stays(found: re.Match[str] | None, measured: Collection[tuple[str, bool]]) -> bool:
+def _stays(found: re.Match[str] | None, measured: Set[tuple[str, bool]]) -> bool:
     """Return whether a score stays in the README: no new one, of the whole split or as partial as it is, measures the same.
 
     Args:
         found: its `title` and, if it is partial, `part`.
         measured: title, and whether it is partial, of each new one.
     """
-    return found is not None and not {(found["title"], False), (found["title"], found["part"] is not None)} & set(
-        measured
-    )
+    if found is None:
+        return False
+    title, is_partial = found["title"], found["part"] is not None
+    return measured.isdisjoint({(title, False), (title, is_partial)})
 
 
 def _title(result: Result) -> str:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
-from finlora.configfile import settings_from_tree
-from finlora.durable import seal, unseal, write_whole
+from finlora.durable import seal, write_whole
 from finlora.errors import AdapterError, ConfigError
 from finlora.evaluate.intervals import wilson_interval
-from finlora.model.adapter_files import check_file, hash_weights_and_settings
+from finlora.evaluate.sealed_rows import read_sealed_rows
+from finlora.model.adapter_files import ADAPTER_WEIGHTS, hash_weights_and_settings
 from finlora.model.contract import MERGED_FILE, Contract
 from finlora.report.tables import TextTable, format_share
 from finlora.yamltext import read_yaml
@@ -74,6 +74,34 @@ class Parity:
         return wilson_interval(self.num_equal, self.num_rows)
 
 
+class MergedRecord(NamedTuple):
+    """What merged.yaml says of a merged model's origin."""
+
+    trained_bits: Any
+    adapter_hash: Any
+    """SHA-256 of the weights of the adapter; None in records of old versions."""
+    onto: Any
+    """`base` or `dequantised`, as `finlora merge --onto`."""
+
+
+def read_merged_record(folder: Path) -> MergedRecord:
+    """Read merged.yaml of a model's folder.
+
+    Raises:
+        FileNotFoundError: the model is no merged one.
+        ValueError: it cannot be read.
+    """
+    try:
+        record = read_yaml(folder / MERGED_FILE, _MAX_BYTES)
+        contract = record["contract"]
+        files = contract.get("files") or {}
+        return MergedRecord(contract["bits"], files.get(ADAPTER_WEIGHTS), record.get("onto", "base"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(str(error)) from error
+
+
 def write_parity(folder: Path, adapter: Path, found: Sequence[Parity]) -> None:
     """Write rows into parity.json of a folder; earlier ones of other tasks and forms stay.
 
@@ -107,15 +135,14 @@ def _read(folder: Path, digest: str | None) -> tuple[Parity, ...]:
     if not path.exists():
         return ()
     again = "Run `finlora parity` to write it again."
-    try:
-        check_file(path, _MAX_BYTES)
-        values: Mapping[str, Any] = unseal(json.loads(path.read_bytes()))
-        if values["format"] != _VERSION:
-            raise ValueError(f"it has format {values['format']!r}, expected {_VERSION}")
-        rows = tuple(settings_from_tree(Parity, each) for each in values["rows"])
-        found = str(values["adapter_hash"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
-        raise AdapterError(f"{path} is not a report as `finlora parity` writes it ({error}). {again}") from error
+    rows, found = read_sealed_rows(
+        *(path, Parity),
+        key="rows",
+        version=_VERSION,
+        max_bytes=_MAX_BYTES,
+        what="a report as `finlora parity` writes it",
+        again=again,
+    )
     if digest not in (None, found):
         raise AdapterError(f"{path} belongs to another adapter ({found[:12]}, this is {str(digest)[:12]}). {again}")
     return rows
@@ -159,12 +186,12 @@ def find_merged_doubt(folder: Path, weights_hash: str, bits: int, min_agreement:
         bits: at which it is served.
     """
     try:
-        record = read_yaml(folder / MERGED_FILE, _MAX_BYTES)
-        trained, onto = record["contract"]["bits"], record.get("onto", "base")
+        merged = read_merged_record(folder)
     except FileNotFoundError:
         return ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except ValueError as error:
         return f"its {MERGED_FILE} cannot be read ({error}): merge again"
+    trained, onto = merged.trained_bits, merged.onto
     if bits == trained == 16:
         return ""
     try:

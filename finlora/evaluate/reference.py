@@ -11,17 +11,17 @@ import json
 import math
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from finlora.configfile import settings_from_tree
 from finlora.data.sets.catalog import TASKS
-from finlora.durable import hash_file, seal, unseal, write_whole
+from finlora.durable import hash_file, seal, write_whole
 from finlora.errors import AdapterError, ConfigError, counted
 from finlora.evaluate.calibration import fit_temperature, spacing_of
-from finlora.model.adapter_files import ADAPTER_WEIGHTS, check_file
+from finlora.evaluate.sealed_rows import read_sealed_rows
+from finlora.model.adapter_files import ADAPTER_WEIGHTS
 from finlora.results import Result, read_results
 
 REFERENCE_FILE = "reference.json"
@@ -201,15 +201,14 @@ def read_references(folder: Path, weights_hash: str) -> tuple[Reference, ...]:
     if not path.exists():
         return ()
     again = "Run `finlora evaluate` with this adapter to write it again."
-    try:
-        check_file(path, _MAX_BYTES)
-        values: Mapping[str, Any] = unseal(json.loads(path.read_bytes()))
-        if values["format"] != _VERSION:
-            raise ValueError(f"it has format {values['format']!r}, expected {_VERSION}")
-        references = tuple(settings_from_tree(Reference, each) for each in values["tasks"])
-        found = str(values["adapter_hash"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, ConfigError) as error:
-        raise AdapterError(f"{path} is not a reference as `finlora evaluate` writes it ({error}). {again}") from error
+    references, found = read_sealed_rows(
+        *(path, Reference),
+        key="tasks",
+        version=_VERSION,
+        max_bytes=_MAX_BYTES,
+        what="a reference as `finlora evaluate` writes it",
+        again=again,
+    )
     if found != weights_hash:
         raise AdapterError(f"{path} belongs to other weights ({found[:12]}, these are {weights_hash[:12]}). {again}")
     return references

@@ -10,26 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from finlora.config import Bits, RunConfig
 from finlora.data.sets.prepared import PreparedSplit, read_prepared
+from finlora.engine.interface import Engine
 from finlora.engine.request import ADAPTER
 from finlora.errors import AdapterError, ConfigError
 from finlora.evaluate.evaluation import Answers, Work, answer_examples, encode_split
 from finlora.evaluate.metrics import judge_answers
-from finlora.evaluate.parity_report import Parity, write_parity
+from finlora.evaluate.parity_report import Parity, read_merged_record, write_parity
 from finlora.inference.batch import BatchEngine
 from finlora.inference.open_base import count_rows, open_engine
 from finlora.model.adapter_files import ADAPTER_WEIGHTS
 from finlora.model.base_files import BaseFiles, read_base_files
-from finlora.model.contract import MERGED_FILE, Contract, read_contract, require_same_task
+from finlora.model.contract import Contract, read_contract, require_same_task
 from finlora.precision import resolve_evaluation
-from finlora.yamltext import read_yaml
 
 OnProgress = Callable[[str, int, int], None]
 """Called with the form that answers, the rows done and their total."""
-_MAX_RECORD_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,18 +143,17 @@ def _read_kind(folder: Path, contract: Contract) -> str:
     Raises:
         AdapterError: it was not merged by FinLoRA, or from another adapter.
     """
-    path = folder / MERGED_FILE
     try:
-        record = read_yaml(path, _MAX_RECORD_BYTES)
-        whose = record["contract"]["files"][ADAPTER_WEIGHTS]
-        onto = record.get("onto", "base")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        merged = read_merged_record(folder)
+        if merged.adapter_hash is None:
+            raise ValueError("it names no adapter")
+    except (FileNotFoundError, ValueError) as error:
         raise AdapterError(
             f"{folder} is no model that `finlora merge` wrote ({error}): give the folder of one."
         ) from error
-    if whose != contract.files.get(ADAPTER_WEIGHTS):
+    if merged.adapter_hash != contract.files.get(ADAPTER_WEIGHTS):
         raise AdapterError(f"{folder} was merged from another adapter: merge this one, or give that one.")
-    return "merged onto dequantised weights" if onto == "dequantised" else "merged onto the 16-bit base"
+    return "merged onto dequantised weights" if merged.onto == "dequantised" else "merged onto the 16-bit base"
 
 
 def _open_merged(rows: Rows, folder: Path) -> tuple[RunConfig, BaseFiles]:
@@ -187,21 +183,28 @@ def _answer(
     """Answer all rows by one form, which is freed again."""
     config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, bits=bits))
     sizes = sorted((size for work in works for size in work.sizes), reverse=True)
-    total, done = sum(len(work.examples) for work in works), 0
-    answers = []
     with open_engine(
         config, files, adapter, config.eval.num_stages, count_rows(sizes, config.eval.batch_size), sizes[0]
     ) as opened:
         engine = BatchEngine(opened.core, ADAPTER if adapter else None, opened.renew)
-        for work in works:
-
-            def show(own: int, before: int = done) -> None:
-                on_progress(form, before + own, total)
-
-            answers.append(answer_examples(engine, work, config, show))
-            done += len(work.examples)
+        answers = answer_works(engine, works, config, form, on_progress)
     del engine, opened
     gc.collect()  # before the next form needs the memory
+    return answers
+
+
+def answer_works(
+    engine: Engine, works: Sequence[Work], config: RunConfig, form: str, on_progress: OnProgress
+) -> list[Answers]:
+    """Answer all rows by an engine, with one progress over all tasks."""
+    total, done, answers = sum(len(work.examples) for work in works), 0, []
+    for work in works:
+
+        def show(own: int, before: int = done) -> None:
+            on_progress(form, before + own, total)
+
+        answers.append(answer_examples(engine, work, config, show))
+        done += len(work.examples)
     return answers
 
 

@@ -18,10 +18,9 @@ from finlora.data.encode import end_token_id
 from finlora.durable import follow_umask, scratch_folder
 from finlora.engine.request import normalise_choices
 from finlora.errors import ModelError
-from finlora.evaluate.evaluation import Answers, Work, answer_examples
 from finlora.evaluate.parity_report import Parity, write_parity
 from finlora.exchange.compressed import PackedBits, requantise, require_library
-from finlora.exchange.parity import OnProgress, prepare_rows
+from finlora.exchange.parity import OnProgress, answer_works, prepare_rows
 from finlora.machine.lean_imports import lean_imports
 from finlora.model.base import check_device
 from finlora.model.contract import MERGED_FILE
@@ -78,7 +77,7 @@ def export_vllm(
             engine = _PlainEngine(
                 model, end_token_id(rows.files.tokenizer, rows.config.model.template), rows.files.tokenizer
             )
-            answers = _answer_all(engine, rows.works, rows.config, form, on_progress)
+            answers = answer_works(engine, rows.works, rows.config, form, on_progress)
         shards = {path.name: path for path in packed.glob("*.safetensors")}
         written = fingerprint_weights(dataclasses.replace(rows.files.source, shards=shards))
         found = rows.compare(form, None, written, trained, answers)
@@ -114,20 +113,6 @@ def _load(folder: Path, device: torch.device, dtype: torch.dtype) -> Iterator[An
     finally:
         del model
         gc.collect()
-
-
-def _answer_all(
-    engine: _PlainEngine, works: Sequence[Work], config: RunConfig, form: str, on_progress: OnProgress
-) -> list[Answers]:
-    total, done, answers = sum(len(work.examples) for work in works), 0, []
-    for work in works:
-
-        def show(own: int, before: int = done) -> None:
-            on_progress(form, before + own, total)
-
-        answers.append(answer_examples(engine, work, config, show))
-        done += len(work.examples)
-    return answers
 
 
 class _PlainEngine:

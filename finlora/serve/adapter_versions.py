@@ -32,6 +32,7 @@ from finlora.evaluate.reference import REFERENCE_FILE, Reference, read_reference
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, check_file
 from finlora.model.contract import CONTRACT_FILE, Contract, read_contract, read_tasks
 from finlora.serve.served_model import ServedBase
+from finlora.serve.settings import ServeConfig
 from finlora.stage.adapter_weights import hash_adapter
 
 CURRENT_FILE = "current"
@@ -60,14 +61,13 @@ class ServedAdapter:
     """Tasks of task files that it was trained on, which only it brings."""
     references: tuple[Reference, ...] = ()
     """How it answers its test splits, for monitoring. Empty: the folder holds no reference, or one of other weights."""
+    doubt: str = ""
+    """Why its answers are not shown to be those of its training; empty: they are."""
 
     @property
     def forms(self) -> dict[str, Form]:
         """How a user asks its own tasks."""
         return {name: task.form for name, task in self.tasks.items() if task.form is not None}
-
-    doubt: str = ""
-    """Why its answers are not shown to be those of its training; empty: they are."""
 
     @property
     def notices(self) -> list[str]:
@@ -102,6 +102,16 @@ class AdapterShelf:
         self._min_agreement = min_agreement
         # Folder -> stamp of its files, and the adapter or refusal read then: hashing 21 MiB for each request is too slow.
         self._known: dict[Path, tuple[tuple[int, ...], ServedAdapter | AdapterError]] = {}
+
+    @classmethod
+    def of(cls, config: ServeConfig, base: ServedBase) -> AdapterShelf:
+        """Return the shelf of a server."""
+        return cls(
+            config.adapters_folder,
+            base,
+            require_approval=config.require_approval,
+            min_agreement=config.min_agreement,
+        )
 
     def list_names(self) -> list[str]:
         """Return the names of all adapters with a complete version, whether or not it fits the base."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from made_facts import make_contract
 
-from finlora.model.contract import Contract, write_contract
+from finlora.model.contract import write_contract
 from finlora.results import Result, append_result
 from finlora.train.run.run_folder import RunFolder, claim_run, open_run
 from finlora.train.search.search_folder import open_search
@@ -33,22 +34,7 @@ def finished(make_config):
     folder.step.write_text("4 4")
     folder.adapter.mkdir()
     (folder.adapter / "adapter_model.safetensors").write_bytes(b"weights")
-    contract = Contract(
-        base="b",
-        revision=None,
-        weights_hash="h",
-        tokenizer_hash="t",
-        template="raw",
-        bits=4,
-        quantisation="NF4",
-        rank=4,
-        alpha=8.0,
-        target_modules=["q_proj"],
-        data_hashes={},
-        num_train_examples=5,
-        adapter_mib=0.1,
-    )
-    write_contract(folder.adapter, contract)
+    write_contract(folder.adapter, make_contract())
     result = Result(
         kind="training",
         task="fpb",

@@ -6,51 +6,19 @@ import dataclasses
 import json
 
 import pytest
+from made_facts import make_contract, make_parity
 
 from finlora.errors import AdapterError
 from finlora.evaluate.parity_report import (
-    Parity,
     find_doubt,
     find_merged_doubt,
     parity_table,
     read_parity,
     write_parity,
 )
-from finlora.model.contract import Contract
 
-ROW = Parity(
-    task="fpb",
-    form="8 bit",
-    bits=8,
-    trained_bits=4,
-    base_hash="b" * 16,
-    num_rows=500,
-    is_partial=False,
-    seed=42,
-    data_hash="d" * 64,
-    num_equal=490,
-    mean_difference=0.01,
-    max_difference=0.2,
-    accuracy=0.8,
-    trained_accuracy=0.81,
-    compute_dtype="bfloat16",
-    device="cuda",
-)
-CONTRACT = Contract(
-    base="b",
-    revision=None,
-    weights_hash="h",
-    tokenizer_hash="t",
-    template="raw",
-    bits=4,
-    quantisation="NF4",
-    rank=4,
-    alpha=8.0,
-    target_modules=["q_proj"],
-    data_hashes={"fpb": "x"},
-    num_train_examples=5,
-    adapter_mib=0.1,
-)
+ROW = make_parity()
+CONTRACT = make_contract(data_hashes={"fpb": "x"})
 
 
 @pytest.fixture

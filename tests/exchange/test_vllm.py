@@ -113,13 +113,13 @@ def test_export_is_checked_against_the_form_of_the_training_and_says_so_beside_b
 
 
 def test_export_whose_answers_differ_is_not_kept(export, tmp_path, monkeypatch):
-    answer_all = vllm._answer_all
+    answer_all = vllm.answer_works
 
     def answer_otherwise(*arguments):
         (answers,) = answer_all(*arguments)
         return [answers._replace(texts=["other"] * len(answers.texts))]
 
-    monkeypatch.setattr(vllm, "_answer_all", answer_otherwise)
+    monkeypatch.setattr(vllm, "answer_works", answer_otherwise)
     words = r"at 4 bit the export gives the answer of the training in 0\.0 \(0\.0–24\.2\) % of 12 rows of .*--bits 8, or lower"
     with pytest.raises(ModelError, match=words):
         export(bits=4)

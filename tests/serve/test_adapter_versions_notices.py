@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 from live_server import make_settings
+from made_facts import make_parity
 
 from finlora.errors import AdapterError, ModelError
-from finlora.evaluate.parity_report import Parity, write_parity
+from finlora.evaluate.parity_report import write_parity
 from finlora.model.contract import Adopted, read_contract, write_contract
 from finlora.serve.adapter_versions import AdapterShelf
 from finlora.serve.served_model import read_base
@@ -47,24 +48,7 @@ def rows_of(folder, num_equal):
     """A parity report of its tasks at 16 bit."""
     contract = read_contract(folder / "plain")
     return [
-        Parity(
-            task=task,
-            form="16 bit",
-            bits=16,
-            trained_bits=4,
-            base_hash="b",
-            num_rows=1000,
-            is_partial=False,
-            seed=1,
-            data_hash="d",
-            num_equal=num_equal,
-            mean_difference=0.0,
-            max_difference=0.0,
-            accuracy=0.9,
-            trained_accuracy=0.9,
-            compute_dtype="float32",
-            device="cpu",
-        )
+        make_parity(task=task, form="16 bit", bits=16, num_rows=1000, num_equal=num_equal)
         for task in contract.task_names
     ]
 

@@ -127,12 +127,7 @@ def check_server(
     if settings.adapters_folder is not None and settings.adapters_folder.is_file():
         raise ConfigError(f"adapters_dir={settings.adapters_folder} is a file: expected the folder of adapters.")
     base = read_base(settings, files)
-    shelf = AdapterShelf(
-        settings.adapters_folder,
-        base,
-        require_approval=settings.require_approval,
-        min_agreement=settings.min_agreement,
-    )
+    shelf = AdapterShelf.of(settings, base)
     for reason in shelf.describe_unserved():
         _logger.warning("Not served: %s", reason)
     if base.doubt:

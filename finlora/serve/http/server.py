@@ -55,12 +55,7 @@ class Server:
             meter,
             audit,
         )
-        self.shelf = AdapterShelf(
-            config.adapters_folder,
-            base,
-            require_approval=config.require_approval,
-            min_agreement=config.min_agreement,
-        )
+        self.shelf = AdapterShelf.of(config, base)
         self.quota = Quota(time.monotonic) if quota is None else quota
         # Each question of a task has the same few labels.
         self._encode_choices = functools.lru_cache(256)(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from certificate import make_certificate
-from made_reference import write_reference
+from made_facts import write_reference
 from wire import send
 
 from finlora.serve.accounts.audit import list_logs, verify_audit

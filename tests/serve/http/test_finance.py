@@ -8,7 +8,7 @@ import shutil
 import pytest
 from letters import LETTERS
 from live_server import make_adapter, make_settings
-from made_reference import write_reference
+from made_facts import write_reference
 from wire import send
 
 from finlora.data.grounding import find_quote

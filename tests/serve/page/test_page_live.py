@@ -14,6 +14,15 @@ from finlora.serve.http.finance import TaskList
 from finlora.serve.http.status import StagesState
 from finlora.serve.protocol import LabelResult
 
+ESCAPE_ONCE_IT_STREAMS = """
+new MutationObserver((_changes, observer) => {
+  if (!document.querySelector(".stream.is-open")) return;
+  observer.disconnect();
+  document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "Escape", bubbles: true }));
+}).observe(document.body, { childList: true, subtree: true });
+"""
+"""Presses Escape inside the page: so small a model streams 900 tokens in 0.9 s, which a busy test process can miss."""
+
 
 @pytest.fixture
 def enter(browser, live):
@@ -70,9 +79,8 @@ def test_streamed_text_equals_the_servers_and_escape_frees_its_cache(enter, live
     assert whole["finish_reason"] == "length"
     expect(page.locator(".note")).to_contain_text("The answer was cut off at the length limit.")
     page.get_by_label("Longest answer, in tokens").fill("900")
+    page.evaluate(ESCAPE_ONCE_IT_STREAMS)
     ask(page, "Explain a bond.")
-    page.locator(".stream.is-open").wait_for()
-    page.keyboard.press("Escape")
     expect(page.locator("#answer")).to_contain_text("Stopped.")
     live.wait_until_idle()
 

@@ -32,6 +32,13 @@ _NULLS = ("", "null", "Null", "NULL")
 _MAX_KEYS = 1000  # near names are searched for each
 _SHOW = reprlib.Repr()
 _SHOW.maxstring = _SHOW.maxother = 80
+ADDED_LATER: Mapping[str, Any] = {
+    "model.template_date": None,
+    "lora.rslora": False,
+    "lora.rank_pattern": {},
+    "lora.alpha_pattern": {},
+}
+"""Settings that RunConfig got after the first runs, each with the value under which a run computes what it did without it."""
 _KIND_NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -102,6 +109,19 @@ def _build_checked(
 def config_to_tree(config: RunConfig) -> dict[str, Any]:
     """Return plain dicts, lists and scalars, ready for YAML or JSON."""
     return cast(dict[str, Any], _plain(dataclasses.asdict(config)))
+
+
+def tree_for_hash(config: RunConfig) -> dict[str, Any]:
+    """Return `config_to_tree` without settings that came later and do nothing here.
+
+    A hash of it tells two runs apart by what they compute, and stays what it was when a setting is added to RunConfig.
+    """
+    tree = config_to_tree(config)
+    for name, neutral in ADDED_LATER.items():
+        section, key = name.split(".")
+        if tree[section][key] == neutral:
+            del tree[section][key]
+    return tree
 
 
 def save_config(config: RunConfig, path: Path) -> None:

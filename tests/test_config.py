@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 
 import pytest
 
 from finlora.config import LoraConfig, RunConfig
-from finlora.configfile import config_from_tree, config_to_tree, load_config, save_config, settings_from_tree
+from finlora.configfile import (
+    ADDED_LATER,
+    config_from_tree,
+    config_to_tree,
+    load_config,
+    save_config,
+    settings_from_tree,
+    tree_for_hash,
+)
 from finlora.errors import ConfigError
 
 
@@ -305,3 +315,32 @@ def test_tracking_takes_addresses_without_passwords(override, fault):
 @pytest.mark.parametrize("address", ["sqlite:////m/a@b.db", "http://h:5000", "https://h/path"])
 def test_tracking_takes_a_file_and_a_server(address):
     assert load_config(None, [f"tracking.mlflow={address}"]).tracking.mlflow == address
+
+
+def test_a_setting_that_came_later_leaves_the_hash_of_runs_without_it():
+    changes = [
+        *(
+            "model.template_date=2025-03-09",
+            "lora.rslora=true",
+            "lora.rank_pattern={q_proj: 2}",
+            "lora.alpha_pattern={q_proj: 2}",
+        ),
+    ]
+    assert [change.split("=")[0] for change in changes] == list(ADDED_LATER)
+    tree = tree_for_hash(load_config(None, ["model.template=chat"]))
+    assert not [name for name in ADDED_LATER if name.split(".")[1] in tree[name.split(".")[0]]]
+    trees = [
+        tree_for_hash(load_config(None, ["model.template=chat", *changes[:number]]))
+        for number in range(len(changes) + 1)
+    ]
+    assert len({json.dumps(each, sort_keys=True) for each in trees}) == len(trees), "each counts once it is set"
+
+
+def test_a_new_setting_says_what_runs_without_it_computed():
+    """A hash of all settings' names, so that adding one without its line in ADDED_LATER fails here: it would start runs anew."""
+    tree = tree_for_hash(RunConfig())
+    names = sorted(f"{name}.{key}" for name, value in tree.items() if isinstance(value, dict) for key in value)
+    found = hashlib.sha256(" ".join(names).encode()).hexdigest()[:16]
+    assert found == "daf6c600f4db5790", (
+        "a setting was added: name its neutral value in finlora/configfile.py, ADDED_LATER, not a new hash here"
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from finlora.config import Bits, ModelConfig, RunConfig
-from finlora.configfile import config_to_tree
+from finlora.configfile import tree_for_hash
 from finlora.errors import FinloraError
 from finlora.model.source import find_source, fingerprint_weights
 from finlora.train.run.run_folder import RunFolder
@@ -57,7 +57,7 @@ class Step:
 
         Folders and shares of a machine do not count, so that a copied folder of outcomes is valid on another machine.
         """
-        tree = config_to_tree(self.config)
+        tree = tree_for_hash(self.config)
         for section, keys in _ELSEWHERE.items():
             for key in keys:
                 (tree[section] if section else tree).pop(key)

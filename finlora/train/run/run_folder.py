@@ -35,7 +35,7 @@ from typing import Any
 import yaml
 
 from finlora.config import SQLITE, RunConfig
-from finlora.configfile import config_to_tree, load_config, save_config
+from finlora.configfile import config_to_tree, load_config, save_config, tree_for_hash
 from finlora.data.encode import Encoded, encode_examples
 from finlora.data.sets.prepared import read_prepared
 from finlora.durable import try_lock
@@ -274,13 +274,11 @@ def describe_date(training_set: TrainingSet) -> str:
 
 def hash_run(config: RunConfig, hashes: dict[str, str]) -> str:
     """Return 16 hex digits of the hash of all settings and inputs that decide what the run computes."""
-    tree = config_to_tree(config)
+    tree = tree_for_hash(config)
     for section, keys in _FREE_SETTINGS.items():
         for key in keys:
             (tree[section] if section else tree).pop(key)
     tree["train"]["gpus_per_worker"] = 1.0  # runs from before it was free have it in their hash
-    if tree["model"]["template_date"] is None:  # runs from before this setting have no such key
-        del tree["model"]["template_date"]
     text = json.dumps([tree, hashes], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -234,19 +234,6 @@ def test_prompts_have_one_date_on_any_day_and_it_goes_into_the_contract(make_con
     assert read_contract(folder.adapter).template_date == "2024-07-26"
 
 
-def test_setting_of_no_date_leaves_the_hash_of_runs_before_it(make_config, monkeypatch):
-    """Runs that started before model.template_date existed can be resumed."""
-    hashed = []
-    monkeypatch.setattr(
-        "finlora.train.run.run_folder.json.dumps", lambda value, **_settings: hashed.append(value) or ""
-    )
-    hash_run(make_config("model.template=chat"), {})
-    hash_run(make_config("model.template=chat", "model.template_date=2025-03-09"), {})
-    without, with_date = (tree["model"] for tree, _ in hashed)
-    assert with_date.pop("template_date") == "2025-03-09"
-    assert without == with_date
-
-
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

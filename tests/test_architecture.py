@@ -32,7 +32,7 @@ STAIR = (
     *("data", "data.raw", "data.taskfile", "data.tasks", "data.sets", "data.pretraining", "report", "terminal"),
     "optim",  # below the models: the memory forecast needs the size of an optimiser's state
     *("model.kernels", "model.rowwise", "model.memory", "model", "model.layers"),
-    *("engine", "stage", "pipeline", "inference", "evaluate", "score", "card", "exchange"),
+    *("grammar", "engine", "stage", "pipeline", "inference", "evaluate", "score", "card", "exchange"),
     *("train.steps", "train.run", "train.tracking", "train", "train.search"),
     *("serve", "serve.accounts", "serve.live", "serve.http", "serve.deploy"),
     "feedback",
@@ -61,6 +61,7 @@ HOMES = {
     "typer": {"cli"},
     "mlflow": {"train.tracking.mlflow_tracker"},
     "wandb": {"train.tracking.wandb_tracker"},
+    "llguidance": {"grammar", "stage.grammar_masks"},
 }
 
 # Files below 40 lines, each with the reason for a separate file.
@@ -89,6 +90,7 @@ SLOW = {
     "sklearn",
     "matplotlib",
     "numpy",
+    "llguidance",
 }
 
 

@@ -77,6 +77,8 @@ class Work:
     num_cached: int
     num_computed: int
     """Prompt rows of micro-batches scheduled so far."""
+    matcher: int | None = None
+    """Number of its matcher at the last stage; None: it has no grammar."""
     tokens: list[Token] = field(default_factory=list)
     in_flight: int = 0
     """Micro-batches in flight that compute a part of it: one, several chunks of its prompt, or a token and the next one."""
@@ -136,4 +138,6 @@ def add_rows(batch: MicroBatch, work: Work, count: int, sample: int | None = Non
 
 def _add_sample(batch: MicroBatch, work: Work, row: int, position: int) -> None:
     sampling = work.request.sampling
-    batch.samples.append(Sample(row, sampling.temperature, sampling.top_p, work.seed, position))
+    batch.samples.append(Sample(row, sampling.temperature, sampling.top_p, work.seed, position, work.matcher))
+    if work.matcher is not None and position == 0:
+        batch.grammars.append((work.matcher, work.request.grammar))

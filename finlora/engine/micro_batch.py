@@ -29,6 +29,8 @@ class Sample(NamedTuple):
     seed: int
     position: int
     """Tokens that its request has generated so far."""
+    matcher: int | None = None
+    """Number of the request's matcher at the last stage, whose grammar masks the logits; None: any token may be sampled."""
 
 
 class Score(NamedTuple):
@@ -55,6 +57,10 @@ class MicroBatch:
     """(adapter, rows) in the order of the rows."""
     copies: list[tuple[int, int, int]] = field(default_factory=list)
     """(from, to, count) of cache rows, copied before anything is computed."""
+    grammars: list[tuple[int, str]] = field(default_factory=list)
+    """(number, grammar) of matchers that begin with a sample of this micro-batch (finlora/stage/grammar_masks.py)."""
+    released: list[int] = field(default_factory=list)
+    """Numbers of matchers whose requests have ended."""
     samples: list[Sample] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
 
@@ -83,3 +89,5 @@ class Output:
     """Of each score."""
     stage_seconds: Sequence[float] = ()
     """How long each stage computed."""
+    faults: Sequence[tuple[int, str]] = ()
+    """(index, reason) of samples without a meaning, since their grammar became too large to follow."""

@@ -15,8 +15,9 @@ from finlora.errors import ConfigError, ModelError
 ADAPTER = "adapter"
 """Name of the adapter in an engine that has at most one."""
 
-Finish = Literal["end", "stop", "length", "choice", "cancelled", "deadline"]
-"""Why an answer ended: the end token, a stop string, max_tokens, scored choices, cancelled by the caller, past its deadline."""
+Finish = Literal["end", "stop", "length", "choice", "cancelled", "deadline", "grammar"]
+"""Why an answer ended: the end token, a stop string, max_tokens, scored choices, cancelled by the caller, past its deadline, or a
+grammar that became too large to follow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,6 +58,8 @@ class Request:
     """Name of a loaded adapter; None: the base model alone."""
     sampling: Sampling = field(default_factory=Sampling)
     """Ignored if there are choices."""
+    grammar: str = ""
+    """Grammar of the generated text, made by finlora/grammar/compile.py; empty: any text."""
     choices: tuple[tuple[int, ...], ...] = ()
     """Choices to score, as token ids, end token included; empty: text is generated."""
     client: str = ""
@@ -78,7 +81,7 @@ class Token:
 
     id: int
     log_prob: float
-    """Natural logarithm of its probability before temperature and top_p."""
+    """Natural logarithm of its probability before grammar, temperature and top_p."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +106,8 @@ class Answer:
     """Log-probability of each choice, the sum over its tokens."""
     num_cached: int = 0
     """Prompt tokens taken from the prefix cache."""
+    fault: str = ""
+    """Why the grammar could not be followed, where finish is `grammar`."""
 
     def require_numbers(self) -> None:
         """Reject an answer computed from NaN, which would look like any other: argmax of NaN logits is token 0.

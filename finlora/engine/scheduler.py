@@ -11,6 +11,8 @@ following micro-batch would delay new prompts, so none is made while there are a
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections import OrderedDict, deque
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -42,6 +44,7 @@ class Scheduler:
         self._has_room = True  # for the next request in the queue, as of the last try
         self._copies: list[tuple[int, int, int]] = []
         self._number, self._cached_share = 0, 0.0  # moving average over admitted prompts
+        self._matchers, self._released = itertools.count(), list[int]()  # of requests with a grammar
 
     @property
     def num_waiting(self) -> int:
@@ -126,6 +129,7 @@ class Scheduler:
             return None
         # Copies stay in the order of admission: one may read rows that the next one overwrites.
         batch, self._copies = MicroBatch(self._number, copies=self._copies), []
+        batch.released, self._released = self._released, []
         if any(work in followers for work, _ in chosen):
             batch.follows = next(iter(self._in_flight))
         # Rows of one adapter are contiguous; the base alone comes first.
@@ -147,7 +151,7 @@ class Scheduler:
 
     def complete(self, output: Output) -> tuple[list[tuple[str, Token]], list[Answer]]:
         """Record a micro-batch's results; returns the new tokens by request id, and the answers of requests that ended."""
-        tokens, log_probs = iter(output.tokens), iter(output.log_probs)
+        tokens, log_probs, faults = iter(output.tokens), iter(output.log_probs), dict(output.faults)
         new: list[tuple[str, Token]] = []
         answers: list[Answer] = []
         self._with_prompts.discard(output.number)
@@ -164,6 +168,9 @@ class Scheduler:
                 continue
             token = Token(*next(tokens))
             if is_over:
+                continue
+            if part.sample in faults:
+                answers.append(dataclasses.replace(self._finish(work, "grammar"), fault=faults[part.sample]))
                 continue
             if token.id == self.end_token_id:
                 answers.append(self._finish(work, "end"))
@@ -185,6 +192,8 @@ class Scheduler:
             work.extent.num_ready = len(work.extent.ids)
         self.pool.release(work.extent)
         self._has_room = True
+        if work.matcher is not None:
+            self._released.append(work.matcher)
         return Answer(
             request_id=work.request.id,
             finish=finish,
@@ -299,5 +308,6 @@ class Scheduler:
         extent.num_ready = length
         self._cached_share += 0.1 * (length / len(request.prompt_ids) - self._cached_share)
         seed = request.sampling.seed if request.sampling.seed is not None else self._make_seed()
-        work = self._active[request.id] = Work(request, extent, seed, length, length)
+        matcher = next(self._matchers) if request.grammar else None
+        work = self._active[request.id] = Work(request, extent, seed, length, length, matcher)
         return work

@@ -21,6 +21,7 @@ from finlora.engine.micro_batch import MicroBatch
 from finlora.engine.request import ADAPTER
 from finlora.engine.scheduler import Scheduler
 from finlora.errors import ResourceError
+from finlora.grammar.vocabulary import Vocabulary
 from finlora.inference.in_process import InProcess
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.base_files import BaseFiles
@@ -84,7 +85,8 @@ def open_executor(
                 f"the KV cache has room for {max(0, rows):,} tokens beside the base at {bits} bit and one request needs "
                 f"{least_rows:,}: choose fewer bits (eval.bits), more stages (eval.num_stages), or a larger GPU."
             )
-        yield InProcess([Stage(net, span, rows, dtype)]), rows
+        vocabulary = Vocabulary(base.tokenizer, end_token_id(base.tokenizer, config.model.template))
+        yield InProcess([Stage(net, span, rows, dtype, vocabulary=vocabulary)]), rows
 
 
 class OpenEngine(NamedTuple):

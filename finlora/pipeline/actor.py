@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from finlora.cluster.connect import find_node_address
 from finlora.config import Bits, ModelConfig
+from finlora.data.encode import end_token_id
 from finlora.engine.messages import Change, Message
 from finlora.engine.micro_batch import MicroBatch, Output
 from finlora.errors import AdapterError, FinloraError
+from finlora.grammar.vocabulary import Vocabulary
 from finlora.machine.cpu import set_environment
 from finlora.pipeline.late_read import Queued, Reader
 from finlora.pipeline.links import HiddenStateLink, StageInfo, TokenLink
@@ -78,7 +80,10 @@ class StageActor:
         self._token_links: dict[TokenTransport, TokenLink] = {}
         self.info: StageInfo | None = None
         base = load_base(source, bits, self.device, seed, layers, is_bare=True)
-        self.stage = Stage(base.model, layers, cache_rows, base.dtype, keep_unpacked=keep_unpacked)
+        vocabulary = Vocabulary(base.tokenizer, end_token_id(base.tokenizer, source.template))
+        self.stage = Stage(
+            base.model, layers, cache_rows, base.dtype, keep_unpacked=keep_unpacked, vocabulary=vocabulary
+        )
         self.weights_gib = base.weights_gib
 
     def take_number(self, number: int, num_stages: int) -> str | None:
@@ -159,7 +164,7 @@ class StageActor:
             link.close()
         self.incoming = self.outgoing = self.sampled_in = self.sampled_out = None
         self.reader.forget()
-        self.stage.clear_cache()
+        self.stage.forget_requests()
 
     def describe(self) -> dict[str, float]:
         """Return the sizes of weights and KV cache; an answer also shows that the stage is loaded."""

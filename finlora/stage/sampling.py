@@ -1,4 +1,4 @@
-"""Sampling at the last stage. A row's token depends on its own logits, seed and position, never on its batch.
+"""Sampling at the last stage. A row's token depends on its own logits, grammar, seed and position, never on its batch.
 
 Shapes: N rows, V vocabulary.
 """
@@ -13,22 +13,41 @@ import torch
 from torch import Tensor
 
 from finlora.engine.micro_batch import Output, Sample
-from finlora.stage.upload import download
+from finlora.stage.grammar_masks import Masks
+from finlora.stage.upload import download, upload
 
 
-def sample(logits: Tensor, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Return a token for each row, and its log-probability before temperature and top_p.
+def sample(logits: Tensor, samples: Sequence[Sample], masks: Masks | None = None) -> tuple[Tensor, Tensor]:
+    """Return a token for each row, and its log-probability before grammar, temperature and top_p.
 
     Temperature 0 takes the likeliest token. Otherwise one uniform number, a function of seed and position alone, selects a token
     by the cumulative probabilities of the nucleus (arXiv:1904.09751, section 3.1), likeliest token first. The host does not wait.
 
     Shapes: (N, V) float32 -> (N,) int64, (N,) float32.
     """
-    tokens = logits.argmax(-1)
+    allowed = logits if masks is None else restrict(logits, masks)
+    tokens = allowed.argmax(-1)
     for row, each in enumerate(samples):
         if each.temperature > 0:
-            tokens[row] = _sample_token(logits[row], each)
+            tokens[row] = _sample_token(allowed[row], each)
     return tokens, choice_log_probs(logits, tokens)
+
+
+def restrict(logits: Tensor, masks: Masks) -> Tensor:
+    """Return the logits with minus infinity at tokens that a row's grammar forbids. Other rows keep their values.
+
+    Shapes: (N, V) float32, masks of M rows -> (N, V).
+    """
+    rows = upload(masks.rows, logits.device)
+    # Bytes, least significant bit first: token 8 b + j is bit j of byte b, as llguidance writes them.
+    bits = masks.bits.view(torch.uint8).to(logits.device, non_blocking=True)
+    shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
+    is_allowed = (bits[:, :, None] >> shifts & 1).flatten(1)[:, : logits.shape[1]].bool()
+    # A head may have more columns than the tokenizer has tokens.
+    is_allowed = torch.nn.functional.pad(is_allowed, (0, logits.shape[1] - is_allowed.shape[1]))
+    if len(rows) == len(logits):  # every row has one, in the order of the rows
+        return logits.masked_fill(~is_allowed, -torch.inf)
+    return logits.index_copy(0, rows, logits[rows].masked_fill_(~is_allowed, -torch.inf))
 
 
 def choice_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
@@ -55,17 +74,25 @@ class Unread:
         tokens: (N,) int64, sampled.
         log_probs: (N,) of the sampled tokens.
         scored: (M,) log-probabilities of the tokens that the micro-batch scores.
+        faults: of its samples (Output).
     """
 
-    def __init__(self, number: int, tokens: Tensor, log_probs: Tensor, scored: Tensor) -> None:
-        self.number, self.tokens = number, tokens
+    def __init__(
+        self,
+        number: int,
+        tokens: Tensor,
+        log_probs: Tensor,
+        scored: Tensor,
+        faults: Sequence[tuple[int, str]] = (),
+    ) -> None:
+        self.number, self.tokens, self._faults = number, tokens, faults
         self._read = download(torch.cat([tokens.double(), log_probs.double(), scored.double()]))  # one copy for all
 
     def read(self) -> Output:
-        """Wait for the copy and return the micro-batch's output."""
+        """Wait for the copy and return the micro-batch's output. It can be read more than once."""
         numbers, count = self._read(), len(self.tokens)
         tokens = zip(map(int, numbers[:count]), numbers[count : 2 * count], strict=True)
-        return Output(self.number, list(tokens), numbers[2 * count :])
+        return Output(self.number, list(tokens), numbers[2 * count :], faults=self._faults)
 
 
 class Stopwatch:

@@ -19,6 +19,7 @@ from torch import Tensor
 from finlora.engine.micro_batch import MicroBatch
 from finlora.errors import AdapterError
 from finlora.formula.llama import PRODUCTS, Product, product_width, shape_of
+from finlora.grammar.vocabulary import Vocabulary
 from finlora.model.kernels import launch
 from finlora.model.layers.attention import can_attend_alone, can_flash
 from finlora.model.layers.cached_attention import attend_cache, attend_tails, write_cache
@@ -29,6 +30,7 @@ from finlora.model.memory.peak import measure_peak_gib
 from finlora.stage.adapter_weights import Adapter, Bank, read_adapter
 from finlora.stage.batch_attention import Attend, make_attention, narrow
 from finlora.stage.decode_graphs import Begin, Rows, StageGraphs
+from finlora.stage.grammar_masks import GrammarMasks
 from finlora.stage.row_padding import compiles_by_rows, count_padding, pad_adapters, repeat_last
 from finlora.stage.sampling import Unread, choice_log_probs, sample
 from finlora.stage.upload import fill_sampled, upload
@@ -62,10 +64,18 @@ class Stage:
         num_rows: R.
         dtype: type of activations and cache.
         keep_unpacked: hold a 4-bit base unpacked: four times the memory, and no unpacking at each product.
+        vocabulary: of the base, for requests with a grammar. None: there are none.
     """
 
     def __init__(
-        self, net: Any, span: range, num_rows: int, dtype: torch.dtype, *, keep_unpacked: bool = False
+        self,
+        net: Any,
+        span: range,
+        num_rows: int,
+        dtype: torch.dtype,
+        *,
+        keep_unpacked: bool = False,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.shape, self.span, self.dtype = shape_of(net.config.to_dict()), span, dtype
         self._ends = ModelEnds(net, self.shape, dtype)
@@ -89,6 +99,7 @@ class Stage:
         self._flashes, self._goes_alone = can_flash(self.cache), can_attend_alone(self.cache)
         self._pads = compiles_by_rows(self.device, dtype)
         self.passes = StageGraphs(self._run_rows, num_rows, self.device, fills=self._flashes)
+        self._masks = GrammarMasks(vocabulary, self.device)
 
     @property
     def cache_bytes(self) -> int:
@@ -124,9 +135,10 @@ class Stage:
         if self.adapters.pop(name, None) is not None:
             self.bank.remove(name)
 
-    def clear_cache(self) -> None:
-        """Set every row to zero, in place: CUDA graphs write there."""
+    def forget_requests(self) -> None:
+        """Drop all matchers, and set every cache row to zero, in place: CUDA graphs write there."""
         self.cache.zero_()
+        self._masks.clear()
 
     @torch.inference_mode()
     def run(self, batch: MicroBatch, hidden: Tensor | None, begin: Begin = lambda: None) -> Tensor | Unread:
@@ -306,7 +318,12 @@ class Stage:
         sampled = logits[self._ids([indices[sample.row] for sample in batch.samples])] if batch.samples else logits[:0]
         scored = logits[self._ids([indices[score.row] for score in batch.scores])] if batch.scores else logits[:0]
         targets = self._ids([score.token for score in batch.scores])
-        return Unread(batch.number, *sample(sampled, batch.samples), choice_log_probs(scored, targets))
+        # Here a GPU has the pass in its queue, and computes it while the host computes the masks.
+        masks = self._masks.fill(batch)
+        faults = masks.faults if masks else ()
+        unread = Unread(batch.number, *sample(sampled, batch.samples, masks), choice_log_probs(scored, targets), faults)
+        self._masks.follow(batch, unread.read)
+        return unread
 
     def _ids(self, numbers: Sequence[int]) -> Tensor:
         return upload(numbers, self.device)

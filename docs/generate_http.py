@@ -8,7 +8,10 @@ from typing import Any, cast
 
 from generate import clean, code, page, table
 
-_SENT = ("Message", "TextPart", "StreamOptions")
+_SENT = (
+    *("Message", "TextPart", "StreamOptions", "ResponseFormat", "SchemaFormat", "StructuredOutputs"),
+    *("Tool", "Function", "NamedTool", "FunctionName"),
+)
 """Parts of requests, whose tables name defaults."""
 _EXAMPLES = {
     "/v1/classify": '{"model": "llama-8b:sentiment", "task": "fpb", "texts": ["Profit rose 12 %"], "threshold": 0.6}',

@@ -140,4 +140,4 @@ def _add_sample(batch: MicroBatch, work: Work, row: int, position: int) -> None:
     sampling = work.request.sampling
     batch.samples.append(Sample(row, sampling.temperature, sampling.top_p, work.seed, position, work.matcher))
     if work.matcher is not None and position == 0:
-        batch.grammars.append((work.matcher, work.request.grammar))
+        batch.grammars.append((work.matcher, sampling.grammar))

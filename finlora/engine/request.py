@@ -34,6 +34,8 @@ class Sampling:
     """Stop strings: they end the answer and are left out of it."""
     seed: int | None = None
     """Equal seeds sample equal tokens from equal logits, whatever else is in the batch. None: a random seed."""
+    grammar: str = ""
+    """Grammar of the generated text, made by finlora/grammar/compile.py; empty: any text."""
 
     def __post_init__(self) -> None:
         checks = [
@@ -58,8 +60,6 @@ class Request:
     """Name of a loaded adapter; None: the base model alone."""
     sampling: Sampling = field(default_factory=Sampling)
     """Ignored if there are choices."""
-    grammar: str = ""
-    """Grammar of the generated text, made by finlora/grammar/compile.py; empty: any text."""
     choices: tuple[tuple[int, ...], ...] = ()
     """Choices to score, as token ids, end token included; empty: text is generated."""
     client: str = ""

@@ -308,6 +308,6 @@ class Scheduler:
         extent.num_ready = length
         self._cached_share += 0.1 * (length / len(request.prompt_ids) - self._cached_share)
         seed = request.sampling.seed if request.sampling.seed is not None else self._make_seed()
-        matcher = next(self._matchers) if request.grammar else None
+        matcher = next(self._matchers) if request.sampling.grammar else None
         work = self._active[request.id] = Work(request, extent, seed, length, length, matcher)
         return work

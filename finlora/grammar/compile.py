@@ -24,7 +24,7 @@ _FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": 
 """JSON as Python's json.dumps writes it: where white space is free, small models go on for ever. Unknown keywords are errors."""
 CALL_START, CALL_NAMED, CALL_END = '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"
 """Texts around the name and the arguments of a tool call: the form of Hermes and Qwen."""
-_CALL_MARK = "<tool_call>"
+CALL_MARK = "<tool_call>"
 _FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 _TOO_LARGE = ("too many", "Too many", "too complex", "fuel", "max is", "limit", "too large")
 _MAX_ERROR = 300
@@ -66,16 +66,16 @@ def tool_calls(tools: Sequence[tuple[str, Mapping[str, Any]]], *, is_optional: b
 
     lines, schemas = [], []
     for number, (name, schema) in enumerate(tools):
-        start = _quote(CALL_START.removeprefix(_CALL_MARK) + name + CALL_NAMED)
+        start = _quote(CALL_START.removeprefix(CALL_MARK) + name + CALL_NAMED)
         lines.append(f"rest_{number}: {start} @tool_{number} {_quote(CALL_END)}")
         schemas.append({"name": f"tool_{number}", "json_schema": prepare_schema(schema) | {"x-guidance": _FORM}})
-    more = "" if is_single else f' ("\\n" {_quote(_CALL_MARK)} rest)*'
+    more = "" if is_single else f' ("\\n" {_quote(CALL_MARK)} rest)*'
     if is_optional:
         # The mark ends the text as soon as it is written: a lazy lexeme matches as few bytes as possible.
-        lines += ["start: text | begin rest" + more, "text: TEXT", f"begin[lazy]: TEXT {_quote(_CALL_MARK)}"]
+        lines += ["start: text | begin rest" + more, "text: TEXT", f"begin[lazy]: TEXT {_quote(CALL_MARK)}"]
         lines.append(r"TEXT: /(.|\n)*/")
     else:
-        lines.append(f"start: {_quote(_CALL_MARK)} rest{more}")
+        lines.append(f"start: {_quote(CALL_MARK)} rest{more}")
     lines.append("rest: " + " | ".join(f"rest_{number}" for number in range(len(tools))))
     return json.dumps({"grammars": [{"lark_grammar": "\n".join(lines)}, *schemas]})
 

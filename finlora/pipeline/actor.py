@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,9 +81,9 @@ class StageActor:
         self._token_links: dict[TokenTransport, TokenLink] = {}
         self.info: StageInfo | None = None
         base = load_base(source, bits, self.device, seed, layers, is_bare=True)
-        vocabulary = Vocabulary(base.tokenizer, end_token_id(base.tokenizer, source.template))
+        self._vocabulary = Vocabulary(base.tokenizer, end_token_id(base.tokenizer, source.template))
         self.stage = Stage(
-            base.model, layers, cache_rows, base.dtype, keep_unpacked=keep_unpacked, vocabulary=vocabulary
+            base.model, layers, cache_rows, base.dtype, keep_unpacked=keep_unpacked, vocabulary=self._vocabulary
         )
         self.weights_gib = base.weights_gib
 
@@ -169,6 +170,10 @@ class StageActor:
     def describe(self) -> dict[str, float]:
         """Return the sizes of weights and KV cache; an answer also shows that the stage is loaded."""
         return {"weights_gib": self.weights_gib, "cache_gib": self.stage.cache_bytes / 2**30}
+
+    def prepare_grammars(self) -> None:
+        """Start to build the vocabulary of grammars, which the first request with one would wait for."""
+        threading.Thread(target=self._vocabulary.open, name="vocabulary", daemon=True).start()
 
     def peak_memory_gib(self) -> float:
         """Return the stage's peak memory since it was loaded."""

@@ -147,6 +147,10 @@ class Pipeline:
         )
         return sum(peaks)
 
+    def prepare_grammars(self) -> None:
+        """Let the last stage get ready for requests with a grammar; returns at once."""
+        self.actors[-1].prepare_grammars.remote()
+
     @translate_ray_errors()
     def check(self) -> None:
         """Health check: raises StageLostError if a stage is dead or does not answer."""

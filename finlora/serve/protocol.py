@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from finlora.serve.structured_fields import StructuredFields, ToolFields
+
 _MAX_STOPS = 16
 _MAX_FIELDS = 64
 _Texts = Annotated[list[str], Field(fail_fast=True, min_length=1)]
@@ -53,7 +55,7 @@ class StreamOptions(_Wire):
     include_usage: bool = Field(False, description="Send the usage as a last event.")
 
 
-class GenerationRequest(_Body):
+class GenerationRequest(_Body, StructuredFields):
     """Fields that chat and text completions share."""
 
     model: str = Field(
@@ -103,7 +105,7 @@ class Message(_Wire):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, ToolFields):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(
@@ -227,15 +229,29 @@ class ExtractResponse(BaseModel):
     usage: Usage = Field(description="Tokens of the request.")
 
 
+class CalledFunction(BaseModel):
+    name: str = Field(description="One of the request's `tools`.")
+    arguments: str = Field(description="JSON that fits the tool's `parameters`, unless the answer was cut off.")
+
+
+class ToolCall(BaseModel):
+    id: str = Field(description="Id of the call.")
+    type: Literal["function"] = Field(description="Always `function`.")
+    function: CalledFunction = Field(description="What to call.")
+
+
 class ChatMessage(BaseModel):
     role: Literal["assistant"] = Field(description="The model.")
-    content: str = Field(description="The answer.")
+    content: str | None = Field(description="The answer; null where it is tool calls alone.")
     refusal: None = Field(description="Always null.")
+    tool_calls: list[ToolCall] | None = Field(
+        None, description="Calls of the request's `tools`; absent without a call."
+    )
 
 
 class TokenLogprob(BaseModel):
     token: str = Field(description="Text of the token.")
-    logprob: float = Field(description="Its natural logarithm of probability, before temperature and top_p.")
+    logprob: float = Field(description="Its natural logarithm of probability, before grammar, temperature and top_p.")
     bytes: list[int] | None = Field(description="The text in UTF-8; null for a part of a character.")
     top_logprobs: list[None] = Field(description="Always empty.")
 
@@ -248,7 +264,9 @@ class ChatLogprobs(BaseModel):
 class ChatChoice(BaseModel):
     index: int = Field(description="Always 0.")
     message: ChatMessage = Field(description="The answer.")
-    finish_reason: Literal["stop", "length"] = Field(description="`length`: cut off at max_tokens.")
+    finish_reason: Literal["stop", "length", "tool_calls"] = Field(
+        description="`length`: cut off at max_tokens. `tool_calls`: the answer calls tools that it chose itself."
+    )
     logprobs: ChatLogprobs | None = Field(description="null unless the request asks for them.")
 
 
@@ -266,7 +284,7 @@ class ChatResponse(BaseModel):
 class CompletionLogprobs(BaseModel):
     tokens: list[str] = Field(description="Text of each token.")
     token_logprobs: list[float] = Field(
-        description="Natural logarithm of its probability, before temperature and top_p."
+        description="Natural logarithm of its probability, before grammar, temperature and top_p."
     )
     top_logprobs: None = Field(description="Always null.")
     text_offset: list[int] = Field(description="Character of the answer at which the token begins.")

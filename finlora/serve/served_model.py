@@ -118,6 +118,7 @@ def open_pipeline(config: ServeConfig, base: ServedBase, holder: str = "a served
     in_flight = choose_in_flight(stages.num, stages.device, stages.gpus)
 
     def describe() -> OpenCore:
+        pipeline.prepare_grammars()
         if stages.device == "cuda":  # compile kernels and capture CUDA graphs before the first request
             warm_up(pipeline, stages.cache_rows, config.limits.max_batch_tokens)
         core = EngineCore(

@@ -69,7 +69,7 @@ def make_core(four_layers):
 
 
 def ask(name, grammar="", prompt=RAGGED[2], **sampling):
-    return Request(id=name, prompt_ids=prompt, grammar=grammar, sampling=Sampling(**({"max_tokens": 64} | sampling)))
+    return Request(id=name, prompt_ids=prompt, sampling=Sampling(grammar=grammar, **({"max_tokens": 64} | sampling)))
 
 
 def mixed():
@@ -106,7 +106,7 @@ def test_each_answer_fits_its_grammar_and_plain_ones_do_not_change(make_core, cu
     answers, texts = run(core, mixed())
     for name, text in texts.items():
         check(name, text, answers[name].finish)
-    alone, _ = run(make_core(), [request for request in mixed() if not request.grammar])
+    alone, _ = run(make_core(), [request for request in mixed() if not request.sampling.grammar])
     for name, answer in alone.items():
         assert tokens_of(answers[name]) == tokens_of(answer)
         assert [token.log_prob for token in answers[name].tokens] == pytest.approx(

@@ -14,6 +14,7 @@ import uvicorn
 
 from finlora.config import LoraConfig, ModelConfig
 from finlora.engine.engine import EngineCore
+from finlora.grammar.vocabulary import Vocabulary
 from finlora.inference.in_process import InProcess
 from finlora.model.base import load_base
 from finlora.model.contract import make_contract, write_contract
@@ -82,7 +83,8 @@ def open_in_process(config: ServeConfig, executor=InProcess) -> OpenCore:
     base, stages = read_base(config), []
     for index in range(2):
         net = load_base(config.model, 16, CPU, 0, range(index, index + 1)).model
-        stages.append(Stage(net, range(index, index + 1), config.stages.cache_rows, torch.float32))
+        words = Vocabulary(base.tokenizer, base.end_token_id)
+        stages.append(Stage(net, range(index, index + 1), config.stages.cache_rows, torch.float32, vocabulary=words))
     core = EngineCore(executor(stages), make_scheduler(config, base, 2, follows=True), base.tokenizer)
     facts = [StageFacts(first_layer=n, last_layer=n, weights_gib=0.1, cache_gib=0.1) for n in range(2)]
     return OpenCore(core=core, stages=tuple(facts), check=lambda: None, close=lambda: None)

@@ -23,6 +23,7 @@ from finlora.serve.failures import RefusedError, as_refusal, error_body
 from finlora.serve.http.context import ANSWERING_ERRORS, gather_all, key_of, request_id_of, server_of
 from finlora.serve.http.logprobs import TokenRow, TokenRows, chat_logprobs, completion_logprobs, list_rows
 from finlora.serve.http.server import Server
+from finlora.serve.http.tool_calls import CallReader, describe_tools, join_deltas
 from finlora.serve.protocol import (
     CachedTokens,
     ChatRequest,
@@ -60,9 +61,12 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     server = server_of(request)
     call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
     text = json.dumps([[message.role, message.text] for message in body.messages], ensure_ascii=False)
-    prompt = _Prompt(text, encode_messages(body.messages, server.base, server.date_of(call)))
-    sampling = _sampling_of(body, prompt, server, body.max_completion_tokens or body.max_tokens)
-    return await _reply(_Chat(server, call, bool(body.logprobs)), body, [prompt], sampling)
+    tools = body.offered_tools
+    messages = [Message(**turn) for turn in describe_tools(tools, body.messages)] if tools else body.messages
+    prompt = _Prompt(text, encode_messages(messages, server.base, server.date_of(call)))
+    grammar = await server.grammars.check(body)
+    sampling = _sampling_of(body, prompt, server, body.max_completion_tokens or body.max_tokens, grammar)
+    return await _reply(_Chat(server, call, bool(body.logprobs), body), body, [prompt], sampling)
 
 
 @router.post(
@@ -82,7 +86,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
             400, f"found {len(prompts)} prompts with stream=true: stream one.", "invalid_value", "prompt"
         )
     longest = max(prompts, key=lambda prompt: len(prompt.ids))
-    sampling = _sampling_of(body, longest, server, body.max_tokens)
+    sampling = _sampling_of(body, longest, server, body.max_tokens, await server.grammars.check(body))
     return await _reply(_Completion(server, call, body.logprobs is not None), body, prompts, sampling)
 
 
@@ -91,26 +95,46 @@ class _Chat:
 
     kind, prefix, piece_kind = "chat.completion", "chatcmpl", "chat.completion.chunk"
 
-    def __init__(self, server: Server, call: Call, has_logprobs: bool) -> None:
+    def __init__(self, server: Server, call: Call, has_logprobs: bool, body: ChatRequest) -> None:
         self.server, self.call, self.has_logprobs = server, call, has_logprobs
+        self._has_tools, self._is_named = bool(body.offered_tools), body.named_tool is not None
+        self._reader = CallReader()
+        """Of a stream."""
 
     def whole(self, index: int, text: str, answer: Answer, rows: _Rows) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message} | self._rest(rows, answer)
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        reader = CallReader()
+        if self._has_tools:
+            message |= join_deltas([*reader.push(text), *reader.finish()])
+        return {"index": index, "message": message} | self._rest(rows, answer, has_calls=reader.num_calls > 0)
 
     def first(self) -> dict[str, Any] | None:
         return {"index": 0, "delta": {"role": "assistant", "content": ""}} | self._rest(None)
 
-    def piece(self, text: str, rows: _Rows) -> dict[str, Any]:
-        return {"index": 0, "delta": {"content": text}} | self._rest(rows)
+    def piece(self, text: str, rows: _Rows) -> list[dict[str, Any]]:
+        deltas = self._reader.push(text) if self._has_tools else [{"content": text}]
+        return self._list_choices(deltas, rows)
 
-    def last(self, answer: Answer, rows: _Rows) -> dict[str, Any]:
-        return {"index": 0, "delta": {}} | self._rest(rows or None, answer)
+    def last(self, answer: Answer, rows: _Rows) -> list[dict[str, Any]]:
+        rest = self._list_choices(self._reader.finish(), None) if self._has_tools else []
+        has_calls = self._reader.num_calls > 0
+        return [*rest, {"index": 0, "delta": {}} | self._rest(rows or None, answer, has_calls=has_calls)]
 
-    @staticmethod
-    def _rest(rows: _Rows, answer: Answer | None = None) -> dict[str, Any]:
+    def _list_choices(self, deltas: Sequence[dict[str, Any]], rows: _Rows) -> list[dict[str, Any]]:
+        """Return a choice for each delta; log-probabilities of text that is held back come without one."""
+        filled = [*deltas] or ([{}] if rows else [])
+        return [
+            {"index": 0, "delta": delta} | self._rest(rows if number == 0 else None)
+            for number, delta in enumerate(filled)
+        ]
+
+    def _rest(self, rows: _Rows, answer: Answer | None = None, *, has_calls: bool = False) -> dict[str, Any]:
         logprobs = None if rows is None else chat_logprobs(rows)
-        return {"finish_reason": finish_reason(answer) if answer else None, "logprobs": logprobs}
+        reason = finish_reason(answer) if answer else None
+        # As OpenAI: a call that the request named is no choice of the model.
+        if reason == "stop" and has_calls and not self._is_named:
+            reason = "tool_calls"
+        return {"finish_reason": reason, "logprobs": logprobs}
 
 
 class _Completion:
@@ -131,11 +155,11 @@ class _Completion:
     def first(self) -> dict[str, Any] | None:
         return None
 
-    def piece(self, text: str, rows: _Rows) -> dict[str, Any]:
-        return self.whole(0, text, None, rows)
+    def piece(self, text: str, rows: _Rows) -> list[dict[str, Any]]:
+        return [self.whole(0, text, None, rows)]
 
-    def last(self, answer: Answer, rows: _Rows) -> dict[str, Any]:
-        return self.whole(0, "", answer, rows or None)
+    def last(self, answer: Answer, rows: _Rows) -> list[dict[str, Any]]:
+        return [self.whole(0, "", answer, rows or None)]
 
 
 async def _reply(
@@ -182,9 +206,11 @@ async def _stream(
                 yield event([opening], **usage)
             item = first
             while isinstance(item, Piece):
-                yield event([form.piece(item.text, rows.take(item) if rows else None)], **usage)
+                for choice in form.piece(item.text, rows.take(item) if rows else None):
+                    yield event([choice], **usage)
                 item = await anext(events)
-            yield event([form.last(item, rows.finish(item) if rows else None)], **usage)
+            for choice in form.last(item, rows.finish(item) if rows else None):
+                yield event([choice], **usage)
             if wants_usage:
                 yield event([], usage=count_usage([(num_prompt, item)]).model_dump())
             yield "data: [DONE]\n\n"
@@ -218,7 +244,9 @@ def count_usage(answers: Sequence[tuple[int, Answer]]) -> Usage:
     )
 
 
-def _sampling_of(body: GenerationRequest, prompt: _Prompt, server: Server, max_tokens: int | None) -> Sampling:
+def _sampling_of(
+    body: GenerationRequest, prompt: _Prompt, server: Server, max_tokens: int | None, grammar: str
+) -> Sampling:
     return server.make_sampling(
         prompt.ids,
         max_tokens=max_tokens,
@@ -227,6 +255,7 @@ def _sampling_of(body: GenerationRequest, prompt: _Prompt, server: Server, max_t
         top_p=body.top_p,
         stop=body.stop_texts,
         seed=body.seed,
+        grammar=grammar,
     )
 
 

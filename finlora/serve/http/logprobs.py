@@ -1,4 +1,4 @@
-"""Log-probabilities of an answer's tokens, before temperature and top_p, in OpenAI's two formats."""
+"""Log-probabilities of an answer's tokens, before grammar, temperature and top_p, in OpenAI's two formats."""
 
 from __future__ import annotations
 

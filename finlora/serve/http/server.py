@@ -20,6 +20,7 @@ from finlora.serve.accounts.ledger import AnswerRecord, Call, Ledger, Meter
 from finlora.serve.accounts.quota import KeptQuota, Quota
 from finlora.serve.adapter_versions import AdapterShelf
 from finlora.serve.failures import RefusedError, as_refusal
+from finlora.serve.http.grammar_door import GrammarDoor, too_complex
 from finlora.serve.live.handle import AskedEngine
 from finlora.serve.served_model import ServedBase
 from finlora.serve.settings import ServeConfig
@@ -62,6 +63,7 @@ class Server:
             lambda choices: encode_choices(choices, base.tokenizer, base.template)
         )
         self.labels = LabelMonitor(meter, config.bits)
+        self.grammars = GrammarDoor(base)
         self._ledger = Ledger(self.quota, meter, base.weights_hash, audit, has_texts=config.audit_texts)
 
     def list_own_tasks(self, key: KeyRecord) -> list[tuple[Task, list[str]]]:
@@ -132,11 +134,13 @@ class Server:
         top_p: float | None = 1.0,
         stop: tuple[str, ...] = (),
         seed: int | None = None,
+        grammar: str = "",
     ) -> Sampling:
         """Return the sampling parameters of an answer.
 
         Args:
             max_tokens: None: `default_tokens`, or fewer if no more fit.
+            grammar: checked (GrammarDoor).
 
         Raises:
             RefusedError: the prompt, or prompt and answer, are longer than the model takes.
@@ -163,6 +167,7 @@ class Server:
             top_p=1.0 if top_p is None else top_p,
             stop=stop,
             seed=seed,
+            grammar=grammar,
         )
 
     async def generate(
@@ -245,7 +250,7 @@ class Server:
     ) -> AsyncIterator[Piece | Answer]:
         """Yield the engine's events, and record the outcome in the ledger."""
         adapter = AdapterRef(request.adapter, call.adapter.folder) if call.adapter and request.adapter else None
-        record = AnswerRecord(call, prompt, len(request.prompt_ids), choices, index)
+        record, is_closed = AnswerRecord(call, prompt, len(request.prompt_ids), choices, index), False
         try:
             async with contextlib.aclosing(self.engine.ask(request, adapter)) as events:  # type: ignore[type-var]
                 async for event in events:
@@ -262,13 +267,16 @@ class Server:
                         raise RefusedError(
                             408, f"no answer was complete in {seconds:g} s: ask for less, or later.", "deadline"
                         )
+                    if event.finish == "grammar":
+                        raise too_complex(event.fault)
                     self._ledger.close(record)
+                    is_closed = True
                     yield event
         except Exception as error:
             record.outcome = as_refusal(error).code
             raise
         finally:
-            if record.answer is None or record.outcome == "deadline":
+            if not is_closed:
                 self._ledger.close(record)
 
     def require_admin(self, key: KeyRecord) -> None:

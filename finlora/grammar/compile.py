@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from finlora.errors import ConfigError
+from finlora.grammar.schema import check_length, prepare_schema
 from finlora.grammar.vocabulary import Vocabulary
 
 MAX_BYTES = 65_536
@@ -26,7 +27,7 @@ CALL_START, CALL_NAMED, CALL_END = '<tool_call>\n{"name": "', '", "arguments": '
 """Texts around the name and the arguments of a tool call: the form of Hermes and Qwen."""
 CALL_MARK = "<tool_call>"
 _FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
-_TOO_LARGE = ("too many", "Too many", "too complex", "fuel", "max is", "limit", "too large")
+_TOO_LARGE = ("Unable to determine", "too many", "Too many", "too complex", "fuel", "max is", "limit", "too large")
 _MAX_ERROR = 300
 
 
@@ -36,9 +37,11 @@ def json_object() -> str:
 
 
 def json_schema(schema: Mapping[str, Any]) -> str:
-    """Return the grammar of the JSON texts that a JSON Schema (draft 2020-12) accepts."""
-    from finlora.grammar.schema import prepare_schema
+    """Return the grammar of the JSON texts that a JSON Schema (draft 2020-12) accepts.
 
+    Raises:
+        ConfigError: it is nested too deeply, or holds a text that is too long.
+    """
     return json.dumps({"grammars": [{"json_schema": prepare_schema(schema) | {"x-guidance": _FORM}}]})
 
 
@@ -50,7 +53,13 @@ def regex(pattern: str) -> str:
 
 
 def choice(texts: Sequence[str]) -> str:
-    """Return the grammar of some texts."""
+    """Return the grammar of some texts.
+
+    Raises:
+        ConfigError: one is too long.
+    """
+    for text in texts:
+        check_length(text)
     return json.dumps({"grammars": [{"lark_grammar": f"start: {' | '.join(map(_quote, texts))}"}]})
 
 
@@ -61,9 +70,10 @@ def tool_calls(tools: Sequence[tuple[str, Mapping[str, Any]]], *, is_optional: b
         tools: name, and JSON Schema of the arguments, of each.
         is_optional: any text may stand before the calls or in their place.
         is_single: at most one call.
-    """
-    from finlora.grammar.schema import prepare_schema
 
+    Raises:
+        ConfigError: as `json_schema`.
+    """
     lines, schemas = [], []
     for number, (name, schema) in enumerate(tools):
         start = _quote(CALL_START.removeprefix(CALL_MARK) + name + CALL_NAMED)
@@ -107,6 +117,8 @@ def _explain(error: str) -> str:
         return f"the format {found[1].strip()!r} is not supported: expected one of {', '.join(_FORMATS)}, or a pattern"
     if found := re.search(r"Unsatisfiable schema: (.*)", error):
         return f"no text fits it ({found[1].strip()})"
+    if found := re.search(r"Resource '(.*?)' is not present", error):
+        return f"the reference {found[1]!r} leads outside the schema: copy what it names into $defs"
     if "oneOf constraints" in error:
         return "oneOf whose parts may both accept a value is not supported: use anyOf"
     if "look-around" in error or "lookarounds" in error:

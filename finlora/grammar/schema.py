@@ -12,6 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from finlora.errors import ConfigError
+
+_MAX_DEPTH, _MAX_TEXT = 60, 4096
+"""Levels of a schema; characters of a text that it spells out: the time of a mask grows with the text that is bound to follow."""
+_SAYING = ("title", "description", "$comment")
 _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords whose value maps names to schemas."""
 _OF_MANY = ("anyOf", "oneOf", "allOf", "prefixItems")
@@ -22,11 +27,40 @@ _OPEN = ("patternProperties", "additionalProperties", "unevaluatedProperties", "
 
 
 def prepare_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a schema that accepts what `schema` does, or, where an object leaves other properties open, only those it lists."""
+    """Return a schema that accepts what `schema` does, or, where an object leaves other properties open, only those it lists.
+
+    Raises:
+        ConfigError: it is nested too deeply, or a text in it is too long.
+    """
+    _check_size(schema)
     has_parts = any(_is_combined(part) for part in _list_parts(schema))
     found = _prepare(dict(schema), closes=not has_parts)
     assert isinstance(found, dict)
     return found
+
+
+def check_length(text: str) -> None:
+    """Raise ConfigError if a text that a grammar spells out is too long."""
+    if len(text) > _MAX_TEXT:
+        raise ConfigError(f"it spells out a text of {len(text):,} characters: expected at most {_MAX_TEXT:,}")
+
+
+def _check_size(schema: Any) -> None:
+    level: list[Any] = [schema]
+    for _ in range(2 * _MAX_DEPTH):  # a level is mostly a keyword and a name
+        below: list[Any] = []
+        for part in level:
+            if isinstance(part, str):
+                check_length(part)
+            elif isinstance(part, Mapping):
+                below += part.keys()
+                below += (value for key, value in part.items() if key not in _SAYING or not isinstance(value, str))
+            elif isinstance(part, list):
+                below += part
+        if not below:
+            return
+        level = below
+    raise ConfigError(f"it is nested deeper than {_MAX_DEPTH} levels")
 
 
 def _is_combined(schema: Mapping[str, Any]) -> bool:

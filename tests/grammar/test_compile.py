@@ -97,6 +97,13 @@ def test_optional_tool_call_may_follow_any_text_or_be_left_out(accepts):
     assert not accepts(grammar, "I stop.\n<tool_call>\nnow")
 
 
+def nested(depth):
+    schema = {}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
 @pytest.mark.parametrize(
     ("schema", "words"),
     [
@@ -108,7 +115,11 @@ def test_optional_tool_call_may_follow_any_text_or_be_left_out(accepts):
         ({"type": "string", "pattern": "("}, "cannot be read"),
         ({"type": "strin"}, "strin"),
         ({"$ref": "#/$defs/none"}, "none"),
-        ({"$ref": "https://example.com/schema.json"}, "example.com"),
+        ({"$ref": "https://example.com/schema.json"}, "leads outside the schema: copy what it names into $defs"),
+        ({"enum": ["x" * 5000]}, "a text of 5,000 characters: expected at most 4,096"),
+        (nested(200), "nested deeper than 60 levels"),
+        (nested(20_000), "nested deeper than 60 levels"),
+        ({"type": "string", "pattern": "(a+)+(b+)+(c*)*" * 50, "maxLength": 100}, "too complex"),
         ({"type": "object", "required": ["a"], "properties": {"a": False}}, "no text fits it"),
         ({"enum": []}, "no text fits it"),
         ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, "use anyOf"),
@@ -132,6 +143,7 @@ def test_schema_that_cannot_be_followed_is_refused_and_named(vocabulary, schema,
         (r"\bx", "look-around and word boundaries"),
         ("((a{100}){100}){100}", "too complex"),
         (r"[^\x00-\U0010FFFF]", "no text fits it"),
+        ("(" * 20_000 + ")" * 20_000, "nested parentheses"),
         ("a" * MAX_BYTES, "expected at most 65,536"),
     ],
 )
@@ -141,6 +153,24 @@ def test_pattern_that_cannot_be_followed_is_refused(vocabulary, pattern, words):
     assert words in str(error.value)
 
 
+def test_schema_may_be_deep_and_recursive(vocabulary):
+    check_grammar(json_schema(nested(50)), vocabulary)
+    tree = {"$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}}}, "$ref": "#/$defs/t"}
+    check_grammar(json_schema(tree), vocabulary)
+
+
+def test_choice_may_not_be_long():
+    with pytest.raises(ConfigError, match="a text of 4,097 characters"):
+        choice(["x" * 4097])
+
+
 def test_neutral_and_describing_keywords_are_allowed(vocabulary):
-    words = {"title": "T", "description": "D", "default": 1, "examples": [1], "deprecated": True, "uniqueItems": False}
+    words = {
+        "title": "T",
+        "description": "D" * 5000,
+        "default": 1,
+        "examples": [1],
+        "deprecated": True,
+        "uniqueItems": False,
+    }
     check_grammar(json_schema({"type": "array", "items": {"type": "integer"}, **words}), vocabulary)

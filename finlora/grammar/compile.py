@@ -63,13 +63,20 @@ def choice(texts: Sequence[str]) -> str:
     return json.dumps({"grammars": [{"lark_grammar": f"start: {' | '.join(map(_quote, texts))}"}]})
 
 
-def tool_calls(tools: Sequence[tuple[str, Mapping[str, Any]]], *, is_optional: bool, is_single: bool) -> str:
+def tool_calls(
+    tools: Sequence[tuple[str, Mapping[str, Any]]],
+    *,
+    is_optional: bool,
+    is_single: bool,
+    answer: Mapping[str, Any] | None = None,
+) -> str:
     """Return the grammar of calls of tools.
 
     Args:
         tools: name, and JSON Schema of the arguments, of each.
         is_optional: any text may stand before the calls or in their place.
         is_single: at most one call.
+        answer: JSON Schema of the text in place of optional calls; none then stands before them. None: any text.
 
     Raises:
         ConfigError: as `json_schema`.
@@ -80,12 +87,16 @@ def tool_calls(tools: Sequence[tuple[str, Mapping[str, Any]]], *, is_optional: b
         lines.append(f"rest_{number}: {start} @tool_{number} {_quote(CALL_END)}")
         schemas.append({"name": f"tool_{number}", "json_schema": prepare_schema(schema) | {"x-guidance": _FORM}})
     more = "" if is_single else f' ("\\n" {_quote(CALL_MARK)} rest)*'
-    if is_optional:
+    first = f"{_quote(CALL_MARK)} rest{more}"
+    if answer is not None and is_optional:
+        lines.append(f"start: {first} | @answer")
+        schemas.append({"name": "answer", "json_schema": prepare_schema(answer) | {"x-guidance": _FORM}})
+    elif is_optional:
         # The mark ends the text as soon as it is written: a lazy lexeme matches as few bytes as possible.
         lines += ["start: text | begin rest" + more, "text: TEXT", f"begin[lazy]: TEXT {_quote(CALL_MARK)}"]
         lines.append(r"TEXT: /(.|\n)*/")
     else:
-        lines.append(f"start: {_quote(CALL_MARK)} rest{more}")
+        lines.append(f"start: {first}")
     lines.append("rest: " + " | ".join(f"rest_{number}" for number in range(len(tools))))
     return json.dumps({"grammars": [{"lark_grammar": "\n".join(lines)}, *schemas]})
 

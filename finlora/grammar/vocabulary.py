@@ -10,6 +10,8 @@ import copy
 import threading
 from typing import TYPE_CHECKING, Any
 
+from finlora.errors import ModelError
+
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
     from transformers import PreTrainedTokenizerFast
@@ -37,7 +39,11 @@ class Vocabulary:
         self._lock = threading.Lock()
 
     def open(self) -> LLTokenizer:
-        """Return the grammar engine's vocabulary. The first call takes up to seconds. Thread-safe."""
+        """Return the grammar engine's vocabulary. The first call takes about a second. Thread-safe.
+
+        Raises:
+            ModelError: llguidance does not know this kind of tokenizer.
+        """
         with self._lock:
             if self._opened is None:
                 from llguidance import LLTokenizer
@@ -45,7 +51,13 @@ class Vocabulary:
                 backend = copy.copy(self._tokenizer.backend_tokenizer)  # padding and truncation are this copy's alone
                 backend.no_padding()
                 backend.no_truncation()
-                self._opened = LLTokenizer(backend.to_str(), eos_token=self.end_token_id)
+                try:
+                    self._opened = LLTokenizer(backend.to_str(), eos_token=self.end_token_id)
+                except ValueError as error:
+                    raise ModelError(
+                        f"structured output is not possible with this base: llguidance cannot read its tokenizer ({error}). Ask "
+                        "without a schema, pattern, choice or tools."
+                    ) from error
             return self._opened
 
     def start(self, grammar: str) -> LLMatcher:

@@ -38,6 +38,13 @@ class ResponseFormat(_Fields):
         description="Only with the type `json_object`: JSON Schema of the object, as instructor sends it.",
     )
 
+    @property
+    def wanted(self) -> _Schema | None:
+        """JSON Schema of the answer; None: any text."""
+        if self.json_schema is not None:
+            return self.json_schema.content
+        return self.content or ({"type": "object"} if self.type == "json_object" else None)
+
     @model_validator(mode="after")
     def _check_schema(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -188,6 +189,22 @@ def test_grammar_that_grows_too_large_ends_its_own_request_alone(make_core):
     assert "too many" in answers["large"].fault
     assert texts["label"] in LABELS
     assert len(answers["plain"].tokens) == 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("follows", [False, True])
+def test_answers_fit_on_a_gpu(four_layers, follows):
+    """In bfloat16 with CUDA graphs, two passes: the first captures them, the second replays."""
+    base = load_base(dataclasses.replace(four_layers, compute_dtype="bfloat16"), 16, torch.device("cuda:0"), 0)
+    stage = Stage(base.model, range(4), ROWS, torch.bfloat16, vocabulary=Vocabulary(base.tokenizer, END))
+    core = EngineCore(
+        InProcess([stage]), Scheduler(Limits(cache_rows=ROWS, follows=follows), END, lambda: 3), base.tokenizer
+    )
+    for _ in range(3):
+        answers, texts = run(core, mixed())
+        for name, text in texts.items():
+            check(name, text, answers[name].finish)
 
 
 names = st.sampled_from(["a", "be", "case", "day_1", "\u00e9", "x y", 'q"'])

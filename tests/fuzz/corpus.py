@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import tempfile
@@ -192,3 +193,26 @@ def nwgi_seed() -> list[bytes]:
 
 _NINE = "News,Price or Not,Price Direction Up,Price Direction Constant,Price Direction Down,Past Price,Future Price,"
 HEADLINES = f"{_NINE}Past News,Future News,Asset Comparision\n".encode() + b'"gold, up",1,1,0,0,1,0,0,0,0\n' * 6
+
+
+GRAMMARS = (
+    b'{"$defs": {"t": {"type": "array", "items": {"$ref": "#/$defs/t"}, "maxItems": 3}}, "type": "object", "properties": {"a": '
+    b'{"type": "string", "pattern": "^[a-z]{2,8}$"}, "b": {"anyOf": [{"$ref": "#/$defs/t"}, {"type": "null"}]}, "c": {"enum": '
+    b'[1, "x"]}, "d": {"type": "number", "multipleOf": 0.5, "minimum": -3}, "e": {"format": "date"}}, "required": ["a", "b"]}',
+    b'{"allOf": [{"properties": {"a": {"oneOf": [{"const": 1}, {"const": 2}]}}}, {"properties": {"^x": {"maxItems": 2}}}]}',
+    rb"([A-Z][a-z]{1,20}|[^\s]+)* (Q[1-4]|H[12]) \d{4}(-\d{2}){0,2}",
+)
+
+
+@functools.cache
+def make_vocabulary() -> Any:
+    """A vocabulary of single bytes and an end token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from finlora.grammar.vocabulary import Vocabulary
+
+    words = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return Vocabulary(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"), 0)

@@ -21,6 +21,7 @@ from tests.fuzz.corpus import (
     BODIES,
     CORRECTIONS,
     EVENTS,
+    GRAMMARS,
     HEADLINES,
     SHAPE,
     adapter_files,
@@ -34,6 +35,7 @@ from tests.fuzz.corpus import (
     make_prepared,
     make_reference,
     make_serve_config,
+    make_vocabulary,
     nwgi_seed,
 )
 
@@ -309,6 +311,18 @@ def _corrections(data: bytes, folder: Path) -> None:
     read_corrections(folder / "corrections.jsonl", TASKS["ner"], None)
 
 
+def _grammar(data: bytes, folder: Path) -> None:
+    """A JSON Schema from a client, or a regular expression where the bytes are no JSON object."""
+    from finlora.grammar.compile import check_grammar, json_schema, regex
+
+    text = data.decode(errors="replace")
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError):
+        schema = None
+    check_grammar(json_schema(schema) if isinstance(schema, dict) else regex(text), make_vocabulary())
+
+
 _XBRL = [f"xbrl_{kind}_test.{date}.jsonl" for kind in ("xbrl_tags", "value") for date in ("20250310", "20250313")]
 _ARROW = [f"fiqa-2018.{part}.arrow" for part in ("train", "validation", "test")]
 
@@ -355,5 +369,6 @@ _ALL = (
     Target("audit", _audit, made(make_audit, "log")),
     Target("reference", _reference, made(make_reference, "reference.json")),
     Target("corrections", _corrections, lambda: [CORRECTIONS]),
+    Target("grammar", _grammar, lambda: list(GRAMMARS)),
 )
 TARGETS = {target.name: target for target in _ALL}

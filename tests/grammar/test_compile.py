@@ -89,6 +89,14 @@ def test_tool_calls_have_the_name_and_arguments_of_a_tool(accepts):
     assert accepts(tool_calls(tools, is_optional=False, is_single=False), both)
 
 
+def test_answer_in_place_of_a_tool_call_may_have_a_schema(accepts):
+    grammar = tool_calls([("stop", NOTHING)], is_optional=True, is_single=True, answer=NUMBER)
+    assert accepts(grammar, call("stop", "{}"))
+    assert accepts(grammar, '{"n": 1}')
+    assert not accepts(grammar, "text")
+    assert not accepts(grammar, '{"n": 1}' + call("stop", "{}"))
+
+
 def test_optional_tool_call_may_follow_any_text_or_be_left_out(accepts):
     grammar = tool_calls([("stop", NOTHING)], is_optional=True, is_single=True)
     assert accepts(grammar, "Nothing to call: 1 < 2 and <tool is no call.")

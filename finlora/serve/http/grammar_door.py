@@ -82,11 +82,10 @@ def list_wishes(body: GenerationRequest) -> list[_Wish]:
     """Return what a request asks for, one for each of its fields that asks for a grammar."""
     found: list[_Wish] = []
     format_, outputs = body.response_format, body.structured_outputs
-    if format_ is not None and format_.type == "json_object":
-        schema = format_.content
-        found.append(_Wish("response_format", functools.partial(json_schema, schema) if schema else json_object))
-    if format_ is not None and format_.json_schema is not None:
-        found.append(_Wish("response_format", functools.partial(json_schema, format_.json_schema.content)))
+    schema = format_.wanted if format_ is not None else None
+    tools = body.offered_tools if isinstance(body, ChatRequest) else []
+    if schema is not None and not tools:
+        found.append(_Wish("response_format", functools.partial(json_schema, schema)))
     if outputs is not None:
         makers: list[Callable[[], str]] = []
         if outputs.json_object:
@@ -104,13 +103,14 @@ def list_wishes(body: GenerationRequest) -> list[_Wish]:
         found.append(_Wish("guided_regex", functools.partial(regex, body.guided_regex)))
     if body.guided_choice is not None:
         found.append(_Wish("guided_choice", functools.partial(choice, body.guided_choice)))
-    if isinstance(body, ChatRequest) and (tools := body.offered_tools):
+    if isinstance(body, ChatRequest) and tools:
         nothing: dict[str, Any] = {"type": "object", "properties": {}}
         make = functools.partial(
             tool_calls,
             [(tool.name, tool.parameters or nothing) for tool in tools],
             is_optional=body.tool_choice in (None, "auto"),
             is_single=body.named_tool is not None or body.parallel_tool_calls is False,
+            answer=schema,  # as OpenAI: it is the form of an answer that calls nothing
         )
         found.append(_Wish("tools", make))
     return found

@@ -177,6 +177,16 @@ def test_model_may_call_a_tool_or_answer_in_text(caller):
     assert not choice.message.tool_calls
 
 
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_response_format_beside_tools_is_the_form_of_an_answer_that_calls_nothing(caller, choice):
+    reply = caller.chat.completions.parse(
+        model="tiny", messages=PROMPT, tools=TOOLS, tool_choice=choice, response_format=News, max_tokens=200
+    )
+    (message,) = (choice.message for choice in reply.choices)
+    assert bool(message.tool_calls) != isinstance(message.parsed, News)
+    assert message.tool_calls or choice == "auto"
+
+
 def test_tools_that_may_not_be_called_change_nothing(caller):
     plain = ask(caller, max_tokens=8).message.content
     assert ask(caller, max_tokens=8, tools=TOOLS, tool_choice="none").message.content == plain

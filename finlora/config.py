@@ -8,13 +8,13 @@ Each class checks its own ranges; RunConfig checks relations between sections. V
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import PurePath
 from typing import Literal
 
 from finlora.errors import ConfigError
-from finlora.formula.low_rank import LoraSettings, list_faults
+from finlora.formula.lora_config import LoraConfig
 
 Bits = Literal[16, 8, 4]
 Transport = Literal["messages", "nccl", "gloo"]
@@ -84,33 +84,6 @@ class ModelConfig:
                 ),
             ],
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LoraConfig:
-    rank: int = 4
-    """Rank of the update B A (LoRA, arXiv:2106.09685). The paper pairs 4 bit with rank 4, 8 bit with rank 8."""
-    alpha: float = 32.0
-    """The update is scaled by alpha / rank."""
-    dropout: float = 0.1
-    """Dropout on the adapter's input during training, at least 0 and less than 1."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
-    """Projections of each layer that get an adapter: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj."""
-    rslora: bool = False
-    """Scale the update by alpha / sqrt(rank) instead, so that its size does not shrink as the rank grows (arXiv:2312.03732)."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Ranks of single projections, the others have lora.rank: `{down_proj: 16}`."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Alphas of single projections, the others have lora.alpha: `{down_proj: 64}`."""
-
-    def __post_init__(self) -> None:
-        is_dropout = (0 <= self.dropout < 1, f"dropout={self.dropout}: expected 0 <= dropout < 1")
-        _refuse("lora", [*((False, fault) for fault in list_faults(self.settings)), is_dropout])
-
-    @property
-    def settings(self) -> LoraSettings:
-        """The record that training, forecasts and adapter files share."""
-        return LoraSettings(**{each.name: getattr(self, each.name) for each in fields(LoraSettings)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -383,6 +356,12 @@ class RunConfig:
                     f"name of {len(self.name)} characters: expected at most {MAX_NAME_BYTES} bytes, since it names a folder",
                 ),
                 (self.seed >= 0, f"seed={self.seed}: expected at least 0"),
+                (
+                    self.model.bits == 16 or not self.lora.changes_base,
+                    f"lora.init={self.lora.init} with model.bits={self.model.bits}: A and B begin with a part of the base's "
+                    f"weights, and what is left would be rounded to {self.model.bits} bit anew, so the adapter would not fit "
+                    "the base that it is served on. Set model.bits=16, or lora.init=default",
+                ),
                 (
                     self.max_wait_s is None or self.max_wait_s >= 0,
                     f"max_wait_s={self.max_wait_s}: expected at least 0, or null",

@@ -168,7 +168,7 @@ def test_ground_rooms_import_nothing_of_ours_but_errors():
         == set()
     )
     assert GRAPH["finlora.formula.llama"] == {"finlora.formula.families"}
-    assert GRAPH["finlora.config"] == {"finlora.errors", "finlora.formula.low_rank"}
+    assert GRAPH["finlora.config"] == {"finlora.errors", "finlora.formula.lora_config"}
     assert GRAPH["finlora.results"] == {"finlora.durable", "finlora.errors"}
     assert GRAPH["finlora.train.steps.sampler"] == GRAPH["finlora.evaluate.intervals"] == set()
 

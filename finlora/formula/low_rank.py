@@ -11,6 +11,7 @@ Source: LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732; PEFT's Lo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
@@ -68,6 +69,17 @@ class LoraSettings:
         """Return the factor of B A on a projection."""
         rank, alpha = self.rank_of(projection), self.alpha_pattern.get(projection, self.alpha)
         return alpha / (rank**0.5 if self.rslora else rank)
+
+    def widen(self) -> LoraSettings:
+        """Return settings of twice the ranks and the same scales, for an update less the one that it began with."""
+        factor = 2**0.5 if self.rslora else 2.0
+        return dataclasses.replace(
+            self,
+            rank=2 * self.rank,
+            alpha=factor * self.alpha,
+            rank_pattern={name: 2 * rank for name, rank in self.rank_pattern.items()},
+            alpha_pattern={name: factor * alpha for name, alpha in self.alpha_pattern.items()},
+        )
 
     @property
     def ranks(self) -> list[int]:
@@ -181,6 +193,14 @@ def list_faults(settings: LoraSettings) -> Iterator[str]:
                 yield f"{key} has {name}: expected some of lora.target_modules ({', '.join(targets)})"
             elif not is_right(value):
                 yield f"{key}[{name}]={value}: expected {expected[key]}"
+
+
+def list_start_faults(settings: LoraSettings, shape: LlamaShape) -> Iterator[str]:
+    """Yield which projections are too small for A and B made of their own columns and rows."""
+    for target in settings.target_modules:
+        rank, size = settings.rank_of(target), find_projection(target).size(shape)
+        if rank > min(size):
+            yield f"rank {rank} of {target}: expected at most {min(size)}, since its weight is {size[0]} x {size[1]}"
 
 
 def is_rank(value: object) -> TypeGuard[int]:

@@ -18,13 +18,14 @@ from typing import Any, Protocol
 
 import yaml
 
-from finlora.config import Bits, LoraConfig, is_date
+from finlora.config import Bits, is_date
 from finlora.configfile import settings_from_tree, show
 from finlora.data.task import Task
 from finlora.data.taskfile.load import task_file_from_tree
 from finlora.data.taskfile.read import make_task
 from finlora.durable import SEAL, hash_file, seal, unseal, write_whole
 from finlora.errors import AdapterError, ConfigError
+from finlora.formula.lora_config import LoraConfig
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_file
 from finlora.yamltext import parse_yaml, read_yaml
 
@@ -313,9 +314,9 @@ def make_contract(
         template=template,
         bits=base.bits,
         quantisation=QUANTISATION[base.bits],
-        rank=lora.rank,
-        alpha=lora.alpha,
-        lora_variant=lora.settings.variant,
+        rank=lora.saved.rank,
+        alpha=lora.saved.alpha,
+        lora_variant=lora.variant,
         target_modules=list(lora.target_modules),
         data_hashes=data_hashes,
         num_train_examples=num_train_examples,

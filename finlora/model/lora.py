@@ -1,18 +1,24 @@
-"""LoRA adapters through PEFT: attach, save, load. An adapter folder holds PEFT's two files and our config."""
+"""LoRA adapters through PEFT: attach, save, load. An adapter folder holds PEFT's two files and our config.
+
+PiSSA and OLoRA begin with A0 and B0 made of the base's weights, of which the base then has only the rest: W0 - scale B0 A0. What
+training adds to the base is scale (B A - B0 A0), which is plain LoRA of twice the rank on W0: that is what is saved.
+"""
 
 from __future__ import annotations
 
+import copy
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from finlora.config import LoraConfig
 from finlora.durable import follow_umask, scratch_folder
-from finlora.errors import AdapterError
+from finlora.errors import AdapterError, ConfigError
 from finlora.formula.llama import shape_of
-from finlora.formula.low_rank import peft_settings
+from finlora.formula.lora_config import LoraConfig
+from finlora.formula.low_rank import list_start_faults, peft_settings, rank_axis, read_settings
 from finlora.machine.lean_imports import lean_imports
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, find_sites, open_weights
 
@@ -20,31 +26,103 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
+Start = Mapping[str, torch.Tensor]
+"""A0 and B0 in float32 by their names in PEFT's adapter file, in a base that lacks scale B0 A0."""
 
-def attach_lora(net: LlamaForCausalLM, lora: LoraConfig, base: str, seed: int) -> PeftModel:
+
+def attach_lora(net: LlamaForCausalLM, lora: LoraConfig, base: str, seed: int, start: Start | None = None) -> PeftModel:
     """Put new adapters on the base: W x + scale B A x with B = 0, so that the first output equals the base's.
 
-    The trainable A (rank, in) and B (out, rank) are float32; the base is untouched.
+    The trainable A (rank, in) and B (out, rank) are float32. The base is untouched, except by a `lora.init` that begins with a
+    part of it: then `read_start` of the new model returns that part.
+
+    Args:
+        start: take this part out of the base, as found before. None: PEFT finds it.
+
+    Raises:
+        ConfigError: `lora.init` cannot begin with a part of this base.
 
     Source: LoRA, arXiv:2106.09685, section 4.1.
     """
+    if lora.changes_base:
+        faults = list(list_start_faults(lora.settings, shape_of(net.config.to_dict())))
+        if net.is_loaded_in_8bit or net.is_loaded_in_4bit:
+            faults.append("a quantised base: expected model.bits=16")
+        if faults:
+            raise ConfigError([f"lora.init={lora.init}: {fault}" for fault in faults])
     with lean_imports():
         import peft
 
     torch.manual_seed(seed)  # A is sampled here: every worker must start from the same
-    settings = peft.LoraConfig(
-        **peft_settings(lora.settings, lora.dropout),
-        base_model_name_or_path=base,
-    )
     with warnings.catch_warnings():
+        # PEFT's way back to plain LoRA keeps no scale of rsLoRA with patterns; `_less_start` and `widen` do.
+        warnings.filterwarnings("ignore", message="Using Rank-Stabilized LoRA with rank_pattern", category=UserWarning)
+        settings = peft.LoraConfig(
+            **peft_settings(lora.settings, lora.dropout),
+            base_model_name_or_path=base,
+            init_lora_weights=lora.init if lora.changes_base and start is None else True,
+        )
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        return peft.get_peft_model(net, settings, autocast_adapter_dtype=True)
+        model = peft.get_peft_model(net, settings, autocast_adapter_dtype=True)
+    if lora.changes_base and start is not None:
+        _take_out(model, start)
+    model.peft_config["default"].init_lora_weights = True  # from here on it is LoRA on the base as it is now
+    return model
 
 
-def save_adapter(model: PeftModel, folder: Path) -> float:
+def read_start(model: PeftModel) -> Start:
+    """Return copies of the A0 and B0 that an adapter begins with, before a step changes them."""
+    from peft import get_peft_model_state_dict
+
+    return {name: tensor.detach().float().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
+
+
+@torch.no_grad()
+def _take_out(model: PeftModel, start: Start) -> None:
+    """Set A and B to a start, and subtract scale B0 A0 from the base in float32, as PEFT's pissa_init does."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            parts = (module.lora_A["default"].weight, module.lora_B["default"].weight)
+            for part, parameter in zip(("lora_A", "lora_B"), parts, strict=True):
+                parameter.copy_(start[f"{name}.{part}.weight"])
+            down, up = parts
+            weight = module.get_base_layer().weight
+            weight.data = (weight.float() - module.scaling["default"] * up @ down).to(weight.dtype)
+
+
+def _less_start(state: Mapping[str, torch.Tensor], start: Start) -> dict[str, torch.Tensor]:
+    """Return A and B of twice the rank whose product is B A - B0 A0.
+
+    PEFT stacks [A; A0] and [B, -B0], whose products nearly cancel: rounded to bfloat16, little of the difference would be left.
+    These are the difference's own factors, from its singular values.
+    """
+    found = {}
+    for name in state:
+        if rank_axis(name) != 0:
+            continue
+        other = name.replace(".lora_A.", ".lora_B.")
+        downs, ups = (
+            torch.cat([tensors[each].detach().cpu().double() for tensors in (state, start)], axis)
+            for each, axis in ((name, 0), (other, 1))
+        )
+        ups[:, ups.shape[1] // 2 :].neg_()
+        (left, upper), (right, lower) = torch.linalg.qr(ups), torch.linalg.qr(downs.t())
+        inner_left, values, inner_right = torch.linalg.svd(upper @ lower.t(), full_matrices=False)
+        roots = values.sqrt()
+        up, down = left @ inner_left * roots, (right @ inner_right.t() * roots).t()
+        missing = len(downs) - len(roots)  # a projection may have fewer rows or columns than twice the rank
+        found[name] = torch.nn.functional.pad(down, (0, 0, 0, missing))
+        found[other] = torch.nn.functional.pad(up, (0, missing))
+    return found
+
+
+def save_adapter(model: PeftModel, folder: Path, start: Start | None = None) -> float:
     """Write PEFT's adapter_model.safetensors (bf16) and adapter_config.json; the config is written last.
 
     The weights are written to a temporary folder beside the target, so a crash leaves the old adapter or none.
+
+    Args:
+        start: what the base lacks in training; the saved adapter is then of twice the rank, for the unchanged base.
 
     Returns:
         Size of the weights file in MiB.
@@ -55,12 +133,17 @@ def save_adapter(model: PeftModel, folder: Path) -> float:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(folder.parent, f".{folder.name}-") as staging:
         state = get_peft_model_state_dict(model)
+        settings = copy.deepcopy(model.peft_config["default"])
+        if start is not None:
+            state = _less_start(state, start)
+            own = read_settings(settings.to_dict())
+            assert own is not None, "attach_lora wrote them"
+            for key, value in peft_settings(own.widen(), settings.lora_dropout).items():
+                setattr(settings, key, value)
         tensors = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
         save_file(tensors, str(staging / ADAPTER_WEIGHTS), metadata={"format": "pt"})
-        settings = model.peft_config["default"]
         settings.inference_mode = True
         settings.save_pretrained(str(staging))
-        settings.inference_mode = False
         size = (staging / ADAPTER_WEIGHTS).stat().st_size / 2**20
         follow_umask(staging)
         folder.mkdir(exist_ok=True)

@@ -13,6 +13,7 @@ from finlora.config import RunConfig
 from finlora.data.encode import Encoded
 from finlora.errors import ConfigError, ResourceError
 from finlora.formula.llama import LlamaShape
+from finlora.formula.low_rank import list_start_faults
 from finlora.model.memory.fixed_memory import context_gib
 from finlora.model.memory.packed_memory import PackPlan
 from finlora.model.memory.padded_memory import MemoryPlan, find_worst_micro_batch, plan_memory
@@ -77,7 +78,7 @@ def plan_run(
         training_set: None: read and encoded here.
 
     Raises:
-        ConfigError: gpu_memory_gib or num_gpus is impossible.
+        ConfigError: gpu_memory_gib or num_gpus is impossible, or the rank is for `lora.init`.
         DatasetError: the prepared data is missing, damaged or too long.
         ModelError: the base has no readable config.json or tokenizer.
     """
@@ -88,7 +89,9 @@ def plan_run(
         )
     training_set = training_set or load_training_set(config)
     examples, shape = training_set.encoded, training_set.base.shape
-    train = config.train
+    train, lora = config.train, config.lora
+    if lora.changes_base and (faults := list(list_start_faults(lora.settings, shape))):
+        raise ConfigError([f"lora.init={lora.init}: {fault}" for fault in faults])
     workers_per_gpu = max(1, int(1 / train.gpus_per_worker)) if train.device == "cuda" else train.num_workers
     budget = min(gpu_memory_gib / min(workers_per_gpu, train.num_workers), train.memory_gib or math.inf)
     refusal = refuse_packing(config)
@@ -193,13 +196,15 @@ def print_plan(config: RunConfig, verdict: Verdict, console: Console) -> None:
 
     plan = verdict.plan
     where = "GPU" if config.train.device == "cuda" else "machine, a worker's share"
-    variant = config.lora.settings.variant
+    variant, saved = config.lora.variant, config.lora.saved
+    file_rank = f" of rank {saved.rank}" if config.lora.changes_base else ""
     rows = [
         ("weights", plan.weights_gib, _describe_weights(config, verdict)),
         (
             "adapter",
             plan.adapter_gib,
-            f"rank {config.lora.rank}{f' ({variant})' if variant else ''}, float32; its file has {plan.adapter_file_mib:.2f} MiB",
+            f"rank {config.lora.rank}{f' ({variant})' if variant else ''}, float32; its file{file_rank} has "
+            f"{plan.adapter_file_mib:.2f} MiB",
         ),
         ("optimizer", plan.optimizer_gib, f"gradients and state of {config.optim.name}"),
         ("activations", plan.activations_gib, _describe_batch(config, verdict)),

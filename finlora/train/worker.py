@@ -30,7 +30,7 @@ from finlora.machine.cpu import set_environment
 from finlora.machine.start_clock import StartClock, name_first
 from finlora.model.base import load_base, quiet_bitsandbytes
 from finlora.model.base_files import BaseFiles
-from finlora.model.lora import attach_lora, trainable_parameters
+from finlora.model.lora import trainable_parameters
 from finlora.optim.optimizer import is_synchronised, make_optimizer
 from finlora.optim.traffic import WireClock, WireMeter
 from finlora.precision import describe_choice, resolve_training
@@ -39,6 +39,7 @@ from finlora.train.data_parallel import choose_collectives, make_engine
 from finlora.train.held_out import HELD_OUT, HeldOut
 from finlora.train.path import make_sampler, take_path
 from finlora.train.plan import Verdict, count_gpus, explain_out_of_memory, find_memory_gib, plan_run
+from finlora.train.run.adapter_start import attach_adapter
 from finlora.train.run.attempts import AttemptClock
 from finlora.train.run.checkpoint import (
     CheckpointInfo,
@@ -229,20 +230,18 @@ def _train(
         if worker == 0:
             _write_plan(folder, "a", base.describe_loading())
         clock.enter("adapter")
-        model = attach_lora(base.model, config.lora, config.model.base, config.seed)
+        run_hash = hash_run(config, training_set.name_inputs(base.weights_hash))
+        model, start = attach_adapter(base.model, config, folder, run_hash, worker)
         path = take_path(model.train(), config, examples, verdict.packs, device, base.tokenizer.pad_token_id)
         parameters = trainable_parameters(model)
         meter = WireMeter(WireClock(device), sum(p.numel() for p in parameters.values()), world_size)
         optimizer = make_optimizer(list(parameters.values()), config.optim, total_steps, meter.clock)
         engine = make_engine(path.module, optimizer, config)
         meter.watch(engine)
-        run_hash = hash_run(config, training_set.name_inputs(base.weights_hash))
         state = _TrainedState(worker, world_size, run_hash, parameters, optimizer, meter)
         start_step = state.resume()
         record = Recorder(folder, worker, world_size, lambda: meter.read(optimizer), _make_gauges(config, worker))
-        held_out = None
-        if holds_out:
-            held_out = HeldOut(config, training_set.base, folder, worker, world_size, reduce_sum)
+        held_out = HeldOut(config, training_set.base, folder, worker, world_size, reduce_sum) if holds_out else None
         stop = StopRequest(folder.stop, worker, world_size)
         if stop.is_asked():
             return start_step, total_steps
@@ -279,7 +278,7 @@ def _train(
                 on_pass=guard.tick,
             )
         if worker == 0 and done == total_steps:
-            export_adapter(config, folder, base, model, training_set)
+            export_adapter(config, folder, base, model, training_set, start)
     return done, total_steps
 
 

@@ -14,8 +14,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from finlora.config import Bits, LoraConfig
-from finlora.formula.llama import LlamaShape, list_tensors
+from finlora.config import Bits
+from finlora.formula.llama import LlamaShape, find_projection, list_tensors
+from finlora.formula.lora_config import LoraConfig
 from finlora.formula.low_rank import list_adapter_tensors
 from finlora.optim.optimizer import find_optimizer
 
@@ -70,6 +71,16 @@ def _load_steps(shape: LlamaShape, bits: Bits, element_bytes: int) -> Iterator[t
             yield final, size * element_bytes + 2 * 4 * blocks
 
 
+def count_start_bytes(shape: LlamaShape, lora: LoraConfig) -> int:
+    """Return the memory, beside the weights, in which `lora.init` takes a part out of the largest projection; 0 by default.
+
+    Its float32 copy, the factors, the difference, and as much again as the copy for the solver's workspace.
+    """
+    if not lora.changes_base:
+        return 0
+    return 5 * 4 * max(math.prod(find_projection(target).size(shape)) for target in lora.target_modules)
+
+
 def adapter_sizes(shape: LlamaShape, lora: LoraConfig) -> list[int]:
     """Return the number of parameters of each adapter tensor."""
     return [math.prod(size) for _, size in list_adapter_tensors(shape, lora.settings)]
@@ -87,7 +98,7 @@ def count_adapter_file_bytes(shape: LlamaShape, lora: LoraConfig) -> int:
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    tensors = sorted(list_adapter_tensors(shape, lora.settings))  # as the writer does, within a type
+    tensors = sorted(list_adapter_tensors(shape, lora.saved))  # as the writer does, within a type
     for name, (rows, columns) in tensors:
         end = offset + 2 * rows * columns
         header[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [offset, end]}

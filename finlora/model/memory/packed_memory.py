@@ -33,6 +33,7 @@ from finlora.model.memory.fixed_memory import (
     count_adapter_parameters,
     count_load_peak_bytes,
     count_optimizer_bytes,
+    count_start_bytes,
     count_weight_bytes,
 )
 from finlora.model.memory.padded_memory import MemoryPlan, element_bytes
@@ -143,7 +144,9 @@ def forecast_packs(
     activations = casts + count_pack_bytes(shape, config, size, recompute, keep_unpacked=keep_unpacked)
     if config.train.device == "cuda":
         activations += adapter  # where CUDA graphs write the gradients, before they are the optimiser's
-    load_peak = count_load_peak_bytes(shape, config.model.bits, element)
+    load_peak = max(
+        count_load_peak_bytes(shape, config.model.bits, element), weights + count_start_bytes(shape, config.lora)
+    )
     if keep_unpacked:  # gate and up are held twice while they are joined
         load_peak = max(load_peak, weights + 2 * element * shape.hidden_size * shape.intermediate_size)
     return MemoryPlan(

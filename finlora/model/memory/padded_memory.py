@@ -32,6 +32,7 @@ from finlora.model.memory.fixed_memory import (
     count_adapter_parameters,
     count_load_peak_bytes,
     count_optimizer_bytes,
+    count_start_bytes,
     count_weight_bytes,
 )
 from finlora.precision import count_bytes, is_autocast
@@ -89,12 +90,14 @@ def plan_memory(shape: LlamaShape, config: RunConfig, micro_batch: PaddedBatch) 
     element = element_bytes(config)
     weight_element = count_bytes(config)
     optimizer = count_optimizer_bytes(shape, lora, config.optim.name, train.num_workers)
+    weights = count_weight_bytes(shape, model.bits, weight_element)
+    load_peak = max(count_load_peak_bytes(shape, model.bits, weight_element), weights + count_start_bytes(shape, lora))
     return MemoryPlan(
-        weights_gib=count_weight_bytes(shape, model.bits, weight_element) / GIB,
+        weights_gib=weights / GIB,
         adapter_gib=_FLOAT32 * count_adapter_parameters(shape, lora) / GIB,
         optimizer_gib=optimizer / GIB,
         activations_gib=count_step_peak_bytes(shape, config, micro_batch, element) / GIB,
-        load_peak_gib=count_load_peak_bytes(shape, model.bits, weight_element) / GIB,
+        load_peak_gib=load_peak / GIB,
         context_gib=context_gib(train.device),
         adapter_file_mib=count_adapter_file_bytes(shape, lora) / 2**20,
         micro_batch=micro_batch,

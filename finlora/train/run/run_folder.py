@@ -10,6 +10,7 @@ Layout of OUTPUT_DIR/NAME:
     lock               locked by the driver while it runs
     start.json         how far the workers' start is, and its seconds (finlora/train/run/start_note.py)
     waiting.txt        who holds the GPUs and cores that the run waits for (finlora/train/run/wait_for_gpus.py)
+    adapter_start.safetensors   what lora.init took out of the base's weights, if anything (finlora/train/run/adapter_start.py)
     attempts.json      seconds of work and of waiting for each start of the driver (finlora/train/run/attempts.py)
     stop               empty; a signal's name in it asks the workers to stop (finlora/train/run/stop.py)
     adapter/           PEFT's two files and config.yaml; finlora.yaml is written last and marks the run as finished
@@ -152,6 +153,10 @@ class RunFolder:
     @property
     def start(self) -> Path:
         return self.root / "start.json"
+
+    @property
+    def adapter_start(self) -> Path:
+        return self.root / "adapter_start.safetensors"
 
     @property
     def attempts(self) -> Path:

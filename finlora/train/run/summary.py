@@ -11,7 +11,7 @@ from finlora.configfile import config_to_tree, save_config
 from finlora.errors import FinloraError
 from finlora.model.base import BaseModel
 from finlora.model.contract import make_contract, read_contract, write_contract, write_tasks
-from finlora.model.lora import save_adapter
+from finlora.model.lora import Start, save_adapter
 from finlora.results import Result, describe_environment, read_results
 from finlora.train.run.attempts import Attempt
 from finlora.train.run.progress import read_progress
@@ -19,10 +19,19 @@ from finlora.train.run.run_folder import RunFolder, TrainingSet
 
 
 def export_adapter(
-    config: RunConfig, folder: RunFolder, base: BaseModel, model: Any, training_set: TrainingSet
+    config: RunConfig,
+    folder: RunFolder,
+    base: BaseModel,
+    model: Any,
+    training_set: TrainingSet,
+    start: Start | None = None,
 ) -> None:
-    """Write the adapter folder. finlora.yaml comes last and marks it complete."""
-    size = save_adapter(model, folder.adapter)
+    """Write the adapter folder. finlora.yaml comes last and marks it complete.
+
+    Args:
+        start: what the base lacks in training, with a `lora.init` that takes a part out of it.
+    """
+    size = save_adapter(model, folder.adapter, start)
     save_config(config, folder.adapter / "config.yaml")
     final = read_progress(folder)[-1]
     contract = make_contract(
@@ -103,4 +112,4 @@ def summarise_run(
 
 def variant_name(config: RunConfig) -> str:
     """Return the name of an adapter in tables: `4bit-r4`."""
-    return f"{config.model.bits}bit-r{config.lora.rank}"
+    return f"{config.model.bits}bit-r{config.lora.saved.rank}"

@@ -104,6 +104,7 @@ def serve(tools: Tools) -> None:
     _ask_models(client, checks)
     _ask_labels(tools, client, checks, f"http://127.0.0.1:{direct}")
     _ask_texts(client, checks)
+    _ask_forms(client, checks)
     _ask_refused(client, checks, keys)
     _ask_versions(client, checks, keys)
     _read_metrics(tools, checks)
@@ -255,6 +256,34 @@ def _ask_texts(client: Client, checks: Checks) -> None:
         (status, quoted is None or quoted in reply["answer"] or reply["answer"] in quoted),
     )
     checks.equal("/v1/extract: grounded", quote is not None, reply["grounded"])
+
+
+def _ask_forms(client: Client, checks: Checks) -> None:
+    """Structured output: a schema, a choice, a tool call, and a keyword that is not supported."""
+    schema = {
+        "type": "object",
+        "properties": {"capital": {"enum": ["Paris", "Rome"]}, "country": {"type": "string", "maxLength": 20}},
+        "required": ["capital", "country"],
+    }
+    chat = {
+        "model": "accept",
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "max_tokens": 60,
+    }
+    wish = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+    status, reply, _ = client.ask("/v1/chat/completions", {**chat, "response_format": wish})
+    text = reply["choices"][0]["message"]["content"] if status == 200 else str(reply)
+    checks.contains("an answer by a JSON Schema", '{"capital": "Paris", "country": "', text)
+    chosen = client.ask("/v1/chat/completions", {**chat, "guided_choice": ["Rome", "Paris"]})[1]
+    checks.equal("a choice", "Paris", chosen["choices"][0]["message"]["content"])
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": schema}}
+    called = client.ask("/v1/chat/completions", {**chat, "tools": [tool], "tool_choice": "required"})[1]
+    calls = called["choices"][0]["message"].get("tool_calls") or [{"function": {}}]
+    checks.equal("a tool call", "look_up", calls[0]["function"].get("name"))
+    wish["json_schema"]["schema"] = {"type": "array", "uniqueItems": True}  # type: ignore[index]
+    status, refused, _ = client.ask("/v1/chat/completions", {**chat, "response_format": wish})
+    checks.equal("a keyword that is not supported", 400, status)
+    checks.contains("its refusal", "uniqueItems", str(refused))
 
 
 def _ask_refused(client: Client, checks: Checks, keys: dict[str, str]) -> None:

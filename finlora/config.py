@@ -119,6 +119,8 @@ class OptimConfig:
     """Optimiser of the adapter: AdamW, or 0/1 Adam (arXiv:2202.06009) with 1-bit compressed communication."""
     learning_rate: float = 1e-4
     """Peak learning rate."""
+    lora_plus_ratio: float = 1.0
+    """Learning rate of B over that of A, which is learning_rate; LoRA+ (arXiv:2402.12354) sets 16 and a smaller learning_rate."""
     beta1: float = 0.9
     """Decay of the first moment."""
     beta2: float = 0.999
@@ -144,6 +146,7 @@ class OptimConfig:
             "optim",
             [
                 (self.learning_rate > 0, f"learning_rate={self.learning_rate}: expected more than 0"),
+                (self.lora_plus_ratio >= 1, f"lora_plus_ratio={self.lora_plus_ratio}: expected at least 1"),
                 (0 <= self.beta1 < 1, f"beta1={self.beta1}: expected 0 <= beta1 < 1"),
                 (0 <= self.beta2 < 1, f"beta2={self.beta2}: expected 0 <= beta2 < 1"),
                 (self.eps > 0, f"eps={self.eps}: expected more than 0"),

@@ -325,6 +325,7 @@ def test_a_setting_that_came_later_leaves_the_hash_of_runs_without_it():
             "lora.rank_pattern={q_proj: 2}",
             "lora.alpha_pattern={q_proj: 2}",
             "lora.init=olora",
+            "optim.lora_plus_ratio=16",
         ),
     ]
     assert [change.split("=")[0] for change in changes] == list(ADDED_LATER)

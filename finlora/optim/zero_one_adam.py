@@ -32,11 +32,13 @@ and tutorial (DeepSpeed 0.19.6, runtime/fp16/onebit/zoadam.py), called the code 
     what the ranks have in common, where v comes from clipped means, and steps would be up to sqrt(n) times too short. Its
     bound is larger by the ratio of the two norms in T_v, as a moving average between 1 and sqrt(n).
 12. With one rank nothing is sent or compressed; all else is the same.
+13. LoRA+ (arXiv:2402.12354) gives a parameter f times the learning rate: x moves by f r m / D and f U / D, and decays by f lr.
+    u, U and the compression stay without f, which is constant within a block: they are those of x / f.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +72,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         process_group: None: the default group, or one rank where torch.distributed is not initialised.
         block_size: elements that share a scale, a multiple of 8.
         clock: times the communication. None: it is not timed.
+        rate_factors: factor of each parameter's learning rate, more than 0; empty: 1.
 
     Raises:
         ConfigError: an impossible schedule, a second parameter group, or parameters on several devices.
@@ -90,6 +93,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         process_group: dist.ProcessGroup | None = None,
         block_size: int = 512,
         clock: WireClock | None = None,
+        rate_factors: Sequence[float] = (),
     ) -> None:
         self.schedule = Schedule.from_ratio(total_steps, freeze_ratio, max_local_steps)
         if block_size < 8 or block_size % 8:
@@ -102,7 +106,10 @@ class ZeroOneAdam(torch.optim.Optimizer):
         self._block_size, self._process_group, self._clock = block_size, process_group, clock
         self._max_grad_norm = max_grad_norm
         self._step = self._num_variance_updates = self._steps_since_sync = 0
-        self._rate_sum, self._decay = 0.0, 1.0
+        self._rate_sum = 0.0
+        self._decay: float | Tensor = 1.0
+        self._rate_factors = rate_factors if set(rate_factors) - {1.0} else ()
+        self._factors: Tensor | None = None
         # Allocated at the first step: DeepSpeed may move and broadcast the weights after it gets the optimiser.
         self._buffers: dict[str, Tensor] = {}
         self._exchange: OneBitExchange | None = None
@@ -168,7 +175,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         update = self._exchange.average(buffers["u"] / denominator)
         buffers["m"] = update * denominator / self._rate_sum
         self._bound_momentum(denominator)
-        buffers["last_synced"].mul_(self._decay).sub_(update)
+        buffers["last_synced"].mul_(self._decay).sub_(self._scale(update))
         buffers["u"].zero_()
         self._write_weights(buffers["last_synced"])
         self._steps_since_sync, self._rate_sum, self._decay = 0, 0.0, 1.0
@@ -185,7 +192,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         buffers["v"].mul_(beta2).addcmul_(mean, mean, value=1 - beta2)
         rate, decay = self._rate_and_decay()
         weights = buffers["last_synced"].mul_(decay)
-        weights.addcdiv_(buffers["m"], self._denominator(is_floored=False), value=-rate)
+        weights.addcdiv_(self._scale(buffers["m"]), self._denominator(is_floored=False), value=-rate)
         self._write_weights(weights)
 
     def _step_local(self, gradient: Tensor) -> None:
@@ -199,11 +206,11 @@ class ZeroOneAdam(torch.optim.Optimizer):
         buffers["m"].mul_(beta1).add_(self._clip(gradient, limit), alpha=1 - beta1)
         self._bound_momentum(denominator)
         weights = self._read_weights().mul_(decay)
-        weights.addcdiv_(buffers["m"], denominator, value=-rate)
+        weights.addcdiv_(self._scale(buffers["m"]), denominator, value=-rate)
         buffers["u"].add_(buffers["m"], alpha=rate)
         self._write_weights(weights)
         self._rate_sum += rate
-        self._decay *= decay
+        self._decay = self._decay * decay
         self._steps_since_sync += 1
 
     def _bound_momentum(self, denominator: Tensor) -> None:
@@ -226,9 +233,15 @@ class ZeroOneAdam(torch.optim.Optimizer):
             return gradient
         return gradient.mul((limit / (gradient.norm() + 1e-6)).clamp(max=1.0))
 
-    def _rate_and_decay(self) -> tuple[float, float]:
+    def _rate_and_decay(self) -> tuple[float, float | Tensor]:
         group = self._group()
-        return group["lr"] / (1 - group["betas"][0] ** self._step), 1 - group["lr"] * group["weight_decay"]
+        loss: float = group["lr"] * group["weight_decay"]
+        decay = 1 - loss if self._factors is None or not loss else 1 - loss * self._factors
+        return group["lr"] / (1 - group["betas"][0] ** self._step), decay
+
+    def _scale(self, update: Tensor) -> Tensor:
+        """Return an update times the factors of the learning rates."""
+        return update if self._factors is None else update * self._factors
 
     def _denominator(self, *, is_floored: bool) -> Tensor:
         """Return D = sqrt(v / (1 - b2^updates)) + eps, with the floor of deviation 7 outside T_v."""
@@ -258,6 +271,11 @@ class ZeroOneAdam(torch.optim.Optimizer):
         _, world_size = rank_and_world_size(self._process_group)
         self._layout = FlatLayout(self._parameters(), self._block_size, world_size)
         self._exchange = OneBitExchange(self._layout.is_real, self._block_size, self._process_group, self._clock)
+        if self._rate_factors:
+            pairs = zip(self._parameters(), self._rate_factors, strict=True)
+            self._factors = self._layout.gather(
+                torch.full_like(each, factor, dtype=torch.float32) for each, factor in pairs
+            )
         weights = self._layout.gather(self._parameters())
         self._buffers = {name: torch.zeros_like(weights) for name in ("m", "v", "u")} | {"last_synced": weights}
         self._buffers["norm_ratio"] = torch.ones((), device=weights.device)  # its square, as a moving average
@@ -311,7 +329,7 @@ class ZeroOneAdam(torch.optim.Optimizer):
         self._buffers |= tensors
         for owner, counts in ((self._exchange, state["exchange"]), (self, state["counts"])):
             for name, value in counts.items():
-                setattr(owner, name, value)
+                setattr(owner, name, value.to(device, copy=True) if isinstance(value, Tensor) else value)
 
 
 STATE_KEY = "zero_one_adam"

@@ -235,7 +235,7 @@ def _train(
         path = take_path(model.train(), config, examples, verdict.packs, device, base.tokenizer.pad_token_id)
         parameters = trainable_parameters(model)
         meter = WireMeter(WireClock(device), sum(p.numel() for p in parameters.values()), world_size)
-        optimizer = make_optimizer(list(parameters.values()), config.optim, total_steps, meter.clock)
+        optimizer = make_optimizer(parameters, config.optim, total_steps, meter.clock)
         engine = make_engine(path.module, optimizer, config)
         meter.watch(engine)
         state = _TrainedState(worker, world_size, run_hash, parameters, optimizer, meter)

@@ -11,11 +11,11 @@ import torch
 
 from finlora.config import OptimConfig
 from finlora.errors import ConfigError
-from finlora.optim.optimizer import OPTIMIZERS, find_optimizer, learning_rate_at, make_optimizer
+from finlora.optim.optimizer import OPTIMIZERS, find_optimizer, learning_rate_at, make_optimizer, set_rate
 from finlora.optim.traffic import SelfCounting
 
 EVERY_KIND = pytest.mark.parametrize("kind", OPTIMIZERS.values(), ids=OPTIMIZERS)
-OF_ALL = {"name", "schedule", "warmup_ratio"}  # read by training itself, whatever the optimiser
+OF_ALL = {"name", "schedule", "warmup_ratio", "lora_plus_ratio"}  # read by training itself, whatever the optimiser
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_optimiser_reads_the_settings_of_its_record(kind):
             read.add(name)
             return getattr(OptimConfig(), name)
 
-    kind.build([torch.nn.Parameter(torch.ones(3))], Watched(), 10, None)
+    kind.build([torch.nn.Parameter(torch.ones(3))], [1.0], Watched(), 10, None)
     assert read == kind.reads
 
 
@@ -137,3 +137,23 @@ def test_adamw_clips_as_torch_does_and_then_updates():
         torch.testing.assert_close(own, other)
     with pytest.raises(ValueError, match="takes no closure"):
         optimizer.step(lambda: 0.0)
+
+
+def test_lora_plus_gives_b_and_vectors_its_ratio_of_the_rate():
+    shapes = {"q.lora_A.default.weight": (2, 3), "q.lora_B.default.weight": (3, 2), "q.magnitude": (3,)}
+    parameters = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+    optimizer = make_optimizer(parameters, OptimConfig(lora_plus_ratio=16.0, learning_rate=0.25), 10)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 4.0]
+    set_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 8.0]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 2]
+    again = make_optimizer(parameters, OptimConfig(lora_plus_ratio=16.0, learning_rate=0.25), 10)
+    again.load_state_dict(optimizer.state_dict())
+    set_rate(again, 1.0)
+    assert [group["lr"] for group in again.param_groups] == [1.0, 16.0]
+
+
+@EVERY_KIND
+def test_lora_plus_without_names_is_refused(kind):
+    with pytest.raises(ValueError, match="needs the names"):
+        make_optimizer([torch.nn.Parameter(torch.ones(3))], OptimConfig(name=kind.name, lora_plus_ratio=2.0), 10)

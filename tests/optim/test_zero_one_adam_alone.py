@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from zero_one_adam_world import (
@@ -121,3 +123,59 @@ def test_wrong_settings_are_refused() -> None:
         make_optimizer(parameters, block_size=12)
     with pytest.raises(ConfigError, match="second parameter group"):
         make_optimizer([{"params": [parameter]} for parameter in parameters])
+
+
+FACTORS = [1.0, 8.0]
+
+
+def test_factors_of_the_rate_equal_groups_of_adamw() -> None:
+    problem = Regression(0)
+    ours, theirs = parameters_of(problem.start), parameters_of(problem.start)
+    groups = [{"params": [each], "lr": 0.01 * factor} for each, factor in zip(theirs, FACTORS, strict=True)]
+    adamw = torch.optim.AdamW(groups, weight_decay=WEIGHT_DECAY)
+    optimizer = make_optimizer(ours, rate_factors=FACTORS)
+    for step in range(1, 18):  # of T_v
+        take_step(problem, optimizer, ours, 0, step, 0.01)
+        for parameter, part in zip(theirs, parameters_of(problem.gradient(0, step, flat_of(theirs))), strict=True):
+            parameter.grad = part.detach()
+        adamw.step()
+    torch.testing.assert_close(flat_of(ours), flat_of(theirs), atol=1e-6, rtol=1e-5)
+
+
+def test_factors_of_the_rate_are_a_change_of_units() -> None:
+    """x with the factor f moves as f z, where z is trained without one: local steps and rounds are the same."""
+    torch.manual_seed(0)
+    target = torch.randn(32)
+    x, z = torch.nn.Parameter(torch.zeros(32)), torch.nn.Parameter(torch.zeros(32))
+    other = [torch.nn.Parameter(torch.ones(32)) for _ in range(2)]
+    changes = {"weight_decay": 0.0, "eps": 0.0}
+    scaled = make_optimizer([x, other[0]], rate_factors=[8.0, 1.0], **changes)
+    plain = make_optimizer([z, other[1]], **changes)
+    for _ in range(STEPS):
+        noise = torch.randn(32)
+        x.grad, z.grad = x.detach() - target + noise, 8.0 * (8.0 * z.detach() - target + noise)
+        for optimizer, parameter in ((scaled, other[0]), (plain, other[1])):
+            parameter.grad = parameter.detach() + noise
+            optimizer.param_groups[0]["lr"] = 0.01
+            optimizer.step()
+        assert scaled.is_synchronised == plain.is_synchronised
+        torch.testing.assert_close(x.detach(), 8.0 * z.detach(), atol=1e-4, rtol=1e-4)
+    assert x.detach().abs().max() > 0.5
+
+
+def test_resume_with_factors_is_exact_between_synchronisations() -> None:
+    problem, rates = Regression(0), learning_rates(STEPS, 0.03)
+    parameters = parameters_of(problem.start)
+    optimizer = make_optimizer(parameters, rate_factors=FACTORS)
+    saved = None
+    for step, lr in enumerate(rates, start=1):
+        take_step(problem, optimizer, parameters, 0, step, lr)
+        if saved is None and step > STEPS // 2 and not optimizer.is_synchronised:
+            saved = (step, copy.deepcopy(optimizer.state_dict()))
+    assert saved is not None
+    again = parameters_of(torch.zeros_like(problem.start))
+    resumed = make_optimizer(again, rate_factors=FACTORS)
+    resumed.load_state_dict(saved[1])
+    for step in range(saved[0] + 1, STEPS + 1):
+        take_step(problem, resumed, again, 0, step, rates[step - 1])
+    assert torch.equal(flat_of(again), flat_of(parameters))

@@ -108,13 +108,22 @@ def count_adapter_file_bytes(shape: LlamaShape, lora: LoraConfig) -> int:
 
 
 def count_optimizer_bytes(
-    shape: LlamaShape, lora: LoraConfig, optimizer: str, num_workers: int, parameter_bytes: int = 4
+    shape: LlamaShape,
+    lora: LoraConfig,
+    optimizer: str,
+    num_workers: int,
+    parameter_bytes: int = 4,
+    *,
+    has_factors: bool = False,
 ) -> int:
     """Return the bytes of gradients and optimiser state of one worker, by the optimiser's record.
+
+    Args:
+        has_factors: learning rates differ between parameters.
 
     Raises:
         ConfigError: there is no optimiser of that name.
     """
     sizes = adapter_sizes(shape, lora)
-    state = find_optimizer(optimizer).count_state_bytes(sizes, num_workers, parameter_bytes)
+    state = find_optimizer(optimizer).count_state_bytes(sizes, num_workers, parameter_bytes, has_factors)
     return parameter_bytes * sum(sizes) + state

@@ -140,7 +140,10 @@ def forecast_packs(
     num_parameters, e = count_adapter_parameters(shape, config.lora), element_bytes(config)
     adapter = 4 * num_parameters
     casts = e * num_parameters if e < 4 and casts_at_once(config.lora.target_modules) else 0
-    optimizer = count_optimizer_bytes(shape, config.lora, config.optim.name, config.train.num_workers)
+    optim = config.optim
+    optimizer = count_optimizer_bytes(
+        shape, config.lora, optim.name, config.train.num_workers, has_factors=optim.lora_plus_ratio != 1
+    )
     activations = casts + count_pack_bytes(shape, config, size, recompute, keep_unpacked=keep_unpacked)
     if config.train.device == "cuda":
         activations += adapter  # where CUDA graphs write the gradients, before they are the optimiser's

@@ -89,7 +89,10 @@ def plan_memory(shape: LlamaShape, config: RunConfig, micro_batch: PaddedBatch) 
     model, lora, train = config.model, config.lora, config.train
     element = element_bytes(config)
     weight_element = count_bytes(config)
-    optimizer = count_optimizer_bytes(shape, lora, config.optim.name, train.num_workers)
+    optim = config.optim
+    optimizer = count_optimizer_bytes(
+        shape, lora, optim.name, train.num_workers, has_factors=optim.lora_plus_ratio != 1
+    )
     weights = count_weight_bytes(shape, model.bits, weight_element)
     load_peak = max(count_load_peak_bytes(shape, model.bits, weight_element), weights + count_start_bytes(shape, lora))
     return MemoryPlan(

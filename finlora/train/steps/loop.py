@@ -21,7 +21,7 @@ from finlora.data.packing import Pack
 from finlora.errors import FinloraError
 from finlora.formula.llama import shape_of
 from finlora.model.memory.peak import measure_peak_gib
-from finlora.optim.optimizer import learning_rate_at
+from finlora.optim.optimizer import learning_rate_at, set_rate
 from finlora.train.steps.batches import Batches
 from finlora.train.steps.sampler import Sampler
 
@@ -135,8 +135,7 @@ def run_steps(
     for step in range(start_step, total_steps):
         batch = sampler.global_batch(step)
         num_targets = sum(examples[index].loss_tokens for index in batch)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, total_steps, optim)
+        set_rate(engine.optimizer, learning_rate_at(step, total_steps, optim))
         # Dropout depends on seed, step and worker only: a resumed run samples the same masks without saved generators.
         torch.manual_seed((sampler.seed * 1_000_003 + step) * 4_099 + worker)
         for indices in batches.cut(sampler.share(batch, worker)):

@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from peft.optimizers import create_loraplus_optimizer
 
 from finlora.config import LoraConfig, ModelConfig, OptimConfig
 from finlora.data.encode import Encoded, collate
@@ -175,6 +176,36 @@ def test_training_equals_a_plain_adamw_loop(model):
         torch.nn.utils.clip_grad_norm_(expected.values(), optim.max_grad_norm)
         adamw.param_groups[0]["lr"] = learning_rate_at(step, 6, optim)
         adamw.step()
+    for name, parameter in parameters.items():
+        torch.testing.assert_close(
+            parameter, expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text
+        )
+
+
+def test_training_equals_pefts_lora_plus(model):
+    reference_model = copy.deepcopy(model)
+    sampler = make_sampler()
+    optim = OptimConfig(
+        learning_rate=2e-3,
+        lora_plus_ratio=16.0,
+        warmup_ratio=0.0,
+        schedule="constant",
+        weight_decay=0.1,
+        max_grad_norm=0.0,
+    )
+    parameters = trainable_parameters(model)
+    run(
+        PlainEngine(AnswerLoss(model), make_optimizer(parameters, optim, 6)), sampler, steps=(0, 6), optim=optim, rows=2
+    )
+    expected = trainable_parameters(reference_model)
+    theirs = create_loraplus_optimizer(
+        reference_model, torch.optim.AdamW, lr=2e-3, loraplus_lr_ratio=16.0, loraplus_weight_decay=0.1
+    )
+    for step in range(6):
+        _, gradients = reference(reference_model, sampler.global_batch(step))
+        for parameter, gradient in zip(expected.values(), gradients, strict=True):
+            parameter.grad = gradient
+        theirs.step()
     for name, parameter in parameters.items():
         torch.testing.assert_close(
             parameter, expected[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: name + text

@@ -1,11 +1,13 @@
 """Time of a decode step with and without grammars, on one engine in one run: the sides take turns.
 
     python benchmarks/structured_output.py --base .demo/real-base --shape 8b --bits 8
-    python benchmarks/structured_output.py --base .demo/real-base --bits 16 --stages 2
+    python benchmarks/structured_output.py --base .demo/real-base --bits 16 --stages 2 --gpus-per-stage 0.5
     python benchmarks/structured_output.py --base .demo/real-base --device cpu --requests 8 --tokens 24 --rounds 2
 
 `--base` gives the tokenizer and, without `--shape`, the weights. `--shape 8b` takes the shape of Llama 3.1 8B with random weights
 and a vocabulary of 128,256: the base's, with pairs of its words as further tokens.
+
+Stages are Ray actors, as in a server, one too; `--in-process` computes as `finlora evaluate` does with one stage.
 
 Sides: plain, no grammar; schema, one JSON Schema for all requests; schemas, another one for each; mixed, every second request has
 a schema; regex, a regular expression. No text is complete within `--tokens`. Timed from the end of the last prefill to the first
@@ -124,7 +126,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     from finlora.data.encode import encode_prompt
     from finlora.engine.admission import Limits
     from finlora.engine.request import Request, Sampling
-    from finlora.inference.open_base import choose_batch_rows, choose_in_flight, open_executor, warm_up
+    from finlora.inference.open_base import choose_batch_rows, choose_in_flight, open_executor, round_up, warm_up
     from finlora.model.base import quiet_bitsandbytes
     from finlora.model.base_files import read_base_files
 
@@ -144,7 +146,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
             eval=EvalConfig(device=options.device, bits=None, num_gpus=options.gpus_per_stage),
         )
         stack.enter_context(quiet_bitsandbytes())
-        if options.stages > 1:
+        if not options.in_process:
             from finlora.cluster import connect
 
             connect.connect(log_to_driver=False)
@@ -159,7 +161,22 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
             for number in range(options.requests)
         ]
         rows = sum(len(prompt) + options.tokens + 16 for prompt in prompts)
-        executor, rows = stack.enter_context(open_executor(config, files, options.stages, rows, rows))
+        executor: Any
+        if options.in_process:
+            executor, rows = stack.enter_context(open_executor(config, files, 1, rows, rows))
+        else:
+            from finlora.pipeline.pipeline import Pipeline, PipelineConfig  # after Ray's settings
+
+            rows = round_up(rows)
+            settings = PipelineConfig(
+                num_stages=options.stages,
+                cache_rows=rows,
+                device=options.device,
+                gpus_per_stage=options.gpus_per_stage,
+                cpus_per_stage=0.25,
+            )
+            executor = Pipeline(config.model, files.shape, options.bits, settings, 0)
+            stack.callback(executor.close)
         in_flight = choose_in_flight(options.stages, options.device, options.gpus_per_stage)
         limits = Limits(
             cache_rows=rows,
@@ -203,7 +220,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="layers of the shape")
     parser.add_argument("--bits", type=int, choices=[16, 8, 4], default=8)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--stages", type=int, default=1, help="more than one: Ray actors")
+    parser.add_argument("--stages", type=int, default=1)
+    parser.add_argument("--in-process", action="store_true", help="one stage, in this process")
     parser.add_argument("--gpus-per-stage", type=float, default=1.0)
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of each request")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from finlora.engine.kv_cache import Extent
-from finlora.engine.micro_batch import MicroBatch, Sample, Score
-from finlora.engine.request import Request, Token
+from finlora.engine.micro_batch import Filters, MicroBatch, Sample, Score
+from finlora.engine.request import Request, Sampling, Token
 from finlora.errors import ConfigError
 
 MIN_PREFIX = 16
@@ -79,6 +80,10 @@ class Work:
     """Prompt rows of micro-batches scheduled so far."""
     matcher: int | None = None
     """Number of its matcher at the last stage; None: it has no grammar."""
+    filters: Filters | None = None
+    """Of its samples; None: plain ones."""
+    early_filters: Filters | None = None
+    """Of its first min_tokens samples: they forbid the end token."""
     tokens: list[Token] = field(default_factory=list)
     in_flight: int = 0
     """Micro-batches in flight that compute a part of it: one, several chunks of its prompt, or a token and the next one."""
@@ -96,6 +101,13 @@ class Part(NamedTuple):
     """Whether it yields a token or the scores of the choices."""
     sample: int | None
     """Index of its token among the micro-batch's samples; None: it samples none."""
+
+
+def make_filters(sampling: Sampling, end_token_id: int) -> tuple[Filters | None, Filters | None]:
+    """Return the filters of a request's samples, and of those before its min_tokens."""
+    later = Filters(sampling.top_k, sampling.min_p, sampling.logit_bias, sampling.num_top)
+    early = later._replace(bias=(*sampling.logit_bias, (end_token_id, -math.inf)))
+    return (later if later != Filters() else None), early
 
 
 def add_rows(batch: MicroBatch, work: Work, count: int, sample: int | None = None) -> Part:
@@ -138,6 +150,7 @@ def add_rows(batch: MicroBatch, work: Work, count: int, sample: int | None = Non
 
 def _add_sample(batch: MicroBatch, work: Work, row: int, position: int) -> None:
     sampling = work.request.sampling
-    batch.samples.append(Sample(row, sampling.temperature, sampling.top_p, work.seed, position, work.matcher))
+    filters = work.early_filters if position < sampling.min_tokens else work.filters
+    batch.samples.append(Sample(row, sampling.temperature, sampling.top_p, work.seed, position, work.matcher, filters))
     if work.matcher is not None and position == 0:
         batch.grammars.append((work.matcher, sampling.grammar))

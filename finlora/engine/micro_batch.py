@@ -19,6 +19,19 @@ class Segment(NamedTuple):
     """Cache rows as (start, count), in the order of their tokens; the last `num_rows` of them are the segment's own."""
 
 
+class Filters(NamedTuple):
+    """What few requests ask for when a token is sampled."""
+
+    top_k: int = 0
+    """Only the likeliest top_k tokens are sampled; 0: all."""
+    min_p: float = 0.0
+    """Only tokens with at least this share of the likeliest one's probability are sampled."""
+    bias: tuple[tuple[int, float], ...] = ()
+    """(token, number added to its logit)."""
+    num_top: int = 0
+    """Likeliest tokens that are returned with their log-probabilities."""
+
+
 class Sample(NamedTuple):
     """A token to be sampled."""
 
@@ -31,6 +44,7 @@ class Sample(NamedTuple):
     """Tokens that its request has generated so far."""
     matcher: int | None = None
     """Number of the request's matcher at the last stage, whose grammar masks the logits; None: any token may be sampled."""
+    filters: Filters | None = None
 
 
 class Score(NamedTuple):
@@ -89,5 +103,7 @@ class Output:
     """Of each score."""
     stage_seconds: Sequence[float] = ()
     """How long each stage computed."""
+    tops: Sequence[tuple[int, tuple[tuple[int, float], ...]]] = ()
+    """(index, (token, log-probability) of the likeliest, likeliest first) of samples that ask for them."""
     faults: Sequence[tuple[int, str]] = ()
     """(index, reason) of samples without a meaning, since their grammar became too large to follow."""

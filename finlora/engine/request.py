@@ -34,6 +34,18 @@ class Sampling:
     """Stop strings: they end the answer and are left out of it."""
     seed: int | None = None
     """Equal seeds sample equal tokens from equal logits, whatever else is in the batch. None: a random seed."""
+    top_k: int = 0
+    """Only the likeliest top_k tokens are sampled; 0: all."""
+    min_p: float = 0.0
+    """Only tokens with at least this share of the likeliest one's probability are sampled (arXiv:2407.01082)."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token, number that is added to its logit)."""
+    min_tokens: int = 0
+    """The end token is not sampled before so many tokens."""
+    ignore_end: bool = False
+    """The end token does not end the answer."""
+    num_top: int = 0
+    """Likeliest tokens that are returned with each token."""
     grammar: str = ""
     """Grammar of the generated text, made by finlora/grammar/compile.py; empty: any text."""
 
@@ -42,6 +54,16 @@ class Sampling:
             (self.max_tokens >= 1, f"max_tokens={self.max_tokens}: expected at least 1"),
             (self.temperature >= 0, f"temperature={self.temperature}: expected at least 0"),
             (0 < self.top_p <= 1, f"top_p={self.top_p}: expected 0 < top_p <= 1"),
+            (self.top_k >= 0, f"top_k={self.top_k}: expected at least 1, or 0 for all tokens"),
+            (0 <= self.min_p <= 1, f"min_p={self.min_p}: expected 0 to 1"),
+            (
+                0 <= self.min_tokens <= self.max_tokens,
+                f"min_tokens={self.min_tokens}: expected 0 to max_tokens={self.max_tokens}",
+            ),
+            (
+                not self.grammar or not (self.min_tokens or self.ignore_end),
+                "min_tokens and ignore_end do not go with a grammar, which says where the answer ends: leave them out",
+            ),
             (all(self.stop), "stop holds an empty text: expected texts of at least one character"),
         ]
         if faults := [message for is_good, message in checks if not is_good]:
@@ -81,7 +103,9 @@ class Token:
 
     id: int
     log_prob: float
-    """Natural logarithm of its probability before grammar, temperature and top_p."""
+    """Natural logarithm of its probability before grammar, temperature and filters."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token, log-probability) of the likeliest tokens there, likeliest first, as many as the request asks for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,17 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
 
-from finlora.engine.admission import MIN_AHEAD_CHUNK, MIN_CHUNK, MIN_PREFIX, Limits, Part, Prefixes, Work, add_rows
+from finlora.engine.admission import (
+    MIN_AHEAD_CHUNK,
+    MIN_CHUNK,
+    MIN_PREFIX,
+    Limits,
+    Part,
+    Prefixes,
+    Work,
+    add_rows,
+    make_filters,
+)
 from finlora.engine.kv_cache import ExtentPool
 from finlora.engine.micro_batch import MicroBatch, Output
 from finlora.engine.request import Answer, Finish, Request, Token
@@ -151,7 +161,8 @@ class Scheduler:
 
     def complete(self, output: Output) -> tuple[list[tuple[str, Token]], list[Answer]]:
         """Record a micro-batch's results; returns the new tokens by request id, and the answers of requests that ended."""
-        tokens, log_probs, faults = iter(output.tokens), iter(output.log_probs), dict(output.faults)
+        tokens, log_probs = iter(output.tokens), iter(output.log_probs)
+        tops, faults = dict(output.tops), dict(output.faults)
         new: list[tuple[str, Token]] = []
         answers: list[Answer] = []
         self._with_prompts.discard(output.number)
@@ -166,13 +177,13 @@ class Scheduler:
                 if not is_over:
                     answers.append(self._finish(work, "choice", sums))
                 continue
-            token = Token(*next(tokens))
+            token = Token(*next(tokens), tops.get(part.sample, ()))
             if is_over:
                 continue
             if part.sample in faults:
                 answers.append(dataclasses.replace(self._finish(work, "grammar"), fault=faults[part.sample]))
                 continue
-            if token.id == self.end_token_id:
+            if token.id == self.end_token_id and not request.sampling.ignore_end:
                 answers.append(self._finish(work, "end"))
                 continue
             work.tokens.append(token)
@@ -309,5 +320,6 @@ class Scheduler:
         self._cached_share += 0.1 * (length / len(request.prompt_ids) - self._cached_share)
         seed = request.sampling.seed if request.sampling.seed is not None else self._make_seed()
         matcher = next(self._matchers) if request.sampling.grammar else None
-        work = self._active[request.id] = Work(request, extent, seed, length, length, matcher)
+        filters = make_filters(request.sampling, self.end_token_id)
+        work = self._active[request.id] = Work(request, extent, seed, length, length, matcher, *filters)
         return work

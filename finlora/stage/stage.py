@@ -32,7 +32,7 @@ from finlora.stage.batch_attention import Attend, make_attention, narrow
 from finlora.stage.decode_graphs import Begin, Rows, StageGraphs
 from finlora.stage.grammar_masks import GrammarMasks
 from finlora.stage.row_padding import compiles_by_rows, count_padding, pad_adapters, repeat_last
-from finlora.stage.sampling import Unread, choice_log_probs, sample
+from finlora.stage.sampling import Unread, choice_log_probs, list_top, sample
 from finlora.stage.upload import fill_sampled, upload
 
 
@@ -321,7 +321,9 @@ class Stage:
         # Here a GPU has the pass in its queue, and computes it while the host computes the masks.
         masks = self._masks.fill(batch)
         faults = masks.faults if masks else ()
-        unread = Unread(batch.number, *sample(sampled, batch.samples, masks), choice_log_probs(scored, targets), faults)
+        tokens, log_probs = sample(sampled, batch.samples, masks)
+        tops = list_top(sampled, batch.samples)
+        unread = Unread(batch.number, tokens, log_probs, choice_log_probs(scored, targets), tops, faults)
         self._masks.follow(batch, unread.read)
         return unread
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 
-def pin(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+def pin(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
     """Return numbers on the host, in pinned memory where the device is a GPU: only from there a copy is asynchronous."""
     return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
 
 
-def upload(numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
+def upload(numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
     """Return numbers on the device, copied in the order of its queue; the host does not wait."""
     return pin(numbers, device, dtype).to(device, non_blocking=True)
 

@@ -78,6 +78,49 @@ def test_adapters_in_one_batch_answer_as_alone(make_core, plain):
     assert expected[1] != generate_alone(plain(), RAGGED[1], 6)
 
 
+@pytest.mark.parametrize("num_stages", [1, 4])
+def test_filters_change_their_own_request_alone(make_core, plain, num_stages):
+    """Greedy answers of transformers' model with the same bias, beside plain ones in one batch."""
+    prompt, other = RAGGED[2], RAGGED[3]
+    first, *_ = generate_alone(plain(), prompt, 4)
+    biased = Sampling(max_tokens=4, logit_bias=((first, -100.0), (77, 100.0)))
+    requests = [
+        Request(id="biased", prompt_ids=prompt, sampling=biased),
+        Request(id="plain", prompt_ids=prompt, sampling=Sampling(max_tokens=4, num_top=3)),
+        Request(id="one", prompt_ids=prompt, sampling=Sampling(max_tokens=4, temperature=1.5, top_k=1, seed=3)),
+        Request(id="other", prompt_ids=other, sampling=Sampling(max_tokens=4)),
+    ]
+    answers, _ = run(make_core(num_stages), requests)
+    assert tokens_of(answers["biased"]) == [77] * 4
+    assert tokens_of(answers["plain"]) == tokens_of(answers["one"]) == generate_alone(plain(), prompt, 4)
+    assert tokens_of(answers["other"]) == generate_alone(plain(), other, 4)
+    assert [token.top for token in answers["other"].tokens] == [()] * 4
+    with torch.no_grad():
+        wanted = torch.log_softmax(plain()(input_ids=torch.tensor([[*prompt, first]])).logits[0, -2:], -1).topk(3)
+    for token, values, ids in zip(
+        answers["plain"].tokens, wanted.values.tolist(), wanted.indices.tolist(), strict=False
+    ):
+        assert [each for each, _ in token.top] == ids
+        assert [value for _, value in token.top] == pytest.approx(values, rel=1e-4, abs=1e-4)
+        assert token.top[0] == (token.id, pytest.approx(token.log_prob, abs=1e-5)), "greedy takes the likeliest"
+
+
+def test_end_is_not_sampled_before_min_tokens_and_may_be_ignored(make_core):
+    wish = ((END, 100.0),)
+    settings = {
+        "ends": Sampling(max_tokens=6, logit_bias=wish),
+        "later": Sampling(max_tokens=6, logit_bias=wish, min_tokens=3),
+        "ignored": Sampling(max_tokens=6, logit_bias=wish, ignore_end=True),
+    }
+    answers, _ = run(make_core(2), [Request(id=n, prompt_ids=RAGGED[2], sampling=s) for n, s in settings.items()])
+    assert [(answers[name].finish, len(answers[name].tokens)) for name in settings] == [
+        ("end", 0),
+        ("end", 3),
+        ("length", 6),
+    ]
+    assert tokens_of(answers["ignored"]) == [END] * 6
+
+
 @pytest.mark.parametrize("keeps_prefixes", [True, False])
 def test_prefix_cache_changes_no_answer(make_core, plain, keeps_prefixes):
     prompts = [(*RAGGED[5], *range(100 + n, 104 + n)) for n in range(5)]

@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 import torch
 
-from finlora.engine.micro_batch import Sample
-from finlora.stage.sampling import choice_log_probs, sample
+from finlora.engine.micro_batch import Filters, Sample
+from finlora.stage.sampling import Unread, choice_log_probs, list_top, sample
 
 
-def make_sample(temperature=1.0, top_p=1.0, seed=0, position=0):
-    return Sample(0, temperature, top_p, seed, position)
+def make_sample(temperature=1.0, top_p=1.0, seed=0, position=0, **filters):
+    return Sample(0, temperature, top_p, seed, position, None, Filters(**filters) if filters else None)
 
 
 def pairs(logits, samples):
@@ -47,6 +47,16 @@ def test_greedy_takes_the_likeliest_token_and_returns_its_log_probability():
         ({"top_p": 0.8}, {0: 0.2 / 0.95, 1: 0.5 / 0.95, 2: 0.25 / 0.95}),
         ({"top_p": 0.6}, {1: 0.5 / 0.75, 2: 0.25 / 0.75}),
         ({"top_p": 0.01}, {1: 1.0}),
+        ({"top_k": 2}, {1: 0.5 / 0.75, 2: 0.25 / 0.75}),
+        ({"top_k": 9}, {0: 0.2, 1: 0.5, 2: 0.25, 3: 0.05}),
+        # 0.2 is below 0.45 of 0.5, which 0.25 reaches
+        ({"min_p": 0.45}, {1: 0.5 / 0.75, 2: 0.25 / 0.75}),
+        ({"min_p": 1.0}, {1: 1.0}),
+        # 0.5 of the remaining 0.75 is two thirds, above 0.6; of all 1.0 it would be below
+        ({"top_k": 2, "top_p": 0.6}, {1: 1.0}),
+        # after the temperature: 0.25 / 0.5 squared is below 0.3
+        ({"min_p": 0.3, "temperature": 0.5}, {1: 1.0}),
+        ({"bias": ((3, math.log(4)), (0, -math.inf))}, {1: 0.5 / 0.95, 2: 0.25 / 0.95, 3: 0.2 / 0.95}),
     ],
 )
 def test_frequencies_equal_the_probabilities(settings, expected):
@@ -59,7 +69,10 @@ def test_frequencies_equal_the_probabilities(settings, expected):
 def test_row_samples_the_same_token_in_any_batch():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 50, generator=generator)
-    samples = [make_sample(temperature=0.7 * (n % 3), top_p=0.9, seed=n, position=2 * n) for n in range(6)]
+    samples = [
+        make_sample(0.7 * (n % 3), top_p=0.9, seed=n, position=2 * n, **({}, {"top_k": 5, "bias": ((n, 2.0),)})[n % 2])
+        for n in range(6)
+    ]
     together = pairs(logits, samples)
     assert [pairs(logits[n : n + 1], [samples[n]])[0] for n in range(6)] == together
     backwards = pairs(logits.flip(0), samples[::-1])
@@ -77,6 +90,48 @@ def test_sample_depends_on_seed_and_position():
 def test_log_probability_ignores_temperature_and_top_p():
     ((token, log_prob),) = pairs(logits_of(0.9, 0.1), [make_sample(temperature=0.1, top_p=0.5)])
     assert (token, log_prob) == (0, pytest.approx(math.log(0.9), abs=1e-6))
+
+
+def test_bias_moves_the_greedy_token_and_not_its_log_probability():
+    logits = logits_of(0.2, 0.5, 0.3).expand(3, -1)
+    samples = [
+        make_sample(temperature=0.0, bias=((2, 1.0),)),
+        make_sample(0.0, bias=((1, -100.0), (2, -100.0))),
+        make_sample(0.0),
+    ]
+    found = pairs(logits, samples)
+    assert [token for token, _ in found] == [2, 0, 1]
+    assert [log_prob for _, log_prob in found] == pytest.approx([math.log(p) for p in (0.3, 0.2, 0.5)], abs=1e-6)
+    assert logits.tolist() == logits_of(0.2, 0.5, 0.3).expand(3, -1).tolist(), "the input stays"
+
+
+def read_all(logits, samples):
+    return Unread(4, *sample(logits, samples), logits.new_zeros(2), list_top(logits, samples)).read()
+
+
+def test_likeliest_tokens_are_those_of_log_softmax_before_all_filters():
+    logits = torch.randn(4, 30, generator=torch.Generator().manual_seed(3))
+    samples = [
+        make_sample(0.0, num_top=3, bias=((1, 5.0),)),
+        make_sample(),
+        make_sample(temperature=0.2, num_top=1, top_k=1),
+        make_sample(num_top=99),
+    ]
+    output = read_all(logits, samples)
+    wanted = torch.log_softmax(logits, -1)
+    assert [index for index, _ in output.tops] == [0, 2, 3]
+    for index, top in output.tops:
+        order = wanted[index].argsort(descending=True).tolist()[: min(30, samples[index].filters.num_top)]
+        assert [token for token, _ in top] == order
+        assert [value for _, value in top] == pytest.approx([float(wanted[index, token]) for token in order], abs=1e-6)
+    assert list(output.tokens) == pairs(logits, samples)
+    assert list(output.log_probs) == [0.0, 0.0]
+
+
+def test_no_likeliest_tokens_without_a_wish():
+    logits = torch.zeros(2, 5)
+    output = read_all(logits, [make_sample(), make_sample(top_k=3)])
+    assert (list(output.tops), len(output.tokens)) == ([], 2)
 
 
 def test_scores_of_given_tokens_are_log_softmax():

@@ -9,7 +9,16 @@ from typing import Any, cast
 from generate import clean, code, page, table
 
 _SENT = (
-    *("Message", "TextPart", "StreamOptions", "ResponseFormat", "SchemaFormat", "StructuredOutputs"),
+    *(
+        "Message",
+        "TextPart",
+        "SentCall",
+        "SentFunction",
+        "StreamOptions",
+        "ResponseFormat",
+        "SchemaFormat",
+        "StructuredOutputs",
+    ),
     *("Tool", "Function", "NamedTool", "FunctionName"),
 )
 """Parts of requests, whose tables name defaults."""

@@ -1,7 +1,7 @@
 """Request and reply bodies: OpenAI's completions, chat and models, and the financial endpoints beside them.
 
-An unknown field, or one that asks for what the engine cannot do, is refused by name and never ignored. Bounds that depend on
-the model are checked later, in finlora/serve/http.
+An unknown field, or one that asks for what the engine cannot do, is refused by name and never ignored. What asks for nothing is
+absent (neutral_fields.py). Bounds that depend on the model are checked later, in finlora/serve/http.
 
 Source: OpenAI API reference, https://platform.openai.com/docs/api-reference (chat, completions, models, errors).
 """
@@ -13,6 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from finlora.serve.conversation import Message
+from finlora.serve.neutral_fields import NeutralFields
 from finlora.serve.structured_fields import StructuredFields, ToolFields
 
 _MAX_STOPS = 16
@@ -52,10 +54,12 @@ class _Body(_Wire):
 
 
 class StreamOptions(_Wire):
-    include_usage: bool = Field(False, description="Send the usage as a last event.")
+    include_usage: bool | None = Field(False, description="Send the usage as a last event.")
+    include_obfuscation: Literal[False] | None = Field(False, description="Only false: events have no padding.")
+    continuous_usage_stats: Literal[False] | None = Field(False, description="Only false.")
 
 
-class GenerationRequest(_Body, StructuredFields):
+class GenerationRequest(_Body, StructuredFields, NeutralFields):
     """Fields that chat and text completions share."""
 
     model: str = Field(
@@ -90,28 +94,13 @@ class GenerationRequest(_Body, StructuredFields):
         return self
 
 
-class TextPart(_Wire):
-    type: Literal["text"] = Field(description="Only texts.")
-    text: str = Field(description="Part of the message.")
-
-
-class Message(_Wire):
-    role: Literal["system", "developer", "user", "assistant"] = Field(description="Who speaks.")
-    content: str | Annotated[list[TextPart], Field(fail_fast=True, min_length=1)] = Field(description="What is said.")
-    name: str | None = Field(None, description="Ignored.")
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
 class ChatRequest(GenerationRequest, ToolFields):
     """Body of `POST /v1/chat/completions`."""
 
     messages: list[Message] = Field(
         fail_fast=True,
         min_length=1,
-        description="The conversation. A base served with model.template=raw takes one user message.",
+        description="The conversation. A base served with model.template=raw takes one user message, after system messages.",
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="The same as max_tokens, and wins over it.")
     logprobs: bool | None = Field(

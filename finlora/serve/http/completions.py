@@ -19,6 +19,7 @@ from finlora.data.encode import encode_prompt, encode_text, encode_turns
 from finlora.engine.request import Answer, Piece, Sampling
 from finlora.errors import ConfigError
 from finlora.serve.accounts.ledger import Call
+from finlora.serve.conversation import Message, join_raw, list_turns
 from finlora.serve.failures import RefusedError, as_refusal, error_body
 from finlora.serve.http.context import ANSWERING_ERRORS, gather_all, key_of, request_id_of, server_of
 from finlora.serve.http.logprobs import TokenRow, TokenRows, chat_logprobs, completion_logprobs, list_rows
@@ -31,7 +32,6 @@ from finlora.serve.protocol import (
     CompletionRequest,
     CompletionResponse,
     GenerationRequest,
-    Message,
     Usage,
 )
 from finlora.serve.served_model import ServedBase
@@ -62,7 +62,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
     text = json.dumps([[message.role, message.text] for message in body.messages], ensure_ascii=False)
     tools = body.offered_tools
-    messages = [Message(**turn) for turn in describe_tools(tools, body.messages)] if tools else body.messages
+    messages = describe_tools(tools, body.messages) if tools else body.messages
     prompt = _Prompt(text, encode_messages(messages, server.base, server.date_of(call)))
     grammar = await server.grammars.check(body)
     sampling = _sampling_of(body, prompt, server, body.max_completion_tokens or body.max_tokens, grammar)
@@ -172,7 +172,7 @@ async def _reply(
         events = server.generate(call, prompt.text, prompt.ids, sampling)
         # Await the first event here, so that an error before it still gets its own HTTP status.
         first = await anext(events)
-        wants_usage = body.stream_options is not None and body.stream_options.include_usage
+        wants_usage = body.stream_options is not None and body.stream_options.include_usage is True
         stream = _stream(form, frame | {"object": form.piece_kind}, first, events, len(prompt.ids), wants_usage)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     results = await gather_all(
@@ -293,18 +293,20 @@ def encode_messages(messages: Sequence[Message], base: ServedBase, date: str | N
         date: date that the chat template writes: the adapter's, or the base's own.
 
     Raises:
-        ConfigError: the base has no chat template and gets more than one user message, or its template refuses the turns.
+        ConfigError: the base has no chat template and gets more than system messages and one user message, or its template
+            refuses the turns.
     """
-    is_prompt = len(messages) == 1 and messages[0].role == "user"
-    if base.template == "raw" and not is_prompt:
+    turns = list_turns(messages)
+    if base.template != "raw":
+        return encode_turns(turns, base.tokenizer, base.template, date)
+    text = join_raw(turns)
+    if text is None:
         found = ", ".join(message.role for message in messages)
         raise ConfigError(
             f"messages hold {len(messages)} turns ({found}) and this base is served without turns (template raw): send one "
-            "user message, which is then the whole prompt, as in training."
+            "user message, with system messages before it, or write the whole prompt to /v1/completions."
         )
-    roles = {"developer": "system"}
-    turns = [(roles.get(message.role, message.role), message.text) for message in messages]
-    return encode_turns(turns, base.tokenizer, base.template, date)
+    return encode_turns([("user", text)], base.tokenizer, base.template, date)
 
 
 def encode_plain(text: str, base: ServedBase) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from finlora.grammar.compile import CALL_END, CALL_MARK, CALL_NAMED, CALL_START
-from finlora.serve.protocol import Message
+from finlora.serve.conversation import Message
 from finlora.serve.structured_fields import Function
 
 _BEFORE = """# Tools
@@ -31,7 +31,7 @@ For each function call, return a json object with function name and arguments wi
 </tool_call>"""
 
 
-def describe_tools(tools: Sequence[Function], messages: Sequence[Message]) -> list[dict[str, Any]]:
+def describe_tools(tools: Sequence[Function], messages: Sequence[Message]) -> list[Message]:
     """Return a conversation whose system message describes tools; one is added where there is none."""
     lines = [
         json.dumps(
@@ -40,10 +40,14 @@ def describe_tools(tools: Sequence[Function], messages: Sequence[Message]) -> li
         for tool in tools
     ]
     text = _BEFORE + "\n".join(lines) + _AFTER
-    turns = [{"role": message.role, "content": message.text} for message in messages]
-    if turns[0]["role"] in ("system", "developer"):
-        return [{"role": "system", "content": f"{turns[0]['content']}\n\n{text}"}, *turns[1:]]
-    return [{"role": "system", "content": text}, *turns]
+    first, *rest = messages
+    if first.role in ("system", "developer"):
+        return [_system(f"{first.text}\n\n{text}"), *rest]
+    return [_system(text), *messages]
+
+
+def _system(text: str) -> Message:
+    return Message.model_validate({"role": "system", "content": text})
 
 
 class CallReader:

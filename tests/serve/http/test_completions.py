@@ -166,7 +166,11 @@ def test_adapters_and_their_versions_answer_differently(client):
         ({"prompt": "rate " * 3000, "max_tokens": 1}, openai.BadRequestError, r"the prompt has [\d,]+ tokens"),
         ({"temperature": -1}, openai.BadRequestError, r"temperature: .*greater than or equal to 0"),
         ({"stop": ""}, openai.BadRequestError, r"stop is empty"),
-        ({"logit_bias": {"5": 1}}, openai.BadRequestError, r"logit_bias: Extra inputs are not permitted"),
+        (
+            {"logit_bias": {"5": 1}},
+            openai.BadRequestError,
+            r"logit_bias is not offered with this value: use",
+        ),
         ({"prompt": ["a", "b"], "stream": True}, openai.BadRequestError, r"found 2 prompts with stream=true"),
     ],
 )
@@ -176,8 +180,8 @@ def test_impossible_request_is_refused_with_a_message(client, changes, kind, wor
 
 
 def test_conversation_needs_a_base_with_turns(client):
-    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
-    with pytest.raises(openai.BadRequestError, match=r"messages hold 2 turns \(system, user\).*send one user message"):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "user", "content": PROMPT}]
+    with pytest.raises(openai.BadRequestError, match=r"messages hold 2 turns \(user, user\).*send one user message"):
         client.chat.completions.create(model="tiny", messages=turns)
 
 

@@ -10,8 +10,8 @@ from live_server import make_settings
 from finlora.data.encode import encode_prompt
 from finlora.errors import ConfigError
 from finlora.model.tokenizer import LLAMA3_CHAT_TEMPLATE
+from finlora.serve.conversation import Message
 from finlora.serve.http.completions import encode_messages
-from finlora.serve.protocol import Message
 from finlora.serve.served_model import read_base
 
 SPECIALS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
@@ -63,10 +63,38 @@ def test_parts_of_a_message_are_joined(base):
     assert encode_messages([parts], base, None) == encode_messages(turns(("user", "Profit rose")), base, None)
 
 
-@pytest.mark.parametrize("messages", [turns(("system", "a"), ("user", "b")), turns(("assistant", "a"))])
+def test_system_messages_stand_before_the_prompt_of_a_base_without_turns(base):
+    joined = encode_messages(turns(("system", "Be brief."), ("developer", "Answer."), ("user", "Profit?")), base, None)
+    assert joined == encode_prompt("Be brief.\n\nAnswer.\n\nProfit?", base.tokenizer, "raw")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        turns(("assistant", "a")),
+        turns(("user", "a"), ("system", "b")),
+        turns(("user", "a"), ("user", "b")),
+        turns(("user", "a"), ("assistant", "b"), ("user", "c")),
+        turns(("system", "a")),
+    ],
+)
 def test_base_without_turns_takes_one_user_message(base, messages):
     with pytest.raises(ConfigError, match=r"served without turns \(template raw\): send one user message"):
         encode_messages(messages, base, None)
+
+
+def test_tool_calls_and_results_stand_in_the_conversation(chatty):
+    call = {"id": "c1", "type": "function", "function": {"name": "rate", "arguments": '{"of": "EUR"}'}}
+    history = [
+        Message(role="user", content="Rate?"),
+        Message(role="assistant", content=None, tool_calls=[call]),
+        Message(role="tool", content="1.1", tool_call_id="c1"),
+        Message(role="tool", content="1.2", tool_call_id="c2"),
+    ]
+    said = '<tool_call>\n{"name": "rate", "arguments": {"of": "EUR"}}\n</tool_call>'
+    results = "<tool_response>\n1.1\n</tool_response>\n<tool_response>\n1.2\n</tool_response>"
+    expected = turns(("user", "Rate?"), ("assistant", said), ("user", results))
+    assert encode_messages(history, chatty, None) == encode_messages(expected, chatty, None)
 
 
 def test_refusal_of_the_template_is_quoted(tiny_base):

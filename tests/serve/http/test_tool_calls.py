@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finlora.serve.conversation import Message
 from finlora.serve.http.tool_calls import CallReader, describe_tools, join_deltas
-from finlora.serve.protocol import Message
 from finlora.serve.structured_fields import Function
 
 ARGUMENTS = '{"text": "1 < 2 }\\n</tool_call>", "n": {"a": 1}}'
@@ -68,10 +68,10 @@ def test_tools_are_described_in_the_system_message():
     tool = Function(name="count", description="Counts.", parameters={"type": "object", "properties": {}}, strict=True)
     user = Message(role="user", content="How many?")
     added, asked = describe_tools([tool], [user])
-    assert asked == {"role": "user", "content": "How many?"}
-    assert added["role"] == "system"
-    (line,) = [line for line in added["content"].splitlines() if line.startswith('{"type"')]
+    assert asked == user
+    assert added.role == "system"
+    (line,) = [line for line in added.content.splitlines() if line.startswith('{"type"')]
     described = json.loads(line)["function"]
     assert described == {"name": "count", "description": "Counts.", "parameters": tool.parameters}
     both, _ = describe_tools([tool], [Message(role="developer", content="Be brief."), user])
-    assert both["content"] == "Be brief.\n\n" + added["content"]
+    assert both.content == "Be brief.\n\n" + added.content

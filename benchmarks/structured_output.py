@@ -132,7 +132,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
 
     is_gpu = options.device == "cuda"
     with ExitStack() as stack:
-        base, weights = options.base, "pretrained"
+        base, weights = options.base, "random" if options.random else "pretrained"
         if options.shape:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             base, weights = make_shape(options.base, folder / "8b", options.layers), "random"
@@ -217,6 +217,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True, help="folder of a base, such as .demo/real-base")
     parser.add_argument("--shape", choices=["8b"], help="random weights of this shape in place of the base's own")
+    parser.add_argument("--random", action="store_true", help="random weights: the base's folder needs no weights")
     parser.add_argument("--layers", type=int, default=32, help="layers of the shape")
     parser.add_argument("--bits", type=int, choices=[16, 8, 4], default=8)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

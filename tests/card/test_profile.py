@@ -38,6 +38,24 @@ def test_annex_iv_has_its_nine_points_in_order():
     assert [section.refers for section in sections[:9]] == [f"Annex IV, point {number}" for number in range(1, 10)]
 
 
+def test_annex_iv_asks_for_each_letter_of_points_1_and_2():
+    asked = " ".join(field.ask for field in load_profile("eu-ai-act-annex-iv").fields)
+    letters = {f"({point}{letter})" for point in (1, 2) for letter in "abcdefgh"}
+    assert {letter for letter in letters if letter not in asked} == set()
+
+
+def test_sr_26_2_has_the_agencies_areas_and_says_what_it_was_not_compared_with():
+    profile = load_profile("sr-26-2")
+    areas = {section.refers.partition(":")[0] for section in profile.sections if section.refers}
+    assert areas == {
+        "model development and model use",
+        "model validation and monitoring",
+        "governance and controls",
+        "vendor and other third-party products",
+    }
+    assert "not with its full text" in profile.note
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

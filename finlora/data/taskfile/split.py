@@ -149,10 +149,9 @@ def _describe_duplicates(items: Sequence[Item], groups: Groups, is_kept: bool) -
     if not many:
         return "Duplicates: no text is equal or nearly equal to another."
     kept = "each kept in one split" if is_kept else "not moved by this split"
-    return (
-        f"Duplicates: {num_equal:,} rows repeat a text; {sum(many):,} rows are in {len(many):,} groups of equal or nearly equal "
-        f"texts, {kept}."
-    )
+    repeated = f"{counted(num_equal, 'row')} {'repeats' if num_equal == 1 else 'repeat'} a text"
+    alike = f"{sum(many):,} rows are in {counted(len(many), 'group')} of equal or nearly equal texts"
+    return f"Duplicates: {repeated}; {alike}, {kept}."
 
 
 def _list_two_labels(items: Sequence[Item]) -> list[str]:
@@ -193,8 +192,23 @@ def _explain_empty(task: TaskFile, items: Sequence[Item], name: str, want: str) 
     if task.split_by == "time":
         times = [_time_of(item) for item in items]
         span = f"times go from {min(times):%Y-%m-%d} to {max(times):%Y-%m-%d}"
-        side = f"on or after test_from {task.split.test_from}" if name == "test" else "before test_from and its gap"
-        return f"no row is {side}: {span}. Choose split.test_from between them."
+        if name == "test":
+            return (
+                f"no row is on or after test_from {task.split.test_from}: {span}. Choose split.test_from between them."
+            )
+        gap = datetime.fromisoformat(task.split.test_from or "") - timedelta(days=task.split.gap_days)
+        if num_before := sum(time < gap for time in times):
+            shared, ways = [], ["another split"]
+            if task.split.keep_together == "group":
+                shared.append(f"`{task.columns.group}`")
+            if task.split.duplicates == "together":
+                shared.append("a nearly equal text")
+                ways.append("split.duplicates: apart")
+            return (
+                f"no row is left for train: of {counted(num_before, 'row')} from before test_from and its gap each shares "
+                f"{' or '.join(shared)} with a later row, and the split keeps such rows together. Choose {', or '.join(ways)}."
+            )
+        return f"no row is before test_from and its gap: {span}. Choose split.test_from between them."
     if task.split_by == "column":
         return f"no row has {want} in column {task.split.column}: expected rows of train and of test."
     if task.split_by in ("share", "group"):

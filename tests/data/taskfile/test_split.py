@@ -126,3 +126,21 @@ def test_search_holds_out_the_latest_groups():
     assert hold_out_latest(times, ["a", "b", "c", "d", "e"], 0.4, 0) == ([0, 1, 4], [2, 3])
     assert hold_out_latest(times, ["a", "b", "c", "d", "e"], 0.4, 30) == ([0], [2, 3])
     assert hold_out_latest([times[0]] * 3, ["a", "b", "c"], 0.1, 0) == ([], [0, 1, 2])
+
+
+def test_time_split_whose_early_rows_are_all_like_later_ones_says_so():
+    """Form letters that differ in their digits are one group, which follows its last date into the test."""
+    rows = [
+        {**row, "text": f"Invoice {day} was booked twice, please call."}
+        for day, row in enumerate(tabulate([(0, 1, 0), (1, 400, 0)]))
+    ]
+    rule = {"by": "time", "test_from": "2024-08-01"}
+    with pytest.raises(
+        DatasetError, match=r"no row is left for train: of 1 row from before .* shares a nearly equal text with a"
+    ):
+        split(rows, rule, time="when")
+    assert split(rows, {**rule, "duplicates": "apart"}, time="when").train == (0,)
+    rows = [{**row, "who": "c1", "text": TEXTS[number]} for number, row in enumerate(rows)]
+    whole = {**rule, "duplicates": "apart", "keep_together": "group"}
+    with pytest.raises(DatasetError, match=r"shares `who` with a later row, .* Choose another split\.$"):
+        split(rows, whole, time="when", group="who")

@@ -348,6 +348,7 @@ def _status(as_refusal: Callable[[Exception], Any], kind: Any) -> str:
 
 def _http_rows() -> list[tuple[str, str, str]]:
     from finlora.serve import failures
+    from finlora.serve.body_faults import BODY_CODES
     from finlora.serve.http.context import WORDS
 
     found: dict[int, set[str]] = {}
@@ -359,6 +360,7 @@ def _http_rows() -> list[tuple[str, str, str]]:
                 status, entry = call.args[0], call.args[2]
                 if isinstance(status, ast.Constant) and isinstance(entry, ast.Constant):
                     found.setdefault(status.value, set()).add(entry.value)
+    found.setdefault(400, set()).update(BODY_CODES)
     for status, entry in failures.HTTP_CODES.items():
         found.setdefault(status, set()).add(entry)
     return [

@@ -93,12 +93,12 @@ class QueueFullError(ResourceError):
 class QuotaError(ResourceError):
     """A key has reached its limit of requests or tokens for this minute. Ask again after `retry_after_s` seconds."""
 
-    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, retry_after_s: int = 1, kind: str = "requests") -> None:
         super().__init__(message)
-        self.retry_after_s = retry_after_s
+        self.retry_after_s, self.kind = retry_after_s, kind
 
-    def __reduce__(self) -> tuple[type[QuotaError], tuple[str, int]]:
-        return (type(self), (str(self), self.retry_after_s))
+    def __reduce__(self) -> tuple[type[QuotaError], tuple[str, int, str]]:
+        return (type(self), (str(self), self.retry_after_s, self.kind))
 
 
 class StageLostError(ResourceError):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
@@ -35,7 +32,6 @@ _TABLE: tuple[tuple[type[FinloraError], int, str, str, int], ...] = (
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 HTTP_CODES = {404: "unknown_path", 405: "method_not_allowed", 408: "slow_body", 413: "too_large"}
 """Status of an error that Starlette raises itself -> code."""
-_MAX_FAULTS, _MAX_NAME = 20, 100  # a body may hold a million fields with names of any length
 
 
 class RefusedError(Exception):
@@ -81,43 +77,6 @@ def error_reply(error: Exception) -> JSONResponse:
     if refusal.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(refusal).model_dump(), refusal.status, headers)
-
-
-def invalid_body(error: RequestValidationError) -> RefusedError:
-    """Return all faults of a body in one message, without the values found, which may be confidential."""
-    found = error.errors()
-    found = [fault for fault in found if fault["type"] in ("wish", "part")][:1] or found
-    faults = []
-    for fault in found[:_MAX_FAULTS]:
-        field = ".".join(str(part)[:_MAX_NAME] for part in fault["loc"] if part != "body")
-        words = _word(fault)
-        faults.append(f"{field}: {words}" if field and fault["type"] not in _SENTENCES else words)
-    if len(found) > _MAX_FAULTS:
-        faults.append(f"and {len(found) - _MAX_FAULTS:,} more faults")
-    first = found[0]["loc"]
-    param = str(first[1])[:_MAX_NAME] if len(first) > 1 and found[0]["type"] != "json_invalid" else None
-    param = str((found[0].get("ctx") or {}).get("param", param)) if found[0]["type"] in _SENTENCES else param
-    return RefusedError(400, "; ".join(dict.fromkeys(faults)), "invalid_body", param)
-
-
-_SENTENCES = ("wish", "part", "json_invalid")
-"""Faults whose message is a whole sentence."""
-
-
-def _word(fault: dict[str, Any]) -> str:
-    """Return a fault of pydantic in words."""
-    kind, location = fault["type"], fault["loc"]
-    if kind == "json_invalid":
-        why = (fault.get("ctx") or {}).get("error", "not JSON")
-        at = location[1] if len(location) > 1 else 0
-        return f"the body is not JSON: {why} at character {at}. Send a JSON object."
-    if tuple(location) == ("body",) and kind in ("model_attributes_type", "model_type", "dict_type"):
-        return "the body is not read as a JSON object: send one, with the header Content-Type: application/json."
-    if kind == "extra_forbidden":
-        return "there is no such field: leave it out"
-    if kind == "missing":
-        return "this field is required"
-    return str(fault["msg"]).removeprefix("Value error, ")
 
 
 def from_http(error: HTTPException) -> RefusedError:

@@ -42,7 +42,7 @@ def test_neutral_values_are_absent(live):
         ({"top_k": 5}, "top_k", "top_k is not offered with this value: use `top_p`."),
         ({"top_k": True}, "top_k", "top_k is not offered with this value"),
         ({"service_tier": "priority"}, "service_tier", "this server has one tier: leave it out."),
-        ({"nonsense": 1}, "nonsense", "nonsense: there is no such field: leave it out"),
+        ({"nonsense": 1}, "nonsense", "Unknown parameter: 'nonsense'."),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
             "messages",

@@ -12,7 +12,7 @@ from finlora.engine.request import Answer
 from finlora.serve.accounts.audit import AuditEntry, AuditLog, hash_text
 from finlora.serve.accounts.keys import KeyRecord
 from finlora.serve.accounts.label_monitor import LabelMeter
-from finlora.serve.accounts.quota import KeptQuota
+from finlora.serve.accounts.quota import KeptQuota, Standings
 from finlora.serve.adapter_versions import ServedAdapter
 from finlora.serve.stage_states import Snapshot
 
@@ -47,6 +47,8 @@ class Call:
     """Model name of the request."""
     adapter: ServedAdapter | None
     """None: the base alone."""
+    standings: Standings = field(default_factory=dict)
+    """What the key may still use."""
     engine_id: str = field(default_factory=lambda: secrets.token_hex(12))
     """Id in the engine. It is unique, while two clients may send the same request id."""
 

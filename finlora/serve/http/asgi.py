@@ -15,7 +15,8 @@ from starlette.types import ASGIApp
 
 from finlora.data.sets.prepare import code_version
 from finlora.errors import FinloraError
-from finlora.serve.failures import RefusedError, error_reply, from_http, invalid_body
+from finlora.serve.body_faults import invalid_body
+from finlora.serve.failures import RefusedError, error_reply, from_http
 from finlora.serve.http import completions, finance, status
 from finlora.serve.http.guard import Guard
 from finlora.serve.http.server import Server
@@ -60,8 +61,8 @@ def make_app(server: Server, *, has_proxy: bool) -> ASGIApp:
         app.include_router(router)
 
     @app.exception_handler(RequestValidationError)
-    async def answer_invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        return error_reply(invalid_body(error))
+    async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return error_reply(invalid_body(error, request.headers.get("content-type", "")))
 
     @app.exception_handler(HTTPException)
     async def answer_http(_request: Request, error: HTTPException) -> JSONResponse:

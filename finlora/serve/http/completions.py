@@ -21,7 +21,7 @@ from finlora.errors import ConfigError
 from finlora.serve.accounts.ledger import Call
 from finlora.serve.conversation import Message, join_raw, list_turns
 from finlora.serve.failures import RefusedError, as_refusal, error_body
-from finlora.serve.http.context import ANSWERING_ERRORS, gather_all, key_of, request_id_of, server_of
+from finlora.serve.http.context import ANSWERING_ERRORS, gather_all, open_call, server_of
 from finlora.serve.http.logprobs import TokenRow, TokenRows, chat_logprobs, completion_logprobs, list_rows
 from finlora.serve.http.server import Server
 from finlora.serve.http.tool_calls import CallReader, describe_tools, join_deltas
@@ -59,7 +59,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     """Answer as OpenAI's chat completions do. With `stream` the answer comes as server-sent events, the last one `[DONE]`: their
     choices hold a `delta` in place of the `message`. An answer without `[DONE]` is not complete."""
     server = server_of(request)
-    call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    call = await open_call(request, body.model)
     text = json.dumps([[message.role, message.text] for message in body.messages], ensure_ascii=False)
     tools = body.offered_tools
     messages = describe_tools(tools, body.messages) if tools else body.messages
@@ -79,7 +79,7 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     """Continue a text as OpenAI's completions do, without a template around it. With `stream`, events as for chat and
     one prompt only."""
     server = server_of(request)
-    call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    call = await open_call(request, body.model)
     prompts = _read_prompts(body, server)
     if body.stream and len(prompts) > 1:
         raise RefusedError(

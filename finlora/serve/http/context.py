@@ -8,7 +8,10 @@ from typing import Any, TypeVar, cast
 
 from fastapi import Request
 
+from finlora.errors import QuotaError
 from finlora.serve.accounts.keys import KeyRecord
+from finlora.serve.accounts.ledger import Call
+from finlora.serve.accounts.quota import Standing
 from finlora.serve.http.server import Server
 from finlora.serve.protocol import ErrorResponse
 
@@ -57,6 +60,19 @@ def key_of(request: Request) -> KeyRecord:
 
 def request_id_of(request: Request) -> str:
     return cast(str, request.state.request_id)
+
+
+async def open_call(request: Request, model: str) -> Call:
+    """Admit a request (Server.open_call). The guard writes what its key may still use into the reply's headers."""
+    key = key_of(request)
+    try:
+        call = await server_of(request).open_call(request_id_of(request), key, request.url.path, model)
+    except QuotaError as error:
+        limit = key.requests_per_minute if error.kind == "requests" else key.tokens_per_minute
+        request.state.standings = {error.kind: Standing(limit or 0, 0, error.retry_after_s)}
+        raise
+    request.state.standings = call.standings
+    return call
 
 
 async def gather_all(works: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:

@@ -15,7 +15,7 @@ from finlora.engine.request import Answer, normalise_choices
 from finlora.serve.accounts.ledger import Call
 from finlora.serve.failures import RefusedError
 from finlora.serve.http.completions import count_usage
-from finlora.serve.http.context import ANSWERING_ERRORS, LOOKING_ERRORS, gather_all, key_of, request_id_of, server_of
+from finlora.serve.http.context import ANSWERING_ERRORS, LOOKING_ERRORS, gather_all, key_of, open_call, server_of
 from finlora.serve.http.server import Server
 from finlora.serve.protocol import (
     ClassifyRequest,
@@ -64,7 +64,7 @@ async def list_tasks(request: Request) -> TaskList:
 async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
     """Return the probability of each label of the task, for each text. Each text costs one forward pass."""
     server = server_of(request)
-    call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    call = await open_call(request, body.model)
     most = server.config.limits.max_texts
     if len(body.all_texts) > most:
         raise RefusedError(
@@ -94,7 +94,7 @@ async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
 async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
     """Answer a question from a text and say where in it the answer is. Check an answer yourself where `grounded` is false."""
     server = server_of(request)
-    call = await server.open_call(request_id_of(request), key_of(request), request.url.path, body.model)
+    call = await open_call(request, body.model)
     forms = _forms_of(server, call, body.task)
     free = [name for name, form in forms.items() if not form.choices]
     if body.task not in free:

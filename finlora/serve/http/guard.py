@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import re
 import secrets
 import time
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finlora.errors import ConfigError
 from finlora.serve.accounts.keys import KeyRecord, KeyRing
+from finlora.serve.accounts.quota import Standings
 from finlora.serve.failures import RefusedError, error_reply
 
 _logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ class Guard:
         is_good = _REQUEST_ID.fullmatch(given) is not None
         request_id = given if is_good else f"req-{secrets.token_hex(12)}"
         state = scope.setdefault("state", {})
-        state["request_id"], state["key"] = request_id, None
+        state["request_id"], state["key"], state["standings"] = request_id, None, {}
         status = 0
 
         async def send_marked(message: Message) -> None:
@@ -77,6 +79,7 @@ class Guard:
                 headers = list(message.get("headers", []))
                 names = {name.lower() for name, _ in headers}
                 headers += [pair for pair in _SECURITY_HEADERS if pair[0] not in names]
+                headers += _limit_headers(state["standings"])
                 if not self._has_proxy:
                     headers.append((b"x-request-id", request_id.encode()))
                 message = {**message, "headers": headers}
@@ -170,3 +173,12 @@ class Guard:
         return RefusedError(
             413, f"the body has more than {most:,} bytes: cut the text to what the question needs.", "too_large"
         )
+
+
+def _limit_headers(standings: Standings) -> list[tuple[bytes, bytes]]:
+    """Return OpenAI's headers of rate limits, such as `x-ratelimit-remaining-requests`. A key without limits has none."""
+    return [
+        (f"x-ratelimit-{name}-{kind}".encode(), value.encode())
+        for kind, (limit, left, reset_s) in standings.items()
+        for name, value in (("limit", str(limit)), ("remaining", str(left)), ("reset", f"{math.ceil(reset_s)}s"))
+    ]

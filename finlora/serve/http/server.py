@@ -112,9 +112,9 @@ class Server:
                 "model",
             )
         adapter = self.shelf.find(name, version or None) if name else None
-        await self.quota.admit(key)
-        self.engine.require_ready()
-        return Call(request_id=request_id, key=key, path=path, model=model, adapter=adapter)
+        self.engine.require_ready()  # first: a request that no stage can answer uses nothing
+        standings = await self.quota.admit(key)
+        return Call(request_id=request_id, key=key, path=path, model=model, adapter=adapter, standings=standings)
 
     def date_of(self, call: Call) -> str | None:
         """Return the date that the chat template writes into a call's prompts: its adapter's, or the base's."""
@@ -157,8 +157,10 @@ class Server:
         if wanted > room:
             raise RefusedError(
                 400,
-                f"the prompt has {len(prompt_ids):,} tokens and the answer may have {wanted:,}; the model takes "
-                f"{self.base.max_tokens:,} in all: shorten the prompt or lower max_tokens.",
+                # OpenAI's words, by which clients recognise it.
+                f"This model's maximum context length is {self.base.max_tokens} tokens. However, you requested "
+                f"{len(prompt_ids) + wanted} tokens ({len(prompt_ids)} in the prompt, {wanted} in the answer): shorten "
+                "the prompt or lower max_tokens.",
                 "context_length_exceeded",
             )
         return Sampling(
@@ -214,8 +216,8 @@ class Server:
         if request.num_tokens > base.max_tokens:
             raise RefusedError(
                 400,
-                f"the text makes a prompt of {len(request.prompt_ids):,} tokens, with its labels {request.num_tokens:,}; the "
-                f"model takes {base.max_tokens:,}: shorten the text.",
+                f"This model's maximum context length is {base.max_tokens} tokens. However, the text makes a prompt of "
+                f"{len(request.prompt_ids)} tokens, with its labels {request.num_tokens}: shorten the text.",
                 "context_length_exceeded",
             )
         async for event in self._follow(call, question.prompt, request, question.choices, index):

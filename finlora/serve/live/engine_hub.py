@@ -94,11 +94,11 @@ class Hub:
         elif kind == "admit":
             number, key = rest
             try:
-                self._quota.take_request(key)
+                standings = self._quota.take_request(key)
             except Exception as error:
                 link.put("admitted", number, error)
             else:
-                link.put("admitted", number, None)
+                link.put("admitted", number, standings)
         elif kind == "cancel":
             self._engine.cancel(*rest)
         elif kind == "spend":

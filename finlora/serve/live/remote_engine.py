@@ -9,6 +9,7 @@ from pathlib import Path
 from finlora.engine.request import Request
 from finlora.errors import StageLostError
 from finlora.serve.accounts.keys import KeyRecord
+from finlora.serve.accounts.quota import Standings
 from finlora.serve.live.handle import AskedEngine
 from finlora.serve.live.link import Link, connect
 from finlora.serve.stage_states import AdapterRef, StageFacts
@@ -29,7 +30,7 @@ class RemoteEngine(AskedEngine):
         self._stages: tuple[StageFacts, ...] = ()
         self._why_down = "the model is being loaded"
         self._numbers = itertools.count()
-        self._admissions: dict[int, asyncio.Future[None]] = {}
+        self._admissions: dict[int, asyncio.Future[Standings]] = {}
 
     @classmethod
     async def open(cls, path: Path) -> RemoteEngine:
@@ -50,9 +51,12 @@ class RemoteEngine(AskedEngine):
             elif kind == "standing":
                 self.snapshot, self._stages, self._why_down = rest
             elif kind == "admitted":
-                number, error = rest
+                number, outcome = rest
                 if (admission := self._admissions.get(number)) is not None and not admission.done():
-                    admission.set_exception(error) if error else admission.set_result(None)
+                    if isinstance(outcome, Exception):
+                        admission.set_exception(outcome)
+                    else:
+                        admission.set_result(outcome)
         self.close()
 
     def close(self) -> None:
@@ -83,23 +87,24 @@ class RemoteEngine(AskedEngine):
         if self._link is not None:
             self._link.put("cancel", request_id)
 
-    async def admit(self, key: KeyRecord) -> None:
-        """Count a request of a key in the hub, which counts for all processes.
+    async def admit(self, key: KeyRecord) -> Standings:
+        """Count a request of a key in the hub, which counts for all processes, and return what is left.
 
         Raises:
             QuotaError: the key has used its requests or tokens of the minute.
             StageLostError: the hub is gone.
         """
         if key.requests_per_minute is None and key.tokens_per_minute is None:
-            return
+            return {}
         if self._link is None:
             self.require_ready()
             raise AssertionError("no stage runs without a link")
         number = next(self._numbers)
-        admission = self._admissions[number] = asyncio.get_running_loop().create_future()
+        admission: asyncio.Future[Standings] = asyncio.get_running_loop().create_future()
+        self._admissions[number] = admission
         try:
             self._link.put("admit", number, key)
-            await admission
+            return await admission
         finally:
             del self._admissions[number]
 

@@ -92,7 +92,7 @@ def test_extract_has_its_own_default_length(post):
     [
         ("classify", {"task": "fpb"}, "expected either text or texts"),
         ("classify", {"task": "fpb", "text": "a", "texts": ["a"]}, "expected either text or texts"),
-        ("classify", {"task": "fpb", "texts": []}, "texts: List should have at least 1 item"),
+        ("classify", {"task": "fpb", "texts": []}, "Invalid value for 'texts': list should have at least 1 item"),
         ("classify", {"task": "fpb", "text": "  "}, "found an empty text"),
         ("classify", {"task": "xbrl_tags", "text": "a"}, "task 'xbrl_tags' has no labels here: expected one of fpb,"),
         ("classify", {"task": "ner", "text": "Rome"}, "found no about for task ner: name the entity"),
@@ -103,10 +103,10 @@ def test_extract_has_its_own_default_length(post):
         (
             "classify",
             {"task": "fpb", "text": "a", "threshold": 2},
-            "threshold: Input should be less than or equal to 1",
+            "Invalid value for 'threshold': input should be less than or equal to 1",
         ),
         ("classify", {"task": "fpb", "texts": ["a"] * 300}, "found 300 texts: expected at most 256 in one request"),
-        ("classify", {"task": "fpb", "text": "rate " * 2000}, "the model takes 1,024: shorten the text"),
+        ("classify", {"task": "fpb", "text": "rate " * 2000}, "This model's maximum context length is 1024 tokens."),
         (
             "extract",
             {"task": "fpb", "context": "a", "question": "b"},

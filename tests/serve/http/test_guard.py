@@ -83,12 +83,18 @@ def test_requests_with_the_same_id_get_their_own_answers(live):
 
 
 def test_requests_beyond_the_minutes_limit_get_429(live):
-    statuses = [send(live.address, "/v1/classify", live.keys["slow"], ASK).status for _ in range(3)]
-    assert statuses == [200, 200, 200]
+    replies = [send(live.address, "/v1/classify", live.keys["slow"], ASK) for _ in range(3)]
+    assert [reply.status for reply in replies] == [200, 200, 200]
+    assert [reply.headers["x-ratelimit-remaining-requests"] for reply in replies] == ["2", "1", "0"]
+    assert replies[0].headers["x-ratelimit-limit-requests"] == "3"
     reply = send(live.address, "/v1/classify", live.keys["slow"], ASK)
     assert (reply.status, reply.error["code"]) == (429, "rate_limit_exceeded")
     assert "may use 3 requests a minute" in reply.error["message"]
-    assert 1 <= int(reply.headers["retry-after"]) <= 20
+    assert 20 < int(reply.headers["retry-after"]) <= 60
+    assert reply.headers["x-ratelimit-remaining-requests"] == "0"
+    assert reply.headers["x-ratelimit-reset-requests"] == f"{reply.headers['retry-after']}s"
+    free = send(live.address, "/v1/classify", live.keys["desk"], ASK)
+    assert not [name for name in free.headers if name.startswith("x-ratelimit")]
 
 
 def test_body_over_the_limit_is_refused_whole_or_chunked(live):
@@ -107,9 +113,9 @@ def test_body_over_the_limit_is_refused_whole_or_chunked(live):
 @pytest.mark.parametrize(
     ("raw", "status", "words"),
     [
-        (b"{", 400, "the body is not JSON: "),
-        (b"[]", 400, "is not read as a JSON object"),
-        (b"", 400, "this field is required"),
+        (b"{", 400, "We could not parse the JSON body of your request: Expecting property name"),
+        (b"[]", 400, "the body is not a JSON object"),
+        (b"", 400, "it is empty"),
         (b"\xff\xfe", 400, ""),
         (b'{"model": "tiny", "task": "fpb", "text": "\\ud800"}', 400, "is not Unicode"),
         (b'{"model": "tiny", "task": "fpb", "text": "a", "threshold": NaN}', 400, "threshold"),
@@ -123,15 +129,34 @@ def test_malformed_body_gets_a_status_and_message(live, raw, status, words):
     assert words in reply.text
 
 
-def test_body_of_another_content_type_is_refused(live):
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_body_of_another_content_type_is_refused(live, kind):
     host, port = live.address.removeprefix("http://").split(":")
     line = http.client.HTTPConnection(host, int(port), timeout=30)
-    headers = {"Authorization": f"Bearer {live.keys['desk']}", "Content-Type": "text/plain"}
+    headers = {"Authorization": f"Bearer {live.keys['desk']}"} | ({"Content-Type": kind} if kind else {})
     for path in ("/v1/classify", "/v1/extract", "/v1/completions", "/v1/chat/completions"):
         line.request("POST", path, body=json.dumps(ASK), headers=headers)
         reply = line.getresponse()
-        assert (reply.status, "Content-Type: application/json" in reply.read().decode()) == (400, True)
+        error = json.loads(reply.read())["error"]
+        assert (reply.status, error["code"]) == (400, "invalid_content_type")
+        assert f"content type {kind!r}" in error["message"] if kind else "content type none" in error["message"]
+        assert "`Content-Type: application/json`" in error["message"]
     line.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param", "message"),
+    [
+        ({"model": "tiny"}, "missing_required_parameter", "task", "Missing required parameter: 'task'."),
+        (ASK | {"txet": 1}, "unknown_parameter", "txet", "Unknown parameter: 'txet'."),
+        (ASK | {"model": 1}, "invalid_type", "model", "Invalid type for 'model': input should be a valid string."),
+        (ASK | {"threshold": 2}, "invalid_value", "threshold", "Invalid value for 'threshold': input should be less "),
+    ],
+)
+def test_fault_of_a_field_is_named_in_openais_words(live, body, code, param, message):
+    error = send(live.address, "/v1/classify", live.keys["desk"], body).error
+    assert (error["code"], error["param"]) == (code, param)
+    assert error["message"].startswith(message)
 
 
 def test_wrong_path_and_method_get_openais_error_form(live):

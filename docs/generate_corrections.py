@@ -7,6 +7,7 @@ from generate import clean, code, page, table, texts_of
 _LINES = """```json
 {"task": "letters", "text": "Why does nobody call me back?", "label": "grumble", "answered": "ask", "by": "A. Analyst"}
 {"task": "letters", "request_id": "req-19657792d6a2bd69fc2a667f", "label": "praise"}
+{"task": "helpdesk", "messages": [{"role": "user", "content": "My card is lost."}], "label": "Block it in the app, then call us."}
 ```"""
 
 
@@ -42,4 +43,10 @@ def make_corrections() -> str:
 
 
 def _need_of(column: str) -> str:
-    return {"task": "yes", "label": "yes", "text": "or `request_id`", "request_id": "or `text`"}.get(column, "")
+    return {
+        "task": "yes",
+        "label": "yes",
+        "text": "or `request_id`",
+        "request_id": "or `text`",
+        "messages": "or `text`",
+    }.get(column, "")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from finlora.data.question import Form
+from finlora.data.taskfile.turns import Turn
+from finlora.serve.accounts.audit import AuditEntry, hash_text
 
 _TEXT, _ABOUT = "\ue000", "\ue001"
 """Characters of the private use area, which mark text and question in a rendered prompt."""
@@ -18,6 +21,42 @@ class Asked(NamedTuple):
     text: str
     about: str
     """Empty: the task needs only the text."""
+    turns: tuple[Turn, ...] = ()
+    """Kind chat: the conversation up to the answer, in place of `text`."""
+
+
+def read_logged(entry: AuditEntry) -> str | list[dict[str, str]]:
+    """Return what an entry's request asked: a prompt, or the messages of a conversation of more than one user message."""
+    prompt = entry.prompt or ""
+    if not entry.path.endswith("/chat/completions"):
+        return prompt
+    turns = json.loads(prompt)
+    if [role for role, _ in turns] == ["user"]:
+        return str(turns[0][1])
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def hash_asked(prompt: str, turns: Sequence[Turn]) -> set[str]:
+    """Return the hashes under which the audit log can have a question: of its prompt, and of the messages that ask it.
+
+    Args:
+        turns: of a conversation; empty: the prompt is one user message. The task's system message, which training puts before
+            each conversation, need not have been sent.
+    """
+    sent = list(turns) or [("user", prompt)]
+    ways, rest = [sent], sent
+    if sent[0][0] == "system":
+        rest = sent[1:]
+        ways += [rest, [("developer", sent[0][1]), *rest]]
+    found = {hash_text(_write_messages(each)) for each in ways}
+    if [role for role, _ in rest] == ["user"]:
+        found.add(hash_text(rest[0][1]))
+    return found
+
+
+def _write_messages(turns: Sequence[Turn]) -> str:
+    """Return messages as `/v1/chat/completions` writes them into the audit log."""
+    return json.dumps([list(turn) for turn in turns], ensure_ascii=False)
 
 
 class PromptReader:
@@ -32,7 +71,7 @@ class PromptReader:
         for about, pattern in self._patterns:
             if found := pattern.fullmatch(prompt):
                 asked = Asked(found["text"], about or found.groupdict().get("about", ""))
-                if self._form.render(*asked) == prompt:
+                if self._form.render(asked.text, asked.about) == prompt:
                     return asked
         return None
 

@@ -5,12 +5,15 @@ The columns are those of `Correction`, and they stay: the web page and other pro
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from finlora.data.question import Form
 from finlora.data.raw.rows import shorten
@@ -19,8 +22,9 @@ from finlora.data.task import Task
 from finlora.data.taskfile.items import read_number
 from finlora.data.taskfile.load import read_card
 from finlora.data.taskfile.own_tables import TableRow, as_text, read_table
+from finlora.data.taskfile.turns import Turn, ask_turns, join_user_turns, read_asked_turns
 from finlora.errors import DatasetError, counted
-from finlora.feedback.asked import Asked, PromptReader
+from finlora.feedback.asked import Asked, PromptReader, hash_asked, read_logged
 from finlora.serve.accounts.audit import AuditEntry, find_entries, hash_text, list_logs
 
 _MAX_SHOWN = 12
@@ -33,10 +37,10 @@ class Correction:
     task: str
     """Task that was asked."""
     label: str
-    """The right label; of kind multi Yes or No; of a task without labels the right answer. A task file's `from` counts as its
-    label."""
+    """The right label; of kind multi Yes or No; of kinds number, text and chat the right answer. A task file's `from` counts as
+    its label."""
     text: str = ""
-    """The text that was asked about. Empty: it is taken from the audit log."""
+    """The text that was asked about; of kind chat a single user message. Empty: it is taken from the audit log."""
     about: str = ""
     """The entity or question that was named beside the text, if the task asks that; of kind multi the label."""
     answered: str = ""
@@ -53,10 +57,20 @@ class Correction:
     """When, in ISO 8601."""
     comment: str = ""
     """Any remark. Nothing reads it."""
+    messages: str = ""
+    """Of kind chat, in place of `text`: the conversation up to the answer, a list of messages with `role` and `content`. A CSV
+    field holds it as JSON."""
     source: str = field(default="", metadata={"is_column": False})
     """File and line."""
     prompt: str = field(default="", metadata={"is_column": False})
     """As the task renders it."""
+    turns: tuple[Turn, ...] = field(default=(), metadata={"is_column": False})
+    """Of kind chat: the turns before the answer, unless they are one user message."""
+
+    @property
+    def compared(self) -> str:
+        """What the user said, by which a test text is recognised."""
+        return join_user_turns(self.turns) or self.text
 
 
 COLUMNS = tuple(each.name for each in fields(Correction) if each.metadata.get("is_column", True))
@@ -154,15 +168,13 @@ def form_of(task: Task) -> Form:
     """Return how a task is asked, a generated set's by the published task.
 
     Raises:
-        DatasetError: users cannot ask it, or it is a conversation.
+        DatasetError: users cannot ask it.
     """
     form = FORMS[task.asked_as] if task.asked_as else task.form
     if form is None:
         raise DatasetError(
             f"{task.name} cannot be asked, so that its answers cannot be corrected: choose another --task."
         )
-    if task.card is not None and read_card(task.card).is_chat:
-        raise DatasetError(f"{task.name} is of kind chat: corrections of conversations are not read. Edit its table.")
     return form
 
 
@@ -188,22 +200,53 @@ class _Checker:
         Raises:
             DatasetError: it does not fit.
         """
-        values = {name: _text(row, name) for name in COLUMNS}
+        values = {name: _text(row, name) for name in COLUMNS if name != "messages"}
         label = self._label(row, values["label"])
         if values["time"]:
             values["time"] = _read_time(values["time"])
-        asked, entry = self._find(values)
+        if turns := self._read_messages(row):
+            if values["text"].strip():
+                raise DatasetError("text and messages are both filled in: leave one of them empty")
+            asked, entry = Asked("", values["about"], turns), None
+        else:
+            asked, entry = self._find(values, row.source)
         if (self._form.about == "none") != (not asked.about):
             raise DatasetError(
                 f"about is empty: name the {self._form.about} that was asked"
                 if not asked.about
                 else f"about={shorten(asked.about)}: {self._task.name} does not ask that, leave it empty"
             )
-        prompt = self._form.ask(self._task.name, asked.text, asked.about).prompt
-        entry = entry or self._confirm(values["request_id"], prompt)
+        if self._card is not None and self._card.is_chat:
+            prompt, turns = ask_turns(asked.turns or self._read_turns([{"role": "user", "content": asked.text}], row))
+        else:
+            prompt, turns = self._form.ask(self._task.name, asked.text, asked.about).prompt, ()
+        entry = entry or self._confirm(values["request_id"], prompt, turns)
         values |= {"task": self._task.name, "label": label, "text": asked.text, "about": asked.about}
-        values["answered"] = self._answered(values["answered"], entry)
-        return Correction(**values, source=row.source, prompt=prompt)
+        values["messages"] = _render_turns(asked.turns)
+        values["answered"] = self._answered(values["answered"], label, entry)
+        return Correction(**values, source=row.source, prompt=prompt, turns=turns)
+
+    def _read_messages(self, row: TableRow) -> tuple[Turn, ...]:
+        """Return the conversation of a row's own column. Empty: it has none."""
+        raw = row.fields.get("messages")
+        if raw is None or (isinstance(raw, str) and not raw.strip()):
+            return ()
+        if self._card is None or not self._card.is_chat:
+            raise DatasetError(
+                f"messages={shorten(raw)}: only a task of kind chat has them, give {self._task.name} a text"
+            )
+        if isinstance(raw, str):
+            try:
+                raw = json.loads(raw)
+            except (ValueError, RecursionError):
+                raise DatasetError(
+                    f'messages={shorten(raw)}: expected JSON, such as [{{"role": "user", "content": "..."}}]'
+                ) from None
+        return self._read_turns(raw, row)
+
+    def _read_turns(self, raw: Any, row: TableRow) -> tuple[Turn, ...]:
+        assert self._card is not None
+        return read_asked_turns(self._card, raw, row.source)
 
     def _label(self, row: TableRow, label: str) -> str:
         if not label.strip():
@@ -220,7 +263,7 @@ class _Checker:
             )
         return self._labels[label]
 
-    def _find(self, values: Mapping[str, str]) -> tuple[Asked, AuditEntry | None]:
+    def _find(self, values: Mapping[str, str], source: str) -> tuple[Asked, AuditEntry | None]:
         """Return the text and question of a row, and the entry of the audit log if they are from there."""
         if values["text"].strip():
             return Asked(values["text"], values["about"]), None
@@ -244,7 +287,10 @@ class _Checker:
             raise DatasetError(
                 "text is empty, and the audit log holds hashes of texts alone (audit_texts is off): fill the text in"
             )
-        asked = self._reader.read(entry.prompt)
+        logged = read_logged(entry)
+        if isinstance(logged, list) and self._card is not None and self._card.is_chat:
+            return Asked("", "", read_asked_turns(self._card, logged, source)), entry
+        asked = self._reader.read(logged) if isinstance(logged, str) else None
         if asked is None:
             raise DatasetError(f"request {request_id!r} did not ask {self._task.name}: correct task or request_id")
         return asked, entry
@@ -257,30 +303,50 @@ class _Checker:
             )
         return entries
 
-    def _confirm(self, request_id: str, prompt: str) -> AuditEntry | None:
+    def _confirm(self, request_id: str, prompt: str, turns: Sequence[Turn]) -> AuditEntry | None:
         """Return the entry of a text that the row itself holds. None: there is no log, or no request is named."""
         if not request_id or self._log is None:
             return None
-        digest = hash_text(prompt)
-        found = [entry for entry in self._entries(request_id) if entry.prompt_hash == digest]
+        hashes = hash_asked(prompt, turns)
+        found = [entry for entry in self._entries(request_id) if entry.prompt_hash in hashes]
         if not found:
             raise DatasetError(
                 f"request {request_id!r} did not ask {self._task.name} about this text: the hash of its prompt differs"
             )
         return found[-1]
 
-    def _answered(self, given: str, entry: AuditEntry | None) -> str:
-        """Return the model's label: the row's, else the log's. Empty: unknown."""
+    def _answered(self, given: str, label: str, entry: AuditEntry | None) -> str:
+        """Return the model's label or answer: the row's, else the log's. Empty: unknown."""
         if given and self._form.choices:
             if given not in self._labels:
                 raise DatasetError(
                     f"answered={shorten(given)} is not a label of {self._task.name}: leave it empty if unknown"
                 )
             given = self._labels[given]
-        logged = (entry.output or self._by_hash.get(entry.output_hash or "", "")) if entry else ""
+        given = self._tidy(given)
+        logged = ""
+        if entry is not None:
+            by_hash = self._by_hash | {hash_text(text): text for text in (label, given)}
+            logged = self._tidy(entry.output or by_hash.get(entry.output_hash or "", ""))
         if given and logged and given != logged:
             raise DatasetError(f"answered={shorten(given)}, and the audit log says {shorten(logged)}: correct the row")
         return given or logged
+
+    def _tidy(self, answer: str) -> str:
+        """Return a free answer as right answers are written: without spaces around it, a number in the task's form."""
+        if self._form.choices or self._card is None:
+            return answer
+        if self._card.kind == "number":
+            with contextlib.suppress(DatasetError):
+                return read_number(self._card, answer, "")
+        return answer.strip()
+
+
+def _render_turns(turns: Sequence[Turn]) -> str:
+    """Return a conversation as a CSV field holds it. Empty: there is none."""
+    return (
+        json.dumps([{"role": role, "content": content} for role, content in turns], ensure_ascii=False) if turns else ""
+    )
 
 
 def _text(row: TableRow, name: str) -> str:

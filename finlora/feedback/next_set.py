@@ -24,6 +24,7 @@ from finlora.data.taskfile.items import NO_SEGMENT
 from finlora.data.taskfile.load import read_card
 from finlora.data.taskfile.read import make_task
 from finlora.data.taskfile.record import TaskFile
+from finlora.data.taskfile.turns import join_user_turns
 from finlora.durable import write_whole
 from finlora.errors import ConfigError, DatasetError, counted
 from finlora.feedback.asked import PromptReader
@@ -33,6 +34,8 @@ from finlora.serve.accounts.audit import hash_text
 Fate = Literal["added", "replaces", "in train", "duplicate", "in test", "near test", "group in test"]
 """What became of a correction: a new training row; one in place of rows with another label; already a training row; said twice;
 its text is in the test split; it is nearly equal to a test text; its group is in the test split."""
+ANY_ANSWER = "(free answers)"
+"""Name of the row that counts the answers of a task without labels."""
 LEFT_OUT: tuple[Fate, ...] = ("in test", "near test", "group in test")
 
 
@@ -47,17 +50,19 @@ class NextSet:
     """Old training rows that gave way to a correction with another label."""
     table: Path
     corrections: Corrections
+    has_labels: bool
+    """Whether the task has labels; False: free answers."""
 
     def count_labels(self) -> dict[str, dict[str, int]]:
         """Return right label -> number of corrections that confirm the model, correct it, or do not know its label.
 
-        Those that are left out and duplicates do not count.
+        Those that are left out and duplicates do not count. Free answers count together, as ANY_ANSWER.
         """
         found: dict[str, Counter[str]] = {}
         for each, fate, _ in self.fates:
             if fate in ("added", "replaces", "in train"):
                 kind = "unknown" if not each.answered else "confirms" if each.answered == each.label else "corrects"
-                found.setdefault(each.label, Counter())[kind] += 1
+                found.setdefault(each.label if self.has_labels else ANY_ANSWER, Counter())[kind] += 1
         return {label: dict(counts) for label, counts in found.items()}
 
 
@@ -97,8 +102,9 @@ def make_next_set(
         )
     kept = [example for example in train.examples if example.prompt not in changed]
     folding = {example.answer: example.label for example in train.examples if example.choices}
+    is_multi = card is not None and card.kind == "multi"
     choices, num_segments = form_of(task).choices, len(card.columns.segments) if card else 0
-    merged = (*kept, *(_make_example(each, choices, folding, num_segments) for each in used))
+    merged = (*kept, *(_make_example(each, choices, folding, num_segments, is_multi) for each in used))
     num_replaced = len(train.examples) - len(kept)
     notes = [
         f"Next set of {train.hash[:12]} ({counted(len(train.examples), 'example')}): {counted(len(used), 'correction')} of "
@@ -123,7 +129,14 @@ def make_next_set(
             raise DatasetError(
                 f"{path} cannot be written ({error}): expected a writable --output with free space."
             ) from error
-    return NextSet(report=report, fates=fates, num_replaced=num_replaced, table=path, corrections=corrections)
+    return NextSet(
+        report=report,
+        fates=fates,
+        num_replaced=num_replaced,
+        table=path,
+        corrections=corrections,
+        has_labels=bool(choices),
+    )
 
 
 def _judge(
@@ -132,9 +145,9 @@ def _judge(
     """Return what becomes of each correction."""
     reader = PromptReader(form_of(task))
     kept = corrections.kept
-    texts = [reader.read_text(example.prompt) for example in test.examples]
+    texts = [join_user_turns(example.turns) or reader.read_text(example.prompt) for example in test.examples]
     owners = {text: example.id for text, example in zip(reversed(texts), reversed(test.examples), strict=True)}
-    groups = group_duplicates([*texts, *(each.text for each in kept)])
+    groups = group_duplicates([*texts, *(each.compared for each in kept)])
     has_groups = card is not None and card.columns.group is not None
     tested = {example.group: example.id for example in reversed(test.examples)} if has_groups else {}
     answers: dict[str, set[str]] = {}
@@ -143,8 +156,8 @@ def _judge(
     fates: list[tuple[Correction, Fate, str]] = []
     for number, each in enumerate(kept):
         root = groups.find(len(texts) + number)
-        if each.text in owners:
-            fates.append((each, "in test", owners[each.text]))
+        if each.compared in owners:
+            fates.append((each, "in test", owners[each.compared]))
         elif root < len(texts):
             fates.append((each, "near test", test.examples[root].id))
         elif each.group in tested:
@@ -157,7 +170,9 @@ def _judge(
     return tuple(fates)
 
 
-def _make_example(each: Correction, choices: tuple[str, ...], folding: Mapping[str, str], num_segments: int) -> Example:
+def _make_example(
+    each: Correction, choices: tuple[str, ...], folding: Mapping[str, str], num_segments: int, is_multi: bool
+) -> Example:
     return Example(
         id=f"{each.task}-correction-{hash_text(each.prompt)[:12]}",
         task=each.task,
@@ -166,9 +181,10 @@ def _make_example(each: Correction, choices: tuple[str, ...], folding: Mapping[s
         label=folding.get(each.label, each.label),
         choices=choices,
         source=each.source,
-        group=each.group or each.text,
+        group=each.group or each.compared,
         time=each.time,
-        segments=(NO_SEGMENT,) * num_segments,
+        segments=(NO_SEGMENT,) * num_segments + ((each.about,) if is_multi else ()),
+        turns=each.turns,
     )
 
 

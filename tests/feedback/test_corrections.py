@@ -166,19 +166,31 @@ def test_generated_set_is_corrected_under_the_name_that_is_asked(tmp_path):
         read(write_corrections(tmp_path, [row | {"task": "synthetic"}]), task=TASKS["synthetic"])
 
 
-def test_numbers_are_read_as_the_task_file_writes_them_and_conversations_refused(tmp_path):
+def test_numbers_are_read_as_the_task_file_writes_them(tmp_path):
     tree = {"name": "letters", "kind": "number", "source": {"files": "n.csv"}, "number": {"decimal_mark": ","}}
     task = make_task(task_file_from_tree(tree | {"prompt": {"instruction": "How much?"}}))
     (found,) = read(write_corrections(tmp_path, [letter(label="1.234,50")]), task=task).kept
     assert found.label == "1234.50"
     with pytest.raises(DatasetError, match=r"corrections\.jsonl:1: column answer: found 'much', expected a number"):
         read(write_corrections(tmp_path, [letter(label="much")]), task=task)
-    chat = make_task(task_file_from_tree({"name": "letters", "kind": "chat", "source": {"files": "c.jsonl"}}))
-    with pytest.raises(DatasetError, match="letters is of kind chat: corrections of conversations are not read"):
-        read(write_corrections(tmp_path, [letter()]), task=chat)
+    (found,) = read(write_corrections(tmp_path, [letter(label="5", answered="4,0")]), task=task).kept
+    assert found.answered == "4.0"
 
 
 def test_columns_are_those_of_the_reference_page():
     assert (
-        *("task", "label", "text", "about", "answered", "request_id", "index", "group", "by", "time", "comment"),
+        *(
+            "task",
+            "label",
+            "text",
+            "about",
+            "answered",
+            "request_id",
+            "index",
+            "group",
+            "by",
+            "time",
+            "comment",
+            "messages",
+        ),
     ) == COLUMNS

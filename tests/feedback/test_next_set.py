@@ -143,6 +143,19 @@ def test_next_corrections_build_on_the_next_set_and_a_dry_run_writes_nothing(fee
     assert len(third.examples) == 34
 
 
+def test_of_kind_multi_a_correction_is_reported_under_its_label(call, tmp_path):
+    data = prepare_letters(
+        tmp_path, kind="multi", columns={"labels": "label"}, split={"by": "share", "duplicates": "apart"}
+    )
+    path = write_corrections(tmp_path, [letter(text="A new matter altogether", about="good", label="Yes")])
+    code, _, said = call("feedback", path, "--task", "letters", "--data", data, "--output", tmp_path / "next")
+    assert code == 0, said
+    (added,) = read_prepared(tmp_path / "next", "letters", "train").examples[-1:]
+    old = read_prepared(data, "letters", "train").examples
+    assert (added.answer, added.segments) == ("Yes", ("good",))
+    assert {len(each.segments) for each in old} == {1}
+
+
 @pytest.mark.parametrize(
     ("rows", "more", "code", "words"),
     [

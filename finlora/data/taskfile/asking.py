@@ -77,8 +77,3 @@ def _choose(choices: Sequence[str]) -> str:
     if any("/" in choice for choice in choices):
         return "Please choose an answer from: " + ", ".join(f'"{choice}"' for choice in choices) + "."
     return choose(choices)
-
-
-def write_turns(turns: Sequence[tuple[str, str]]) -> str:
-    """Return a conversation as text for a reader. A model gets it through its chat template."""
-    return "\n".join(f"{role}: {content}" for role, content in turns)

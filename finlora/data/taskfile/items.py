@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import ROUND_HALF_EVEN, Decimal
@@ -14,11 +14,10 @@ from typing import Any
 
 from finlora.data.raw.rows import shorten
 from finlora.data.taskfile.own_tables import TableRow, as_text, get
-from finlora.data.taskfile.record import CHAT_PRESETS, TaskFile
+from finlora.data.taskfile.record import TaskFile
+from finlora.data.taskfile.turns import Turn, join_user_turns, read_turns
 from finlora.errors import ConfigError, DatasetError, counted
 
-Turn = tuple[str, str]
-"""Role (system, user or assistant) and content."""
 NO_SEGMENT = "(none)"
 _AMBIGUOUS_DAY = re.compile(r"\s*(\d{1,2})([./-])(\d{1,2})\2(\d{4}|\d{2})\b")
 _MAX_SHOWN = 12
@@ -131,8 +130,8 @@ class _Reader:
         task, columns = self._task, self._task.columns
         turns: tuple[Turn, ...] = ()
         if task.is_chat:
-            turns = _read_turns(task, row)
-            text = "\n".join(content for role, content in turns if role == "user")
+            turns = read_turns(task, get(row.fields, columns.messages), row.source)
+            text = join_user_turns(turns)
         else:
             if not (self._value(row, columns.text) or "").strip():
                 self._textless.append(row.source)
@@ -260,53 +259,6 @@ class _Reader:
 def make_printable(text: str) -> str:
     """Return a text without control characters, safe for tables and terminals."""
     return text if text.isprintable() else "".join(sign if sign.isprintable() else "\ufffd" for sign in text)
-
-
-def _read_turns(task: TaskFile, row: TableRow) -> tuple[Turn, ...]:
-    """Return a conversation's turns.
-
-    Raises:
-        DatasetError: it is not a list of messages, has an unknown role, or does not end with the assistant.
-    """
-    raw, column = get(row.fields, task.columns.messages), task.columns.messages
-    names = ("from", "value") if task.preset == "sharegpt" else ("role", "content")
-    roles = {name: role for role in ("user", "assistant", "system") for name in getattr(task.roles, role)}
-    if not isinstance(raw, list | tuple) or not raw:
-        raise DatasetError(f"{row.source}, column {column}: found {shorten(raw)}, expected a list of messages.")
-    turns: list[Turn] = []
-    for number, message in enumerate(raw, start=1):
-        if not isinstance(message, Mapping) or not set(names) <= set(message):
-            keys = ", ".join(map(str, message)) if isinstance(message, Mapping) else shorten(message)
-            hint = _advise_preset(message, names) if isinstance(message, Mapping) else ""
-            raise DatasetError(
-                f"{row.source}, message {number}: found {keys}, expected an object with {' and '.join(names)}. {hint}".rstrip()
-            )
-        role, content = roles.get(str(message[names[0]])), message[names[1]]
-        if role is None:
-            raise DatasetError(
-                f"{row.source}, message {number}: found the role {shorten(message[names[0]])}, expected one of "
-                f"{', '.join(roles)}. Name it under `roles`."
-            )
-        if not isinstance(content, str) or not content.strip():
-            raise DatasetError(f"{row.source}, message {number}: found {shorten(content)}, expected a text.")
-        turns.append((role, content))
-    if turns[-1][0] != "assistant":
-        raise DatasetError(
-            f"{row.source} ends with a {turns[-1][0]} turn: expected the assistant's answer last. Take the turn or the row out."
-        )
-    if not any(role == "user" for role, _ in turns):
-        raise DatasetError(f"{row.source} has no user turn: expected one before the assistant's.")
-    if task.prompt.system and turns[0][0] != "system":
-        turns.insert(0, ("system", task.prompt.system))
-    return tuple(turns)
-
-
-def _advise_preset(message: Mapping[str, Any], names: Sequence[str]) -> str:
-    if {"from", "value"} <= set(message):
-        return "Keys from and value are those of preset: sharegpt."
-    if {"role", "content"} <= set(message):
-        return "Keys role and content are those of preset: openai, or of no preset."
-    return f"Rename the keys, or choose a preset ({', '.join(CHAT_PRESETS)})." if names else ""
 
 
 def read_number(task: TaskFile, value: Any, source: str) -> str:

@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 from finlora.data.example import Example, Splits
 from finlora.data.task import Request, Task
-from finlora.data.taskfile.asking import make_form, render_prompt, write_turns
-from finlora.data.taskfile.items import Item, Turn, make_items, make_printable
+from finlora.data.taskfile.asking import make_form, render_prompt
+from finlora.data.taskfile.items import Item, make_items, make_printable
 from finlora.data.taskfile.load import load_task_file
 from finlora.data.taskfile.own_tables import read_source
 from finlora.data.taskfile.presets import apply_preset
 from finlora.data.taskfile.record import YES_NO, TaskFile, hash_question, render_card
 from finlora.data.taskfile.split import Parts, split_items
+from finlora.data.taskfile.turns import Turn, ask_turns
 
 
 def open_task_file(path: Path) -> Task:
@@ -125,9 +126,8 @@ def _list_questions(task: TaskFile, item: Item) -> Iterator[_Question]:
         first = [role for role, _ in item.turns].index("user")
         ends = [number for number, (role, _) in enumerate(item.turns) if role == "assistant" and number > first]
         for end in ends if task.train_on == "all_assistant" else ends[-1:]:
-            before, answer = item.turns[:end], item.turns[end][1]
-            is_prompt = [role for role, _ in before] == ["user"]
-            yield _Question(before[0][1], answer) if is_prompt else _Question(write_turns(before), answer, before)
+            asked = ask_turns(item.turns[:end])
+            yield _Question(asked.prompt, item.turns[end][1], asked.turns)
     else:
         yield _Question(render_prompt(task, item.text, item.about), item.answer)
 

@@ -360,6 +360,11 @@ class RunConfig:
                 ),
                 (self.seed >= 0, f"seed={self.seed}: expected at least 0"),
                 (
+                    not (self.lora.dora and self.model.bits == 8 and train.device == "cpu"),
+                    "lora.dora=true with model.bits=8 and train.device=cpu: PEFT 0.21 loses scales of 8-bit weights on a CPU. "
+                    "Set model.bits=4 or 16, or train on a GPU",
+                ),
+                (
                     self.model.bits == 16 or not self.lora.changes_base,
                     f"lora.init={self.lora.init} with model.bits={self.model.bits}: A and B begin with a part of the base's "
                     f"weights, and what is left would be rounded to {self.model.bits} bit anew, so the adapter would not fit "

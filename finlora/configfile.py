@@ -38,6 +38,7 @@ ADDED_LATER: Mapping[str, Any] = {
     "lora.rank_pattern": {},
     "lora.alpha_pattern": {},
     "lora.init": "default",
+    "lora.dora": False,
     "optim.lora_plus_ratio": 1.0,
 }
 """Settings that RunConfig got after the first runs, each with the value under which a run computes what it did without it."""

@@ -325,16 +325,15 @@ def test_a_setting_that_came_later_leaves_the_hash_of_runs_without_it():
             "lora.rank_pattern={q_proj: 2}",
             "lora.alpha_pattern={q_proj: 2}",
             "lora.init=olora",
+            "lora.dora=true",
             "optim.lora_plus_ratio=16",
         ),
     ]
     assert [change.split("=")[0] for change in changes] == list(ADDED_LATER)
     tree = tree_for_hash(load_config(None, ["model.template=chat"]))
     assert not [name for name in ADDED_LATER if name.split(".")[1] in tree[name.split(".")[0]]]
-    trees = [
-        tree_for_hash(load_config(None, ["model.template=chat", "model.bits=16", *changes[:number]]))
-        for number in range(len(changes) + 1)
-    ]
+    settings = ["model.template=chat", "model.bits=16"]
+    trees = [tree_for_hash(load_config(None, [*settings, *own])) for own in ([], *([change] for change in changes))]
     assert len({json.dumps(each, sort_keys=True) for each in trees}) == len(trees), "each counts once it is set"
 
 

@@ -26,7 +26,7 @@ from finlora.durable import follow_umask, scratch_folder, write_whole
 from finlora.errors import AdapterError, ConfigError, DatasetError, counted
 from finlora.exchange.foreign_folder import find_folder, read_json, refuse_pickle, shorten, without_links
 from finlora.formula.llama import PROJECTION_NAMES, LlamaShape
-from finlora.formula.low_rank import LoraSettings, adapted_name, rank_axis, read_settings
+from finlora.formula.low_rank import LoraSettings, adapted_name, is_magnitude, rank_axis, read_settings
 from finlora.model.adapter_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -225,8 +225,10 @@ def _normalise(values: Mapping[str, Any], names: Sequence[str]) -> tuple[dict[st
 def _check(staging: Path, given: Path, shape: LlamaShape, names: Sequence[str]) -> tuple[LoraSettings, int]:
     """Check settings and tensors against the base, with the given folder in the messages."""
     try:
-        read_lora_settings(staging)
-        if odd := sorted(name for name in names if rank_axis(name) is None):
+        has_lengths = read_lora_settings(staging).dora
+        if odd := sorted(
+            name for name in names if rank_axis(name) is None and not (has_lengths and is_magnitude(name))
+        ):
             raise AdapterError(
                 f"{staging / ADAPTER_WEIGHTS} holds {counted(len(odd), 'tensor')} that are no LoRA pair, such as "
                 f"{show(odd[0])[1:-1]}: FinLoRA adds LoRA to the projections of decoder layers alone. An embedding or head "
@@ -335,6 +337,8 @@ def _write_config(name: str, model: ModelConfig, contract: Contract, settings: L
     }
     patterns = {"rank_pattern": settings.rank_pattern, "alpha_pattern": settings.alpha_pattern}
     tree["lora"] |= {key: dict(pattern) for key, pattern in patterns.items() if pattern}
+    if settings.dora:
+        tree["lora"]["dora"] = True
     tree["model"] |= {key: value for key in ("template", "bits") if (value := getattr(contract, key)) is not None}
     if contract.task_names:
         tree["data"] = {"tasks": contract.task_names}

@@ -28,6 +28,9 @@ class LoraConfig:
     """Ranks of single projections, the others have lora.rank: `{down_proj: 16}`."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas of single projections, the others have lora.alpha: `{down_proj: 64}`."""
+    dora: bool = False
+    """Scale each row of the base's weight and the update to a learnt length (DoRA, arXiv:2402.09353). It trains on padded rows,
+    where each pass also computes the lengths of all rows."""
     init: str = "default"
     """First values of A and B. `default`: A random, B zero. `pissa` (arXiv:2404.02948), `pissa_niter_16` (its fast form) and
     `olora` (arXiv:2406.01775): a part of the base's weights, which training goes on from; for model.bits=16 only. The adapter is
@@ -41,6 +44,10 @@ class LoraConfig:
             faults.append(
                 f"init={self.init}: expected default, pissa, pissa_niter_N (such as pissa_niter_16) or olora; FinLoRA has no "
                 "other start of PEFT (LoftQ, EVA, CorDA)"
+            )
+        if self.changes_base and self.dora:
+            faults.append(
+                f"dora=true with init={self.init}: expected one of them, since the lengths would be those of the rest"
             )
         most = max([self.rank, *self.rank_pattern.values()])
         if self.changes_base and 2 * most > MAX_RANK:

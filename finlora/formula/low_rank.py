@@ -1,12 +1,13 @@
 """LoRA's update W0 + scale B A, described once: its scale, its tensors, and their names and settings in PEFT's files.
 
-scale = alpha / rank, or alpha / sqrt(rank) with `rslora`. Rank and alpha may differ between projections.
+scale = alpha / rank, or alpha / sqrt(rank) with `rslora`. Rank and alpha may differ between projections. With `dora` the sum is
+scaled row by row to learnt lengths m: m (W0 + scale B A) / ||W0 + scale B A||, where || || is the 2-norm of each row.
 
 A variant of LoRA changes its settings, names or shapes here, for training, merge, stages, memory forecast and the check of
 adapter files alike. What the record does not describe is refused by all of them (`foreign_settings`).
 
 Shapes: rank r, in K, out N of a projection.
-Source: LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732; PEFT's LoraConfig.
+Source: LoRA, arXiv:2106.09685, section 4.1; rsLoRA, arXiv:2312.03732; DoRA, arXiv:2402.09353, section 4; PEFT's LoraConfig.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ MAX_ALPHA = 1e9
 """This alpha and larger ones are refused in settings and in adapter files: such an update would drown the base's weights."""
 _ADAPTER = "default"
 """PEFT's name of the only adapter of a model."""
+_MAGNITUDE = "lora_magnitude_vector"
+"""PEFT's name of the row lengths of DoRA."""
 _PLAIN: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
@@ -42,7 +45,7 @@ _PLAIN: dict[str, tuple[object, ...]] = {
 }
 """PEFT's settings that must have one of these values."""
 _WITHOUT_EFFECT = {
-    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"),
     *("target_modules", "lora_dropout", "inference_mode", "peft_version"),
     *("base_model_name_or_path", "revision", "megatron_core", "qalora_group_size"),
 }
@@ -61,6 +64,7 @@ class LoraSettings:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Projection -> its rank, where that is not `rank`."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    dora: bool = False
 
     def rank_of(self, projection: str) -> int:
         return self.rank_pattern.get(projection, self.rank)
@@ -89,7 +93,7 @@ class LoraSettings:
     @property
     def variant(self) -> str:
         """What differs from plain LoRA of `rank` and `alpha`, such as `rsLoRA; down_proj rank 16`; empty: nothing."""
-        parts = ["rsLoRA"] if self.rslora else []
+        parts = [name for name, is_on in (("DoRA", self.dora), ("rsLoRA", self.rslora)) if is_on]
         parts += [f"{name} rank {rank}" for name, rank in self.rank_pattern.items()]
         return "; ".join([*parts, *(f"{name} alpha {alpha:g}" for name, alpha in self.alpha_pattern.items())])
 
@@ -105,6 +109,8 @@ class Update:
     up: Tensor
     """B (N, r)."""
     scale: float
+    gain: Tensor | None = None
+    """DoRA in a stage: m / ||W0 + scale B A|| - 1 (N,), the part of the base's product to add to it. `up` has the factor."""
 
 
 class UpdateNames(NamedTuple):
@@ -130,6 +136,7 @@ def peft_settings(settings: LoraSettings, dropout: float) -> dict[str, Any]:
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "use_rslora": settings.rslora,
+        "use_dora": settings.dora,
         "rank_pattern": dict(settings.rank_pattern),
         "alpha_pattern": dict(settings.alpha_pattern),
         "lora_dropout": dropout,
@@ -140,13 +147,12 @@ def peft_settings(settings: LoraSettings, dropout: float) -> dict[str, Any]:
 
 
 def foreign_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of PEFT's settings that need another formula than scale B A, or patterns that name more than projections."""
+    """Return those of PEFT's settings that need another formula than this module's, or patterns that name no projection."""
     odd = {key: values.get(key) for key, plain in _PLAIN.items() if not _is_among(values.get(key), plain)}
     for key, is_right in _PATTERNS.items():
         if values.get(key) and not _is_pattern(values[key], is_right):
             odd[key] = values[key]
-    if not isinstance(values.get("use_rslora", False), bool | None):
-        odd["use_rslora"] = values["use_rslora"]
+    odd |= {key: values[key] for key in ("use_rslora", "use_dora") if not isinstance(values.get(key), bool | None)}
     return odd | {key: value for key, value in values.items() if key not in _WITHOUT_EFFECT | _PLAIN.keys() and value}
 
 
@@ -167,6 +173,7 @@ def read_settings(values: Mapping[str, Any]) -> LoraSettings | None:
         alpha=float(alpha),
         target_modules=tuple(targets),
         rslora=bool(values.get("use_rslora")),
+        dora=bool(values.get("use_dora")),
         rank_pattern=ranks,
         alpha_pattern={name: float(one) for name, one in alphas.items()},
     )
@@ -233,22 +240,43 @@ def update_names(projection: Projection, layer: int) -> UpdateNames:
     return UpdateNames(f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight")
 
 
+def magnitude_name(projection: Projection, layer: int) -> str:
+    """Return the name of the row lengths m (N,) of a projection in PEFT's adapter file, with DoRA."""
+    return f"base_model.model.{projection.path(layer)}.{_MAGNITUDE}"
+
+
+def is_magnitude(name: str) -> bool:
+    """Return whether a tensor of PEFT's adapter file holds row lengths."""
+    return name.endswith(f".{_MAGNITUDE}")
+
+
+def gain_of(magnitude: Tensor, weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Return m / ||W0 + scale B A|| of each row, in float32. Shapes: (N,), (N, K), (r, K), (N, r) -> (N,)."""
+    total = weight.float().addmm(up.float(), down.float(), alpha=scale)
+    gain: Tensor = magnitude.float() / total.norm(dim=1)
+    return gain
+
+
 def rank_axis(name: str) -> int | None:
     """Return the axis of the rank in a tensor of PEFT's adapter file; None where it is neither A nor B."""
     return {"lora_A.weight": 0, "lora_B.weight": 1}.get(".".join(name.split(".")[-2:]))
 
 
 def adapted_name(name: str) -> str:
-    """Return the projection that a tensor of PEFT's adapter file belongs to; any text where it is neither A nor B."""
+    """Return the projection that a tensor of PEFT's adapter file belongs to; any text where it is neither A, B nor m."""
+    if is_magnitude(name):
+        return name.split(".")[-2]
     return name.rsplit(".", 3)[-3] if name.count(".") > 2 else ""
 
 
-def list_adapter_tensors(shape: LlamaShape, settings: LoraSettings) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Yield name and shape of each tensor of an adapter file: A, B, A, B, ..."""
+def list_adapter_tensors(shape: LlamaShape, settings: LoraSettings) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of each tensor of an adapter file: A, B, A, B, ...; with DoRA A, B, m, ..."""
     for layer in range(shape.num_layers):
         for target in settings.target_modules:
             projection, rank = find_projection(target), settings.rank_of(target)
             yield from zip(update_names(projection, layer), count_sizes(projection.size(shape), rank), strict=True)
+            if settings.dora:
+                yield magnitude_name(projection, layer), projection.size(shape)[:1]
 
 
 def list_sites(shape: LlamaShape, target_modules: Sequence[str]) -> Iterator[UpdateSite]:

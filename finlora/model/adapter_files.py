@@ -26,7 +26,9 @@ from finlora.formula.low_rank import (
     UpdateSite,
     adapted_name,
     foreign_settings,
+    is_magnitude,
     list_sites,
+    magnitude_name,
     rank_axis,
     read_settings,
 )
@@ -82,7 +84,7 @@ def read_peft_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_lora_settings(folder: Path) -> LoraSettings:
-    """Read adapter_config.json of plain LoRA.
+    """Read adapter_config.json of LoRA, rsLoRA or DoRA.
 
     Raises:
         AdapterError: it is missing or damaged, or needs another formula than scale B A.
@@ -92,8 +94,8 @@ def read_lora_settings(folder: Path) -> LoraSettings:
     odd = [f"{show(key)[1:-1]}={show(value)}" for key, value in foreign_settings(values).items()]
     if odd:
         raise AdapterError(
-            f"{path} is not plain LoRA ({', '.join(odd[:8])}): FinLoRA computes W0 + scale B A only. Train the adapter "
-            "with `finlora train`, or use PEFT itself."
+            f"{path} is not plain LoRA ({', '.join(odd[:8])}): FinLoRA computes W0 + scale B A, and DoRA. Train the "
+            "adapter with `finlora train`, or use PEFT itself."
         )
     settings = read_settings(values)
     if settings is None:
@@ -170,6 +172,8 @@ def find_sites(
     """
     sites = list(list_sites(base, settings.target_modules))
     wanted = {name for site in sites for name in site.names}
+    if settings.dora:
+        wanted |= {magnitude_name(site.projection, site.layer) for site in sites}
     extra = shapes.keys() - wanted
     if extra or not sites:
         raise AdapterError(
@@ -188,6 +192,11 @@ def find_sites(
             raise AdapterError(
                 f"{folder} has {site.projection.path(site.layer)} as {list(up)} x {list(down)}, the base's is "
                 f"{num_out} x {num_in}: it was made for another base."
+            )
+        if settings.dora and (found := shapes[magnitude_name(site.projection, site.layer)]) != (num_out,):
+            raise AdapterError(
+                f"{folder} has {site.projection.path(site.layer)} with row lengths {list(found)}, the base's has {num_out} rows: "
+                "it was made for another base."
             )
     return sites
 
@@ -208,6 +217,12 @@ def _example(names: Set[str]) -> str:
 
 def _check_tensor(path: Path, name: str, held: Any, settings: LoraSettings) -> tuple[int, ...]:
     shape, dtype = tuple(held.get_shape()), str(held.get_dtype())
+    if settings.dora and is_magnitude(name):
+        if len(shape) != 1 or dtype not in _DTYPES:
+            raise AdapterError(
+                f"{path} holds {show(name)[1:-1]} as {dtype} {list(shape)}: expected a vector of row lengths in floating point."
+            )
+        return shape
     axis, rank = rank_axis(name), settings.rank_of(adapted_name(name))
     if axis is None or len(shape) != 2 or shape[axis] != rank or dtype not in _DTYPES:
         raise AdapterError(

@@ -18,7 +18,7 @@ from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import AdapterError, ConfigError
 from finlora.formula.llama import shape_of
 from finlora.formula.lora_config import LoraConfig
-from finlora.formula.low_rank import list_start_faults, peft_settings, rank_axis, read_settings
+from finlora.formula.low_rank import is_magnitude, list_start_faults, peft_settings, rank_axis, read_settings
 from finlora.machine.lean_imports import lean_imports
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, find_sites, open_weights
 
@@ -117,7 +117,7 @@ def _less_start(state: Mapping[str, torch.Tensor], start: Start) -> dict[str, to
 
 
 def save_adapter(model: PeftModel, folder: Path, start: Start | None = None) -> float:
-    """Write PEFT's adapter_model.safetensors (bf16) and adapter_config.json; the config is written last.
+    """Write PEFT's adapter_model.safetensors (bf16, row lengths float32) and adapter_config.json; the config is written last.
 
     The weights are written to a temporary folder beside the target, so a crash leaves the old adapter or none.
 
@@ -140,7 +140,9 @@ def save_adapter(model: PeftModel, folder: Path, start: Start | None = None) -> 
             assert own is not None, "attach_lora wrote them"
             for key, value in peft_settings(own.widen(), settings.lora_dropout).items():
                 setattr(settings, key, value)
-        tensors = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in state.items()}
+        # Row lengths scale the base's own weights, so bfloat16 would round these.
+        types = {name: torch.float32 if is_magnitude(name) else torch.bfloat16 for name in state}
+        tensors = {name: tensor.detach().to("cpu", types[name]).contiguous() for name, tensor in state.items()}
         save_file(tensors, str(staging / ADAPTER_WEIGHTS), metadata={"format": "pt"})
         settings.inference_mode = True
         settings.save_pretrained(str(staging))
@@ -178,7 +180,7 @@ def load_adapter(net: LlamaForCausalLM, folder: Path) -> PeftModel:
     # Adapters in the type of the activations need no cast in each forward pass.
     dtype = net.get_input_embeddings().weight.dtype
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name and "magnitude" not in name:
             parameter.data = parameter.data.to(dtype)
     return model.eval()
 

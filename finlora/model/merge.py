@@ -25,6 +25,7 @@ from finlora.data.chat_template import fix_inputs
 from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import AdapterError, ModelError
 from finlora.formula.llama import LlamaShape, shape_of
+from finlora.formula.low_rank import gain_of, magnitude_name
 from finlora.machine.host import require_space
 from finlora.model.adapter_files import check_adapter, find_sites, open_weights, require_finite
 from finlora.model.base import BaseModel, load_base, quiet_bitsandbytes, write_plain
@@ -68,7 +69,7 @@ def dequantise_base(base: BaseModel) -> BaseModel:
 
 
 def merge_lora(base: BaseModel, adapter: Path) -> int:
-    """Add an adapter to the base weights: W <- W0 + scale B A, in place.
+    """Add an adapter to the base weights: W <- W0 + scale B A, with DoRA m (W0 + scale B A) / ||W0 + scale B A||, in place.
 
     Shapes: W0 (out, in), A (rank, in), B (out, rank). The sum is computed in float32, then cast to the base's type. PEFT's
     merge multiplies in the adapter's type, bfloat16 here.
@@ -92,10 +93,14 @@ def merge_lora(base: BaseModel, adapter: Path) -> int:
         )
     updates = _read_adapter(adapter, shape_of(base.model.config.to_dict()))
     with torch.no_grad():
-        for name, scale, down, up in updates:
+        for name, scale, *tensors in updates:
             weight = base.model.get_parameter(f"{name}.weight")
-            update = up.to(weight.device, torch.float32) @ down.to(weight.device, torch.float32)
-            weight.copy_(weight.float().add_(update, alpha=scale))
+            down, up, *magnitude = (tensor.to(weight.device, torch.float32) for tensor in tensors)
+            gains = [gain_of(lengths, weight, down, up, scale) for lengths in magnitude]
+            total = weight.float().add_(up @ down, alpha=scale)
+            for gain in gains:
+                total.mul_(gain[:, None])
+            weight.copy_(total)
             require_finite(weight, adapter, "the merged weight")
     return len(updates)
 
@@ -166,15 +171,16 @@ def export_merged(
     )
 
 
-def _read_adapter(folder: Path, base: LlamaShape) -> list[tuple[str, float, torch.Tensor, torch.Tensor]]:
-    """Return each update of an adapter as module name, scale, A and B."""
+def _read_adapter(folder: Path, base: LlamaShape) -> list[tuple[str, float, *tuple[torch.Tensor, ...]]]:
+    """Return each update of an adapter as module name, scale, A and B, and with DoRA row lengths."""
     settings = check_adapter(folder)
     with open_weights(folder, settings) as (file, shapes):
         sites = find_sites(folder, settings, shapes, base)  # checks all before any weight changes
         updates = []
         for site in sites:
-            down, up = (file.get_tensor(name) for name in site.names)
-            updates.append((site.projection.path(site.layer), settings.scale_of(site.projection.name), down, up))
+            names = [*site.names, *([magnitude_name(site.projection, site.layer)] if settings.dora else [])]
+            tensors = [file.get_tensor(name) for name in names]
+            updates.append((site.projection.path(site.layer), settings.scale_of(site.projection.name), *tensors))
         return updates
 
 
@@ -183,7 +189,10 @@ def _write(base: BaseModel, contract: Contract, adapter: Path, output: Path, ont
         write_plain(base.model, staging, "4GB")
         base.tokenizer.save_pretrained(str(staging))
         provenance = {
-            "merged": "W0 + scale B A, summed in float32",
+            "merged": (
+                "m (W0 + scale B A) / ||W0 + scale B A||" if "DoRA" in contract.lora_variant else "W0 + scale B A"
+            )
+            + ", summed in float32",
             "onto": onto,
             "weights": "the base's own"
             if onto == "base"

@@ -13,9 +13,13 @@ import torch
 
 
 class ClippedAdamW(torch.optim.AdamW):
-    """torch's AdamW over gradients whose joint 2-norm is at most `max_grad_norm`; 0: no clipping."""
+    """torch's AdamW over gradients whose joint 2-norm is at most `max_grad_norm`; 0: no clipping.
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], *, max_grad_norm: float, **settings: Any) -> None:
+    Args:
+        parameters: or groups of them, as torch takes them.
+    """
+
+    def __init__(self, parameters: Sequence[Any], *, max_grad_norm: float, **settings: Any) -> None:
         super().__init__(parameters, **settings)
         self._max_grad_norm = max_grad_norm
 

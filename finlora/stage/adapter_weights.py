@@ -5,14 +5,14 @@ Shapes: rank r, in K, out N of a projection.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from finlora.formula.llama import LlamaShape, Product
-from finlora.formula.low_rank import Update
+from finlora.formula.low_rank import Update, gain_of, magnitude_name
 from finlora.model.adapter_files import (
     find_sites,
     hash_weights_and_settings,
@@ -38,6 +38,7 @@ class Bank:
     def __init__(self) -> None:
         self.numbers: dict[str | None, int] = {None: 0}
         self._pairs: dict[tuple[int, Product], tuple[Tensor, Tensor]] = {}
+        self._gains: dict[tuple[int, Product], Tensor] = {}
         self._room = 2
 
     def add(self, name: str, adapter: Adapter, num_out: Mapping[Product, int]) -> bool:
@@ -54,6 +55,12 @@ class Bank:
         for key, (downs, ups) in self._pairs.items():
             if len(downs) < self._room:
                 self._pairs[key], has_moved = self._grow((downs, ups), downs[0], ups[0]), True
+        for key, gains in self._gains.items():
+            if len(gains) < self._room:
+                self._gains[key], has_moved = (
+                    torch.cat([gains, gains.new_zeros(self._room - len(gains), gains.shape[1])]),
+                    True,
+                )
         for (layer, product), updates in adapter.items():
             down = torch.cat([update.down for update in updates])
             up = down.new_zeros(len(down), num_out[product])
@@ -67,6 +74,12 @@ class Bank:
                 pair, has_moved = self._grow(pair, down, up), True
                 self._pairs[layer, product] = pair
             pair[0][number, : len(down)], pair[1][number, : len(down)] = down, up
+            for update in updates:
+                if update.gain is not None:
+                    if (layer, product) not in self._gains:
+                        self._gains[layer, product] = down.new_zeros(self._room, num_out[product])
+                        has_moved = True
+                    self._gains[layer, product][number, update.columns] = update.gain
         return has_moved
 
     def remove(self, name: str) -> None:
@@ -74,6 +87,16 @@ class Bank:
         for down, up in self._pairs.values():
             down[number : number + 1].zero_()  # an empty slice where the tensors had not grown yet
             up[number : number + 1].zero_()
+        for gains in self._gains.values():
+            gains[number : number + 1].zero_()
+
+    def has_gains(self, layer: int, product: Product) -> bool:
+        """Return whether any adapter so far scaled a product of the base: DoRA."""
+        return (layer, product) in self._gains
+
+    def scale(self, out: Tensor, numbers: Tensor, layer: int, product: Product) -> Tensor:
+        """Scale a product of the base by each row's adapter. Shapes: out (T, N), numbers (T,) -> (T, N)."""
+        return out.addcmul(out, self._gains[layer, product][numbers])
 
     def touches(self, layer: int, product: Product) -> bool:
         """Return whether any adapter so far had an update of a product."""
@@ -112,8 +135,20 @@ def hash_adapter(folder: Path) -> str:
     return hash_weights_and_settings(folder)[:16]
 
 
-def read_adapter(folder: Path, shape: LlamaShape, span: range, dtype: torch.dtype, device: torch.device) -> Adapter:
+def read_adapter(
+    folder: Path,
+    shape: LlamaShape,
+    span: range,
+    dtype: torch.dtype,
+    device: torch.device,
+    read_weight: Callable[[int, Product], Tensor],
+) -> Adapter:
     """Read an adapter's tensors for a span of layers.
+
+    DoRA's lengths are constant here, so that it is a factor of the base's product, and a plain update with that factor in B.
+
+    Args:
+        read_weight: returns the base's weight (N, K) of a product of a layer of the span; asked for DoRA alone.
 
     Raises:
         AdapterError: files are missing, it is not a plain LoRA that fits a model of that shape, or not all numbers are finite.
@@ -127,7 +162,15 @@ def read_adapter(folder: Path, shape: LlamaShape, span: range, dtype: torch.dtyp
                 down, up = (file.get_tensor(name) for name in names)
                 for name, tensor in zip(names, (down, up), strict=True):
                     require_finite(tensor, folder, name)
-                scale = settings.scale_of(projection.name) * shape.product_scale(projection.product)
-                update = Update(columns, down.to(device, dtype), up.to(device, dtype), scale)
+                own, gain = settings.scale_of(projection.name), None
+                down, up = down.to(device), up.to(device)
+                if settings.dora:
+                    name = magnitude_name(projection, layer)
+                    magnitude = file.get_tensor(name).to(device)
+                    factor = gain_of(magnitude, read_weight(layer, projection.product)[columns], down, up, own)
+                    require_finite(factor, folder, name)
+                    up, gain = up.float() * factor[:, None], (factor - 1).to(dtype)
+                scale = own * shape.product_scale(projection.product)
+                update = Update(columns, down.to(dtype), up.to(dtype), scale, gain)
                 adapter.setdefault((layer, projection.product), []).append(update)
     return adapter

@@ -24,7 +24,7 @@ from finlora.model.kernels import launch
 from finlora.model.layers.attention import can_attend_alone, can_flash
 from finlora.model.layers.cached_attention import attend_cache, attend_tails, write_cache
 from finlora.model.layers.elementwise import gate, normalise, normalise_heads
-from finlora.model.layers.frozen_linear import MAX_FEW_ROWS, multiply_gated
+from finlora.model.layers.frozen_linear import MAX_FEW_ROWS, FrozenWeight, multiply_gated, split_bias
 from finlora.model.layers.frozen_model import ModelEnds, read_layer
 from finlora.model.memory.peak import measure_peak_gib
 from finlora.stage.adapter_weights import Adapter, Bank, read_adapter
@@ -44,6 +44,22 @@ class _Adapt:
     """(product, its input, index of the layer in the span, product's name) -> product with the updates."""
     touches: Callable[[int, Product], bool]
     """(index of the layer in the span, product's name) -> whether there are updates."""
+    has_gains: Callable[[int, Product], bool]
+    """The same -> whether an update scales the base's product, as DoRA does."""
+    scale: Callable[[Tensor, int, Product], Tensor]
+    """(base's product without bias, index, product's name) -> scaled product."""
+
+    def multiply(
+        self, weight: FrozenWeight, x: Tensor, index: int, product: Product, residual: Tensor | None = None
+    ) -> Tensor:
+        """Return a product of the base with the updates (+ residual). Shapes: (T, K) -> (T, N)."""
+        if not self.has_gains(index, product):
+            return self.add(weight.forward(x, residual), x, index, product)
+        bare, bias = split_bias(weight)
+        out = self.scale(bare.forward(x), index, product)
+        for term in (bias, residual):
+            out = out if term is None else out + term
+        return self.add(out, x, index, product)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +131,12 @@ class Stage:
         Raises:
             AdapterError: the folder holds no adapter of this base, or memory is too small; the stage is unchanged.
         """
-        adapter = read_adapter(folder, self.shape, self.span, self.dtype, self.device)
+
+        def read_weight(layer: int, product: Product) -> Tensor:
+            weight: FrozenWeight = getattr(self.layers[layer - self.span.start], product)
+            return weight.dense()
+
+        adapter = read_adapter(folder, self.shape, self.span, self.dtype, self.device, read_weight)
         sizes = {product: product_width(product, self.shape) for product in PRODUCTS}
         try:
             has_moved = self.bank.add(name, adapter, sizes)
@@ -228,7 +249,14 @@ class Stage:
         def touches(index: int, product: Product) -> bool:
             return form.has_adapters and self.bank.touches(self.span[index], product)
 
-        x = self._run_layers(rows.ids, rows.positions, rows.slots, hidden, attend_keys, _Adapt(add, touches))
+        def has_gains(index: int, product: Product) -> bool:
+            return form.has_adapters and self.bank.has_gains(self.span[index], product)
+
+        def scale(out: Tensor, index: int, product: Product) -> Tensor:
+            return self.bank.scale(out, rows.adapters, self.span[index], product)
+
+        adapt = _Adapt(add, touches, has_gains, scale)
+        x = self._run_layers(rows.ids, rows.positions, rows.slots, hidden, attend_keys, adapt)
         return self.compute_logits(x) if self.is_last and form.is_decode else x
 
     def _norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -270,7 +298,7 @@ class Stage:
         for index, layer in enumerate(self.layers):
             *_, width = layer.heads
             normed = self._norm(x, layer.first_norm, layer.eps)
-            qkv = adapt.add(layer.qkv.forward(normed), normed, index, "qkv").view(len(x), -1, width)
+            qkv = adapt.multiply(layer.qkv, normed, index, "qkv").view(len(x), -1, width)
             if layer.head_norms is not None:
                 normalise_heads(qkv, layer.head_norms, layer.eps)
             keys, values = self.cache[index]
@@ -280,13 +308,13 @@ class Stage:
                 if not len(x):
                     break
             attended = attend_keys(query, keys, values).flatten(1)
-            y = adapt.add(layer.out.forward(attended, x), attended, index, "out")
+            y = adapt.multiply(layer.out, attended, index, "out", x)
             normed = self._norm(y, layer.second_norm, layer.eps)
             if adapt.touches(index, "gate_up"):
-                inner = gate(adapt.add(layer.gate_up.forward(normed), normed, index, "gate_up"))
+                inner = gate(adapt.multiply(layer.gate_up, normed, index, "gate_up"))
             else:
                 inner = multiply_gated(layer.gate_up, normed)
-            x = adapt.add(layer.down.forward(inner, y), inner, index, "down")
+            x = adapt.multiply(layer.down, inner, index, "down", y)
         return x
 
     def _make_adapt(self, adapters: Sequence[tuple[str | None, int]]) -> _Adapt:
@@ -310,7 +338,23 @@ class Stage:
         def touches(index: int, product: Product) -> bool:
             return any(name is not None and (self.span[index], product) in self.adapters[name] for name, _ in adapters)
 
-        return _Adapt(add, touches)
+        def has_gains(index: int, product: Product) -> bool:
+            names = (name for name, _ in adapters if name is not None)
+            updates = (update for name in names for update in self.adapters[name].get((self.span[index], product), ()))
+            return any(update.gain is not None for update in updates)
+
+        def scale(out: Tensor, index: int, product: Product) -> Tensor:
+            start = 0
+            for name, num_rows in adapters:
+                rows = slice(start, start + num_rows)
+                start += num_rows
+                for update in () if name is None else self.adapters[name].get((self.span[index], product), ()):
+                    if update.gain is not None:
+                        own = out[rows, update.columns]
+                        own.addcmul_(own, update.gain)
+            return out
+
+        return _Adapt(add, touches, has_gains, scale)
 
     def _finish(self, batch: MicroBatch, rows: Sequence[int], logits: Tensor) -> Unread:
         """Sample and score from the logits (N, V) of some rows of the micro-batch."""

@@ -37,7 +37,9 @@ class TrainPath:
 
 def refuse_packing(config: RunConfig) -> str | None:
     """Return the reason why a run trains on padded rows; None where it trains packed."""
-    return None if config.train.packing else "train.packing=false"
+    if not config.train.packing:
+        return "train.packing=false"
+    return "lora.dora=true, which scales the base's products too" if config.lora.dora else None
 
 
 def make_sampler(config: RunConfig, examples: Sequence[Encoded]) -> Sampler:

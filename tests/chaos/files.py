@@ -110,7 +110,7 @@ def load_adapter_as_served(world: World) -> Any:
     base = read_base_files(world.config.model)
     contract = read_contract(world.adapter)
     base.check_adapter(world.adapter, contract)
-    found = read_adapter(world.adapter, base.shape, range(2), torch.float32, CPU)
+    found = read_adapter(world.adapter, base.shape, range(2), torch.float32, CPU, None)
     values = sorted(
         (key, update.scale, update.down.sum().item(), update.up.sum().item())
         for key, updates in found.items()

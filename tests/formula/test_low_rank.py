@@ -80,7 +80,7 @@ def test_update_is_what_peft_adds(model):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"use_dora": True},
+        {"use_dora": "yes"},
         {"lora_bias": True},
         {"alpha_pattern": {"layers.0.q_proj": 2}},
         {"rank_pattern": {"q_proj": 0}},

@@ -138,7 +138,7 @@ def _adapter_with(name: str) -> Callable[[bytes, Path], object]:
         (folder / name).write_bytes(data)
         read_contract(folder)
         check_adapter(folder)
-        adapter = read_adapter(folder, shape_of(SHAPE), range(1), torch.float32, torch.device("cpu"))
+        adapter = read_adapter(folder, shape_of(SHAPE), range(1), torch.float32, torch.device("cpu"), None)
         for updates in adapter.values():
             for update in updates:
                 assert update.down.isfinite().all()

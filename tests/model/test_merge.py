@@ -244,7 +244,7 @@ def test_failed_write_leaves_nothing(tiny_base, make_adapter, tmp_path, monkeypa
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize("change", [{"use_dora": True}, {"use_rslora": "yes"}, {"rank_pattern": {"0.*q_proj": 8}}])
+@pytest.mark.parametrize("change", [{"use_dora": "yes"}, {"use_rslora": "yes"}, {"rank_pattern": {"0.*q_proj": 8}}])
 def test_other_formulas_than_plain_lora_are_refused(tiny_base, make_adapter, change):
     folder = make_adapter()
     path = folder / "adapter_config.json"

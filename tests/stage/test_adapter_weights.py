@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def read(four_layers):
     shape = find_source(four_layers).shape
-    return lambda folder, span=range(4): read_adapter(folder, shape, span, torch.float32, CPU)
+    return lambda folder, span=range(4): read_adapter(folder, shape, span, torch.float32, CPU, None)
 
 
 @pytest.fixture
@@ -95,7 +95,8 @@ def test_stage_merge_and_peft_refuse_the_same_files(read, copy, four_layers, cha
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"use_dora": True}, "is not plain LoRA \\(use_dora=True\\)"),
+        ({"use_dora": "yes"}, "is not plain LoRA \\(use_dora='yes'\\)"),
+        ({"use_dora": True}, "lacks .* tensors .*lora_magnitude_vector"),
         ({"bias": "all"}, "bias='all'"),
         ({"rank_pattern": {"0.*q_proj": 8}}, "rank_pattern="),
         ({"rank_pattern": {"q_proj": 7}}, r"expected lora_A \(7, in\)"),

@@ -48,6 +48,10 @@ class FrozenWeight(Protocol):
         """Return grad W. Shapes: (T, N) -> (T, K)."""
         ...
 
+    def dense(self) -> Tensor:
+        """Return W (N, K) in the type of the activations, without bias and factor."""
+        ...
+
 
 class DenseWeight:
     """A weight in the type of the activations."""
@@ -63,6 +67,9 @@ class DenseWeight:
     def backward(self, grad: Tensor) -> Tensor:
         out: Tensor = grad @ self.weight
         return out
+
+    def dense(self) -> Tensor:
+        return self.weight
 
 
 class _PackedParts:
@@ -93,6 +100,9 @@ class _PackedParts:
         for part, own in zip(self.parts[1:], columns[1:], strict=True):
             total.addmm_(own, self._unpack(part))
         return total
+
+    def dense(self) -> Tensor:
+        return torch.cat([self._unpack(part) for part in self.parts])
 
 
 class Nf4Weight(_PackedParts):
@@ -151,6 +161,9 @@ class BiasedWeight:
     def backward(self, grad: Tensor) -> Tensor:
         return self.weight.backward(grad)
 
+    def dense(self) -> Tensor:
+        return self.weight.dense()
+
 
 class ScaledWeight:
     """Projections of one input whose result is multiplied before it is added to a residual: scale (x W^T + b) + residual."""
@@ -164,6 +177,17 @@ class ScaledWeight:
 
     def backward(self, grad: Tensor) -> Tensor:
         return self.weight.backward(grad).mul_(self.scale)
+
+    def dense(self) -> Tensor:
+        return self.weight.dense()
+
+
+def split_bias(weight: FrozenWeight) -> tuple[FrozenWeight, Tensor | None]:
+    """Return a weight without its bias, and what it adds to the product; None: nothing."""
+    if isinstance(weight, ScaledWeight):
+        bare, bias = split_bias(weight.weight)
+        return ScaledWeight(bare, weight.scale), None if bias is None else bias * weight.scale
+    return (weight.weight, weight.bias) if isinstance(weight, BiasedWeight) else (weight, None)
 
 
 def multiply_gated(weight: FrozenWeight, x: Tensor) -> Tensor:
@@ -220,6 +244,9 @@ class Int8Weight:
 
     def backward(self, grad: Tensor) -> Tensor:
         return grad @ _unpack_int8(self.values, self.scales, self.dtype)
+
+    def dense(self) -> Tensor:
+        return _unpack_int8(self.values, self.scales, self.dtype)
 
 
 def freeze(modules: Sequence[Any], dtype: torch.dtype, *, consumes: bool = False, scale: float = 1.0) -> FrozenWeight:

@@ -170,6 +170,7 @@ def _salt(index: int, product: Product) -> int:
 def refusal(model: PeftModel) -> str | None:
     """Return why a model cannot train packed; None: it can."""
     values = model.peft_config["default"].to_dict()
-    if foreign_settings(values) or read_settings(values) is None or len(model.peft_config) != 1:
+    settings = read_settings(values)
+    if foreign_settings(values) or settings is None or settings.dora or len(model.peft_config) != 1:
         return "the adapter is not one plain LoRA without biases"
     return None

@@ -17,7 +17,7 @@ from typing import Any
 from finlora.config import Bits
 from finlora.formula.llama import LlamaShape, find_projection, list_tensors
 from finlora.formula.lora_config import LoraConfig
-from finlora.formula.low_rank import list_adapter_tensors
+from finlora.formula.low_rank import is_magnitude, list_adapter_tensors
 from finlora.optim.optimizer import find_optimizer
 
 GIB = 2**30
@@ -92,16 +92,18 @@ def count_adapter_parameters(shape: LlamaShape, lora: LoraConfig) -> int:
 
 
 def count_adapter_file_bytes(shape: LlamaShape, lora: LoraConfig) -> int:
-    """Return the exact size of adapter_model.safetensors: 8 bytes, a JSON header padded to 8, bfloat16 tensors.
+    """Return the exact size of adapter_model.safetensors: 8 bytes, a JSON header padded to 8, bfloat16 tensors; m in float32.
 
     Source: https://github.com/huggingface/safetensors#format
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    tensors = sorted(list_adapter_tensors(shape, lora.saved))  # as the writer does, within a type
-    for name, (rows, columns) in tensors:
-        end = offset + 2 * rows * columns
-        header[name] = {"dtype": "BF16", "shape": [rows, columns], "data_offsets": [offset, end]}
+    # As the writer does: wide types first, then by name.
+    tensors = sorted(list_adapter_tensors(shape, lora.saved), key=lambda item: (not is_magnitude(item[0]), item[0]))
+    for name, size in tensors:
+        dtype, width = ("F32", 4) if is_magnitude(name) else ("BF16", 2)
+        end = offset + width * math.prod(size)
+        header[name] = {"dtype": dtype, "shape": list(size), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"))
     return 8 + -(-len(text) // 8) * 8 + offset

@@ -12,6 +12,10 @@ Saved by each decoder layer. The first layer's input needs no gradient, so neith
                          4 heads B T'          log-sum-exp, T' = T up to 32; and e B T T'' mask as bias, T'' = T up to 8
     norms of heads       (4 Q + 4 K + 4 h) n       in families that have them; h counts query and key heads
     MLP                  3 e I n               gate, silu(gate), up
+    DoRA                 2 e d n a target      the base's product and B's, d the target's output width; with dropout and a
+                                               quantised base also its unpacked weight (e K N), for the input's gradient
+    DoRA of gate or up   3 (4 - e) I n         their results are float32, as the row lengths
+DoRA computes W0 + scale B A in each pass: (e + 4) K^2 for the identity that A and B are applied to, and 4 e K N, at a time.
 At 8 bit, MatMul8bitLt also holds its input on the autograd node: norm outputs (2 e H n) and down_proj's input (e I n).
 Gradient checkpointing (non-reentrant) saves e H n a layer but cannot drop tensors held on a node: at 8 bit these inputs and the
 attention output (e Q n) stay for all layers. With checkpointing PEFT makes the embedding's output need a gradient, so the first
@@ -141,6 +145,12 @@ def count_layer_bytes(shape: LlamaShape, config: RunConfig, batch: PaddedBatch, 
         total += element * (num_in + rank) * n + element * rank * num_out
         if needs_input_grad:
             total += element * rank * num_in + (num_in * n if lora.dropout else 0)
+        if lora.dora:
+            total += 2 * element * num_out * n
+            if lora.dropout and config.model.bits < 16 and needs_input_grad:
+                total += element * num_in * num_out
+    if lora.dora and {"gate_proj", "up_proj"} & set(lora.target_modules):
+        total += 3 * (_FLOAT32 - element) * inner * n
     width = query if batch.is_padded else shape.kv_size
     total += element * (2 * query + 2 * width) * n
     total += _FLOAT32 * shape.num_heads * batch.num_examples * _round_up(batch.num_tokens, 32)
@@ -183,7 +193,7 @@ def count_step_peak_bytes(shape: LlamaShape, config: RunConfig, batch: PaddedBat
     mlp_moment = (
         layers + recomputed + element * hidden * n + max(3 * element * inner * n, element * inner * n + unpacked)
     )
-    return max(loss_moment, norm_moment, mlp_moment)
+    return max(loss_moment, norm_moment, mlp_moment, layers + recomputed + _count_dora_bytes(shape, config, element))
 
 
 def _count_layers_bytes(shape: LlamaShape, config: RunConfig, batch: PaddedBatch, element: int) -> int:
@@ -200,6 +210,14 @@ def _count_layers_bytes(shape: LlamaShape, config: RunConfig, batch: PaddedBatch
     first = count_layer_bytes(shape, config, batch, element, is_first=True)
     other = count_layer_bytes(shape, config, batch, element, is_first=False)
     return first + (num_layers - 1) * other + on_nodes
+
+
+def _count_dora_bytes(shape: LlamaShape, config: RunConfig, element: int) -> int:
+    """Return the bytes in which DoRA computes the row lengths of its largest projection; 0 without it."""
+    if not config.lora.dora:
+        return 0
+    sizes = (find_projection(target).size(shape) for target in config.lora.target_modules)
+    return max((element + _FLOAT32) * num_in**2 + 4 * element * num_in * num_out for num_out, num_in in sizes)
 
 
 def _count_norm_bytes(shape: LlamaShape, n: int) -> int:

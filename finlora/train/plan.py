@@ -220,6 +220,8 @@ def print_plan(config: RunConfig, verdict: Verdict, console: Console) -> None:
     ]
     header = ("memory of one worker", "GiB", "what it is")
     print_table(console, header, [(name, f"{gib:.2f}", meaning) for name, gib, meaning in rows], right=[1])
+    if verdict.padded_because is not None:
+        console.print(f"Trains on padded rows, which takes more time and memory than packs: {verdict.padded_because}.")
 
 
 def _describe_weights(config: RunConfig, verdict: Verdict) -> str:

@@ -182,7 +182,6 @@ def test_rank_stabilised_adapter_keeps_the_scales_of_single_projections(change, 
     ("settings", "words"),
     [
         ({"use_dora": "yes"}, r"given/adapter_config.json is not plain LoRA \(use_dora='yes'\)"),
-        ({"use_dora": True}, r"given lacks \d+ of the \d+ tensors .* such as '?base_model.*lora_magnitude_vector"),
         ({"init_lora_weights": "pissa"}, r"is not plain LoRA \(init_lora_weights='pissa'\)"),
         ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights='pissa_niter_4'"),
         ({"r": 4}, r"given/adapter_model.safetensors holds .* as F32 \[8, 64\]: expected lora_A \(4, in\)"),

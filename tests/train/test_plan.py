@@ -265,3 +265,23 @@ def test_packed_run_out_of_memory_names_a_limit_under_which_it_resumes(make_8b):
     said = str(explain_out_of_memory(config, "CUDA out of memory. Tried. Free", packs))
     assert f"set train.memory_gib={packs.memory.total_gib * 0.9:.1f}, which makes packs smaller" in said
     assert "it resumes from the last checkpoint" in said
+
+
+def test_dora_says_why_it_trains_on_padded_rows_and_what_it_takes(make_8b):
+    plain, dora = (make_8b("train.packing=false"), make_8b(PACKED, "lora.dora=true"))
+    found = [plan_run(config, 47.4, 1) for config in (plain, dora)]
+    assert found[1].packs is None
+    assert found[1].plan.activations_gib > found[0].plan.activations_gib
+    assert found[1].plan.adapter_gib > found[0].plan.adapter_gib
+    console = Console(width=160, record=True, file=io.StringIO())
+    print_plan(dora, found[1], console)
+    words = "Trains on padded rows, which takes more time and memory than packs: lora.dora=true, which scales the base's products"
+    assert words in console.export_text()
+
+
+def test_start_of_a_rank_beyond_the_weights_is_refused_before_a_base_is_loaded(make_8b):
+    config = make_8b(PACKED, "model.bits=16", "lora.init=pissa", "lora.rank=1025")
+    with pytest.raises(ConfigError, match=r"lora\.init=pissa: rank 1025 of k_proj: expected at most 1024"):
+        plan_run(config, 47.4, 1)
+    fitting = make_8b(PACKED, "model.bits=16", "lora.init=pissa")
+    assert plan_run(fitting, 47.4, 1).plan.adapter_file_mib > 1.9 * plan_run(make_8b(), 47.4, 1).plan.adapter_file_mib

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from finlora.serve.conversation import Message
 from finlora.serve.neutral_fields import NeutralFields
+from finlora.serve.sampling_fields import MAX_TOP, BestOfField, SamplingFields
 from finlora.serve.structured_fields import StructuredFields, ToolFields
 
 _MAX_STOPS = 16
@@ -59,7 +60,7 @@ class StreamOptions(_Wire):
     continuous_usage_stats: Literal[False] | None = Field(False, description="Only false.")
 
 
-class GenerationRequest(_Body, StructuredFields, NeutralFields):
+class GenerationRequest(_Body, StructuredFields, SamplingFields, NeutralFields):
     """Fields that chat and text completions share."""
 
     model: str = Field(
@@ -78,7 +79,6 @@ class GenerationRequest(_Body, StructuredFields, NeutralFields):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="The same seed samples the same tokens.")
     stream: bool = Field(False, description="Send the answer as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
-    n: Literal[1] | None = Field(1, description="Only 1. Send the request again for another answer.")
     user: str | None = Field(None, description="Ignored: the key says who asks.")
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(0.0, description="Only 0.")
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(0.0, description="Only 0.")
@@ -107,20 +107,33 @@ class ChatRequest(GenerationRequest, ToolFields):
         False,
         description="Return the log-probability of each token. In a stream, each event holds those of its tokens.",
     )
-    top_logprobs: Literal[0] | None = Field(
-        None, description="Only 0: log-probabilities of other tokens are not offered."
+    top_logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_TOP,
+        description="Most probable tokens that are returned with each token. Only with `logprobs`.",
     )
 
+    @model_validator(mode="after")
+    def _check_top_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed with logprobs=true")
+        return self
 
-class CompletionRequest(GenerationRequest):
+
+class CompletionRequest(GenerationRequest, BestOfField):
     """Body of `POST /v1/completions`."""
 
     prompt: str | _Texts | Annotated[list[int], Field(fail_fast=True, min_length=1)] = Field(
-        description="A text, several texts (without stream), or token ids."
+        description="A text, several texts, or token ids."
     )
-    logprobs: Literal[0] | None = Field(None, description="0: return the log-probability of each token of the answer.")
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_TOP,
+        description="Return the log-probability of each token of the answer, and of so many most probable ones there.",
+    )
     echo: Literal[False] | None = Field(False, description="Only false.")
-    best_of: Literal[1] | None = Field(1, description="Only 1.")
 
 
 class ClassifyRequest(_Body):
@@ -238,11 +251,17 @@ class ChatMessage(BaseModel):
     )
 
 
+class TopLogprob(BaseModel):
+    token: str = Field(description="Text of the token.")
+    logprob: float = Field(description="As of the answer's token.")
+    bytes: list[int] | None = Field(description="As of the answer's token.")
+
+
 class TokenLogprob(BaseModel):
     token: str = Field(description="Text of the token.")
     logprob: float = Field(description="Its natural logarithm of probability, before grammar, temperature and top_p.")
     bytes: list[int] | None = Field(description="The text in UTF-8; null for a part of a character.")
-    top_logprobs: list[None] = Field(description="Always empty.")
+    top_logprobs: list[TopLogprob] = Field(description="The most probable tokens there, as many as were asked for.")
 
 
 class ChatLogprobs(BaseModel):
@@ -251,7 +270,7 @@ class ChatLogprobs(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    index: int = Field(description="Always 0.")
+    index: int = Field(description="Number of the answer, from 0.")
     message: ChatMessage = Field(description="The answer.")
     finish_reason: Literal["stop", "length", "tool_calls"] = Field(
         description="`length`: cut off at max_tokens. `tool_calls`: the answer calls tools that it chose itself."
@@ -266,7 +285,7 @@ class ChatResponse(BaseModel):
     object: Literal["chat.completion"] = Field(description="In a stream `chat.completion.chunk`.")
     created: int = Field(description="Unix seconds.")
     model: str = Field(description="As asked for.")
-    choices: list[ChatChoice] = Field(description="One answer.")
+    choices: list[ChatChoice] = Field(description="One for each of the `n` answers.")
     usage: Usage = Field(description="Tokens of the request.")
 
 
@@ -275,12 +294,14 @@ class CompletionLogprobs(BaseModel):
     token_logprobs: list[float] = Field(
         description="Natural logarithm of its probability, before grammar, temperature and top_p."
     )
-    top_logprobs: None = Field(description="Always null.")
+    top_logprobs: list[dict[str, float]] | None = Field(
+        description="Text -> log-probability of the most probable tokens at each token; null with `logprobs` 0."
+    )
     text_offset: list[int] = Field(description="Character of the answer at which the token begins.")
 
 
 class CompletionChoice(BaseModel):
-    index: int = Field(description="Number of the prompt, from 0.")
+    index: int = Field(description="Number of the prompt times `n`, plus that of the answer, from 0.")
     text: str = Field(description="The continuation.")
     finish_reason: Literal["stop", "length"] = Field(description="`length`: cut off at max_tokens.")
     logprobs: CompletionLogprobs | None = Field(description="null unless the request asks for them.")
@@ -293,7 +314,7 @@ class CompletionResponse(BaseModel):
     object: Literal["text_completion"] = Field(description="The same in a stream.")
     created: int = Field(description="Unix seconds.")
     model: str = Field(description="As asked for.")
-    choices: list[CompletionChoice] = Field(description="One for each prompt, in their order.")
+    choices: list[CompletionChoice] = Field(description="`n` for each prompt, in their order.")
     usage: Usage = Field(description="Tokens of the request.")
 
 

@@ -39,8 +39,8 @@ def test_neutral_values_are_absent(live):
     ("changes", "param", "words"),
     [
         ({"store": True}, "store", "store is not offered with this value: this server stores no answers"),
-        ({"top_k": 5}, "top_k", "top_k is not offered with this value: use `top_p`."),
-        ({"top_k": True}, "top_k", "top_k is not offered with this value"),
+        ({"repetition_penalty": 1.2}, "repetition_penalty", "repetition_penalty is not offered with this value"),
+        ({"repetition_penalty": True}, "repetition_penalty", "repetition_penalty is not offered with this value"),
         ({"service_tier": "priority"}, "service_tier", "this server has one tier: leave it out."),
         ({"nonsense": 1}, "nonsense", "Unknown parameter: 'nonsense'."),
         (

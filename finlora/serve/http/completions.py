@@ -6,9 +6,10 @@ Source: OpenAI API reference, https://platform.openai.com/docs/api-reference/cha
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from finlora.data.encode import encode_prompt, encode_text, encode_turns
 from finlora.engine.request import Answer, Piece, Sampling
-from finlora.errors import ConfigError
+from finlora.errors import ConfigError, counted
 from finlora.serve.accounts.ledger import Call
 from finlora.serve.conversation import Message, join_raw, list_turns
 from finlora.serve.failures import RefusedError, as_refusal, error_body
-from finlora.serve.http.context import ANSWERING_ERRORS, gather_all, open_call, server_of
+from finlora.serve.http.context import ANSWERING_ERRORS, gather_all, merge_streams, open_call, server_of
 from finlora.serve.http.logprobs import TokenRow, TokenRows, chat_logprobs, completion_logprobs, list_rows
 from finlora.serve.http.server import Server
 from finlora.serve.http.tool_calls import CallReader, describe_tools, join_deltas
@@ -66,7 +67,9 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     prompt = _Prompt(text, encode_messages(messages, server.base, server.date_of(call)))
     grammar = await server.grammars.check(body)
     sampling = _sampling_of(body, prompt, server, body.max_completion_tokens or body.max_tokens, grammar)
-    return await _reply(_Chat(server, call, bool(body.logprobs), body), body, [prompt], sampling)
+    if body.logprobs and body.top_logprobs:
+        sampling = dataclasses.replace(sampling, num_top=body.top_logprobs)
+    return await _reply(lambda index: _Chat(server, call, index, body), body, [prompt], sampling)
 
 
 @router.post(
@@ -76,18 +79,15 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     summary="Continue a text",
 )
 async def complete(body: CompletionRequest, request: Request) -> Response:
-    """Continue a text as OpenAI's completions do, without a template around it. With `stream`, events as for chat and
-    one prompt only."""
+    """Continue a text as OpenAI's completions do, without a template around it. With `stream`, events as for chat."""
     server = server_of(request)
     call = await open_call(request, body.model)
     prompts = _read_prompts(body, server)
-    if body.stream and len(prompts) > 1:
-        raise RefusedError(
-            400, f"found {len(prompts)} prompts with stream=true: stream one.", "invalid_value", "prompt"
-        )
     longest = max(prompts, key=lambda prompt: len(prompt.ids))
     sampling = _sampling_of(body, longest, server, body.max_tokens, await server.grammars.check(body))
-    return await _reply(_Completion(server, call, body.logprobs is not None), body, prompts, sampling)
+    if body.logprobs:
+        sampling = dataclasses.replace(sampling, num_top=body.logprobs)
+    return await _reply(lambda index: _Completion(server, call, index, body), body, prompts, sampling)
 
 
 class _Chat:
@@ -95,21 +95,21 @@ class _Chat:
 
     kind, prefix, piece_kind = "chat.completion", "chatcmpl", "chat.completion.chunk"
 
-    def __init__(self, server: Server, call: Call, has_logprobs: bool, body: ChatRequest) -> None:
-        self.server, self.call, self.has_logprobs = server, call, has_logprobs
+    def __init__(self, server: Server, call: Call, index: int, body: ChatRequest) -> None:
+        self.server, self.call, self.index, self.has_logprobs = server, call, index, bool(body.logprobs)
         self._has_tools, self._is_named = bool(body.offered_tools), body.named_tool is not None
         self._reader = CallReader()
         """Of a stream."""
 
-    def whole(self, index: int, text: str, answer: Answer, rows: _Rows) -> dict[str, Any]:
+    def whole(self, text: str, answer: Answer, rows: _Rows) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         reader = CallReader()
         if self._has_tools:
             message |= join_deltas([*reader.push(text), *reader.finish()])
-        return {"index": index, "message": message} | self._rest(rows, answer, has_calls=reader.num_calls > 0)
+        return {"index": self.index, "message": message} | self._rest(rows, answer, has_calls=reader.num_calls > 0)
 
     def first(self) -> dict[str, Any] | None:
-        return {"index": 0, "delta": {"role": "assistant", "content": ""}} | self._rest(None)
+        return {"index": self.index, "delta": {"role": "assistant", "content": ""}} | self._rest(None)
 
     def piece(self, text: str, rows: _Rows) -> list[dict[str, Any]]:
         deltas = self._reader.push(text) if self._has_tools else [{"content": text}]
@@ -118,13 +118,13 @@ class _Chat:
     def last(self, answer: Answer, rows: _Rows) -> list[dict[str, Any]]:
         rest = self._list_choices(self._reader.finish(), None) if self._has_tools else []
         has_calls = self._reader.num_calls > 0
-        return [*rest, {"index": 0, "delta": {}} | self._rest(rows or None, answer, has_calls=has_calls)]
+        return [*rest, {"index": self.index, "delta": {}} | self._rest(rows or None, answer, has_calls=has_calls)]
 
     def _list_choices(self, deltas: Sequence[dict[str, Any]], rows: _Rows) -> list[dict[str, Any]]:
         """Return a choice for each delta; log-probabilities of text that is held back come without one."""
         filled = [*deltas] or ([{}] if rows else [])
         return [
-            {"index": 0, "delta": delta} | self._rest(rows if number == 0 else None)
+            {"index": self.index, "delta": delta} | self._rest(rows if number == 0 else None)
             for number, delta in enumerate(filled)
         ]
 
@@ -142,56 +142,85 @@ class _Completion:
 
     kind, prefix, piece_kind = "text_completion", "cmpl", "text_completion"
 
-    def __init__(self, server: Server, call: Call, has_logprobs: bool) -> None:
-        self.server, self.call, self.has_logprobs = server, call, has_logprobs
+    def __init__(self, server: Server, call: Call, index: int, body: CompletionRequest) -> None:
+        self.server, self.call, self.index, self.has_logprobs = server, call, index, body.logprobs is not None
 
-    def whole(self, index: int, text: str, answer: Answer | None, rows: _Rows) -> dict[str, Any]:
+    def whole(self, text: str, answer: Answer | None, rows: _Rows) -> dict[str, Any]:
         reason, logprobs = (
             finish_reason(answer) if answer else None,
             completion_logprobs(rows) if rows is not None else None,
         )
-        return {"index": index, "text": text, "finish_reason": reason, "logprobs": logprobs}
+        return {"index": self.index, "text": text, "finish_reason": reason, "logprobs": logprobs}
 
     def first(self) -> dict[str, Any] | None:
         return None
 
     def piece(self, text: str, rows: _Rows) -> list[dict[str, Any]]:
-        return [self.whole(0, text, None, rows)]
+        return [self.whole(text, None, rows)]
 
     def last(self, answer: Answer, rows: _Rows) -> list[dict[str, Any]]:
-        return [self.whole(0, "", answer, rows or None)]
+        return [self.whole("", answer, rows or None)]
 
 
 async def _reply(
-    form: _Chat | _Completion, body: GenerationRequest, prompts: Sequence[_Prompt], sampling: Sampling
+    make_form: Callable[[int], _Chat | _Completion],
+    body: GenerationRequest,
+    prompts: Sequence[_Prompt],
+    sampling: Sampling,
 ) -> Response:
-    server, call = form.server, form.call
-    frame = {"id": f"{form.prefix}-{call.request_id}", "created": int(time.time()), "model": body.model}
+    """Return the reply with `n` answers to each prompt.
+
+    Args:
+        make_form: reply format of the answer of an index.
+    """
+    asked = [
+        (prompt, sampling if body.seed is None else dataclasses.replace(sampling, seed=_wrap(body.seed + number)))
+        for prompt in prompts
+        for number in range(body.num_answers)
+    ]
+    forms = [make_form(index) for index in range(len(asked))]
+    server, call = forms[0].server, forms[0].call
+    if len(asked) > server.config.limits.max_texts:
+        raise RefusedError(
+            400,
+            f"found {counted(len(prompts), 'prompt')} with n={body.num_answers}: expected at most "
+            f"{server.config.limits.max_texts:,} answers in one request.",
+            "invalid_value",
+            "n",
+        )
+    frame = {"id": f"{forms[0].prefix}-{call.request_id}", "created": int(time.time()), "model": body.model}
+    num_prompt = sum(len(prompt.ids) for prompt in prompts)
     if body.stream:
-        (prompt,) = prompts
-        events = server.generate(call, prompt.text, prompt.ids, sampling)
+        events = merge_streams(
+            [server.generate(call, prompt.text, prompt.ids, own, index) for index, (prompt, own) in enumerate(asked)]
+        )
         # Await the first event here, so that an error before it still gets its own HTTP status.
         first = await anext(events)
         wants_usage = body.stream_options is not None and body.stream_options.include_usage is True
-        stream = _stream(form, frame | {"object": form.piece_kind}, first, events, len(prompt.ids), wants_usage)
+        stream = _stream(forms, frame | {"object": forms[0].piece_kind}, first, events, num_prompt, wants_usage)
         return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
     results = await gather_all(
-        [_collect(server, call, prompt, sampling, index) for index, prompt in enumerate(prompts)]
+        [_collect(server, call, prompt, own, index) for index, (prompt, own) in enumerate(asked)]
     )
     tokenizer = server.base.tokenizer
     choices = [
-        form.whole(index, text, answer, list_rows(answer, text, tokenizer) if form.has_logprobs else None)
-        for index, (text, answer) in enumerate(results)
+        form.whole(text, answer, list_rows(answer, text, tokenizer) if form.has_logprobs else None)
+        for form, (text, answer) in zip(forms, results, strict=True)
     ]
-    usage = count_usage([(len(p.ids), answer) for p, (_, answer) in zip(prompts, results, strict=True)])
-    return JSONResponse({**frame, "object": form.kind, "choices": choices, "usage": usage.model_dump()})
+    usage = count_usage(num_prompt, [answer for _, answer in results])
+    return JSONResponse({**frame, "object": forms[0].kind, "choices": choices, "usage": usage.model_dump()})
+
+
+def _wrap(seed: int) -> int:
+    """Return a seed within the 64 bits that a request may send."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 async def _stream(
-    form: _Chat | _Completion,
+    forms: Sequence[_Chat | _Completion],
     frame: dict[str, Any],
-    first: Piece | Answer,
-    events: AsyncIterator[Piece | Answer],
+    first: tuple[int, Piece | Answer],
+    events: AsyncIterator[tuple[int, Piece | Answer]],
     num_prompt: int,
     wants_usage: bool,
 ) -> AsyncIterator[str]:
@@ -199,20 +228,28 @@ async def _stream(
         return f"data: {json.dumps({**frame, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
 
     usage = {"usage": None} if wants_usage else {}
-    rows = TokenRows(form.server.base.tokenizer) if form.has_logprobs else None
+    rows = [TokenRows(form.server.base.tokenizer) if form.has_logprobs else None for form in forms]
+    answers: list[Answer] = []
     async with contextlib.aclosing(events):  # type: ignore[type-var]
         try:
-            if (opening := form.first()) is not None:
-                yield event([opening], **usage)
-            item = first
-            while isinstance(item, Piece):
-                for choice in form.piece(item.text, rows.take(item) if rows else None):
+            for form in forms:
+                if (opening := form.first()) is not None:
+                    yield event([opening], **usage)
+            index, item = first
+            while True:
+                form, own = forms[index], rows[index]
+                if isinstance(item, Piece):
+                    choices = form.piece(item.text, own.take(item) if own else None)
+                else:
+                    answers.append(item)
+                    choices = form.last(item, own.finish(item) if own else None)
+                for choice in choices:
                     yield event([choice], **usage)
-                item = await anext(events)
-            for choice in form.last(item, rows.finish(item) if rows else None):
-                yield event([choice], **usage)
+                if len(answers) == len(forms):
+                    break
+                index, item = await anext(events)
             if wants_usage:
-                yield event([], usage=count_usage([(num_prompt, item)]).model_dump())
+                yield event([], usage=count_usage(num_prompt, answers).model_dump())
             yield "data: [DONE]\n\n"
         except Exception as error:
             # The status is sent already: send the error as an event, without a [DONE] after it.
@@ -233,20 +270,32 @@ def finish_reason(answer: Answer) -> str:
     return "length" if answer.finish == "length" else "stop"
 
 
-def count_usage(answers: Sequence[tuple[int, Answer]]) -> Usage:
-    """Return the token counts of pairs (number of prompt tokens, answer)."""
-    num_prompt, num_new = sum(size for size, _ in answers), sum(len(answer.tokens) for _, answer in answers)
+def count_usage(num_prompt: int, answers: Sequence[Answer]) -> Usage:
+    """Return the token counts of a request.
+
+    Args:
+        num_prompt: tokens of its prompts, each counted once.
+    """
+    num_new = sum(len(answer.tokens) for answer in answers)
     return Usage(
         prompt_tokens=num_prompt,
         completion_tokens=num_new,
         total_tokens=num_prompt + num_new,
-        prompt_tokens_details=CachedTokens(cached_tokens=sum(answer.num_cached for _, answer in answers)),
+        prompt_tokens_details=CachedTokens(cached_tokens=min(num_prompt, sum(answer.num_cached for answer in answers))),
     )
 
 
 def _sampling_of(
     body: GenerationRequest, prompt: _Prompt, server: Server, max_tokens: int | None, grammar: str
 ) -> Sampling:
+    size = len(server.base.tokenizer)
+    if strange := [token for token, _ in body.biases if token >= size]:
+        raise RefusedError(
+            400,
+            f"logit_bias names token {strange[0]:,}: expected ids from 0 to {size - 1:,}.",
+            "invalid_value",
+            "logit_bias",
+        )
     return server.make_sampling(
         prompt.ids,
         max_tokens=max_tokens,
@@ -255,6 +304,11 @@ def _sampling_of(
         top_p=body.top_p,
         stop=body.stop_texts,
         seed=body.seed,
+        top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        logit_bias=body.biases,
+        min_tokens=body.min_tokens or 0,
+        ignore_end=bool(body.ignore_eos),
         grammar=grammar,
     )
 

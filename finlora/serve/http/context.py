@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar, cast
 
 from fastapi import Request
@@ -82,6 +83,37 @@ async def gather_all(works: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def merge_streams(streams: Sequence[AsyncIterator[_T]]) -> AsyncIterator[tuple[int, _T]]:
+    """Yield (index, item) of several streams as items come. The first exception, or leaving early, closes all of them."""
+    items: asyncio.Queue[tuple[int, _T | None, BaseException | None]] = asyncio.Queue()
+
+    async def pump(index: int, stream: AsyncIterator[_T]) -> None:
+        error: BaseException | None = None
+        try:
+            async with contextlib.aclosing(stream):  # type: ignore[type-var]
+                async for item in stream:
+                    items.put_nowait((index, item, None))
+        except Exception as found:
+            error = found
+        items.put_nowait((index, None, error))
+
+    tasks = [asyncio.ensure_future(pump(index, stream)) for index, stream in enumerate(streams)]
+    num_open = len(tasks)
+    try:
+        while num_open:
+            index, item, error = await items.get()
+            if error is not None:
+                raise error
+            if item is None:
+                num_open -= 1
+            else:
+                yield index, item
     finally:
         for task in tasks:
             task.cancel()

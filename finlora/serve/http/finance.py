@@ -86,7 +86,7 @@ async def classify(body: ClassifyRequest, request: Request) -> ClassifyResponse:
         model=body.model,
         task=body.task,
         results=results,
-        usage=count_usage(answers),
+        usage=count_usage(sum(size for size, _ in answers), [answer for _, answer in answers]),
     )
 
 
@@ -125,7 +125,7 @@ async def extract(body: ExtractRequest, request: Request) -> ExtractResponse:
         quote=Quote(start=quote[0], end=quote[1]) if quote else None,
         grounded=quote is not None,
         finish_reason="length" if isinstance(event, Answer) and event.finish == "length" else "stop",
-        usage=count_usage([(len(ids), event)] if isinstance(event, Answer) else []),
+        usage=count_usage(len(ids), [event] if isinstance(event, Answer) else []),
     )
 
 

@@ -22,6 +22,8 @@ class TokenRow:
     log_prob: float
     offset: int
     """Character of the answer's text at which the token begins."""
+    top: tuple[tuple[str, float], ...] = ()
+    """Texts and log-probabilities of the most probable tokens there."""
 
 
 class TokenRows:
@@ -47,9 +49,13 @@ class TokenRows:
 
     def _add(self, tokens: Sequence[Token]) -> None:
         for token in tokens:
-            self._waiting.append(TokenRow(str(self._tokenizer.decode([token.id])), token.log_prob, self._offset))
+            top = tuple((self._decode(other), log_prob) for other, log_prob in token.top)
+            self._waiting.append(TokenRow(self._decode(token.id), token.log_prob, self._offset, top))
             self._offset += len(self._text.push(token.id))
         self._num_taken += len(tokens)
+
+    def _decode(self, token_id: int) -> str:
+        return str(self._tokenizer.decode([token_id]))
 
 
 def list_rows(answer: Answer, text: str, tokenizer: PreTrainedTokenizerFast) -> list[TokenRow]:
@@ -61,7 +67,8 @@ def list_rows(answer: Answer, text: str, tokenizer: PreTrainedTokenizerFast) -> 
 def chat_logprobs(rows: Sequence[TokenRow]) -> dict[str, Any]:
     """Return `choices[].logprobs` of chat completions."""
     content = [
-        {"token": row.text, "logprob": row.log_prob, "bytes": _bytes_of(row.text), "top_logprobs": []} for row in rows
+        _entry(row.text, row.log_prob) | {"top_logprobs": [_entry(text, log_prob) for text, log_prob in row.top]}
+        for row in rows
     ]
     return {"content": content, "refusal": None}
 
@@ -71,9 +78,16 @@ def completion_logprobs(rows: Sequence[TokenRow]) -> dict[str, Any]:
     return {
         "tokens": [row.text for row in rows],
         "token_logprobs": [row.log_prob for row in rows],
-        "top_logprobs": None,
+        # As OpenAI: the token of the answer is among them. Of two tokens with one text the more probable counts.
+        "top_logprobs": [{row.text: row.log_prob} | dict(reversed(row.top)) for row in rows]
+        if any(row.top for row in rows)
+        else None,
         "text_offset": [row.offset for row in rows],
     }
+
+
+def _entry(text: str, log_prob: float) -> dict[str, Any]:
+    return {"token": text, "logprob": log_prob, "bytes": _bytes_of(text)}
 
 
 def _bytes_of(piece: str) -> list[int] | None:

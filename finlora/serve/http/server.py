@@ -7,6 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any
 
 from finlora.data.encode import encode_asked, encode_choices
 from finlora.data.question import Question
@@ -132,15 +133,13 @@ class Server:
         default_tokens: int,
         temperature: float | None = 0.0,
         top_p: float | None = 1.0,
-        stop: tuple[str, ...] = (),
-        seed: int | None = None,
-        grammar: str = "",
+        **more: Any,
     ) -> Sampling:
         """Return the sampling parameters of an answer.
 
         Args:
             max_tokens: None: `default_tokens`, or fewer if no more fit.
-            grammar: checked (GrammarDoor).
+            more: further fields of Sampling.
 
         Raises:
             RefusedError: the prompt, or prompt and answer, are longer than the model takes.
@@ -167,9 +166,7 @@ class Server:
             max_tokens=wanted,
             temperature=0.0 if temperature is None else temperature,
             top_p=1.0 if top_p is None else top_p,
-            stop=stop,
-            seed=seed,
-            grammar=grammar,
+            **more,
         )
 
     async def generate(

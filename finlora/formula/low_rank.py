@@ -53,6 +53,15 @@ _WITHOUT_EFFECT = {
 must be empty. Every other setting changes the formula, so it must be empty."""
 
 
+_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga")
+_REASONS = {
+    "modules_to_save": "a trained embedding or head would be every request's, since the adapters of a batch share the base's",
+    "bias": "trained biases would be every request's, since the adapters of a batch share the base's",
+    "lora_bias": "an update with a bias is not W0 + scale B A",
+}
+"""PEFT's setting -> why no adapter may have it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraSettings:
     """What decides the update of a projection, apart from the values of A and B."""
@@ -154,6 +163,18 @@ def foreign_settings(values: Mapping[str, Any]) -> dict[str, Any]:
             odd[key] = values[key]
     odd |= {key: values[key] for key in ("use_rslora", "use_dora") if not isinstance(values.get(key), bool | None)}
     return odd | {key: value for key, value in values.items() if key not in _WITHOUT_EFFECT | _PLAIN.keys() and value}
+
+
+def explain_foreign(odd: Mapping[str, Any]) -> str:
+    """Return why settings of `foreign_settings` are refused, and what to do; empty: nothing is known of them."""
+    said = [words for key, words in _REASONS.items() if key in odd]
+    start = odd.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGES_BASE):
+        said.append(
+            "its base lacks a part of the weights: have PEFT convert it to plain LoRA, by save_pretrained with "
+            "path_initial_model_for_weight_conversion"
+        )
+    return "; ".join(said)
 
 
 def read_settings(values: Mapping[str, Any]) -> LoraSettings | None:

@@ -25,6 +25,7 @@ from finlora.formula.low_rank import (
     LoraSettings,
     UpdateSite,
     adapted_name,
+    explain_foreign,
     foreign_settings,
     is_magnitude,
     list_sites,
@@ -91,11 +92,13 @@ def read_lora_settings(folder: Path) -> LoraSettings:
     """
     path = folder / ADAPTER_CONFIG
     values = read_peft_settings(folder)
-    odd = [f"{show(key)[1:-1]}={show(value)}" for key, value in foreign_settings(values).items()]
+    foreign = foreign_settings(values)
+    odd = [f"{show(key)[1:-1]}={show(value)}" for key, value in foreign.items()]
     if odd:
+        because = explain_foreign(foreign)
         raise AdapterError(
-            f"{path} is not plain LoRA ({', '.join(odd[:8])}): FinLoRA computes W0 + scale B A, and DoRA. Train the "
-            "adapter with `finlora train`, or use PEFT itself."
+            f"{path} is not plain LoRA ({', '.join(odd[:8])}): FinLoRA computes W0 + scale B A, and DoRA."
+            f"{because and f' {because[0].upper()}{because[1:]}.'} Train the adapter with `finlora train`, or use PEFT itself."
         )
     settings = read_settings(values)
     if settings is None:

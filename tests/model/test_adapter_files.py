@@ -38,10 +38,18 @@ def folder(tmp_path):
     [
         ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config="),  # PEFT would import it
         ({"auto_mapping": {"parent_library": "antigravity"}}, "auto_mapping="),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights='pissa'.* Its base lacks a part of the weights: have PEFT convert",
+        ),
+        ({"init_lora_weights": "eva"}, r"init_lora_weights='eva'\): .* and DoRA\. Train the adapter"),
         ({"target_modules": "(a+)+$"}, "target_modules='"),  # a pattern that never ends
         ({"rank_pattern": {"(a+)+$": 2}}, "rank_pattern="),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=.* A trained embedding or head would be every request's"),
+        (
+            {"bias": "all", "lora_bias": True},
+            "bias='all'.* Trained biases would be every .*; an update with a bias is not",
+        ),
         ({"a setting of tomorrow": 1}, "a setting of tomorrow=1"),
         ({"target_modules": ["../x"]}, "expected a rank of 1 to"),
         ({"r": 10**9}, "expected a rank of 1 to"),

@@ -23,6 +23,7 @@ _NOT_SCORED = (
     "no evaluation of exactly these weights was found: run `finlora evaluate`, or name its results with --results"
 )
 _NO_LABELS = "{}: answers were generated, so no label has a probability (eval.method=labels scores labels)"
+_FREE_TEXT = "{}: answers are free text, which has no labels to count and no probability to compare."
 _MAX_CELLS = 400
 _PER_CENT = "% with 95 % interval."
 
@@ -95,15 +96,14 @@ def describe_confusion(evidence: Evidence) -> Part:
     from finlora.report.charts import draw_confusion, has_matrix
 
     blocks: list[Block] = []
-    gaps = []
     for scored in evidence.scored:
         if not scored.result.counts:
-            gaps.append(f"{scored.name}: free text has no confusion counts")
+            blocks.append(_FREE_TEXT.format(scored.name))
             continue
         if has_matrix(scored.result):
             blocks.append(Picture(f"Confusion: {scored.name}", draw_confusion(scored.result)))
         blocks.append(_list_confusions(scored))
-    return _part("confusion", "Confusion", evidence, blocks, gaps)
+    return _part("confusion", "Confusion", evidence, blocks, [])
 
 
 def describe_parity(evidence: Evidence) -> Part:
@@ -121,11 +121,11 @@ def describe_calibration(evidence: Evidence) -> Part:
     from finlora.report.charts import draw_reliability
 
     blocks: list[Block] = []
-    gaps = []
+    gaps: list[str] = []
     for scored in evidence.scored:
         result = scored.result
         if not result.calibration:
-            gaps.append(_NO_LABELS.format(scored.name))
+            _explain_unlabelled(scored, blocks, gaps)
             continue
         blocks.append(Picture(f"Reliability: {scored.name}", draw_reliability(result)))
         rows = [
@@ -159,11 +159,11 @@ def describe_calibration(evidence: Evidence) -> Part:
 def describe_abstention(evidence: Evidence) -> Part:
     """Accuracy on the rows that are left when the model abstains below a probability."""
     blocks: list[Block] = []
-    gaps = []
+    gaps: list[str] = []
     for scored in evidence.scored:
         curve = make_abstention_curve(scored.result, scored.table, seed_of(scored.result))
         if not curve:
-            gaps.append(_NO_LABELS.format(scored.name))
+            _explain_unlabelled(scored, blocks, gaps)
             continue
         if scored.table is not None:
             blocks.append(Picture(f"Abstention: {scored.name}", draw_abstention(scored.table)))
@@ -179,6 +179,14 @@ def describe_abstention(evidence: Evidence) -> Part:
             )
         )
     return _part("abstention", "Abstention", evidence, blocks, gaps)
+
+
+def _explain_unlabelled(scored: Scored, blocks: list[Block], gaps: list[str]) -> None:
+    """Say why answers have no probabilities: free text never has any, which is no open point."""
+    if scored.result.counts:
+        gaps.append(_NO_LABELS.format(scored.name))
+    else:
+        blocks.append(_FREE_TEXT.format(scored.name))
 
 
 def describe_segments(evidence: Evidence) -> Part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from carded import make_run, make_table
 from made_results import make_evaluation
 
 from finlora.card.evidence import Scored, collect_evidence
-from finlora.card.outcome_parts import describe_scores
+from finlora.card.outcome_parts import describe_abstention, describe_calibration, describe_confusion, describe_scores
 from finlora.card.verdict import compare_with_base, compare_with_majority, write_verdict
 
 COUNTS = {"bad": {"bad": 50, "good": 10}, "good": {"bad": 5, "good": 35}}
@@ -103,3 +104,21 @@ def test_verdict_says_what_could_not_be_compared(tmp_path):
     assert sentence.startswith(
         f"Not evaluated: {adapter.parent} holds no score of exactly these weights. Run `finlora evaluate`"
     )
+
+
+def test_free_text_without_probabilities_is_no_open_point(tmp_path):
+    """A label that was generated could have been scored; free text cannot be, so that nobody can close such a point."""
+    evidence = collect_evidence(make_run(tmp_path))
+    free, label = (
+        dataclasses.replace(
+            evidence, scored=(make_scored(with_interval(0.5, 0.4, 0.6, method="generate", counts=counts)),)
+        )
+        for counts in ({}, COUNTS)
+    )
+    for describe in (describe_confusion, describe_calibration, describe_abstention):
+        part = describe(free)
+        assert (part.gaps, len(part.blocks)) == ((), 1)
+        assert "answers are free text" in str(part.blocks[0])
+    assert describe_confusion(label).gaps == ()
+    for describe in (describe_calibration, describe_abstention):
+        assert "eval.method=labels" in describe(label).gaps[0]

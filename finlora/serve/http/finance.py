@@ -172,7 +172,8 @@ def _ask(forms: Mapping[str, Form], task: str, text: str, about: str | None) -> 
         )
     wanted = forms[task].about
     if (wanted == "none") != (about is None or not about):
-        found, do = ("no about", f"name the {wanted}") if not about else (f"about={about!r}", "leave it out")
+        values = f", one of {', '.join(forms[task].about_values)}" if forms[task].about_values else ""
+        found, do = ("no about", f"name the {wanted}{values}") if not about else (f"about={about!r}", "leave it out")
         raise RefusedError(400, f"found {found} for task {task}: {do}.", "invalid_value", "about")
     return make_question(task, text, about, forms)
 

@@ -97,6 +97,11 @@ def test_extract_has_its_own_default_length(post):
         ("classify", {"task": "xbrl_tags", "text": "a"}, "task 'xbrl_tags' has no labels here: expected one of fpb,"),
         ("classify", {"task": "ner", "text": "Rome"}, "found no about for task ner: name the entity"),
         ("classify", {"task": "ner", "text": "Rome", "about": "Oslo"}, "'Oslo' is not in the text"),
+        (
+            "classify",
+            {"task": "headline", "text": "Gold"},
+            "about for task headline: name the question, one of price, price up, ",
+        ),
         ("classify", {"task": "headline", "text": "Gold", "about": "x"}, "headline question 'x' is not known"),
         ("classify", {"task": "fpb", "text": "a", "about": "x"}, "found about='x' for task fpb: leave it out"),
         ("classify", {"task": "ner", "texts": ["a", "b"], "about": ["a"]}, "about holds 1 entries for 2 texts"),

@@ -29,6 +29,8 @@ _EXAMPLES = {
     "/v1/chat/completions": '{"model": "llama-8b", "messages": [{"role": "user", "content": "What is a basis point?"}], '
     '"max_tokens": 16}',
     "/v1/completions": '{"model": "llama-8b", "prompt": "A basis point is", "max_tokens": 16}',
+    "/tokenize": '{"model": "llama-8b", "prompt": "A basis point is"}',
+    "/detokenize": '{"model": "llama-8b", "tokens": [32, 15032]}',
     "/v1/adapters/{name}/version": '{"version": "v1"}',
 }
 
@@ -40,7 +42,7 @@ def make_http() -> str:
 
     server = SimpleNamespace(
         keys=None,
-        config=SimpleNamespace(limits=SimpleNamespace(max_body_bytes=1)),
+        config=SimpleNamespace(limits=SimpleNamespace(max_body_bytes=1), allowed_origins=()),
         meter=SimpleNamespace(count_request=None),
     )
     app = make_app(cast(Any, server), has_proxy=True)._app  # type: ignore[attr-defined]
@@ -48,10 +50,11 @@ def make_http() -> str:
     schemas = described["components"]["schemas"]
     calls = [(path, method, call) for path, calls in described["paths"].items() for method, call in calls.items()]
     parts = [
-        "A running server describes itself at `/openapi.json`; this page says the same. Every endpoint but `/healthz` and the "
-        "web page needs a key: `Authorization: Bearer KEY`. Bodies are JSON; an unknown field is refused. Each reply carries an "
-        "`X-Request-Id`, which the server's log and audit log name too. Send your own (1 to 64 letters, digits, `.`, `_`, "
-        "`-`) and the server keeps it. Error bodies and codes: [Errors](errors.md#http-errors).",
+        "A running server describes itself at `/openapi.json`; this page says the same. Every endpoint but `/healthz`, "
+        "`/health`, `/ping`, `/docs` and the web page needs a key: `Authorization: Bearer KEY`. Bodies are JSON; an unknown "
+        "field is refused. Each reply carries an `X-Request-Id`, which the server's log and audit log name too. Send your own "
+        "(1 to 64 letters, digits, `.`, `_`, `-`) and the server keeps it. Error bodies and codes: "
+        "[Errors](errors.md#http-errors).",
         table(
             ("endpoint", "what it does"),
             (
@@ -68,7 +71,9 @@ def make_http() -> str:
             parts += ["Request:", _fields(schemas, body, objects)]
         if path in _EXAMPLES:
             parts += [f"    {_EXAMPLES[path]}"]
-        parts += ["Reply (200):", _fields(schemas, call["responses"]["200"], objects)]
+        reply = call["responses"]["200"]
+        has_body = bool(reply["content"]["application/json"]["schema"]) if "content" in reply else False
+        parts += ["Reply (200):", _fields(schemas, reply, objects) if has_body else "No body."]
         errors = sorted(status for status in call["responses"] if status.isdigit() and status != "200")
         parts += ["Errors: " + (", ".join(errors) if errors else "none") + "."]
     parts += ["## Objects"]

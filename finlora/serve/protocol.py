@@ -136,6 +136,31 @@ class CompletionRequest(GenerationRequest, BestOfField):
     echo: Literal[False] | None = Field(False, description="Only false.")
 
 
+class TokenizeRequest(_Body, ToolFields, NeutralFields):
+    """Body of `POST /tokenize`."""
+
+    model: str | None = Field(None, description="A name of `/v1/models`. Default: the base.")
+    prompt: str | None = Field(None, description="A text. Give either `prompt` or `messages`.")
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)] | None = Field(
+        None, description="A conversation."
+    )
+    add_special_tokens: bool = Field(True, description="Of a text: with the BOS that the model expects, if it has one.")
+    return_token_strs: bool = Field(False, description="Return the text of each token too.")
+
+    @model_validator(mode="after")
+    def _check_one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("expected either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(_Body):
+    """Body of `POST /detokenize`."""
+
+    model: str | None = Field(None, description="A name of `/v1/models`. Default: the base.")
+    tokens: list[int] = Field(fail_fast=True, description="Token ids.")
+
+
 class ClassifyRequest(_Body):
     """Body of `POST /v1/classify`."""
 

@@ -7,6 +7,7 @@ hold no secrets: keys come hashed from a file, or from the environment.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from finlora.config import Bits, ModelConfig, Transport
 from finlora.configfile import settings_from_tree
 from finlora.errors import ConfigError
 from finlora.machine.working_dir import describe_lost
+
+_ORIGIN = re.compile(r"https?://[^/\s?#*]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,6 +112,9 @@ class ServeConfig:
     keys_file: str | None = None
     """File of hashed API keys, as `finlora key` writes it. None: the one key in the environment variable
     FINLORA_API_KEY."""
+    allowed_origins: tuple[str, ...] = ()
+    """Origins of other web pages that a browser lets ask this server (CORS), such as `https://desk.example`; `*`: every page. A
+    key is needed all the same. Empty: none."""
     audit_dir: str | None = None
     """Folder of the audit log; each copy of the server writes files of its own. None: no audit log."""
     audit_texts: bool = False
@@ -154,6 +160,11 @@ class ServeConfig:
             f"limits.{name}={value}: expected at most limits.max_new_tokens={limits.max_new_tokens}"
             for name in ("default_new_tokens", "default_extract_tokens")
             if (value := getattr(limits, name)) > limits.max_new_tokens
+        ]
+        faults += [
+            f"allowed_origins holds {origin!r}: expected scheme and host without a path, such as https://desk.example, or *"
+            for origin in self.allowed_origins
+            if origin != "*" and not _ORIGIN.fullmatch(origin)
         ]
         port, pair = self.direct.port, (self.direct.ssl_certfile, self.direct.ssl_keyfile)
         if port is not None and not 1 <= port <= 65535:

@@ -176,7 +176,7 @@ class _Desk:
         from finlora.serve.accounts.keys import KeyRing
 
         self.keys = KeyRing(None, {"FINLORA_API_KEY": "a-key-of-the-fuzzer-alone"})
-        self.config = SimpleNamespace(limits=SimpleNamespace(max_body_bytes=2**21, max_texts=256))
+        self.config = SimpleNamespace(limits=SimpleNamespace(max_body_bytes=2**21, max_texts=256), allowed_origins=())
         self.meter = SimpleNamespace(count_request=lambda *_: None)
 
     def open_call(self, *_: object) -> object:

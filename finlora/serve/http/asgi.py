@@ -6,24 +6,29 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from finlora.data.sets.prepare import code_version
 from finlora.errors import FinloraError
 from finlora.serve.body_faults import invalid_body
 from finlora.serve.failures import RefusedError, error_reply, from_http
-from finlora.serve.http import completions, finance, status
-from finlora.serve.http.guard import Guard
+from finlora.serve.http import completions, finance, status, tokens
+from finlora.serve.http.guard import OPEN_PATHS, Guard
 from finlora.serve.http.server import Server
-from finlora.serve.http.web_page import page_router
+from finlora.serve.http.web_page import PAGE_HEADERS, describe_api, page_router
 
 _logger = logging.getLogger(__name__)
 _SHOW_EVERY_S = 1.0
+RATE_HEADERS = tuple(
+    f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")
+)
 
 _DESCRIPTION = """A Llama base with adapters for financial questions, on your own GPUs.
 
@@ -57,8 +62,13 @@ def make_app(server: Server, *, has_proxy: bool) -> ASGIApp:
         redoc_url=None,
     )
     app.state.server = server
-    for router in (completions.router, finance.router, status.router, page_router()):
+    _describe_keys(app)
+    for router in (completions.router, finance.router, tokens.router, status.router, page_router()):
         app.include_router(router)
+
+    @app.get("/docs", include_in_schema=False)
+    async def show_api() -> HTMLResponse:
+        return HTMLResponse(describe_api(app.openapi()), headers=PAGE_HEADERS)
 
     @app.exception_handler(RequestValidationError)
     async def answer_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -82,7 +92,34 @@ def make_app(server: Server, *, has_proxy: bool) -> ASGIApp:
         return error_reply(error)
 
     most = server.config.limits.max_body_bytes
-    return Guard(app, server.keys, most, server.meter.count_request, has_proxy=has_proxy)
+    guard = Guard(app, server.keys, most, server.meter.count_request, has_proxy=has_proxy)
+    if not server.config.allowed_origins:
+        return guard
+    # Outside the guard: a browser asks for permission without the key (https://fetch.spec.whatwg.org/#cors-preflight-fetch).
+    return CORSMiddleware(
+        guard,
+        allow_origins=server.config.allowed_origins,
+        allow_methods=("GET", "HEAD", "POST"),
+        allow_headers=("*",),
+        expose_headers=("X-Request-Id", "Retry-After", *RATE_HEADERS),
+    )
+
+
+def _describe_keys(app: FastAPI) -> None:
+    """Add the key to the OpenAPI description, for all paths but those that need none."""
+    describe = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            found = describe()
+            found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            found["security"] = [{"key": []}]
+            for path in set(OPEN_PATHS) & set(found["paths"]):
+                for call in found["paths"][path].values():
+                    call["security"] = []
+        return cast(dict[str, Any], app.openapi_schema)
+
+    app.openapi = openapi  # type: ignore[method-assign]
 
 
 async def _show_gauges(server: Server) -> None:

@@ -24,7 +24,7 @@ from finlora.serve.failures import RefusedError, error_reply
 
 _logger = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/healthz", "/")
+OPEN_PATHS = ("/healthz", "/health", "/ping", "/docs", "/")
 OPEN_FOLDER = "/page/"
 _DRAINED_BODIES = 4
 """Multiple of the largest body that is read and dropped before a connection is closed."""
@@ -70,7 +70,9 @@ class Guard:
         request_id = given if is_good else f"req-{secrets.token_hex(12)}"
         state = scope.setdefault("state", {})
         state["request_id"], state["key"], state["standings"] = request_id, None, {}
-        status = 0
+        status, method = 0, scope["method"]
+        if method == "HEAD":  # as GET (RFC 9110, section 9.3.2). uvicorn leaves the body out, by its own scope
+            scope = {**scope, "method": "GET"}
 
         async def send_marked(message: Message) -> None:
             nonlocal status
@@ -124,7 +126,7 @@ class Guard:
             path = scope["path"] if len(scope["path"]) <= 100 else scope["path"][:100] + "..."
             _logger.info(
                 "%s key=%s %s %r %d %.3f s",
-                *(request_id, key.id if key else "-", scope["method"], path, status, seconds),
+                *(request_id, key.id if key else "-", method, path, status, seconds),
             )
             # Unknown paths share one name: with a metric for each a client could fill the memory.
             self._on_end(getattr(scope.get("route"), "path", "other"), status, seconds)

@@ -19,7 +19,7 @@ ASK = {"model": "tiny", "task": "fpb", "text": "Profit rose"}
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models", "/v1/stages", "/v1/tasks", "/readyz", "/openapi.json", "/v1/nowhere", "/docs"]
+    "path", ["/v1/models", "/v1/stages", "/v1/tasks", "/readyz", "/openapi.json", "/v1/nowhere", "/metrics", "/version"]
 )
 @pytest.mark.parametrize("key", [None, "wrong", "finlora-desk-" + "a" * 43, ""])
 def test_paths_refuse_requests_without_a_known_key(live, path, key):
@@ -29,7 +29,7 @@ def test_paths_refuse_requests_without_a_known_key(live, path, key):
     assert reply.headers["x-request-id"].startswith("req-")
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/", "/page/app.js"])
+@pytest.mark.parametrize("path", ["/healthz", "/health", "/ping", "/docs", "/", "/page/app.js"])
 def test_liveness_and_the_page_need_no_key(live, path):
     assert send(live.address, path, None).status == 200
 

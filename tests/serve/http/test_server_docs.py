@@ -103,6 +103,6 @@ def test_checkout_that_is_not_installed_serves_too(monkeypatch):
     monkeypatch.setattr(metadata, "version", find)
     limits = SimpleNamespace(max_body_bytes=1)
     server = SimpleNamespace(
-        keys=None, config=SimpleNamespace(limits=limits), meter=SimpleNamespace(count_request=None)
+        keys=None, config=SimpleNamespace(limits=limits, allowed_origins=()), meter=SimpleNamespace(count_request=None)
     )
     assert make_app(server, has_proxy=True)._app.version == "not installed"

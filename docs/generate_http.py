@@ -29,6 +29,7 @@ _EXAMPLES = {
     "/v1/chat/completions": '{"model": "llama-8b", "messages": [{"role": "user", "content": "What is a basis point?"}], '
     '"max_tokens": 16}',
     "/v1/completions": '{"model": "llama-8b", "prompt": "A basis point is", "max_tokens": 16}',
+    "/v1/responses": '{"model": "llama-8b", "input": "What is a basis point?", "max_output_tokens": 16}',
     "/tokenize": '{"model": "llama-8b", "prompt": "A basis point is"}',
     "/detokenize": '{"model": "llama-8b", "tokens": [32, 15032]}',
     "/v1/adapters/{name}/version": '{"version": "v1"}',

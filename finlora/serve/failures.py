@@ -76,8 +76,6 @@ def error_reply(error: Exception) -> JSONResponse:
     headers = {"Retry-After": str(refusal.retry_after_s)} if refusal.retry_after_s else {}
     if refusal.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, QuotaError):
-        headers |= error.headers
     return JSONResponse(error_body(refusal).model_dump(), refusal.status, headers)
 
 

@@ -19,7 +19,7 @@ from finlora.data.sets.prepare import code_version
 from finlora.errors import FinloraError
 from finlora.serve.body_faults import invalid_body
 from finlora.serve.failures import RefusedError, error_reply, from_http
-from finlora.serve.http import completions, finance, status, tokens
+from finlora.serve.http import completions, finance, responses, status, tokens
 from finlora.serve.http.guard import OPEN_PATHS, Guard
 from finlora.serve.http.server import Server
 from finlora.serve.http.web_page import PAGE_HEADERS, describe_api, page_router
@@ -63,7 +63,7 @@ def make_app(server: Server, *, has_proxy: bool) -> ASGIApp:
     )
     app.state.server = server
     _describe_keys(app)
-    for router in (completions.router, finance.router, tokens.router, status.router, page_router()):
+    for router in (completions.router, responses.router, finance.router, tokens.router, status.router, page_router()):
         app.include_router(router)
 
     @app.get("/docs", include_in_schema=False)

@@ -197,5 +197,7 @@ def _hash_prompt(form: Form) -> str:
 
 
 def _shorten(value: Any) -> str:
+    if value is None:
+        return "none"
     text = value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
     return text if len(text) <= 80 else text[:77] + "..."

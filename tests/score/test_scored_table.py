@@ -132,6 +132,8 @@ def test_parts_of_another_scoring_are_refused_with_the_difference(tmp_path):
     message = rf"parts of another scoring \(adapter {'a' * 12}, now {'b' * 12}\): choose another output"
     with pytest.raises(ConfigError, match=message), folder.locked({"adapter": "b" * 64, "task": "fpb"}):
         pass
+    with pytest.raises(ConfigError, match=r"adapter a+, now none\)"), folder.locked({"adapter": None, "task": "fpb"}):
+        pass
 
 
 def test_finished_output_is_recognised_and_a_foreign_one_refused(tmp_path):

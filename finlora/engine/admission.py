@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -148,9 +150,20 @@ def add_rows(batch: MicroBatch, work: Work, count: int, sample: int | None = Non
     return Part(work, True, None)
 
 
+def _penalise(work: Work) -> Iterator[tuple[int, float]]:
+    """Return the biases of a request's tokens so far (https://platform.openai.com/docs/api-reference: penalties)."""
+    sampling = work.request.sampling
+    for token, count in Counter(token.id for token in work.tokens).items():
+        yield token, -(sampling.presence_penalty + count * sampling.frequency_penalty)
+
+
 def _add_sample(batch: MicroBatch, work: Work, row: int, position: int) -> None:
     sampling = work.request.sampling
     filters = work.early_filters if position < sampling.min_tokens else work.filters
+    if sampling.has_penalty and work.tokens:
+        # All tokens before are known: a request with a penalty has no speculative row.
+        filters = filters or Filters()
+        filters = filters._replace(bias=(*filters.bias, *_penalise(work)))
     batch.samples.append(Sample(row, sampling.temperature, sampling.top_p, work.seed, position, work.matcher, filters))
     if work.matcher is not None and position == 0:
         batch.grammars.append((work.matcher, sampling.grammar))

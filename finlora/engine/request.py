@@ -40,6 +40,10 @@ class Sampling:
     """Only tokens with at least this share of the likeliest one's probability are sampled (arXiv:2407.01082)."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """(token, number that is added to its logit)."""
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token that the answer holds."""
+    frequency_penalty: float = 0.0
+    """Taken from it once for each time that the answer holds the token."""
     min_tokens: int = 0
     """The end token is not sampled before so many tokens."""
     ignore_end: bool = False
@@ -64,10 +68,19 @@ class Sampling:
                 not self.grammar or not (self.min_tokens or self.ignore_end),
                 "min_tokens and ignore_end do not go with a grammar, which says where the answer ends: leave them out",
             ),
+            (
+                all(-2 <= value <= 2 for value in (self.presence_penalty, self.frequency_penalty)),
+                f"presence_penalty={self.presence_penalty}, frequency_penalty={self.frequency_penalty}: expected -2 to 2",
+            ),
             (all(self.stop), "stop holds an empty text: expected texts of at least one character"),
         ]
         if faults := [message for is_good, message in checks if not is_good]:
             raise ConfigError(faults)
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether a logit depends on the tokens before."""
+        return bool(self.presence_penalty or self.frequency_penalty)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -225,6 +225,7 @@ class Scheduler:
             if sample is not None
             and work.in_flight == 1
             and len(work.tokens) + 1 < work.request.sampling.max_tokens
+            and not work.request.sampling.has_penalty
             and self._active.get(work.request.id) is work
         }
 

@@ -80,8 +80,6 @@ class GenerationRequest(_Body, StructuredFields, SamplingFields, NeutralFields):
     stream: bool = Field(False, description="Send the answer as server-sent events.")
     stream_options: StreamOptions | None = Field(None, description="Only with `stream`.")
     user: str | None = Field(None, description="Ignored: the key says who asks.")
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(0.0, description="Only 0.")
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = Field(0.0, description="Only 0.")
 
     @property
     def stop_texts(self) -> tuple[str, ...]:

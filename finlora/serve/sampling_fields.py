@@ -31,6 +31,12 @@ class SamplingFields(BaseModel):
         max_length=_MAX_BIASED,
         description="Token id -> number added to its logit, from -100 to 100. `/tokenize` returns ids.",
     )
+    presence_penalty: float | None = Field(
+        0.0, ge=-2, le=2, description="Taken from the logits of the tokens that the answer holds."
+    )
+    frequency_penalty: float | None = Field(
+        0.0, ge=-2, le=2, description="Taken from them once for each time that the answer holds the token."
+    )
     min_tokens: int | None = Field(None, ge=0, description="The answer does not end before so many tokens.")
     ignore_eos: bool | None = Field(None, description="true: only max_tokens and `stop` end the answer.")
     n: int | None = Field(

@@ -105,6 +105,30 @@ def test_filters_change_their_own_request_alone(make_core, plain, num_stages):
         assert token.top[0] == (token.id, pytest.approx(token.log_prob, abs=1e-5)), "greedy takes the likeliest"
 
 
+@pytest.mark.parametrize("num_stages", [1, 4])
+def test_penalties_equal_those_of_a_loop_over_transformers_model(make_core, plain, num_stages):
+    """Plain reference: logits less presence and count times frequency (OpenAI's API reference), then the likeliest token."""
+    net, found = plain(), []
+    wish = ((77, 60.0), (78, 59.0), (79, 58.5))  # without penalties the answer is 77 alone
+    for _ in range(12):
+        with torch.no_grad():
+            logits = net(input_ids=torch.tensor([[*RAGGED[2], *found]])).logits[0, -1]
+        for token, bias in wish:
+            logits[token] += bias
+        for token in set(found):
+            logits[token] -= 0.8 + found.count(token) * 0.7
+        found.append(int(logits.argmax()))
+    sampling = Sampling(max_tokens=12, presence_penalty=0.8, frequency_penalty=0.7, logit_bias=wish)
+    requests = [
+        Request(id="fined", prompt_ids=RAGGED[2], sampling=sampling),
+        Request(id="plain", prompt_ids=RAGGED[2], sampling=Sampling(max_tokens=12)),
+    ]
+    answers, _ = run(make_core(num_stages), requests)
+    assert tokens_of(answers["fined"]) == found
+    assert set(found) == {77, 78, 79}
+    assert tokens_of(answers["plain"]) == generate_alone(net, RAGGED[2], 12)
+
+
 def test_end_is_not_sampled_before_min_tokens_and_may_be_ignored(make_core):
     wish = ((END, 100.0),)
     settings = {

@@ -105,6 +105,10 @@ def test_sampling_fields_reach_the_engine(client, live):
     assert ask(client, temperature=2.0, top_k=1).choices[0].text == greedy
     assert ask(client, temperature=2.0, min_p=1.0).choices[0].text == greedy
     assert ask(client, temperature=2.0, top_k=-1, seed=3).choices[0].text != greedy
+    assert (
+        ask(client, presence_penalty=2, frequency_penalty=2, max_tokens=30).choices[0].text
+        != ask(client, max_tokens=30).choices[0].text
+    )
     end = live.server.base.end_token_id
     ends = ask(client, logit_bias={str(end): 100})
     later = ask(client, logit_bias={str(end): 100}, min_tokens=3)
@@ -124,6 +128,7 @@ def test_sampling_fields_reach_the_engine(client, live):
             {"n": 100, "prompt": ["a"] * 11},
             r"found 11 prompts with n=100: expected at most [\d,]+ answers in one request",
         ),
+        ({"presence_penalty": 2.1}, r"presence_penalty.*less than or equal to 2"),
         ({"best_of": 4}, r"best_of differs from n: send n alone"),
         ({"logprobs": 21}, r"logprobs.*less than or equal to 20"),
         ({"logit_bias": {"99999999": 1}}, r"logit_bias names token 99,999,999: expected ids from 0 to"),

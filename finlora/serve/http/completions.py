@@ -307,6 +307,8 @@ def _sampling_of(
         top_k=max(body.top_k or 0, 0),
         min_p=body.min_p or 0.0,
         logit_bias=body.biases,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
         min_tokens=body.min_tokens or 0,
         ignore_end=bool(body.ignore_eos),
         grammar=grammar,

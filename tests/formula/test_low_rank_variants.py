@@ -68,7 +68,8 @@ def test_packed_gradients_equal_pefts(make_adapted, variant, bits, recompute):
         model, PackedLlama(model, torch.float32, recompute=recompute), pack_examples(EXAMPLES, share_prefix=True)
     )
     assert own[0] == pytest.approx(expected[0], rel=1e-5)
-    assert_near(own[1], expected[1], 1e-5)
+    # rsLoRA's scale is larger than LoRA's, and so is the share of float32's rounding: 1.7e-5 on a CPU with AVX2 alone.
+    assert_near(own[1], expected[1], 3e-5 if variant == "rslora" else 1e-5)
 
 
 def test_projections_of_different_ranks_have_the_same_masks_in_both_passes(make_adapted):

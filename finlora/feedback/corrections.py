@@ -46,7 +46,8 @@ class Correction:
     answered: str = ""
     """The model's label. Empty: it is taken from the audit log, or unknown."""
     request_id: str = ""
-    """`id` of the reply, as in `X-Request-Id` and in the audit log."""
+    """`X-Request-Id` of the reply, as in the audit log; or the reply's `id`, which the OpenAI endpoints begin with `chatcmpl-` or
+    `cmpl-`."""
     index: str = ""
     """Number of the text in its request, from 0. Needed only for a request of several texts."""
     group: str = ""
@@ -123,7 +124,7 @@ def read_corrections(path: Path, task: Task, audit: Path | None) -> Corrections:
         raise DatasetError(
             f"{path.name} corrects {', '.join(others)}, and nothing of {task.name}: choose another --task."
         )
-    wanted = {name for row in own if (name := _text(row, "request_id"))}
+    wanted = {name for row in own if (name := _read_request_id(row))}
     log: dict[str, list[AuditEntry]] = {}
     for file in list_logs(audit) if audit is not None else ():
         for name, entries in find_entries(file, wanted).items():
@@ -201,6 +202,7 @@ class _Checker:
             DatasetError: it does not fit.
         """
         values = {name: _text(row, name) for name in COLUMNS if name != "messages"}
+        values["request_id"] = _read_request_id(row)
         label = self._label(row, values["label"])
         if values["time"]:
             values["time"] = _read_time(values["time"])
@@ -354,6 +356,11 @@ def _text(row: TableRow, name: str) -> str:
         return as_text(row.fields.get(name)) or ""
     except TypeError as error:
         raise DatasetError(f"{row.source}, column {name}: found {error}, expected a text or a number.") from None
+
+
+def _read_request_id(row: TableRow) -> str:
+    """Return the id that the audit log has: a reply of the OpenAI endpoints puts its kind before it."""
+    return _text(row, "request_id").strip().removeprefix("chatcmpl-").removeprefix("cmpl-")
 
 
 def _read_time(text: str) -> str:

@@ -117,6 +117,8 @@ def test_audit_log_gives_conversations_or_confirms_them(tmp_path, has_texts):
     assert [each.answered for each in found] == (
         ["Call us.", "Yes.", "No.", "No."] if has_texts else ["Call us.", "Yes.", "", ""]
     )
+    copied = [correct(request_id="chatcmpl-long", messages=as_messages(LONG))]
+    assert [each.request_id for each in read(tmp_path, copied, audit=tmp_path / "audit")] == ["long"]
     with pytest.raises(DatasetError, match="request 'long' did not ask desk about this text"):
         read(tmp_path, [correct(request_id="long", text="Something else")], audit=tmp_path / "audit")
 

@@ -73,8 +73,11 @@ def make_http() -> str:
         if path in _EXAMPLES:
             parts += [f"    {_EXAMPLES[path]}"]
         reply = call["responses"]["200"]
-        has_body = bool(reply["content"]["application/json"]["schema"]) if "content" in reply else False
-        parts += ["Reply (200):", _fields(schemas, reply, objects) if has_body else "No body."]
+        if "text/plain" in reply.get("content", ()):
+            parts += ["Reply (200): text."]
+        else:
+            has_body = bool(reply["content"]["application/json"]["schema"]) if "content" in reply else False
+            parts += ["Reply (200):", _fields(schemas, reply, objects) if has_body else "No body."]
         errors = sorted(status for status in call["responses"] if status.isdigit() and status != "200")
         parts += ["Errors: " + (", ".join(errors) if errors else "none") + "."]
     parts += ["## Objects"]

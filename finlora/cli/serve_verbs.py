@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -56,19 +57,26 @@ def serve(
     connect.prepare()
     from finlora.serve.deploy.serve_yaml import (
         check_server,
+        open_start_up,
         read_deployment,
         run_server,
     )  # Ray reads its settings when it is imported
 
-    with open_bars(console, "starting the server") as bars:
+    with open_bars(console, "starting the server") as bars, contextlib.ExitStack() as stack:
 
         def tell(line: str) -> None:
             bars.do(None)
             say(line)
 
-        deployment = check_server(read_deployment(config, changes), host, port, is_here=connect.is_local())
-        connect.connect(log_to_driver=False)
-        run_server(deployment, tell)
+        read = read_deployment(config, changes)
+        metrics_port = read.settings.metrics_port
+        connect.require_local_metrics(metrics_port)
+        door = open_start_up(read, host, port) if connect.is_local() else None
+        if door is not None:
+            stack.callback(door.close)
+        deployment = check_server(read, host, port, is_here=False)
+        connect.connect(log_to_driver=False, metrics_port=metrics_port)
+        run_server(deployment, tell, door)
 
 
 @app.command(

@@ -9,13 +9,13 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from finlora.cluster.lease import take_lease
 from finlora.cluster.probe import probe_cluster, require_node_here, require_same_versions
 from finlora.errors import ConfigError, FinloraError, ResourceError
 from finlora.machine.cpu import set_environment, worker_environment
-from finlora.machine.host import check_ray_temp, find_ray_temp
+from finlora.machine.host import check_ray_temp, find_ray_temp, require_free_port
 from finlora.machine.signals import hold_sigterm, without_hangup_for_children
 
 _logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def prepare() -> None:
         os.environ.setdefault(_NICENESS, "0")
 
 
-def connect(log_to_driver: bool) -> None:
+def connect(log_to_driver: bool, metrics_port: int | None = None) -> None:
     """Connect to the cluster of RAY_ADDRESS or of the running job; start a local one otherwise.
 
     The dashboard and address of a local one are on the loopback interface; Ray's other ports listen on all interfaces
@@ -49,6 +49,7 @@ def connect(log_to_driver: bool) -> None:
 
     Args:
         log_to_driver: show the workers' output.
+        metrics_port: port of Ray's metrics on a local Ray. None: a free one.
 
     Raises:
         ConfigError: RAY_ADDRESS is not the address of a cluster, or the home folder cannot hold the token.
@@ -80,6 +81,7 @@ def connect(log_to_driver: bool) -> None:
                 log_to_driver=log_to_driver,
                 _node_ip_address="127.0.0.1",
                 logging_level="WARNING",
+                _metrics_export_port=metrics_port,
             )
     except Exception as error:  # Ray raises many types here
         raise _explain_start(error, address) from error
@@ -108,9 +110,38 @@ def _without_sigterm_of_ray(is_held: bool) -> Iterator[None]:
         ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER, utils.set_sigterm_handler = native, setter
 
 
+def require_local_metrics(metrics_port: int | None) -> None:
+    """Check that a wanted port of metrics can be had: only the start of a Ray sets it.
+
+    Raises:
+        ConfigError: the server runs on a cluster.
+        ResourceError: the port is taken.
+    """
+    if metrics_port is None:
+        return
+    if not is_local():
+        raise ConfigError(
+            f"metrics_port={metrics_port} holds only for a Ray that `finlora serve` starts: on a cluster leave it out, and "
+            "give the port to `ray start --metrics-export-port`."
+        )
+    require_free_port("127.0.0.1", metrics_port, "metrics_port")
+
+
 def is_local() -> bool:
     """Return whether `connect` starts a Ray on this machine alone."""
     return os.environ.get("RAY_ADDRESS", "").strip() in ("", "local")
+
+
+def find_metrics_address() -> str | None:
+    """Return where Prometheus reads the metrics of this node without a key; None: Ray exports none here."""
+    import ray
+
+    own = ray.get_runtime_context().get_node_id()
+    nodes: list[dict[str, Any]] = ray.nodes()
+    for node in nodes:
+        if node["NodeID"] == own and node.get("MetricsExportPort"):
+            return f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    return None
 
 
 def find_node_address() -> str:

@@ -97,6 +97,9 @@ class ServeConfig:
     stages: StagesConfig = field(default_factory=StagesConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     direct: DirectConfig = field(default_factory=DirectConfig)
+    metrics_port: int | None = None
+    """Port at which Prometheus reads metrics without a key, under `finlora serve`. None: a free port, which it prints. On a
+    cluster it is the port of `ray start --metrics-export-port`."""
     adapters_dir: str | None = None
     """Folder of adapters. `DIR/NAME` is an adapter, or a run folder of `finlora train`, or holds the adapter's versions
     `DIR/NAME/v1`, `v2` and so on. None: the base alone."""
@@ -169,6 +172,8 @@ class ServeConfig:
         port, pair = self.direct.port, (self.direct.ssl_certfile, self.direct.ssl_keyfile)
         if port is not None and not 1 <= port <= 65535:
             faults.append(f"direct.port={port}: expected 1 to 65535, or null")
+        if self.metrics_port is not None and not 1 <= self.metrics_port <= 65535:
+            faults.append(f"metrics_port={self.metrics_port}: expected 1 to 65535, or null")
         if (pair[0] is None) != (pair[1] is None):
             faults.append("direct.ssl_certfile and direct.ssl_keyfile: expected both, or neither")
         if self.audit_texts and self.audit_dir is None:

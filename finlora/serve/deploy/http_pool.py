@@ -25,16 +25,16 @@ _FORM = "%(levelname)s %(asctime)s %(name)s -- %(message)s"
 class HttpProcess:
     """Ray actor with one HTTP process."""
 
-    def __init__(self, args: dict[str, Any], hub: str) -> None:
+    def __init__(self, args: dict[str, Any], hub: str, metrics: str | None) -> None:
         # Ray writes each actor's stderr to its own log file.
         logging.basicConfig(stream=sys.stderr, format=_FORM)
         logging.getLogger("finlora").setLevel(logging.INFO)
-        self._config, self._hub = read_settings(args), Path(hub)
+        self._config, self._hub, self._metrics = read_settings(args), Path(hub), metrics
         self._opened, self._closing = asyncio.Event(), asyncio.Event()
 
     async def run(self) -> None:
         """Answer requests until `close`."""
-        await answer_http(self._config, self._hub, Measures(), self._opened, self._closing)
+        await answer_http(self._config, self._hub, Measures(), self._opened, self._closing, self._metrics)
 
     async def wait_until_open(self) -> None:
         """Return when the port answers."""
@@ -50,19 +50,20 @@ class HttpPool:
 
     Args:
         hub: socket of the engine's hub.
+        metrics: address of Ray's metrics on this node.
 
     Raises:
         ConfigError: the certificate cannot be used.
         ResourceError: the port is taken.
     """
 
-    def __init__(self, config: ServeConfig, hub: Path) -> None:
+    def __init__(self, config: ServeConfig, hub: Path, metrics: str | None = None) -> None:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         # They reserve no core, like Ray Serve's own proxy.
         actor = ray.remote(HttpProcess).options(
             num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here
         )
-        self._actors = [actor.remote(to_args(config), str(hub)) for _ in range(config.direct.processes)]
+        self._actors = [actor.remote(to_args(config), str(hub), metrics) for _ in range(config.direct.processes)]
         self._runs = [each.run.remote() for each in self._actors]
         self._num_failures = [0] * len(self._runs)
         waits = [each.wait_until_open.remote() for each in self._actors]

@@ -30,13 +30,19 @@ _POLL_S = 0.02
 
 
 async def answer_http(
-    config: ServeConfig, hub: Path, meter: Meter, opened: asyncio.Event, closing: asyncio.Event
+    config: ServeConfig,
+    hub: Path,
+    meter: Meter,
+    opened: asyncio.Event,
+    closing: asyncio.Event,
+    metrics: str | None = None,
 ) -> None:
     """Answer requests until `closing` is set or the hub is gone, then finish the answers in flight.
 
     Args:
         hub: socket of the engine's hub.
         opened: set once the port accepts connections.
+        metrics: address of Ray's metrics on this node.
 
     Raises:
         ConfigError: the certificate cannot be used.
@@ -56,7 +62,9 @@ async def answer_http(
             await following
 
         stack.push_async_callback(leave)
-        web = _make_web(Server(config, base, engine, keys, meter, audit, quota=engine))
+        server = Server(config, base, engine, keys, meter, audit, quota=engine)
+        server.metrics_address = metrics
+        web = _make_web(server)
         listener = stack.enter_context(listen_shared(config.direct))
         serving = asyncio.ensure_future(web.serve(sockets=[listener]))
         while not web.started:

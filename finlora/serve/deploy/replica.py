@@ -16,6 +16,7 @@ from typing import Any
 
 from ray import serve
 
+from finlora.errors import ConfigError
 from finlora.serve.settings import read_settings
 
 DEPLOYMENT = "Server"
@@ -41,6 +42,7 @@ class ServerDeployment:
     """
 
     def __init__(self, args: dict[str, Any]) -> None:
+        from finlora.cluster.connect import find_metrics_address
         from finlora.cluster.holdings import name_service
         from finlora.serve.accounts.audit import AuditLog
         from finlora.serve.accounts.keys import KeyRing
@@ -70,6 +72,7 @@ class ServerDeployment:
             listen_shared(config.direct).close()
         quota = Quota(time.monotonic)
         self._server = Server(config, base, self._engine, keys, Measures(), audit, quota)
+        self._server.metrics_address = find_metrics_address()
         self._server.shelf.log_notices()
         self._engine.start()
         self._closers.callback(self._engine.close)
@@ -80,7 +83,7 @@ class ServerDeployment:
             hub = Hub(self._engine, quota, Path(folder) / "hub")
             hub.start()
             self._closers.callback(hub.close)
-            self._http_pool = HttpPool(config, hub.path)
+            self._http_pool = HttpPool(config, hub.path, self._server.metrics_address)
             self._closers.callback(self._http_pool.close)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -106,7 +109,11 @@ def build(args: dict[str, Any]) -> serve.Application:
     Raises:
         ConfigError: every wrong setting, in one error.
     """
-    read_settings(args)
+    if (port := read_settings(args).metrics_port) is not None:
+        raise ConfigError(
+            f"metrics_port={port} holds only under `finlora serve`: leave it out, and give the port to "
+            "`ray start --metrics-export-port`."
+        )
     deployment: Any = ServerDeployment
     application: serve.Application = deployment.bind(args)
     return application

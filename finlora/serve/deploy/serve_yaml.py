@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import signal
+import ssl
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from finlora.cluster.connect import find_metrics_address
 from finlora.configfile import describes_server
 from finlora.errors import ConfigError, ResourceError
 from finlora.machine.foreign_errors import shorten
@@ -26,6 +28,7 @@ from finlora.precision import describe_type, resolve_model
 from finlora.serve.accounts.keys import KeyRing
 from finlora.serve.adapter_versions import AdapterShelf
 from finlora.serve.deploy.direct_port import check_certificate, require_free
+from finlora.serve.deploy.start_up import StartUpDoor, set_proxy_replies
 from finlora.serve.served_model import read_base
 from finlora.serve.settings import ServeConfig, make_absolute, read_settings, to_args
 from finlora.yamltext import read_yaml
@@ -96,6 +99,32 @@ def read_deployment(path: Path, overrides: Sequence[str] = ()) -> Deployment:
     )
 
 
+def resolve_http(deployment: Deployment, host: str | None, port: int | None) -> dict[str, Any]:
+    """Return the options of the proxy: host and port as given, else the YAML's, else 127.0.0.1 and 8000."""
+    http: dict[str, Any] = {"host": "127.0.0.1", "port": 8000} | deployment.http
+    return http | {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+
+
+def open_start_up(deployment: Deployment, host: str | None, port: int | None) -> StartUpDoor:
+    """Answer 503 at the proxy's address from now on, until `run_server` has the proxy there.
+
+    Raises:
+        ConfigError: the proxy's certificate cannot be used.
+        ResourceError: the port is taken.
+    """
+    http = resolve_http(deployment, host, port)
+    _require_free_proxy(http)
+    set_proxy_replies(deployment.options)
+    try:
+        return StartUpDoor(http)
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"http_options.ssl_certfile={http['ssl_certfile']} cannot be used ({error}): expected a certificate and its key, PEM."
+        ) from error
+    except OSError as error:
+        raise ResourceError(f"port={http['port']} at {http['host']} cannot be opened ({error}).") from error
+
+
 def check_server(
     deployment: Deployment, host: str | None, port: int | None, *, is_here: bool, files: BaseFiles | None = None
 ) -> Deployment:
@@ -115,8 +144,7 @@ def check_server(
         ModelError: the base's files are not usable.
         ResourceError: a port is taken.
     """
-    http: dict[str, Any] = {"host": "127.0.0.1", "port": 8000} | deployment.http
-    http |= {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    http = resolve_http(deployment, host, port)
     settings = make_absolute(_follow_proxy(deployment.settings, http))
     if is_here:
         _require_free_proxy(http)
@@ -136,11 +164,12 @@ def check_server(
     return dataclasses.replace(deployment, settings=settings, http=http)
 
 
-def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
+def run_server(deployment: Deployment, announce: Callable[[str], None], door: StartUpDoor | None = None) -> None:
     """Serve on the connected Ray until a signal comes, then finish the answers in flight.
 
     Args:
         deployment: returned by `check_server`.
+        door: listens at the proxy's port; closed once the proxy does.
 
     Raises:
         ResourceError: another service runs on the cluster, a port is taken, or the server did not start; says why.
@@ -156,7 +185,7 @@ def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
     settings = dataclasses.replace(settings, model=resolve_model(settings.model, settings.stages.device))
     require_no_service()
     require_capacity(deployment, ray.cluster_resources())
-    if _is_head():
+    if door is None and _is_head():
         _require_free_proxy(http)  # Ray's own processes may have taken the port meanwhile
     # At INFO, Ray Serve reports each of its steps and claims, wrongly, that the deployment's options are not applied.
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -172,6 +201,8 @@ def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
         remote: Any = ServerDeployment
         try:
             serve.start(http_options=http, proxy_location=deployment.proxy_location)
+            if door is not None:
+                door.close()
             application = remote.options(**deployment.options).bind(to_args(settings))
             route = {"name": deployment.name, "route_prefix": deployment.route_prefix}
             serve.run(application, **route, logging_config=deployment.logging or None)
@@ -188,6 +219,7 @@ def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
         if settings.adapters_folder is not None and not settings.adapters_folder.is_dir():
             announce(f"adapters_dir={settings.adapters_folder} does not exist: only the base is served until it does.")
         announce(f"Serving {settings.name} at {where} (page, /v1/...){beside}, in {kind}. Ctrl-C ends it.")
+        announce(describe_ports())
         stop.wait()
         announce("Finishing the answers in flight.")
         try:
@@ -199,6 +231,16 @@ def run_server(deployment: Deployment, announce: Callable[[str], None]) -> None:
         serve.shutdown()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def describe_ports() -> str:
+    """Return where Ray's dashboard and the metrics of this node are."""
+    import ray
+
+    address = find_metrics_address()
+    metrics = f"Metrics for Prometheus at {address}, without a key" if address else "No metrics"
+    dashboard = ray._private.worker.get_dashboard_url()
+    return f"{metrics}{f'; Ray dashboard at http://{dashboard}' if dashboard else ''}."
 
 
 def count_stages(deployment: Deployment) -> int:

@@ -63,6 +63,8 @@ class Server:
         self._encode_choices = functools.lru_cache(256)(
             lambda choices: encode_choices(choices, base.tokenizer, base.template)
         )
+        self.metrics_address: str | None = None
+        """Address of Ray's metrics on this node, which `/metrics` shows; None: there are none."""
         self.labels = LabelMonitor(meter, config.bits)
         self.grammars = GrammarDoor(base)
         self._ledger = Ledger(self.quota, meter, base.weights_hash, audit, has_texts=config.audit_texts)

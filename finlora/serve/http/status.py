@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+import urllib.request
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
 from finlora.serve.failures import RefusedError
@@ -14,6 +17,7 @@ from finlora.serve.protocol import VersionRequest
 
 router = APIRouter()
 _STARTED = int(time.time())
+_METRICS_S = 10.0
 
 
 class ModelFacts(BaseModel):
@@ -173,3 +177,33 @@ async def live() -> Alive:
 async def ready(request: Request) -> Ready:
     """Answer 200 after sending one token through all stages, 503 while a stage is down."""
     return Ready(seconds=await server_of(request).probe())
+
+
+@router.get(
+    "/metrics",
+    tags=["Health"],
+    summary="Show the metrics of this node to Prometheus",
+    response_class=PlainTextResponse,
+    responses=errors_of(401, 403, 404, 500, 503),
+)
+async def show_metrics(request: Request) -> PlainTextResponse:
+    """Show what Ray's metrics port shows, with a key. Needs an admin key: metrics name adapters and tasks of all keys."""
+    server = server_of(request)
+    server.require_admin(key_of(request))
+    if server.metrics_address is None:
+        raise RefusedError(404, "Ray exports no metrics on this node.", "no_metrics")
+    try:
+        text = await asyncio.to_thread(_read, server.metrics_address)
+    except OSError as error:
+        raise RefusedError(
+            503, "Ray's metrics port does not answer now: ask again later.", "no_metrics", retry_after_s=5
+        ) from error
+    return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _read(address: str) -> str:
+    # Without the machine's proxy settings: the address is this node's own.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(address, timeout=_METRICS_S) as reply:
+        text: str = reply.read().decode()
+    return text

@@ -266,3 +266,15 @@ def test_generated_bodies_never_cause_a_5xx(live):
             seen.add(reply.status)
     send(live.address, "/v1/adapters/good/version", ADMIN, {"version": None})
     assert seen >= {200, 400}
+
+
+def test_metrics_need_an_admin_key(live, monkeypatch):
+    assert send(live.address, "/metrics", None).status == 401
+    assert send(live.address, "/metrics", live.keys["desk"]).error["code"] == "not_admin"
+    assert send(live.address, "/metrics", ADMIN).error["code"] == "no_metrics"
+    monkeypatch.setattr(live.server, "metrics_address", f"{live.address}/healthz")  # any page that needs no key
+    reply = send(live.address, "/metrics", ADMIN)
+    assert (reply.status, reply.text) == (200, '{"status":"alive"}')
+    assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
+    monkeypatch.setattr(live.server, "metrics_address", "http://127.0.0.1:9/metrics")
+    assert send(live.address, "/metrics", ADMIN).status == 503

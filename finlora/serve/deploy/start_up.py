@@ -25,14 +25,16 @@ _CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 """Read by Ray Serve's proxy when it starts."""
 _RETRY_S = 5
 _MOST_BODY_BYTES = 2**25
-_OWN_HEADER = b"x-content-type-options"
+_PROXYS_STATUSES = (404, 408, 500, 503)
+"""Of replies that the proxy writes itself."""
+_COPYS_HEADER = b"x-content-type-options"
 """Of each reply of a copy (finlora/serve/http/guard.py); the proxy's own replies lack it."""
 
 
 def _not_up() -> RefusedError:
     return RefusedError(
         503,
-        f"the server is starting or ending, and no copy of it answers now: ask again in {_RETRY_S} s.",
+        f"no copy of the server can answer now: it is starting, ending or full. Ask again in {_RETRY_S} s.",
         "not_ready",
         retry_after_s=_RETRY_S,
     )
@@ -145,7 +147,7 @@ class ProxyReplies:
             nonlocal is_replaced
             if message["type"] == "http.response.start":
                 names = {bytes(name).lower() for name, _ in message.get("headers", ())}
-                is_replaced = _OWN_HEADER not in names and message["status"] >= 400
+                is_replaced = _COPYS_HEADER not in names and message["status"] in _PROXYS_STATUSES
                 if is_replaced:
                     kept = [pair for pair in message.get("headers", ()) if bytes(pair[0]).lower() == b"x-request-id"]
                     reply = error_reply(_replace(message["status"]))

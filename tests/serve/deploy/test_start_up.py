@@ -45,7 +45,7 @@ def test_openais_client_waits_and_asks_again(http, door, monkeypatch):
     slept = []
     monkeypatch.setattr("time.sleep", slept.append)
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{http['port']}/v1", api_key="any", max_retries=1)
-    with client, pytest.raises(openai.InternalServerError, match="is starting or ending"):
+    with client, pytest.raises(openai.InternalServerError, match="it is starting, ending or full"):
         client.models.list()
     assert 5.0 in slept
 
@@ -112,6 +112,12 @@ def test_the_proxys_own_replies_come_in_openais_form(status, shown, code):
 def test_replies_of_a_copy_pass_unchanged(status):
     reply = ask(make_proxy(status, b"ours", [(b"X-Content-Type-Options", b"nosniff")]))
     assert (reply[0], reply[2]) == (status, b"ours")
+
+
+def test_refused_preflight_of_a_browser_passes_unchanged():
+    """CORS replies come from outside the guard, without its headers."""
+    found, _, body = ask(make_proxy(400, b"Disallowed CORS origin"))
+    assert (found, body) == (400, b"Disallowed CORS origin")
 
 
 def test_no_request_waits_for_the_first_copy():

@@ -277,6 +277,7 @@ WALL_CLOCK = {
     "finlora/results.py": "date of a result, never before that of the line above",
     "finlora/serve/accounts/audit.py": "date of a question",
     "finlora/serve/http/completions.py": "date of an answer in OpenAI's form",
+    "finlora/serve/http/responses.py": "date of an answer in OpenAI's form",
     "finlora/serve/http/status.py": "date of the server's start in OpenAI's form",
     "finlora/train/run/attempts.py": "date of an attempt; its seconds are monotonic",
 }

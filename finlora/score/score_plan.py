@@ -11,10 +11,9 @@ from typing import Any, Literal, NamedTuple
 from finlora.config import RunConfig
 from finlora.data.question import PLAIN, Form
 from finlora.data.sets.catalog import FORMS, task_named
-from finlora.durable import hash_file
 from finlora.errors import ConfigError, counted
 from finlora.inference.ask import list_own_forms
-from finlora.model.adapter_files import ADAPTER_WEIGHTS
+from finlora.model.adapter_files import hash_weights_and_settings
 from finlora.model.base_files import BaseFiles
 from finlora.model.contract import read_contract
 from finlora.precision import resolve_evaluation
@@ -122,7 +121,7 @@ def make_plan(
         "threshold": threshold,
         "base": base.weights_hash,
         "bits": config.eval.bits or config.model.bits,
-        "adapter": hash_file(adapter / ADAPTER_WEIGHTS) if adapter else None,
+        "adapter": hash_weights_and_settings(adapter) if adapter else None,
         "template": config.model.template,
         "date": date,
         "compute_dtype": config.model.compute_dtype,
@@ -199,5 +198,5 @@ def _hash_prompt(form: Form) -> str:
 def _shorten(value: Any) -> str:
     if value is None:
         return "none"
-    text = value[:12] if isinstance(value, str) and len(value) == 64 else str(value)
+    text = value[:16] if isinstance(value, str) and len(value) == 64 else str(value)
     return text if len(text) <= 80 else text[:77] + "..."

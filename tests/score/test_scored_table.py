@@ -129,7 +129,7 @@ def test_parts_of_another_scoring_are_refused_with_the_difference(tmp_path):
         other = ScoreFolder(tmp_path / "out.csv")
         with pytest.raises(ConfigError, match=r"another process scores into .*out\.csv"), other.locked({}):
             pass
-    message = rf"parts of another scoring \(adapter {'a' * 12}, now {'b' * 12}\): choose another output"
+    message = rf"parts of another scoring \(adapter {'a' * 16}, now {'b' * 16}\): choose another output"
     with pytest.raises(ConfigError, match=message), folder.locked({"adapter": "b" * 64, "task": "fpb"}):
         pass
     with pytest.raises(ConfigError, match=r"adapter a+, now none\)"), folder.locked({"adapter": None, "task": "fpb"}):

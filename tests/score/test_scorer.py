@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import cloudpickle
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from letters import prepare_letters
@@ -17,7 +18,11 @@ from finlora.data.sets.catalog import FORMS
 from finlora.errors import ConfigError, ModelError
 from finlora.inference.batch import BatchEngine
 from finlora.inference.open_base import open_engine
+from finlora.model.adapter_files import hash_weights_and_settings
+from finlora.model.base import load_base
 from finlora.model.base_files import read_base_files
+from finlora.model.contract import make_contract, write_contract
+from finlora.model.lora import attach_lora, save_adapter
 from finlora.score.folder import ScoreFolder
 from finlora.score.score_plan import describe_plan, make_plan
 from finlora.score.scorer import Scorer, plan_cache
@@ -166,6 +171,17 @@ def test_text_is_generated_and_quoted(plan_of, tmp_path):
     found = score(plan, tmp_path / "out.csv")
     assert all(isinstance(row["finlora_answer"], str) for row in found)
     assert "the text alone" in describe_plan(plan)
+
+
+def test_an_adapter_is_bound_by_the_hash_that_card_server_and_approval_show(make_config, tmp_path):
+    config = make_config("model.max_seq_len=256")
+    base, table = read_base_files(config.model), open_table(write_table(tmp_path), 8)
+    loaded, folder = load_base(config.model, 16, torch.device("cpu"), 0), tmp_path / "adapter"
+    size = save_adapter(attach_lora(loaded.model, config.lora, config.model.base, 0), folder)
+    facts = (config.lora, config.model.template, {"fpb": "x"}, 5, size, {}, None)
+    write_contract(folder, make_contract(loaded, config.model.base, *facts))
+    plan = make_plan(config, base, folder, table, task="fpb", text="body", about=None, threshold=None)
+    assert plan.binding["adapter"] == hash_weights_and_settings(folder)
 
 
 def test_task_of_a_task_file_is_scored_in_another_process(make_config, tmp_path):

@@ -283,6 +283,16 @@ def rank_axis(name: str) -> int | None:
     return {"lora_A.weight": 0, "lora_B.weight": 1}.get(".".join(name.split(".")[-2:]))
 
 
+def up_beside(name: str) -> str:
+    """Return the name of the B beside an A in PEFT's adapter file."""
+    return name.replace(".lora_A.", ".lora_B.")
+
+
+def is_up(name: str) -> bool:
+    """Return whether a parameter of PEFT's model, or a tensor of its adapter file, is a B."""
+    return "lora_B" in name
+
+
 def adapted_name(name: str) -> str:
     """Return the projection that a tensor of PEFT's adapter file belongs to; any text where it is neither A, B nor m."""
     if is_magnitude(name):
@@ -307,6 +317,13 @@ def list_sites(shape: LlamaShape, target_modules: Sequence[str]) -> Iterator[Upd
             for projection, columns in product_columns(product, shape):
                 if projection.name in target_modules:
                     yield UpdateSite(layer, projection, columns, update_names(projection, layer))
+
+
+def list_modules(model: Any) -> Iterator[tuple[UpdateNames, Any]]:
+    """Yield PEFT's layers of projections, each with the names of its A and B in the adapter file."""
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            yield UpdateNames(f"{name}.lora_A.weight", f"{name}.lora_B.weight"), module
 
 
 def read_module(module: Any, columns: slice, scale: float) -> Update:

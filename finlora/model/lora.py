@@ -18,7 +18,16 @@ from finlora.durable import follow_umask, scratch_folder
 from finlora.errors import AdapterError, ConfigError
 from finlora.formula.llama import shape_of
 from finlora.formula.lora_config import LoraConfig
-from finlora.formula.low_rank import is_magnitude, list_start_faults, peft_settings, rank_axis, read_settings
+from finlora.formula.low_rank import (
+    is_magnitude,
+    list_modules,
+    list_start_faults,
+    peft_settings,
+    rank_axis,
+    read_module,
+    read_settings,
+    up_beside,
+)
 from finlora.machine.lean_imports import lean_imports
 from finlora.model.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter, find_sites, open_weights
 
@@ -80,14 +89,13 @@ def read_start(model: PeftModel) -> Start:
 @torch.no_grad()
 def _take_out(model: PeftModel, start: Start) -> None:
     """Set A and B to a start, and subtract scale B0 A0 from the base in float32, as PEFT's pissa_init does."""
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
-            parts = (module.lora_A["default"].weight, module.lora_B["default"].weight)
-            for part, parameter in zip(("lora_A", "lora_B"), parts, strict=True):
-                parameter.copy_(start[f"{name}.{part}.weight"])
-            down, up = parts
-            weight = module.get_base_layer().weight
-            weight.data = (weight.float() - module.scaling["default"] * up @ down).to(weight.dtype)
+    for names, module in list_modules(model):
+        scale = module.scaling["default"]
+        update = read_module(module, slice(None), scale)
+        for name, parameter in zip(names, (update.down, update.up), strict=True):
+            parameter.copy_(start[name])
+        weight = module.get_base_layer().weight
+        weight.data = (weight.float() - scale * update.up @ update.down).to(weight.dtype)
 
 
 def _less_start(state: Mapping[str, torch.Tensor], start: Start) -> dict[str, torch.Tensor]:
@@ -100,7 +108,7 @@ def _less_start(state: Mapping[str, torch.Tensor], start: Start) -> dict[str, to
     for name in state:
         if rank_axis(name) != 0:
             continue
-        other = name.replace(".lora_A.", ".lora_B.")
+        other = up_beside(name)
         downs, ups = (
             torch.cat([tensors[each].detach().cpu().double() for tensors in (state, start)], axis)
             for each, axis in ((name, 0), (other, 1))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from finlora.config import OptimConfig
 from finlora.errors import ConfigError
+from finlora.formula.low_rank import is_up
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +92,7 @@ def rate_factor(name: str, num_axes: int, ratio: float) -> float:
 
     Source: LoRA+, arXiv:2402.12354; PEFT's create_loraplus_optimizer.
     """
-    return ratio if "lora_B" in name or num_axes == 1 else 1.0
+    return ratio if is_up(name) or num_axes == 1 else 1.0
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -149,7 +149,7 @@ def count_layer_bytes(shape: LlamaShape, config: RunConfig, batch: PaddedBatch, 
             total += 2 * element * num_out * n
             if lora.dropout and config.model.bits < 16 and needs_input_grad:
                 total += element * num_in * num_out
-    if lora.dora and {"gate_proj", "up_proj"} & set(lora.target_modules):
+    if lora.dora and any(find_projection(target).product == "gate_up" for target in lora.target_modules):
         total += 3 * (_FLOAT32 - element) * inner * n
     width = query if batch.is_padded else shape.kv_size
     total += element * (2 * query + 2 * width) * n

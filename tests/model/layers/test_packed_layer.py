@@ -104,7 +104,7 @@ def test_dropout_gives_pefts_numbers_under_the_same_masks(make_model, targets):
     expected = gradients_of(model, AnswerLoss(model), batch)
     assert abs(plain[0] - expected[0]) > 1e-3 * expected[0]
     for found in own:
-        assert_equal(found, expected)
+        assert_equal(found, expected, 3e-5)  # float32's rounding exceeds 1e-5 on a CPU with AVX2 alone
 
 
 def test_no_two_products_of_a_model_share_their_masks():

@@ -121,10 +121,10 @@ def train(config: ConfigPath = None, overrides: Overrides = None, dry_run: DryRu
 
 def _describe_trained(result: Result) -> str:
     took = describe_times(result.wall_seconds or 0, result.waited_seconds or 0, result.attempts or 1)
-    return (
-        f"Adapter {result.adapter} ({result.adapter_mib:.2f} MiB): loss {result.metrics['loss_first']:.4f} -> "
-        f"{result.metrics['loss_last']:.4f} in {took}"
-    )
+    first, last = result.metrics["loss_first"], result.metrics["loss_last"]
+    # A run shorter than train.log_every_steps has one point, from which nothing can be said of its course.
+    losses = f"{first:.4f} -> {last:.4f}" if len(result.loss_curve) != 1 else f"{last:.4f} (one point)"
+    return f"Adapter {result.adapter} ({result.adapter_mib:.2f} MiB): loss {losses} in {took}"
 
 
 @app.command(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from made_facts import make_contract
 
 from finlora.model.contract import write_contract
-from finlora.results import Result, append_result
+from finlora.results import Result, append_result, read_results
 from finlora.train.run.run_folder import RunFolder, claim_run, open_run
 from finlora.train.search.search_folder import open_search
 from finlora.train.search.space import SearchConfig
@@ -72,6 +74,14 @@ def test_finished_run_is_shown_as_when_it_ended(call, config_file, finished):
     (line,) = out.splitlines()
     assert line.startswith(f"Adapter {finished.adapter} (0.10 MiB): loss 6.0000 -> 5.5000 in 1:15. ")
     assert line.endswith("The run is finished: nothing was started. Choose another `name` to train again.")
+
+
+def test_a_run_with_one_point_of_loss_tells_no_course(call, config_file, finished):
+    result = dataclasses.replace(read_results(finished.results)[0], loss_curve=[[3.0, 5.5]])
+    finished.results.unlink()
+    append_result(finished.results, result)
+    code, out, _ = call("train", "-c", config_file)
+    assert (code, out.count("loss 5.5000 (one point) in 1:15. ")) == (0, 1)
 
 
 @pytest.mark.parametrize("lost", ["adapter/adapter_model.safetensors", "adapter/finlora.yaml", "results.jsonl"])

@@ -103,14 +103,14 @@ def test_reader_gets_from_a_table_to_an_answer_over_http(reader, tmp_path, monke
 
     run_server = serve_yaml.run_server
 
-    def run_and_ask(deployment, tell):
+    def run_and_ask(deployment, tell, *rest):
         def watch(text):
             tell(text)
             if "Ctrl-C ends it" in text:
                 arguments = (lines[at_serve + 1 :], key, port, replies)
                 threading.Thread(target=type_in_second_terminal, args=arguments).start()
 
-        run_server(deployment, watch)
+        run_server(deployment, watch, *rest)
 
     monkeypatch.setattr(serve_yaml, "run_server", run_and_ask)
     code, _, error = reader(*shlex.split(lines[at_serve])[1:], "--port", port)

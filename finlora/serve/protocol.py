@@ -112,6 +112,11 @@ class ChatRequest(GenerationRequest, ToolFields):
         description="Most probable tokens that are returned with each token. Only with `logprobs`.",
     )
 
+    @property
+    def num_top(self) -> int:
+        """Most probable tokens that are returned with each token."""
+        return self.top_logprobs or 0
+
     @model_validator(mode="after")
     def _check_top_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
@@ -132,6 +137,11 @@ class CompletionRequest(GenerationRequest, BestOfField):
         description="Return the log-probability of each token of the answer, and of so many most probable ones there.",
     )
     echo: Literal[False] | None = Field(False, description="Only false.")
+
+    @property
+    def num_top(self) -> int:
+        """Most probable tokens that are returned with each token."""
+        return self.logprobs or 0
 
 
 class TokenizeRequest(_Body, ToolFields, NeutralFields):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from engine_requests import RAGGED, run, tokens_of
+from engine_requests import RAGGED, run, set_late_read, tokens_of
 
 from finlora.engine.admission import Limits
 from finlora.engine.engine import EngineCore
@@ -78,16 +78,9 @@ def test_late_read_changes_no_answer(pipelines, four_layers):
     pipeline = pipelines(2)
     expected = ask(pipeline, four_layers, follows=False)
 
-    def read(is_late):
-        def change(stage):
-            stage.reader.is_late = is_late
-
-        ray.get(pipeline.actors[-1].__ray_call__.remote(change))
-        pipeline._answers_come_late = is_late
-
-    read(is_late=True)
+    set_late_read(pipeline, is_late=True)
     found = ask(pipeline, four_layers, follows=False)
-    read(is_late=False)
+    set_late_read(pipeline, is_late=False)
     assert found == expected
 
 

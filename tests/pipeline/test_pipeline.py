@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import ray
-from engine_requests import RAGGED, generate_alone, make_requests, run, tokens_of
+from engine_requests import RAGGED, generate_alone, make_requests, run, set_late_read, tokens_of
 from safetensors.torch import load_file, save_file
 
 from finlora.config import ModelConfig
@@ -64,14 +64,7 @@ def test_tokens_equal_transformers(core, plain):
 def test_late_read_changes_no_answer(pipeline, four_layers, adapter_folders, plain):
     """Links that run ahead read late too."""
 
-    def read(is_late):
-        def change(stage):
-            stage.reader.is_late = is_late
-
-        ray.get(pipeline.actors[-1].__ray_call__.remote(change))
-        pipeline._answers_come_late = is_late
-
-    read(is_late=True)
+    set_late_read(pipeline, is_late=True)
     # These stages return tokens through the host, which reads them late: no micro-batch may follow another.
     limits = Limits(cache_rows=ROWS, max_in_flight=2)
     core = EngineCore(pipeline, Scheduler(limits, END, lambda: 3), load_tokenizer(Path(four_layers.base)))
@@ -84,7 +77,7 @@ def test_late_read_changes_no_answer(pipeline, four_layers, adapter_folders, pla
     answers |= run(core, [])[0]
     for name in list(core.adapters):
         core.unload_adapter(name)
-    read(is_late=False)
+    set_late_read(pipeline, is_late=False)
     for number, prompt in enumerate(RAGGED):
         assert tokens_of(answers[f"r{number}"]) == generate_alone(plain(), prompt, 6)
     assert tokens_of(answers["new"]) == generate_alone(plain(adapter="all"), RAGGED[2], 4)

@@ -45,8 +45,11 @@ _Rows = Sequence[TokenRow] | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Prompt:
+class Prompt:
+    """Prompt of a request."""
+
     text: str
+    """As the client sent it, for the audit log."""
     ids: tuple[int, ...]
 
 
@@ -61,14 +64,7 @@ async def chat(body: ChatRequest, request: Request) -> Response:
     choices hold a `delta` in place of the `message`. An answer without `[DONE]` is not complete."""
     server = server_of(request)
     call = await open_call(request, body.model)
-    text = json.dumps([[message.role, message.text] for message in body.messages], ensure_ascii=False)
-    tools = body.offered_tools
-    messages = describe_tools(tools, body.messages) if tools else body.messages
-    prompt = _Prompt(text, encode_messages(messages, server.base, server.date_of(call)))
-    grammar = await server.grammars.check(body)
-    sampling = _sampling_of(body, prompt, server, body.max_completion_tokens or body.max_tokens, grammar)
-    if body.logprobs and body.top_logprobs:
-        sampling = dataclasses.replace(sampling, num_top=body.top_logprobs)
+    prompt, sampling = await read_chat(body, call, server)
     return await _reply(lambda index: _Chat(server, call, index, body), body, [prompt], sampling)
 
 
@@ -85,8 +81,6 @@ async def complete(body: CompletionRequest, request: Request) -> Response:
     prompts = _read_prompts(body, server)
     longest = max(prompts, key=lambda prompt: len(prompt.ids))
     sampling = _sampling_of(body, longest, server, body.max_tokens, await server.grammars.check(body))
-    if body.logprobs:
-        sampling = dataclasses.replace(sampling, num_top=body.logprobs)
     return await _reply(lambda index: _Completion(server, call, index, body), body, prompts, sampling)
 
 
@@ -165,7 +159,7 @@ class _Completion:
 async def _reply(
     make_form: Callable[[int], _Chat | _Completion],
     body: GenerationRequest,
-    prompts: Sequence[_Prompt],
+    prompts: Sequence[Prompt],
     sampling: Sampling,
 ) -> Response:
     """Return the reply with `n` answers to each prompt.
@@ -256,7 +250,7 @@ async def _stream(
             yield f"data: {error_body(as_refusal(error)).model_dump_json()}\n\n"
 
 
-async def _collect(server: Server, call: Call, prompt: _Prompt, sampling: Sampling, index: int) -> tuple[str, Answer]:
+async def _collect(server: Server, call: Call, prompt: Prompt, sampling: Sampling, index: int) -> tuple[str, Answer]:
     pieces: list[str] = []
     async for event in server.generate(call, prompt.text, prompt.ids, sampling, index):
         if isinstance(event, Answer):
@@ -285,8 +279,23 @@ def count_usage(num_prompt: int, answers: Sequence[Answer]) -> Usage:
     )
 
 
+async def read_chat(body: ChatRequest, call: Call, server: Server) -> tuple[Prompt, Sampling]:
+    """Return the prompt of a conversation with its tools, and how to answer it.
+
+    Raises:
+        ConfigError: as `encode_messages`.
+        RefusedError: a field asks for what cannot be done.
+    """
+    text = json.dumps([[message.role, message.text] for message in body.messages], ensure_ascii=False)
+    tools = body.offered_tools
+    messages = describe_tools(tools, body.messages) if tools else body.messages
+    prompt = Prompt(text, encode_messages(messages, server.base, server.date_of(call)))
+    grammar = await server.grammars.check(body)
+    return prompt, _sampling_of(body, prompt, server, body.max_completion_tokens or body.max_tokens, grammar)
+
+
 def _sampling_of(
-    body: GenerationRequest, prompt: _Prompt, server: Server, max_tokens: int | None, grammar: str
+    body: ChatRequest | CompletionRequest, prompt: Prompt, server: Server, max_tokens: int | None, grammar: str
 ) -> Sampling:
     size = len(server.base.tokenizer)
     if strange := [token for token, _ in body.biases if token >= size]:
@@ -311,25 +320,26 @@ def _sampling_of(
         frequency_penalty=body.frequency_penalty or 0.0,
         min_tokens=body.min_tokens or 0,
         ignore_end=bool(body.ignore_eos),
+        num_top=body.num_top,
         grammar=grammar,
     )
 
 
-def _read_prompts(body: CompletionRequest, server: Server) -> list[_Prompt]:
+def _read_prompts(body: CompletionRequest, server: Server) -> list[Prompt]:
     base, prompt = server.base, body.prompt
     if not isinstance(prompt, str) and isinstance(prompt[0], int):
         ids = tuple(int(token) for token in prompt)
         size = len(base.tokenizer)
         if not all(0 <= token < size for token in ids):
             raise RefusedError(400, f"prompt holds ids outside 0 to {size - 1:,}.", "invalid_value", "prompt")
-        return [_Prompt(json.dumps(ids), ids)]
+        return [Prompt(json.dumps(ids), ids)]
     texts = [prompt] if isinstance(prompt, str) else [str(text) for text in prompt]
     if len(texts) > server.config.limits.max_texts:
         most = server.config.limits.max_texts
         raise RefusedError(
             400, f"found {len(texts):,} prompts: expected at most {most:,} in one request.", "invalid_value", "prompt"
         )
-    prompts = [_Prompt(text, encode_prompt(text, base.tokenizer, "raw")) for text in texts]
+    prompts = [Prompt(text, encode_prompt(text, base.tokenizer, "raw")) for text in texts]
     if not all(one.ids for one in prompts):
         raise RefusedError(
             400,

@@ -91,6 +91,11 @@ async def gather_all(works: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
 
 async def merge_streams(streams: Sequence[AsyncIterator[_T]]) -> AsyncIterator[tuple[int, _T]]:
     """Yield (index, item) of several streams as items come. The first exception, or leaving early, closes all of them."""
+    if len(streams) == 1:  # mostly: without a task and a queue for each token
+        async with contextlib.aclosing(streams[0]):  # type: ignore[type-var]
+            async for only in streams[0]:
+                yield 0, only
+        return
     items: asyncio.Queue[tuple[int, _T | None, BaseException | None]] = asyncio.Queue()
 
     async def pump(index: int, stream: AsyncIterator[_T]) -> None:

@@ -18,9 +18,9 @@ from pydantic import ValidationError
 
 from finlora.engine.request import Answer, Piece
 from finlora.serve.failures import as_refusal, error_body
-from finlora.serve.http.completions import count_usage, encode_messages, finish_reason
+from finlora.serve.http.completions import count_usage, finish_reason, read_chat
 from finlora.serve.http.context import ANSWERING_ERRORS, open_call, server_of
-from finlora.serve.http.tool_calls import CallReader, describe_tools
+from finlora.serve.http.tool_calls import CallReader
 from finlora.serve.protocol import ChatRequest
 from finlora.serve.responses_body import ResponsesReply, ResponsesRequest
 
@@ -39,20 +39,9 @@ async def respond(body: ResponsesRequest, request: Request) -> Response:
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
     call = await open_call(request, body.model)
-    tools = asked.offered_tools
-    messages = describe_tools(tools, asked.messages) if tools else asked.messages
-    ids = encode_messages(messages, server.base, server.date_of(call))
-    sampling = server.make_sampling(
-        ids,
-        max_tokens=asked.max_tokens,
-        default_tokens=server.config.limits.default_new_tokens,
-        temperature=asked.temperature,
-        top_p=asked.top_p,
-        grammar=await server.grammars.check(asked),
-    )
-    text = json.dumps([[message.role, message.text] for message in asked.messages], ensure_ascii=False)
-    draft = _Draft(body, call.request_id, len(ids), has_tools=bool(tools))
-    events = server.generate(call, text, ids, sampling)
+    prompt, sampling = await read_chat(asked, call, server)
+    draft = _Draft(body, call.request_id, len(prompt.ids), has_tools=bool(asked.offered_tools))
+    events = server.generate(call, prompt.text, prompt.ids, sampling)
     first = await anext(events)  # an error before it still gets its own HTTP status
     told = _tell(draft, first, events)
     if body.stream:

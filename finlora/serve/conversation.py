@@ -11,19 +11,17 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-_MAX_FIELDS = 64
+from finlora.grammar.compile import CALL_END, CALL_NAMED, CALL_START
+from finlora.serve.wire_object import WireObject
+
 _IGNORED = ("annotations", "reasoning", "reasoning_content", "provider_specific_fields", "audio", "function_call")
 """Fields of an answer that clients send back; they are no part of a prompt."""
 
 
-class _Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class TextPart(_Wire):
+class TextPart(WireObject):
     type: Literal["text", "refusal"] = Field(description="Only texts.")
     text: str = Field("", description="Part of the message.")
     refusal: str = Field("", description="The same, with the type `refusal`.")
@@ -41,19 +39,19 @@ class TextPart(_Wire):
         return values
 
 
-class SentFunction(_Wire):
+class SentFunction(WireObject):
     name: str = Field(description="Function that was called.")
     arguments: str = Field(description="JSON of its arguments.")
 
 
-class SentCall(_Wire):
+class SentCall(WireObject):
     id: str | None = Field(None, description="Id of the call.")
     type: Literal["function"] = Field("function", description="Always `function`.")
     index: int | None = Field(None, description="Ignored.")
     function: SentFunction = Field(description="What was called.")
 
 
-class Message(_Wire):
+class Message(WireObject):
     role: Literal["system", "developer", "user", "assistant", "tool"] = Field(description="Who speaks.")
     content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = Field(
         None, description="What is said. null only in an answer of the assistant."
@@ -68,7 +66,7 @@ class Message(_Wire):
     @model_validator(mode="before")
     @classmethod
     def _drop_ignored(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or len(values) > _MAX_FIELDS:
+        if not isinstance(values, dict):
             return values
         is_answer = values.get("role") == "assistant"
         return {key: value for key, value in values.items() if key not in _IGNORED or (value and not is_answer)}
@@ -127,5 +125,5 @@ def _show_call(call: SentCall) -> str:
         arguments: Any = json.loads(call.function.arguments)
     except (json.JSONDecodeError, RecursionError):
         arguments = call.function.arguments  # of an answer that was cut off
-    said = json.dumps({"name": call.function.name, "arguments": arguments}, ensure_ascii=False)
-    return f"<tool_call>\n{said}\n</tool_call>"
+    name = json.dumps(call.function.name, ensure_ascii=False)[1:-1]
+    return f"{CALL_START}{name}{CALL_NAMED}{json.dumps(arguments, ensure_ascii=False)}{CALL_END}"

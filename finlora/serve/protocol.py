@@ -8,59 +8,28 @@ Source: OpenAI API reference, https://platform.openai.com/docs/api-reference (ch
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from finlora.serve.conversation import Message
 from finlora.serve.neutral_fields import NeutralFields
 from finlora.serve.sampling_fields import MAX_TOP, BestOfField, SamplingFields
 from finlora.serve.structured_fields import StructuredFields, ToolFields
+from finlora.serve.wire_object import WireBody, WireObject
 
 _MAX_STOPS = 16
-_MAX_FIELDS = 64
 _Texts = Annotated[list[str], Field(fail_fast=True, min_length=1)]
 _StopTexts = Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True, max_length=_MAX_STOPS)]
 
 
-class _Wire(BaseModel):
-    """Object of a body. A list stops at its first fault, and an object with too many fields is refused as a whole, because
-    the report of a fault takes a thousand times the bytes that caused it.
-    """
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_number_of_fields(cls, values: Any) -> Any:
-        if isinstance(values, dict) and len(values) > _MAX_FIELDS:
-            raise ValueError(f"found {len(values):,} fields: expected some of {', '.join(cls.model_fields)}")
-        return values
-
-
-class _Body(_Wire):
-    """Whole body. Every text must be Unicode: JSON can hold half a surrogate pair, which cannot be encoded."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_texts_are_unicode(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values  # bytes of another content type: pydantic refuses them next
-        try:
-            json.dumps(values, ensure_ascii=False).encode()
-        except (UnicodeEncodeError, RecursionError):
-            raise ValueError("a text in it is not Unicode: it holds half of a surrogate pair") from None
-        return values
-
-
-class StreamOptions(_Wire):
+class StreamOptions(WireObject):
     include_usage: bool | None = Field(False, description="Send the usage as a last event.")
     include_obfuscation: Literal[False] | None = Field(False, description="Only false: events have no padding.")
     continuous_usage_stats: Literal[False] | None = Field(False, description="Only false.")
 
 
-class GenerationRequest(_Body, StructuredFields, SamplingFields, NeutralFields):
+class GenerationRequest(WireBody, StructuredFields, SamplingFields, NeutralFields):
     """Fields that chat and text completions share."""
 
     model: str = Field(
@@ -144,7 +113,7 @@ class CompletionRequest(GenerationRequest, BestOfField):
         return self.logprobs or 0
 
 
-class TokenizeRequest(_Body, ToolFields, NeutralFields):
+class TokenizeRequest(WireBody, ToolFields, NeutralFields):
     """Body of `POST /tokenize`."""
 
     model: str | None = Field(None, description="A name of `/v1/models`. Default: the base.")
@@ -162,14 +131,14 @@ class TokenizeRequest(_Body, ToolFields, NeutralFields):
         return self
 
 
-class DetokenizeRequest(_Body):
+class DetokenizeRequest(WireBody):
     """Body of `POST /detokenize`."""
 
     model: str | None = Field(None, description="A name of `/v1/models`. Default: the base.")
     tokens: list[int] = Field(fail_fast=True, description="Token ids.")
 
 
-class ClassifyRequest(_Body):
+class ClassifyRequest(WireBody):
     """Body of `POST /v1/classify`."""
 
     model: str = Field(description="A name of `/v1/models`.")
@@ -203,7 +172,7 @@ class ClassifyRequest(_Body):
         return list(self.about) if isinstance(self.about, list) else [self.about] * len(self.all_texts)
 
 
-class ExtractRequest(_Body):
+class ExtractRequest(WireBody):
     """Body of `POST /v1/extract`."""
 
     model: str = Field(description="A name of `/v1/models`.")
@@ -215,7 +184,7 @@ class ExtractRequest(_Body):
     )
 
 
-class VersionRequest(_Body):
+class VersionRequest(WireBody):
     """Body of `POST /v1/adapters/{name}/version`."""
 
     version: str | None = Field(description="Version to serve from now on, such as `v1`. null: the newest.")

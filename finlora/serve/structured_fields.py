@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from finlora.serve.wire_object import WireObject
+
 _MAX_CHOICES, _MAX_TOOLS = 1000, 128
 _Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 _Schema = dict[str, Any]
@@ -18,8 +20,8 @@ _Choices = Annotated[
 ]
 
 
-class _Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True)
+class _Fields(WireObject):
+    model_config = ConfigDict(populate_by_name=True)
 
 
 class SchemaFormat(_Fields):

@@ -20,16 +20,12 @@ from finlora.errors import FinloraError
 from finlora.serve.body_faults import invalid_body
 from finlora.serve.failures import RefusedError, error_reply, from_http
 from finlora.serve.http import completions, finance, responses, status, tokens
-from finlora.serve.http.guard import OPEN_PATHS, Guard
+from finlora.serve.http.guard import OPEN_PATHS, RATE_HEADERS, Guard
 from finlora.serve.http.server import Server
 from finlora.serve.http.web_page import PAGE_HEADERS, describe_api, page_router
 
 _logger = logging.getLogger(__name__)
 _SHOW_EVERY_S = 1.0
-RATE_HEADERS = tuple(
-    f"x-ratelimit-{what}-{kind}" for kind in ("requests", "tokens") for what in ("limit", "remaining", "reset")
-)
-
 _DESCRIPTION = """A Llama base with adapters for financial questions, on your own GPUs.
 
 Every path but `/healthz` and the web page at `/` needs a key: `Authorization: Bearer KEY`. Each answer carries an

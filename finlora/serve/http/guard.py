@@ -36,6 +36,15 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _SECURITY_HEADERS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
 
 
+def _rate_header(what: str, kind: str) -> str:
+    return f"x-ratelimit-{what}-{kind}"
+
+
+_RATES = ("limit", "remaining", "reset")
+RATE_HEADERS = tuple(_rate_header(what, kind) for kind in ("requests", "tokens") for what in _RATES)
+"""OpenAI's headers of rate limits."""
+
+
 class Guard:
     """Middleware that admits requests with a known key and a body within the limit.
 
@@ -180,7 +189,7 @@ class Guard:
 def _limit_headers(standings: Standings) -> list[tuple[bytes, bytes]]:
     """Return OpenAI's headers of rate limits, such as `x-ratelimit-remaining-requests`. A key without limits has none."""
     return [
-        (f"x-ratelimit-{name}-{kind}".encode(), value.encode())
+        (_rate_header(what, kind).encode(), value.encode())
         for kind, (limit, left, reset_s) in standings.items()
-        for name, value in (("limit", str(limit)), ("remaining", str(left)), ("reset", f"{math.ceil(reset_s)}s"))
+        for what, value in zip(_RATES, (str(limit), str(left), f"{math.ceil(reset_s)}s"), strict=True)
     ]
